@@ -1,0 +1,1 @@
+"""The craft of training: torch only, nothing of ComfyUI."""

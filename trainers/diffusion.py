@@ -1,0 +1,161 @@
+"""The arithmetic of noise that every method shares, in one convention.
+
+x = noised(x0, noise, sigma); a model answers denoise(x, sigma, conds) -> x0; slope = (x - x0) / sigma is the noise of eps
+models and the velocity of flow models (Karras et al. 2022, eq. 4), so one loss serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .settings import NoiseSettings
+
+
+class Denoiser(Protocol):
+    """A frozen diffusion model. Shapes: x (B, C, ...), sigma (B,), conds a list of B conditionings."""
+
+    flow: bool  # x = (1 - sigma) * x0 + sigma * noise, rather than x0 + sigma * noise
+
+    def model_space(self, latent: Tensor) -> Tensor:
+        """x0 for a latent as the VAE gives it: scaled as the model was trained, fp32, on the model's device."""
+
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def denoise(self, x: Tensor, sigma: Tensor, conds: list) -> Tensor:
+        """x0, differentiable in adapters, conds and x."""
+
+    def sigma_at(self, u: Tensor) -> Tensor:
+        """(B,) -> (B,): the model's own schedule; u = 0 is clean, u = 1 is noise, finite at both ends."""
+
+    def native_scale(self, sigma: Tensor) -> Tensor:
+        """(B,) -> (B,): |d x0 / d network output|; dividing an x0 error by it gives the error of the network's own target."""
+
+
+def per_sample(value: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), to multiply with x."""
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+def slope(x, sigma, x0):
+    """The noise for eps models, the velocity for flow models."""
+    return (x - x0) / per_sample(sigma, x)
+
+
+def mse(a, b, mask=None):
+    """(B, ...) -> (B,). With a mask (B, 1, ...) the mean is taken over what the mask lets through."""
+    error = (a.float() - b.float()).square()
+    if mask is None:
+        return error.flatten(1).mean(1)
+    mask = mask.to(error).expand_as(error)
+    return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-6)
+
+
+def randn_like(x, rng):
+    """Normal noise drawn on the CPU from rng, so that every device sees the same numbers."""
+    return torch.randn(x.shape, generator=rng).to(x.device)
+
+
+def snr(denoiser, sigma):
+    """(B,) signal-to-noise ratio, read off the denoiser's own mixing: 1/sigma^2 for eps and v, ((1-s)/s)^2 for flow."""
+    one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+    signal, noise = denoiser.noised(one[:, None], zero[:, None], sigma), denoiser.noised(zero[:, None], one[:, None], sigma)
+    return (signal / noise).square().flatten()
+
+
+# -- where to train: densities over t in (0, 1) ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Density:
+    """How often each noise level is drawn. `shift` moves flow levels up; 'resolution' derives it from the latent's size."""
+
+    kind: str = "uniform"  # uniform | logit-normal | host schedule
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float | str = 1.0
+
+
+def density_for(settings: NoiseSettings, default: Density) -> Density:
+    """The density the settings ask for, with the family's default where they leave it open."""
+    if settings.density == "model default":
+        return default if not settings.shift else Density(default.kind, default.mean, default.std, settings.shift)
+    return Density(settings.density, settings.mean, settings.std, settings.shift or 1.0)
+
+
+def resolution_shift(tokens: int) -> float:
+    """exp(mu), mu linear in image tokens from 0.5 at 256 to 1.15 at 4096: the shift Flux was trained with (Black Forest Labs)."""
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    return float(torch.tensor(mu).exp())
+
+
+def image_tokens(x0) -> int:
+    """Tokens of a patch-2 transformer for latents (B, C, ..., H, W)."""
+    return (x0.shape[-2] // 2) * (x0.shape[-1] // 2)
+
+
+def quantile(density: Density, q: Tensor) -> Tensor:
+    """Time t for quantile q; both in (0, 1)."""
+    return q if density.kind != "logit-normal" else torch.sigmoid(density.mean + density.std * torch.special.ndtri(q))
+
+
+def share_below(density: Density, t: float) -> float:
+    """The share of draws below t: the inverse of `quantile`, finite at 0 and 1."""
+    if density.kind != "logit-normal" or t in (0.0, 1.0):
+        return t
+    return float(torch.special.ndtr((torch.logit(torch.tensor(t, dtype=torch.float64)) - density.mean) / density.std))
+
+
+def shifted(t, shift: float):
+    """Noise levels moved up for shift > 1 (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshifted(t, shift: float):
+    return t / (shift - (shift - 1) * t)
+
+
+def random_sigma(denoiser: Denoiser, density: Density, x0: Tensor, rng, low=0.0, high=1.0) -> Tensor:
+    """(B,) noise levels, each between the levels `low` and `high` (0 clean, 1 noise), by exact truncation of the density."""
+    scheduled = not denoiser.flow or density.kind == "host schedule"
+    shift = 1.0 if scheduled else resolution_shift(image_tokens(x0)) if density.shift == "resolution" else float(density.shift)
+    first, last = (share_below(density, unshifted(level, shift)) for level in (low, high))
+    q = torch.rand(len(x0), generator=rng, dtype=torch.float64) * (last - first) + first
+    t = quantile(density, q.clamp(1e-6, 1 - 1e-6))
+    sigma = denoiser.sigma_at(t) if scheduled else shifted(t, shift).clamp(min=1e-4)
+    return sigma.to(x0.device, torch.float32)
+
+
+# -- how wrong -----------------------------------------------------------------------------------------------------------
+
+
+def loss_weight(denoiser: Denoiser, sigma: Tensor, settings: NoiseSettings) -> Tensor:
+    """(B,) weight of the native loss. min-SNR (Hang et al. 2023) weighs the x0 error by min(SNR, gamma); in the network's own
+    parametrisation that is min(SNR, gamma) * native_scale^2: min(SNR, g)/SNR for eps and min(SNR, g)/(SNR + 1) for v."""
+    if settings.weighting == "none":
+        return torch.ones_like(sigma)
+    return snr(denoiser, sigma).clamp(max=settings.gamma) * denoiser.native_scale(sigma).square()
+
+
+def native_error(denoiser, x0_hat, x0, sigma, mask=None):
+    """(B,) mean square error of the network's own target: the noise, v or the velocity."""
+    return mse(x0_hat, x0, mask) / denoiser.native_scale(sigma).square()
+
+
+def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None):
+    """(B,) native loss of one prediction."""
+    x = denoiser.noised(x0, noise, sigma)
+    return native_error(denoiser, denoiser.denoise(x, sigma, conds), x0, sigma, mask)
+
+
+@torch.no_grad()
+def trajectory(denoiser, noise, conds, sigmas):
+    """x at sigmas[-1], by Euler steps from pure noise at sigmas[0]."""
+    x = denoiser.noised(torch.zeros_like(noise), noise, sigmas[0].expand(len(noise)))
+    for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+        sigma = here.expand(len(x))
+        x = x + slope(x, sigma, denoiser.denoise(x, sigma, conds)) * (there - here)
+    return x

@@ -1,0 +1,183 @@
+"""Files that other tools read, written so that a crash or a full disk never costs the old one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """Write atomically. The same tensors and metadata give the same bytes (the library orders metadata by chance)."""
+    from safetensors.torch import save
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_bytes(path, ordered(save(tensors, metadata=metadata or {})))
+
+
+def ordered(blob: bytes) -> bytes:
+    """A safetensors blob with the keys of its metadata sorted."""
+    (length,) = struct.unpack("<Q", blob[:8])
+    header = json.loads(blob[8 : 8 + length])
+    meta = header.pop("__metadata__", None)
+    header = {**({"__metadata__": dict(sorted(meta.items()))} if meta else {}), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + blob[8 + length :]
+
+
+def write_bytes(path, blob: bytes):
+    """Replace the file in one go: a reader sees the old one or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror}): {len(blob) / 2**20:.1f} MiB are needed and {free:.1f} MiB are free. "
+            "An older file of that name is untouched. Free some space and press Run again; the run continues where it was saved.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata). Raises ValueError for a file that is no safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+
+
+# -- trees: nested states of optimizers and methods as one safetensors file ---------------------------------------------
+
+
+def write_tree(path, tree):
+    """Write nested dicts, lists, tuples, numbers, strings and tensors as one safetensors file, exactly."""
+    tensors: dict[str, Tensor] = {}
+    shape = packed(tree, tensors)
+    write_safetensors(path, tensors, {"tree": json.dumps(shape)})
+
+
+def read_tree(path):
+    """What `write_tree` wrote, equal in every bit."""
+    tensors, metadata = read_safetensors(path)
+    if "tree" not in metadata:
+        raise ValueError(f"{path} is no saved state.")
+    return unpacked(json.loads(metadata["tree"]), tensors)
+
+
+def packed(tree, tensors):
+    if isinstance(tree, Tensor):
+        key = str(len(tensors))
+        tensors[key] = tree.detach().cpu().clone()
+        return {"tensor": key}
+    if isinstance(tree, dict):
+        return {"dict": [[packed(k, tensors), packed(v, tensors)] for k, v in tree.items()]}
+    if isinstance(tree, tuple):
+        return {"tuple": [packed(v, tensors) for v in tree]}
+    if isinstance(tree, list):
+        return [packed(v, tensors) for v in tree]
+    return tree
+
+
+def unpacked(shape, tensors):
+    if isinstance(shape, list):
+        return [unpacked(v, tensors) for v in shape]
+    if not isinstance(shape, dict):
+        return shape
+    ((kind, value),) = shape.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "tuple":
+        return tuple(unpacked(v, tensors) for v in value)
+    return {unpacked(k, tensors): unpacked(v, tensors) for k, v in value}
+
+
+# -- LoRA files -----------------------------------------------------------------------------------------------------------
+
+
+class LoraFile(dict):
+    """A LORA_MODEL: tensors by key, as ComfyUI's own nodes expect, with the metadata of its file and the steps it was trained."""
+
+    def __init__(self, tensors, metadata=None, steps=0):
+        super().__init__(tensors)
+        self.metadata, self.steps = dict(metadata or {}), steps
+
+
+def lora_metadata(*, title, base, architecture, prediction, adapter, optimizing, noise, run, resolution, dataset, steps) -> dict[str, str]:
+    """What kohya's tools (ss_*), the modelspec readers and the next trainer look for. No clock time: the same run, the same bytes."""
+    ss = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": adapter.rank,
+        "ss_network_alpha": adapter.alpha or adapter.rank,
+        "ss_network_args": json.dumps({"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}),
+        "ss_base_model_version": base,
+        "ss_v2": "True" if base.startswith("sd_v2") else "False",
+        "ss_learning_rate": run.learning_rate,
+        "ss_unet_lr": run.learning_rate,
+        "ss_text_encoder_lr": (optimizing.text_encoder_lr or run.learning_rate / 10) if adapter.text_encoder else 0,
+        "ss_optimizer": optimizing.optimizer,
+        "ss_lr_scheduler": optimizing.schedule,
+        "ss_lr_warmup_steps": optimizing.warmup,
+        "ss_max_train_steps": run.steps,
+        "ss_steps": steps,
+        "ss_batch_size_per_device": run.batch,
+        "ss_gradient_accumulation_steps": optimizing.accumulate,
+        "ss_max_grad_norm": optimizing.clip,
+        "ss_seed": run.seed,
+        "ss_min_snr_gamma": noise.gamma if noise.weighting == "min-SNR" else "None",
+        "ss_num_train_images": dataset.get("images", 0),
+        "ss_resolution": resolution,
+        "ss_output_name": title,
+        "ss_caption_dropout_rate": dataset.get("dropout", 0.0),
+        "ss_training_comment": "trained by Trainyard",
+    }
+    spec = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": resolution,
+        "modelspec.prediction_type": prediction,
+    }
+    own = {"trainyard": json.dumps({r.__class__.__name__: r.to_dict() for r in (adapter, optimizing, noise, run)}, sort_keys=True)}
+    return {k: str(v) for k, v in {**ss, **spec, **own}.items()}
+
+
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and values: what modelspec.hash_sha256 holds."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
+    """Write a LORA_MODEL with its metadata. Raises ValueError rather than keep NaN, or a file that would change nothing."""
+    if not lora:
+        raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train for at least one step with a learning rate above 0.")
+    bad = [key for key, value in lora.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the learning rate.")
+    metadata = {**lora.metadata, "modelspec.hash_sha256": f"0x{tensor_hash(lora)}", **(extra or {})}
+    write_safetensors(path, lora, metadata)

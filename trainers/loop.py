@@ -1,0 +1,228 @@
+"""The one training loop. It knows parameters, gradients, seeds and time; it knows no images and no prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from .optimizers import make_optimizer, rate_factor, settled
+from .settings import OptimizerSettings, RunSettings
+
+
+def step_rng(seed: int, step: int) -> torch.Generator:
+    """The chance of one step: a resumed run is the same run, bit for bit."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class Progress:
+    """What a report sees: `losses` holds one number per finished step, smoothed over nothing."""
+
+    step: int
+    steps: int
+    losses: list[float] = field(repr=False)
+    rate: float
+    seconds_left: float
+
+    def line(self) -> str:
+        """step 12/100 · loss 0.1234 · 3 min left"""
+        loss = sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
+        return f"step {self.step}/{self.steps} · loss {loss:.4f} · {spoken(self.seconds_left)} left"
+
+
+def spoken(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class Run:
+    """One training in memory: what a step changes, and what a resume needs."""
+
+    method: object
+    optimizer: torch.optim.Optimizer
+    params: list
+    step: int = 0
+    losses: list = field(default_factory=list)
+
+    def state(self) -> dict:
+        """Everything the next step depends on, as a tree of tensors, numbers and strings."""
+        return {
+            "step": self.step,
+            "losses": torch.tensor(self.losses, dtype=torch.float32),
+            "params": [p.detach() for p in self.params],
+            "optimizer": self.optimizer.state_dict(),
+            "method": method_state(self.method),
+        }
+
+    def load(self, state: dict):
+        if len(state["params"]) != len(self.params):
+            raise ValueError(f"The saved run has {len(state['params'])} trained tensors and this one {len(self.params)}; start a new run name.")
+        with torch.no_grad():
+            for p, saved in zip(self.params, state["params"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        load_method_state(self.method, state["method"])
+        self.step, self.losses = state["step"], state["losses"].tolist()
+
+
+def method_state(method):
+    return method.state() if hasattr(method, "state") else {}
+
+
+def load_method_state(method, state):
+    if hasattr(method, "load_state"):
+        method.load_state(state)
+
+
+def parameter_groups(method, rates: dict[str, float]) -> list[dict]:
+    """Optimizer groups. A method with several kinds of parameters names them in `groups()`."""
+    named = method.groups() if hasattr(method, "groups") else {"model": list(method.parameters())}
+    return [{"params": list(params), "lr": rates.get(name, rates["model"])} for name, params in named.items() if params]
+
+
+class NoStore:
+    """Keeps nothing."""
+
+    def load(self):
+        return None
+
+    def save(self, state, why): ...
+
+
+def train(method, run: RunSettings, optimizing: OptimizerSettings = OptimizerSettings(), *, report=None, store=None, interval=0.4):
+    """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may raise to stop.
+    `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a safety copy every few minutes),
+    "stopped" or "finished". Whatever stops the run, its last complete step is saved first.
+
+    Raises Diverged when the loss is no longer finite; the last good state is the one kept."""
+    store, report = store or NoStore(), report or (lambda progress: None)
+    te_rate = optimizing.text_encoder_lr or run.learning_rate / 10
+    groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
+    params = [p for g in groups for p in g["params"]]
+    now = Run(method, make_optimizer(groups, optimizing), params)
+    rates = [g["lr"] for g in now.optimizer.param_groups]
+    if (saved := store.load()) is not None:
+        now.load(saved)
+    pending, clock = Pending(params), Clock(now.step, run.steps, interval)
+    draws = method_state(method)
+    try:
+        while True:
+            if why := clock.save_due(now.step, run.save_every):
+                now.losses += pending.fetch(now.step)
+                save(now, store, why)
+                report(clock.progress(now))
+            if now.step >= run.steps:
+                return now.losses
+            factor = rate_factor(now.step, run.steps, optimizing)
+            for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            pending.add(*one_step(method, now.optimizer, params, step_rng(run.seed, now.step), optimizing))
+            now.step, draws = now.step + 1, method_state(method)
+            if clock.due(now.step):
+                now.losses += pending.fetch(now.step)
+                report(clock.progress(now))
+    except BaseException as stop:  # the host's interrupt is no Exception
+        keep(now, store, pending, draws, stop)
+        raise
+
+
+def one_step(method, optimizer, params, rng, optimizing):
+    """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step."""
+    total = 0.0
+    for _ in range(optimizing.accumulate):
+        loss = method.loss(rng).mean() / optimizing.accumulate
+        loss.backward()
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def save(now, store, why):
+    state = now.state()
+    state["params"] = [p.clone() for p in state["params"]]
+    with settled(now.optimizer, now.params):
+        store.save(state, why)
+
+
+def keep(now, store, pending, draws, stop):
+    """Save the last complete step before an exception goes on; a second failure must not hide the first."""
+    try:
+        now.optimizer.zero_grad(set_to_none=True)
+        load_method_state(now.method, draws)
+        if isinstance(stop, Diverged):
+            return
+        now.losses += pending.fetch(now.step)
+        save(now, store, "stopped")
+    except Exception as second:
+        stop.add_note(f"The state of step {now.step} could not be saved: {second}") if hasattr(stop, "add_note") else None
+
+
+class Pending:
+    """Losses that wait on the device until a report fetches them, and the last parameters known to be good."""
+
+    def __init__(self, params):
+        self.params, self.values = params, []
+
+    def add(self, loss, norm):
+        self.values.append(torch.stack([loss.float(), norm.float().to(loss.device)]))
+
+    def fetch(self, step) -> list[float]:
+        if not self.values:
+            return []
+        values, self.values = torch.stack(self.values).tolist(), []
+        for index, (loss, norm) in enumerate(values):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                at = step - len(values) + index + 1
+                raise Diverged(
+                    f"The loss became {loss} with gradient norm {norm} at step {at}. The last good state is kept. Lower the learning rate, "
+                    "add warmup steps, or lower clip; with an fp16 model, load it as bf16 or fp32."
+                )
+        return [loss for loss, _ in values]
+
+
+class Clock:
+    """When to report, when to save, and how long is left."""
+
+    safety_seconds = 180  # how much work a power cut may cost
+
+    def __init__(self, first, steps, interval):
+        self.first, self.steps, self.interval = first, steps, interval
+        self.start = self.last = self.saved = time.monotonic()
+
+    def save_due(self, step, every) -> str | None:
+        """Why the state should be saved before this step, or None."""
+        if step == self.steps:
+            return "finished"
+        if step == self.first:
+            return None
+        why = "step" if every and step % every == 0 else "auto" if time.monotonic() - self.saved > self.safety_seconds else None
+        if why:
+            self.saved = time.monotonic()
+        return why
+
+    def due(self, step) -> bool:
+        if time.monotonic() - self.last < self.interval and step > self.first + 1:
+            return False
+        self.last = time.monotonic()
+        return True
+
+    def progress(self, now) -> Progress:
+        done = now.step - self.first
+        pace = (time.monotonic() - self.start) / done if done else math.inf
+        left = pace * (self.steps - now.step)
+        return Progress(now.step, self.steps, now.losses, now.optimizer.param_groups[0]["lr"], left)

@@ -1,0 +1,92 @@
+"""Optimizers by name and learning-rate schedules. The optimizers come from torch and from the package pytorch-optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+
+from .settings import OptimizerSettings
+
+TORCH = {"AdamW": "AdamW", "RAdam": "RAdam", "SGD": "SGD"}
+PACKAGE = {
+    "AdamW8bit": "bnb_adamw8bit",
+    "Prodigy": "Prodigy",
+    "ScheduleFreeAdamW": "ScheduleFreeAdamW",
+    "Lion": "Lion",
+    "CAME": "CAME",
+    "Adafactor": "AdaFactor",
+    "Adan": "Adan",
+}
+
+
+def make_optimizer(groups: list[dict], settings: OptimizerSettings):
+    """An optimizer over groups of {"params": [...], "lr": float}. Raises RuntimeError with the pip line of a missing package."""
+    options = dict(weight_decay=settings.weight_decay)
+    if settings.optimizer == "SGD":
+        return torch.optim.SGD(groups, momentum=settings.beta1, **options)
+    if settings.optimizer in TORCH:
+        return getattr(torch.optim, TORCH[settings.optimizer])(groups, betas=betas(settings), **options)
+    if settings.optimizer == "Adafactor":
+        options.update(relative_step=False, scale_parameter=False)  # the learning rate is the user's, not the optimizer's own
+    else:
+        options["betas"] = betas(settings)
+    return package_optimizer(settings.optimizer)(groups, **options)
+
+
+def betas(settings):
+    """Two betas, or as many as the optimizer has: CAME and Adan keep a third memory at its published default."""
+    two = (settings.beta1, settings.beta2)
+    return {"CAME": (*two, 0.9999), "Adan": (0.98, 0.92, 0.99)}.get(settings.optimizer, two)
+
+
+def package_optimizer(name):
+    if name == "AdamW8bit":
+        require("bitsandbytes", name)
+    require("pytorch_optimizer", name)
+    import pytorch_optimizer
+
+    return pytorch_optimizer.load_optimizer(PACKAGE[name])
+
+
+def require(module, optimizer):
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        line = f"pip install {module.replace('_', '-')}"
+        raise RuntimeError(f"The optimizer {optimizer} needs a package that is not installed. Run: {line}\nAdamW needs none.")
+
+
+def rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """The learning rate of step `step` (from 0) as a share of the full rate."""
+    if step < settings.warmup:
+        return (step + 1) / (settings.warmup + 1)
+    t = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return {
+        "constant": lambda: 1.0,
+        "linear": lambda: 1.0 - t,
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * t)),
+        "cosine with restarts": lambda: 0.5 * (1 + math.cos(math.pi * ((t * settings.restarts) % 1.0))),
+        "polynomial": lambda: (1.0 - t) ** 2,
+    }[settings.schedule]()
+
+
+@contextlib.contextmanager
+def settled(optimizer, params):
+    """The weights to use, while inside: schedule-free optimizers train one point and deliver another (Defazio et al. 2024).
+    The training point comes back bit for bit."""
+    if not hasattr(optimizer, "eval") or not hasattr(optimizer, "train"):
+        yield
+        return
+    before = [p.detach().clone() for p in params]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(params, before, strict=True):
+                p.copy_(value)
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)

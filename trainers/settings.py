@@ -1,0 +1,178 @@
+"""Every choice that changes a result: its default, range, unit and hint, written once.
+
+Widgets, validation, the fingerprint of a run and the metadata of a file all come from these records.
+What does not change the result (paths, progress, devices) is an argument, never a setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+def number(default, lo, hi, hint, *, unit="", step=None, advanced=False):
+    """A number in [lo, hi]; an int default makes it a whole number."""
+    return field(default=default, metadata=dict(lo=lo, hi=hi, hint=hint, unit=unit, step=step, advanced=advanced))
+
+
+def choice(default, options, hint, *, advanced=False):
+    return field(default=default, metadata=dict(options=tuple(options), hint=hint, advanced=advanced))
+
+
+def switch(default, hint, *, advanced=False):
+    return field(default=default, metadata=dict(switch=True, hint=hint, advanced=advanced))
+
+
+def text(default, hint, *, advanced=False):
+    return field(default=default, metadata=dict(text=True, hint=hint, advanced=advanced))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A frozen record, checked once on construction. Raises ValueError naming the field, its value and the remedy."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = checked(f.name, getattr(self, f.name), f.default, f.metadata)
+            object.__setattr__(self, f.name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        """The record these values describe; keys that this record does not know are an error."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
+        return cls(**values)
+
+
+def checked(name, value, default, meta):
+    """The value in its field's type, or ValueError. Links between nodes bypass widget limits, and NaN passes min and max."""
+    if "options" in meta:
+        if value not in meta["options"]:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, meta['options']))}.")
+        return value
+    if meta.get("switch"):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be true or false.")
+        return value
+    if meta.get("text"):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}; it must be text.")
+        return value
+    if "lo" in meta:
+        return checked_number(name, value, type(default), meta)
+    return value
+
+
+def checked_number(name, value, kind, meta):
+    unit = f" {meta['unit']}" if meta.get("unit") else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number between {meta['lo']} and {meta['hi']}{unit}.")
+    if not meta["lo"] <= value <= meta["hi"]:
+        raise ValueError(f"{name} is {value}; it must lie between {meta['lo']} and {meta['hi']}{unit}.")
+    if kind is int and value != int(value):
+        raise ValueError(f"{name} is {value}; it must be a whole number{unit and ' of' + unit}.")
+    return kind(value)
+
+
+def fingerprint(*parts) -> str:
+    """32 hex digits that change when any part does. Parts are settings records or JSON-able values."""
+    plain = [{type(p).__name__: p.to_dict()} if isinstance(p, Settings) else p for p in parts]
+    canonical = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+# -- the records of a LoRA run -------------------------------------------------------------------------------------------
+
+TARGETS = ("attention", "attention+mlp", "all linear", "regex")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(Settings):
+    """What is trained on top of the frozen model."""
+
+    rank: int = number(16, 1, 4096, "Inner dimension of the adapter. Larger learns more and makes a larger file.")
+    alpha: float = number(0.0, 0.0, 4096.0, "The adapter's output is scaled by alpha / rank. 0 means alpha = rank, a scale of 1.", step=0.5)
+    rslora: bool = switch(False, "Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA): keeps large ranks learning.", advanced=True)
+    targets: str = choice("attention+mlp", TARGETS, "Which layers of the model get an adapter.")
+    pattern: str = text("", "With targets = regex: layers whose name matches this regular expression, for example attn2|ff.", advanced=True)
+    conv: bool = switch(False, "Also train the 3x3 convolutions of a UNet (LoCon). Transformers have none.")
+    conv_rank: int = number(8, 1, 4096, "Inner dimension of the convolution adapters.", advanced=True)
+    conv_alpha: float = number(0.0, 0.0, 4096.0, "Alpha of the convolution adapters. 0 means alpha = conv_rank.", step=0.5, advanced=True)
+    text_encoder: bool = switch(False, "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.targets == "regex") != bool(self.pattern):
+            remedy = "write one, for example attn2|ff" if self.targets == "regex" else "clear it, or set targets to regex"
+            raise ValueError(f"targets is {self.targets!r} and pattern is {self.pattern!r}; {remedy}.")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern is {self.pattern!r}, which is no regular expression: {error}.") from None
+
+
+OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "ScheduleFreeAdamW", "Lion", "CAME", "Adafactor", "RAdam", "Adan", "SGD")
+SCHEDULES = ("constant", "linear", "cosine", "cosine with restarts", "polynomial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """How a gradient becomes a change."""
+
+    optimizer: str = choice("AdamW", OPTIMIZERS, "AdamW needs nothing to be installed; Prodigy finds its own rate (set learning rate to 1).")
+    schedule: str = choice("constant", SCHEDULES, "How the learning rate changes over the run, after the warmup.")
+    warmup: int = number(0, 0, 1_000_000, "The learning rate rises from 0 over these steps.", unit="optimizer steps")
+    restarts: int = number(1, 1, 1000, "Cycles of the schedule 'cosine with restarts'.", advanced=True)
+    weight_decay: float = number(0.01, 0.0, 10.0, "Pulls the adapter toward zero.", step=0.001, advanced=True)
+    beta1: float = number(0.9, 0.0, 0.9999, "Memory of the gradient's mean.", step=0.001, advanced=True)
+    beta2: float = number(0.999, 0.0, 0.99999, "Memory of the gradient's square.", step=0.0001, advanced=True)
+    clip: float = number(1.0, 0.0, 1000.0, "Largest gradient norm; larger gradients are scaled down to it. 0 means never.", step=0.1)
+    accumulate: int = number(1, 1, 1024, "Batches summed into one optimizer step: a larger batch without its memory.")
+    text_encoder_lr: float = number(0.0, 0.0, 10.0, "Learning rate of the text encoder's adapters. 0 means a tenth of the learning rate.", step=1e-6)
+
+
+DENSITIES = ("model default", "uniform", "logit-normal", "host schedule")
+WEIGHTINGS = ("none", "min-SNR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings(Settings):
+    """Where on the way from image to noise a step trains, and how its error counts."""
+
+    density: str = choice("model default", DENSITIES, "How often each noise level is trained. 'model default' is the recipe of the loaded family.")
+    mean: float = number(0.0, -10.0, 10.0, "Centre of logit-normal; above 0 trains more on noise.", step=0.05, advanced=True)
+    std: float = number(1.0, 0.01, 10.0, "Width of logit-normal.", step=0.05, advanced=True)
+    shift: float = number(
+        0.0, 0.0, 100.0, "Flow models: moves noise levels up by s*t / (1 + (s-1)*t). 0 means the family's default.", step=0.05, advanced=True
+    )
+    min_time: float = number(0.0, 0.0, 1.0, "Lowest noise level trained: 0 is the clean image.", step=0.01, advanced=True)
+    max_time: float = number(1.0, 0.0, 1.0, "Highest noise level trained: 1 is pure noise.", step=0.01, advanced=True)
+    weighting: str = choice("none", WEIGHTINGS, "min-SNR limits the weight of nearly clean images; for eps and v-prediction models.")
+    gamma: float = number(5.0, 0.01, 1000.0, "The limit of min-SNR; the paper uses 5.", step=0.5, advanced=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_time >= self.max_time:
+            raise ValueError(f"min_time is {self.min_time} and max_time is {self.max_time}; min_time must be the smaller one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """How long and from which seed."""
+
+    steps: int = number(1000, 1, 10_000_000, "Optimizer steps of the whole run.", unit="optimizer steps")
+    learning_rate: float = number(1e-4, 0.0, 10.0, "Learning rate. 1e-4 suits AdamW; Prodigy wants 1.", step=1e-6)
+    batch: int = number(1, 1, 1024, "Images per step.", unit="images")
+    seed: int = number(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
+    save_every: int = number(250, 0, 1_000_000, "Save a LoRA and the resume state every so many steps. 0 saves at the end only.", unit="optimizer steps")
