@@ -1,0 +1,23 @@
+# make demo | test | test-unit | check | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
+PYTHON ?= python3
+PY := .venv/bin/python
+export OMP_NUM_THREADS ?= 2
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.PHONY: demo test test-unit check env
+
+demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
+	@$(PY) tools/demo.py
+
+test: env  ## everything that can run here; a loud line per group that cannot
+	@$(PY) -m pytest $(ARGS)
+
+test-unit: env  ## the craft without ComfyUI: seconds
+	@$(PY) -m pytest tests/unit $(ARGS)
+
+check: env  ## lint, and the direction of imports
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest -q tests/unit/test_house.py
+
+env:  ## .venv, layered over ComfyUI's packages and never changing them
+	@$(PYTHON) tools/env.py

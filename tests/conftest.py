@@ -1,0 +1,119 @@
+"""Marks, skipped groups and fixtures for every test: ComfyUI in this process (`comfy`, `folders`) and a real server (`server`).
+
+Groups by folder: unit/ and toy/ need nothing; comfy/ and workflows/ need ComfyUI; browser/ needs Chromium and Node as well.
+A group that cannot run here is not collected, and says so in one loud line at the end.
+"""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import types
+
+import pytest
+from trainyard.tools import env
+
+TESTS = pathlib.Path(__file__).resolve().parent
+HOST_PACKAGES = ("torch", "transformers", "aiohttp", "comfy_kitchen")
+
+
+def no_comfyui():
+    """Why tests with ComfyUI cannot run here, or ''."""
+    place = env.find_comfyui()
+    if place is None:
+        return "ComfyUI not found (set COMFYUI_PATH to its folder)"
+    missing = [name for name in HOST_PACKAGES if importlib.util.find_spec(name) is None]
+    return f"ComfyUI at {place} needs {', '.join(missing)}, not visible here (run `make env`, then .venv/bin/pytest)" if missing else ""
+
+
+def no_browser():
+    """Why tests in a browser cannot run here, or ''."""
+    tools = {"Chromium (set CHROMIUM to its path)": chromium(), "Node": shutil.which("node")}
+    missing = [name for name, path in tools.items() if not path]
+    return no_comfyui() or (f"{' and '.join(missing)} not found" if missing else "")
+
+
+def chromium():
+    """Path of a Chromium, or None."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+GROUPS = {"comfy": ("comfy", no_comfyui), "workflows": ("comfy", no_comfyui), "browser": ("browser", no_browser)}
+SKIPPED = {}  # group -> why
+
+
+def group_of(path):
+    """Name of the folder below tests/ that a file lies in."""
+    parts = pathlib.Path(path).resolve().relative_to(TESTS).parts if TESTS in pathlib.Path(path).resolve().parents else ()
+    return parts[0] if parts else ""
+
+
+def pytest_ignore_collect(collection_path):
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    group = group_of(collection_path)
+    why = GROUPS[group][1]() if group in GROUPS else ""
+    if why:
+        SKIPPED[group] = why
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        group = group_of(item.path)
+        if group in GROUPS:
+            item.add_marker(GROUPS[group][0])
+        elif "server" in item.fixturenames or "comfy" in item.fixturenames:
+            item.add_marker("comfy")
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(not gpu(), reason="no CUDA device"))
+
+
+def gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_terminal_summary(terminalreporter):
+    for group, why in sorted(SKIPPED.items()):
+        terminalreporter.write_line(f"SKIPPED {group} tests: {why}", red=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def comfy():
+    """ComfyUI in this process, on the CPU, with a base folder of its own: `.path`, `.folder_paths`, `.nodes`."""
+    if why := no_comfyui():
+        pytest.skip(why)
+    from trainyard.tests.comfy import boot
+
+    boot.boot()
+    import folder_paths
+    import nodes
+
+    assert pathlib.Path(nodes.__file__).parent == boot.COMFYUI, f"`import nodes` is {nodes.__file__} and not ComfyUI's"
+    return types.SimpleNamespace(path=boot.COMFYUI, folder_paths=folder_paths, nodes=nodes)
+
+
+@pytest.fixture
+def folders(comfy, tmp_path, monkeypatch):
+    """ComfyUI's input, output, temp and datasets folders below one throw-away folder, which is returned."""
+    for name in ("input", "output", "temp", "datasets"):
+        (tmp_path / name).mkdir()
+    for name in ("input", "output", "temp"):
+        monkeypatch.setattr(comfy.folder_paths, f"{name}_directory", str(tmp_path / name))
+    kinds = comfy.folder_paths.folder_names_and_paths
+    monkeypatch.setitem(kinds, "datasets", ([str(tmp_path / "datasets")], kinds.get("datasets", ([], set()))[1]))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real ComfyUI server with this pack and the tests' own helper nodes. One start (10-20 s) per session."""
+    if why := no_comfyui():
+        pytest.skip(why)
+    from trainyard.tests.comfy.server import Server
+
+    with Server(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
