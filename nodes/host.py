@@ -1,0 +1,599 @@
+"""ComfyUI, as the trainers see it. The only door to comfy.* for training.
+
+`training(model, ...)` borrows a loaded MODEL: gradients on, adapters attached, a few of the host's habits changed; on every way
+out, the interrupt included, all of it is put back and the base weights are what they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+from dataclasses import dataclass, field
+
+import comfy.lora
+import comfy.model_management as mm
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import comfy_kitchen
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy_kitchen.backends.eager import rope as eager_rope
+from torch.utils.checkpoint import checkpoint
+
+from ..trainers.adapters import Adapters, kohya
+from ..trainers.files import LoraFile
+from ..trainers.settings import AdapterSettings
+from .families import Family, family_of
+from .outofplace import out_of_place
+
+KEY = "trainyard"
+CHECKPOINTING = ("off", "per block")
+
+
+# -- leaving inference mode ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gradients():
+    """Nodes run under inference_mode, where autograd records nothing."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def ordinary(tree):
+    """The same nested value with inference tensors replaced by clones, which autograd can save. Call inside `gradients()`."""
+    if torch.is_tensor(tree):
+        return tree.clone() if tree.is_inference() else tree
+    if isinstance(tree, dict):
+        return {k: ordinary(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(ordinary(v) for v in tree)
+    return tree
+
+
+def materialise(network) -> int:
+    """Replace parameters and buffers that were made under inference mode; assigning to `.data` would not cure them."""
+    count = 0
+    for module in network.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_inference():
+                module._parameters[name] = torch.nn.Parameter(value.detach().clone(), requires_grad=False)
+                count += 1
+        for name, value in module._buffers.items():
+            if value is not None and value.is_inference():
+                module._buffers[name] = value.clone()
+                count += 1
+    return count
+
+
+# -- the host's habits, changed while training -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_training():
+    """Forward and backward use the host's kernels that autograd knows; must hold during backward (recomputation) too."""
+    before, mm.in_training = mm.in_training, True
+    try:
+        yield
+    finally:
+        mm.in_training = before
+
+
+@contextlib.contextmanager
+def differentiable_rope():
+    """A few families call the fused rotary kernels without asking `in_training`; those have no autograd formula."""
+    names = [n for n in dir(eager_rope) if n.startswith(("apply_rope", "rms_rope")) and not n.endswith("_") and hasattr(comfy_kitchen, n)]
+    before = {n: getattr(comfy_kitchen, n) for n in names}
+    try:
+        for n in names:
+            setattr(comfy_kitchen, n, getattr(eager_rope, n))
+        yield
+    finally:
+        for n, function in before.items():
+            setattr(comfy_kitchen, n, function)
+
+
+def block_classes(network) -> set[type]:
+    """The classes whose calls are worth a checkpoint: a UNet's residual and transformer blocks, else the members of the
+    network's own lists of blocks."""
+    unet = {type(m) for m in network.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResBlock")}
+    lists = [m for m in network.children() if isinstance(m, torch.nn.ModuleList)]
+    return unet or {type(m) for blocks in lists for m in blocks if any(True for _ in m.parameters())}
+
+
+@contextlib.contextmanager
+def checkpointed(classes):
+    """Blocks keep only their inputs and compute the rest again during backward (Chen et al. 2016)."""
+    before = [(cls, cls.forward) for cls in classes]
+    try:
+        for cls, forward in before:
+            cls.forward = recomputing(forward)
+        yield
+    finally:
+        for cls, forward in before:
+            cls.forward = forward
+
+
+def recomputing(forward):
+    def run(module, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(module, *args, **kwargs)
+        # The host writes the current block's number into its options; recomputation must see those of this call.
+        args = [dict(a) if isinstance(a, dict) else a for a in args]
+        kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
+        return checkpoint(forward, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
+
+
+# -- a loaded MODEL as a denoiser ---------------------------------------------------------------------------------------
+
+
+class ComfyDenoiser:
+    """trainers.diffusion.Denoiser over a ModelPatcher that is loaded and attached."""
+
+    def __init__(self, patcher, family: Family):
+        self.patcher, self.model, self.family = patcher, patcher.model, family
+        self.device = patcher.load_device
+        self.options = self._options()
+
+    def _options(self):
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get("transformer_options", {})
+        comfy.patcher_extension.merge_nested_dicts(options.setdefault("wrappers", {}), self.patcher.wrappers, copy_dict1=False)
+        return options
+
+    @property
+    def sampling(self):
+        return self.model.model_sampling
+
+    @property
+    def flow(self) -> bool:
+        return isinstance(self.sampling, comfy.model_sampling.CONST)
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, in the words of modelspec."""
+        kinds = comfy.model_sampling
+        return "flow" if self.flow else "v" if isinstance(self.sampling, (kinds.V_PREDICTION, kinds.V_PREDICTION_DDPM)) else "epsilon"
+
+    def model_space(self, latent):
+        latent = latent.to(self.device, torch.float32)
+        if latent.ndim == 4 and self.model.latent_format.latent_dimensions == 3:
+            latent = latent.unsqueeze(2)  # an image is a video of one frame
+        return self.model.process_latent_in(latent)
+
+    def noised(self, x0, noise, sigma):
+        return self.sampling.noise_scaling(sigma, noise, x0)
+
+    def sigma_at(self, u):
+        """Discrete schedules train on their own integer timesteps: the network never saw a sigma between two of them."""
+        ms = self.sampling
+        if discrete(ms):
+            steps = len(ms.sigmas)
+            index = (u * steps).floor().long().clamp(0, steps - 1)
+            return ms.sigmas[index.to(ms.sigmas.device)].float()
+        return torch.tensor([float(ms.percent_to_sigma(min(1 - float(v), 1 - 1e-6))) for v in u]).clamp(max=float(ms.sigma_max))
+
+    def native_scale(self, sigma):
+        one = torch.ones(len(sigma), 1, device=sigma.device)
+        return self.sampling.calculate_denoised(sigma, one, torch.zeros_like(one)).abs().flatten()
+
+    def denoise(self, x, sigma, conds):
+        """Row i is predicted under cond i. (The host's own list of conds would predict every row under all of them and average.)"""
+        rows = [self._row(cond, x[i : i + 1]) for i, cond in enumerate(ordinary(conds))]
+        sigma = sigma.to(x.device)
+        parts = [(group, self._apply(x[group], sigma[group], [rows[i] for i in group])) for group in concatenable(rows)]
+        order = [i for group, _ in parts for i in group]
+        out = torch.cat([part for _, part in parts])
+        return out if order == sorted(order) else out[torch.tensor(order, device=x.device).argsort()]
+
+    def _row(self, cond, x):
+        """The host's own model inputs for one caption: extra_conds adds size conditioning, guidance, masks."""
+        cond = {"guidance": self.family.guidance, **cond} if self.family.guidance is not None else cond
+        about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
+        about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
+        return {k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()}
+
+    def _apply(self, x, sigma, rows):
+        inputs = comfy.samplers.cond_cat(rows, x.device)
+        options = {**self.options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
+        return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
+
+
+def discrete(ms) -> bool:
+    kinds = comfy.model_sampling
+    return isinstance(ms, kinds.ModelSamplingDiscrete) and not isinstance(ms, (kinds.ModelSamplingDiscreteEDM, kinds.StableCascadeSampling))
+
+
+def concatenable(rows) -> list[list[int]]:
+    """Indices of rows whose conditionings fit into one batch; different token counts may need several."""
+    groups: list[list[int]] = []
+    for i, row in enumerate(rows):
+        for group in groups:
+            first = rows[group[0]]
+            if first.keys() == row.keys() and all(first[k].can_concat(row[k]) for k in row):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+# -- the door -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Session:
+    """What a method gets while the door is open."""
+
+    denoiser: ComfyDenoiser
+    adapters: Adapters
+    family: Family
+    text_adapters: Adapters | None = None
+    encode: object = None  # (captions) -> conds with gradients
+    keys: dict = field(default_factory=dict)  # layer path -> name in the file
+    text_keys: dict = field(default_factory=dict)
+
+    def tensors(self):
+        """(LoRA tensors in file names, names of layers that no step ever reached)."""
+        tensors, untouched = self.adapters.tensors(self.keys.__getitem__)
+        if self.text_adapters is not None:
+            more, others = self.text_adapters.tensors(self.text_keys.__getitem__)
+            tensors, untouched = {**tensors, **more}, untouched + others
+        return tensors, untouched
+
+
+@contextlib.contextmanager
+def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, checkpointing: str = "off", memory: float = 0.0):
+    """A Session over a loaded MODEL. `memory`: bytes that the training needs beside the weights.
+
+    Raises ValueError when the adapter fits no layer, or when the text encoder is wanted and no CLIP is given."""
+    if adapter.text_encoder and clip is None:
+        raise ValueError("text_encoder is on, but no CLIP is connected. Connect CLIP to the Train node, or switch text_encoder off.")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gradients())
+        patcher = borrowed(model)
+        rng = torch.Generator().manual_seed(seed)
+        network = patcher.model.diffusion_model
+        adapters = Adapters(network, adapter, rng).to(patcher.load_device)
+        session = Session(None, adapters, family_of(patcher.model.model_config), keys=unet_keys(patcher.model, adapters.layers))
+        if adapter.text_encoder:
+            stack.enter_context(text_training(clip, adapter, rng, session))
+        stack.enter_context(loaded(patcher, adapters, memory))
+        materialise(patcher.model)
+        stack.enter_context(out_of_place(network))
+        stack.enter_context(in_training())
+        stack.enter_context(differentiable_rope())
+        if checkpointing == "per block":
+            stack.enter_context(checkpointed(block_classes(network)))
+        session.denoiser = ComfyDenoiser(patcher, session.family)
+        yield session
+
+
+def borrowed(model):
+    """A clone of the patcher that shares the weights: its attention can run backward, and its half-precision is bf16 where the
+    device has it (fp16 gradients underflow)."""
+    patcher = model.get_non_dynamic_delegate() if model.is_dynamic() else model.clone()
+    patcher.set_model_optimized_attention(attention_pytorch)
+    if patcher.model.get_dtype_inference() == torch.float16 and mm.should_use_bf16(patcher.load_device):
+        patcher.set_model_compute_dtype(torch.bfloat16)
+    return patcher
+
+
+@contextlib.contextmanager
+def loaded(patcher, adapters, memory):
+    """The host loads the model where it wants it, with the adapters as an injection of its patcher."""
+    injection = comfy.patcher_extension.PatcherInjection(inject=lambda _: adapters.attach(), eject=lambda _: adapters.detach())
+    patcher.set_injections(KEY, [injection])
+    try:
+        mm.unload_model_and_clones(patcher)  # weights pinned for offloading must not be materialised
+        mm.load_models_gpu([patcher], memory_required=memory)
+        patcher.pre_run()
+        patcher.inject_model()
+        yield
+    finally:
+        patcher.eject_model()
+        adapters.detach()
+        patcher.remove_injections(KEY)
+        patcher.cleanup()
+        mm.soft_empty_cache()
+
+
+@contextlib.contextmanager
+def text_training(clip, adapter, rng, session):
+    """The text encoder with adapters: `session.encode(captions)` carries gradients."""
+    clip = clip.clone()
+    network = clip.cond_stage_model
+    session.text_adapters = Adapters(network, text_targets(adapter), rng).to(clip.patcher.load_device)
+    session.text_keys = clip_keys(network, session.text_adapters.layers)
+    with loaded(clip.patcher, session.text_adapters, 0.0), out_of_place(network):
+        materialise(network)
+        session.encode = lambda captions: [conditioning(clip, c) for c in captions]
+        yield
+
+
+def text_targets(adapter: AdapterSettings) -> AdapterSettings:
+    """The same adapter on a text encoder; a regular expression written for the model's layers does not apply there."""
+    targets = "attention+mlp" if adapter.targets in ("regex", "all linear") else adapter.targets
+    return AdapterSettings(**{**adapter.to_dict(), "targets": targets, "pattern": "", "conv": False})
+
+
+# -- text and pictures ------------------------------------------------------------------------------------------------------
+
+
+def conditioning(clip, caption: str) -> dict:
+    """One caption as the host's own encode node gives it."""
+    ((tensor, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(caption), show_pbar=False)
+    return {"cross_attn": tensor, **extras}
+
+
+class TextEncoder:
+    """trainers.data's text door over a loaded CLIP."""
+
+    def __init__(self, clip):
+        if clip is None:
+            raise ValueError(
+                "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node (CLIPLoader, DualCLIPLoader) and connect it."
+            )
+        self.clip = clip
+        self.identity = identity(clip.patcher, clip.layer_idx)
+
+    def encode(self, captions: list[str]) -> list[dict]:
+        with torch.no_grad():
+            return [conditioning(self.clip, c) for c in captions]
+
+    def free(self):
+        mm.unload_model_and_clones(self.clip.patcher)
+
+
+class PictureEncoder:
+    """trainers.data's VAE door over a loaded VAE."""
+
+    def __init__(self, vae):
+        if vae is None:
+            raise ValueError("VAE is empty: this checkpoint holds no VAE. Load one with the Load VAE node and connect it.")
+        self.vae = vae
+        self.identity = identity(vae.patcher)
+        self.channels = vae.latent_channels
+        self.factor = int(vae.spacial_compression_encode())
+
+    def encode(self, images):
+        """(mean, std or None), unscaled; images (B, H, W, 3) in 0..1. A VAE with a Gaussian posterior shows its moments."""
+        moments = []
+        regulariser = getattr(self.vae.first_stage_model, "regularization", None)
+        hook = regulariser and regulariser.register_forward_pre_hook(lambda _, args: moments.append(args[0].detach()))
+        try:
+            with torch.no_grad():
+                latent = self.vae.encode(images)
+        finally:
+            if hook:
+                hook.remove()
+        return posterior(latent, moments)
+
+    def free(self):
+        mm.unload_model_and_clones(self.vae.patcher)
+
+
+def posterior(latent, moments):
+    """(mean, std) from the encoder's raw moments, when they describe this very latent; (latent, None) otherwise."""
+    z = torch.cat(moments).to(latent) if moments else None
+    if z is None or z.shape[0] != latent.shape[0] or z.shape[1] != 2 * latent.shape[1] or z.shape[2:] != latent.shape[2:]:
+        return latent, None
+    mean, log_variance = z.chunk(2, dim=1)
+    return mean, (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
+
+
+def identity(patcher, *more) -> str:
+    """A hash that changes with the weights or the patches on them, without reading gigabytes: shapes and a sample of values."""
+    digest = hashlib.blake2b(repr(more).encode(), digest_size=16)
+    backup = {k: b.weight for k, b in patcher.backup.items()}  # originals of weights that patches are baked into at the moment
+    for name, value in sorted(patcher.model.state_dict().items()):
+        sample(digest, name, backup.get(name, value))
+    for name, patches in sorted(patcher.patches.items()):
+        for patch in patches:
+            digest.update(repr((name, patch[0], patch[2])).encode())
+            for tensor in tensors_of(patch[1]):
+                sample(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def sample(digest, name, tensor, count=64):
+    digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() and flat.device.type != "meta":
+        index = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), device=flat.device).long()
+        digest.update(flat[index].float().cpu().numpy().tobytes())
+
+
+def tensors_of(value):
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors_of(v)
+    elif hasattr(value, "weights"):
+        yield from tensors_of(value.weights)
+
+
+# -- key names ----------------------------------------------------------------------------------------------------------------
+
+
+def unet_keys(model, layers) -> dict[str, str]:
+    """Layer path -> file name that the host's own loader maps back to that layer."""
+    known = comfy.lora.model_lora_keys_unet(model, {})
+    diffusers = {}
+    if family_of(model.model_config).names == "diffusers":
+        for name, path in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
+            if name.endswith(".weight"):
+                diffusers[path.removesuffix(".weight")] = kohya("lora_unet", name.removesuffix(".weight"))
+    keys = {name: diffusers.get(name) or kohya("lora_unet", name) for name in layers}
+    return loadable(keys, known, "diffusion_model.")
+
+
+def clip_keys(network, layers) -> dict[str, str]:
+    """Layer path -> lora_te..., as the host's loader maps it back: lora_te for a single CLIP-L, lora_te1/2/3 for several encoders."""
+    known = comfy.lora.model_lora_keys_clip(network, {})
+    several = sum(1 for name, child in network.named_children() if any(True for _ in child.parameters())) > 1
+    keys = {}
+    for name in layers:
+        options = [k for k, target in known.items() if target == f"{name}.weight" and k.startswith("lora_te")]
+        options.sort(key=lambda k: (k.startswith("lora_te_") == several, k))
+        keys[name] = options[0] if options else f"text_encoders.{name}"
+    return loadable(keys, known, "")
+
+
+def loadable(keys, known, prefix):
+    """Every key must lead back to its own layer, or the file would load with holes."""
+    for name, key in keys.items():
+        target = known.get(key)
+        if (target[0] if isinstance(target, tuple) else target) != f"{prefix}{name}.weight":
+            raise ValueError(f"Layer {name} has no key that ComfyUI's LoRA loader knows ({key} leads to {target}); choose other adapter targets.")
+    return keys
+
+
+# -- results ------------------------------------------------------------------------------------------------------------------
+
+
+def applied(model, clip, lora, strength=1.0, text_strength=None):
+    """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that do not fit."""
+    misfits = unknown_keys(model, clip, lora)
+    if len(misfits) == len(bases(lora)):
+        raise ValueError(f"This LoRA fits neither MODEL nor CLIP: none of its {len(misfits)} layers is known, for example {misfits[0]}.")
+    with torch.inference_mode(False):
+        tensors = {k: ordinary(v) for k, v in lora.items()}
+        return comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength if text_strength is None else text_strength)
+
+
+def bases(lora) -> list[str]:
+    return sorted({k.split(".lora_")[0].removesuffix(".alpha") for k in lora})
+
+
+def unknown_keys(model, clip, lora) -> list[str]:
+    """Layers of the file that the host's loader would skip."""
+    known = comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {}
+    if clip is not None:
+        known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
+    return [b for b in bases(lora) if b not in known]
+
+
+def check_loads(model, clip, lora: LoraFile):
+    """The self-check after training: the host's own loader must take every layer of the file. Raises RuntimeError with those it skips."""
+    misfits = unknown_keys(model, clip, lora)
+    if misfits:
+        raise RuntimeError(f"ComfyUI's loader would skip {len(misfits)} of {len(bases(lora))} trained layers, for example {misfits[0]}. Please report this model.")
+
+
+# -- checks before the long work ------------------------------------------------------------------------------------------------
+
+
+def check_latents(model, channels: int):
+    wanted = model.model.latent_format.latent_channels
+    if channels != wanted:
+        raise ValueError(
+            f"The latents have {channels} channels and this MODEL wants {wanted}. Encode the dataset with the VAE that belongs to the MODEL."
+        )
+
+
+def check_gradients(session: Session, x0, conds, tolerance=None):
+    """Two tiny steps against finite differences, on adapters shaken off zero; they are put back. For families that no test covers.
+
+    Raises RuntimeError when the model's gradients cannot be had or are wrong: training would run and learn nonsense."""
+    denoiser, adapters = session.denoiser, session.adapters
+    params = list(adapters.parameters())
+    before = [p.detach().clone() for p in params]
+    rng = torch.Generator().manual_seed(0)
+    low_precision = denoiser.model.get_dtype_inference() in (torch.float16, torch.bfloat16)
+    tolerance = tolerance or (0.2 if low_precision else 0.03)
+    x0, conds = x0[:1], conds[:1]
+    noise = torch.randn(x0.shape, generator=rng).to(x0)
+    sigma = denoiser.sigma_at(torch.tensor([0.5])).to(x0)
+    x = denoiser.noised(x0, noise, sigma)
+
+    def loss():
+        return (denoiser.denoise(x, sigma, conds) - x0).square().mean()
+
+    try:
+        with torch.no_grad():
+            for p in params:
+                p.add_(torch.randn(p.shape, generator=rng).to(p) * 0.02)
+        autograd, direction = gradient(loss, params)
+        errors = [abs(difference(loss, params, direction, step) / autograd - 1) for step in (3e-2, 1e-2, 3e-3)]
+    except RuntimeError as error:
+        raise RuntimeError(f"{unknown_model(denoiser)}: its forward pass cannot be differentiated ({error}). It is not trained.") from error
+    finally:
+        with torch.no_grad():
+            for p, value in zip(params, before, strict=True):
+                p.copy_(value)
+                p.grad = None
+    if not min(errors) <= tolerance:
+        raise RuntimeError(
+            f"{unknown_model(denoiser)}: its gradients are off by {min(errors):.0%} against finite differences (at most {tolerance:.0%} is allowed). "
+            "It would learn the wrong thing and is not trained."
+        )
+    return min(errors)
+
+
+def unknown_model(denoiser):
+    return f"Trainyard does not know {type(denoiser.model.model_config).__name__}, so its gradients were checked first, and the check failed"
+
+
+def gradient(loss, params):
+    """(norm, unit direction) of the loss gradient over all params."""
+    loss().backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in params]
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    if not math.isfinite(norm) or norm == 0:
+        raise RuntimeError(f"the gradient norm is {norm}")
+    return norm, [g / norm for g in grads]
+
+
+@torch.no_grad()
+def difference(loss, params, direction, step):
+    """Central difference of the loss along a direction."""
+    values = []
+    for sign in (+1, -1):
+        for p, d in zip(params, direction, strict=True):
+            p.add_(d, alpha=sign * step)
+        values.append(float(loss()))
+        for p, d in zip(params, direction, strict=True):
+            p.add_(d, alpha=-sign * step)
+    return (values[0] - values[1]) / (2 * step)
+
+
+# -- while it runs ----------------------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """Progress of a run, in ComfyUI's own bar and as a text line in the node; raises the host's interrupt."""
+
+    def __init__(self, steps: int, node_id=None):
+        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+        self.node_id = node_id
+
+    def __call__(self, progress):
+        mm.throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(progress.step, progress.steps)
+        self.say(progress.line())
+
+    def say(self, line: str):
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(line, self.node_id, server.client_id)
+        logging.debug("Trainyard: %s", line)
+
+
+def interrupted():
+    """Raise the host's interrupt if the user pressed Cancel."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, mm.OOM_EXCEPTION)
