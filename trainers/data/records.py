@@ -1,0 +1,160 @@
+"""What is known about each picture of a dataset, without holding the picture itself.
+
+A record's id is the sha1 of the file's bytes, so caches, splits and counters survive renaming and moving. Pixels are decoded
+when they are asked for, upright and in 8-bit RGB, and a file that has changed since it was read is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture. Sizes and boxes are in pixels of the upright (EXIF transposed) picture."""
+
+    id: str  # sha1 of the file's bytes, hex
+    path: str
+    size: tuple[int, int]  # (width, height)
+    crop: tuple[int, int, int, int] | None = None  # (left, top, right, bottom)
+    captions: tuple[str, ...] = ()  # alternatives; any one of them describes the picture
+    tags: tuple[str, ...] = ()
+    score: float | None = None
+    mask: str | None = None  # path of a grey picture, white = learn; the picture's own path means its alpha
+    mask_id: str | None = None  # sha1 of the mask's bytes
+    repeats: int = 1  # how often it is seen in one epoch
+    split: str = "train"
+    flags: tuple[str, ...] = ()
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """(width, height) of what open_image returns: the crop, or all of it."""
+        if self.crop is None:
+            return self.size
+        left, top, right, bottom = self.crop
+        return right - left, bottom - top
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Record:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"A record has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Dataset(Sequence):
+    """A list of records, and the files that were left out with the reason for each."""
+
+    records: tuple[Record, ...]
+    skipped: tuple[tuple[str, str], ...] = ()  # (path, reason)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return Dataset(self.records[index], self.skipped) if isinstance(index, slice) else self.records[index]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def to_json(self) -> str:
+        return json.dumps({"records": [asdict(record) for record in self.records], "skipped": self.skipped}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Dataset:
+        values = json.loads(text)
+        skipped = tuple((path, reason) for path, reason in values.get("skipped", ()))
+        return cls(tuple(Record.from_dict(record) for record in values["records"]), skipped)
+
+    def fingerprint(self) -> str:
+        """32 hex digits over everything that training can see; where the files lie does not count."""
+        content = [{k: v for k, v in asdict(record).items() if k not in ("path", "mask")} for record in self.records]
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def sha1(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+def open_image(record: Record, ground=WHITE) -> Image.Image:
+    """The picture in RGB: upright, alpha laid over ground (red, green, blue), cropped to the record's crop."""
+    image = over(eight_bit(upright(decoded(record.path, record.id))), ground)
+    return image.crop(record.crop) if record.crop else image
+
+
+def open_mask(record: Record) -> Image.Image | None:
+    """The loss mask in L, as large as open_image's picture; white counts fully, black not at all. None without a mask."""
+    if record.mask is None:
+        return None
+    if record.mask == record.path:
+        mask = with_alpha(eight_bit(upright(decoded(record.path, record.id)))).getchannel("A")
+    else:
+        mask = mask_file(record)
+    return mask.crop(record.crop) if record.crop else mask
+
+
+def mask_file(record: Record) -> Image.Image:
+    mask = over(eight_bit(upright(decoded(record.mask, record.mask_id))), (0, 0, 0)).convert("L")
+    if mask.width * record.size[1] != mask.height * record.size[0]:
+        raise ValueError(f"The mask {record.mask} is {mask.width}x{mask.height} px and its image {record.size[0]}x{record.size[1]} px. "
+                         "Make the mask as large as the image, or remove it.")
+    return mask if mask.size == tuple(record.size) else mask.resize(record.size, Image.Resampling.BOX)
+
+
+def decoded(path: str, expected_id: str | None) -> Image.Image:
+    """The file's first frame, undecoded mode and all; ValueError when it is gone or no longer the file that was read."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror or error}. Load the dataset again.") from error
+    if expected_id is not None and sha1(data) != expected_id:
+        raise ValueError(f"{path} has changed since the dataset was loaded. Load the dataset again.")
+    return Image.open(io.BytesIO(data))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image)
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The image itself, or modes of more than 8 bits per channel scaled to grey; PIL's own convert clips them to white."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    return Image.fromarray(np.rint(values.clip(min=0) * (255.0 / white_level(image.mode, values))).clip(max=255).astype(np.uint8))
+
+
+def white_level(mode: str, values: np.ndarray) -> float:
+    """The value that means white. Floating point and 32-bit files do not say, so the smallest usual one that holds them all."""
+    if mode.startswith("I;16"):
+        return 65535.0
+    levels = (65535.0, 2.0**31 - 1) if mode == "I" else (1.0, 255.0, 65535.0)
+    brightest = values.max(initial=0.0)
+    return next((level for level in levels if brightest <= level), brightest)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
+def over(image: Image.Image, ground) -> Image.Image:
+    """RGB; what is transparent shows the ground instead of the colour hidden beneath it."""
+    if not has_alpha(image):
+        return image.convert("RGB")
+    image = with_alpha(image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image).convert("RGB")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
