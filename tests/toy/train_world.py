@@ -1,0 +1,244 @@
+"""Trains the toy world's VAE and transformer with ComfyUI's own modules, and writes tests/toy/weights/. About 45 minutes on two cores.
+
+    python -m tests.toy.train_world vae      # TAESD-shaped, 16 channels
+    python -m tests.toy.train_world dit      # SD3-shaped, depth 3; needs the VAE's file
+    python -m tests.toy.train_world pack     # both as 8-bit files in weights/
+    python -m tests.toy.train_world check    # samples with ComfyUI's own sampler and counts what came out right
+
+Run from the root of the repository. ComfyUI is found through COMFYUI_PATH (default ~/comfy/ComfyUI). Every draw comes from a seed;
+bits differ between machines, figures hardly.
+"""
+import math
+import os
+import pathlib
+import sys
+import time
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import shapes, world
+
+sys.path.insert(0, os.environ.get("COMFYUI_PATH", os.path.expanduser("~/comfy/ComfyUI")))
+NOUNS = (*shapes.SEEN, "shape")        # "a red shape" leaves the shape open
+WORK = pathlib.Path(os.environ.get("TOY_WORK", "/tmp/toy_world"))      # float32 weights between the two parts
+
+
+def pixels(pictures):
+    """PIL pictures -> (N, 3, H, W) uint8."""
+    flat = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in pictures)
+    return torch.stack([p.permute(2, 0, 1) for p in flat])
+
+
+def jumble(rng):
+    """A picture of two to four shapes of any colour and angle on any ground: the VAE must serve more than the captions can say."""
+    def any_colour():
+        return tuple(torch.randint(256, (3,), generator=rng).tolist())
+    picture = shapes.Image.new("RGB", (shapes.FINE * shapes.PX,) * 2, any_colour())
+    for _ in range(2 + shapes.below(rng, 3)):
+        radius, x, y, turn = (torch.rand(4, generator=rng) * torch.tensor([14, 48, 48, 360]) + torch.tensor([4, 8, 8, 0])).tolist()
+        shapes.paint(picture, shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))], any_colour(), radius, (x, y), turn)
+    return picture.resize((shapes.PX,) * 2, shapes.Image.Resampling.BOX)
+
+
+def vae_pictures(n, seed):
+    """(n, 3, 64, 64) uint8: two of three are pictures of the world, unseen shapes included, one is a jumble."""
+    rng = torch.Generator().manual_seed(seed)
+    every = shapes.SHAPES
+    return pixels([jumble(rng) if i % 3 == 2 else shapes.sample(rng, shape=every[i % len(every)])[0] for i in range(n)])
+
+
+def he_init(module, rng):
+    """Seeded weights for every layer, because the host's layers start as uninitialised memory; residual branches start small."""
+    for name, p in module.named_parameters():
+        if p.ndim == 4:
+            p.data.copy_(torch.randn(p.shape, generator=rng) * math.sqrt(2 / p[0].numel()))
+            if name.endswith("conv.4.weight"):
+                p.data.mul_(0.2)
+        else:
+            p.data.zero_()
+
+
+def warm_cosine(step, steps, warmup=100):
+    """Learning-rate factor: up from 0 during the warmup, then down to 0."""
+    return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def train_vae(steps=3200, batch=16, rate=1.2e-3, seed=1):
+    """A TAESD in float32 whose latents have about mean 0 and std 1 in every channel, written to WORK/vae.safetensors."""
+    from comfy.taesd.taesd import TAESD
+    rng, vae = torch.Generator().manual_seed(seed), TAESD(latent_channels=world.CHANNELS)
+    he_init(vae, rng)
+    vae.taesd_decoder[-1].bias.data.fill_(0.5)
+    vae.taesd_encoder[-1].weight.data.mul_(0.5)
+    vae.to(memory_format=torch.channels_last).train()
+    data, unseen = vae_pictures(9000, seed), vae_pictures(300, seed + 1).float() / 255
+    weights = [p for n, p in vae.named_parameters() if n.startswith("taesd")]
+    opt, start = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4), time.time()
+    for step in range(steps):
+        x = (data[torch.randint(len(data), (batch,), generator=rng)].float() / 255).contiguous(memory_format=torch.channels_last)
+        jitter = torch.rand((batch, 1, 1, 1), generator=rng) * 0.25       # the decoder must forgive what a sampler leaves
+        with torch.autocast("cpu", torch.bfloat16):
+            z = vae.taesd_encoder(x)
+            y = vae.taesd_decoder(z + jitter * torch.randn(z.shape, generator=rng))
+        y, z = y.float(), z.float()
+        spread = (z.mean((0, 2, 3)).square() + (z.std((0, 2, 3)) - 1).square()).mean()
+        loss = (y - x).square().mean() + 0.1 * (y - x).abs().mean() + 0.02 * spread
+        for group in opt.param_groups:
+            group["lr"] = rate * warm_cosine(step, steps)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        opt.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"vae {step:5d}  loss {loss.item():.5f}  {vae_figures(vae, unseen)}  {time.time() - start:.0f} s", flush=True)
+        if step % 400 == 399 or step == steps - 1:
+            WORK.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in vae.state_dict().items() if k.startswith("taesd")}, str(WORK / "vae.safetensors"))
+
+
+@torch.no_grad()
+def vae_figures(vae, pictures):
+    """Squared error on pictures in [0, 1] and spread of the latents, as one line."""
+    z = vae.taesd_encoder(pictures)
+    error = (vae.taesd_decoder(z).clamp(0, 1) - pictures).square().mean((1, 2, 3))
+    named = error[torch.arange(len(error)) % 3 != 2].mean()
+    channel = z.std((0, 2, 3))
+    spread = f"latent std {z.std():.3f} ({channel.min():.2f}-{channel.max():.2f}) mean {z.mean():.3f}"
+    return f"mse {error.mean():.5f} of the world {named:.5f}  {spread}"
+
+
+# --- the transformer
+
+def captions():
+    """Every caption that training uses, "" first."""
+    parts = [(n, c, s, g) for n in NOUNS for c in (None, *shapes.COLOURS) for s in (None, *shapes.SIZES) for g in (None, *shapes.GROUNDS)]
+    return ["", *(shapes.caption(*p) for p in parts)]
+
+
+def said(rng, attributes):
+    """A caption for a picture: all of it, or with a word or two left out, or nothing (one in ten, for guidance)."""
+    empty, noun, colour, size, ground = torch.rand(5, generator=rng).tolist()
+    if empty < 0.1:
+        return ""
+    return shapes.caption("shape" if noun < 0.08 else attributes["shape"], attributes["colour"] if colour > 0.15 else None,
+                          attributes["size"] if size > 0.25 else None, attributes["ground"] if ground > 0.25 else None)
+
+
+@torch.no_grad()
+def encode_texts(texts):
+    """(N, 77, 768) hidden states and (N, 768) pooled, float16, by the host's tokenizer and CLIP with the seeded weights."""
+    import comfy.sd1_clip
+    from comfy.text_encoders.sd3_clip import sd3_clip
+    clip, tokenizer = sd3_clip(clip_l=True, clip_g=False, t5=False)(dtype=torch.float32), comfy.sd1_clip.SDTokenizer()
+    clip.load_state_dict({f"clip_l.{k}": v.half().float() for k, v in world.text_encoder().items()})
+    out = [clip.encode_token_weights({"l": tokenizer.tokenize_with_weights(t), "g": [], "t5xxl": []}) for t in texts]
+    return torch.cat([o[0][..., :world.CLIP] for o in out]).half(), torch.cat([o[1][..., :world.CLIP] for o in out]).half()
+
+
+@torch.no_grad()
+def encode_pictures(pictures):
+    """Model-space latents (N, 16, 8, 8), by the VAE as it will be stored: in 8 bits."""
+    from comfy.taesd.taesd import TAESD
+    vae = TAESD(latent_channels=world.CHANNELS)
+    vae.load_state_dict(world.unpack(world.pack(load_file(str(WORK / "vae.safetensors")))), strict=False)
+    return torch.cat([vae.taesd_encoder(part.float() / 255) for part in pictures.split(64)])
+
+
+def blank_transformer(rng):
+    """The host's MMDiT with the CLIP-L columns only, seeded; what modulates and the last layer start at zero, so it begins as identity."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+    words = {"target": "torch.nn.Linear", "params": {"in_features": world.CLIP, "out_features": world.WIDTH}}
+    model = OpenAISignatureMMDITWrapper(
+        in_channels=world.CHANNELS, out_channels=world.CHANNELS, patch_size=world.PATCH, depth=world.DEPTH, input_size=None,
+        adm_in_channels=world.CLIP, context_embedder_config=words, num_patches=world.SIDE ** 2, pos_embed_max_size=world.SIDE,
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    model.pos_embed.copy_(world.position_table(world.WIDTH, world.SIDE))
+    for name, p in model.named_parameters():
+        still = p.ndim == 1 or "adaLN" in name or name.startswith("final_layer.linear")
+        p.data.copy_(torch.zeros(p.shape) if still else torch.randn(p.shape, generator=rng) / math.sqrt(p[0].numel()))
+    return model
+
+
+def sigmas(rng, n):
+    """Half of them uniform, half as the host's schedule spaces its steps (shift 3): most of a shape is decided at high noise."""
+    u = (torch.arange(n) + torch.rand(n, generator=rng)) / n
+    u = u[torch.randperm(n, generator=rng)]
+    return torch.where(torch.rand(n, generator=rng) < 0.5, u, 3 * u / (1 + 2 * u)).clamp(0.001, 1)
+
+
+def training_set(n, seed):
+    """Latents, attributes of n pictures, and the encoded captions with their index; kept in WORK because a rerun needs them again."""
+    rng, cache = torch.Generator().manual_seed(seed), WORK / f"latents_{n}_{seed}.pt"
+    drawn = [shapes.sample(rng) for _ in range(n)]
+    if not cache.exists():
+        torch.save((encode_pictures(pixels([d[0] for d in drawn])), *encode_texts(captions())), cache)
+    return [d[2] for d in drawn], {t: i for i, t in enumerate(captions())}, *torch.load(cache)
+
+
+def train_dit(steps=4800, short=2800, batch=64, rate=1.5e-3, seed=3, pictures=12000):
+    """Flow matching: x = (1 - sigma) x0 + sigma noise, the model answers noise - x0. Writes an average of the weights: WORK/dit.safetensors.
+
+    The first `short` steps see 16 of the 77 text tokens (a caption needs 10, the rest is padding): the same lesson at a third of the time.
+    """
+    rng, start = torch.Generator().manual_seed(seed), time.time()
+    attributes, index, latents, context, pooled = training_set(pictures, seed)
+    print(f"data ready: {len(latents)} latents std {latents.std():.3f}, {len(context)} captions, {time.time() - start:.0f} s", flush=True)
+    model = blank_transformer(rng)
+    weights, mean = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
+    opt, start, recent = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01), time.time(), 0.0
+    for step in range(steps):
+        pick = torch.randint(len(latents), (batch,), generator=rng)
+        words = torch.tensor([index[said(rng, attributes[i])] for i in pick.tolist()])
+        x0, noise, sigma = latents[pick], torch.randn((batch, *latents.shape[1:]), generator=rng), sigmas(rng, batch)
+        s = sigma.view(-1, 1, 1, 1)
+        text = context[words, :16 if step < short else 77].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = model((1 - s) * x0 + s * noise, sigma * 1000, context=text, y=pooled[words].float())
+        loss = (answer.float() - (noise - x0)).square().mean()
+        for group in opt.param_groups:
+            group["lr"] = rate * warm_cosine(step, steps, 200)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        opt.step()
+        torch._foreach_lerp_(mean, [p.detach() for p in weights], 1 - min(0.998, (step + 1) / (step + 10)))
+        recent += (loss.item() - recent) / min(step + 1, 100)
+        if step % 200 == 199 or step == steps - 1:
+            print(f"dit {step + 1:5d}  loss {recent:.4f}  {time.time() - start:.0f} s", flush=True)
+            names = [k for k, _ in model.named_parameters()]
+            save_file(dict(zip(names, mean, strict=True)), str(WORK / "dit.safetensors"))
+
+
+def pack():
+    """Write the 8-bit files that the repository keeps, and say how large they are."""
+    world.WEIGHTS.mkdir(exist_ok=True)
+    for source, target in (("vae", "vae"), ("dit", "transformer")):
+        path = world.WEIGHTS / f"{target}.safetensors"
+        save_file({k: v.contiguous() for k, v in world.pack(load_file(str(WORK / f"{source}.safetensors"))).items()}, str(path))
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def check(seeds=4):
+    """Build the checkpoint, sample every in-world caption and the unseen shapes with ComfyUI's sampler, print what was right."""
+    from . import sampling
+    toy = sampling.load(world.build(WORK / "toy_world.safetensors"))
+    parts = [(n, c, s, g) for n in shapes.SEEN for c in shapes.COLOURS for s in shapes.SIZES for g in shapes.GROUNDS]
+    full = [dict(zip(("shape", "colour", "size", "ground"), p, strict=True)) for p in parts] * seeds
+    print("full captions", sampling.accuracy(toy, full, first_seed=100_000), flush=True)
+    brief = [{"shape": n, "colour": c} for n in shapes.SEEN for c in shapes.COLOURS] * seeds
+    print("a <colour> <shape>", sampling.accuracy(toy, brief, first_seed=200_000), flush=True)
+    alone = [{"shape": n} for n in shapes.SEEN] * 6 * seeds
+    print("a <shape>", sampling.accuracy(toy, alone, first_seed=300_000), flush=True)
+    for shape in shapes.UNSEEN:
+        unseen = [{"shape": shape, "colour": c} for c in (None, *shapes.COLOURS)] * 2 * seeds
+        print(f"unseen: a {shape}", sampling.accuracy(toy, unseen, first_seed=400_000), flush=True)
+
+
+if __name__ == "__main__":
+    from comfy.cli_args import args
+    args.cpu = True
+    torch.set_num_threads(2)
+    for part in sys.argv[1:]:
+        {"vae": train_vae, "dit": train_dit, "pack": pack, "check": check}[part]()
