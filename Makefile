@@ -10,14 +10,14 @@ demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and
 	@$(PY) tools/demo.py
 
 test: env  ## everything that can run here; a loud line per group that cannot
-	@$(PY) -m pytest $(ARGS)
+	@.venv/bin/pytest $(ARGS)
 
 test-unit: env  ## the craft without ComfyUI: seconds
-	@$(PY) -m pytest tests/unit $(ARGS)
+	@.venv/bin/pytest tests/unit $(ARGS)
 
 check: env  ## lint, and the direction of imports
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest -q tests/unit/test_house.py
+	@.venv/bin/pytest -q tests/unit/test_house.py
 
 env:  ## .venv, layered over ComfyUI's packages and never changing them
 	@$(PYTHON) tools/env.py

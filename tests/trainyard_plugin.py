@@ -23,9 +23,15 @@ def register(name="trainyard", root=ROOT):
     return sys.modules[name]
 
 
+def pytest_configure(config):
+    """Takes tests/ off sys.path again, where this file was found: its folder `comfy` would be taken for ComfyUI's."""
+    tests = str(ROOT / "tests")
+    sys.path[:] = [entry for entry in sys.path if entry != tests]
+
+
 def pytest_collect_directory(path, parent):
-    if path == ROOT:
-        return pytest.Dir.from_parent(parent, path=path)
+    """A plain folder for the pack's root; None (pytest's own choice) for every other."""
+    return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
 
 
 register()
