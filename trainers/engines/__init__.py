@@ -1,0 +1,1 @@
+"""Denoisers over models that live outside ComfyUI."""

@@ -1,0 +1,152 @@
+"""One checkpoint file of ComfyUI's layout as diffusers and transformers modules; sizes are read off the tensors, nothing is fetched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MODEL, TEXT, VAE = "model.diffusion_model.", "text_encoders.", "first_stage_model."
+REMEDY = "Convert it to a diffusers folder (diffusers' pipeline.save_pretrained) and give that folder, or train inside ComfyUI."
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it, fp32."""
+    return {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def is_sd3(tensors) -> bool:
+    return f"{MODEL}joint_blocks.0.x_block.attn.qkv.weight" in tensors
+
+
+def count(tensors, prefix: str) -> int:
+    """How many numbered parts follow a prefix, such as joint_blocks."""
+    return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in tensors if k.startswith(prefix))
+
+
+def strictly(module, tensors, what):
+    """The module with these weights. Raises ValueError naming what is missing or unknown."""
+    missing, unknown = module.load_state_dict(tensors, strict=False)
+    missing = [k for k in missing if not k.endswith("position_ids")]
+    if missing or unknown:
+        some = ", ".join([*missing, *unknown][:4])
+        raise ValueError(f"The {what} of this checkpoint does not fit: {len(missing)} tensors missing, {len(unknown)} unknown ({some}). {REMEDY}")
+    return module.eval().requires_grad_(False)
+
+
+# -- SD3's transformer -------------------------------------------------------------------------------------------------------
+
+
+def sd3_config(t: dict[str, Tensor]) -> dict:
+    """SD3Transformer2DModel's arguments. ComfyUI fixes heads = depth and 64 channels a head; diffusers takes both."""
+    width, channels, patch, _ = t["x_embedder.proj.weight"].shape
+    grid = round(t["pos_embed"].shape[1] ** 0.5)
+    norm = next((k for k in t if k.endswith("x_block.attn.ln_q.weight")), None)
+    return dict(
+        sample_size=grid * patch,
+        patch_size=patch,
+        in_channels=channels,
+        out_channels=t["final_layer.linear.weight"].shape[0] // patch**2,
+        num_layers=count(t, "joint_blocks."),
+        attention_head_dim=64,
+        num_attention_heads=width // 64,
+        joint_attention_dim=t["context_embedder.weight"].shape[1],
+        caption_projection_dim=t["context_embedder.weight"].shape[0],
+        pooled_projection_dim=t["y_embedder.mlp.0.weight"].shape[1],
+        pos_embed_max_size=grid,
+        dual_attention_layers=tuple(i for i in range(count(t, "joint_blocks.")) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in t),
+        qk_norm="rms_norm" if norm else None,
+    )
+
+
+def sd3_transformer(tensors):
+    from diffusers import SD3Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    t = part(tensors, MODEL)
+    model = SD3Transformer2DModel(**sd3_config(t))
+    return strictly(model, convert_sd3_transformer_checkpoint_to_diffusers(dict(t)), "transformer")
+
+
+# -- text encoders -----------------------------------------------------------------------------------------------------------
+
+
+def clip_config(t: dict[str, Tensor]) -> dict:
+    """CLIPTextConfig's arguments; CLIP-L (width 768) uses quick GELU, the larger OpenCLIP ones GELU."""
+    words, width = t["embeddings.token_embedding.weight"].shape
+    return dict(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=t["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=count(t, "encoder.layers."),
+        num_attention_heads=width // 64,
+        max_position_embeddings=t["embeddings.position_embedding.weight"].shape[0],
+        hidden_act="quick_gelu" if width == 768 else "gelu",
+        projection_dim=width,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        pad_token_id=words - 1 if width == 768 else 0,
+    )
+
+
+def clip_model(tensors, name: str):
+    """The CLIP text model `clip_l` or `clip_g` of the file, or None. Pooled states are projected for CLIP-G only, as in ComfyUI's SD3."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    t = part(tensors, f"{TEXT}{name}.transformer.")
+    if not t:
+        return None
+    bare = {k.removeprefix("text_model."): v for k, v in t.items()}
+    kind = CLIPTextModelWithProjection if name == "clip_g" else CLIPTextModel
+    model = kind(CLIPTextConfig(**clip_config(bare)))
+    wanted = {k.removeprefix("text_model."): k for k in model.state_dict()}
+    return strictly(model, {wanted.get(k, k): v for k, v in bare.items() if k in wanted or not k.startswith("text_projection")}, name)
+
+
+# -- autoencoders ------------------------------------------------------------------------------------------------------------
+
+
+def tiny_autoencoder(t: dict[str, Tensor]):
+    """TAESD as diffusers' AutoencoderTiny; ComfyUI's decoder counts one more layer, the clamp."""
+    from diffusers import AutoencoderTiny
+
+    encoder = {f"encoder.layers.{k}": v for k, v in part(t, "taesd_encoder.").items()}
+    decoder = {}
+    for key, value in part(t, "taesd_decoder.").items():
+        index, rest = key.split(".", 1)
+        decoder[f"decoder.layers.{int(index) - 1}.{rest}"] = value
+    model = AutoencoderTiny(latent_channels=t["taesd_decoder.1.weight"].shape[1])
+    return strictly(model, {**encoder, **decoder}, "autoencoder")
+
+
+def kl_autoencoder(t: dict[str, Tensor]):
+    """The autoencoder of SD3 and Flux files: AutoencoderKL without the two 1x1 convolutions around its latent, where the file has none."""
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    levels = count(t, "encoder.down.")
+    widths = tuple(t[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+    model = AutoencoderKL(
+        latent_channels=t["decoder.conv_in.weight"].shape[1],
+        block_out_channels=widths,
+        layers_per_block=count(t, "encoder.down.0.block."),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        use_quant_conv="quant_conv.weight" in t,
+        use_post_quant_conv="post_quant_conv.weight" in t,
+    )
+    return strictly(model, convert_ldm_vae_checkpoint(dict(t), model.config), "autoencoder")
+
+
+def autoencoder(tensors):
+    """(model, is it a tiny one). Raises ValueError for a file without one."""
+    t = part(tensors, VAE)
+    if not t:
+        raise ValueError(f"This checkpoint has no VAE inside, so it can see no images. {REMEDY}")
+    tiny = "taesd_decoder.1.weight" in t
+    return (tiny_autoencoder(t) if tiny else kl_autoencoder(t)), tiny
+
+
+def format_of(tensors, default: tuple[float, float]) -> tuple[float, float]:
+    """(scale, shift) of a tiny autoencoder as the file states them."""
+    named = [tensors.get(f"{VAE}{k}") for k in ("vae_scale", "vae_shift")]
+    return tuple(float(v) if isinstance(v, torch.Tensor) else d for v, d in zip(named, default, strict=True))
