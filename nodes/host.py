@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import time
 from dataclasses import dataclass, field
 
 import comfy.lora
@@ -236,7 +237,7 @@ class Session:
     adapters: Adapters
     family: Family
     text_adapters: Adapters | None = None
-    encode: object = None  # (captions) -> conds with gradients
+    encode: object = None  # (batch) -> conds with gradients
     keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_keys: dict = field(default_factory=dict)
 
@@ -307,15 +308,20 @@ def loaded(patcher, adapters, memory):
 
 @contextlib.contextmanager
 def text_training(clip, adapter, rng, session):
-    """The text encoder with adapters: `session.encode(captions)` carries gradients."""
+    """The text encoder with adapters: `session.encode(batch)` carries gradients."""
     clip = clip.clone()
     network = clip.cond_stage_model
     session.text_adapters = Adapters(network, text_targets(adapter), rng).to(clip.patcher.load_device)
     session.text_keys = clip_keys(network, session.text_adapters.layers)
     with loaded(clip.patcher, session.text_adapters, 0.0), out_of_place(network):
         materialise(network)
-        session.encode = lambda captions: [conditioning(clip, c) for c in captions]
+        session.encode = lambda batch: [{**sizes_of(old), **conditioning(clip, c)} for c, old in zip(batch.captions, batch.conds, strict=True)]
         yield
+
+
+def sizes_of(cond) -> dict:
+    """The size conditioning of a picture, which does not come from its text."""
+    return {k: v for k, v in cond.items() if k in ("width", "height", "crop_w", "crop_h", "target_width", "target_height")}
 
 
 def text_targets(adapter: AdapterSettings) -> AdapterSettings:
@@ -401,6 +407,13 @@ def identity(patcher, *more) -> str:
             for tensor in tensors_of(patch[1]):
                 sample(digest, name, tensor)
     return digest.hexdigest()
+
+
+def model_identity(model) -> str:
+    """identity() of a MODEL with its schedule: a ModelSampling node changes what is learnt."""
+    ms = model.get_model_object("model_sampling")
+    kinds = [cls.__name__ for cls in type(ms).__mro__[:3]]
+    return identity(model, kinds, float(ms.sigma_min), float(ms.sigma_max), float(getattr(ms, "shift", 0.0)))
 
 
 def sample(digest, name, tensor, count=64):
@@ -566,6 +579,34 @@ def difference(loss, params, direction, step):
     return (values[0] - values[1]) / (2 * step)
 
 
+def training_memory(model, data, batch: int, checkpointing: str) -> float:
+    """A rough first figure, in bytes, of what a step needs beside the weights: the host's own estimate for sampling, times what
+    autograd keeps. The host offloads weights when it does not fit."""
+    area = max({item.shape for item in data.items}, key=math.prod)
+    kept = {"off": 12.0, "per block": 3.0}[checkpointing]
+    return kept * model.model.memory_required([batch, *area])
+
+
+def memory_advice(run, checkpointing: str, data) -> str:
+    """What to say when memory ran out in the middle of a run."""
+    need = f"{measured_peak() / 2**30:.1f} GiB were in use"
+    options = [
+        "set checkpointing to 'per block'" if checkpointing == "off" else "train at a smaller resolution (Encode Dataset)",
+        f"lower batch from {run.batch} and raise accumulate instead" if run.batch > 1 else "use an 8-bit optimizer (AdamW8bit)",
+        "lower rank, or train attention layers only",
+    ]
+    return f"Out of memory: {need} when the step failed. The run is saved and continues after a change of memory settings. To need less: {'; '.join(options)}."
+
+
+def measured_peak() -> int:
+    """Bytes: the device's peak, or the process's on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 # -- while it runs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -590,9 +631,34 @@ class Report:
         logging.debug("Trainyard: %s", line)
 
 
+class Steps:
+    """Progress of a job that counts things: report(done, total, what)."""
+
+    def __init__(self, node_id=None):
+        self.report = Report(1, node_id)
+        self.last = 0.0
+
+    def __call__(self, done, total, what=""):
+        now = time.monotonic()
+        if now - self.last > 0.4 or done == total:
+            self.last = now
+            self.report.bar.update_absolute(done, total)
+            self.report.say(f"{done}/{total} {what}")
+
+
 def interrupted():
     """Raise the host's interrupt if the user pressed Cancel."""
     mm.throw_exception_if_processing_interrupted()
+
+
+def generator(seed: int):
+    return torch.Generator().manual_seed(seed)
+
+
+def say_once(line: str, said=set()):  # noqa: B006 - the set is the memory
+    if line not in said:
+        said.add(line)
+        logging.info("Trainyard: %s", line)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ class RunFolder:
     fingerprint: str  # of everything that changes the result but the number of steps
     recipe: dict  # readable settings for run.json
     steps: int
-    export: object = None  # () -> LoraFile with the weights of now
+    export: object = None  # step -> LoraFile with the weights of now
 
     @property
     def folder(self) -> Path:
@@ -69,7 +69,7 @@ class RunFolder:
     def save(self, state, why):
         write_tree(self.state_path, {**state, "fingerprint": self.fingerprint})
         if why in ("step", "stopped", "finished") and state["step"] and self.export:
-            lora = self.export()
+            lora = self.export(state["step"])
             if lora:
                 write_lora(self.lora_path(state["step"]), lora)
         about = {"name": self.name, "fingerprint": self.fingerprint, "step": state["step"], "steps": self.steps, "why": why, **self.recipe}

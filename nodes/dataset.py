@@ -1,0 +1,84 @@
+"""From a folder of pictures to what a Train node reads."""
+
+from comfy_api.latest import io
+
+from ..trainers.data.buckets import BucketSettings
+from ..trainers.data.captions import CaptionSettings
+from ..trainers.data.encode import encode
+from ..trainers.data.readers import folder_state, read_folder
+from . import host, paths
+from .fields import CATEGORY, Dataset, Encoded, inputs, record
+
+
+class LoadDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardLoadDataset",
+            display_name="Load Dataset",
+            category=CATEGORY,
+            description="Pictures and their captions from a folder: same-named .txt files, kohya folders such as 10_name (10 repeats), masks as name.mask.png.",
+            search_aliases=["image folder", "dataset", "training images", "captions", "dreambooth"],
+            inputs=[
+                io.Combo.Input("folder", options=paths.dataset_folders(), tooltip="A folder inside ComfyUI's input or datasets folder. Press R after adding one."),
+                io.Int.Input("repeats", default=1, min=1, max=10_000, tooltip="How often an epoch shows each picture; multiplied with a folder's own N_name. (1 to 10000)"),
+                io.Boolean.Input("alpha_mask", default=False, advanced=True, tooltip="Use the pictures' transparency as a loss mask: transparent parts are not learnt."),
+            ],
+            outputs=[
+                Dataset.Output("dataset", display_name="dataset"),
+                io.String.Output("about", display_name="about", tooltip="What was found, and what was skipped and why."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, **_):
+        return folder_state(paths.dataset_folder(folder))
+
+    @classmethod
+    def execute(cls, folder, repeats, alpha_mask=False):
+        dataset = read_folder(paths.dataset_folder(folder), repeats=repeats, alpha_mask=alpha_mask)
+        return io.NodeOutput(dataset, about(dataset))
+
+
+def about(dataset) -> str:
+    captioned = sum(1 for r in dataset if r.captions)
+    lines = [f"{len(dataset)} pictures, {captioned} with captions, {sum(r.repeats for r in dataset)} per epoch"]
+    return "\n".join(lines + [f"skipped {path}: {reason}" for path, reason in dataset.skipped])
+
+
+class EncodeDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardEncodeDataset",
+            display_name="Encode Dataset",
+            category=CATEGORY,
+            description="Sort pictures into buckets and encode pictures and captions once, with a cache on disk. "
+            "CLIP and VAE leave the GPU afterwards.",
+            search_aliases=["bucket", "latent cache", "vae encode dataset", "caption dropout", "trigger word"],
+            inputs=[
+                Dataset.Input("dataset", tooltip="From Load Dataset."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model to be trained. Also needed without captions: the empty text is encoded too."),
+                *inputs(CaptionSettings),
+                *inputs(BucketSettings),
+                io.Boolean.Input("flip", default=False, tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left and a right."),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, advanced=True, tooltip="Decides how shuffled captions are ordered."),
+            ],
+            outputs=[Encoded.Output("encoded", display_name="encoded")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset, vae, clip, flip, seed=0, **widgets):
+        captions, buckets = record(CaptionSettings, widgets), record(BucketSettings, widgets)
+        pictures, text = host.PictureEncoder(vae), host.TextEncoder(clip)
+        report = host.Steps(cls.hidden.unique_id)
+        with host.gradients():  # tensors made here must be ordinary ones
+            encoded = encode(
+                dataset, captions, buckets, flip=flip, seed=seed, vae=pictures, text=text,
+                cache_dir=paths.cache_folder(), report=report, check_interrupt=host.interrupted,
+            )  # fmt: skip
+        pictures.free()
+        text.free()
+        return io.NodeOutput(encoded)

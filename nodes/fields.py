@@ -1,0 +1,48 @@
+"""Widgets from settings records: a default, a range and a hint are written once, in the record."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from comfy_api.latest import io
+
+Dataset = io.Custom("TRAINYARD_DATASET")
+Encoded = io.Custom("TRAINYARD_ENCODED")
+LoraModel = io.Custom("LORA_MODEL")
+LossMap = io.Custom("LOSS_MAP")
+CATEGORY = "model/training/trainyard"
+
+
+def inputs(record, *, only=(), without=()):
+    """The record's fields as inputs, in its own order; `only` keeps the named ones, `without` leaves some out."""
+    chosen = [f for f in fields(record) if (f.name in only if only else f.name not in without)]
+    return [widget(f) for f in chosen]
+
+
+def widget(f):
+    meta = f.metadata
+    about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None)
+    if "options" in meta:
+        return io.Combo.Input(f.name, options=list(meta["options"]), **about)
+    if meta.get("switch"):
+        return io.Boolean.Input(f.name, **about)
+    if meta.get("text"):
+        return io.String.Input(f.name, **about)
+    if isinstance(f.default, int):
+        control = dict(control_after_generate=io.ControlAfterGenerate.fixed) if f.name == "seed" else {}
+        return io.Int.Input(f.name, min=meta["lo"], max=meta["hi"], step=meta["step"] or 1, **control, **about)
+    return io.Float.Input(f.name, min=meta["lo"], max=meta["hi"], step=meta["step"] or 0.01, round=False, **about)
+
+
+def tooltip(meta):
+    """The hint, with the unit and the range that a person would ask for."""
+    if "lo" not in meta:
+        return meta["hint"]
+    unit = f" {meta['unit']}" if meta.get("unit") else ""
+    return f"{meta['hint']} ({meta['lo']:g} to {meta['hi']:g}{unit})"
+
+
+def record(kind, values):
+    """The settings record of these widget values; re-checked here, because links bypass widget limits."""
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in values.items() if k in names})

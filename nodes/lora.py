@@ -1,0 +1,125 @@
+"""LoRA files: save, load, apply, and the plot of a run."""
+
+import json
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..trainers.files import LoraFile, read_safetensors, write_lora
+from ..trainers.plots import loss_plot
+from . import host, paths
+from .fields import CATEGORY, LoraModel, LossMap
+
+
+class SaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardSaveLora",
+            display_name="Save LoRA (Trainyard)",
+            category=CATEGORY,
+            description="Write a trained LoRA to output/loras with kohya keys and full metadata, then read it back and compare. "
+            "Drop the file on ComfyUI to get its training graph back.",
+            search_aliases=["export lora", "save lora", "safetensors"],
+            inputs=[
+                LoraModel.Input("lora", tooltip="The LORA_MODEL of a Train node."),
+                io.String.Input("name", default="my_lora", tooltip="File name in output/loras; folder/name makes a folder. An existing file is never overwritten."),
+                io.Model.Input("model", optional=True, tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL."),
+                io.Clip.Input("clip", optional=True, tooltip="Optional: the CLIP for the same check, when the text encoder was trained."),
+            ],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, lora, name, model=None, clip=None):
+        lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
+        if model is not None:
+            host.check_loads(model, clip, lora)
+        path = paths.new_lora_path(name)
+        write_lora(path, lora, graph_metadata(cls.hidden))
+        written, metadata = read_safetensors(path)
+        if written.keys() != lora.keys() or any(not torch.equal(written[k], lora[k].cpu()) for k in written):
+            raise RuntimeError(f"{path} does not hold what was written; the disk may be failing. Save it elsewhere.")
+        line = f"{path.name}: {len(host.bases(written))} layers, {path.stat().st_size / 2**20:.1f} MiB, read back and equal"
+        return io.NodeOutput(str(path), ui=ui.PreviewText(line))
+
+
+def graph_metadata(hidden) -> dict[str, str]:
+    """The graph that made a file, under the keys ComfyUI reads when a file is dropped on it."""
+    graph = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {k: json.dumps(v, sort_keys=True) for k, v in graph.items() if v is not None}
+
+
+class LoadLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardLoadLora",
+            display_name="Load LoRA File (Trainyard)",
+            category=CATEGORY,
+            description="A LoRA file as LORA_MODEL, with its metadata: to apply it, or to look into it.",
+            search_aliases=["open lora", "lora metadata"],
+            inputs=[io.Combo.Input("file", options=paths.lora_names(), tooltip="A LoRA from models/loras or output/loras.")],
+            outputs=[
+                LoraModel.Output("lora", display_name="lora"),
+                io.String.Output("about", display_name="about", tooltip="The file's metadata, one entry per line."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        about = paths.lora_path(file).stat()
+        return (file, about.st_mtime_ns, about.st_size)
+
+    @classmethod
+    def execute(cls, file):
+        tensors, metadata = read_safetensors(paths.lora_path(file))
+        about = "\n".join(f"{k}: {v}" for k, v in sorted(metadata.items()) if k not in ("workflow", "prompt"))
+        return io.NodeOutput(LoraFile(tensors, metadata, int(metadata.get("ss_steps", 0) or 0)), about)
+
+
+class ApplyLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardApplyLora",
+            display_name="Apply LoRA (Trainyard)",
+            category=CATEGORY,
+            description="MODEL and CLIP with a LoRA applied. The inputs are not changed.",
+            search_aliases=["lora loader", "use lora", "lora strength"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the LoRA was trained on, or a relative of it."),
+                LoraModel.Input("lora", tooltip="A LORA_MODEL of a Train node or of Load LoRA File."),
+                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip="1 is as trained, 0 is off, below 0 is the opposite. (-20 to 20)"),
+                io.Clip.Input("clip", optional=True, tooltip="The CLIP, when the LoRA holds text-encoder layers."),
+            ],
+            outputs=[io.Model.Output("model", display_name="model"), io.Clip.Output("clip", display_name="clip")],
+        )
+
+    @classmethod
+    def execute(cls, model, lora, strength, clip=None):
+        return io.NodeOutput(*host.applied(model, clip, lora, strength))
+
+
+class LossPlot(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardLossPlot",
+            display_name="Loss Plot (Trainyard)",
+            category=CATEGORY,
+            description="The loss of a run as a picture, raw and smoothed.",
+            search_aliases=["loss graph", "training curve"],
+            inputs=[LossMap.Input("losses", tooltip="The LOSS_MAP of a Train node.")],
+            outputs=[io.Image.Output("plot", display_name="plot")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, losses):
+        picture = np.asarray(loss_plot(losses["loss"]), dtype=np.float32) / 255
+        image = torch.from_numpy(picture)[None]
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

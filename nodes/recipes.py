@@ -1,0 +1,64 @@
+"""Optional settings nodes: what the Train nodes leave out."""
+
+from comfy_api.latest import io
+
+from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings
+from .fields import CATEGORY, inputs, record
+
+AdapterRecipe = io.Custom("TRAINYARD_ADAPTER")
+OptimizerRecipe = io.Custom("TRAINYARD_OPTIMIZER")
+NoiseRecipe = io.Custom("TRAINYARD_NOISE")
+
+
+class Adapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardAdapter",
+            display_name="Adapter Settings",
+            category=f"{CATEGORY}/settings",
+            description="Which layers get an adapter, and how strongly it counts. Connect it to a Train node; without it the defaults hold.",
+            search_aliases=["lora settings", "alpha", "target modules", "locon", "rslora", "text encoder lora", "network dim"],
+            inputs=inputs(AdapterSettings, without=("rank",)),
+            outputs=[AdapterRecipe.Output("adapter", display_name="adapter")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(AdapterSettings, widgets))
+
+
+class Optimizer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardOptimizer",
+            display_name="Optimizer Settings",
+            category=f"{CATEGORY}/settings",
+            description="How a gradient becomes a change: optimizer, schedule, warmup, clipping, accumulation.",
+            search_aliases=["adamw", "prodigy", "lion", "schedule free", "scheduler", "warmup", "gradient accumulation", "8bit"],
+            inputs=inputs(OptimizerSettings),
+            outputs=[OptimizerRecipe.Output("optimizer", display_name="optimizer")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(OptimizerSettings, widgets))
+
+
+class NoiseAndLoss(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardNoiseAndLoss",
+            display_name="Noise and Loss Settings",
+            category=f"{CATEGORY}/settings",
+            description="Which noise levels are trained how often, and how their errors count.",
+            search_aliases=["min snr", "timestep sampling", "logit normal", "flux shift", "timestep range", "loss weighting"],
+            inputs=inputs(NoiseSettings),
+            outputs=[NoiseRecipe.Output("noise", display_name="noise")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(NoiseSettings, widgets))
