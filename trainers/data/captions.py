@@ -21,7 +21,7 @@ class CaptionSettings(Settings):
     trigger: str = text("", "A word put in front of every caption, to call up what was learnt.")
     dropout: float = number(0.0, 0.0, 1.0, "Share of steps that see the empty caption instead; 0.1 keeps guidance working.", step=0.05)
     shuffle: bool = switch(False, "Shuffle the comma-separated tags of each caption, so that their order is not learnt.")
-    keep_tokens: int = number(0, 0, 255, "With shuffle: this many tags stay at the front. The trigger always stays.", unit="tags", advanced=True)
+    keep_tokens: int = number(0, 0, 255, "With shuffle: tags that stay at the front, after the trigger.", unit="tags", advanced=True)
     variants: int = number(8, 1, 64, "With shuffle: how many orders of each caption are encoded.", advanced=True)
 
 

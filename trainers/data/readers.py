@@ -79,8 +79,8 @@ def require_captions(dataset: Dataset) -> None:
     bare = [Path(record.path).name for record in dataset if not any(caption.strip() for caption in record.captions)]
     if bare:
         names = ", ".join(bare[:5]) + (", ..." if len(bare) > 5 else "")
-        raise ValueError(f"Captions are asked for, and {len(bare)} of {len(dataset)} images have none: {names}. Put a text file of the same "
-                         "name beside each image, set a trigger word, or choose the caption mode 'empty (unconditional)'.")
+        raise ValueError(f"Captions are asked for, and {len(bare)} of {len(dataset)} images have none: {names}. Put a text file of the "
+                         "same name beside each image, set a trigger word, or choose the caption mode 'empty (unconditional)'.")
 
 
 def existing(path) -> Path:
@@ -158,7 +158,7 @@ def read_record(file: Path, repeats: int, name: str | None, layout: Layout) -> R
     captions = read_captions(file, layout.caption_extension) or ((name,) if name else ())
     mask, mask_id = find_mask(file)
     if mask is None and alpha and layout.alpha_mask:
-        mask = str(file)
+        mask, mask_id = str(file), sha1(data)
     return Record(id=sha1(data), path=str(file), size=size, captions=captions, mask=mask, mask_id=mask_id, repeats=repeats)
 
 
@@ -169,7 +169,7 @@ def probe(file: Path, data: bytes):
             width, height = image.size
             if image.getexif().get(0x0112) in SIDEWAYS:
                 width, height = height, width
-            image.draft(None, (width // 8, height // 8))  # a JPEG at an eighth of its size: all its bytes, a fraction of the time
+            image.draft(None, (max(width // 8, 1), max(height // 8, 1)))  # a JPEG at an eighth: all its bytes, less time
             image.load()
             return (width, height), has_alpha(image)
     except MemoryError:

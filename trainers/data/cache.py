@@ -1,0 +1,117 @@
+"""What the VAE and the text encoder said, kept on disk as safetensors files named by a hash of everything that went in.
+
+A changed picture, setting or model gives another name, so nothing stale is ever read; files are replaced whole, so an encode
+that was killed continues where it stopped. In memory only the last-used values stay, up to a budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import read_tree, unpacked, write_tree
+
+MIB = 2**20
+HOUR = 3600.0
+
+
+class Shelf:
+    """The most recently used values, at most `budget` bytes of tensors in all; a larger value is not kept."""
+
+    def __init__(self, budget: int):
+        self.budget, self.held = budget, 0
+        self.values: OrderedDict[str, tuple[object, int]] = OrderedDict()
+
+    def get(self, key: str, load):
+        """The value under this key; load() makes it when it is not here."""
+        if key in self.values:
+            self.values.move_to_end(key)
+            return self.values[key][0]
+        value = load()
+        self.put(key, value, size(value))
+        return value
+
+    def put(self, key: str, value, nbytes: int):
+        if nbytes > self.budget:
+            return
+        self.values[key] = value, nbytes
+        self.held += nbytes
+        while self.held > self.budget:
+            _, (_, dropped) = self.values.popitem(last=False)
+            self.held -= dropped
+
+
+class Cache:
+    """Trees (nested dicts and lists of tensors, numbers, text and None) by key, one file each. `load` values are shared: do not write
+    into their tensors."""
+
+    def __init__(self, folder, budget: int = 512 * MIB):
+        self.folder, self.shelf = Path(folder), Shelf(budget)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def shapes(self, key: str):
+        """The tree with each tensor's shape in its place, from the file's header alone; None when absent or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.path(key)), framework="pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                return unpacked(json.loads((file.metadata() or {})["tree"]), shapes)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+
+    def write(self, key: str, tree) -> None:
+        write_tree(self.path(key), tree)
+
+    def load(self, key: str):
+        """The tree, from memory or disk."""
+        return self.shelf.get(key, lambda: self.read(key))
+
+    def read(self, key: str):
+        try:
+            with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
+                return mapped(read_tree(self.path(key)), Tensor.clone)  # what read_tree gives are windows into the file
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again; only what is missing "
+                             "is encoded.") from error
+
+
+class Memory(dict):
+    """The same door for values that live in memory only."""
+
+    def load(self, key: str):
+        return self[key]
+
+
+def mapped(tree, change):
+    """The tree with change(tensor) in place of every tensor."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(value, change) for key, value in tree.items()}
+    return type(tree)(mapped(value, change) for value in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def size(tree) -> int:
+    """Bytes of all tensors in the tree."""
+    counted = []
+    mapped(tree, lambda tensor: counted.append(tensor.nbytes))
+    return sum(counted)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written; younger files may belong to another process at work."""
+    for part in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > HOUR:
+                part.unlink()

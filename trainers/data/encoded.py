@@ -1,0 +1,233 @@
+"""What training sees of a dataset: latents and conditionings, drawn in batches of one shape.
+
+Everything a step chooses (which pictures, mirrored or not, which caption, the sample of the VAE's posterior) comes from the
+generator that it is given. Tensors come from a store when they are needed, so memory does not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .cache import Memory, mapped
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """One picture. Keys name values in the store; pixels are (width, height)."""
+
+    id: str
+    path: str
+    latent: str  # key of {"mean": (C, ..., h, w), "std": the same or None}
+    shape: tuple[int, ...]  # (C, ..., h, w)
+    caption_keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    bucket: tuple[int, int] | None = None  # pixels trained on; None where only latents were given
+    flipped: str | None = None  # latent of the mirrored picture
+    size: dict[str, int] = field(default_factory=dict)  # width, height, crop_w, crop_h, target_width, target_height in pixels
+    flipped_size: dict[str, int] = field(default_factory=dict)
+    repeats: int = 1
+    mask: str | None = None  # key of {"mask": (1, h, w)}, 1 = counts
+
+
+@dataclass
+class Batch:
+    x0: Tensor  # (B, C, ..., h, w) fp32, unscaled, as the VAE gives it
+    conds: list[dict]  # one dict of tensors (batch of 1), numbers and text per sample; tensors are shared, do not write into them
+    captions: list[str]
+    mask: Tensor | None  # (B, 1, ..., h, w), 1 = counts
+    index: list[int]
+
+
+@dataclass
+class Encoded:
+    """A dataset ready for training. `store.load(key)` gives a latent, a conditioning or a mask."""
+
+    items: list[EncodedItem]
+    store: object
+    channels: int
+    fingerprint: str  # changes with the pictures, the captions, every setting and the models that encoded them
+    empty: str | None = None  # key of the empty caption's conditioning
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.dropout and self.empty is None:
+            raise ValueError(f"dropout is {self.dropout}, and nothing was given for the empty caption. Give it, or set dropout to 0.")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def batch(self, picks: Sequence[int], rng: torch.Generator) -> Batch:
+        """The items at these indices, which must have latents of one shape."""
+        luck = torch.rand(len(picks), 3, generator=rng).tolist()
+        flips = [self.items[i].flipped is not None and coin < 0.5 for i, (coin, _, _) in zip(picks, luck, strict=True)]
+        told = [self.caption(self.items[i], *rest) for i, (_, *rest) in zip(picks, luck, strict=True)]
+        x0 = torch.stack([self.latent(self.items[i], flip, rng) for i, flip in zip(picks, flips, strict=True)])
+        sizes = [self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)]
+        conds = [{**self.store.load(key), **size} for (key, _), size in zip(told, sizes, strict=True)]
+        return Batch(x0, conds, [caption for _, caption in told], self.masks(picks, flips, x0), list(picks))
+
+    def caption(self, item: EncodedItem, which: float, drop: float) -> tuple[str, str]:
+        """(key, text) of one of the item's captions or of the empty one; both numbers are uniform in [0, 1)."""
+        if drop < self.dropout:
+            return self.empty, ""
+        index = int(which * len(item.caption_keys))
+        return item.caption_keys[index], item.captions[index]
+
+    def latent(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> Tensor:
+        """(C, ..., h, w): a sample of the VAE's posterior, or its mean where that is all there is."""
+        posterior = self.store.load(item.flipped if flip else item.latent)
+        mean = posterior["mean"].float()
+        if posterior["std"] is None:
+            return mean
+        return mean + posterior["std"].float() * torch.randn(mean.shape, generator=rng)
+
+    def masks(self, picks, flips, x0: Tensor) -> Tensor | None:
+        if all(self.items[i].mask is None for i in picks):
+            return None
+        stacked = torch.stack([self.mask(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)])
+        return stacked.view(len(picks), *[1] * (x0.ndim - 3), *stacked.shape[-2:])
+
+    def mask(self, item: EncodedItem, flip: bool) -> Tensor:
+        """(1, h, w)"""
+        if item.mask is None:
+            return torch.ones(1, *item.shape[-2:])
+        mask = self.store.load(item.mask)["mask"]
+        return mask.flip(-1) if flip else mask
+
+    @classmethod
+    def from_core(cls, latents, conditioning, empty=None, dropout: float = 0.0) -> Encoded:
+        """From ComfyUI's own LATENT[] ({"samples", "noise_mask"}) and CONDITIONING[] ([[tensor, extras], ...]).
+
+        Stacks are split into single samples; one conditioning may serve them all. `empty` is a CONDITIONING for caption dropout."""
+        with torch.inference_mode(False):  # nodes run in inference mode, and autograd refuses tensors made there
+            return from_core(latents, conditioning, empty, dropout)
+
+
+def from_core(latents, conditioning, empty, dropout) -> Encoded:
+    conds = [cond for entry in conditioning for cond in split_conditioning(entry)]
+    samples = [sample for number, latent in enumerate(latents) for sample in split_latent(latent, number)]
+    if len(conds) not in (1, len(samples)) or not samples:
+        raise ValueError(f"{len(samples)} latents and {len(conds)} conditionings do not pair up. "
+                         "Give one conditioning for each latent, or a single one for all of them.")
+    if len({sample.shape[0] for sample, _ in samples}) > 1:
+        counts = sorted({sample.shape[0] for sample, _ in samples})
+        raise ValueError(f"The latents have {' and '.join(map(str, counts))} channels. Encode all images with the same VAE.")
+    store = Memory({f"cond/{i}": cond for i, cond in enumerate(conds)})
+    items = [core_item(store, i, i if len(conds) > 1 else 0, *pair) for i, pair in enumerate(samples)]
+    if empty is not None:
+        store["empty"] = split_conditioning(empty)[0]
+    print_ = content_hash([dict(store), len(items), dropout])
+    return Encoded(items, store, samples[0][0].shape[0], print_, "empty" if empty is not None else None, dropout)
+
+
+def core_item(store: Memory, index: int, cond: int, sample: Tensor, mask: Tensor | None) -> EncodedItem:
+    latent, mask_key = f"latent/{index}", None
+    store[latent] = {"mean": sample, "std": None}
+    if mask is not None:
+        mask_key = f"mask/{index}"
+        store[mask_key] = {"mask": latent_mask(mask, *sample.shape[-2:])}
+    return EncodedItem(str(index), "", latent, tuple(sample.shape), (f"cond/{cond}",), ("",), mask=mask_key)
+
+
+def split_latent(latent: dict, number: int) -> list[tuple[Tensor, Tensor | None]]:
+    """[(sample (C, ..., h, w), mask (1, H, W) or None)] of one LATENT."""
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if not isinstance(samples, Tensor) or samples.ndim < 4:
+        found = f"a tensor of shape {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
+        raise ValueError(f"Latent {number} holds {found}; "
+                         "training needs (batch, channels, height, width) or (batch, channels, frames, height, width).")
+    samples = samples.detach().cpu().clone()
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return [(sample, None) for sample in samples]
+    mask = mask.detach().cpu().float().reshape(-1, 1, *mask.shape[-2:])
+    if len(mask) not in (1, len(samples)):
+        raise ValueError(f"Latent {number} has {len(samples)} samples and {len(mask)} masks. Give one mask per sample, or one for all.")
+    return [(sample, mask[i % len(mask)]) for i, sample in enumerate(samples)]
+
+
+def split_conditioning(conditioning) -> list[dict]:
+    """One cond dict (batch of 1) per row of each [tensor, extras] pair."""
+    conds = []
+    for cross_attn, extras in conditioning:
+        whole = mapped({**extras, "cross_attn": cross_attn}, lambda tensor: tensor.detach().cpu().clone())
+        conds += [row(whole, i, len(cross_attn)) for i in range(len(cross_attn))]
+    return conds
+
+
+def row(cond: dict, index: int, count: int) -> dict:
+    """Row `index` of a cond of `count` rows: tensors with as many rows are cut, all else is common to them."""
+    return mapped(cond, lambda t: t[index : index + 1].clone() if count > 1 and t.ndim and len(t) == count else t)
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """(1, H, W) -> (1, height, width): the mean over the area of each latent cell."""
+    return F.interpolate(mask[None].float(), (height, width), mode="area")[0]
+
+
+def content_hash(tree) -> str:
+    """32 hex digits over every tensor's bytes and everything around them."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(tensor):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    digest.update(repr(mapped(tree, add)).encode())
+    return digest.hexdigest()
+
+
+class Deck:
+    """Batches of item indices with equal latent shape, without replacement: in one epoch each item comes `repeats` times.
+
+    The last batch of a shape may be smaller. The state is a seed and a position, so a resumed run draws the same cards."""
+
+    def __init__(self, data: Encoded, batch: int):
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; it must be at least 1.")
+        self.size, self.cards = batch, {}
+        for index, item in enumerate(data.items):
+            self.cards.setdefault(item.shape, []).extend([index] * item.repeats)
+        if not any(self.cards.values()):
+            raise ValueError(f"The dataset has {len(data.items)} images and every one is repeated 0 times. Give it images to learn from.")
+        self.seed, self.position, self.epoch, self.order = None, 0, 0, []
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        return sum(-(-len(cards) // self.size) for cards in self.cards.values())
+
+    def draw(self, rng: torch.Generator) -> list[int]:
+        """The next batch; rng is asked only when a new epoch is dealt."""
+        if self.position == len(self.order):
+            self.seed, self.position, self.epoch = int(torch.randint(2**62, (1,), generator=rng)), 0, self.epoch + 1
+            self.order = self.deal(self.seed)
+        self.position += 1
+        return list(self.order[self.position - 1])
+
+    def deal(self, seed: int) -> list[list[int]]:
+        rng = torch.Generator().manual_seed(seed)
+        batches = []
+        for cards in self.cards.values():
+            mixed = shuffled(cards, rng)
+            batches += [mixed[i : i + self.size] for i in range(0, len(mixed), self.size)]
+        return shuffled(batches, rng)
+
+    def state(self) -> dict:
+        return {"seed": self.seed, "position": self.position, "epoch": self.epoch, "batches": len(self)}
+
+    def load_state(self, state: dict) -> None:
+        if state["batches"] != len(self):
+            raise ValueError(f"The saved run drew {state['batches']} batches per epoch and this one draws {len(self)}: the dataset or the "
+                             "batch size has changed. Put them back, or start a run with a new name.")
+        self.seed, self.position, self.epoch = state["seed"], state["position"], state["epoch"]
+        self.order = [] if self.seed is None else self.deal(self.seed)
+
+
+def shuffled(values: list, rng: torch.Generator) -> list:
+    return [values[i] for i in torch.randperm(len(values), generator=rng).tolist()]
