@@ -207,7 +207,7 @@ def sigmas_of(scheduler: dict) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's files are called, and how it is trained by default."""
+    """What a family's files are called, and how it is trained by default; equal to ComfyUI's side, nodes/families.py."""
 
     base: str  # kohya's ss_base_model_version
     architecture: str  # modelspec
@@ -219,7 +219,8 @@ FAMILIES = {
     "sd15": Family("sd_v1", "stable-diffusion-v1", Density(), 7.0),
     "sd2": Family("sd_v2", "stable-diffusion-v2", Density(), 7.0),
     "sdxl": Family("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", Density(), 6.0),
-    "sd3": Family("sd3_m", "stable-diffusion-3-medium", Density("logit-normal", shift=3.0), 4.0),
+    "sd3": Family("sd3_m", "stable-diffusion-3", Density("logit-normal"), 4.0),
+    "schnell": Family("flux1", "flux-1-schnell", Density("logit-normal"), 1.0),
     "flux": Family("flux1", "flux-1-dev", Density("logit-normal", shift="resolution"), 1.0),
 }
 
@@ -258,17 +259,35 @@ class Engine:
         sizes = [{k: v for k, v in c.items() if not isinstance(v, Tensor)} for c in batch.conds]
         return [{**size, **self.text(caption)} for size, caption in zip(sizes, batch.captions, strict=True)]
 
+    def key(self, name: str) -> str:
+        """A layer's name in a LoRA file: diffusers' spelling for transformers, kohya's for UNets. ComfyUI and diffusers load both."""
+        return f"transformer.{name}" if self.denoiser.flow else kohya("lora_unet", name)
+
+    def spelled(self, key: str) -> str:
+        return peft_key(key) if key.startswith("transformer.") else key
+
     def lora_tensors(self, adapters: Adapters, text_adapters: Adapters | None = None) -> tuple[dict[str, Tensor], list[str]]:
-        """(tensors by the key that ComfyUI and other tools load, layers that never learnt)."""
-        if self.denoiser.flow:
-            tensors, untouched = adapters.tensors(lambda name: f"transformer.{name}")
-            tensors = {peft_key(k): v for k, v in tensors.items()}
-        else:
-            tensors, untouched = adapters.tensors(lambda name: kohya("lora_unet", name))
-        if text_adapters is not None:
-            more, idle = text_adapters.tensors(text_key)
-            tensors, untouched = {**tensors, **more}, untouched + idle
+        """(tensors by their key in the file, layers that never learnt)."""
+        tensors, untouched = {}, []
+        for owner, key in self.owners(adapters, text_adapters):
+            more, idle = owner.tensors(key)
+            tensors |= {self.spelled(k): v for k, v in more.items()}
+            untouched += idle
         return tensors, untouched
+
+    def owners(self, adapters, text_adapters):
+        return [(adapters, self.key)] + ([(text_adapters, text_key)] if text_adapters is not None else [])
+
+    @torch.no_grad()
+    def load_lora(self, tensors: dict[str, Tensor], adapters: Adapters, text_adapters: Adapters | None = None):
+        """Fill adapters of the same settings from what `lora_tensors` gave; layers that are not in it are off."""
+        for owner, key in self.owners(adapters, text_adapters):
+            for name in owner.layers:
+                low = owner.low(name)
+                down, up = (tensors.get(self.spelled(f"{key(name)}.lora_{side}.weight")) for side in ("down", "up"))
+                low.up.zero_() if up is None else low.up.copy_(up)
+                if down is not None:
+                    low.down.copy_(down)
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seed: int, size: tuple[int, int], steps=20, cfg: float | None = None) -> Tensor:
@@ -333,7 +352,8 @@ def load_folder(path: Path) -> Engine:
     kind = json.loads((path / "transformer" / "config.json").read_text())["_class_name"] if (path / "transformer").is_dir() else "nothing"
     makers = {"SD3Transformer2DModel": sd3_folder, "FluxTransformer2DModel": flux_folder}
     if kind not in makers:
-        raise ValueError(f"{path} holds {kind}; the embedded engine knows UNet2DConditionModel, {', '.join(makers)}. Train it inside ComfyUI.")
+        known = ", ".join(["UNet2DConditionModel", *makers])
+        raise ValueError(f"{path} holds {kind}; the embedded engine knows {known}. Train it inside ComfyUI.")
     return makers[kind](path)
 
 
@@ -403,7 +423,8 @@ def flux_folder(path: Path) -> Engine:
 
     encoders = {"l": folder_clip(path, "", "lora_te1"), "t5": folder_t5(path, "_2", least=256)}
     vae, space = folder_vae(path, (0.3611, 0.1159))
-    return Engine("flux", Flux(frozen(FluxTransformer2DModel, path, "transformer"), *space), Text(encoders, words.flux), vae)
+    denoiser = Flux(frozen(FluxTransformer2DModel, path, "transformer"), *space)
+    return Engine("flux" if denoiser.guided else "schnell", denoiser, Text(encoders, words.flux), vae)
 
 
 def load_file(path: Path) -> Engine:

@@ -23,13 +23,20 @@ def count(tensors, prefix: str) -> int:
     return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in tensors if k.startswith(prefix))
 
 
-def strictly(module, tensors, what):
-    """The module with these weights. Raises ValueError naming what is missing or unknown."""
-    missing, unknown = module.load_state_dict(tensors, strict=False)
-    missing = [k for k in missing if not k.endswith("position_ids")]
+def filled(make, tensors, what):
+    """The module that make() builds, with these weights, frozen. It is built without memory, which saves the time of inventing weights.
+
+    Raises ValueError naming what is missing or unknown."""
+    with torch.device("meta"):
+        module = make()
+    missing, unknown = module.load_state_dict(tensors, strict=False, assign=True)
     if missing or unknown:
         some = ", ".join([*missing, *unknown][:4])
-        raise ValueError(f"The {what} of this checkpoint does not fit: {len(missing)} tensors missing, {len(unknown)} unknown ({some}). {REMEDY}")
+        counts = f"{len(missing)} tensors missing, {len(unknown)} unknown"
+        raise ValueError(f"The {what} of this checkpoint does not fit: {counts} ({some}). {REMEDY}")
+    for part_ in module.modules():
+        if "position_ids" in part_._buffers:  # CLIP's own numbering, which no file needs to hold
+            part_.position_ids = torch.arange(part_.position_ids.shape[-1])[None]
     return module.eval().requires_grad_(False)
 
 
@@ -63,8 +70,7 @@ def sd3_transformer(tensors):
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     t = part(tensors, MODEL)
-    model = SD3Transformer2DModel(**sd3_config(t))
-    return strictly(model, convert_sd3_transformer_checkpoint_to_diffusers(dict(t)), "transformer")
+    return filled(lambda: SD3Transformer2DModel(**sd3_config(t)), convert_sd3_transformer_checkpoint_to_diffusers(dict(t)), "transformer")
 
 
 # -- text encoders -----------------------------------------------------------------------------------------------------------
@@ -95,11 +101,25 @@ def clip_model(tensors, name: str):
     t = part(tensors, f"{TEXT}{name}.transformer.")
     if not t:
         return None
-    bare = {k.removeprefix("text_model."): v for k, v in t.items()}
+    bare = {k.removeprefix("text_model."): v for k, v in t.items() if not k.endswith("position_ids")}
     kind = CLIPTextModelWithProjection if name == "clip_g" else CLIPTextModel
-    model = kind(CLIPTextConfig(**clip_config(bare)))
-    wanted = {k.removeprefix("text_model."): k for k in model.state_dict()}
-    return strictly(model, {wanted.get(k, k): v for k, v in bare.items() if k in wanted or not k.startswith("text_projection")}, name)
+    if kind is CLIPTextModel:
+        bare.pop("text_projection.weight", None)
+    prefix = text_prefix(kind)
+    return filled(lambda: kind(CLIPTextConfig(**clip_config(bare))), {prefixed(k, prefix): v for k, v in bare.items()}, name)
+
+
+def text_prefix(kind) -> str:
+    """"text_model." where this version of transformers names CLIP's layers so; version 5 dropped it from CLIPTextModel."""
+    from transformers import CLIPTextConfig
+
+    with torch.device("meta"):
+        names = kind(CLIPTextConfig(num_hidden_layers=1)).state_dict()
+    return "text_model." if any(k.startswith("text_model.") for k in names) else ""
+
+
+def prefixed(key, prefix):
+    return key if key.startswith("text_projection.") else prefix + key
 
 
 # -- autoencoders ------------------------------------------------------------------------------------------------------------
@@ -114,8 +134,8 @@ def tiny_autoencoder(t: dict[str, Tensor]):
     for key, value in part(t, "taesd_decoder.").items():
         index, rest = key.split(".", 1)
         decoder[f"decoder.layers.{int(index) - 1}.{rest}"] = value
-    model = AutoencoderTiny(latent_channels=t["taesd_decoder.1.weight"].shape[1])
-    return strictly(model, {**encoder, **decoder}, "autoencoder")
+    channels = t["taesd_decoder.1.weight"].shape[1]
+    return filled(lambda: AutoencoderTiny(latent_channels=channels), {**encoder, **decoder}, "autoencoder")
 
 
 def kl_autoencoder(t: dict[str, Tensor]):
@@ -125,7 +145,7 @@ def kl_autoencoder(t: dict[str, Tensor]):
 
     levels = count(t, "encoder.down.")
     widths = tuple(t[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
-    model = AutoencoderKL(
+    config = dict(
         latent_channels=t["decoder.conv_in.weight"].shape[1],
         block_out_channels=widths,
         layers_per_block=count(t, "encoder.down.0.block."),
@@ -134,7 +154,7 @@ def kl_autoencoder(t: dict[str, Tensor]):
         use_quant_conv="quant_conv.weight" in t,
         use_post_quant_conv="post_quant_conv.weight" in t,
     )
-    return strictly(model, convert_ldm_vae_checkpoint(dict(t), model.config), "autoencoder")
+    return filled(lambda: AutoencoderKL(**config), convert_ldm_vae_checkpoint(dict(t), config), "autoencoder")
 
 
 def autoencoder(tensors):

@@ -1,0 +1,335 @@
+"""python -m trainers lora --model FILE_OR_FOLDER --images FOLDER --out FOLDER: training without ComfyUI."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .adapters import Adapters
+from .data.buckets import BucketSettings
+from .data.captions import CaptionSettings
+from .data.encode import encode
+from .data.readers import read_folder
+from .files import LoraFile, lora_metadata, write_lora
+from .loop import train
+from .methods.lora import Lora
+from .plots import loss_plot, sheet
+from .runs import RunFolder, checked_name
+from .settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
+
+RECORDS = (RunSettings, AdapterSettings, OptimizerSettings, NoiseSettings, CaptionSettings, BucketSettings)
+MISTAKE, STOPPED = 2, 130  # exit codes
+
+
+# -- the command line, made from the settings records ------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(MISTAKE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m trainers", description="Train small models on image datasets, without ComfyUI.", allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, metavar="METHOD", parser_class=Parser)
+    lora = commands.add_parser("lora", help="train a LoRA on pictures and their captions", allow_abbrev=False)
+    files = lora.add_argument_group("files")
+    files.add_argument("--model", required=True, type=Path, help="a diffusers folder, or an SD3-shaped .safetensors checkpoint")
+    files.add_argument("--images", required=True, type=Path, help="folder of images with captions of the same name beside them")
+    files.add_argument("--out", required=True, type=Path, help="folder for the LoRA, the loss plot, the samples and what a resume needs")
+    files.add_argument("--name", default="lora", help="name of the run and of its files (default: %(default)s)")
+    files.add_argument("--caption-extension", default=".txt", help="(default: %(default)s)")
+    files.add_argument("--alpha-mask", action="store_true", help="the images' transparency says where the loss counts")
+    files.add_argument("--flip", action="store_true", help="half of the steps see the pictures mirrored")
+    files.add_argument("--device", default=None, help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    files.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    samples = lora.add_argument_group("samples", "A sheet of the model without and with the LoRA, on the same seeds.")
+    samples.add_argument("--samples", nargs="*", default=[], metavar="PROMPT")
+    samples.add_argument("--sample-seeds", type=whole, default=3, help="pictures per prompt (default: %(default)s)")
+    samples.add_argument("--sample-steps", type=whole, default=20, help="(default: %(default)s)")
+    samples.add_argument("--sample-size", type=whole, default=0, help="pixels (default: the resolution that was trained)")
+    samples.add_argument("--sample-cfg", type=number, default=None, help="guidance (default: what suits the model)")
+    for record in RECORDS:
+        add_settings(lora.add_argument_group(record.__name__, record.__doc__.splitlines()[0]), record)
+    return top
+
+
+def add_settings(group, record):
+    for f in dataclasses.fields(record):
+        meta, default = f.metadata, f.default
+        about = meta["hint"] + (f" Unit: {meta['unit']}." if meta.get("unit") else "") + (f" (default: {default})" if default != "" else "")
+        options = dict(dest=f.name, default=default, help=about.replace("%", "%%"))
+        if meta.get("switch"):
+            group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **options)
+        elif "options" in meta:
+            group.add_argument(flag(f.name), choices=meta["options"], **options)
+        elif meta.get("text"):
+            group.add_argument(flag(f.name), **options)
+        else:
+            group.add_argument(flag(f.name), type=whole if isinstance(default, int) else number, metavar="N", **options)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def whole(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def settings(args, record):
+    return record(**{f.name: getattr(args, f.name) for f in dataclasses.fields(record)})
+
+
+# -- what the person sees, and Ctrl-C ----------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """One line that is written over on a terminal, and a line every ten seconds elsewhere."""
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stdout
+        self.live, self.last, self.width = self.stream.isatty(), 0.0, 0
+
+    def line(self, text, force=False):
+        if not force and not self.live and time.monotonic() - self.last < 10:
+            return
+        self.last = time.monotonic()
+        if self.live:
+            self.stream.write("\r" + text.ljust(self.width))
+            self.width = len(text)
+        else:
+            self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def say(self, text):
+        self.end()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def end(self):
+        """Leave the line that is written over."""
+        if self.live and self.width:
+            self.stream.write("\n")
+        self.width = 0
+
+
+class Stop:
+    """Ctrl-C asks to stop after the step that is under way; a second one stops at once. The previous handler comes back."""
+
+    def __enter__(self):
+        self.asked = False
+        try:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not the main thread, which gets no signals
+            self.before = None
+        return self
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self):
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One LoRA run: the settings, and the files it reads and writes."""
+
+    args: argparse.Namespace
+    screen: Screen
+    stop: Stop
+    records: dict = field(init=False)
+
+    def __post_init__(self):
+        self.name = checked_name(self.args.name)
+        self.records = {record: settings(self.args, record) for record in RECORDS}
+        self.run, self.adapter, self.optimizing, self.noise, self.captions, self.buckets = self.records.values()
+        if self.args.out.exists() and not self.args.out.is_dir():
+            raise ValueError(f"{self.args.out} is a file. Give --out a folder.")
+
+    def __call__(self):
+        """Read, encode, train, write. From top to bottom what the command does."""
+        dataset = self.dataset()
+        engine = self.engine()
+        data = self.encoded(dataset, engine)
+        rng = torch.Generator().manual_seed(self.run.seed)
+        adapters = Adapters(engine.network, self.adapter, rng).to(engine.denoiser.device)
+        text = self.text_adapters(engine, rng)
+        folder = RunFolder(self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.recipe(data), self.run.steps)
+        folder.export = lambda step: self.lora(engine, adapters, text, data, step)
+        done = folder.finished()
+        lora, losses = done or self.trained(engine, adapters, text, data, folder)
+        if done:
+            self.screen.say("this very run is finished already; nothing was trained again")
+        self.write(lora, losses)
+        if self.args.samples:
+            self.sheet(engine, adapters, text, lora)
+
+    def dataset(self):
+        progress = lambda done, total, name: (self.stop.check(), self.screen.line(f"reading {done}/{total} {name}"))
+        dataset = read_folder(self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress)
+        self.screen.say(f"{len(dataset)} images in {self.args.images}")
+        for path, reason in dataset.skipped:
+            self.screen.say(f"  left out: {path}: {reason}")
+        return dataset
+
+    def engine(self):
+        from .engines.diffusers import load
+
+        engine = load(self.args.model, self.args.device)
+        self.screen.say(f"{self.args.model.name}: {engine.family.architecture} on {engine.denoiser.device}")
+        return engine
+
+    def encoded(self, dataset, engine):
+        report = lambda done, total, what: self.screen.line(f"encoding {done}/{total} {what}")
+        return encode(
+            dataset, self.captions, self.buckets, self.args.flip, engine.vae, engine.text, self.args.out / ".cache",
+            report, self.stop.check, seed=self.run.seed,
+        )  # fmt: skip
+
+    def text_adapters(self, engine, rng):
+        """Adapters of the text encoders, when they are trained; the model's own choice of layers holds for them as far as it can."""
+        if not self.adapter.text_encoder:
+            return None
+        targets = "attention+mlp" if self.adapter.targets in ("regex", "all linear") else self.adapter.targets
+        narrowed = dataclasses.replace(self.adapter, targets=targets, pattern="", conv=False)
+        return Adapters(engine.text.trainable(), narrowed, rng).to(engine.denoiser.device)
+
+    def fingerprint(self, engine, data) -> str:
+        """Of all that changes the result but the number of steps, so that a run can be continued to more."""
+        run = {k: v for k, v in self.run.to_dict().items() if k not in ("steps", "save_every")}
+        text = engine.text.identity if self.adapter.text_encoder else ""
+        return fingerprint("lora cli 1", data.fingerprint, engine.identity, text, self.adapter, self.optimizing, self.noise, run)
+
+    def recipe(self, data) -> dict:
+        names = {"model": str(self.args.model), "images": str(self.args.images), "count": len(data)}
+        return names | {record.__name__: values.to_dict() for record, values in self.records.items()}
+
+    def trained(self, engine, adapters, text, data, folder):
+        encode_text = engine.encode if text is not None else None
+        method = Lora(engine.denoiser, adapters, data, self.noise, engine.family.density, self.run.batch, text, encode_text)
+        with adapters.attached(), learning_text(engine, text):
+            losses = train(method, self.run, self.optimizing, report=self.report, store=folder)
+        return folder.export(self.run.steps), losses
+
+    def report(self, progress):
+        self.screen.line(progress.line(), force=progress.step == progress.steps)
+        self.stop.check()
+
+    def lora(self, engine, adapters, text, data, step) -> LoraFile:
+        tensors, _ = engine.lora_tensors(adapters, text)
+        family = engine.family
+        about = lora_metadata(
+            title=self.name, base=family.base, architecture=family.architecture, prediction=engine.prediction,
+            adapter=self.adapter, optimizing=self.optimizing, noise=self.noise, run=self.run,
+            resolution=f"{self.buckets.resolution}x{self.buckets.resolution}", steps=step,
+            dataset={"images": len(data), "dropout": self.captions.dropout},
+        )  # fmt: skip
+        return LoraFile(tensors, about, step)
+
+    def write(self, lora, losses):
+        path = self.args.out / f"{self.name}.safetensors"
+        write_lora(path, lora)
+        loss_plot(losses, self.args.out / f"{self.name}-loss.png", title=f"{self.name}: training loss")
+        last = losses[-20:]
+        self.screen.say(f"{path}: {lora.steps} steps, loss {sum(last) / len(last):.4f}; the curve is in {self.name}-loss.png")
+
+    def sheet(self, engine, adapters, text, lora):
+        """Rows: prompt without and with the LoRA. Columns: seeds."""
+        engine.load_lora(lora, adapters, text)  # this process may not have trained it, and some optimizers deliver another point
+        side = self.args.sample_size or self.buckets.resolution
+        unit = engine.vae.factor * 2
+        side = max(unit, side // unit * unit)
+        seeds = range(self.args.sample_seeds)
+        columns: list = []
+        for seed in seeds:
+            self.screen.line(f"sampling seed {seed + 1}/{len(seeds)}")
+            self.stop.check()
+            look = lambda s=seed: engine.sample(self.args.samples, s, (side, side), self.args.sample_steps, self.args.sample_cfg)
+            before = look()
+            with adapters.attached(), learning_text(engine, text):
+                columns.append((before, look()))
+        rows = [[picture(column[with_lora][i]) for column in columns] for i in range(len(self.args.samples)) for with_lora in (0, 1)]
+        labels = [f"{short(p)}{how}" for p in self.args.samples for how in ("", " + LoRA")]
+        path = self.args.out / f"{self.name}-samples.png"
+        sheet(rows, labels, [f"seed {s}" for s in seeds]).save(path)
+        self.screen.say(f"{path}: without and with the LoRA")
+
+
+@contextlib.contextmanager
+def learning_text(engine, text):
+    """The text encoders on their device with their adapters attached, while inside; nothing when they are not trained."""
+    if text is None:
+        yield
+        return
+    with engine.text.ready(), text.attached():
+        yield
+
+
+def picture(tensor):
+    """(H, W, 3) in 0..1 -> PIL"""
+    from PIL import Image
+
+    return Image.fromarray((tensor * 255).round().to(torch.uint8).numpy())
+
+
+def short(text, most=36):
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# -- main --------------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None) -> int:
+    """0 done, 2 a mistake that was explained in one line, 130 stopped by Ctrl-C with everything saved."""
+    args = parser().parse_args(argv)
+    screen = Screen()
+    try:
+        with Stop() as stop:
+            Job(args, screen, stop)()
+    except KeyboardInterrupt:
+        screen.say(f"Stopped. What was done is kept in {args.out}; the same command continues from there.")
+        return STOPPED
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        hint = " (--debug shows where)" if type(error) is RuntimeError else ""
+        screen.end()
+        print(f"python -m trainers: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
