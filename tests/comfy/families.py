@@ -63,8 +63,8 @@ TABLE = {
     "sdxl": Family("SDXL", SDXL, 64, 1280, (4, 16, 16), overrides=HEADS_OF_32),
     "sdxl_v": Family("SDXL", SDXL, 64, 1280, (4, 16, 16), {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, HEADS_OF_32),
     "sd3": Family("SD3", dict(
-        in_channels=16, out_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=32, num_patches=1024, pos_embed_max_size=32,
-        pos_embed_scaling_factor=None,
+        in_channels=16, out_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=32, num_patches=1024,
+        pos_embed_max_size=32, pos_embed_scaling_factor=None,
         context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}), 64, 32),
     "flux": Family("Flux", flux(), 64, 32),
     "schnell": Family("FluxSchnell", flux(guidance_embed=False), 64, 32),
@@ -77,7 +77,8 @@ TABLE = {
     "qwen": Family("QwenImage", dict(
         image_model="qwen_image", patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=32,
         num_attention_heads=2, joint_attention_dim=64, axes_dims_rope=(8, 12, 12)), 64, latent=(16, 1, 16, 16)),
-    "auraflow": Family("AuraFlow", dict(max_seq=64, cond_seq_dim=64, n_double_layers=2, n_layers=4, n_heads=2, dim=128), 64, latent=(4, 16, 16)),
+    "auraflow": Family("AuraFlow", dict(
+        max_seq=64, cond_seq_dim=64, n_double_layers=2, n_layers=4, n_heads=2, dim=128), 64, latent=(4, 16, 16)),
     "hunyuan_video": Family("HunyuanVideo", dict(
         image_model="hunyuan_video", in_channels=16, out_channels=16, patch_size=[1, 2, 2], hidden_size=128, num_heads=1, mlp_ratio=4.0,
         depth=2, depth_single_blocks=2, context_in_dim=64, vec_in_dim=32, axes_dim=[16, 56, 56], theta=256, qkv_bias=True,
@@ -98,14 +99,15 @@ FAMILIES = list(TABLE)
 
 
 def make(family, dtype=torch.float32, seed=0, inference=False):
-    """ComfyUI's ModelPatcher of a family, with weights drawn from a seed. `inference`: made as a loader node makes it, under inference mode."""
+    """ComfyUI's ModelPatcher of a family, with weights drawn from a seed. `inference`: made under inference mode, as loader nodes do."""
     from comfy import model_management
     from comfy.model_patcher import CoreModelPatcher
 
     with torch.inference_mode(inference):
         model = base_model(TABLE[family], dtype)
         fill(model.diffusion_model, seed)
-    patcher = CoreModelPatcher(model, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device())
+    load, offload = model_management.get_torch_device(), model_management.unet_offload_device()
+    patcher = CoreModelPatcher(model, load_device=load, offload_device=offload)
     patcher.cached_patcher_init = (remake, (family, dtype, seed, inference))  # what clone(force_deepcopy=True) calls
     return patcher
 

@@ -27,7 +27,10 @@ def wait(seconds):
     return {"1": {"class_type": "KitWait", "inputs": {"seconds": seconds}}}
 
 
-@pytest.mark.parametrize("name, sizes", [("sd15_noclip", {}), ("sd3_noclip", {"width": 4096, "pooled": 2048, "latent": "EmptySD3LatentImage"})])
+SD3_SIZES = {"width": 4096, "pooled": 2048, "latent": "EmptySD3LatentImage"}
+
+
+@pytest.mark.parametrize("name, sizes", [("sd15_noclip", {}), ("sd3_noclip", SD3_SIZES)])
 def test_a_small_checkpoint_runs_from_the_loader_node_to_a_picture(server, name, sizes):
     run = server.run(txt2img(server.install(name), **sizes))
     assert run.ok, run.why

@@ -64,8 +64,9 @@ def transformer_sd3(dtype, depth=2):
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64 * depth}}
-    module = on_meta(OpenAISignatureMMDITWrapper, in_channels=16, out_channels=16, patch_size=2, depth=depth, input_size=None, num_patches=4096,
-                     adm_in_channels=2048, context_embedder_config=embedder, pos_embed_max_size=64, pos_embed_scaling_factor=None)  # fmt: skip
+    module = on_meta(OpenAISignatureMMDITWrapper, in_channels=16, out_channels=16, patch_size=2, depth=depth, input_size=None,
+                     num_patches=4096, adm_in_channels=2048, context_embedder_config=embedder, pos_embed_max_size=64,
+                     pos_embed_scaling_factor=None)  # fmt: skip
     return under("model.diffusion_model.", weights(module, 1, dtype))
 
 

@@ -12,10 +12,14 @@ def node(node_id, inputs, *outputs):
     return io.Schema(node_id=node_id, display_name=node_id, category="tests", inputs=inputs, outputs=list(outputs))
 
 
+def numbers(**defaults):
+    return [io.Int.Input(name, default=value) for name, value in defaults.items()]
+
+
 class KitConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        sizes = [io.Int.Input("seed", default=0), io.Int.Input("tokens", default=77), io.Int.Input("width", default=768), io.Int.Input("pooled", default=0)]
+        sizes = numbers(seed=0, tokens=77, width=768, pooled=0)
         return node("KitConditioning", sizes, io.Conditioning.Output())
 
     @classmethod
@@ -30,7 +34,7 @@ class KitImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        sizes = [io.Int.Input("seed", default=0), io.Int.Input("count", default=2), io.Int.Input("width", default=64), io.Int.Input("height", default=64)]
+        sizes = numbers(seed=0, count=2, width=64, height=64)
         return node("KitImages", sizes, io.Image.Output(is_output_list=True))
 
     @classmethod
@@ -44,7 +48,8 @@ class KitDigest(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        schema = node("KitDigest", [io.Model.Input("model"), io.Int.Input("seed", default=0), io.AnyType.Input("after", optional=True)], io.String.Output())
+        inputs = [io.Model.Input("model"), *numbers(seed=0), io.AnyType.Input("after", optional=True)]
+        schema = node("KitDigest", inputs, io.String.Output())
         schema.is_output_node = True
         return schema
 
