@@ -168,7 +168,7 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())
-        digest.update(tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[key].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,280 @@
+"""The door to ComfyUI, on ComfyUI's own classes at tiny size: gradients, files, and a model given back as it was."""
+
+import hashlib
+
+import comfy.model_management as mm
+import comfy.sd
+import nodes as comfy_nodes
+import pytest
+import torch
+from trainyard.nodes import host
+from trainyard.tests.comfy.families import FAMILIES, cond, latent_shape, make
+from trainyard.trainers.diffusion import denoising_loss, random_sigma
+from trainyard.trainers.files import LoraFile, write_lora
+from trainyard.trainers.settings import AdapterSettings
+
+RANK_4 = AdapterSettings(rank=4)
+ADAPTERS = {"sd15": AdapterSettings(rank=4, conv=True, conv_rank=2)}
+
+
+def captions(family, count=2):
+    entries = [cond(family, seed)[0] for seed in range(count)]
+    return [{"cross_attn": tensor, **extras} for tensor, extras in entries]
+
+
+def shake(adapters, seed=0, size=0.05):
+    """Adapters away from zero, as after training."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * size)
+
+
+class Problem:
+    """One fixed batch of two different captions."""
+
+    def __init__(self, session, family):
+        rng = torch.Generator().manual_seed(3)
+        shape = latent_shape(family, 2)
+        self.denoiser, self.conds = session.denoiser, captions(family)
+        self.x0 = session.denoiser.model_space(torch.randn(shape, generator=rng))
+        self.noise = torch.randn(self.x0.shape, generator=rng)
+        self.sigma = random_sigma(session.denoiser, session.family.density, self.x0, rng)
+
+    def loss(self, rows=slice(None)):
+        return denoising_loss(self.denoiser, self.x0[rows], self.noise[rows], self.sigma[rows], self.conds[rows])
+
+    def gradient(self, adapters):
+        adapters.zero_grad()
+        self.loss().mean().backward()
+        return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in adapters.parameters()])
+
+
+def fingerprint(model):
+    digest = hashlib.sha256()
+    for name, value in sorted(model.model.state_dict().items()):
+        digest.update(name.encode() + value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def left_behind(model):
+    """Names of modules that still carry something of ours."""
+    return [n for n, m in model.model.named_modules() if "forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks]
+
+
+def as_loader_gives(family, dtype=torch.float32):
+    return make(family, dtype=dtype, inference=True)
+
+
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_finite_differences(family, checkpointing):
+    with torch.inference_mode(), host.training(as_loader_gives(family), ADAPTERS.get(family, RANK_4), checkpointing=checkpointing) as session:
+        problem = Problem(session, family)
+        error = host.check_gradients(session, problem.x0, problem.conds)
+        assert error < 1e-3, f"{family}: gradients are off by {error:.1e}"
+
+
+def reference_gradient(family, model, adapter):
+    """Autograd through the host's own in-place code, with every overwritten tensor saved by torch itself."""
+    row, patcher = host.family_of(model.model.model_config), host.borrowed(model)
+    with host.gradients(), host.in_training(), host.differentiable_rope():
+        adapters = host.Adapters(model.model.diffusion_model, adapter)
+        shake(adapters)
+        with host.loaded(patcher, adapters, 0.0), torch.autograd.graph.allow_mutation_on_saved_tensors():
+            host.materialise(model.model)
+            session = host.Session(host.ComfyDenoiser(patcher, row), adapters, row)
+            return Problem(session, family).gradient(adapters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_an_out_of_place_reference(family, checkpointing, dtype):
+    adapter = ADAPTERS.get(family, RANK_4)
+    wanted = reference_gradient(family, as_loader_gives(family, dtype), adapter)
+    with torch.inference_mode(), host.training(as_loader_gives(family, dtype), adapter, checkpointing=checkpointing) as session:
+        shake(session.adapters)
+        got = Problem(session, family).gradient(session.adapters)
+    cosine = float(torch.nn.functional.cosine_similarity(got.double(), wanted.double(), dim=0))
+    assert cosine >= 0.9999, f"{family}, {checkpointing}, {dtype}: cosine {cosine:.6f}"
+    assert float(got.norm() / wanted.norm()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_two_captions_equals_two_batches_of_one(family):
+    with torch.inference_mode(), host.training(as_loader_gives(family), RANK_4) as session:
+        shake(session.adapters)
+        problem = Problem(session, family)
+        together, apart = problem.loss(), torch.cat([problem.loss(slice(i, i + 1)) for i in range(2)])
+        assert torch.allclose(together, apart, rtol=1e-5), f"{together.tolist()} against {apart.tolist()}"
+        problem.conds.reverse()
+        assert not torch.allclose(problem.loss(), together, rtol=1e-5), "the captions must matter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_minus_one(family, tmp_path):
+    model = as_loader_gives(family)
+    with torch.inference_mode(), host.training(model, ADAPTERS.get(family, RANK_4)) as session:
+        shake(session.adapters, size=0.02)
+        problem = Problem(session, family)
+        with torch.no_grad():
+            ask = lambda: problem.denoiser.denoise(problem.x0, problem.sigma, problem.conds).clone()
+            with session.adapters.at(0.0):
+                base = ask()
+            trained = {}
+            for strength in (1.0, -1.0):
+                with session.adapters.at(strength):
+                    trained[strength] = ask()
+        tensors, _ = session.tensors()
+    path = tmp_path / "lora.safetensors"
+    write_lora(path, LoraFile(tensors))
+    for strength, wanted in trained.items():
+        got = loaded_output(model, path, strength, problem)
+        error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+        assert error <= 1e-5, f"{family} at {strength:+}: {error:.1e}"
+        assert float((wanted - base).abs().max()) > 100 * float((got - wanted).abs().max()), "the adapter must do something that shows"
+
+
+def loaded_output(model, path, strength, problem):
+    """The same prediction through ComfyUI's own LoraLoader machinery."""
+    from comfy.utils import load_torch_file
+
+    patched, _ = comfy.sd.load_lora_for_models(model, None, load_torch_file(str(path), safe_load=True), strength, 0.0)
+    with host.gradients(), torch.no_grad():
+        mm.load_models_gpu([patched])
+        patched.pre_run()
+        out = host.ComfyDenoiser(patched, host.family_of(model.model.model_config)).denoise(problem.x0, problem.sigma, problem.conds)
+        mm.load_models_gpu([model])
+    return out
+
+
+class Stop(BaseException):
+    """Like the host's interrupt: no Exception."""
+
+
+ENDINGS = {"success": None, "interrupt": Stop(), "exception": RuntimeError("failed"), "out of memory": torch.OutOfMemoryError("raised by a test")}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_given_back_bit_for_bit_after(ending, family):
+    model = as_loader_gives(family)
+    before, classes = fingerprint(model), {type(m): type(m).forward for m in model.model.modules()}
+    error = ENDINGS[ending]
+    try:
+        with torch.inference_mode(), host.training(model, RANK_4, checkpointing="per block") as session:
+            shake(session.adapters)
+            Problem(session, family).loss().mean().backward()
+            if error is not None:
+                raise error
+    except type(error) if error is not None else () as raised:
+        assert raised is error
+    assert fingerprint(model) == before
+    assert left_behind(model) == []
+    assert {type(m): type(m).forward for m in model.model.modules()} == classes
+    assert mm.in_training is False
+    assert not model.injections
+
+
+def test_an_interrupt_raised_by_the_host_inside_a_forward_comes_through():
+    model = as_loader_gives("flux")
+    before = fingerprint(model)
+    with pytest.raises(mm.InterruptProcessingException), torch.inference_mode(), host.training(model, RANK_4) as session:
+        problem = Problem(session, "flux")
+        mm.interrupt_current_processing(True)
+        problem.loss()
+    assert fingerprint(model) == before
+    assert left_behind(model) == []
+
+
+def test_sampling_works_as_before_after_a_training():
+    family = "flux"
+    model = as_loader_gives(family)
+    sample = lambda: comfy_nodes.KSampler().sample(
+        model, 1, 2, 1.0, "euler", "simple", cond(family), cond(family, 1), {"samples": torch.zeros(latent_shape(family))}, 1.0
+    )[0]["samples"]  # fmt: skip
+    with torch.inference_mode():
+        before = sample()
+        with host.training(model, RANK_4) as session:
+            shake(session.adapters)
+            Problem(session, family).loss().mean().backward()
+        assert torch.equal(sample(), before)
+
+
+def test_training_on_top_of_a_lora_that_is_already_on_the_model_sees_it():
+    """The other LoRA is baked into the weights that are trained on, and the file holds only what was learnt on top."""
+    family = "sd3"
+    model = as_loader_gives(family)
+    with torch.inference_mode(), host.training(model, RANK_4) as session:
+        shake(session.adapters, size=0.1)
+        problem = Problem(session, family)
+        with torch.no_grad():
+            wanted = problem.loss()
+        tensors, _ = session.tensors()
+    patched, _ = host.applied(model, None, LoraFile(tensors))
+    with torch.inference_mode(), host.training(patched, RANK_4) as session, torch.no_grad():
+        got = Problem(session, family).loss()
+    assert torch.allclose(got, wanted, rtol=1e-4), f"{got.tolist()} against {wanted.tolist()}"
+
+
+def test_latents_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="The latents have 4 channels and this MODEL wants 16. Encode the dataset with the VAE"):
+        host.check_latents(make("flux"), 4)
+
+
+def test_a_model_whose_gradients_are_wrong_is_refused(monkeypatch):
+    """An in-place residual that autograd cannot see: the loss moves more than its gradient says."""
+    model = as_loader_gives("anima")
+    block = type(model.model.diffusion_model.blocks[0])
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, *a, **k: x + (original(self, x, *a, **k) - x).detach() * 0.5 + (original(self, x, *a, **k) - x) * 0.5)
+    with torch.inference_mode(), host.training(model, RANK_4) as session:
+        problem = Problem(session, "anima")
+        with pytest.raises(RuntimeError, match="does not know Anima.* gradients are off by"):
+            host.check_gradients(session, problem.x0, problem.conds)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_min_snr_and_native_scale_by_hand(family):
+    """sigma 2: SNR 1/4. eps: |dx0/dout| = 2. min-SNR with gamma 0.1 weighs the noise error by 0.1 * 4 = 0.4."""
+    from trainyard.trainers.diffusion import loss_weight, snr
+    from trainyard.trainers.settings import NoiseSettings
+
+    with host.training(make(family), RANK_4) as session:
+        sigma = torch.tensor([2.0])
+        assert float(session.denoiser.native_scale(sigma)) == pytest.approx(2.0)
+        assert float(snr(session.denoiser, sigma)) == pytest.approx(0.25)
+        assert float(loss_weight(session.denoiser, sigma, NoiseSettings(weighting="min-SNR", gamma=0.1))) == pytest.approx(0.4)
+
+
+def test_native_error_of_v_prediction_is_the_error_of_v():
+    """x0 = x/(s^2+1) - s/sqrt(s^2+1) v; at s = 1 an x0 error of 1 is a v error of sqrt(2)."""
+    with host.training(make("sd2_v"), RANK_4) as session:
+        assert float(session.denoiser.native_scale(torch.tensor([1.0]))) == pytest.approx(2**-0.5)
+
+
+def test_discrete_models_train_on_their_own_timesteps():
+    with host.training(make("sd15"), RANK_4) as session:
+        ms = session.denoiser.sampling
+        sigma = session.denoiser.sigma_at(torch.tensor([0.0, 0.5, 0.9999, 1.0]))
+        assert torch.equal(sigma, ms.sigmas[[0, 500, 999, 999]])
+
+
+def test_sdxl_size_conditioning_is_each_pictures_own():
+    """Two pictures of another size in one batch get different model inputs, each as it gets alone."""
+    model = as_loader_gives("sdxl")
+    with torch.inference_mode(), host.training(model, RANK_4) as session:
+        problem = Problem(session, "sdxl")
+        problem.conds = [{**captions("sdxl")[0], "width": w, "height": 512, "crop_w": c, "crop_h": 0, "target_width": 64, "target_height": 64} for w, c in ((512, 0), (1024, 77))]
+        rows = [session.denoiser._row(c, problem.x0[:1]) for c in problem.conds]
+        assert not torch.equal(rows[0]["y"].cond, rows[1]["y"].cond)
+        both, alone = problem.loss(), torch.cat([problem.loss(slice(i, i + 1)) for i in range(2)])
+        assert torch.allclose(both, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "guidance"), [("flux", 1.0), ("chroma", 0.0)])
+def test_guidance_while_training_is_the_familys(family, guidance):
+    with torch.inference_mode(), host.training(as_loader_gives(family), RANK_4) as session:
+        problem = Problem(session, family)
+        assert float(session.denoiser._row(problem.conds[0], problem.x0[:1])["guidance"].cond) == guidance
