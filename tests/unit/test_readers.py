@@ -2,12 +2,16 @@
 
 import hashlib
 import io
+import os
+import pathlib
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 from trainyard.trainers.data.readers import extensions, folder_state, read_folder, require_captions
+from trainyard.trainers.data.records import Dataset
 
 
 def picture(folder, name, size=(8, 6), colour=(200, 10, 10), mode="RGB"):
@@ -17,7 +21,7 @@ def picture(folder, name, size=(8, 6), colour=(200, 10, 10), mode="RGB"):
 
 
 def names(dataset):
-    return [record.path.rsplit("/", 1)[-1] for record in dataset]
+    return [pathlib.Path(record.path).name for record in dataset]
 
 
 def test_image_2_comes_before_image_10(tmp_path):
@@ -71,7 +75,7 @@ def test_kohya_folders_repeat_and_name_their_images(tmp_path):
     picture(tmp_path / "0_off", "e.png")
     dataset = read_folder(tmp_path, repeats=3)
     assert [(record.repeats, record.captions) for record in dataset] == [(3, ()), (6, ("a dog",)), (30, ("my cat",))]
-    assert [path.rsplit("/", 1)[-1] for path, _ in dataset.skipped] == ["0_off", "extra"]
+    assert [pathlib.Path(path).name for path, _ in dataset.skipped] == ["0_off", "extra"]
     assert "call it 1_name" in dataset.skipped[1][1]
 
 
@@ -125,6 +129,22 @@ def test_a_caption_in_a_foreign_encoding_is_reported(tmp_path):
     (tmp_path / "a.txt").write_bytes("K\xe4fer".encode("latin-1"))
     dataset = read_folder(tmp_path)
     assert names(dataset) == ["b.png"] and "a.txt is not UTF-8 (byte 1). Save it as UTF-8" in dataset.skipped[0][1]
+
+
+def test_a_link_to_nowhere_is_reported(tmp_path):
+    picture(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    dataset = read_folder(tmp_path)
+    assert names(dataset) == ["a.png"] and dataset.skipped[0][0].endswith("b.png") and "No such file" in dataset.skipped[0][1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are no text")
+def test_folder_names_that_are_no_text_can_still_be_captions(tmp_path):
+    folder = tmp_path / os.fsdecode(b"2_caf\xe9")
+    picture(folder, "a.png")
+    (record,) = dataset = read_folder(tmp_path)
+    assert record.captions == ("caf?",) and Dataset.from_json(dataset.to_json()) == dataset
+    record.captions[0].encode("utf-8")
 
 
 def test_a_missing_folder_and_a_file_are_refused(tmp_path):

@@ -52,6 +52,15 @@ def test_floating_point_pictures_are_scaled_by_the_range_that_holds_them(tmp_pat
     assert levels(open_image(save(tmp_path, image, "a.tiff"))) == expected
 
 
+WHOLE = [([0, 51, 255], [0, 51, 255]), ([0, 32768, 65535], [0, 128, 255]), ([0, 2**30, 2**31 - 1], [0, 128, 255])]
+
+
+@pytest.mark.parametrize("values, expected", WHOLE)
+def test_whole_numbers_of_32_bits_are_scaled_by_the_range_that_holds_them(tmp_path, values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.int32))
+    assert levels(open_image(save(tmp_path, image, "a.tiff"))) == expected
+
+
 def test_a_rotated_photo_stands_upright_in_pixels_and_in_size(tmp_path):
     """orientation 6: the stored left pixel is on top when shown"""
     image = Image.new("RGB", (2, 1))

@@ -53,7 +53,7 @@ def read_folder(
     for done, (file, times, name) in enumerate(files, 1):
         try:
             records.append(read_record(file, times, name, layout))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if strict:
                 raise
             skipped.append((str(file), str(error)))
@@ -103,7 +103,12 @@ def listing(root: Path, repeats: int):
 def kohya_folders(root: Path):
     """[(folder, repeats, name)] of the subfolders called like 10_name."""
     named = [(folder, KOHYA.fullmatch(folder.name)) for folder in subfolders(root)]
-    return [(folder, int(match[1]), match[2].strip()) for folder, match in named if match]
+    return [(folder, int(match[1]), printable(match[2].strip())) for folder, match in named if match]
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are no UTF-8 become question marks."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def unread_folders(root: Path):
@@ -125,7 +130,12 @@ def images_in(folder: Path) -> list[Path]:
 
 def is_image(file: Path) -> bool:
     name = file.name.lower()
-    return file.suffix.lower() in extensions() and not name.endswith(MASK) and not name.startswith(".") and file.is_file()
+    return file.suffix.lower() in extensions() and not name.endswith(MASK) and not name.startswith(".") and openable(file)
+
+
+def openable(file: Path) -> bool:
+    """Also a link to nowhere, so that it is reported as unreadable instead of passed over."""
+    return file.is_file() or (file.is_symlink() and not file.exists())
 
 
 @lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ class Dataset(Sequence):
         return iter(self.records)
 
     def to_json(self) -> str:
-        return json.dumps({"records": [asdict(record) for record in self.records], "skipped": self.skipped}, ensure_ascii=False)
+        return json.dumps({"records": [asdict(record) for record in self.records], "skipped": self.skipped})
 
     @classmethod
     def from_json(cls, text: str) -> Dataset:
@@ -139,7 +139,7 @@ def white_level(mode: str, values: np.ndarray) -> float:
     """The value that means white. Floating point and 32-bit files do not say, so the smallest usual one that holds them all."""
     if mode.startswith("I;16"):
         return 65535.0
-    levels = (65535.0, 2.0**31 - 1) if mode == "I" else (1.0, 255.0, 65535.0)
+    levels = (255.0, 65535.0, 2.0**31 - 1) if mode == "I" else (1.0, 255.0, 65535.0)
     brightest = values.max(initial=0.0)
     return next((level for level in levels if brightest <= level), brightest)
 
