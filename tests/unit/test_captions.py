@@ -17,7 +17,7 @@ def test_captions_pass_through():
 
 
 def test_empty_mode_forgets_captions_and_trigger():
-    assert told("a red ball", mode=EMPTY, trigger="sks") == ("",)
+    assert told("a red ball", caption_mode=EMPTY, trigger="sks") == ("",)
 
 
 FRONT = {"a ball": "sks, a ball", "": "sks", "sks": "sks", "sks ball": "sks ball", "sksy ball": "sks, sksy ball"}
@@ -57,7 +57,7 @@ def test_shuffles_depend_on_seed_and_record_only():
     assert told(TAGS, shuffle=True) != told(TAGS, shuffle=True, id="y")
 
 
-@pytest.mark.parametrize("bad", [dict(dropout=1.1), dict(variants=0), dict(mode="none"), dict(keep_tokens=-1), dict(dropout=float("nan"))])
+@pytest.mark.parametrize("bad", [dict(dropout=1.1), dict(variants=0), dict(caption_mode="none"), dict(keep_tokens=-1), dict(dropout=float("nan"))])
 def test_settings_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         CaptionSettings(**bad)

@@ -17,7 +17,7 @@ CAPTIONS, EMPTY = "captions", "empty (unconditional)"
 class CaptionSettings(Settings):
     """What the model is told about each image while it trains."""
 
-    mode: str = choice(CAPTIONS, (CAPTIONS, EMPTY), "captions: the text beside each image. empty: no text at all, the images alone.")
+    caption_mode: str = choice(CAPTIONS, (CAPTIONS, EMPTY), "captions: the text beside each image. empty: no text at all, the images alone.")
     trigger: str = text("", "A word put in front of every caption, to call up what was learnt.")
     dropout: float = number(0.0, 0.0, 1.0, "Share of steps that see the empty caption instead; 0.1 keeps guidance working.", step=0.05)
     shuffle: bool = switch(False, "Shuffle the comma-separated tags of each caption, so that their order is not learnt.")
@@ -27,7 +27,7 @@ class CaptionSettings(Settings):
 
 def variants(record: Record, settings: CaptionSettings, rng: torch.Generator) -> tuple[str, ...]:
     """The different texts that describe this record, at least one. The same rng state gives the same texts."""
-    if settings.mode == EMPTY:
+    if settings.caption_mode == EMPTY:
         return ("",)
     captions = record.captions or ("",)
     if not settings.shuffle:

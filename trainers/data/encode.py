@@ -96,7 +96,7 @@ def check(dataset, captions, buckets, vae):
     if buckets.step % vae.factor:
         raise ValueError(f"step is {buckets.step} px and this VAE makes one latent cell of {vae.factor} px. "
                          f"Choose a step that is a multiple of {vae.factor}.")
-    if captions.mode == CAPTIONS and not captions.trigger.strip():
+    if captions.caption_mode == CAPTIONS and not captions.trigger.strip():
         require_captions(dataset)
 
 
