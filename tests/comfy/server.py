@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -146,9 +147,9 @@ class Server:
 
     def import_errors(self, pack="trainyard"):
         """Lines of the log that say a pack was not imported: the server starts all the same."""
-        folder = str(self.base / "custom_nodes" / pack)
+        folder = re.compile(re.escape(str(self.base / "custom_nodes" / pack)) + r"(?!\w)")
         bad = ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint")
-        return [line for line in self.logs().splitlines() if folder in line and any(text in line for text in bad)]
+        return [line for line in self.logs().splitlines() if folder.search(line) and any(text in line for text in bad)]
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
     def get(self, path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from . import tiny
-from .server import Server
+from .server import PACKS, Server
+
+KIT = PACKS["trainyard_kit"]
 
 
 def txt2img(checkpoint, width=768, pooled=0, latent="EmptyLatentImage"):
@@ -84,8 +86,21 @@ def test_an_interrupt_ends_a_run_and_the_next_one_works(server):
 
 @pytest.mark.slow
 def test_a_killed_server_ends_the_transcript_and_starts_again_on_the_same_folder(comfy, tmp_path):
-    server = Server(tmp_path, packs={"trainyard_kit": tiny.pathlib.Path(__file__).parent / "kit_nodes"})
+    server = Server(tmp_path, packs={"trainyard_kit": KIT})
     with server:
         run = server.run(wait(60.0), watch=lambda event: event["type"] == "executing" and server.kill())
         assert (run.ok, run.ending) == (False, None)
         assert server.start().run(wait(0.01)).ok
+
+
+@pytest.mark.slow
+def test_a_pack_that_cannot_be_imported_is_told_from_one_that_can(comfy, tmp_path):
+    for name, code in {"kit": "async def comfy_entrypoint(): raise ValueError", "kit_bad": "import nothing_of_that_name"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    packs = {"fine": KIT, "kit": tmp_path / "kit", "kit_bad": tmp_path / "kit_bad"}
+    with Server(tmp_path / "base", packs=packs) as server:
+        assert server.import_errors("fine") == []
+        assert "comfy_entrypoint" in server.import_errors("kit")[0]
+        assert all("kit_bad" not in line for line in server.import_errors("kit"))
+        assert "nothing_of_that_name" in server.import_errors("kit_bad")[0]
