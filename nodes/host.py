@@ -420,7 +420,7 @@ def sample(digest, name, tensor, count=64):
     digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
     flat = tensor.detach().reshape(-1)
     if flat.numel() and flat.device.type != "meta":
-        index = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), device=flat.device).long()
+        index = torch.arange(min(count, flat.numel()), device=flat.device) * max(1, flat.numel() // count)
         digest.update(flat[index].float().cpu().numpy().tobytes())
 
 
