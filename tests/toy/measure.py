@@ -27,7 +27,7 @@ class Seen:
     stray: float                    # share of the coverage that lies outside the largest piece
     hole: float                     # hole area over filled area
     solidity: float                 # filled area over the area of its convex hull
-    waves: tuple[float, float, float]    # 3, 4, 5 bumps around the outline: amplitude over mean radius
+    waves: tuple[float, ...]        # 2, 3, 4, 5 bumps around the outline: amplitude over mean radius
 
     def matches(self, **wanted):
         """True if every wanted attribute (shape=, colour=, ground=, size=) was seen."""
@@ -42,7 +42,7 @@ def measure(picture):
     piece, stray = largest_piece(cover)
     area = float((cover * nearby(piece)).sum()) * (64 / rgb.shape[1]) * (64 / rgb.shape[0])
     if area < MIN_AREA:
-        return Seen("other", None, ground_name(ground), None, area, (32.0, 32.0), whole(ground), whole(ground), 0.0, 0.0, 0.0, (0.0,) * 3)
+        return Seen("other", None, ground_name(ground), None, area, (32.0, 32.0), whole(ground), whole(ground), 0.0, 0.0, 0.0, (0.0,) * 4)
     filled, hole = without_holes(piece)
     centre, waves, solid = centroid(filled), outline_waves(filled), solidity(filled)
     at = tuple(float(c / side * 64) for c, side in zip(centre[::-1], piece.shape[::-1], strict=True))
@@ -107,7 +107,7 @@ def centroid(mask):
 
 
 def outline_waves(mask):
-    """Amplitudes of 3, 4 and 5 bumps in the distance from the centroid to the outline, over its mean."""
+    """Amplitudes of 2, 3, 4 and 5 bumps in the distance from the centroid to the outline, over its mean."""
     row, column = centroid(mask)
     rows, columns = np.nonzero(mask)
     y, x = rows + 0.5 - row, columns + 0.5 - column
@@ -115,7 +115,7 @@ def outline_waves(mask):
     reach = np.zeros(SPOKES)
     np.maximum.at(reach, spoke, np.hypot(x, y))
     spectrum = np.abs(np.fft.rfft(reach)) * 2 / SPOKES / max(reach.mean(), 1e-6)
-    return tuple(float(a) for a in spectrum[3:6])
+    return tuple(float(a) for a in spectrum[2:6])
 
 
 def solidity(mask):
@@ -127,9 +127,11 @@ def solidity(mask):
 
 
 def shape_name(waves, solid, hole):
-    """A hole makes a ring; the strongest wave tells the corners, the solidity whether they are arms. No fit gives "other"."""
-    three, four, five = waves
+    """A hole makes a ring; the strongest wave tells the corners, the solidity whether they are arms. No fit, or a long shape: "other"."""
+    two, three, four, five = waves
     strongest = max(waves)
+    if two > 0.1:
+        return "other"
     if hole > 0.12:
         return "ring"
     if strongest < 0.05:

@@ -33,7 +33,7 @@ def noise(seeds, px=shapes.PX):
 
 @torch.no_grad()
 def pictures(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None, px=shapes.PX):
-    """(N, px, px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler. `model` (one with a LoRA) replaces toy.model."""
+    """(N, px, px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a LoRA) replaces toy.model."""
     import comfy.sample
     start = noise(seeds, px)
     positive, negative = conditioning(toy.clip, prompts), conditioning(toy.clip, [negative] * len(prompts))

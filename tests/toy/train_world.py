@@ -59,12 +59,29 @@ def he_init(module, rng):
             p.data.zero_()
 
 
-def warm_cosine(step, steps, warmup=100):
-    """Learning-rate factor: up from 0 during the warmup, then down to 0."""
-    return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+def pace(step, steps, warmup=100, decay=0.4):
+    """Learning-rate factor: up from 0 during the warmup, level, then down to 0 in the last part of the steps."""
+    return min(1, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def train_vae(steps=3200, batch=16, rate=1.2e-3, seed=1):
+def step_rng(seed, step):
+    """A generator for one step, so that a training that was stopped goes on as the same training."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def keep(name, **state):
+    """Write a training's state to WORK, all or nothing."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    torch.save(state, WORK / f"{name}.part")
+    os.replace(WORK / f"{name}.part", WORK / f"{name}.pt")
+
+
+def kept(name):
+    """The state that `keep` wrote, or None."""
+    return torch.load(WORK / f"{name}.pt") if (WORK / f"{name}.pt").exists() else None
+
+
+def train_vae(steps=2000, batch=16, rate=1.2e-3, seed=1):
     """A TAESD in float32 whose latents have about mean 0 and std 1 in every channel, written to WORK/vae.safetensors."""
     from comfy.taesd.taesd import TAESD
     rng, vae = torch.Generator().manual_seed(seed), TAESD(latent_channels=world.CHANNELS)
@@ -74,8 +91,12 @@ def train_vae(steps=3200, batch=16, rate=1.2e-3, seed=1):
     vae.to(memory_format=torch.channels_last).train()
     data, unseen = vae_pictures(9000, seed), vae_pictures(300, seed + 1).float() / 255
     weights = [p for n, p in vae.named_parameters() if n.startswith("taesd")]
-    opt, start = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4), time.time()
-    for step in range(steps):
+    opt, start, before = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4), time.time(), kept("vae")
+    if before:
+        vae.load_state_dict(before["weights"])
+        opt.load_state_dict(before["opt"])
+    for step in range(before["step"] if before else 0, steps):
+        rng = step_rng(seed, step)
         x = (data[torch.randint(len(data), (batch,), generator=rng)].float() / 255).contiguous(memory_format=torch.channels_last)
         jitter = torch.rand((batch, 1, 1, 1), generator=rng) * 0.25       # the decoder must forgive what a sampler leaves
         with torch.autocast("cpu", torch.bfloat16):
@@ -85,16 +106,15 @@ def train_vae(steps=3200, batch=16, rate=1.2e-3, seed=1):
         spread = (z.mean((0, 2, 3)).square() + (z.std((0, 2, 3)) - 1).square()).mean()
         loss = (y - x).square().mean() + 0.1 * (y - x).abs().mean() + 0.02 * spread
         for group in opt.param_groups:
-            group["lr"] = rate * warm_cosine(step, steps)
+            group["lr"] = rate * pace(step, steps)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"vae {step:5d}  loss {loss.item():.5f}  {vae_figures(vae, unseen)}  {time.time() - start:.0f} s", flush=True)
-        if step % 400 == 399 or step == steps - 1:
-            WORK.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in vae.state_dict().items() if k.startswith("taesd")}, str(WORK / "vae.safetensors"))
+        if step % 100 == 99 or step == steps - 1:
+            print(f"vae {step + 1:5d}  loss {loss.item():.5f}  {vae_figures(vae, unseen)}  {time.time() - start:.0f} s", flush=True)
+            keep("vae", step=step + 1, weights=vae.state_dict(), opt=opt.state_dict())
+    save_file({k: v.contiguous() for k, v in vae.state_dict().items() if k.startswith("taesd")}, str(WORK / "vae.safetensors"))
 
 
 @torch.no_grad()
@@ -142,7 +162,8 @@ def encode_pictures(pictures):
     from comfy.taesd.taesd import TAESD
     vae = TAESD(latent_channels=world.CHANNELS)
     vae.load_state_dict(world.unpack(world.pack(load_file(str(WORK / "vae.safetensors")))), strict=False)
-    return torch.cat([vae.taesd_encoder(part.float() / 255) for part in pictures.split(64)])
+    vae.to(memory_format=torch.channels_last)
+    return torch.cat([vae.taesd_encoder(part.to(memory_format=torch.channels_last).float() / 255) for part in pictures.split(64)]).contiguous()
 
 
 def blank_transformer(rng):
@@ -169,46 +190,60 @@ def sigmas(rng, n):
 
 
 def training_set(n, seed):
-    """Latents, attributes of n pictures, and the encoded captions with their index; kept in WORK because a rerun needs them again."""
-    rng, cache = torch.Generator().manual_seed(seed), WORK / f"latents_{n}_{seed}.pt"
+    """Attributes of n pictures, caption -> index, latents, and the encoded captions' hidden states and pooled."""
+    rng = torch.Generator().manual_seed(seed)
     drawn = [shapes.sample(rng) for _ in range(n)]
-    if not cache.exists():
-        torch.save((encode_pictures(pixels([d[0] for d in drawn])), *encode_texts(captions())), cache)
-    return [d[2] for d in drawn], {t: i for i, t in enumerate(captions())}, *torch.load(cache)
+    latents = encode_pictures(pixels([d[0] for d in drawn]))
+    return [d[2] for d in drawn], {t: i for i, t in enumerate(captions())}, latents, *texts()
 
 
-def train_dit(steps=4800, short=2800, batch=64, rate=1.5e-3, seed=3, pictures=12000):
-    """Flow matching: x = (1 - sigma) x0 + sigma noise, the model answers noise - x0. Writes an average of the weights: WORK/dit.safetensors.
+def texts():
+    """What encode_texts makes of every caption; kept in WORK, because it takes minutes and a rerun needs the same."""
+    path = WORK / "texts.pt"
+    if not path.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        torch.save(encode_texts(captions()), path)
+    return torch.load(path)
 
-    The first `short` steps see 16 of the 77 text tokens (a caption needs 10, the rest is padding): the same lesson at a third of the time.
+
+def train_dit(steps=3000, short=2400, batch=64, rate=1.5e-3, seed=3, pictures=6000):
+    """Flow matching: x = (1 - sigma) x0 + sigma noise, the model answers noise - x0. Writes the averaged weights: WORK/dit.safetensors.
+
+    The first `short` steps see 12 of the 77 text tokens (a caption needs 10, the rest is padding): the same lesson at a third of the time.
     """
     rng, start = torch.Generator().manual_seed(seed), time.time()
     attributes, index, latents, context, pooled = training_set(pictures, seed)
     print(f"data ready: {len(latents)} latents std {latents.std():.3f}, {len(context)} captions, {time.time() - start:.0f} s", flush=True)
     model = blank_transformer(rng)
     weights, mean = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
-    opt, start, recent = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01), time.time(), 0.0
-    for step in range(steps):
+    opt, start, recent, before = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01), time.time(), [], kept("dit")
+    if before:
+        model.load_state_dict(before["weights"])
+        opt.load_state_dict(before["opt"])
+        mean = before["mean"]
+    for step in range(before["step"] if before else 0, steps):
+        rng = step_rng(seed, step)
         pick = torch.randint(len(latents), (batch,), generator=rng)
         words = torch.tensor([index[said(rng, attributes[i])] for i in pick.tolist()])
         x0, noise, sigma = latents[pick], torch.randn((batch, *latents.shape[1:]), generator=rng), sigmas(rng, batch)
         s = sigma.view(-1, 1, 1, 1)
-        text = context[words, :16 if step < short else 77].float()
+        text = context[words, :12 if step < short else 77].float()
         with torch.autocast("cpu", torch.bfloat16):
             answer = model((1 - s) * x0 + s * noise, sigma * 1000, context=text, y=pooled[words].float())
         loss = (answer.float() - (noise - x0)).square().mean()
         for group in opt.param_groups:
-            group["lr"] = rate * warm_cosine(step, steps, 200)
+            group["lr"] = rate * pace(step, steps, 200)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         torch._foreach_lerp_(mean, [p.detach() for p in weights], 1 - min(0.998, (step + 1) / (step + 10)))
-        recent += (loss.item() - recent) / min(step + 1, 100)
+        recent.append(loss.item())
         if step % 200 == 199 or step == steps - 1:
-            print(f"dit {step + 1:5d}  loss {recent:.4f}  {time.time() - start:.0f} s", flush=True)
-            names = [k for k, _ in model.named_parameters()]
-            save_file(dict(zip(names, mean, strict=True)), str(WORK / "dit.safetensors"))
+            print(f"dit {step + 1:5d}  loss {sum(recent) / len(recent):.4f}  {time.time() - start:.0f} s", flush=True)
+            recent.clear()
+            keep("dit", step=step + 1, weights=model.state_dict(), opt=opt.state_dict(), mean=mean)
+            save_file(dict(zip([k for k, _ in model.named_parameters()], mean, strict=True)), str(WORK / "dit.safetensors"))
 
 
 def pack():
@@ -239,6 +274,6 @@ def check(seeds=4):
 if __name__ == "__main__":
     from comfy.cli_args import args
     args.cpu = True
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     for part in sys.argv[1:]:
-        {"vae": train_vae, "dit": train_dit, "pack": pack, "check": check}[part]()
+        {"vae": train_vae, "texts": texts, "dit": train_dit, "pack": pack, "check": check}[part]()
