@@ -20,9 +20,24 @@ class LoadDataset(io.ComfyNode):
             description="Pictures and their captions from a folder: same-named .txt files, kohya folders such as 10_name (10 repeats), masks as name.mask.png.",
             search_aliases=["image folder", "dataset", "training images", "captions", "dreambooth"],
             inputs=[
-                io.Combo.Input("folder", options=paths.dataset_folders(), tooltip="A folder inside ComfyUI's input or datasets folder. Press R after adding one."),
-                io.Int.Input("repeats", default=1, min=1, max=10_000, tooltip="How often an epoch shows each picture; multiplied with a folder's own N_name. (1 to 10000)"),
-                io.Boolean.Input("alpha_mask", default=False, advanced=True, tooltip="Use the pictures' transparency as a loss mask: transparent parts are not learnt."),
+                io.Combo.Input(
+                    "folder",
+                    options=paths.dataset_folders(),
+                    tooltip="A folder inside ComfyUI's input or datasets folder. Press R after adding one.",
+                ),
+                io.Int.Input(
+                    "repeats",
+                    default=1,
+                    min=1,
+                    max=10_000,
+                    tooltip="How often an epoch shows each picture; multiplied with a folder's own N_name. (1 to 10000)",
+                ),
+                io.Boolean.Input(
+                    "alpha_mask",
+                    default=False,
+                    advanced=True,
+                    tooltip="Use the pictures' transparency as a loss mask: transparent parts are not learnt.",
+                ),
             ],
             outputs=[
                 Dataset.Output("dataset", display_name="dataset"),
@@ -59,10 +74,17 @@ class EncodeDataset(io.ComfyNode):
             inputs=[
                 Dataset.Input("dataset", tooltip="From Load Dataset."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model to be trained. Also needed without captions: the empty text is encoded too."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder of the model to be trained. Also needed without captions: the empty text is encoded too.",
+                ),
                 *inputs(CaptionSettings),
                 *inputs(BucketSettings),
-                io.Boolean.Input("flip", default=False, tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left and a right."),
+                io.Boolean.Input(
+                    "flip",
+                    default=False,
+                    tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left and a right.",
+                ),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, advanced=True, tooltip="Decides how shuffled captions are ordered."),
             ],
             outputs=[Encoded.Output("encoded", display_name="encoded")],

@@ -315,7 +315,9 @@ def text_training(clip, adapter, rng, session):
     session.text_keys = clip_keys(network, session.text_adapters.layers)
     with loaded(clip.patcher, session.text_adapters, 0.0), out_of_place(network):
         materialise(network)
-        session.encode = lambda batch: [{**sizes_of(old), **conditioning(clip, c)} for c, old in zip(batch.captions, batch.conds, strict=True)]
+        session.encode = lambda batch: [
+            {**sizes_of(old), **conditioning(clip, c)} for c, old in zip(batch.captions, batch.conds, strict=True)
+        ]
         yield
 
 
@@ -466,7 +468,9 @@ def loadable(keys, known, prefix):
     for name, key in keys.items():
         target = known.get(key)
         if (target[0] if isinstance(target, tuple) else target) != f"{prefix}{name}.weight":
-            raise ValueError(f"Layer {name} has no key that ComfyUI's LoRA loader knows ({key} leads to {target}); choose other adapter targets.")
+            raise ValueError(
+                f"Layer {name} has no key that ComfyUI's LoRA loader knows ({key} leads to {target}); choose other adapter targets."
+            )
     return keys
 
 
@@ -499,7 +503,9 @@ def check_loads(model, clip, lora: LoraFile):
     """The self-check after training: the host's own loader must take every layer of the file. Raises RuntimeError with those it skips."""
     misfits = unknown_keys(model, clip, lora)
     if misfits:
-        raise RuntimeError(f"ComfyUI's loader would skip {len(misfits)} of {len(bases(lora))} trained layers, for example {misfits[0]}. Please report this model.")
+        raise RuntimeError(
+            f"ComfyUI's loader would skip {len(misfits)} of {len(bases(lora))} trained layers, for example {misfits[0]}. Please report this model."
+        )
 
 
 # -- checks before the long work ------------------------------------------------------------------------------------------------
@@ -553,7 +559,9 @@ def check_gradients(session: Session, x0, conds, tolerance=None):
 
 
 def unknown_model(denoiser):
-    return f"Trainyard does not know {type(denoiser.model.model_config).__name__}, so its gradients were checked first, and the check failed"
+    return (
+        f"Trainyard does not know {type(denoiser.model.model_config).__name__}, so its gradients were checked first, and the check failed"
+    )
 
 
 def gradient(loss, params):

@@ -24,8 +24,14 @@ class SaveLora(io.ComfyNode):
             search_aliases=["export lora", "save lora", "safetensors"],
             inputs=[
                 LoraModel.Input("lora", tooltip="The LORA_MODEL of a Train node."),
-                io.String.Input("name", default="my_lora", tooltip="File name in output/loras; folder/name makes a folder. An existing file is never overwritten."),
-                io.Model.Input("model", optional=True, tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL."),
+                io.String.Input(
+                    "name",
+                    default="my_lora",
+                    tooltip="File name in output/loras; folder/name makes a folder. An existing file is never overwritten.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL."
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="Optional: the CLIP for the same check, when the text encoder was trained."),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
@@ -93,7 +99,14 @@ class ApplyLora(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA was trained on, or a relative of it."),
                 LoraModel.Input("lora", tooltip="A LORA_MODEL of a Train node or of Load LoRA File."),
-                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip="1 is as trained, 0 is off, below 0 is the opposite. (-20 to 20)"),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="1 is as trained, 0 is off, below 0 is the opposite. (-20 to 20)",
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP, when the LoRA holds text-encoder layers."),
             ],
             outputs=[io.Model.Output("model", display_name="model"), io.Clip.Output("clip", display_name="clip")],

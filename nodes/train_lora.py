@@ -34,14 +34,25 @@ class TrainLora(io.ComfyNode):
                 *inputs(RunSettings, only=("steps", "learning_rate")),
                 *inputs(AdapterSettings, only=("rank",)),
                 *inputs(RunSettings, only=("batch", "seed", "save_every")),
-                io.String.Input("run_name", default="my_lora", tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run."),
-                io.Combo.Input("checkpointing", options=list(host.CHECKPOINTING), default="off", tooltip="'per block' needs much less memory and about a third more time per step."),
+                io.String.Input(
+                    "run_name",
+                    default="my_lora",
+                    tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.",
+                ),
+                io.Combo.Input(
+                    "checkpointing",
+                    options=list(host.CHECKPOINTING),
+                    default="off",
+                    tooltip="'per block' needs much less memory and about a third more time per step.",
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="Only to train the text encoder too (switch it on in Adapter Settings)."),
                 AdapterRecipe.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
                 OptimizerRecipe.Input("optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."),
                 NoiseRecipe.Input("noise", optional=True, tooltip="From Noise and Loss Settings; the family's own recipe without it."),
                 io.Latent.Input("latents", optional=True, tooltip="LATENT list of ComfyUI's Make Training Dataset, in place of encoded."),
-                io.Conditioning.Input("conditioning", optional=True, tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, in place of encoded."),
+                io.Conditioning.Input(
+                    "conditioning", optional=True, tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, in place of encoded."
+                ),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora"),
@@ -54,7 +65,20 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, run_name, checkpointing, encoded=None, clip=None, adapter=None, optimizer=None, noise=None, latents=None, conditioning=None, **widgets):
+    def execute(
+        cls,
+        model,
+        run_name,
+        checkpointing,
+        encoded=None,
+        clip=None,
+        adapter=None,
+        optimizer=None,
+        noise=None,
+        latents=None,
+        conditioning=None,
+        **widgets,
+    ):
         values = {k: v[0] for k, v in widgets.items()}
         job = Job(
             model=model[0],
@@ -118,7 +142,11 @@ class Job:
         if (done := folder.finished()) is not None:
             return *done, f"already trained: {folder.lora_path(self.run.steps).name} was read, nothing was trained again"
         lora, losses = self.trained(folder)
-        return lora, losses, f"{self.run.steps} steps, loss {sum(losses[-20:]) / len(losses[-20:]):.4f}, {len(host.bases(lora))} layers in {folder.folder.name}"
+        return (
+            lora,
+            losses,
+            f"{self.run.steps} steps, loss {sum(losses[-20:]) / len(losses[-20:]):.4f}, {len(host.bases(lora))} layers in {folder.folder.name}",
+        )
 
     def recipe(self) -> dict:
         records = (self.adapter, self.optimizing, self.noise, self.run)
@@ -128,7 +156,9 @@ class Job:
         """Of all that changes the result. The number of steps is not part of it, so that a run can be continued to more."""
         run = {k: v for k, v in self.run.to_dict().items() if k not in ("steps", "save_every")}
         clip = host.identity(self.clip.patcher, self.clip.layer_idx) if self.adapter.text_encoder and self.clip else ""
-        return fingerprint("lora 1", self.data.fingerprint, host.model_identity(self.model), clip, self.adapter, self.optimizing, self.noise, run)
+        return fingerprint(
+            "lora 1", self.data.fingerprint, host.model_identity(self.model), clip, self.adapter, self.optimizing, self.noise, run
+        )
 
     def trained(self, folder):
         report = host.Report(self.run.steps, self.node_id)
@@ -152,7 +182,9 @@ class Job:
 
     def method(self, session):
         density = session.family.density
-        return Lora(session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode)
+        return Lora(
+            session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode
+        )
 
     def check(self, session):
         batch = self.data.batch([0], host.generator(0))

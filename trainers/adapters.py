@@ -21,7 +21,9 @@ from .settings import AdapterSettings
 ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.|(^|\.)(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$")
 MLP = re.compile(r"(^|\.)(ff|ffn|feed_forward|\w*mlp[CX]?)\.")
 # Modulation, time and guidance embedders steer the whole network; Chroma's distilled_guidance_layer must never be trained.
-STEERING = re.compile(r"mod(ulation)?s?\b|adaLN|embed|distilled_guidance|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE)
+STEERING = re.compile(
+    r"mod(ulation)?s?\b|adaLN|embed|distilled_guidance|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE
+)
 
 
 def wanted(settings: AdapterSettings):

@@ -129,7 +129,9 @@ def lora_metadata(*, title, base, architecture, prediction, adapter, optimizing,
         "ss_network_module": "networks.lora",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.alpha or adapter.rank,
-        "ss_network_args": json.dumps({"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}),
+        "ss_network_args": json.dumps(
+            {"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}
+        ),
         "ss_base_model_version": base,
         "ss_v2": "True" if base.startswith("sd_v2") else "False",
         "ss_learning_rate": run.learning_rate,
@@ -178,6 +180,8 @@ def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
         raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train for at least one step with a learning rate above 0.")
     bad = [key for key, value in lora.items() if not torch.isfinite(value).all()]
     if bad:
-        raise ValueError(f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the learning rate.")
+        raise ValueError(
+            f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the learning rate."
+        )
     metadata = {**lora.metadata, "modelspec.hash_sha256": f"0x{tensor_hash(lora)}", **(extra or {})}
     write_safetensors(path, lora, metadata)

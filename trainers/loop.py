@@ -69,7 +69,9 @@ class Run:
 
     def load(self, state: dict):
         if len(state["params"]) != len(self.params):
-            raise ValueError(f"The saved run has {len(state['params'])} trained tensors and this one {len(self.params)}; start a new run name.")
+            raise ValueError(
+                f"The saved run has {len(state['params'])} trained tensors and this one {len(self.params)}; start a new run name."
+            )
         with torch.no_grad():
             for p, saved in zip(self.params, state["params"], strict=True):
                 p.copy_(saved)
@@ -102,13 +104,13 @@ class NoStore:
     def save(self, state, why): ...
 
 
-def train(method, run: RunSettings, optimizing: OptimizerSettings = OptimizerSettings(), *, report=None, store=None, interval=0.4):
+def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None, *, report=None, store=None, interval=0.4):
     """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may raise to stop.
     `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a safety copy every few minutes),
     "stopped" or "finished". Whatever stops the run, its last complete step is saved first.
 
     Raises Diverged when the loss is no longer finite; the last good state is the one kept."""
-    store, report = store or NoStore(), report or (lambda progress: None)
+    optimizing, store, report = optimizing or OptimizerSettings(), store or NoStore(), report or (lambda progress: None)
     te_rate = optimizing.text_encoder_lr or run.learning_rate / 10
     groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
     params = [p for g in groups for p in g["params"]]

@@ -1,10 +1,10 @@
 """One folder per run: what a resume needs, and the LoRAs on the way.
 
-    star-3f2a91c0/
-        resume.state            parameters, optimizer, draw order, losses and step, in one atomic file
-        run.json                the recipe in readable form, and how far it got
-        star-step000250.safetensors ...
-        star.safetensors        the finished LoRA
+star-3f2a91c0/
+    resume.state            parameters, optimizer, draw order, losses and step, in one atomic file
+    run.json                the recipe in readable form, and how far it got
+    star-step000250.safetensors ...
+    star.safetensors        the finished LoRA
 """
 
 from __future__ import annotations

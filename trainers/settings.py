@@ -109,7 +109,9 @@ class AdapterSettings(Settings):
     conv: bool = switch(False, "Also train the 3x3 convolutions of a UNet (LoCon). Transformers have none.")
     conv_rank: int = number(8, 1, 4096, "Inner dimension of the convolution adapters.", advanced=True)
     conv_alpha: float = number(0.0, 0.0, 4096.0, "Alpha of the convolution adapters. 0 means alpha = conv_rank.", step=0.5, advanced=True)
-    text_encoder: bool = switch(False, "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models.")
+    text_encoder: bool = switch(
+        False, "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,7 +132,9 @@ SCHEDULES = ("constant", "linear", "cosine", "cosine with restarts", "polynomial
 class OptimizerSettings(Settings):
     """How a gradient becomes a change."""
 
-    optimizer: str = choice("AdamW", OPTIMIZERS, "AdamW needs nothing to be installed; Prodigy finds its own rate (set learning rate to 1).")
+    optimizer: str = choice(
+        "AdamW", OPTIMIZERS, "AdamW needs nothing to be installed; Prodigy finds its own rate (set learning rate to 1)."
+    )
     schedule: str = choice("constant", SCHEDULES, "How the learning rate changes over the run, after the warmup.")
     warmup: int = number(0, 0, 1_000_000, "The learning rate rises from 0 over these steps.", unit="optimizer steps")
     restarts: int = number(1, 1, 1000, "Cycles of the schedule 'cosine with restarts'.", advanced=True)
@@ -139,7 +143,9 @@ class OptimizerSettings(Settings):
     beta2: float = number(0.999, 0.0, 0.99999, "Memory of the gradient's square.", step=0.0001, advanced=True)
     clip: float = number(1.0, 0.0, 1000.0, "Largest gradient norm; larger gradients are scaled down to it. 0 means never.", step=0.1)
     accumulate: int = number(1, 1, 1024, "Batches summed into one optimizer step: a larger batch without its memory.")
-    text_encoder_lr: float = number(0.0, 0.0, 10.0, "Learning rate of the text encoder's adapters. 0 means a tenth of the learning rate.", step=1e-6)
+    text_encoder_lr: float = number(
+        0.0, 0.0, 10.0, "Learning rate of the text encoder's adapters. 0 means a tenth of the learning rate.", step=1e-6
+    )
 
 
 DENSITIES = ("model default", "uniform", "logit-normal", "host schedule")
@@ -150,11 +156,18 @@ WEIGHTINGS = ("none", "min-SNR")
 class NoiseSettings(Settings):
     """Where on the way from image to noise a step trains, and how its error counts."""
 
-    density: str = choice("model default", DENSITIES, "How often each noise level is trained. 'model default' is the recipe of the loaded family.")
+    density: str = choice(
+        "model default", DENSITIES, "How often each noise level is trained. 'model default' is the recipe of the loaded family."
+    )
     mean: float = number(0.0, -10.0, 10.0, "Centre of logit-normal; above 0 trains more on noise.", step=0.05, advanced=True)
     std: float = number(1.0, 0.01, 10.0, "Width of logit-normal.", step=0.05, advanced=True)
     shift: float = number(
-        0.0, 0.0, 100.0, "Flow models: moves noise levels up by s*t / (1 + (s-1)*t). 0 means the family's default.", step=0.05, advanced=True
+        0.0,
+        0.0,
+        100.0,
+        "Flow models: moves noise levels up by s*t / (1 + (s-1)*t). 0 means the family's default.",
+        step=0.05,
+        advanced=True,
     )
     min_time: float = number(0.0, 0.0, 1.0, "Lowest noise level trained: 0 is the clean image.", step=0.01, advanced=True)
     max_time: float = number(1.0, 0.0, 1.0, "Highest noise level trained: 1 is pure noise.", step=0.01, advanced=True)
@@ -175,4 +188,6 @@ class RunSettings(Settings):
     learning_rate: float = number(1e-4, 0.0, 10.0, "Learning rate. 1e-4 suits AdamW; Prodigy wants 1.", step=1e-6)
     batch: int = number(1, 1, 1024, "Images per step.", unit="images")
     seed: int = number(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
-    save_every: int = number(250, 0, 1_000_000, "Save a LoRA and the resume state every so many steps. 0 saves at the end only.", unit="optimizer steps")
+    save_every: int = number(
+        250, 0, 1_000_000, "Save a LoRA and the resume state every so many steps. 0 saves at the end only.", unit="optimizer steps"
+    )

@@ -193,7 +193,10 @@ def test_kill_9_in_the_middle_costs_no_more_than_the_last_save(tmp_path):
 def test_cores_latents_and_conditioning_train_too(server, dataset):
     prompt = graph(server, dataset, run_name="cores")
     prompt["2"] = {"class_type": "LoadImageTextDataSetFromFolder", "inputs": {"folder": dataset.removeprefix("input/")}}
-    prompt["3"] = {"class_type": "MakeTrainingDataset", "inputs": {"images": ["2", 0], "texts": ["2", 1], "vae": ["1", 2], "clip": ["1", 1]}}
+    prompt["3"] = {
+        "class_type": "MakeTrainingDataset",
+        "inputs": {"images": ["2", 0], "texts": ["2", 1], "vae": ["1", 2], "clip": ["1", 1]},
+    }
     inputs = prompt["4"]["inputs"]
     del inputs["encoded"]
     inputs |= {"latents": ["3", 0], "conditioning": ["3", 1]}
@@ -204,13 +207,47 @@ def test_cores_latents_and_conditioning_train_too(server, dataset):
 
 def test_settings_nodes_reach_the_run_and_its_file(server, dataset):
     prompt = graph(server, dataset, run_name="settings", checkpointing="per block")
-    prompt["5"] = {"class_type": "TrainyardAdapter", "inputs": {
-        "alpha": 2.0, "rslora": False, "targets": "attention", "pattern": "", "conv": True, "conv_rank": 2, "conv_alpha": 0.0, "text_encoder": False}}
-    prompt["6"] = {"class_type": "TrainyardOptimizer", "inputs": {
-        "optimizer": "AdamW", "schedule": "cosine", "warmup": 2, "restarts": 1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "clip": 1.0,
-        "accumulate": 2, "text_encoder_lr": 0.0}}
-    prompt["7"] = {"class_type": "TrainyardNoiseAndLoss", "inputs": {
-        "density": "uniform", "mean": 0.0, "std": 1.0, "shift": 0.0, "min_time": 0.1, "max_time": 0.9, "weighting": "min-SNR", "gamma": 5.0}}
+    prompt["5"] = {
+        "class_type": "TrainyardAdapter",
+        "inputs": {
+            "alpha": 2.0,
+            "rslora": False,
+            "targets": "attention",
+            "pattern": "",
+            "conv": True,
+            "conv_rank": 2,
+            "conv_alpha": 0.0,
+            "text_encoder": False,
+        },
+    }
+    prompt["6"] = {
+        "class_type": "TrainyardOptimizer",
+        "inputs": {
+            "optimizer": "AdamW",
+            "schedule": "cosine",
+            "warmup": 2,
+            "restarts": 1,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "clip": 1.0,
+            "accumulate": 2,
+            "text_encoder_lr": 0.0,
+        },
+    }
+    prompt["7"] = {
+        "class_type": "TrainyardNoiseAndLoss",
+        "inputs": {
+            "density": "uniform",
+            "mean": 0.0,
+            "std": 1.0,
+            "shift": 0.0,
+            "min_time": 0.1,
+            "max_time": 0.9,
+            "weighting": "min-SNR",
+            "gamma": 5.0,
+        },
+    }
     prompt["4"]["inputs"] |= {"adapter": ["5", 0], "optimizer": ["6", 0], "noise": ["7", 0]}
     run = server.run(prompt)
     assert run.ok, run.why
@@ -224,8 +261,19 @@ def test_settings_nodes_reach_the_run_and_its_file(server, dataset):
 
 def test_the_text_encoder_trains_too(server, dataset):
     prompt = graph(server, dataset, run_name="text", steps=2, batch=1)
-    prompt["5"] = {"class_type": "TrainyardAdapter", "inputs": {
-        "alpha": 0.0, "rslora": False, "targets": "attention", "pattern": "", "conv": False, "conv_rank": 8, "conv_alpha": 0.0, "text_encoder": True}}
+    prompt["5"] = {
+        "class_type": "TrainyardAdapter",
+        "inputs": {
+            "alpha": 0.0,
+            "rslora": False,
+            "targets": "attention",
+            "pattern": "",
+            "conv": False,
+            "conv_rank": 8,
+            "conv_alpha": 0.0,
+            "text_encoder": True,
+        },
+    }
     prompt["4"]["inputs"] |= {"adapter": ["5", 0], "clip": ["1", 1]}
     run = server.run(prompt)
     assert run.ok, run.why
@@ -276,8 +324,19 @@ def nothing_to_train_on(prompt, server):
 
 
 def wild_regex(prompt, server):
-    prompt["5"] = {"class_type": "TrainyardAdapter", "inputs": {
-        "alpha": 0.0, "rslora": False, "targets": "regex", "pattern": "nothing_like_this", "conv": False, "conv_rank": 8, "conv_alpha": 0.0, "text_encoder": False}}
+    prompt["5"] = {
+        "class_type": "TrainyardAdapter",
+        "inputs": {
+            "alpha": 0.0,
+            "rslora": False,
+            "targets": "regex",
+            "pattern": "nothing_like_this",
+            "conv": False,
+            "conv_rank": 8,
+            "conv_alpha": 0.0,
+            "text_encoder": False,
+        },
+    }
     prompt["4"]["inputs"]["adapter"] = ["5", 0]
 
 
