@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from .settings import AdapterSettings
 
 # Layer names over all families that ComfyUI loads: UNet attn1/attn2 and their proj_in/out, Flux and HunyuanVideo's fused
-# single-stream linear1/2, and the attention and feed-forward names of the other transformers.
-ATTENTION = re.compile(r"(^|\.)\w*(attn|attention)\w*\.|(^|\.)(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$")
-MLP = re.compile(r"(^|\.)(ff|ffn|feed_forward|\w*mlp[CX]?)\.")
-# Modulation, time and guidance embedders steer the whole network; Chroma's distilled_guidance_layer must never be trained.
-STEERING = re.compile(
-    r"mod(ulation)?s?\b|adaLN|embed|distilled_guidance|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE
-)
+# single-stream linear1/2, and the attention and feed-forward names of the other transformers, of diffusers too. Diffusers keeps whole
+# transformers under `attentions.`, and a proj_out at the top is a model's last layer: neither makes a layer attention.
+ATTENTION = re.compile(r"(^|\.)\w*(attn|attention(?!s\.))\w*\.|\.(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$")
+MLP = re.compile(r"(^|\.)(ff|ff_context|ffn|feed_forward|\w*mlp[CX]?)\.|\.proj_mlp$")
+# Modulation, time and guidance embedders steer the whole network.
+STEERING = re.compile(r"mod(ulation)?s?\b|adaLN|embed|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE)
+NEVER = "distilled_guidance"  # Chroma's distilled modulation breaks when it is trained
+# The first and last convolution of a UNet (four channels on one side) and a transformer's patch embedding.
+STEM = re.compile(r"^(conv_in|conv_out|input_blocks\.0\.0|out\.\d+)$|embed|^img_in\.")
 
 
 def wanted(settings: AdapterSettings):
@@ -32,7 +34,7 @@ def wanted(settings: AdapterSettings):
         pattern = re.compile(settings.pattern)
         return lambda name: bool(pattern.search(name))
     if settings.targets == "all linear":
-        return lambda name: "distilled_guidance" not in name
+        return lambda name: True
     groups = (ATTENTION,) if settings.targets == "attention" else (ATTENTION, MLP)
     return lambda name: not STEERING.search(name) and any(group.search(name) for group in groups)
 
@@ -42,8 +44,8 @@ def is_pointwise(layer) -> bool:
 
 
 def adaptable(network: nn.Module) -> dict[str, nn.Module]:
-    """Every linear and convolution layer, found by what it has: quantised layers are no subclass of nn.Linear."""
-    return {name: m for name, m in network.named_modules() if name and is_linear(m) or is_convolution(m)}
+    """Every linear and convolution layer that may be trained, found by what it has: quantised layers are no subclass of nn.Linear."""
+    return {name: m for name, m in network.named_modules() if name and NEVER not in name and (is_linear(m) or is_convolution(m))}
 
 
 def is_linear(m) -> bool:
@@ -53,14 +55,15 @@ def is_linear(m) -> bool:
 
 def is_convolution(m) -> bool:
     weight = getattr(m, "weight", None)
-    return hasattr(m, "kernel_size") and hasattr(m, "groups") and weight is not None and weight.ndim in (4, 5) and m.groups == 1
+    plain = getattr(m, "groups", 0) == 1 and not getattr(m, "transposed", False)
+    return hasattr(m, "kernel_size") and plain and weight is not None and weight.ndim in (4, 5)
 
 
 def select(network: nn.Module, settings: AdapterSettings) -> dict[str, nn.Module]:
     """Layers that get an adapter, in the network's own order. Raises ValueError when there are none."""
     want = wanted(settings)
     layers = adaptable(network)
-    chosen = {n: m for n, m in layers.items() if (want(n) if is_pointwise(m) else settings.conv)}
+    chosen = {n: m for n, m in layers.items() if (want(n) if is_pointwise(m) else settings.conv and not STEM.search(n))}
     if not chosen:
         some = ", ".join(list(layers)[:6])
         raise ValueError(
