@@ -76,7 +76,7 @@ def checked_number(name, value, kind, meta):
     unit = f" {meta['unit']}" if meta.get("unit") else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be a finite number between {meta['lo']} and {meta['hi']}{unit}.")
     if not meta["lo"] <= value <= meta["hi"]:
         raise ValueError(f"{name} is {value}; it must lie between {meta['lo']} and {meta['hi']}{unit}.")
