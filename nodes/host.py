@@ -87,6 +87,17 @@ def in_training():
 
 
 @contextlib.contextmanager
+def fresh_weights():
+    """Weights that are fetched from the CPU layer by layer get memory of their own. With its transfer streams the host fetches
+    every layer into the same buffer, and backward would find the weights of a later layer in it."""
+    before, mm.NUM_STREAMS = mm.NUM_STREAMS, 0
+    try:
+        yield
+    finally:
+        mm.NUM_STREAMS = before
+
+
+@contextlib.contextmanager
 def differentiable_rope():
     """A few families call the fused rotary kernels without asking `in_training`; those have no autograd formula."""
     names = [n for n in dir(eager_rope) if n.startswith(("apply_rope", "rms_rope")) and not n.endswith("_") and hasattr(comfy_kitchen, n)]
@@ -269,8 +280,8 @@ def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, check
         stack.enter_context(loaded(patcher, adapters, memory))
         materialise(patcher.model)
         stack.enter_context(out_of_place(network))
-        stack.enter_context(in_training())
-        stack.enter_context(differentiable_rope())
+        for habit in (in_training, fresh_weights, differentiable_rope):
+            stack.enter_context(habit())
         if checkpointing == "per block":
             stack.enter_context(checkpointed(block_classes(network)))
         session.denoiser = ComfyDenoiser(patcher, session.family)
@@ -280,11 +291,22 @@ def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, check
 def borrowed(model):
     """A clone of the patcher that shares the weights: its attention can run backward, and its half-precision is bf16 where the
     device has it (fp16 gradients underflow)."""
-    patcher = model.get_non_dynamic_delegate() if model.is_dynamic() else model.clone()
+    patcher = whole(model) if model.is_dynamic() else model.clone()
     patcher.set_model_optimized_attention(attention_pytorch)
     if patcher.model.get_dtype_inference() == torch.float16 and mm.should_use_bf16(patcher.load_device):
         patcher.set_model_compute_dtype(torch.bfloat16)
     return patcher
+
+
+def whole(model):
+    """A patcher whose weights stay where they are: dynamic VRAM may evict a weight that backward still needs."""
+    try:
+        return model.get_non_dynamic_delegate()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"This MODEL uses dynamic VRAM and its loader offers no other way ({error}). Load it with a core loader node, "
+            "or start ComfyUI with --disable-dynamic-vram."
+        ) from error
 
 
 @contextlib.contextmanager

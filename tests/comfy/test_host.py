@@ -7,7 +7,9 @@ import comfy.sd
 import nodes as comfy_nodes
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trainyard.nodes import host
+from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import FAMILIES, cond, latent_shape, make
 from trainyard.trainers.diffusion import denoising_loss, random_sigma
 from trainyard.trainers.files import LoraFile, write_lora
@@ -180,6 +182,47 @@ def test_the_model_is_given_back_bit_for_bit_after(ending, family):
     assert {type(m): type(m).forward for m in model.model.modules()} == classes
     assert mm.in_training is False
     assert not model.injections
+
+
+def quantised(state):
+    """ComfyUI's per-layer format: fp8 weights with a scale and a note, for every matrix of a block."""
+    out = {}
+    for key, value in state.items():
+        if value.ndim != 2 or "blocks" not in key:
+            out[key] = value
+            continue
+        base, scale = key.removesuffix("weight"), value.float().abs().max() / 448
+        out[key] = (value.float() / scale).to(torch.float8_e4m3fn)
+        out[f"{base}weight_scale"] = scale.reshape(())
+        out[f"{base}comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    return out
+
+
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+@pytest.mark.parametrize("storage", ["fp8", "quantised"])
+def test_a_base_in_eight_bits_trains_with_right_gradients(storage, checkpointing, tmp_path):
+    path = tiny.build("flux")
+    if storage == "quantised":
+        save_file(quantised(load_file(path)), tmp_path / "flux.safetensors")
+        path = tmp_path / "flux.safetensors"
+    options = {"dtype": torch.float8_e4m3fn} if storage == "fp8" else {}
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(path), model_options=options)
+        before = host.model_identity(model)
+        with host.training(model, RANK_4, checkpointing=checkpointing) as session:
+            assert len(session.adapters.layers) == 20, "quantised layers are found as well"
+            cond = {"cross_attn": torch.randn(1, 7, 768), "pooled_output": torch.randn(1, 768)}
+            error = host.check_gradients(session, torch.randn(1, 16, 8, 8), [cond])
+    assert error < 1e-3, f"{error:.1e}"
+    assert host.model_identity(model) == before
+
+
+def test_no_shared_transfer_buffer_is_used_while_training(monkeypatch):
+    """The host's streams fetch every offloaded layer into one buffer; backward would read another layer's weights."""
+    monkeypatch.setattr(mm, "NUM_STREAMS", 2)
+    with host.training(make("sd3"), RANK_4):
+        assert mm.get_offload_stream(torch.device("cuda")) is None
+    assert mm.NUM_STREAMS == 2
 
 
 def test_an_interrupt_raised_by_the_host_inside_a_forward_comes_through():
