@@ -83,7 +83,7 @@ def density_for(settings: NoiseSettings, default: Density) -> Density:
     """The density the settings ask for, with the family's default where they leave it open."""
     if settings.density == "model default":
         return default if not settings.shift else Density(default.kind, default.mean, default.std, settings.shift)
-    return Density(settings.density, settings.mean, settings.std, settings.shift or 1.0)
+    return Density(settings.density, settings.mean, settings.std, settings.shift or default.shift)
 
 
 def resolution_shift(tokens: int) -> float:
@@ -122,9 +122,10 @@ def random_sigma(denoiser: Denoiser, density: Density, x0: Tensor, rng, low=0.0,
     """(B,) noise levels, each between the levels `low` and `high` (0 clean, 1 noise), by exact truncation of the density."""
     scheduled = not denoiser.flow or density.kind == "host schedule"
     shift = 1.0 if scheduled else resolution_shift(image_tokens(x0)) if density.shift == "resolution" else float(density.shift)
-    first, last = (share_below(density, unshifted(level, shift)) for level in (low, high))
+    ends = [unshifted(level, shift) for level in (low, high)]
+    first, last = (share_below(density, t) for t in ends)
     q = torch.rand(len(x0), generator=rng, dtype=torch.float64) * (last - first) + first
-    t = quantile(density, q.clamp(1e-6, 1 - 1e-6))
+    t = quantile(density, q.clamp(1e-6, 1 - 1e-6)).clamp(*ends)  # in a far tail first and last are the same number
     sigma = denoiser.sigma_at(t) if scheduled else shifted(t, shift).clamp(min=1e-4)
     return sigma.to(x0.device, torch.float32)
 
