@@ -40,7 +40,7 @@ class LoadDataset(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset"),
+                Dataset.Output("dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset."),
                 io.String.Output("about", display_name="about", tooltip="What was found, and what was skipped and why."),
             ],
         )
@@ -85,9 +85,17 @@ class EncodeDataset(io.ComfyNode):
                     default=False,
                     tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left and a right.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, advanced=True, tooltip="Decides how shuffled captions are ordered."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    advanced=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,  # the page would draw a new one, and train anew, at every Run
+                    tooltip=f"Decides how shuffled captions are ordered. (0 to {2**63 - 1})",
+                ),
             ],
-            outputs=[Encoded.Output("encoded", display_name="encoded")],
+            outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node.")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -39,7 +39,12 @@ def tooltip(meta):
     if "lo" not in meta:
         return meta["hint"]
     unit = f" {meta['unit']}" if meta.get("unit") else ""
-    return f"{meta['hint']} ({meta['lo']:g} to {meta['hi']:g}{unit})"
+    return f"{meta['hint']} ({plain(meta['lo'])} to {plain(meta['hi'])}{unit})"
+
+
+def plain(number) -> str:
+    """As a person writes it: 1000000 and not 1e+06, 10 and not 10.0."""
+    return f"{number:g}" if isinstance(number, float) else str(number)
 
 
 def record(kind, values):

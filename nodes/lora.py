@@ -70,7 +70,7 @@ class LoadLora(io.ComfyNode):
             search_aliases=["open lora", "lora metadata"],
             inputs=[io.Combo.Input("file", options=paths.lora_names(), tooltip="A LoRA from models/loras or output/loras.")],
             outputs=[
-                LoraModel.Output("lora", display_name="lora"),
+                LoraModel.Output("lora", display_name="lora", tooltip="For Apply LoRA and Save LoRA."),
                 io.String.Output("about", display_name="about", tooltip="The file's metadata, one entry per line."),
             ],
         )
@@ -109,7 +109,10 @@ class ApplyLora(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP, when the LoRA holds text-encoder layers."),
             ],
-            outputs=[io.Model.Output("model", display_name="model"), io.Clip.Output("clip", display_name="clip")],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="A clone with the LoRA as patches."),
+                io.Clip.Output("clip", display_name="clip", tooltip="The same for the CLIP, when one was given."),
+            ],
         )
 
     @classmethod
@@ -127,7 +130,7 @@ class LossPlot(io.ComfyNode):
             description="The loss of a run as a picture, raw and smoothed.",
             search_aliases=["loss graph", "training curve"],
             inputs=[LossMap.Input("losses", tooltip="The LOSS_MAP of a Train node.")],
-            outputs=[io.Image.Output("plot", display_name="plot")],
+            outputs=[io.Image.Output("plot", display_name="plot", tooltip="960 x 540 px.")],
             is_output_node=True,
         )
 

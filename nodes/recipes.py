@@ -20,7 +20,7 @@ class Adapter(io.ComfyNode):
             description="Which layers get an adapter, and how strongly it counts. Connect it to a Train node; without it the defaults hold.",
             search_aliases=["lora settings", "alpha", "target modules", "locon", "rslora", "text encoder lora", "network dim"],
             inputs=inputs(AdapterSettings, without=("rank",)),
-            outputs=[AdapterRecipe.Output("adapter", display_name="adapter")],
+            outputs=[AdapterRecipe.Output("adapter", display_name="adapter", tooltip="For the adapter input of a Train node.")],
         )
 
     @classmethod
@@ -38,7 +38,7 @@ class Optimizer(io.ComfyNode):
             description="How a gradient becomes a change: optimizer, schedule, warmup, clipping, accumulation.",
             search_aliases=["adamw", "prodigy", "lion", "schedule free", "scheduler", "warmup", "gradient accumulation", "8bit"],
             inputs=inputs(OptimizerSettings),
-            outputs=[OptimizerRecipe.Output("optimizer", display_name="optimizer")],
+            outputs=[OptimizerRecipe.Output("optimizer", display_name="optimizer", tooltip="For the optimizer input of a Train node.")],
         )
 
     @classmethod
@@ -56,7 +56,7 @@ class NoiseAndLoss(io.ComfyNode):
             description="Which noise levels are trained how often, and how their errors count.",
             search_aliases=["min snr", "timestep sampling", "logit normal", "flux shift", "timestep range", "loss weighting"],
             inputs=inputs(NoiseSettings),
-            outputs=[NoiseRecipe.Output("noise", display_name="noise")],
+            outputs=[NoiseRecipe.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")],
         )
 
     @classmethod

@@ -55,8 +55,8 @@ class TrainLora(io.ComfyNode):
                 ),
             ],
             outputs=[
-                LoraModel.Output("lora", display_name="lora"),
-                LossMap.Output("losses", display_name="losses"),
+                LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes."),
+                LossMap.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
                 io.Model.Output("model", display_name="model", tooltip="The model with the LoRA applied at strength 1."),
                 io.Int.Output("steps", display_name="steps", tooltip="Optimizer steps done."),
             ],
