@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .optimizers import make_optimizer, rate_factor, settled
+from .optimizers import deliver, make_optimizer, rate_factor, settled
 from .settings import OptimizerSettings, RunSettings
 
 
@@ -56,6 +56,7 @@ class Run:
     params: list
     step: int = 0
     losses: list = field(default_factory=list)
+    whole: bool = True  # False while the optimizer is at work: parameters of two steps, worth nothing
 
     def state(self) -> dict:
         """Everything the next step depends on, as a tree of tensors, numbers and strings."""
@@ -107,7 +108,8 @@ class NoStore:
 def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None, *, report=None, store=None, interval=0.4):
     """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may raise to stop.
     `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a safety copy every few minutes),
-    "stopped" or "finished". Whatever stops the run, its last complete step is saved first.
+    "stopped" or "finished". Whatever stops the run, its last complete step is saved first. After the last step the parameters are
+    the ones to use.
 
     Raises Diverged when the loss is no longer finite; the last good state is the one kept."""
     optimizing, store, report = optimizing or OptimizerSettings(), store or NoStore(), report or (lambda progress: None)
@@ -118,7 +120,7 @@ def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None,
     rates = [g["lr"] for g in now.optimizer.param_groups]
     if (saved := store.load()) is not None:
         now.load(saved)
-    pending, clock = Pending(params), Clock(now.step, run.steps, interval)
+    pending, clock = Pending(), Clock(now.step, run.steps, interval)
     draws = method_state(method)
     try:
         while True:
@@ -127,12 +129,16 @@ def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None,
                 save(now, store, why)
                 report(clock.progress(now))
             if now.step >= run.steps:
+                deliver(now.optimizer)
                 return now.losses
             factor = rate_factor(now.step, run.steps, optimizing)
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            pending.add(*one_step(method, now.optimizer, params, step_rng(run.seed, now.step), optimizing))
-            now.step, draws = now.step + 1, method_state(method)
+            loss, norm = gradients(method, params, step_rng(run.seed, now.step), optimizing)
+            now.whole = False
+            apply(now.optimizer)
+            pending.add(loss, norm)
+            now.step, draws, now.whole = now.step + 1, method_state(method), True
             if clock.due(now.step):
                 now.losses += pending.fetch(now.step)
                 report(clock.progress(now))
@@ -141,17 +147,19 @@ def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None,
         raise
 
 
-def one_step(method, optimizer, params, rng, optimizing):
+def gradients(method, params, rng, optimizing):
     """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step."""
     total = 0.0
     for _ in range(optimizing.accumulate):
         loss = method.loss(rng).mean() / optimizing.accumulate
         loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
+    return total, torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
+
+
+def apply(optimizer):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
 
 
 def save(now, store, why):
@@ -162,11 +170,12 @@ def save(now, store, why):
 
 
 def keep(now, store, pending, draws, stop):
-    """Save the last complete step before an exception goes on; a second failure must not hide the first."""
+    """Save the last complete step before an exception goes on; a second failure must not hide the first. What is on disk stays when
+    the loss is no number, and when the optimizer itself was cut short (out of memory in its first step, for example)."""
     try:
         now.optimizer.zero_grad(set_to_none=True)
         load_method_state(now.method, draws)
-        if isinstance(stop, Diverged):
+        if isinstance(stop, Diverged) or not now.whole:
             return
         now.losses += pending.fetch(now.step)
         save(now, store, "stopped")
@@ -175,10 +184,10 @@ def keep(now, store, pending, draws, stop):
 
 
 class Pending:
-    """Losses that wait on the device until a report fetches them, and the last parameters known to be good."""
+    """Losses that wait on the device until a report fetches them."""
 
-    def __init__(self, params):
-        self.params, self.values = params, []
+    def __init__(self):
+        self.values = []
 
     def add(self, loss, norm):
         self.values.append(torch.stack([loss.float(), norm.float().to(loss.device)]))

@@ -23,15 +23,14 @@ PACKAGE = {
 
 def make_optimizer(groups: list[dict], settings: OptimizerSettings):
     """An optimizer over groups of {"params": [...], "lr": float}. Raises RuntimeError with the pip line of a missing package."""
-    options = dict(weight_decay=settings.weight_decay)
     if settings.optimizer == "SGD":
-        return torch.optim.SGD(groups, momentum=settings.beta1, **options)
+        return torch.optim.SGD(groups, momentum=settings.beta1, weight_decay=settings.weight_decay)
+    options = dict(weight_decay=settings.weight_decay, betas=betas(settings))
     if settings.optimizer in TORCH:
-        return getattr(torch.optim, TORCH[settings.optimizer])(groups, betas=betas(settings), **options)
+        return getattr(torch.optim, TORCH[settings.optimizer])(groups, **options)
     if settings.optimizer == "Adafactor":
         options.update(relative_step=False, scale_parameter=False)  # the learning rate is the user's, not the optimizer's own
-    else:
-        options["betas"] = betas(settings)
+        options["momentum_dtype"] = torch.float32  # bf16 by default, and releases before 4 would read it back as fp32
     return package_optimizer(settings.optimizer)(groups, **options)
 
 
@@ -72,16 +71,21 @@ def rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
     }[settings.schedule]()
 
 
+def deliver(optimizer):
+    """Leave the weights to use in the parameters: schedule-free optimizers train one point and deliver another (Defazio et al. 2024)."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+
+
 @contextlib.contextmanager
 def settled(optimizer, params):
-    """The weights to use, while inside: schedule-free optimizers train one point and deliver another (Defazio et al. 2024).
-    The training point comes back bit for bit."""
-    if not hasattr(optimizer, "eval") or not hasattr(optimizer, "train"):
+    """The weights to use, while inside. The training point comes back bit for bit."""
+    if not hasattr(optimizer, "eval"):
         yield
         return
     before = [p.detach().clone() for p in params]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.eval()
+    deliver(optimizer)
     try:
         yield
     finally:
