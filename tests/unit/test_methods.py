@@ -1,0 +1,326 @@
+"""The contract that every method keeps, in one table: a new method is one more row.
+
+Loss falls on unseen seeds · only owned parameters move · resume is exact · files load back equal · an interrupt leaves no trace ·
+the same seed gives the same bytes · a reference curve.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from trainyard.tests.unit.toy import CHANNELS, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, rng
+from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.diffusion import Density, denoising_loss
+from trainyard.trainers.files import read_safetensors
+from trainyard.trainers.loop import step_rng, train
+from trainyard.trainers.methods.lora import Lora
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+
+TESTS = Path(__file__).resolve().parents[1]
+RATE = 0.01
+
+
+@dataclasses.dataclass
+class Made:
+    """A method with all that it borrows. `output`: what the trained network says to fixed inputs; `loaded(tensors)`: the same said by a
+    network that knows only the file, as another program would load it."""
+
+    method: object
+    frozen: list  # tensors that training must leave alone
+    export: Callable  # () -> tensors of the file
+    output: Callable  # () -> Tensor
+    loaded: Callable  # tensors -> Tensor
+
+
+def fixed_inputs():
+    draw = rng(77)
+    return torch.randn(3, CHANNELS, SIDE, SIDE, generator=draw), torch.rand(3, generator=draw), torch.randn(3, WORDS, generator=draw)
+
+
+def make_lora(prediction="flow", seed=0, **settings):
+    network, data = Net(), dataset()
+    added = adapters(network, seed, alpha=2.0)
+    noise = NoiseSettings(**settings)
+    method = Lora(Denoiser(network, prediction), added, data, noise, Density("logit-normal"), batch=2)
+    latents = [data.store.load(item.latent)["mean"] for item in data.items]
+    return Made(
+        method,
+        [*network.parameters(), *latents, *(data.store.load(item.caption_keys[0])["cross_attn"] for item in data.items)],
+        lambda: added.tensors()[0],
+        lambda: network(*fixed_inputs()),
+        lambda tensors: merged(Net(), tensors)(*fixed_inputs()),
+    )
+
+
+def merged(network, tensors):
+    """W + alpha / rank * up @ down, for every linear layer in the file."""
+    for name, layer in network.named_modules():
+        key = "lora_unet_" + name.replace(".", "_")
+        if isinstance(layer, nn.Linear) and f"{key}.alpha" in tensors:
+            up, down, alpha = (tensors[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+            layer.weight += up @ down * alpha / len(down)
+    return network
+
+
+METHODS = {
+    "lora": make_lora,
+    "lora, eps, min-SNR": lambda seed=0: make_lora("eps", seed, weighting="min-SNR"),
+    "lora, v": lambda seed=0: make_lora("v", seed),
+}
+CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
+    "lora": [5.99861, 7.21818, 6.10578, 6.45998, 4.31287, 6.7283, 3.85358, 6.83958],
+    "lora, eps, min-SNR": [4.20972, 5.98353, 5.12524, 4.65772, 3.90156, 5.30313, 4.34837, 4.76823],
+    "lora, v": [5.03254, 6.05629, 5.71036, 5.21649, 3.9899, 6.47365, 4.21229, 6.25366],
+}
+
+
+def run(steps, seed=0, save_every=0):
+    return RunSettings(steps=steps, learning_rate=RATE, seed=seed, save_every=save_every)
+
+
+def trained(made, steps, where=None, *, report=None, seed=0, save_every=0):
+    """(losses, run folder) of a run that is kept in the folder `where`; `interval` 0 so that a report may stop any step."""
+    store = folder(where, made.export, steps) if where else None
+    losses = train(made.method, run(steps, seed, save_every), OptimizerSettings(warmup=2), report=report, store=store, interval=0)
+    return losses, store
+
+
+def kept(store):
+    """(bytes of resume.state, bytes of the LoRA) of a run."""
+    return store.state_path.read_bytes(), store.lora_path(store.steps).read_bytes()
+
+
+def unseen_loss(made, count=40):
+    """Mean loss over steps that no run of these tests draws; the method's own order of draws is put back."""
+    before = made.method.state() if hasattr(made.method, "state") else None
+    with torch.no_grad():
+        mean = torch.cat([made.method.loss(step_rng(987654321, i)) for i in range(count)]).mean().item()
+    if before is not None:
+        made.method.load_state(before)
+    return mean
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_falls_on_unseen_seeds(name):
+    made = METHODS[name]()
+    before = unseen_loss(made)
+    trained(made, 80)
+    after = unseen_loss(made)
+    assert after < 0.9 * before, f"{before:.4f} -> {after:.4f}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_is_one_number_per_sample(name):
+    losses = METHODS[name]().method.loss(step_rng(0, 0))
+    assert losses.shape == (2,) and losses.requires_grad and losses.isfinite().all() and losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_owned_parameters_move_and_all_of_them_do(name):
+    made = METHODS[name]()
+    owned = list(made.method.parameters())
+    frozen, start = [t.detach().clone() for t in made.frozen], [p.detach().clone() for p in owned]
+    trained(made, 3)
+    assert all(torch.equal(a, b) for a, b in zip(made.frozen, frozen, strict=True))
+    assert all(t.grad is None for t in made.frozen)
+    assert not any(torch.equal(a, b) for a, b in zip(owned, start, strict=True))
+    assert {id(p) for p in owned}.isdisjoint(id(t) for t in made.frozen)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_is_the_same_run(name, tmp_path):
+    """3 + 3 steps through the disk, with every object made anew, equal 6: losses, resume state and LoRA, byte for byte."""
+    whole, whole_store = trained(METHODS[name](), 6, tmp_path / "whole")
+    trained(METHODS[name](), 3, tmp_path / "parts")
+    parts, parts_store = trained(METHODS[name](), 6, tmp_path / "parts")
+    assert parts == whole
+    assert kept(parts_store) == kept(whole_store)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(name, tmp_path):
+    first, same, other = (
+        kept(trained(METHODS[name](seed), 4, tmp_path / where, seed=seed)[1]) for where, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert first == same
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_file_loads_back_equal(name, tmp_path):
+    """Tensors bit for bit, and the network that another program merges from the file says what the trained one says."""
+    made = METHODS[name]()
+    plain = made.output().clone()
+    _, store = trained(made, 20, tmp_path)
+    tensors, metadata = read_safetensors(store.lora_path(20))
+    assert tensors.keys() == made.export().keys() and all(torch.equal(tensors[k], v) for k, v in made.export().items())
+    assert metadata["ss_steps"] == "20"
+    gap, change = (made.loaded(tensors) - made.output()).abs().max().item(), (made.output() - plain).abs().max().item()
+    assert change > 0.01 and gap < 1e-5, f"change {change}, gap {gap}"
+
+
+def interrupted_in_report(made, where):
+    def report(progress):
+        if progress.step == 4:
+            raise Stop
+
+    trained(made, 6, where, report=report)
+
+
+def interrupted_in_loss(made, where):
+    real, calls = made.method.loss, []
+
+    def loss(generator):
+        calls.append(1)
+        out = real(generator)  # the method has drawn its batch, and its order of draws has moved on
+        if len(calls) == 5:
+            raise Stop
+        return out
+
+    made.method.loss = loss
+    trained(made, 6, where)
+
+
+@pytest.mark.parametrize("interrupted", [interrupted_in_report, interrupted_in_loss])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupt_leaves_no_trace(name, interrupted, tmp_path):
+    """Stopped after 4 of 6 steps, or in the middle of the fifth: the work is kept, and the run goes on as if nothing had happened."""
+    whole, whole_store = trained(METHODS[name](), 6, tmp_path / "whole")
+    made = METHODS[name]()
+    with pytest.raises(Stop):
+        interrupted(made, tmp_path / "cut")
+    cut = folder(tmp_path / "cut", made.export, 6)
+    assert cut.load()["step"] == 4 and cut.lora_path(4).exists() and not cut.lora_path(6).exists() and cut.finished() is None
+    losses, store = trained(METHODS[name](), 6, tmp_path / "cut")
+    assert losses == whole and kept(store) == kept(whole_store)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_reference_curve_has_not_changed(name):
+    """A change that should not alter results leaves these numbers alone; a change that should comes with new ones and says why."""
+    losses, _ = trained(METHODS[name](), 8)
+    assert losses == pytest.approx(CURVES[name], rel=1e-4), losses
+
+
+# -- killed -------------------------------------------------------------------------------------------------------------------
+
+
+def victim(where, moment):
+    """A run of 6 steps, saved every 2, that kills its own process in step 4's loss or while the state of step 4 is being replaced."""
+    torch.set_num_threads(1)
+    made, count = make_lora(), []
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "in a step":
+        real_loss = made.method.loss
+        made.method.loss = lambda generator: (count.append(1), real_loss(generator), len(count) == 4 and die())[1]
+    else:
+        real_replace = os.replace
+        os.replace = lambda part, path: (
+            str(path).endswith(".state") and count.append(1),
+            len(count) == 2 and die(),
+            real_replace(part, path),
+        )
+    trained(made, 6, Path(where), save_every=2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 here")
+@pytest.mark.parametrize("moment", ["in a step", "in a save"])
+def test_a_run_killed_with_signal_9_goes_on_from_its_last_save(moment, tmp_path):
+    """A real process, killed in step 4 or with the new state written but not yet in place: step 2 is what is left of both."""
+    lines = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import trainyard_plugin"
+    lines += f"; from trainyard.tests.unit.test_methods import victim; victim({str(tmp_path / 'cut')!r}, {moment!r})"
+    died = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    whole, whole_store = trained(make_lora(), 6, tmp_path / "whole")
+    made = make_lora()
+    assert folder(tmp_path / "cut", made.export, 6).load()["step"] == 2
+    losses, store = trained(made, 6, tmp_path / "cut")
+    assert losses == whole and kept(store) == kept(whole_store)
+
+
+# -- what is particular to the LoRA -------------------------------------------------------------------------------------------
+
+
+def lora(data, batch=1, network=None, **rest):
+    network = network or Net()
+    return Lora(Denoiser(network), adapters(network), data, batch=batch, **rest)
+
+
+def test_a_batch_of_two_captions_equals_two_batches_of_one():
+    """The same pictures, noise and noise levels: the losses per sample agree, and so does the gradient of their mean."""
+    data = dataset()
+    method = lora(data)
+    batch = data.batch([0, 1], rng())
+    noise, sigma = torch.randn(batch.x0.shape, generator=rng(1)), torch.tensor([0.3, 0.8])
+    both = denoising_loss(method.denoiser, batch.x0, noise, sigma, batch.conds)
+    each = [
+        denoising_loss(method.denoiser, batch.x0[i : i + 1], noise[i : i + 1], sigma[i : i + 1], batch.conds[i : i + 1]) for i in (0, 1)
+    ]
+    assert torch.allclose(both, torch.cat(each), atol=1e-6)
+    params = method.parameters()
+    first, second = torch.autograd.grad(both.mean(), params), torch.autograd.grad(torch.cat(each).mean(), params)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
+
+
+def test_what_the_mask_hides_is_not_learnt():
+    """A network that does not look at x, so that pixels behind the mask could only reach the loss through the mask: they do not."""
+
+    class Blind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.final = nn.Linear(WORDS, CHANNELS * SIDE * SIDE)
+
+        def forward(self, x, sigma, words):
+            return self.final(words).view_as(x)
+
+    data = dataset(count=1, masks=True)
+    network = Blind()
+    method = lora(data, network=network)
+    hidden = data.store.load(data.items[0].mask)["mask"][0] == 0
+    assert 0 < hidden.sum() < hidden.numel()
+    before = method.loss(rng()).item()
+    latent = data.store.load(data.items[0].latent)["mean"]
+    latent[:, hidden] += 100
+    assert method.loss(rng()).item() == pytest.approx(before, rel=1e-5)
+    latent[:, ~hidden] += 1
+    assert method.loss(rng()).item() != pytest.approx(before, rel=1e-2)
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+def test_the_noise_range_of_the_settings_is_kept(prediction):
+    seen = []
+
+    class Listening(Denoiser):
+        def denoise(self, x, sigma, conds):
+            seen.append(sigma)
+            return super().denoise(x, sigma, conds)
+
+    network = Net()
+    model = Listening(network, prediction)
+    method = Lora(model, adapters(network), dataset(), NoiseSettings(min_time=0.4, max_time=0.6), batch=4)
+    for step in range(50):
+        method.loss(step_rng(0, step))
+    low, high = model.sigma_at(torch.tensor([0.4, 0.6]))
+    assert torch.cat(seen).min() >= low - 1e-6 and torch.cat(seen).max() <= high + 1e-6
+
+
+def test_a_text_encoder_learns_beside_the_model_at_its_own_rate():
+    """`encode` gives conditionings with gradients. AdamW's first step is the rate itself: 0.01 for the model, a tenth for the encoder."""
+    network, words = Net(), nn.Sequential(nn.Linear(WORDS, WORDS))
+    text = Adapters(words.requires_grad_(False), AdapterSettings(rank=2, targets="all linear"), rng())
+    text.attach()
+    encode = lambda batch: [{"cross_attn": words(c["cross_attn"])} for c in batch.conds]
+    method = Lora(Denoiser(network), adapters(network), dataset(), batch=2, text_adapters=text, encode=encode)
+    assert list(method.groups()) == ["model", "text encoder"]
+    assert {id(p) for p in method.parameters()} == {id(p) for ps in method.groups().values() for p in ps}
+    train(method, run(1))
+    owners = {"model": method.adapters, "text": text}
+    moved = {name: max(low.up.abs().max().item() for low in owner.lows.values()) for name, owner in owners.items()}
+    assert moved["model"] == pytest.approx(RATE, rel=0.01) and moved["text"] == pytest.approx(RATE / 10, rel=0.01), moved
