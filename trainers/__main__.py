@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +17,9 @@ import torch
 
 from .adapters import Adapters
 from .data.buckets import BucketSettings
-from .data.captions import CaptionSettings
+from .data.captions import CAPTIONS, CaptionSettings
 from .data.encode import encode
-from .data.readers import read_folder
+from .data.readers import read_folder, require_captions
 from .files import LoraFile, lora_metadata, write_lora
 from .loop import train
 from .methods.lora import Lora
@@ -57,7 +59,7 @@ def parser() -> Parser:
     samples.add_argument("--samples", nargs="*", default=[], metavar="PROMPT")
     samples.add_argument("--sample-seeds", type=whole, default=3, help="pictures per prompt (default: %(default)s)")
     samples.add_argument("--sample-steps", type=whole, default=20, help="(default: %(default)s)")
-    samples.add_argument("--sample-size", type=whole, default=0, help="pixels (default: the resolution that was trained)")
+    samples.add_argument("--sample-size", type=whole, default=0, help="pixels (default: the size that most images are trained at)")
     samples.add_argument("--sample-cfg", type=number, default=None, help="guidance (default: what suits the model)")
     for record in RECORDS:
         add_settings(lora.add_argument_group(record.__name__, record.__doc__.splitlines()[0]), record)
@@ -109,12 +111,12 @@ class Screen:
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stdout
-        self.live, self.last, self.width = self.stream.isatty(), 0.0, 0
+        self.live, self.last, self.width, self.text = self.stream.isatty(), -math.inf, 0, ""
 
     def line(self, text, force=False):
-        if not force and not self.live and time.monotonic() - self.last < 10:
+        if text == self.text or (not force and not self.live and time.monotonic() - self.last < 10):
             return
-        self.last = time.monotonic()
+        self.last, self.text = time.monotonic(), text
         if self.live:
             self.stream.write("\r" + text.ljust(self.width))
             self.width = len(text)
@@ -182,10 +184,10 @@ class Job:
         """Read, encode, train, write. From top to bottom what the command does."""
         dataset = self.dataset()
         engine = self.engine()
-        data = self.encoded(dataset, engine)
         rng = torch.Generator().manual_seed(self.run.seed)
         adapters = Adapters(engine.network, self.adapter, rng).to(engine.denoiser.device)
         text = self.text_adapters(engine, rng)
+        data = self.encoded(dataset, engine)
         folder = RunFolder(self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.recipe(data), self.run.steps)
         folder.export = lambda step: self.lora(engine, adapters, text, data, step)
         done = folder.finished()
@@ -194,14 +196,16 @@ class Job:
             self.screen.say("this very run is finished already; nothing was trained again")
         self.write(lora, losses)
         if self.args.samples:
-            self.sheet(engine, adapters, text, lora)
+            self.sheet(engine, adapters, text, lora, data)
 
     def dataset(self):
         progress = lambda done, total, name: (self.stop.check(), self.screen.line(f"reading {done}/{total} {name}"))
         dataset = read_folder(self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress)
         self.screen.say(f"{len(dataset)} images in {self.args.images}")
         for path, reason in dataset.skipped:
-            self.screen.say(f"  left out: {path}: {reason}")
+            self.screen.say(f"  left out: {reason if path in reason else f'{path}: {reason}'}")
+        if self.captions.caption_mode == CAPTIONS and not self.captions.trigger.strip():
+            require_captions(dataset)  # before the model is loaded
         return dataset
 
     def engine(self):
@@ -243,6 +247,12 @@ class Job:
             losses = train(method, self.run, self.optimizing, report=self.report, store=folder)
         return folder.export(self.run.steps), losses
 
+    def sample_size(self, engine, data) -> tuple[int, int]:
+        """Pixels (width, height), in whole tokens of two latent cells."""
+        unit = engine.vae.factor * 2
+        wanted = (self.args.sample_size,) * 2 if self.args.sample_size else usual_bucket(data)
+        return tuple(max(unit, side // unit * unit) for side in wanted)
+
     def report(self, progress):
         self.screen.line(progress.line(), force=progress.step == progress.steps)
         self.stop.check()
@@ -265,18 +275,16 @@ class Job:
         last = losses[-20:]
         self.screen.say(f"{path}: {lora.steps} steps, loss {sum(last) / len(last):.4f}; the curve is in {self.name}-loss.png")
 
-    def sheet(self, engine, adapters, text, lora):
+    def sheet(self, engine, adapters, text, lora, data):
         """Rows: prompt without and with the LoRA. Columns: seeds."""
         engine.load_lora(lora, adapters, text)  # this process may not have trained it, and some optimizers deliver another point
-        side = self.args.sample_size or self.buckets.resolution
-        unit = engine.vae.factor * 2
-        side = max(unit, side // unit * unit)
+        size = self.sample_size(engine, data)
         seeds = range(self.args.sample_seeds)
         columns: list = []
         for seed in seeds:
             self.screen.line(f"sampling seed {seed + 1}/{len(seeds)}")
             self.stop.check()
-            look = lambda s=seed: engine.sample(self.args.samples, s, (side, side), self.args.sample_steps, self.args.sample_cfg)
+            look = lambda s=seed: engine.sample(self.args.samples, s, size, self.args.sample_steps, self.args.sample_cfg)
             before = look()
             with adapters.attached(), learning_text(engine, text):
                 columns.append((before, look()))
@@ -295,6 +303,11 @@ def learning_text(engine, text):
         return
     with engine.text.ready(), text.attached():
         yield
+
+
+def usual_bucket(data) -> tuple[int, int]:
+    """The size that most pictures are trained at, pixels (width, height)."""
+    return Counter(item.bucket for item in data.items).most_common(1)[0][0]
 
 
 def picture(tensor):

@@ -106,12 +106,17 @@ def side_by_side(seen):
 
 def sd3(seen, width=4096):
     """CLIP-L beside CLIP-G, zero-filled to T5's width, then T5 after them. A missing pooled state is zero."""
-    states, pooled = zip(*(seen.get(k) or (None, torch.zeros(1, n)) for k, n in (("l", 768), ("g", 1280))), strict=True)
-    clip = beside(*(s for s in states if s is not None))
+    clip = beside(*(seen[k][0] for k in ("l", "g") if k in seen))
     clip = F.pad(clip, (0 if "l" in seen else 768, 0))
-    clip = F.pad(clip, (0, width - clip.shape[-1]))
+    clip = padded(clip, width)
     after = [seen["t5"][0]] if "t5" in seen else []
-    return {"cross_attn": torch.cat([clip, *after], dim=1), "pooled_output": torch.cat([p.to(clip) for p in pooled], dim=-1)}
+    pooled = [padded(seen[k][1], n) if k in seen else clip.new_zeros(1, n) for k, n in (("l", 768), ("g", 1280))]
+    return {"cross_attn": torch.cat([clip, *after], dim=1), "pooled_output": torch.cat(pooled, dim=-1)}
+
+
+def padded(states, width):
+    """Zeros after the last channel, up to a width."""
+    return F.pad(states, (0, width - states.shape[-1]))
 
 
 def flux(seen):
