@@ -653,12 +653,17 @@ class Report:
         self.say(progress.line())
 
     def say(self, line: str):
-        from server import PromptServer
+        show(line, self.node_id)
 
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self.node_id is not None:
-            server.send_progress_text(line, self.node_id, server.client_id)
-        logging.debug("Trainyard: %s", line)
+
+def show(line: str, node_id=None):
+    """A line of text in the node, which stays there until the next one."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(line, node_id, server.client_id)
+    logging.debug("Trainyard: %s", line)
 
 
 class Steps:

@@ -35,7 +35,7 @@ class SaveLora(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Optional: the CLIP for the same check, when the text encoder was trained."),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -50,6 +50,7 @@ class SaveLora(io.ComfyNode):
         if written.keys() != lora.keys() or any(not torch.equal(written[k], lora[k].cpu()) for k in written):
             raise RuntimeError(f"{path} does not hold what was written; the disk may be failing. Save it elsewhere.")
         line = f"{path.name}: {len(host.bases(written))} layers, {path.stat().st_size / 2**20:.1f} MiB, read back and equal"
+        host.show(line, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(line))
 
 

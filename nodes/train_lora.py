@@ -94,6 +94,7 @@ class TrainLora(io.ComfyNode):
             node_id=cls.hidden.unique_id,
         )
         lora, losses, line = job.result()
+        host.show(line, job.node_id)
         patched, _ = host.applied(job.model, None, lora)
         return io.NodeOutput(lora, {"loss": losses}, patched, lora.steps, ui=ui.PreviewText(line))
 
