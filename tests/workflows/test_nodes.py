@@ -1,0 +1,146 @@
+"""The nodes as ComfyUI shows them: nothing changes by accident, everything explains itself."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+from trainyard.tests.workflows.convert import WIDGETS, widgets
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+DOCS = ROOT / "web" / "docs"
+IDS = tuple(json.loads((HERE / "nodes.json").read_text()))
+READ_FROM_DISK = ("folder", "file")  # their options are what the machine holds
+FACTS = ("default", "min", "max", "step", "options", "multiline", "advanced", "control_after_generate")
+
+
+@pytest.fixture(scope="module")
+def schemas(server):
+    return {name: schema for name, schema in server.object_info().items() if name.startswith("Trainyard")}
+
+
+def promises(schema):
+    """What saved workflows and prompts depend on: names, order, kinds, ranges. Texts may change freely."""
+    inputs = [
+        {"name": name, "kind": "COMBO" if isinstance(kind, list) else kind, "group": group} | facts(name, *about)
+        for group in ("required", "optional")
+        for name, (kind, *about) in schema["input"].get(group, {}).items()
+    ]
+    outputs = [{"name": name, "kind": kind} for name, kind in zip(schema["output_name"], schema["output"], strict=True)]
+    return {"inputs": inputs, "outputs": outputs}
+
+
+def facts(name, about=None):
+    return {key: about[key] for key in FACTS if key in (about or {}) and not (key == "options" and name in READ_FROM_DISK)}
+
+
+def test_ids_inputs_and_outputs_are_those_that_saved_workflows_know(schemas):
+    found = json.dumps({name: promises(schemas[name]) for name in sorted(schemas)}, indent=1) + "\n"
+    known = HERE / "nodes.json"
+    if found == known.read_text():
+        return
+    new = HERE / "failures" / "nodes.json"
+    new.parent.mkdir(exist_ok=True)
+    new.write_text(found)
+    before, after = json.loads(known.read_text()), json.loads(found)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    pytest.fail(
+        f"The schema of {', '.join(changed)} changed, and saved workflows depend on it (widget values are saved by position: append, "
+        f"never insert). If it is meant: see `diff {known} {new}`, copy the second over the first, and tell users in CHANGELOG.md."
+    )
+
+
+def every_input(schema):
+    for group in ("required", "optional"):
+        for name, (kind, *about) in schema["input"].get(group, {}).items():
+            yield name, "COMBO" if isinstance(kind, list) else kind, about[0] if about else {}
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_input_says_what_it_is_for_and_every_number_its_range(schemas, node):
+    for name, kind, about in every_input(schemas[node]):
+        tooltip = about.get("tooltip", "")
+        assert len(tooltip.split()) >= 3 and tooltip[0].isupper() or tooltip[:1] in "'1c", f"{node}.{name}: {tooltip!r} explains nothing"
+        if kind in ("INT", "FLOAT"):
+            low, high = re.search(r"\(([-\d.e+]+) to ([-\d.e+]+)", tooltip).groups()
+            assert (float(low), float(high)) == (float(about["min"]), float(about["max"])), f"{node}.{name}: {tooltip!r}"
+            assert "e+" not in tooltip, f"{node}.{name}: {tooltip!r} is no number for people"
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_node_describes_itself_and_can_be_found_by_other_words(schemas, node):
+    schema = schemas[node]
+    assert len(schema["description"].split()) >= 6
+    assert len(schema["search_aliases"]) >= 2
+    assert all(word.lower() not in schema["display_name"].lower().split() for word in schema["search_aliases"])
+    assert schema["category"].startswith("model/training/trainyard")
+    assert all(schema["output_tooltips"]), f"an output of {node} has no tooltip"
+
+
+def test_a_train_node_shows_at_most_eight_widgets(schemas):
+    trains = [name for name in schemas if name.startswith("TrainyardTrain")]
+    assert trains
+    for name in trains:
+        shown = [widget for widget, _, about in widgets(schemas[name]) if not about.get("advanced")]
+        assert len(shown) <= 8, f"{name} shows {len(shown)}: {shown}"
+
+
+@pytest.mark.parametrize(
+    ("node", "record", "elsewhere"),
+    [
+        ("TrainyardAdapter", AdapterSettings, {"rank"}),
+        ("TrainyardOptimizer", OptimizerSettings, set()),
+        ("TrainyardNoiseAndLoss", NoiseSettings, set()),
+    ],
+)
+def test_a_settings_node_shows_its_whole_record_with_the_records_defaults(schemas, node, record, elsewhere):
+    expected = {f.name: f.default for f in dataclasses.fields(record) if f.name not in elsewhere}
+    assert {name: about["default"] for name, _, about in widgets(schemas[node])} == expected
+    assert {kind for _, kind, _ in every_input(schemas[node])} <= set(WIDGETS)
+
+
+def test_no_seed_changes_by_itself_between_two_runs(schemas):
+    """The page adds 'randomize' to a seed that says nothing, and pressing Run again would train again."""
+    seeds = [(node, about) for node in schemas for name, _, about in every_input(schemas[node]) if name == "seed"]
+    assert seeds
+    for node, about in seeds:
+        assert about.get("control_after_generate") == "fixed", node
+
+
+# -- help pages ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_the_help_page_names_every_input_output_and_choice(schemas, node):
+    page = (DOCS / node / "en.md").read_text(encoding="utf-8")
+    names = [name for name, _, _ in every_input(schemas[node])] + schemas[node]["output_name"]
+    absent = [name for name in names if f"`{name}`" not in page]
+    assert not absent, f"web/docs/{node}/en.md does not name {', '.join(absent)}"
+    options = [o for name, _, about in every_input(schemas[node]) if name not in READ_FROM_DISK for o in about.get("options", ())]
+    assert all(option in page for option in options), f"web/docs/{node}/en.md leaves out one of {options}"
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_defaults_in_the_help_page_are_the_nodes_own(schemas, node):
+    """Rows of a help table: | `name` | default | range | what it does |."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*?) \|", (DOCS / node / "en.md").read_text(encoding="utf-8"), re.M))
+    for name, kind, about in every_input(schemas[node]):
+        if kind in ("INT", "FLOAT"):
+            assert float(rows[name]) == about["default"], f"{node}.{name}: the page says {rows[name]}, the node {about['default']}"
+        if kind == "BOOLEAN":
+            assert rows[name] == ("on" if about["default"] else "off"), f"{node}.{name}"
+
+
+def test_every_picture_of_a_help_page_exists():
+    """They are looked up from docs/, not from the page's own folder."""
+    pictures = [(page, name) for page in DOCS.rglob("*.md") for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))]
+    assert pictures
+    for page, name in pictures:
+        assert (DOCS / name).is_file(), f"{page} shows {name}, and there is no {DOCS / name}"
+
+
+def test_there_is_no_help_page_without_a_node(schemas):
+    assert {page.parent.name for page in DOCS.rglob("en.md")} == set(schemas)

@@ -1,0 +1,101 @@
+"""The files that a user opens: complete, tidy, and they run."""
+
+import json
+import pathlib
+
+import pytest
+from PIL import Image
+from trainyard.tests.workflows.convert import DRAWN, to_api
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+TITLE = 30  # px above a node's position
+SMALL = {  # what makes a workflow run in seconds on a small checkpoint
+    "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
+    "TrainyardTrainLora": {"steps": 3, "rank": 4},
+    "EmptyLatentImage": {"width": 64, "height": 64},
+    "KSampler": {"steps": 2},
+}
+
+
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def named(files):
+    return pytest.mark.parametrize("file", files, ids=[file.stem for file in files])
+
+
+@pytest.fixture(scope="module")
+def schemas(server):
+    return server.object_info()
+
+
+def test_there_are_workflows():
+    assert [file.stem for file in FILES][:1] == ["01_first_lora"]
+
+
+@named(FILES)
+def test_the_nodes_of_a_workflow_exist(file, schemas):
+    assert [node["type"] for node in load(file)["nodes"] if node["type"] not in schemas and node["type"] not in DRAWN] == []
+
+
+@named(FILES)
+def test_a_workflow_explains_itself_and_has_a_card(file):
+    assert any(node["type"] in DRAWN for node in load(file)["nodes"])
+    with Image.open(file.with_suffix(".jpg")) as card:
+        assert card.format == "JPEG" and 500 <= min(card.size) and max(card.size) <= 1024, card.size
+    assert file.with_suffix(".jpg").stat().st_size < 300_000
+
+
+def box(node):
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@named(FILES)
+def test_no_node_lies_on_another_and_every_node_lies_in_one_group(file):
+    workflow = load(file)
+    nodes = workflow["nodes"]
+    assert [(a["id"], b["id"]) for i, a in enumerate(nodes) for b in nodes[i + 1 :] if overlap(box(a), box(b))] == []
+    groups = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in workflow["groups"])]
+    for node in nodes:
+        homes = sum(g[0] <= box(node)[0] and g[1] <= box(node)[1] and box(node)[2] <= g[2] and box(node)[3] <= g[3] for g in groups)
+        assert homes == (node["type"] not in DRAWN), f"node {node['id']} ({node['type']}) lies in {homes} groups"
+
+
+@named(FILES)
+def test_the_api_twin_is_the_same_graph(file, schemas):
+    twin = FOLDER / "api" / file.name
+    assert load(twin) == to_api(load(file), schemas), f"{twin.name}: open the workflow, Export (API), save it as workflows/api/{file.name}"
+
+
+@named(FILES)
+def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
+    folder = pictures(server)
+    prompt = load(FOLDER / "api" / file.name)
+    local = {"CheckpointLoaderSimple": {"ckpt_name": server.install("sd15")}, "TrainyardLoadDataset": {"folder": folder}}
+    for node in prompt.values():
+        node["inputs"] |= SMALL.get(node["class_type"], {}) | local.get(node["class_type"], {})
+    run = server.run(prompt)
+    assert run.ok, run.why
+    produced = {prompt[node]["class_type"] for node in run.outputs}
+    assert {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"} <= produced
+    saved = [node["inputs"]["filename_prefix"] for node in prompt.values() if node["class_type"] == "SaveImage"]
+    first, second = ([p.read_bytes() for p in sorted(server.output().glob(f"{prefix}*.png"))][-1] for prefix in saved)
+    assert first != second, "with and without the LoRA the picture is the same"
+
+
+def pictures(server):
+    """input/my_pictures: two captioned pictures."""
+    folder = server.base / "input" / "my_pictures"
+    folder.mkdir(exist_ok=True)
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"all {colour}")
+    return f"input/{folder.name}"
