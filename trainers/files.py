@@ -57,12 +57,13 @@ def write_bytes(path, blob: bytes):
 
 
 def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata). Raises ValueError for a file that is no safetensors file."""
+    """(tensors, metadata). Raises ValueError for a file that is no safetensors file. The tensors are copies: mapped ones would change
+    with their file, and Windows would not let it be replaced."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from error
 
@@ -81,7 +82,7 @@ def read_tree(path):
     """What `write_tree` wrote, equal in every bit."""
     tensors, metadata = read_safetensors(path)
     if "tree" not in metadata:
-        raise ValueError(f"{path} is no saved state.")
+        raise ValueError(f"{path} is no saved state")
     return unpacked(json.loads(metadata["tree"]), tensors)
 
 

@@ -56,7 +56,7 @@ class RunFolder:
         """The saved state of this very run, or None. Raises ValueError when the file is damaged or belongs to another recipe."""
         if not self.state_path.exists():
             return None
-        state = read_tree(self.state_path)
+        state = self.read()
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(f"{self.state_path} belongs to another recipe; choose another run name, or move that folder away.")
         if state["step"] > self.steps:
@@ -65,6 +65,12 @@ class RunFolder:
                 "Ask for more steps to continue it, or choose another run name."
             )
         return state
+
+    def read(self) -> dict:
+        try:
+            return read_tree(self.state_path)
+        except ValueError as error:
+            raise ValueError(f"{error}. Move the folder {self.folder} away, or choose another run name, to start anew.") from error
 
     def save(self, state, why):
         write_tree(self.state_path, {**state, "fingerprint": self.fingerprint})
@@ -76,11 +82,12 @@ class RunFolder:
         write_bytes(self.folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False).encode())
 
     def finished(self) -> tuple[LoraFile, list[float]] | None:
-        """(LoRA, losses) of this very run if it has been done before, also by another process."""
-        path = self.lora_path(self.steps)
-        if not path.exists() or not self.state_path.exists():
+        """(LoRA, losses) of this very run if it has been done before, also by another process. run.json is written last: while it tells
+        of fewer steps, the LoRA may be that of a shorter run."""
+        path, about = self.lora_path(self.steps), self.folder / "run.json"
+        if not all(p.exists() for p in (path, about, self.state_path)) or json.loads(about.read_text("utf-8"))["step"] != self.steps:
             return None
-        state = read_tree(self.state_path)
+        state = self.read()
         if state["fingerprint"] != self.fingerprint or state["step"] != self.steps:
             return None
         tensors, metadata = read_safetensors(path)
