@@ -35,8 +35,8 @@ def loss_plot(losses, path=None, title="Training loss", size=(960, 540)):
     for value in ticks(low, high):
         draw.line([(LEFT, y(value)), (size[0] - RIGHT, y(value))], fill=GRID)
         draw.text((LEFT - 10, y(value)), f"{value:.4g}", fill=INK, font=font, anchor="rm")
-    for step in ticks(1, max(2, len(losses))):
-        draw.text((x(step - 1), size[1] - BOTTOM + 10), f"{step:.0f}", fill=INK, font=font, anchor="mt")
+    for step in whole(ticks(1, max(2, len(losses))), len(losses)):
+        draw.text((x(step - 1), size[1] - BOTTOM + 10), str(step), fill=INK, font=font, anchor="mt")
     curve(draw, x, y, losses, RAW, 1, low, high)
     curve(draw, x, y, smoothed([v if math.isfinite(v) else finite[0] for v in losses]), SMOOTH, 3, low, high)
     draw.text((LEFT, 14), title, fill=INK, font=ImageFont.load_default(size=20))
@@ -61,6 +61,11 @@ def ticks(low, high, about=6):
     step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= about)
     first = math.ceil(low / step) * step
     return [first + i * step for i in range(int((high - first) / step) + 1)]
+
+
+def whole(steps, last):
+    """The steps a run has: a tick between two of them would be labelled with one of them again."""
+    return [round(step) for step in steps if abs(step - round(step)) < 1e-6 and step <= last]
 
 
 def curve(draw, x, y, values, colour, width, low, high):
