@@ -1,0 +1,194 @@
+"""A run's folder: names that are safe, states that belong to one recipe, and a finished run that is found again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from trainyard.tests.unit.toy import Line, Stop, folder
+from trainyard.trainers.files import read_safetensors, read_tree
+from trainyard.trainers.loop import train
+from trainyard.trainers.runs import RunFolder, checked_name
+from trainyard.trainers.settings import RunSettings
+
+
+def kept(tmp_path, steps, save_every=0, method=None, report=None, **changes):
+    """(losses, folder) of a run of a Line that is kept on disk."""
+    method = method or Line()
+    store = folder(tmp_path, lambda: {"w": method.w.detach().clone()}, steps, **changes)
+    settings = RunSettings(steps=steps, learning_rate=0.05, save_every=save_every)
+    return train(method, settings, store=store, report=report, interval=0), store
+
+
+def files(store):
+    """Every file in the folder of a run, hidden ones too."""
+    return sorted(p.name for p in store.folder.iterdir())
+
+
+def about(store):
+    return json.loads((store.folder / "run.json").read_text("utf-8"))
+
+
+# -- names --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["star", "my star 2", "  star  ", "a.b-c_d+e", "Öl 3", "звезда", "9", "x" * 100])
+def test_a_plain_name_is_taken_without_the_spaces_around_it(name):
+    assert checked_name(name) == name.strip()
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../star", "a/b", "a\\b", "/etc", "C:star", "~star", ".hidden", "_star", "-rf", "star.", "a\0b",
+                                  "a\nb", "a*b", "x" * 101, "star\u202e"])  # fmt: skip
+def test_a_name_that_could_leave_its_folder_or_hide_is_refused(name):
+    with pytest.raises(ValueError, match="The run name is .*; use letters, digits, spaces"):
+        checked_name(name)
+
+
+def test_a_message_shows_the_name_as_it_was_given():
+    with pytest.raises(ValueError, match=r"The run name is '\.\./star'; use letters"):
+        checked_name("../star")
+
+
+# -- what is kept -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_state_its_recipe_and_its_loras(tmp_path):
+    _, store = kept(tmp_path, 5, save_every=2)
+    assert store.folder == tmp_path / "toy-01234567"
+    assert files(store) == ["resume.state", "run.json", "toy-step000002.safetensors", "toy-step000004.safetensors", "toy.safetensors"]
+    assert about(store) == {"name": "toy", "fingerprint": "0123456789abcdef", "step": 5, "steps": 5, "why": "finished", "note": "toy"}
+    tensors, metadata = read_safetensors(store.lora_path(4))
+    assert metadata["ss_steps"] == "4" and tensors["w"].item() == kept(tmp_path / "other", 4)[1].load()["params"][0].item()
+
+
+def test_an_interrupt_keeps_the_lora_of_its_step(tmp_path):
+    def report(progress):
+        if progress.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        kept(tmp_path, 5, report=report)
+    store = folder(tmp_path, None, 5)
+    assert files(store) == ["resume.state", "run.json", "toy-step000003.safetensors"]
+    assert about(store)["why"] == "stopped" and store.load()["step"] == 3 and store.finished() is None
+
+
+def test_a_safety_copy_writes_the_state_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainyard.trainers.loop.Clock.safety_seconds", -1)
+    seen = []
+    _, store = kept(tmp_path, 3, report=lambda progress: seen.append(files(folder(tmp_path, None, 3))) if progress.step == 2 else None)
+    assert seen[-1] == ["resume.state", "run.json"]
+
+
+def test_a_lora_that_has_learnt_nothing_is_not_written(tmp_path):
+    method, store = Line(), folder(tmp_path, dict, 2)
+    train(method, RunSettings(steps=2, learning_rate=0.05), store=store)
+    assert files(store) == ["resume.state", "run.json"] and store.finished() is None
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
+    whole, whole_store = kept(tmp_path / "whole", 6)
+    kept(tmp_path / "parts", 3)
+    parts, parts_store = kept(tmp_path / "parts", 6)
+    assert parts == whole and parts_store.state_path.read_bytes() == whole_store.state_path.read_bytes()
+    assert parts_store.lora_path(6).read_bytes() == whole_store.lora_path(6).read_bytes()
+
+
+# -- whose it is --------------------------------------------------------------------------------------------------------------
+
+
+def test_another_recipe_of_the_same_name_lives_in_another_folder(tmp_path):
+    first, one = kept(tmp_path, 3)
+    second, two = kept(tmp_path, 3, fingerprint="fedcba9876543210")
+    assert one.folder != two.folder and first == second and one.finished() and two.finished()
+
+
+def test_a_state_of_another_recipe_is_refused(tmp_path):
+    """Two fingerprints that share their first eight digits share a folder."""
+    kept(tmp_path, 3)
+    other = folder(tmp_path, None, 3, fingerprint="01234567ffffffff")
+    assert other.finished() is None
+    with pytest.raises(ValueError, match=r"resume\.state belongs to another recipe; choose another run name, or move that folder away"):
+        other.load()
+
+
+def test_fewer_steps_than_are_done_are_refused_with_the_number(tmp_path):
+    kept(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"Run 'toy' has already done 5 steps, and 3 are asked for\. Ask for more steps to continue it"):
+        folder(tmp_path, None, 3).load()
+
+
+@pytest.mark.parametrize("damage", [b"", b"half a file"])
+def test_a_damaged_state_says_which_folder_to_move_away(damage, tmp_path):
+    _, store = kept(tmp_path, 3)
+    store.state_path.write_bytes(damage)
+    for ask in (store.load, store.finished):
+        with pytest.raises(
+            ValueError, match=r"resume\.state is no readable safetensors file.*Move the folder .*toy-01234567 away, or choose another"
+        ):
+            ask()
+
+
+def test_a_folder_without_a_run_has_nothing_to_load(tmp_path):
+    store = folder(tmp_path, None, 3)
+    assert store.load() is None and store.finished() is None and not store.folder.exists()
+
+
+# -- finished -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_found_again_by_another_process(tmp_path):
+    losses, _ = kept(tmp_path, 4)
+    again = RunFolder(tmp_path, "toy", "0123456789abcdef", {}, 4)
+    lora, found = again.finished()
+    assert found == losses and lora.steps == 4 and lora.metadata["ss_steps"] == "4"
+    assert torch.equal(lora["w"], read_tree(again.state_path)["params"][0])
+
+
+@pytest.mark.parametrize("missing", ["toy.safetensors", "resume.state", "run.json"])
+def test_a_run_that_misses_a_file_is_not_taken_for_finished_and_can_be_finished_again(missing, tmp_path):
+    losses, store = kept(tmp_path, 4)
+    before = store.lora_path(4).read_bytes()
+    (store.folder / missing).unlink()
+    assert store.finished() is None
+    assert kept(tmp_path, 4)[0] == losses
+    assert store.finished() is not None and store.lora_path(4).read_bytes() == before
+
+
+def test_a_longer_run_is_not_finished_by_the_lora_of_the_shorter_one(tmp_path, monkeypatch):
+    """3 steps are done; the run goes on to 6 and dies between its state and its LoRA: `toy.safetensors` is still that of step 3."""
+    kept(tmp_path, 3)
+
+    def die(path, made, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainyard.trainers.runs.write_lora", die)
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path, 6)
+    monkeypatch.undo()
+    store = folder(tmp_path, None, 6)
+    assert store.load()["step"] == 6 and read_safetensors(store.lora_path(6))[1]["ss_steps"] == "3"
+    assert store.finished() is None
+    _, store = kept(tmp_path, 6)
+    lora, losses = store.finished()
+    assert lora.metadata["ss_steps"] == "6" and len(losses) == 6
+
+
+def test_a_full_disk_at_the_lora_keeps_the_state(tmp_path, monkeypatch):
+    def full(path, made, *rest):
+        raise OSError(28, "No space left on device")
+
+    whole, _ = kept(tmp_path / "whole", 4)
+    monkeypatch.setattr("trainyard.trainers.runs.write_lora", full)
+    with pytest.raises(OSError, match="No space left"):
+        kept(tmp_path / "full", 4)
+    monkeypatch.undo()
+    method = Line()
+    assert kept(tmp_path / "full", 4, method=method)[0] == whole
+    assert method.seen == [], "the steps were done, only the file was missing"
+
+
+def test_a_run_folder_that_moves_takes_its_run_along(tmp_path):
+    losses, _ = kept(tmp_path / "old", 3)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert folder(tmp_path / "new", None, 3).finished()[1] == losses
