@@ -21,9 +21,10 @@ ROOT = pathlib.Path(os.path.abspath(__file__)).parents[1]  # not resolved: a lin
 VENV = ROOT / ".venv"
 STAMP = VENV / "trainyard-env.json"
 LAYER = "comfyui_host.pth"
-SETUP = 2  # raised when this file makes a different environment from the same requirements
+SETUP = 3  # raised when this file makes a different environment from the same requirements
 BIN = "Scripts" if os.name == "nt" else "bin"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+VOCABULARY = "open_clip_torch"  # only its CLIP vocabulary file is read; what it depends on could replace a CPU torch
 
 
 # -- ComfyUI and its Python ------------------------------------------------------------------------------------------
@@ -154,6 +155,7 @@ def build(python, host):
         install_torch()
     say("installing " + ", ".join(path.name for path in requirements(host)))
     pip("install", *(part for path in requirements(host) for part in ("-r", path)))
+    pip("install", "--no-deps", VOCABULARY)
 
 
 def ensure():
