@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .settings import AdapterSettings
 
 # Layer names over all families that ComfyUI loads: UNet attn1/attn2 and their proj_in/out, Flux and HunyuanVideo's fused
-# single-stream linear1/2, and the attention and feed-forward names of the other transformers, of diffusers too. Diffusers keeps whole
+# single-stream linear1/2, and the attention and feed-forward names of the other transformers, of T5 and of diffusers too. Diffusers keeps whole
 # transformers under `attentions.`, and a proj_out at the top is a model's last layer: neither makes a layer attention.
-ATTENTION = re.compile(r"(^|\.)\w*(attn|attention(?!s\.))\w*\.|\.(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$")
-MLP = re.compile(r"(^|\.)(ff|ff_context|ffn|feed_forward|\w*mlp[CX]?)\.|\.proj_mlp$")
+ATTENTION = re.compile(r"(^|\.)\w*(attn|[aA]ttention(?!s\.))\w*\.|\.(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$")
+MLP = re.compile(r"(^|\.)(ff|ff_context|ffn|feed_forward|DenseReluDense|\w*mlp[CX]?)\.|\.proj_mlp$")
 # Modulation, time and guidance embedders steer the whole network.
 STEERING = re.compile(r"mod(ulation)?s?\b|adaLN|embed|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE)
 NEVER = "distilled_guidance"  # Chroma's distilled modulation breaks when it is trained

@@ -139,8 +139,8 @@ class OptimizerSettings(Settings):
     warmup: int = number(0, 0, 1_000_000, "The learning rate rises from 0 over these steps.", unit="optimizer steps")
     restarts: int = number(1, 1, 1000, "Cycles of the schedule 'cosine with restarts'.", advanced=True)
     weight_decay: float = number(0.01, 0.0, 10.0, "Pulls the adapter toward zero.", step=0.001, advanced=True)
-    beta1: float = number(0.9, 0.0, 0.9999, "Memory of the gradient's mean.", step=0.001, advanced=True)
-    beta2: float = number(0.999, 0.0, 0.99999, "Memory of the gradient's square.", step=0.0001, advanced=True)
+    beta1: float = number(0.9, 0.0, 0.9999, "Memory of the gradient's mean. Adan keeps its own three.", step=0.001, advanced=True)
+    beta2: float = number(0.999, 0.0, 0.99999, "Memory of the gradient's square. Adan keeps its own three.", step=0.0001, advanced=True)
     clip: float = number(1.0, 0.0, 1000.0, "Largest gradient norm; larger gradients are scaled down to it. 0 means never.", step=0.1)
     accumulate: int = number(1, 1, 1024, "Batches summed into one optimizer step: a larger batch without its memory.")
     text_encoder_lr: float = number(

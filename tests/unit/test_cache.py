@@ -201,7 +201,7 @@ def test_flips_are_the_encoded_mirror_and_not_a_mirrored_latent(tmp_path):
     """the fake VAE is not symmetric, as no real one is: it weighs left pixels of a cell more than right ones"""
     picture(tmp_path / "in" / "a.png", seed=3)
     vae = FakeVae()
-    data = encoded(tmp_path, vae=vae, flip=True, captions=CaptionSettings(mode="empty (unconditional)"))
+    data = encoded(tmp_path, vae=vae, flip=True, captions=CaptionSettings(caption_mode="empty (unconditional)"))
     (item,) = data.items
     image = torch.tensor(list(open_image(read_folder(tmp_path / "in")[0]).tobytes())).view(1, 16, 16, 3) / 255.0
     mirrored = data.store.load(item.flipped)["mean"]
@@ -234,4 +234,4 @@ def test_missing_captions_are_an_error_unless_something_else_is_said(tmp_path):
     with pytest.raises(ValueError, match="Captions are asked for, and 1 of 1 images have none: a.png"):
         encoded(tmp_path)
     assert encoded(tmp_path, captions=CaptionSettings(trigger="sks")).items[0].captions == ("sks",)
-    assert encoded(tmp_path, captions=CaptionSettings(mode="empty (unconditional)")).items[0].captions == ("",)
+    assert encoded(tmp_path, captions=CaptionSettings(caption_mode="empty (unconditional)")).items[0].captions == ("",)
