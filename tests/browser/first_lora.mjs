@@ -35,7 +35,6 @@ async function train() {
   await start(plan.first, 20);
   seen.line = await line();
   await shot('running');
-  seen.queue = await page.evaluate(() => document.querySelector('[role=progressbar]') !== null || document.title.match(/\d+%/)?.[0]);
   seen.title = await page.title();
   seen.first = await ended(page);
   await page.waitForTimeout(1500);
@@ -44,6 +43,7 @@ async function train() {
     const at = window.story.filter(e => e.kind === 'progress_text' && /step/.test(e.data.text)).map(e => e.at);
     return { count: at.length, seconds: (at.at(-1) - at[0]) / 1000 };
   });
+  seen.closing = await page.evaluate(() => document.body.innerText.match(/\d+ steps, loss .+|.+read back and equal/g));
   await shot('done');
 }
 
