@@ -9,7 +9,7 @@ import torch
 from . import shapes, world
 from .measure import measure
 
-STEPS, CFG = 20, 4.0
+STEPS, CFG = 20, 2.5
 
 
 def load(path):

@@ -19,7 +19,7 @@ PX = 64
 FINE = 4              # drawn this many times larger, then reduced: antialiasing
 HOLE = 0.55           # inner over outer radius of a ring
 STAR_WAIST = 0.45     # inner over outer radius of a star
-DRIFT_PX = 8          # how far a centre strays from the middle
+DRIFT_PX = 3          # how far a centre strays from the middle
 
 
 def turned(radii, start=-90.0):
