@@ -1,4 +1,4 @@
-"""Trains the toy world's VAE and transformer with ComfyUI's own modules, and writes tests/toy/weights/. About 45 minutes on two cores.
+"""Trains the toy world's VAE and transformer with ComfyUI's own modules, and writes tests/toy/weights/. An hour and a half on two busy cores.
 
     python -m tests.toy.train_world vae      # TAESD-shaped, 16 channels
     python -m tests.toy.train_world polish   # its decoder alone, on latents that stay as they are; may run beside or after the next
