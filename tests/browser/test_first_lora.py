@@ -12,12 +12,12 @@ import subprocess
 
 import pytest
 from trainyard.tests.conftest import chromium
-from trainyard.tests.toy import lesson
+from trainyard.tests.toy import lesson, world
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 PACK, WORKFLOW = "trainyard", "01_first_lora"
-SECONDS = 600
+STEPS, SECONDS = 60, 600
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def plan(server, tmp_path_factory):
     """What the page is to be filled with: the toy checkpoint, small sizes, few steps."""
     lesson.pictures(server.base / "input" / "stars")
     small = {
-        "CheckpointLoaderSimple": {"ckpt_name": server.install("sd15")},
+        "CheckpointLoaderSimple": {"ckpt_name": world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name},
         "TrainyardLoadDataset": {"folder": "input/stars"},
         "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
-        "TrainyardTrainLora": {"steps": 60, "rank": 4, "seed": 1, "run_name": "browser"},
+        "TrainyardTrainLora": {"steps": STEPS, "rank": 4, "seed": 1, "run_name": "browser"},
         "EmptyLatentImage": {"width": 64, "height": 64},
         "KSampler": {"steps": 4},
         "Prompt": {"text": "a large red star on a white ground"},
@@ -94,7 +94,7 @@ def test_a_new_node_keeps_its_seed_between_runs(classic):
 
 @pytest.mark.slow
 def test_a_run_shows_step_loss_and_time_then_pictures_and_the_plot(classic):
-    assert re.fullmatch(r"step \d+/60 · loss \d+\.\d+ · .+ left", classic["line"] or ""), classic["line"]
+    assert re.fullmatch(rf"step \d+/{STEPS} · loss \d+\.\d+ · .+ left", classic["line"] or ""), classic["line"]
     assert re.match(r"\[\d+%\]", classic["title"]), f"ComfyUI's own progress is in the page's title: {classic['title']}"
     assert classic["first"] == "execution_success"
     assert classic["plot"] == [[960, 540]]
@@ -119,7 +119,7 @@ def test_cancel_ends_the_run_within_two_seconds_and_keeps_the_work(classic, serv
 
 def slowness(seen):
     """Two seconds is the promise; a machine that needs more than a second for a toy step gets two steps."""
-    return max(1.0, seen["updates"]["seconds"] / 60)
+    return max(1.0, seen["updates"]["seconds"] / STEPS)
 
 
 @pytest.mark.slow
