@@ -38,21 +38,21 @@ function watch(page) {
 
 export const command = (page, id) => page.evaluate(name => window.app.extensionManager.command.execute(name), id);
 
-/** Opens a template as a person does; returns the card's picture. */
+/** Opens a template as a person does: Extensions, the pack, the card. Gives the width of the card's picture, 0 when it did not load. */
 export async function openTemplate(page, pack, name, shot) {
   await command(page, 'Comfy.BrowseTemplates');
   const dialog = page.locator('[role=dialog]');
-  await dialog.locator('input').first().waitFor();
-  await dialog.locator('input').first().fill(name);
-  const card = dialog.getByText(name, { exact: false }).first();
+  await dialog.getByText(pack, { exact: true }).click({ timeout: 20000 });
+  const card = dialog.getByText(name, { exact: true });
   await card.waitFor({ timeout: 20000 });
-  await page.waitForTimeout(1200);
+  await dialog.locator('img').first().waitFor({ timeout: 5000 }).catch(() => {});
+  await page.waitForTimeout(500);
   await shot('templates');
-  const pictures = await dialog.locator('img').evaluateAll(all => all.map(i => ({ src: i.src.replace(location.origin, ''), width: i.naturalWidth })));
+  const widths = await dialog.locator('img').evaluateAll(all => all.map(picture => picture.naturalWidth));
   await card.click();
   await page.waitForFunction(() => window.app.graph.nodes.some(n => n.type.startsWith('Trainyard')), null, { timeout: 20000 });
   await page.waitForTimeout(1500);
-  return pictures.find(picture => picture.src.includes(pack) && picture.src.includes(name));
+  return widths[0] ?? 0;
 }
 
 /** Node types of the graph that the page does not know. */
