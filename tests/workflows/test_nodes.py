@@ -125,8 +125,8 @@ def test_the_help_page_names_every_input_output_and_choice(schemas, node):
 
 @pytest.mark.parametrize("node", IDS)
 def test_defaults_in_the_help_page_are_the_nodes_own(schemas, node):
-    """Rows of a help table: | `name` | default | range | what it does |."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*?) \|", (DOCS / node / "en.md").read_text(encoding="utf-8"), re.M))
+    """Lines such as: - **`name`** (default 16, 1 to 4096): what it does."""
+    rows = dict(re.findall(r"^- \*\*`(\w+)`\*\* \(default ([^,)]+)", (DOCS / node / "en.md").read_text(encoding="utf-8"), re.M))
     for name, kind, about in every_input(schemas[node]):
         if kind in ("INT", "FLOAT"):
             assert float(rows[name]) == about["default"], f"{node}.{name}: the page says {rows[name]}, the node {about['default']}"
@@ -140,6 +140,12 @@ def test_every_picture_of_a_help_page_exists():
     assert pictures
     for page, name in pictures:
         assert (DOCS / name).is_file(), f"{page} shows {name}, and there is no {DOCS / name}"
+
+
+def test_help_pages_use_lists_and_no_tables():
+    """The panel is 200 to 350 px wide: a table's columns are squeezed or out of sight."""
+    tables = [(page.parent.name, line) for page in DOCS.rglob("*.md") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert tables == []
 
 
 def test_there_is_no_help_page_without_a_node(schemas):
