@@ -1,7 +1,8 @@
 # make demo | test | test-unit | check | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
 PYTHON ?= python3
 PY := .venv/bin/python
-export OMP_NUM_THREADS ?= 2
+# Models this small are many times slower on threads that wait for each other.
+export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .PHONY: demo test test-unit check env

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ...trainers.settings import OptimizerSettings
 from . import measure, shapes
 
 WORD = "star"
-TRAIN = dict(steps=600, learning_rate=2e-3, rank=16, batch=8, seed=1)
+TRAIN = dict(steps=400, learning_rate=4e-3, rank=32, batch=8, seed=1)
+SCHEDULE = "cosine"
 ENCODE = dict(resolution=64, step=8, min_side=64, max_side=128)
-EXAM = [dict(shape=WORD, colour=c, ground=g) for c in shapes.COLOURS for g in shapes.GROUNDS if c != g]
+EXAM = [dict(shape=WORD, colour=c, size="large", ground=g) for c in shapes.COLOURS for g in shapes.GROUNDS if c != g]
 
 
 def pictures(folder, count=48, seed=0, shape=WORD) -> Path:
@@ -36,7 +38,7 @@ def marks(pictures, wanted) -> dict[str, float]:
     }
 
 
-def graph(checkpoint, folder, *, exam=(), run_name="stars", sampling_steps=20, cfg=4.0, **train):
+def graph(checkpoint, folder, *, exam=(), run_name="stars", sampling_steps=20, cfg=2.5, **train):
     """An API prompt: checkpoint + folder -> LoRA, loss plot, and one picture per exam question without (b...) and with (l...) it."""
     widgets = {**TRAIN, "save_every": 0, "run_name": run_name, "checkpointing": "off", **train}
     captions = dict(
@@ -46,7 +48,8 @@ def graph(checkpoint, folder, *, exam=(), run_name="stars", sampling_steps=20, c
         "model": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "data": node("TrainyardLoadDataset", folder=folder, repeats=1, alpha_mask=False),
         "encode": node("TrainyardEncodeDataset", dataset=["data", 0], vae=["model", 2], clip=["model", 1], **captions, **ENCODE),
-        "train": node("TrainyardTrainLora", model=["model", 0], encoded=["encode", 0], **widgets),
+        "recipe": node("TrainyardOptimizer", **(OptimizerSettings(schedule=SCHEDULE).to_dict())),
+        "train": node("TrainyardTrainLora", model=["model", 0], encoded=["encode", 0], optimizer=["recipe", 0], **widgets),
         "save": node("TrainyardSaveLora", lora=["train", 0], name=run_name, model=["model", 0]),
         "plot": node("TrainyardLossPlot", losses=["train", 1]),
         "empty": node("CLIPTextEncode", text="", clip=["model", 1]),
