@@ -111,4 +111,6 @@ class EncodeDataset(io.ComfyNode):
             )  # fmt: skip
         pictures.free()
         text.free()
+        sizes = len({item.bucket for item in encoded.items})
+        host.show(f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id)
         return io.NodeOutput(encoded)

@@ -44,14 +44,22 @@ class SaveLora(io.ComfyNode):
         lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
         if model is not None:
             host.check_loads(model, clip, lora)
-        path = paths.new_lora_path(name)
-        write_lora(path, lora, graph_metadata(cls.hidden))
-        written, metadata = read_safetensors(path)
-        if written.keys() != lora.keys() or any(not torch.equal(written[k], lora[k].cpu()) for k in written):
+        path = paths.lora_to_write(name, lambda there: holds(there, lora))
+        saved_before = path.exists()
+        if not saved_before:
+            write_lora(path, lora, graph_metadata(cls.hidden))
+        if not holds(path, lora):
             raise RuntimeError(f"{path} does not hold what was written; the disk may be failing. Save it elsewhere.")
-        line = f"{path.name}: {len(host.bases(written))} layers, {path.stat().st_size / 2**20:.1f} MiB, read back and equal"
+        how = "was saved before" if saved_before else "read back and equal"
+        line = f"{path.name}: {len(host.bases(lora))} layers, {path.stat().st_size / 2**20:.1f} MiB, {how}"
         host.show(line, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(line))
+
+
+def holds(path, lora) -> bool:
+    """True if the file holds these very tensors."""
+    there, _ = read_safetensors(path)
+    return there.keys() == lora.keys() and all(torch.equal(there[k], lora[k].cpu()) for k in there)
 
 
 def graph_metadata(hidden) -> dict[str, str]:

@@ -9,6 +9,7 @@ import folder_paths
 
 NONE = "(no folder yet)"
 DEPTH = 3
+NOT_PICTURES = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
 
 
 def roots() -> dict[str, Path]:
@@ -26,7 +27,7 @@ def subfolders(root: Path) -> list[str]:
     """Relative paths of folders, at most DEPTH deep, without hidden ones."""
     out = []
     for folder, names, _ in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith(".") and n != "trainyard_cache")
+        names[:] = sorted(n for n in names if not n.startswith(".") and n not in NOT_PICTURES)
         relative = Path(folder).relative_to(root)
         if relative.parts:
             out.append(relative.as_posix())
@@ -67,14 +68,14 @@ def runs_folder() -> Path:
     return loras_folder() / "trainyard"
 
 
-def new_lora_path(name: str) -> Path:
-    """A path in output/loras that does not exist yet: name.safetensors, name_2.safetensors ... Raises ValueError for a bad name."""
+def lora_to_write(name: str, is_the_same) -> Path:
+    """name.safetensors in output/loras, else name_2, name_3 ...: the first that does not exist, or that `is_the_same(path)` already.
+    Raises ValueError for a bad name."""
     plain = name.strip().removesuffix(".safetensors").replace("\\", "/").strip("/")
     if not plain or any(part in ("", ".", "..") or set(part) & set('<>:"|?*\0') for part in plain.split("/")):
         raise ValueError(f"The LoRA's name is {name!r}; use a plain name such as my_style, or folder/my_style.")
-    path = inside(loras_folder(), f"{plain}.safetensors", name)
-    count = 2
-    while path.exists():
+    path, count = inside(loras_folder(), f"{plain}.safetensors", name), 2
+    while path.exists() and not is_the_same(path):
         path = inside(loras_folder(), f"{plain}_{count}.safetensors", name)
         count += 1
     return path

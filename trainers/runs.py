@@ -39,6 +39,7 @@ class RunFolder:
     recipe: dict  # readable settings for run.json
     steps: int
     export: object = None  # step -> LoraFile with the weights of now
+    saved: int = 0  # the last step that is safe on disk
 
     @property
     def folder(self) -> Path:
@@ -64,6 +65,7 @@ class RunFolder:
                 f"Run {self.name!r} has already done {state['step']} steps, and {self.steps} are asked for. "
                 "Ask for more steps to continue it, or choose another run name."
             )
+        self.saved = state["step"]
         return state
 
     def read(self) -> dict:
@@ -74,6 +76,7 @@ class RunFolder:
 
     def save(self, state, why):
         write_tree(self.state_path, {**state, "fingerprint": self.fingerprint})
+        self.saved = state["step"]
         if why in ("step", "stopped", "finished") and state["step"] and self.export:
             lora = self.export(state["step"])
             if lora:

@@ -380,3 +380,17 @@ def test_a_nan_from_a_link_is_refused_with_the_setting_named():
 
     with pytest.raises(ValueError, match="learning_rate is nan; it must be a finite number"):
         record(RunSettings, {"learning_rate": float("nan")})
+
+
+def test_the_same_lora_is_saved_once_under_one_name(server, dataset):
+    prompt = graph(server, dataset, run_name="once")
+    prompt["5"] = {"class_type": "TrainyardSaveLora", "inputs": {"lora": ["4", 0], "name": "once/mine"}}
+    for _ in range(2):
+        run = server.run(prompt)
+        assert run.ok, run.why
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1.5)
+    assert [f.name for f in server.output("loras", "once").iterdir()] == ["mine.safetensors"]
+    prompt["4"]["inputs"]["seed"] = 9
+    assert server.run(prompt).ok
+    assert sorted(f.name for f in server.output("loras", "once").iterdir()) == ["mine.safetensors", "mine_2.safetensors"]

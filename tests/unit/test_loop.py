@@ -143,11 +143,6 @@ def test_text_encoder_parameters_learn_at_a_tenth_or_at_their_own_rate():
         assert [-p[0].item() for p in method.named.values()] == pytest.approx([0.05, moved])
 
 
-def test_a_learning_rate_of_zero_changes_nothing():
-    method, losses = learnt(3, learning_rate=0.0)
-    assert method.w.item() == 0.0 and len(losses) == 3
-
-
 # -- saves --------------------------------------------------------------------------------------------------------------------
 
 
