@@ -189,7 +189,7 @@ class Server:
         """File name of a model file, linked into models/<kind>."""
         link = self.base / "models" / kind / pathlib.Path(path).name
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.is_symlink() or link.symlink_to(pathlib.Path(path).resolve())
+        link.exists() or link.symlink_to(pathlib.Path(path).resolve())
         return link.name
 
     def output(self, *parts):
