@@ -116,3 +116,14 @@ def test_a_baked_in_lora_does_not_change_the_identity_of_the_clean_model():
     mm.load_models_gpu([patched])
     assert host.model_identity(model) == plain
     mm.load_models_gpu([model])
+
+
+def test_memory_that_the_host_never_filled_is_no_part_of_an_identity():
+    """CLIP-L of SD1.5 has no projection in its file: the tensor holds whatever lay in memory, and differs from load to load."""
+    with torch.inference_mode():
+        clip = comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")))[1]
+        before = host.TextEncoder(clip).identity
+        clip.cond_stage_model.clip_l.transformer.text_projection.weight.fill_(7.0)
+        assert host.TextEncoder(clip).identity == before
+        clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[3].mlp.fc1.bias.fill_(7.0)
+        assert host.TextEncoder(clip).identity != before
