@@ -303,4 +303,3 @@ def contenders(meta: bool):
         "core, our targets, no checkpointing": partial(c, targets=DEFAULT_TARGETS, depth=None),
         "core, bypass, no checkpointing": partial(c, targets=EVERY_LAYER, depth=None, bypass=True),
     }
-

@@ -109,7 +109,9 @@ def randomise(network):
     with torch.no_grad():
         for name, value in network.state_dict(keep_vars=True).items():
             if value.is_floating_point():
-                value.normal_(0, 1 / math.sqrt(math.prod(value.shape[1:]))) if value.ndim > 1 else value.fill_(name.endswith(("weight", "scale")))
+                value.normal_(0, 1 / math.sqrt(math.prod(value.shape[1:]))) if value.ndim > 1 else value.fill_(
+                    name.endswith(("weight", "scale"))
+                )
 
 
 def dataset(shape: Shape, count: int):

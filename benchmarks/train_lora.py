@@ -140,7 +140,11 @@ def machine(cuda) -> dict:
     import comfyui_version
     import torch
 
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] if os.path.exists("/proc/cpuinfo") else [platform.processor()]
+    cpu = (
+        [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]
+        if os.path.exists("/proc/cpuinfo")
+        else [platform.processor()]
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(), "cpu": cpu[0], "threads": torch.get_num_threads(), "cores": os.cpu_count(),
@@ -155,7 +159,10 @@ def machine(cuda) -> dict:
 def shown(result) -> str:
     rows = result["rows"]
     head = f"{result['family']} {result['size']}: {result['about']}; rank {result['rank']}, batch {result['batch']}, {result['dtype']}"
-    lines = [head, f"{'':38}{'GFLOP':>10}{'/bare':>7}{'saved MiB':>11}{'peak MiB':>10}{'/core':>7}{'s median':>10}{'s min':>8}{'reads':>7}{'trained':>10}"]
+    lines = [
+        head,
+        f"{'':38}{'GFLOP':>10}{'/bare':>7}{'saved MiB':>11}{'peak MiB':>10}{'/core':>7}{'s median':>10}{'s min':>8}{'reads':>7}{'trained':>10}",
+    ]
     lines += [row_line(name, row, rows) for name, row in rows.items()]
     lines += [f"  core alone fails ({name}): {row['alone']}" for name, row in rows.items() if "alone" in row]
     for claim in result["claims"]:
@@ -205,14 +212,20 @@ def main():
     for family in asked.shapes:
         for size in ["real"] if cuda else asked.sizes:
             shape = SHAPES[family, "real" if size == "meta" else size]
-            plan = Plan(shape, **small) if size in ("tiny", "mid") else Plan(shape, **big, timed=asked.timed, device="cuda" if cuda else "meta")
+            plan = (
+                Plan(shape, **small)
+                if size in ("tiny", "mid")
+                else Plan(shape, **big, timed=asked.timed, device="cuda" if cuda else "meta")
+            )
             results.append(table(family, size, plan, measured(plan, size == "meta", asked.rows)))
             print(shown(results[-1]), end="\n\n", flush=True)
             if asked.json:  # after every table, so that a run cut short leaves what it measured
                 pathlib.Path(asked.json).write_text(json.dumps({"machine": machine(cuda), "tables": results}, indent=1) + "\n")
     if asked.real and not cuda:
         print("--real: no CUDA GPU here. Seconds, device memory and device syncs at real size were NOT measured.")
-    print("* core's row needs our out-of-place blocks to run at all. Bytes: storages born in the step (meta: sizes that a GPU would allocate).")
+    print(
+        "* core's row needs our out-of-place blocks to run at all. Bytes: storages born in the step (meta: sizes that a GPU would allocate)."
+    )
 
 
 if __name__ == "__main__":
