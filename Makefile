@@ -1,11 +1,11 @@
-# make demo | test | test-unit | check | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
+# make demo | test | test-unit | check | bench | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
 PYTHON ?= python3
 PY := .venv/bin/python
 # Models this small are many times slower on threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE ?= 1
 
-.PHONY: demo test test-unit check env
+.PHONY: demo test test-unit check bench env
 
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
@@ -19,6 +19,9 @@ test-unit: env  ## the craft without ComfyUI: seconds
 check: env  ## lint, and the direction of imports
 	@$(PY) -m ruff check .
 	@.venv/bin/pytest -q tests/unit/test_house.py
+
+bench: env  ## FLOPs, bytes and seconds a step against ComfyUI's own Train LoRA
+	@$(PY) benchmarks/train_lora.py $(ARGS)
 
 env:  ## .venv, layered over ComfyUI's packages and never changing them
 	@$(PYTHON) tools/env.py

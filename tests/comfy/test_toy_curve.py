@@ -1,0 +1,79 @@
+"""The toy world through the door: a reference curve that no change may move unasked, and the text encoder's LoRA."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+from trainyard.nodes import host
+from trainyard.nodes.train_lora import Job
+from trainyard.tests.toy import lesson, sampling, world
+from trainyard.trainers.data.buckets import BucketSettings
+from trainyard.trainers.data.captions import CaptionSettings
+from trainyard.trainers.data.encode import encode
+from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.readers import read_folder
+from trainyard.trainers.files import LoraFile
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+
+CURVES = pathlib.Path(__file__).parent / "curves.json"
+
+
+@pytest.fixture(scope="module")
+def toy(comfy, tmp_path_factory):
+    with torch.inference_mode():
+        return sampling.load(world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors"))
+
+
+def lesson_job(toy, folder, steps=20):
+    folder = lesson.pictures(folder / "stars")
+    doors = host.PictureEncoder(toy.vae), host.TextEncoder(toy.clip)
+    data = encode(read_folder(folder), CaptionSettings(dropout=0.1), BucketSettings(**lesson.ENCODE), False, *doors, folder / "cache")
+    recipe = {k: v for k, v in lesson.TRAIN.items() if k != "rank"}
+    return Job(
+        model=toy.model,
+        clip=None,
+        data=data,
+        run=RunSettings(**recipe | {"steps": steps, "save_every": 0}),
+        adapter=AdapterSettings(rank=lesson.TRAIN["rank"]),
+        optimizing=OptimizerSettings(),
+        noise=NoiseSettings(),
+        name="curve",
+        checkpointing="off",
+        graph={},
+        node_id=None,
+    )
+
+
+def test_the_first_losses_of_the_lesson_are_those_that_were_written_down(toy, folders, tmp_path):
+    """Within 1 %: other processors and thread counts move the last digits, and 20 steps let them grow."""
+    with torch.inference_mode():
+        _, losses, _ = lesson_job(toy, tmp_path).result()
+    wanted = json.loads(CURVES.read_text())["lora"]
+    assert losses == pytest.approx(wanted, rel=0.01), f"if the change is meant, write these into {CURVES.name}: {[round(v, 5) for v in losses]}"
+
+
+def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy):
+    """To 5 % of what it changes: the host rounds patched weights to the file's fp16."""
+    adapter = AdapterSettings(rank=4, targets="attention", text_encoder=True)
+    batch = Encoded.from_core([{"samples": torch.zeros(1, 16, 8, 8)}], [[[torch.zeros(1, 77, 4096), {}]]]).batch([0], host.generator(0))
+    batch.captions = ["a large red star"]
+    with torch.inference_mode(), host.training(toy.model, adapter, clip=toy.clip) as session:
+        with torch.no_grad():
+            (base,) = session.encode(batch)
+            for p in session.text_adapters.parameters():
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
+        (cond,) = session.encode(batch)
+        cond["cross_attn"].square().mean().backward()
+        silent = [p for p in session.text_adapters.parameters() if p.grad is None]
+        trained = cond["cross_attn"].detach().clone()
+        tensors = {k: v for k, v in session.tensors()[0].items() if k.startswith("lora_te")}
+    # SD3 takes CLIP-L's last but one layer: the four adapters of the last one get no gradient through it
+    assert len(silent) <= 8
+    assert all(key.startswith("lora_te_text_model_encoder_layers_") for key in tensors), sorted(tensors)[:3]
+    with torch.inference_mode():
+        _, clip = host.applied(toy.model, toy.clip, LoraFile(tensors))
+        loaded = host.conditioning(clip, "a large red star")["cross_attn"]
+    change = float((trained - base["cross_attn"]).abs().mean())
+    error = float((loaded - trained).abs().mean())
+    assert error <= 0.05 * change, f"{error:.1e} of a change of {change:.1e}"
