@@ -97,13 +97,15 @@ class Low(nn.Module):
         self.rank, self.scale = rank, scale_of(rank, alpha, rslora)
         self.geometry = None if is_linear(layer) else dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layer's output changes by at strength 1; computed in the dtype of x."""
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+    def forward(self, x: Tensor, strength: float = 1.0) -> Tensor:
+        """What the layer's output changes by, computed in the dtype of x. Scaled between the two products, where it is rank wide."""
+        down, up, factor = self.down.to(x.dtype), self.up.to(x.dtype), self.scale * strength
         if self.geometry is None:
-            return F.linear(F.linear(x, down), up) * self.scale
+            inner = F.linear(x, down)
+            return F.linear(inner if factor == 1 else inner * factor, up)
         conv = F.conv2d if down.ndim == 4 else F.conv3d
-        return conv(conv(x, down, **self.geometry), up) * self.scale
+        inner = conv(x, down, **self.geometry)
+        return conv(inner if factor == 1 else inner * factor, up)
 
     def tensors(self) -> dict[str, Tensor]:
         """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader agrees."""
@@ -139,7 +141,7 @@ class Adapters(nn.Module):
             if self.strength == 0:
                 return out
             x = args[0] if args else kwargs["input"]
-            return out + self.strength * low(x).to(out.dtype)
+            return out + low(x, self.strength).to(out.dtype)
 
         return add
 
