@@ -175,7 +175,8 @@ class Job:
                 losses = train(method, self.run, self.optimizing, report=report, store=folder)
                 lora = folder.export(self.run.steps)
         except BaseException as error:
-            host.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
+            if folder.saved:
+                host.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
             if host.out_of_memory(error):
                 raise RuntimeError(host.memory_advice(self.run, self.checkpointing, self.data)) from error
             raise
