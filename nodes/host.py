@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import comfy.lora
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension
-import comfy.sampler_helpers
 import comfy.samplers
 import comfy.sd
 import comfy.utils
@@ -504,14 +504,14 @@ def loadable(keys, known, prefix):
 # -- results ------------------------------------------------------------------------------------------------------------------
 
 
-def applied(model, clip, lora, strength=1.0, text_strength=None):
+def applied(model, clip, lora, strength=1.0):
     """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that do not fit."""
     misfits = unknown_keys(model, clip, lora)
     if len(misfits) == len(bases(lora)):
         raise ValueError(f"This LoRA fits neither MODEL nor CLIP: none of its {len(misfits)} layers is known, for example {misfits[0]}.")
     with torch.inference_mode(False):
         tensors = {k: ordinary(v) for k, v in lora.items()}
-        return comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength if text_strength is None else text_strength)
+        return comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength)
 
 
 def bases(lora) -> list[str]:

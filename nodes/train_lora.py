@@ -110,8 +110,7 @@ def training_data(encoded, latents, conditioning) -> EncodedData:
         return encoded[0]
     if not latents or not conditioning:
         raise ValueError("There is nothing to train on. Connect encoded (from Encode Dataset), or both latents and conditioning.")
-    with host.gradients():
-        return EncodedData.from_core(host.ordinary(latents), host.ordinary(conditioning))
+    return EncodedData.from_core(latents, conditioning)
 
 
 def resolution(data) -> str:

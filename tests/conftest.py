@@ -81,6 +81,17 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"SKIPPED {group} tests: {why}", red=True, bold=True)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small wait for a second thread longer than they work, seventy times longer on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def comfy():
     """ComfyUI in this process, on the CPU, with a base folder of its own: `.path`, `.folder_paths`, `.nodes`."""

@@ -25,7 +25,7 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a report sees: `losses` holds one number per finished step, smoothed over nothing."""
+    """What a report sees: `losses` holds one raw number per finished step."""
 
     step: int
     steps: int

@@ -10,15 +10,6 @@ from trainyard.benchmarks.shapes import SHAPES
 KIB = 1024
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small wait for a second thread longer than they work, many times longer on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def three_exponentials(x):
     return x.exp().exp().exp()
 

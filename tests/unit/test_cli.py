@@ -20,15 +20,6 @@ FAST = ["--steps", "6", "--rank", "4", "--batch", "2", "--learning-rate", "0.01"
         "--resolution", "64", "--step", "16"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """[--model, --images, --out] of a tiny checkpoint and four drawn pictures of 32 px."""
