@@ -5,17 +5,7 @@ from comfy_api.latest import ComfyExtension
 
 class TrainyardExtension(ComfyExtension):
     async def get_node_list(self):
-        from . import dataset, lora, recipes, train_lora
+        from . import captioning, captions, collage, dataset, encode, lora, quality, recipes, train_lora
 
-        return [
-            dataset.LoadDataset,
-            dataset.EncodeDataset,
-            train_lora.TrainLora,
-            recipes.Adapter,
-            recipes.Optimizer,
-            recipes.NoiseAndLoss,
-            lora.SaveLora,
-            lora.LoadLora,
-            lora.ApplyLora,
-            lora.LossPlot,
-        ]
+        rooms = (dataset, quality, captioning, captions, collage, encode, train_lora, recipes, lora)
+        return [node for room in rooms for node in room.NODES]

@@ -148,3 +148,6 @@ class LossPlot(io.ComfyNode):
         picture = np.asarray(loss_plot(losses["loss"]), dtype=np.float32) / 255
         image = torch.from_numpy(picture)[None]
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [SaveLora, LoadLora, ApplyLora, LossPlot]

@@ -62,3 +62,6 @@ class NoiseAndLoss(io.ComfyNode):
     @classmethod
     def execute(cls, **widgets):
         return io.NodeOutput(record(NoiseSettings, widgets))
+
+
+NODES = [Adapter, Optimizer, NoiseAndLoss]

@@ -202,3 +202,6 @@ class Job:
             resolution=resolution(self.data), dataset={"images": len(self.data.items), "dropout": self.data.dropout},
         )  # fmt: skip
         return LoraFile(tensors, {**metadata, **self.graph}, steps)
+
+
+NODES = [TrainLora]

@@ -27,6 +27,7 @@ class Record:
     path: str
     size: tuple[int, int]  # (width, height)
     crop: tuple[int, int, int, int] | None = None  # (left, top, right, bottom)
+    bucket: tuple[int, int] | None = None  # (width, height) it is trained at, when that is decided already
     captions: tuple[str, ...] = ()  # alternatives; any one of them describes the picture
     tags: tuple[str, ...] = ()
     score: float | None = None
@@ -79,7 +80,8 @@ class Dataset(Sequence):
 
     def fingerprint(self) -> str:
         """32 hex digits over everything that training can see; where the files lie does not count."""
-        content = [{k: v for k, v in asdict(record).items() if k not in ("path", "mask")} for record in self.records]
+        unseen = ("path", "mask")
+        content = [{k: v for k, v in asdict(r).items() if k not in unseen and (k, v) != ("bucket", None)} for r in self.records]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

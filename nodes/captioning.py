@@ -1,0 +1,3 @@
+"""Captions written by models that see, by taggers, or by plain rules."""
+
+NODES: list = []

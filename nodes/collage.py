@@ -1,0 +1,3 @@
+"""Several pictures in one frame, so that patterns are learnt relative to the frame."""
+
+NODES: list = []
