@@ -231,7 +231,7 @@ def meta_ours(plan: Plan, targets: str, checkpointing: str):
     params = list(adapters.parameters())
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], OptimizerSettings())
     classes = host.block_classes(meta.network) if checkpointing == "per block" else ()
-    with host.out_of_place(meta.network), host.checkpointed(classes), adapters.attached():
+    with host.out_of_place(meta.network), host.checkpointed(classes, adapters), adapters.attached():
         cost = meta.measured(plan, lambda: step(meta, optimizer, params, OptimizerSettings().clip))
     return cost, numbers(params)
 

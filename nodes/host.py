@@ -120,26 +120,32 @@ def block_classes(network) -> set[type]:
 
 
 @contextlib.contextmanager
-def checkpointed(classes):
+def checkpointed(classes, adapters):
     """Blocks keep only their inputs and compute the rest again during backward (Chen et al. 2016)."""
     before = [(cls, cls.forward) for cls in classes]
     try:
         for cls, forward in before:
-            cls.forward = recomputing(forward)
+            cls.forward = recomputing(forward, adapters)
         yield
     finally:
         for cls, forward in before:
             cls.forward = forward
 
 
-def recomputing(forward):
+def recomputing(forward, adapters):
     def run(module, *args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
         # The host writes the current block's number into its options; recomputation must see those of this call.
         args = [dict(a) if isinstance(a, dict) else a for a in args]
         kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        return checkpoint(forward, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        strength = adapters.strength  # backward comes when another strength may be set
+
+        def block(*args, **kwargs):
+            with adapters.at(strength):
+                return forward(*args, **kwargs)
+
+        return checkpoint(block, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
 
@@ -283,7 +289,7 @@ def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, check
         for habit in (in_training, fresh_weights, differentiable_rope):
             stack.enter_context(habit())
         if checkpointing == "per block":
-            stack.enter_context(checkpointed(block_classes(network)))
+            stack.enter_context(checkpointed(block_classes(network), adapters))
         session.denoiser = ComfyDenoiser(patcher, session.family)
         yield session
 

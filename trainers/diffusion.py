@@ -152,6 +152,26 @@ def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None):
     return native_error(denoiser, denoiser.denoise(x, sigma, conds), x0, sigma, mask)
 
 
+def guided(denoiser, x, sigma, cond, away, guidance: float):
+    """x0 under classifier-free guidance (Ho and Salimans 2022): away + guidance * (cond - away), both in one call; one half of it at
+    guidance 1. `cond` and `away` are single conditionings for the whole batch."""
+    n = len(x)
+    if guidance == 1:
+        return denoiser.denoise(x, sigma, [cond] * n)
+    toward, off = denoiser.denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), [cond] * n + [away] * n).chunk(2)
+    return off + guidance * (toward - off)
+
+
+def rollout(denoiser, noise, sigmas, cond, away, guidance: float):
+    """Every (x, sigma) that Euler steps pass from pure noise on, the first included; sigmas (S, B) fall along S."""
+    x = denoiser.noised(torch.zeros_like(noise), noise, sigmas[0])
+    for number, here in enumerate(sigmas):
+        yield x, here
+        if number + 1 < len(sigmas):
+            x0 = guided(denoiser, x, here, cond, away, guidance)
+            x = x + slope(x, here, x0) * per_sample(sigmas[number + 1] - here, x)
+
+
 @torch.no_grad()
 def trajectory(denoiser, noise, conds, sigmas):
     """x at sigmas[-1], by Euler steps from pure noise at sigmas[0]."""

@@ -191,3 +191,24 @@ class RunSettings(Settings):
     save_every: int = number(
         250, 0, 1_000_000, "Save a LoRA and the resume state every so many steps. 0 saves at the end only.", unit="optimizer steps"
     )
+
+
+# -- the records of differences -------------------------------------------------------------------------------------------
+
+POINTS = ("rollout", "pictures", "noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointSettings(Settings):
+    """Where a difference between prompts is learnt."""
+
+    points: str = choice(
+        "rollout", POINTS,
+        "rollout: states that the model passes while it draws the prompts. pictures: noised pictures of a dataset, cheaper. "
+        "noise: pure noise, cheapest, for high noise levels only.",
+    )  # fmt: skip
+    sampling_steps: int = number(12, 2, 1000, "rollout: steps of one way from noise to picture; each state it passes is learnt from.")
+    guidance_scale: float = number(3.0, 1.0, 30.0, "rollout: classifier-free guidance while drawing. 1 halves the cost.", step=0.5)
+    ways: int = number(8, 1, 4096, "rollout: how many ways are kept and learnt from at the same time.", advanced=True)
+    refresh: int = number(12, 1, 1_000_000, "rollout: after so many updates the oldest way is walked anew by the model as it is now.",
+                          unit="optimizer steps", advanced=True)  # fmt: skip

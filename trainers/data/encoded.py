@@ -33,6 +33,8 @@ class EncodedItem:
     flipped_size: dict[str, int] = field(default_factory=dict)
     repeats: int = 1
     mask: str | None = None  # key of {"mask": (1, h, w)}, 1 = counts
+    pair: str | None = None  # see pairs.py
+    strength: float | None = None
 
 
 @dataclass

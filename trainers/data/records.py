@@ -36,6 +36,8 @@ class Record:
     repeats: int = 1  # how often it is seen in one epoch
     split: str = "train"
     flags: tuple[str, ...] = ()
+    pair: str | None = None  # the scene that this picture shows at `strength`: see pairs.py
+    strength: float | None = None
 
     @property
     def frame(self) -> tuple[int, int]:
@@ -80,8 +82,8 @@ class Dataset(Sequence):
 
     def fingerprint(self) -> str:
         """32 hex digits over everything that training can see; where the files lie does not count."""
-        unseen = ("path", "mask")
-        content = [{k: v for k, v in asdict(r).items() if k not in unseen and (k, v) != ("bucket", None)} for r in self.records]
+        unseen, later = ("path", "mask"), ("bucket", "pair", "strength")  # later: not in the hash while they are not set
+        content = [{k: v for k, v in asdict(r).items() if k not in unseen and not (v is None and k in later)} for r in self.records]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

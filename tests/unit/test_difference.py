@@ -1,0 +1,364 @@
+"""Differences between prompts and between pictures: each loss by hand, and against a slow, literal version."""
+
+import dataclasses
+
+import pytest
+import torch
+from trainyard.tests.unit.toy import CHANNELS, SIDE, WORDS, Denoiser, Net, adapters, rng
+from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.diffusion import Density
+from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
+from trainyard.trainers.methods.pairs import Change, ImageSlider
+from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, Task, way_levels
+from trainyard.trainers.settings import NoiseSettings, PointSettings
+
+SHAPE = (CHANNELS, SIDE, SIDE)
+PROMPTS = ("", "cat", "red cat", "dog", "old", "young")
+
+
+def conds(seed=3):
+    draw = rng(seed)
+    return {prompt: {"cross_attn": torch.randn(1, 1, WORDS, generator=draw)} for prompt in PROMPTS}
+
+
+def moved(network, seed=9):
+    """Adapters that change something already."""
+    made = adapters(network)
+    draw = rng(seed)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.2)
+    return made
+
+
+def model(prediction="flow"):
+    network = Net()
+    return Model(Denoiser(network, prediction), moved(network), conds())
+
+
+class Says:
+    """A Denoiser whose answer is a number for each prompt, and `student` wherever the adapters are on."""
+
+    flow = True
+
+    def __init__(self, numbers, student):
+        self.numbers, self.student_says, self.on = numbers, student, None
+
+    def native_scale(self, sigma):
+        return torch.ones_like(sigma)
+
+    def denoise(self, x, sigma, conds):
+        said = [self.student_says if self.on.strength else self.numbers[c["prompt"]] for c in conds]
+        return torch.tensor(said).view(-1, 1, 1, 1).expand_as(x)
+
+
+@dataclasses.dataclass
+class Switch:
+    strength: float = 1.0
+
+    def at(self, strength):
+        import contextlib
+
+        @contextlib.contextmanager
+        def turned():
+            before, self.strength = self.strength, strength
+            yield
+            self.strength = before
+
+        return turned()
+
+
+class Given:
+    def __init__(self, point):
+        self.point = point
+
+    def draw(self, rng):
+        return self.point
+
+
+@pytest.mark.parametrize(("action", "loss"), [("enhance", 9.0), ("erase", 81.0)])
+def test_leco_goal_by_hand(action, loss):
+    """neutral 1, positive 5, unconditional 2, guidance 2, enhance: goal = 1 + 2 * (5 - 2) = 7; target 4 -> loss 9.
+    Erase: goal = 1 - 6 = -5; target 4 -> loss 81."""
+    says = Says({"n": 1.0, "p": 5.0, "u": 2.0}, 4.0)
+    says.on = Switch()
+    task = Task(leco("t", "p", "n", "u", action, 2.0), "t")
+    m = Model(says, says.on, {p: {"prompt": p} for p in ("t", "n", "p", "u")})
+    x, sigma = torch.zeros(1, 1, 2, 2), torch.ones(1)
+    answers = m.frozen(x, sigma, task.asked)
+    assert Difference(m, [task], Given(Point(0, x, sigma, answers))).loss(rng()).tolist() == [loss]
+
+
+def test_a_slider_pulls_both_ways_by_hand():
+    """target 1, positive 5, negative 2, guidance 2: +1 goes to 1 + 6 = 7 and -1 to 1 - 6 = -5. A student that says 4 at both is wrong by
+    3 and by 9."""
+    says = Says({"t": 1.0, "p": 5.0, "n": 2.0}, 4.0)
+    says.on = Switch()
+    task = Task(text_slider("t", "p", "n", 2.0), "t")
+    m = Model(says, says.on, {p: {"prompt": p} for p in "tpn"})
+    x, sigma = torch.zeros(1, 1, 2, 2), torch.ones(1)
+    point = Point(0, x, sigma, m.frozen(x, sigma, task.asked))
+    assert Difference(m, [task], Given(point)).loss(rng()).tolist() == [9.0, 81.0]
+
+
+def test_prompts_that_are_the_same_are_asked_once():
+    """p1atdev's default erase: target = positive and neutral = unconditional; goal = (1 + g) * neutral - g * positive."""
+    (pull,) = leco("cat", "cat", "", "", "erase", 2.0)
+    assert dict((p, w) for w, p in pull.goal) == {"": 3.0, "cat": -2.0}
+    assert Task((pull,), "cat").asked == ("", "cat") and Task((pull,), "cat").texts == ("", "cat")
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_the_loss_is_the_literal_one_in_the_networks_own_terms(prediction):
+    """mean over pixels of (e_student - (e_n + g (e_p - e_u)))^2, with e what the network itself answers."""
+    m, g = model(prediction), 1.7
+    task = Task(leco("cat", "red cat", "dog", "old", "enhance", g), "cat")
+    x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
+    words = lambda prompt: m.conds[prompt]["cross_attn"].flatten(1).expand(2, -1)
+    with torch.no_grad(), m.adapters.at(0):
+        e = {p: m.denoiser.network(x, sigma, words(p)) for p in ("red cat", "dog", "old")}
+    with torch.no_grad():
+        student = m.denoiser.network(x, sigma, words("cat"))
+    literal = (student - (e["dog"] + g * (e["red cat"] - e["old"]))).square().flatten(1).mean(1)
+    point = Point(0, x, sigma, m.frozen(x, sigma, task.asked))
+    torch.testing.assert_close(Difference(m, [task], Given(point)).loss(rng()).detach(), literal, rtol=2e-4, atol=1e-6)
+
+
+def test_two_polarities_of_one_step_have_the_gradients_of_two_steps():
+    """A graph at +1 and one at -1 that are alive together must not read each other's strength."""
+    both, one = model(), model()
+    task = Task(text_slider("cat", "old", "young", 1.5), "cat")
+    x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
+    point = Point(0, x, sigma, both.frozen(x, sigma, task.asked))
+    Difference(both, [task], Given(point)).loss(rng()).sum().backward()
+    for pull in task.pulls:
+        Difference(one, [dataclasses.replace(task, pulls=(pull,))], Given(point)).loss(rng()).sum().backward()
+    for a, b in zip(both.adapters.parameters(), one.adapters.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert both.adapters.strength == 1.0
+
+
+def test_the_strength_comes_back_after_an_error():
+    m = model()
+    m.denoiser.network.forward = lambda *_: 1 / 0
+    for ask in (lambda: m.frozen(torch.zeros(1, *SHAPE), torch.ones(1), [""]), lambda: m.student(torch.zeros(1, *SHAPE), torch.ones(1), "", -1)):
+        with pytest.raises(ZeroDivisionError):
+            ask()
+        assert m.adapters.strength == 1.0
+
+
+def test_renormalised_goals_are_as_strong_as_the_models_own_answer():
+    from trainyard.trainers.diffusion import slope
+    from trainyard.trainers.methods.difference import as_strong_as
+
+    x, sigma, answer = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8]), torch.randn(2, *SHAPE, generator=rng(2))
+    point = Point(0, x, sigma)
+    turned = slope(x, sigma, as_strong_as(answer, answer * 3 + torch.randn(x.shape, generator=rng(4)), point))
+    own = slope(x, sigma, answer)
+    torch.testing.assert_close(turned.mean((1, 2, 3)), own.mean((1, 2, 3)))
+    torch.testing.assert_close(turned.std((1, 2, 3)), own.std((1, 2, 3)))
+    torch.testing.assert_close(as_strong_as(answer, answer, point), answer)
+
+
+# -- points -----------------------------------------------------------------------------------------------------------------------
+
+
+def rollouts(m, tasks=None, noise=None, **settings):
+    tasks = tasks or [Task(leco("cat", "cat", "", "", "erase", 1.0), "cat", shapes=(SHAPE,), batch=2)]
+    return Rollouts(m, tasks, PointSettings(**{"sampling_steps": 5, "ways": 3, "refresh": 4, **settings}), noise or NoiseSettings(), 3.0)
+
+
+def test_a_way_is_the_samplers_own_and_every_state_on_it_is_a_point():
+    from trainyard.trainers.diffusion import guided, per_sample, slope
+
+    m = model()
+    way = rollouts(m).walk(rng(5))
+    assert len(way) == 5 and way[0].sigma.tolist() == [1.0, 1.0]
+    for a, b in zip(way, way[1:], strict=False):
+        assert (b.sigma < a.sigma).all()
+        with torch.no_grad():
+            x0 = guided(m.denoiser, a.x, a.sigma, m.conds["cat"], m.conds[""], 3.0)
+        torch.testing.assert_close(b.x, a.x + slope(a.x, a.sigma, x0) * per_sample(b.sigma - a.sigma, a.x))
+
+
+def test_forwards_are_counted_and_cached_answers_cost_nothing():
+    """Three ways of five points, batch 2, guidance 3: 3 * 4 * 2 * 2 = 48 forwards; each point asks two prompts for two samples once."""
+    m = model()
+    points = rollouts(m)
+    asked = set()
+    for step in range(3):
+        asked.add(id(points.draw(rng(step))))
+    assert m.spent["rollout"] == 48 and m.spent["frozen"] <= 3 * 4 and m.spent["frozen"] % 4 == 0
+    before = m.spent["frozen"]
+    generator = rng(2)
+    generator_state = generator.get_state()
+    points.updates = 1
+    points.draw(generator.set_state(generator_state))
+    assert m.spent["frozen"] == before, "the point of the third draw was asked again"
+
+
+def test_the_oldest_way_is_walked_anew_every_so_many_updates():
+    points = rollouts(model())
+    seen = []
+    for step in range(13):
+        points.draw(rng(step))
+        seen.append(tuple(way[0].x.sum().item() for way in points.ways))
+    changes = [i for i in range(1, 13) if seen[i] != seen[i - 1]]
+    assert changes == [4, 8, 12] and seen[4][:2] == seen[3][1:]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.7), (0.5, 0.52), (0.9, 1.0)])
+def test_every_wanted_level_lies_in_the_band_and_there_is_always_one(low, high):
+    for seed in range(20):
+        levels, wanted = way_levels(6, 3, low, high, rng(seed))
+        assert (levels[1:] < levels[:-1]).all() and levels.min() >= low and any(wanted)
+        for level, good in zip(levels, wanted, strict=True):
+            assert not good or (level >= low - 1e-6).all() and (level <= high + 1e-6).all()
+
+
+def test_saved_points_go_on_as_if_nothing_had_happened():
+    def draws(points, first, last):
+        return [points.draw(rng(step)) for step in range(first, last)]
+
+    whole, part = rollouts(model()), rollouts(model())
+    draws(whole, 0, 5), draws(part, 0, 5)
+    other = rollouts(model())
+    other.load_state(part.state())
+    for a, b in zip(draws(whole, 5, 12), draws(other, 5, 12), strict=True):
+        assert torch.equal(a.x, b.x) and all(torch.equal(a.answers[p], b.answers[p]) for p in a.answers)
+    assert other.model.spent == whole.model.spent
+
+
+def test_a_state_that_was_taken_does_not_change_with_later_draws():
+    points = rollouts(model())
+    points.draw(rng(0))
+    state = points.state()
+    before = [[len(point["answers"]) for point in way] for way in state["ways"]]
+    for step in range(1, 9):
+        points.draw(rng(step))
+    assert [[len(point["answers"]) for point in way] for way in state["ways"]] == before
+
+
+def test_points_of_pictures_and_of_noise():
+    m = model()
+    task = Task(text_slider("cat", "old", "young"), "cat", shapes=(SHAPE,), batch=2)
+    pictures = Pictures(m, [task], pairs(2), NoiseSettings(), Density(), 1)
+    point = pictures.draw(rng(0))
+    assert point.x.shape == (1, *SHAPE) and set(point.answers) == {"cat", "old", "young"} and m.spent == dict(rollout=0, frozen=3, student=0)
+    fresh = Noise(m, [task], NoiseSettings(min_time=0.9)).draw(rng(0))
+    assert fresh.x.shape == (2, *SHAPE) and (fresh.sigma >= 0.9).all()
+
+
+def test_tasks_are_drawn_by_weight():
+    light, heavy = (Task(keep(p), p, shapes=(SHAPE,), weight=w) for p, w in (("cat", 1.0), ("dog", 9.0)))
+    drawn = [Noise(model(), [light, heavy], NoiseSettings()).draw(rng(seed)).task for seed in range(200)]
+    assert 160 < sum(drawn) < 198
+
+
+# -- pairs of pictures ------------------------------------------------------------------------------------------------------------
+
+
+def pairs(count=3, strengths=(1.0, -1.0), seed=5):
+    """`count` scenes, one random latent for each strength, under one caption a scene."""
+    draw = rng(seed)
+    latents, words, tags = [], [], []
+    for scene in range(count):
+        caption = torch.randn(1, 1, WORDS, generator=draw)
+        for strength in strengths:
+            latents.append({"samples": torch.randn(1, *SHAPE, generator=draw)})
+            words.append([[caption, {}]])
+            tags.append((f"scene {scene}", strength))
+    data = Encoded.from_core(latents, words)
+    data.items = [dataclasses.replace(item, pair=p, strength=s) for item, (p, s) in zip(data.items, tags, strict=True)]
+    return data
+
+
+def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():
+    from trainyard.trainers.diffusion import denoising_loss
+
+    m = model()
+    method = ImageSlider(m.denoiser, m.adapters, pairs(), batch=2)
+    sides, x0, noise, sigma = method.drawn(rng(4))
+    assert [strength for strength, _ in sides] == [1.0, -1.0] and not torch.equal(x0[0], x0[1])
+    literal = []
+    for clean, (strength, batch) in zip(x0, sides, strict=True):
+        with m.adapters.at(strength):
+            literal.append(denoising_loss(m.denoiser, clean, noise, sigma, batch.conds))
+    fresh = ImageSlider(m.denoiser, m.adapters, pairs(), batch=2)
+    torch.testing.assert_close(fresh.loss(rng(4)), torch.cat(literal))
+
+
+def test_graded_strengths_come_in_opposite_twos():
+    m = model()
+    method = ImageSlider(m.denoiser, m.adapters, pairs(3, (2.0, 1.0, -1.0, -2.0)))
+    seen = {tuple(s for s, _ in method.drawn(rng(seed))[0]) for seed in range(20)}
+    assert seen == {(2.0, -2.0), (1.0, -1.0)}
+
+
+def test_the_change_by_hand():
+    """The frozen model errs by e_b on `before` and by e_a on `after`: the goals are after + e_b and before + e_a, so a model that is the same
+    amount off everywhere has nothing to unlearn."""
+
+    class Off(Says):
+        """2 above the truth, frozen or not; `b` is 0 and `a` is 1 everywhere."""
+
+        def noised(self, x0, noise, sigma):
+            return x0
+
+        def model_space(self, latent):
+            return latent
+
+        def sigma_at(self, u):
+            return u
+
+        def denoise(self, x, sigma, conds):
+            return x + 2.0
+
+    says = Off({}, 0.0)
+    says.on = Switch()
+    data = Encoded.from_core([{"samples": torch.full((1, 1, 2, 2), v)} for v in (0.0, 1.0)], [[[torch.zeros(1, 1, WORDS), {}]]])
+    data.items = [dataclasses.replace(item, pair="p", strength=s) for item, s in zip(data.items, (-1.0, 1.0), strict=True)]
+    method = Change(says, says.on, data, NoiseSettings())
+    assert method.loss(rng()).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
+def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
+    """For eps: student(after_t) -> frozen eps(before_t), and the other way round at minus (hako-mikan, ADDifT)."""
+    m = model(prediction)
+    method = Change(m.denoiser, m.adapters, pairs(1), NoiseSettings())
+    ((_, before), (_, after)), (b, a), noise, sigma = method.before_and_after(rng(4))
+    seen_b, seen_a = m.denoiser.noised(b, noise, sigma), m.denoiser.noised(a, noise, sigma)
+    eps = lambda x, x0: (x - x0) / sigma.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        with m.adapters.at(0):
+            goal = eps(seen_b, m.denoiser.denoise(seen_b, sigma, before.conds))
+        with m.adapters.at(0.25):
+            student = eps(seen_a, m.denoiser.denoise(seen_a, sigma, after.conds))
+    fresh = Change(m.denoiser, m.adapters, pairs(1), NoiseSettings())
+    found = fresh.loss(rng(4))[0].detach()
+    if prediction == "eps":
+        torch.testing.assert_close(found, (student - goal).square().mean(), rtol=1e-3, atol=1e-6)
+    else:  # the velocity also holds the pictures' own difference, which the published form leaves in the target
+        assert not torch.isclose(found, (student - goal).square().mean(), rtol=1e-3)
+
+
+def test_pictures_without_a_partner_are_named():
+    from trainyard.trainers.data.pairs import paired
+    from trainyard.trainers.data.records import Dataset, Record
+
+    make = lambda *names, size=(64, 64): Dataset(tuple(Record(n, f"/x/{n}.png", size) for n in names))
+    with pytest.raises(ValueError, match=r"2 have no partner, c \(only positive\), d \(only negative\)"):
+        paired(make("a", "c"), make("a", "d"))
+    with pytest.raises(ValueError, match="different shape, 64x64 and 64x32"):
+        paired(make("a"), make("a", size=(64, 32)))
+    both = paired(make("a", "b"), make("a", "b"))
+    assert [(r.pair, r.strength) for r in both] == [("a", 1.0), ("b", 1.0), ("a", -1.0), ("b", -1.0)]
+    graded = paired(make("a"), make("a"), 2.0, paired(make("a"), make("a")))
+    assert {r.strength for r in graded} == {1.0, -1.0, 2.0, -2.0}
+    with pytest.raises(ValueError, match="strength -1 already"):
+        paired(make("a"), make("a"), 1.0, paired(make("a"), make("a")))
+
+
+def test_replacing_is_one_pull():
+    assert replace("cat", "dog") == (dataclasses.replace(replace("cat", "dog")[0], goal=((1.0, "dog"),)),)
