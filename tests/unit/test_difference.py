@@ -4,22 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from trainyard.tests.unit.toy import CHANNELS, SIDE, WORDS, Denoiser, Net, adapters, rng
+from trainyard.tests.unit.toy import SHAPE, WORDS, Denoiser, Net, adapters, pairs, prompts, rng
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.diffusion import Density
 from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
 from trainyard.trainers.methods.pairs import Change, ImageSlider
 from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, Task, way_levels
 from trainyard.trainers.settings import NoiseSettings, PointSettings
-
-SHAPE = (CHANNELS, SIDE, SIDE)
-PROMPTS = ("", "cat", "red cat", "dog", "old", "young")
-
-
-def conds(seed=3):
-    draw = rng(seed)
-    return {prompt: {"cross_attn": torch.randn(1, 1, WORDS, generator=draw)} for prompt in PROMPTS}
-
 
 def moved(network, seed=9):
     """Adapters that change something already."""
@@ -33,7 +24,7 @@ def moved(network, seed=9):
 
 def model(prediction="flow"):
     network = Net()
-    return Model(Denoiser(network, prediction), moved(network), conds())
+    return Model(Denoiser(network, prediction), moved(network), prompts())
 
 
 class Says:
@@ -256,21 +247,6 @@ def test_tasks_are_drawn_by_weight():
 
 
 # -- pairs of pictures ------------------------------------------------------------------------------------------------------------
-
-
-def pairs(count=3, strengths=(1.0, -1.0), seed=5):
-    """`count` scenes, one random latent for each strength, under one caption a scene."""
-    draw = rng(seed)
-    latents, words, tags = [], [], []
-    for scene in range(count):
-        caption = torch.randn(1, 1, WORDS, generator=draw)
-        for strength in strengths:
-            latents.append({"samples": torch.randn(1, *SHAPE, generator=draw)})
-            words.append([[caption, {}]])
-            tags.append((f"scene {scene}", strength))
-    data = Encoded.from_core(latents, words)
-    data.items = [dataclasses.replace(item, pair=p, strength=s) for item, (p, s) in zip(data.items, tags, strict=True)]
-    return data
 
 
 def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():

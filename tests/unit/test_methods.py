@@ -15,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from trainyard.tests.unit.toy import CHANNELS, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, rng
+from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, pairs, prompts, rng
 from trainyard.trainers.adapters import Adapters
 from trainyard.trainers.diffusion import Density, denoising_loss
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import step_rng, train
+from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
 from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+from trainyard.trainers.methods.pairs import Change, ImageSlider
+from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 TESTS = Path(__file__).resolve().parents[1]
 RATE = 0.01
@@ -69,15 +72,57 @@ def merged(network, tensors):
     return network
 
 
+def make_difference(pulls, batch=1, prediction="flow", points="rollout", seed=0, **rest):
+    network = Net()
+    added = adapters(network, seed, alpha=2.0)
+    model = Model(Denoiser(network, prediction), added, prompts())
+    tasks = [Task(pulls, "cat", shapes=(SHAPE,), batch=batch)]
+    noise = NoiseSettings(min_time=0.8) if points == "noise" else NoiseSettings()
+    source = {
+        "rollout": lambda: Rollouts(model, tasks, PointSettings(sampling_steps=4, ways=2, refresh=2), noise, 2.0),
+        "pictures": lambda: Pictures(model, tasks, dataset(), noise, Density(), batch),
+        "noise": lambda: Noise(model, tasks, noise),
+    }[points]()
+    return made_of(Difference(model, tasks, source, **rest), network, added)
+
+
+def make_pairs(kind, prediction="flow", seed=0, **rest):
+    network = Net()
+    added = adapters(network, seed, alpha=2.0)
+    return made_of(kind(Denoiser(network, prediction), added, pairs(), NoiseSettings(), Density(), **rest), network, added)
+
+
+def made_of(method, network, added):
+    output = lambda: network(*fixed_inputs())
+    loaded = lambda tensors: merged(Net(), tensors)(*fixed_inputs())
+    return Made(method, list(network.parameters()), lambda: added.tensors()[0], output, loaded)
+
+
 METHODS = {
     "lora": make_lora,
     "lora, eps, min-SNR": lambda seed=0: make_lora("eps", seed, weighting="min-SNR"),
     "lora, v": lambda seed=0: make_lora("v", seed),
+    "leco": lambda seed=0: make_difference(leco("cat", "cat", "", "", "erase", 1.0), 2, seed=seed),
+    "leco, eps": lambda seed=0: make_difference(leco("cat", "red cat", "cat", "dog", "enhance", 2.0), 2, "eps", seed=seed),
+    "leco on pictures": lambda seed=0: make_difference(leco("cat", "old", "", "young"), 2, points="pictures", seed=seed),
+    "text slider": lambda seed=0: make_difference(text_slider("cat", "old", "young", 2.0), seed=seed),
+    "text slider, renormalised, v": lambda seed=0: make_difference(text_slider("cat", "old", "young", 3.0), 1, "v", seed=seed, renormalise=True),
+    "replace from noise, and keep": lambda seed=0: make_difference(replace("cat", "dog") + keep("old"), points="noise", seed=seed),
+    "image slider": lambda seed=0: make_pairs(ImageSlider, seed=seed),
+    "change": lambda seed=0: make_pairs(Change, "eps", seed, strength=0.5),
 }
 CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora": [5.99861, 7.21818, 6.10578, 6.45998, 4.31287, 6.7283, 3.85358, 6.83958],
     "lora, eps, min-SNR": [4.20972, 5.98353, 5.12524, 4.65772, 3.90156, 5.30313, 4.34837, 4.76823],
     "lora, v": [5.03254, 6.05629, 5.71036, 5.21649, 3.9899, 6.47365, 4.21229, 6.25366],
+    "leco": [2.77621, 1.11738, 2.46141, 2.16992, 1.17001, 1.94532, 1.54065, 1.26565],
+    "leco, eps": [0.0113274, 0.00637765, 0.018444, 0.00830176, 0.0027884, 0.00723061, 0.00727573, 0.00452141],
+    "leco on pictures": [0.664553, 0.602657, 0.62084, 0.719327, 0.546203, 0.334985, 0.291591, 0.13506],
+    "text slider": [3.05613, 2.40986, 3.34941, 2.50481, 2.81077, 2.00483, 1.04389, 1.43952],
+    "text slider, renormalised, v": [1.50504, 1.4591, 0.14541, 2.03106, 0.108602, 0.128597, 1.17551, 0.63253],
+    "replace from noise, and keep": [0.16826, 0.155784, 0.134742, 0.133613, 0.0500118, 0.11709, 0.0516586, 0.0479043],
+    "image slider": [8.21598, 4.38116, 5.54212, 6.72977, 4.52745, 5.96505, 4.9573, 6.13157],
+    "change": [0.63082, 0.257082, 0.131713, 0.457188, 0.180297, 0.061341, 0.392228, 0.0562054],
 }
 
 

@@ -1,5 +1,7 @@
 """Toy models of a few lines: a network of 4k weights with the layer names of a transformer, and datasets of a few random latents."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from trainyard.trainers.adapters import Adapters
@@ -10,6 +12,7 @@ from trainyard.trainers.runs import RunFolder
 from trainyard.trainers.settings import AdapterSettings
 
 CHANNELS, SIDE, WORDS = 2, 4, 6  # latents are (2, 4, 4), a caption is 6 numbers
+SHAPE = (CHANNELS, SIDE, SIDE)
 
 
 class Stop(BaseException):
@@ -106,6 +109,27 @@ def dataset(count=4, seed=5, masks=False):
         for latent in latents:
             latent["noise_mask"] = (torch.rand(1, SIDE, SIDE, generator=draw) > 0.5).float()
     return Encoded.from_core(latents, [[[torch.randn(1, 1, WORDS, generator=draw), {}]] for _ in range(count)])
+
+
+def prompts(seed=3):
+    """Prompt -> conditioning."""
+    draw = rng(seed)
+    return {text: {"cross_attn": torch.randn(1, 1, WORDS, generator=draw)} for text in ("", "cat", "red cat", "dog", "old", "young")}
+
+
+def pairs(count=3, strengths=(1.0, -1.0), seed=5):
+    """`count` scenes, one random latent for each strength, under one caption a scene."""
+    draw = rng(seed)
+    latents, words, tags = [], [], []
+    for scene in range(count):
+        caption = torch.randn(1, 1, WORDS, generator=draw)
+        for strength in strengths:
+            latents.append({"samples": torch.randn(1, *SHAPE, generator=draw)})
+            words.append([[caption, {}]])
+            tags.append((f"scene {scene}", strength))
+    data = Encoded.from_core(latents, words)
+    data.items = [dataclasses.replace(item, pair=p, strength=s) for item, (p, s) in zip(data.items, tags, strict=True)]
+    return data
 
 
 def adapters(network, seed=0, **settings):
