@@ -1,26 +1,33 @@
-"""From folders to datasets: images, same-stem captions and masks, kohya's `N_name` folders, in natural order.
+"""From folders to datasets: images, what sidecars and metadata files say about them, masks, kohya's `N_name` folders, in natural order.
 
 A broken file is reported in Dataset.skipped and left out, or raised with strict=True; it is never left out silently.
+
+Of each fact the nearest source counts: the picture's own sidecars (.txt, then .caption, then .json), then the metadata file of its
+own folder, then that of the folder above, then the name of a kohya folder. An empty .txt says that there is no caption.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from .records import Dataset, Record, has_alpha, sha1
+from .metadata import MOST_REPEATS, TABLES, Note, count, present, read_table, sidecar_notes, some, together
+from .records import SIDEWAYS, Dataset, Record, check_mask_size, check_mode, has_alpha, orientation, sha1
 
 MASK = ".mask.png"
 KOHYA = re.compile(r"(\d+)_(.*)", re.DOTALL)
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+ONE, ALTERNATIVES = "one", "alternatives"
+CAPTION_LINES = (ONE, ALTERNATIVES)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,31 @@ class Layout:
 
     caption_extension: str
     alpha_mask: bool
+    alternatives: bool
+    notes: dict[Path, list[Note]]  # from metadata files, the nearest first
+    masks: dict[Path, Path]  # from the folder of masks
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A picture that is to be read."""
+
+    file: Path
+    repeats: int  # of its folder
+    name: str | None  # of its folder, which serves as the caption of a picture without one
+
+
+@dataclass
+class Skipped:
+    """What is left out, or noticed, with the reason; strict raises instead."""
+
+    strict: bool
+    found: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, path, reason) -> None:
+        if self.strict:
+            raise reason if isinstance(reason, Exception) else ValueError(str(reason))
+        self.found.append((str(path), str(reason)))
 
 
 def read_folder(
@@ -38,40 +70,59 @@ def read_folder(
     alpha_mask: bool = False,
     strict: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    *,
+    caption_lines: str = ONE,
+    masks=None,
+    metadata=None,
 ) -> Dataset:
     """The images of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of images without one).
 
-    alpha_mask: images with transparency and no `name.mask.png` beside them use their alpha as the loss mask.
+    alpha_mask: images with transparency and no other mask use their alpha as the loss mask.
     progress(done, total, file name) is called after each file and may raise to stop.
-    """
-    root = existing(path)
-    files, skipped = listing(root, repeats)
+    caption_lines: "alternatives" takes every line of a caption as a caption of its own. masks: a folder of masks of the same stems.
+    metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json."""
+    if caption_lines not in CAPTION_LINES:
+        raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINES)}.")
+    root, skipped = existing(path), Skipped(strict)
+    masks = None if masks is None else existing(masks)
+    files = listing(root, masks, skipped)
     if not files:
-        raise ValueError(nothing_found(root, skipped))
-    layout = Layout(caption_extension, alpha_mask)
+        raise ValueError(nothing_found(root, skipped.found))
+    alternatives = caption_lines == ALTERNATIVES
+    notes = noted(root, [listed.file for listed in files], metadata, alternatives, skipped)
+    layout = Layout(caption_extension, alpha_mask, alternatives, notes, matched_masks(root, masks, files, skipped))
     records = []
-    for done, (file, times, name) in enumerate(files, 1):
+    for done, listed in enumerate(files, 1):
         try:
-            records.append(read_record(file, times, name, layout))
+            records.append(read_record(listed, repeats, layout))
         except (ValueError, OSError) as error:
-            if strict:
-                raise
-            skipped.append((str(file), str(error)))
+            skipped.add(listed.file, error)
         if progress:
-            progress(done, len(files), file.name)
+            progress(done, len(files), listed.file.name)
     if not records:
-        reasons = "; ".join(reason for _, reason in skipped[:3])
+        own = {str(listed.file) for listed in files}
+        reasons = "; ".join([reason for path, reason in skipped.found if path in own][:3])
         raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
-    return Dataset(tuple(records), tuple(skipped))
+    return Dataset(tuple(records), tuple(skipped.found))
 
 
-def folder_state(path) -> str:
-    """A hash of every name, size and time in the folder and its `N_name` subfolders: cheap to ask whether to read it again."""
-    root = existing(path)
-    folders = [root, *(folder for folder, _, _ in kohya_folders(root))]
-    stats = [(str(file.relative_to(root)), file.stat()) for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    lines = "\n".join(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in stats)
-    return hashlib.blake2b(lines.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+def folder_state(path, masks=None) -> str:
+    """A hash of every name, size and time below the folder and below the folder of masks: cheap to ask whether to read them again."""
+    lines = []
+    for folder in [existing(path)] + ([existing(masks)] if masks is not None else []):
+        for file in files_below(folder):
+            with suppress(OSError):  # a link to nowhere, or gone in the meantime
+                stat = file.stat()
+                lines.append(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        lines.append("")
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files, sorted; of folders that are links, those directly inside `folder` are entered, as the reader does."""
+    linked = [entry for entry in subfolders(folder) if entry.is_symlink()]
+    trees = [os.walk(folder), *(os.walk(entry) for entry in linked)]
+    return sorted({Path(place, name) for tree in trees for place, _, names in tree for name in names})
 
 
 def require_captions(dataset: Dataset) -> None:
@@ -92,18 +143,33 @@ def existing(path) -> Path:
     return root
 
 
-def listing(root: Path, repeats: int):
-    """[(image file, repeats, name to use as caption or None)] in natural order, and [(folder, why it is not read)]."""
-    files = [(file, repeats, None) for file in images_in(root)]
-    for folder, times, name in kohya_folders(root):
-        files += [(file, repeats * times, name) for file in images_in(folder) if times]
-    return files, [(str(folder), why) for folder, why in unread_folders(root)]
+def listing(root: Path, masks: Path | None, skipped: Skipped) -> list[Listed]:
+    """The images in natural order; folders that are not read go to skipped."""
+    files = [Listed(file, 1, None) for file in images_in(root)]
+    for folder in subfolders(root):
+        if masks is not None and folder.resolve() == masks.resolve():
+            continue
+        try:
+            files += listed_in(folder, root)
+        except ValueError as error:
+            skipped.found.append((str(folder), str(error)))  # also with strict: nothing in it was asked for
+    return files
 
 
-def kohya_folders(root: Path):
-    """[(folder, repeats, name)] of the subfolders called like 10_name."""
-    named = [(folder, KOHYA.fullmatch(folder.name)) for folder in subfolders(root)]
-    return [(folder, int(match[1]), printable(match[2].strip())) for folder, match in named if match]
+def listed_in(folder: Path, root: Path) -> list[Listed]:
+    """The images of a subfolder called like 10_name. ValueError saying why it is not read."""
+    images, match = images_in(folder), KOHYA.fullmatch(folder.name)
+    if not match:
+        if images:
+            raise ValueError("its name does not begin with a number of repeats; call it 1_name to include its images")
+        return []
+    if int(match[1]) == 0:
+        raise ValueError("its name asks for 0 repeats")
+    if int(match[1]) > MOST_REPEATS:
+        raise ValueError(f"its name asks for {match[1]} repeats; at most {MOST_REPEATS} are taken")
+    if root.resolve().is_relative_to(folder.resolve()):
+        raise ValueError("it is a link that leads back to the folder it lies in")
+    return [Listed(file, int(match[1]), printable(match[2].strip())) for file in images]
 
 
 def printable(name: str) -> str:
@@ -111,31 +177,24 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
-def unread_folders(root: Path):
-    for folder in subfolders(root):
-        match = KOHYA.fullmatch(folder.name)
-        if not match and images_in(folder):
-            yield folder, "its name does not begin with a number of repeats; call it 1_name to include its images"
-        if match and int(match[1]) == 0:
-            yield folder, "its name asks for 0 repeats"
-
-
 def subfolders(root: Path) -> list[Path]:
-    return sorted((entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")), key=natural)
+    return sorted((entry for entry in entries(root) if entry.is_dir() and not entry.name.startswith(".")), key=natural)
 
 
 def images_in(folder: Path) -> list[Path]:
-    return sorted((entry for entry in folder.iterdir() if is_image(entry)), key=natural)
+    return sorted((entry for entry in entries(folder) if is_image(entry)), key=natural)
+
+
+def entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions.") from error
 
 
 def is_image(file: Path) -> bool:
     name = file.name.lower()
-    return file.suffix.lower() in extensions() and not name.endswith(MASK) and not name.startswith(".") and openable(file)
-
-
-def openable(file: Path) -> bool:
-    """Also a link to nowhere, so that it is reported as unreadable instead of passed over."""
-    return file.is_file() or (file.is_symlink() and not file.exists())
+    return file.suffix.lower() in extensions() and not name.endswith(MASK) and not name.startswith(".") and present(file)
 
 
 @lru_cache(maxsize=1)
@@ -158,18 +217,100 @@ def nothing_found(root: Path, skipped) -> str:
     return f"No images in {root}: it holds {holds}.{folders} Images end in {', '.join(extensions())}."
 
 
+# -- what lies beside the images --------------------------------------------------------------------------------------------------
+
+
+def noted(root: Path, images: list[Path], metadata, alternatives: bool, skipped: Skipped) -> dict[Path, list[Note]]:
+    """What metadata files say about each image, the nearest file first."""
+    notes: dict[Path, list[Note]] = {}
+    for file in [existing_file(metadata)] if metadata is not None else tables_for(root, images):
+        below = [image for image in images if metadata is not None or image.is_relative_to(file.parent)]
+        try:
+            table = read_table(file, below, alternatives)
+        except (ValueError, OSError) as error:
+            if metadata is not None:
+                raise ValueError(str(error)) from error
+            skipped.add(file, error)
+            continue
+        for problem in table.problems:
+            skipped.add(file, problem)
+        for image, note in table.notes.items():
+            notes.setdefault(image, []).append(note)
+    return notes
+
+
+def existing_file(path) -> Path:
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"The metadata file {file} does not exist. Check its name; paths are relative to {Path.cwd()}.")
+    return file
+
+
+def tables_for(root: Path, images: list[Path]) -> list[Path]:
+    """The metadata files of the images' own folders, then those of root."""
+    folders = [*dict.fromkeys(image.parent for image in images if image.parent != root), root]
+    return [folder / name for folder in folders for name in TABLES if present(folder / name)]
+
+
+def matched_masks(root: Path, masks: Path | None, files: list[Listed], skipped: Skipped) -> dict[Path, Path]:
+    """The mask of each image: of the same subfolder and stem inside the folder of masks, or else of the same stem."""
+    if masks is None:
+        return {}
+    if masks.resolve() == root.resolve():
+        raise ValueError(f"{masks} is the folder of the images themselves. Give a folder of its own to the masks, "
+                         "or call them name.mask.png beside the images and choose no folder of masks.")
+    known: dict[str, Path] = {}
+    for folder in (masks, *subfolders(masks)):
+        for file in images_in(folder):
+            stem = (file.relative_to(masks).parent / file.stem).as_posix()
+            if stem in known:
+                skipped.add(file, f"{known[stem].name} is the mask of the same name already; remove one of them")
+            known.setdefault(stem, file)
+    found = {}
+    for listed in files:
+        stem = listed.file.relative_to(root).with_suffix("").as_posix()
+        if mask := known.get(stem) or known.get(listed.file.stem):
+            found[listed.file] = mask
+    if not found:
+        raise ValueError(f"No mask in {masks} has the name of an image in {root}; it holds {some([file.name for file in known.values()]) or 'no images'}. "
+                         "A mask is called like its image: cat.png for cat.jpg.")
+    unused = [file.name for file in known.values() if file not in set(found.values())]
+    if unused:
+        skipped.add(masks, f"{count(unused, 'mask')} belong to no image: {some(unused)}")
+    return found
+
+
 # -- one file -----------------------------------------------------------------------------------------------------------------
 
 
-def read_record(file: Path, repeats: int, name: str | None, layout: Layout) -> Record:
+def read_record(listed: Listed, times: int, layout: Layout) -> Record:
     """The record of one image file. Its bytes are read once for the hash and the size and are not kept."""
+    file = listed.file
     data = file.read_bytes()
     size, alpha = probe(file, data)
-    captions = read_captions(file, layout.caption_extension) or ((name,) if name else ())
-    mask, mask_id = find_mask(file)
+    notes = [*sidecar_notes(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
+    note = together(notes)
+    if note.fault:
+        raise ValueError(note.fault)
+    repeats = listed.repeats if note.repeats is None else note.repeats
+    if not repeats:
+        raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
+    mask, mask_id = find_mask(file, size, note.mask or layout.masks.get(file))
     if mask is None and alpha and layout.alpha_mask:
         mask, mask_id = str(file), sha1(data)
-    return Record(id=sha1(data), path=str(file), size=size, captions=captions, mask=mask, mask_id=mask_id, repeats=repeats)
+    return Record(
+        id=sha1(data), path=str(file), size=size, captions=captions_of(note, listed.name), tags=note.tags or (), score=note.score,
+        mask=mask, mask_id=mask_id, repeats=times * repeats, split=note.split or "train",
+    )  # fmt: skip
+
+
+def captions_of(note: Note, name: str | None) -> tuple[str, ...]:
+    """What was said; else the tags in one line, as kohya joins them; else the folder's name."""
+    if note.captions is not None:
+        return note.captions
+    if note.tags:
+        return (", ".join(note.tags),)
+    return (name,) if name else ()
 
 
 def probe(file: Path, data: bytes):
@@ -177,8 +318,9 @@ def probe(file: Path, data: bytes):
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if image.getexif().get(0x0112) in SIDEWAYS:
+            if orientation(image) in SIDEWAYS:
                 width, height = height, width
+            check_mode(image.mode)
             image.draft(None, (max(width // 8, 1), max(height // 8, 1)))  # a JPEG at an eighth: all its bytes, less time
             image.load()
             return (width, height), has_alpha(image)
@@ -188,29 +330,12 @@ def probe(file: Path, data: bytes):
         raise ValueError(f"{file} cannot be decoded as an image ({error or type(error).__name__}). Replace it or take it out.") from error
 
 
-def read_captions(file: Path, extension: str) -> tuple[str, ...]:
-    """(caption,) from the file of the same stem, or () when there is none or it is empty."""
-    for ending in dict.fromkeys((extension, ".txt", ".caption")):
-        sidecar = file.with_name(file.stem + ending)
-        if sidecar.is_file():
-            text = read_text(sidecar).strip()
-            return (text,) if text else ()
-    return ()
-
-
-def read_text(file: Path) -> str:
-    """UTF-8 with or without a byte order mark; UTF-16 where the mark says so."""
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The caption {file} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-
-
-def find_mask(file: Path) -> tuple[str | None, str | None]:
-    mask = file.with_name(file.stem + MASK)
-    if not mask.is_file():
+def find_mask(file: Path, size, named: Path | None) -> tuple[str | None, str | None]:
+    """(path, sha1) of `name.mask.png` beside the image, else of the one that metadata or a folder of masks names."""
+    beside = file.with_name(file.stem + MASK)
+    mask = beside if present(beside) else named
+    if mask is None:
         return None, None
     data = mask.read_bytes()
-    probe(mask, data)
+    check_mask_size(mask, probe(mask, data)[0], size)
     return str(mask), sha1(data)

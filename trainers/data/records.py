@@ -14,9 +14,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 WHITE = (255, 255, 255)
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+TURN = Image.Transpose
+TURNS = dict(zip(range(2, 9), (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE, TURN.ROTATE_270,
+                               TURN.TRANSVERSE, TURN.ROTATE_90), strict=True))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,15 @@ def open_mask(record: Record) -> Image.Image | None:
 
 def mask_file(record: Record) -> Image.Image:
     mask = over(eight_bit(upright(decoded(record.mask, record.mask_id))), (0, 0, 0)).convert("L")
-    if mask.width * record.size[1] != mask.height * record.size[0]:
-        raise ValueError(f"The mask {record.mask} is {mask.width}x{mask.height} px and its image {record.size[0]}x{record.size[1]} px. "
-                         "Make the mask as large as the image, or remove it.")
+    check_mask_size(record.mask, mask.size, record.size)
     return mask if mask.size == tuple(record.size) else mask.resize(record.size, Image.Resampling.BOX)
+
+
+def check_mask_size(mask, mask_size, size) -> None:
+    """ValueError unless the mask has the shape of its picture; a mask of half the size is fine."""
+    if mask_size[0] * size[1] != mask_size[1] * size[0]:
+        raise ValueError(f"The mask {mask} is {mask_size[0]}x{mask_size[1]} px and its image {size[0]}x{size[1]} px. "
+                         "Make the mask as large as the image, or remove it.")
 
 
 def decoded(path: str, expected_id: str | None) -> Image.Image:
@@ -128,7 +137,28 @@ def decoded(path: str, expected_id: str | None) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image)
+    """The picture as a camera's orientation mark wants it shown. Pillow's own exif_transpose also writes the marks anew, which
+    fails where others of them are damaged."""
+    image.load()
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8; 1, the usual one, also where the marks are damaged or say nothing known."""
+    try:
+        value = image.getexif().get(0x0112)
+    except Exception:  # struct.error, SyntaxError, TypeError, ... for damaged marks; the pixels are whole
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def check_mode(mode: str) -> None:
+    """ValueError for pictures that cannot be shown in RGB."""
+    try:
+        eight_bit(Image.new(mode, (1, 1))).convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"its colours are stored as {mode}, which cannot be read as RGB. Save it as RGB") from error
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
