@@ -1,0 +1,25 @@
+"""How many tokens a text is to each text encoder of a CLIP. No weights are loaded for it."""
+
+from __future__ import annotations
+
+
+class TokenCounter:
+    """counter(text) -> {encoder: tokens}, without the tokens of beginning, end, padding and template. Texts are remembered."""
+
+    def __init__(self, clip):
+        self.clip, self.known = clip, {}
+        self.template = self.tokens("")
+
+    def __call__(self, text: str) -> dict[str, int]:
+        if text not in self.known:
+            self.known[text] = {name: count - self.template[name] for name, count in self.tokens(text).items()}
+        return self.known[text]
+
+    def tokens(self, text):
+        """ComfyUI numbers the words of a text; 0 is no word."""
+        chunks = self.clip.tokenize(text, return_word_ids=True)
+        return {name: sum(word != 0 for chunk in part for _, _, word in chunk) for name, part in chunks.items()}
+
+
+def counter(clip) -> TokenCounter | None:
+    return None if clip is None else TokenCounter(clip)
