@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from trainyard.tests.fakes_data import FakeVae, captioned, encoded, picture
+from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import Memory, size
 from trainyard.trainers.data.captions import EMPTY, CaptionSettings
 from trainyard.trainers.data.encoded import Deck, Encoded, EncodedItem
@@ -44,7 +45,8 @@ def test_sizes_are_each_pictures_own_and_the_mirrors_crop_is_mirrored(tmp_path):
     """21x16 px are 336 > 256 px: sqrt(256 * 1.3125) = 18.3 -> 16 wide, 13.97 -> 8 high; by width 16/8 = 2 (off .69), by height
     8 * 1.3125 = 10.5 -> 11 -> 8: 8/8 = 1 (off .31): scaled to 11x8, bucket 8x8, 1 px cut on the left and 2 on the right"""
     picture(tmp_path / "in" / "a.png", (21, 16))
-    data = encoded(tmp_path, flip=True, captions=CaptionSettings(caption_mode=EMPTY))
+    kohya = BucketSettings(resolution=16, step=8, rules="kohya")
+    data = encoded(tmp_path, flip=True, captions=CaptionSettings(caption_mode=EMPTY), buckets=kohya)
     plain = dict(width=21, height=16, crop_w=1, crop_h=0, target_width=8, target_height=8)
     (item,) = data.items
     assert item.bucket == (8, 8) and item.size == plain and item.flipped_size == {**plain, "crop_w": 2}

@@ -1,20 +1,25 @@
-"""Which size each picture is trained at: aspect buckets by kohya's rules, and the picture fitted to its bucket.
+"""Which size each picture is trained at, and the picture fitted to its bucket. Sizes are (width, height) in pixels.
 
-The rules are those of kohya-ss/sd-scripts (make_bucket_resolutions and BucketManager), so that a dataset that was tuned
-there falls into the same buckets here. Sizes are (width, height) in pixels.
+`tight` takes for each picture the multiples of step that hold most of it, as ai-toolkit does, and merges buckets that hold too
+few pictures. `kohya` keeps to kohya-ss/sd-scripts (make_bucket_resolutions and BucketManager), so that a dataset that was tuned
+there falls into the same buckets here.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from PIL import Image
 
-from ..settings import Settings, number, switch
+from ..settings import Settings, choice, number, switch
+from .records import Record
 
 LEAST_STEP = 8
+TIGHT, KOHYA = RULES = ("tight", "kohya")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +31,20 @@ class BucketSettings(Settings):
     upscale: bool = switch(False, "Enlarge small images up to the resolution. Off: small images are trained at their own size.")
     step: int = number(64, LEAST_STEP, 512, "Sides are multiples of this. Smaller crops less and makes more buckets.",
                        unit="px", step=8, advanced=True)
-    min_side: int = number(256, 8, 8192, "With upscale: the shortest side of a bucket.", unit="px", step=8, advanced=True)
-    max_side: int = number(2048, 8, 16384, "With upscale: the longest side of a bucket.", unit="px", step=8, advanced=True)
+    min_side: int = number(256, 8, 8192, "With kohya's rules and upscale: the shortest side of a bucket.", unit="px", step=8, advanced=True)
+    max_side: int = number(2048, 8, 16384, "With kohya's rules and upscale: the longest side of a bucket.", unit="px", step=8, advanced=True)
+    rules: str = choice(TIGHT, RULES, "tight: each image as large as it can be with the least cut off. kohya: the very buckets of sd-scripts.",
+                        advanced=True)
+    merge: int = number(2, 1, 64, "With tight rules: buckets with fewer images than this are merged into the nearest one. 1 means never.",
+                        unit="images", advanced=True)
+    max_crop: float = number(0.12, 0.0, 0.9, "The largest share of an image that merging may cut off or shrink away; else it stays alone.",
+                             step=0.01, advanced=True)
 
     def __post_init__(self):
         super().__post_init__()
         if self.resolution < self.step:
             raise ValueError(f"resolution is {self.resolution} and step is {self.step}; the step must not be larger than the resolution.")
-        if self.upscale and self.max_side < self.resolution:
+        if self.rules == KOHYA and self.upscale and self.max_side < self.resolution:
             raise ValueError(f"max_side is {self.max_side} and resolution is {self.resolution}; max_side must be at least the resolution.")
 
 
@@ -58,20 +69,99 @@ def kohya(resolution: int, min_side: int = 256, max_side: int = 2048, step: int 
     return tuple(sorted(sizes))
 
 
+def placements(records: Iterable[Record], settings: BucketSettings) -> list[tuple[Record, Placement]]:
+    """Every record with its place, the same for the same records. ValueError that tells of all that have none.
+
+    A record that carries a bucket goes there, scaled to cover it."""
+    placed, misfits = [], []
+    for record in records:
+        try:
+            placed.append((record, own_place(record, settings)))
+        except ValueError as error:
+            misfits.append(f"{Path(record.path).name}: {error}")
+    if misfits:
+        raise ValueError(f"{len(misfits)} of {len(placed) + len(misfits)} images cannot be placed. " + " ".join(misfits[:3]))
+    return merged(placed, settings) if settings.rules == TIGHT and settings.merge > 1 else placed
+
+
+def own_place(record: Record, settings: BucketSettings) -> Placement:
+    """Where the record goes when no bucket is merged."""
+    return covering(record.frame, record.bucket) if record.bucket else assign(record.frame, settings)
+
+
 def assign(size: tuple[int, int], settings: BucketSettings) -> Placement:
     """Where a picture of this size goes. ValueError when it is too small to train on."""
+    if settings.rules == TIGHT:
+        return tight(size, settings.resolution, settings.step, settings.upscale)
     if settings.upscale:
         return cover(size, kohya(settings.resolution, settings.min_side, settings.max_side, settings.step))
     return shrink(size, settings.resolution, settings.step)
 
 
+# -- tight: one bucket per picture, then few buckets ------------------------------------------------------------------------
+
+
+def tight(size, resolution: int, step: int, upscale: bool = False) -> Placement:
+    """The sides that the picture would have at resolution**2 pixels, each rounded down or up to a multiple of step: of the four
+    the largest within that area that cuts off less than a step and, without upscale, enlarges nothing."""
+    scale = math.sqrt(resolution**2 / (size[0] * size[1]))
+    wanted = [side * (scale if upscale else min(1.0, scale)) for side in size]
+    sides = [(int(side // step * step), math.ceil(side / step) * step) for side in wanted]
+    buckets = [(w, h) for w in sides[0] for h in sides[1] if 0 < w * h <= resolution**2 and (upscale or (w <= size[0] and h <= size[1]))]
+    fitting = [bucket for bucket in buckets if overhang(size, bucket) < step]
+    if not fitting:
+        raise ValueError(too_small(size, step, upscale))
+    return covering(size, max(fitting, key=lambda bucket: (bucket[0] * bucket[1], -overhang(size, bucket), bucket)))
+
+
+def overhang(size, bucket) -> float:
+    """Pixels that a picture scaled to cover the bucket is longer than it, on its longer side."""
+    scale = covering_scale(size, bucket)
+    return max(size[0] * scale - bucket[0], size[1] * scale - bucket[1])
+
+
+def merged(placed: list[tuple[Record, Placement]], settings: BucketSettings) -> list[tuple[Record, Placement]]:
+    """The same records; those of buckets with fewer than settings.merge pictures go to the bucket that costs them least, the smallest
+    buckets first. Who has none within max_crop stays, and so does who came with a bucket of its own."""
+    result, members = list(placed), {}
+    for index, (_, place) in enumerate(placed):
+        members.setdefault(place.bucket, []).append(index)
+    for bucket in sorted(members, key=lambda b: (len(members[b]), b)):
+        for index in list(members[bucket]) if len(members[bucket]) < settings.merge else ():
+            record, own = placed[index]
+            target = None if record.bucket else nearest(record.frame, own.bucket, bucket, members, settings)
+            if target:
+                result[index] = record, covering(record.frame, target)
+                members[bucket].remove(index)
+                members[target].append(index)
+    return result
+
+
+def nearest(size, own, left, members: dict[tuple[int, int], list[int]], settings: BucketSettings) -> tuple[int, int] | None:
+    """The inhabited bucket beside `left` that loses least of the picture; of equals the fuller one."""
+    others = ((bucket, len(inside)) for bucket, inside in members.items() if inside and bucket != left)
+    losses = ((lost(size, own, bucket, settings.upscale), -count, bucket) for bucket, count in others)
+    least = min(losses, default=(math.inf, 0, left))
+    return least[2] if least[0] <= settings.max_crop else None
+
+
+def lost(size, own, bucket, upscale: bool) -> float:
+    """The share of a picture that is cut off in this bucket, or the share of its own bucket's pixels that it gives up, whichever is
+    more. Infinite where it would have to be enlarged."""
+    scale = covering_scale(size, bucket)
+    if scale > 1 and not upscale:
+        return math.inf
+    area = bucket[0] * bucket[1]
+    return max(1 - area / (size[0] * size[1] * scale**2), 1 - area / (own[0] * own[1]))
+
+
+# -- kohya ----------------------------------------------------------------------------------------------------------------------
+
+
 def cover(size, buckets) -> Placement:
     """kohya's default: the bucket of its own size, else of the nearest aspect ratio (the first of equals), scaled to cover it."""
-    width, height = size
-    ratio = width / height
-    bucket = tuple(size) if tuple(size) in buckets else min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))
-    scale = bucket[1] / height if ratio > bucket[0] / bucket[1] else bucket[0] / width
-    return centred(bucket, (half_up(width * scale), half_up(height * scale)))
+    ratio = size[0] / size[1]
+    return covering(size, tuple(size) if tuple(size) in buckets else min(buckets, key=lambda b: abs(b[0] / b[1] - ratio)))
 
 
 def shrink(size, resolution: int, step: int) -> Placement:
@@ -79,8 +169,7 @@ def shrink(size, resolution: int, step: int) -> Placement:
     scaled = tuple(size) if size[0] * size[1] <= resolution**2 else shrunk(size, resolution, step)
     bucket = scaled[0] // step * step, scaled[1] // step * step
     if 0 in bucket:
-        raise ValueError(f"an image of {size[0]}x{size[1]} px does not fill one step of {step} px. "
-                         "Turn upscale on, choose a smaller step, or take the image out.")
+        raise ValueError(too_small(size, step))
     return centred(bucket, scaled)
 
 
@@ -102,6 +191,30 @@ def aspect(width, height) -> float:
 
 def half_up(value: float) -> int:
     return int(value + 0.5)
+
+
+def too_small(size, step: int, upscale: bool = False) -> str:
+    remedy = "Choose" if upscale else "Turn upscale on, choose"
+    return f"an image of {size[0]}x{size[1]} px does not fill one step of {step} px. {remedy} a smaller step, or take the image out."
+
+
+# -- both -----------------------------------------------------------------------------------------------------------------------
+
+
+def covering(size, bucket) -> Placement:
+    """The picture scaled so that it just covers the bucket, and the middle cut out."""
+    scale = covering_scale(size, bucket)
+    return centred(bucket, (max(bucket[0], half_up(size[0] * scale)), max(bucket[1], half_up(size[1] * scale))))
+
+
+def covering_scale(size, bucket) -> float:
+    return max(bucket[0] / size[0], bucket[1] / size[1])
+
+
+def cropped(placement: Placement) -> float:
+    """The share of the scaled picture that is cut off."""
+    (width, height), (whole_width, whole_height) = placement.bucket, placement.scaled
+    return 1 - width * height / (whole_width * whole_height)
 
 
 def centred(bucket, scaled) -> Placement:

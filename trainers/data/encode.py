@@ -1,11 +1,16 @@
 """From a dataset to latents and conditionings: each picture through the VAE once, each text through the text encoder once.
 
-What is on disk already is not encoded again, so a stopped encode continues where it was. Only one picture is open at a time.
+What is on disk already is not encoded again, so a stopped encode continues where it was. While the VAE works on one picture a thread
+opens the next ones; no more than those are in memory. Pictures go through the VAE one by one: a batch would round otherwise, and what
+is in the cache would depend on its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..settings import fingerprint
-from .buckets import BucketSettings, Placement, assign, fit
+from .buckets import BucketSettings, Placement, fit, placements
 from .cache import Cache
 from .captions import CAPTIONS, CaptionSettings, record_rng, variants
 from .encoded import Encoded, EncodedItem, latent_mask
@@ -25,6 +30,7 @@ from .records import WHITE, Dataset, Record, open_image, open_mask
 
 VERSION = 1  # in every key: raise it when the same inputs would give other tensors
 TEXTS_AT_ONCE = 16
+AHEAD = 2  # pictures that are opened while the VAE works on another
 
 
 class Vae(Protocol):
@@ -80,12 +86,12 @@ def encode(dataset: Dataset, captions: CaptionSettings, buckets: BucketSettings,
     flip: the mirrored pictures are encoded too. report(done, total, text); check_interrupt() raises to stop, losing nothing.
     seed: of the shuffled captions. ground: the colour (red, green, blue) beneath transparent pictures."""
     check(dataset, captions, buckets, vae)
-    plans = [plan(record, captions, placement, flip, vae, text, seed, ground) for record, placement in placed(dataset, buckets)]
+    plans = [plan(record, captions, placement, flip, vae, text, seed, ground) for record, placement in placements(dataset, buckets)]
     cache = Cache(cache_dir)
     texts = {"": caption_key("", text)} | {c: k for p in plans for c, k in zip(p.captions, p.caption_keys, strict=True)}
     work = Work(len(texts) + len(plans), report, check_interrupt)
     encode_texts(texts, text, cache, work)
-    items = [encode_record(p, vae, cache, work, ground) for p in plans]
+    items = encode_pictures(plans, vae, cache, work, ground)
     print_ = fingerprint(VERSION, dataset.fingerprint(), captions, buckets, bool(flip), vae.identity, text.identity, seed, list(ground))
     return Encoded(items, cache, channels(items), print_, texts[""], captions.dropout)
 
@@ -96,21 +102,12 @@ def check(dataset, captions, buckets, vae):
     if buckets.step % vae.factor:
         raise ValueError(f"step is {buckets.step} px and this VAE makes one latent cell of {vae.factor} px. "
                          f"Choose a step that is a multiple of {vae.factor}.")
+    for record in dataset:
+        if record.bucket and (min(record.bucket) < 1 or any(side % vae.factor for side in record.bucket)):
+            raise ValueError(f"{Path(record.path).name} is to be trained at {record.bucket[0]}x{record.bucket[1]} px and this VAE makes one "
+                             f"latent cell of {vae.factor} px. Bucket the dataset with a step that is a multiple of {vae.factor}.")
     if captions.caption_mode == CAPTIONS and not captions.trigger.strip():
         require_captions(dataset)
-
-
-def placed(dataset, buckets) -> list[tuple[Record, Placement]]:
-    """Every record with its place; all that do not fit are named at once."""
-    places, misfits = [], []
-    for record in dataset:
-        try:
-            places.append((record, assign(record.frame, buckets)))
-        except ValueError as error:
-            misfits.append(f"{Path(record.path).name}: {error}")
-    if misfits:
-        raise ValueError(f"{len(misfits)} of {len(dataset)} images cannot be placed. " + " ".join(misfits[:3]))
-    return places
 
 
 def plan(record, captions, placement, flip, vae, text, seed, ground) -> Plan:
@@ -155,21 +152,55 @@ def write_cond(cache, key, cond: dict) -> None:
                          "Encode the captions with ComfyUI's own nodes and give their CONDITIONING to the Train node.") from error
 
 
-def encode_record(p: Plan, vae: Vae, cache: Cache, work: Work, ground) -> EncodedItem:
+def encode_pictures(plans: list[Plan], vae: Vae, cache: Cache, work: Work, ground) -> list[EncodedItem]:
+    """Writes every latent and mask that is not on disk."""
+    opening = (lambda p=p: opened(p, ground) if missing(p, cache) else None for p in plans)
+    with closing(ahead(opening)) as pictures:
+        return [encode_record(p, picture, vae, cache, work, ground) for p, picture in zip(plans, pictures, strict=True)]
+
+
+def ahead(tasks: Iterable[Callable[[], object]], count: int = AHEAD) -> Iterator:
+    """What the tasks return, in order. One thread works on the next `count` of them while a result is used, and on no more."""
+    with ThreadPoolExecutor(1, "trainyard-open") as thread:
+        waiting = deque()
+        try:
+            for task in tasks:
+                waiting.append(thread.submit(task))
+                if len(waiting) > count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def encode_record(p: Plan, picture: Image.Image | None, vae: Vae, cache: Cache, work: Work, ground) -> EncodedItem:
+    """picture: None where nothing was missing when it would have been opened."""
     name = Path(p.record.path).name
-    wanted = [(key, mirrored) for key, mirrored in ((p.latent, False), (p.flipped, True)) if key]
-    missing = [(key, mirrored) for key, mirrored in wanted if latent_shape(cache, key) is None]
-    if missing:
-        picture = fit(open_image(p.record, ground), p.placement)
-        for key, mirrored in missing:
-            work.may_go_on()
-            cache.write(key, posterior(ImageOps.mirror(picture) if mirrored else picture, vae, name))
+    work.may_go_on()
+    for key, mirrored in missing(p, cache):
+        work.step(0, name)
+        work.may_go_on()
+        picture = picture or opened(p, ground)
+        cache.write(key, posterior(ImageOps.mirror(picture) if mirrored else picture, vae, name))
     shape = latent_shape(cache, p.latent)
     mask = mask_key(p.record, p.placement, shape[-2:])
     if mask and cache.shapes(mask) is None:
         cache.write(mask, {"mask": encode_mask(p, shape)})
     work.step(1, name)
     return item(p, shape, mask)
+
+
+def opened(p: Plan, ground) -> Image.Image:
+    """The picture as its bucket shows it."""
+    return fit(open_image(p.record, ground), p.placement)
+
+
+def missing(p: Plan, cache: Cache) -> list[tuple[str, bool]]:
+    """[(key, mirrored)] of the latents that are not on disk."""
+    wanted = [(key, mirrored) for key, mirrored in ((p.latent, False), (p.flipped, True)) if key]
+    return [(key, mirrored) for key, mirrored in wanted if latent_shape(cache, key) is None]
 
 
 def latent_shape(cache: Cache, key: str) -> tuple[int, ...] | None:
@@ -200,7 +231,7 @@ def item(p: Plan, shape, mask) -> EncodedItem:
     right = p.placement.scaled[0] - p.placement.bucket[0] - left  # what is cut off on the right is cut off on the left of a mirror
     sizes = [sizes_of(p, crop_w, top) for crop_w in (left, right)]
     return EncodedItem(p.record.id, p.record.path, p.latent, shape, p.caption_keys, p.captions, p.placement.bucket, p.flipped,
-                       sizes[0], sizes[1] if p.flipped else {}, p.record.repeats, mask)
+                       sizes[0], sizes[1] if p.flipped else {}, p.record.repeats, mask, p.record.pair, p.record.strength)
 
 
 def sizes_of(p: Plan, crop_w: int, crop_h: int) -> dict[str, int]:
