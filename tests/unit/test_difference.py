@@ -12,6 +12,7 @@ from trainyard.trainers.methods.pairs import Change, ImageSlider
 from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, Task, way_levels
 from trainyard.trainers.settings import NoiseSettings, PointSettings
 
+
 def moved(network, seed=9):
     """Adapters that change something already."""
     made = adapters(network)

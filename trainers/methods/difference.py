@@ -6,10 +6,12 @@ v and the velocity, so one formula serves every family.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..data.prompts import PromptRow
 from ..diffusion import native_error, per_sample, slope
 from ..points import Model, Pull, Task
 
@@ -87,3 +89,43 @@ def expression(base, factor, plus, minus) -> tuple[tuple[float, str], ...]:
     for prompt, weight in ((plus, factor), (minus, -factor)):
         weights[prompt] = weights.get(prompt, 0.0) + weight
     return tuple((weight, prompt) for prompt, weight in weights.items() if weight or prompt == base)
+
+
+# -- from rows of prompts ------------------------------------------------------------------------------------------------------
+
+
+def tasks_of(rows: Sequence[PromptRow], shapes: Callable, slider: bool = False, kept: float = 1.0) -> list[Task]:
+    """The tasks of prompt rows. `shapes(row)` gives the latent shapes of a row. A row with attributes becomes one task for each of them.
+    What a row preserves is drawn `kept` times as often as the row itself, at states of its own.
+
+    Raises ValueError when a row's goal is what the model says already."""
+    tasks = []
+    for row in rows:
+        pulls, drawn = (slider_pulls if slider else row_pulls), dict(shapes=tuple(shapes(row)), batch=row.batch)
+        for attribute in row.attributes or ("",):
+            said = lambda prompt, attribute=attribute: f"{attribute} {prompt}".strip()
+            found = pulls(row, said)
+            refuse_idle(found, row)
+            tasks.append(Task(found, said(row.target), row.unconditional if not slider else "", row.weight / max(1, len(row.attributes)), **drawn))
+        strengths = sorted({pull.strength for pull in found}, reverse=True)
+        tasks += [Task(keep(p, strengths), p, "", kept * row.weight / len(row.preserve), **drawn) for p in row.preserve]
+    return tasks
+
+
+def row_pulls(row: PromptRow, said) -> tuple[Pull, ...]:
+    if row.action == "replace":
+        return replace(said(row.target), said(row.plus))
+    return leco(said(row.target), said(row.plus), said(row.base), said(row.unconditional), row.action, row.guidance)
+
+
+def slider_pulls(row: PromptRow, said) -> tuple[Pull, ...]:
+    return text_slider(said(row.target), said(row.plus), said(row.unconditional), row.guidance)
+
+
+def refuse_idle(pulls, row):
+    if all(dict((prompt, weight) for weight, prompt in pull.goal if abs(weight) > 1e-9) == {pull.prompt: 1.0} for pull in pulls):
+        raise ValueError(
+            f"{row.target!r}: with action {row.action}, positive {row.plus!r}, neutral {row.base!r}, unconditional {row.unconditional!r} and "
+            f"guidance {row.guidance:g} the goal is what the model says already, and nothing would be learnt. Raise guidance above 1, or "
+            "change one of the prompts."
+        )
