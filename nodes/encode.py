@@ -1,12 +1,50 @@
-"""From pictures and captions to the latents and conditionings that a Train node reads."""
+"""From pictures and captions to the latents and conditionings that a Train node reads, and the sizes they are trained at."""
 
-from comfy_api.latest import io
+import contextlib
 
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..trainers.data.bucket_report import bucket_sheet, bucketed, report
 from ..trainers.data.buckets import BucketSettings
 from ..trainers.data.captions import CaptionSettings
 from ..trainers.data.encode import encode
 from . import host, paths
 from .fields import CATEGORY, Dataset, Encoded, inputs, record
+
+ADDED = ("rules", "merge", "max_crop")  # after the first release: at the end, because saved workflows hold widgets by position
+
+
+class BucketDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardBucketDataset",
+            display_name="Bucket Dataset",
+            category=CATEGORY,
+            description="Decide at which size every picture is trained, and see it: buckets, what is cut off, who is alone in its bucket.",
+            search_aliases=["aspect ratio", "resolution", "crop", "resize dataset", "multires"],
+            is_output_node=True,
+            inputs=[
+                Dataset.Input("dataset", tooltip="From Load Dataset. Sizes that were decided before are decided anew."),
+                *inputs(BucketSettings),
+            ],
+            outputs=[
+                Dataset.Output("dataset", display_name="dataset", tooltip="The pictures with their sizes. Encode Dataset keeps to them."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="Every bucket drawn to scale, filled as high as it is full."),
+                io.String.Output("report", display_name="report", tooltip="Every bucket in words, who was merged, and which batch sizes fit."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset, **widgets):
+        result = bucketed(dataset, record(BucketSettings, widgets))
+        words = report(result)
+        sheet = torch.from_numpy(np.asarray(bucket_sheet(result), dtype=np.float32) / 255)[None]
+        host.show(words.splitlines()[0], cls.hidden.unique_id)
+        return io.NodeOutput(result.dataset, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 class EncodeDataset(io.ComfyNode):
@@ -20,14 +58,14 @@ class EncodeDataset(io.ComfyNode):
             "CLIP and VAE leave the GPU afterwards.",
             search_aliases=["bucket", "latent cache", "vae encode dataset", "caption dropout", "trigger word"],
             inputs=[
-                Dataset.Input("dataset", tooltip="From Load Dataset."),
+                Dataset.Input("dataset", tooltip="From Load Dataset. Sizes decided by Bucket Dataset are kept."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
                 io.Clip.Input(
                     "clip",
                     tooltip="The text encoder of the model to be trained. Also needed without captions: the empty text is encoded too.",
                 ),
                 *inputs(CaptionSettings),
-                *inputs(BucketSettings),
+                *inputs(BucketSettings, without=ADDED),
                 io.Boolean.Input(
                     "flip",
                     default=False,
@@ -42,6 +80,7 @@ class EncodeDataset(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,  # the page would draw a new one, and train anew, at every Run
                     tooltip=f"Decides how shuffled captions are ordered. (0 to {2**63 - 1})",
                 ),
+                *inputs(BucketSettings, only=ADDED, optional=True),
             ],
             outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node.")],
             hidden=[io.Hidden.unique_id],
@@ -51,17 +90,16 @@ class EncodeDataset(io.ComfyNode):
     def execute(cls, dataset, vae, clip, flip, seed=0, **widgets):
         captions, buckets = record(CaptionSettings, widgets), record(BucketSettings, widgets)
         pictures, text = host.PictureEncoder(vae), host.TextEncoder(clip)
-        report = host.Steps(cls.hidden.unique_id)
-        with host.gradients():  # tensors made here must be ordinary ones
+        with contextlib.ExitStack() as borrowed, host.gradients():  # tensors made here must be ordinary ones
+            borrowed.callback(pictures.free)
+            borrowed.callback(text.free)
             encoded = encode(
                 dataset, captions, buckets, flip=flip, seed=seed, vae=pictures, text=text,
-                cache_dir=paths.cache_folder(), report=report, check_interrupt=host.interrupted,
+                cache_dir=paths.cache_folder(), report=host.Steps(cls.hidden.unique_id), check_interrupt=host.interrupted,
             )  # fmt: skip
-        pictures.free()
-        text.free()
         sizes = len({item.bucket for item in encoded.items})
         host.show(f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id)
         return io.NodeOutput(encoded)
 
 
-NODES = [EncodeDataset]
+NODES = [BucketDataset, EncodeDataset]

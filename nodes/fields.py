@@ -13,15 +13,16 @@ LossMap = io.Custom("LOSS_MAP")
 CATEGORY = "model/training/trainyard"
 
 
-def inputs(record, *, only=(), without=()):
-    """The record's fields as inputs, in its own order; `only` keeps the named ones, `without` leaves some out."""
+def inputs(record, *, only=(), without=(), optional=False):
+    """The record's fields as inputs, in its own order; `only` keeps the named ones, `without` leaves some out. `optional`: prompts that
+    were saved before the fields existed still run, with the defaults."""
     chosen = [f for f in fields(record) if (f.name in only if only else f.name not in without)]
-    return [widget(f) for f in chosen]
+    return [widget(f, optional) for f in chosen]
 
 
-def widget(f):
+def widget(f, optional=False):
     meta = f.metadata
-    about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None)
+    about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None, optional=optional)
     if "options" in meta:
         return io.Combo.Input(f.name, options=list(meta["options"]), **about)
     if meta.get("switch"):
