@@ -620,15 +620,14 @@ def difference(loss, params, direction, step):
     return (values[0] - values[1]) / (2 * step)
 
 
-def training_memory(model, data, batch: int, checkpointing: str) -> float:
+def training_memory(model, area, batch: int, checkpointing: str) -> float:
     """A rough first figure, in bytes, of what a step needs beside the weights: the host's own estimate for sampling, times what
-    autograd keeps. The host offloads weights when it does not fit."""
-    area = max({item.shape for item in data.items}, key=math.prod)
+    autograd keeps. The host offloads weights when it does not fit. `area`: the largest latent (C, ..., h, w)."""
     kept = {"off": 12.0, "per block": 3.0}[checkpointing]
     return kept * model.model.memory_required([batch, *area])
 
 
-def memory_advice(run, checkpointing: str, data) -> str:
+def memory_advice(run, checkpointing: str) -> str:
     """What to say when memory ran out in the middle of a run."""
     need = f"{measured_peak() / 2**30:.1f} GiB were in use"
     options = [
