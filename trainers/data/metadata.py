@@ -34,6 +34,8 @@ class Note:
     repeats: int | None = None
     split: str | None = None
     mask: Path | None = None
+    pair: str | None = None
+    strength: float | None = None
     fault: str | None = None  # why it cannot be used
 
 
@@ -130,10 +132,12 @@ def note(values: dict, where: str, folder: Path, alternatives: bool) -> Note:
     return Note(
         captions=captions_of(values, where, alternatives),
         tags=tags_of(values, where),
-        score=score_of(values, where),
+        score=number_of("score", values, where),
         repeats=repeats_of(values, where),
         split=split_of(values, where),
         mask=mask_of(values, where, folder),
+        pair=text_of("pair", values, where),
+        strength=number_of("strength", values, where),
     )
 
 
@@ -167,14 +171,21 @@ def texts(value, where) -> list[str]:
     return [plain(item, where) for item in value]
 
 
-def score_of(values, where) -> float | None:
-    key, value = given(values, ("score",))
+def number_of(name, values, where) -> float | None:
+    key, value = given(values, (name,))
     if key is None:
         return None
-    score = finite(value)
-    if score is None:
-        raise ValueError(f"{where}: score is {shown(value)}; it must be a finite number.")
-    return score
+    number = finite(value)
+    if number is None:
+        raise ValueError(f"{where}: {name} is {shown(value)}; it must be a finite number.")
+    return number
+
+
+def text_of(name, values, where) -> str | None:
+    key, value = given(values, (name,))
+    if key is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {name} is {shown(value)}; it must be text.")
+    return None if key is None else plain(value, f"{where}: {name}").strip()
 
 
 def finite(value) -> float | None:

@@ -300,7 +300,7 @@ def read_record(listed: Listed, times: int, layout: Layout) -> Record:
         mask, mask_id = str(file), sha1(data)
     return Record(
         id=sha1(data), path=str(file), size=size, captions=captions_of(note, listed.name), tags=note.tags or (), score=note.score,
-        mask=mask, mask_id=mask_id, repeats=times * repeats, split=note.split or "train",
+        mask=mask, mask_id=mask_id, repeats=times * repeats, split=note.split or "train", pair=note.pair, strength=note.strength,
     )  # fmt: skip
 
 

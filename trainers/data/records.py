@@ -127,13 +127,18 @@ def check_mask_size(mask, mask_size, size) -> None:
 
 def decoded(path: str, expected_id: str | None) -> Image.Image:
     """The file's first frame, undecoded mode and all; ValueError when it is gone or no longer the file that was read."""
+    return Image.open(io.BytesIO(content(path, expected_id)))
+
+
+def content(path: str, expected_id: str | None) -> bytes:
+    """The file's bytes; ValueError when it is gone or no longer the file that was read."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror or error}. Load the dataset again.") from error
     if expected_id is not None and sha1(data) != expected_id:
         raise ValueError(f"{path} has changed since the dataset was loaded. Load the dataset again.")
-    return Image.open(io.BytesIO(data))
+    return data
 
 
 def upright(image: Image.Image) -> Image.Image:

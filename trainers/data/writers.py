@@ -1,0 +1,278 @@
+"""Datasets saved to folders that this and other trainers read: pictures with .txt files, kohya's `N_name`, or metadata.jsonl.
+
+A folder is written beside its place under another name and moved there when it is whole. What is replaced is removed last, and only
+when every file in it came from here: nothing that a person put there is lost.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..settings import Settings, choice, number, text
+from .metadata import count, some
+from .readers import MASK, extensions, printable
+from .records import Dataset, Record, content, decoded, eight_bit, has_alpha, open_image, open_mask, upright, with_alpha
+
+TXT, KOHYA, JSONL = "folder + txt", "kohya", "metadata.jsonl"
+LAYOUTS = (TXT, KOHYA, JSONL)
+KEEP = "keep"
+ENDINGS = {KEEP: extensions(), "png": (".png",), "webp": (".webp",), "jpg": (".jpg", ".jpeg")}
+MARK = ".trainyard.json"  # in each saved folder: the files that were put there
+LONGEST_STEM = 180  # bytes; file systems take 255, and endings and numbers follow
+LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".png": 2**31 - 1}  # px that a format takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSettings(Settings):
+    """What a saved dataset looks like."""
+
+    layout: str = choice(TXT, LAYOUTS, "folder + txt: a text file beside each picture. kohya: the same in folders such as 10_name. "
+                         "metadata.jsonl: one file for all, as Hugging Face reads it.")
+    image_format: str = choice(KEEP, tuple(ENDINGS), "keep: pictures are copied byte for byte; cropped ones become PNG. png and webp: "
+                               "without loss. jpg: smaller, with loss, without transparency.")
+    quality: int = number(95, 1, 100, "Of jpg. Higher is better and larger.", advanced=True)
+    concept: str = text("images", "With kohya: the name after the number of repeats, as in 10_images.", advanced=True)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written where."""
+
+    folder: Path
+    pictures: int
+    copied: int  # byte for byte
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record goes: folder and names inside the saved folder."""
+
+    record: Record
+    folder: str  # "" or the name of a subfolder
+    stem: str
+    ending: str
+    copied: bool
+
+    @property
+    def file_name(self) -> str:
+        return "/".join(filter(None, (self.folder, self.stem + self.ending)))
+
+
+def save_dataset(dataset: Dataset, folder, settings: SaveSettings, overwrite: bool = False,
+                 report: Callable[[int, int, str], None] | None = None, check_interrupt: Callable[[], None] | None = None) -> Saved:
+    """Write the dataset to a folder, whole or not at all. ValueError when the folder holds anything and overwrite is off, or holds
+    what was not saved from here. report(done, total, file name); check_interrupt() raises to stop, leaving everything as it was."""
+    if not len(dataset):
+        raise ValueError("The dataset has no pictures to save.")
+    target = Path(folder).resolve()
+    refuse(target, dataset, overwrite)
+    places = planned(dataset, settings)
+    lines = any(len(record.captions) > 1 for record in dataset)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        for done, place in enumerate(places, 1):
+            if check_interrupt:
+                check_interrupt()
+            write_record(part, place, settings, lines)
+            if report:
+                report(done, len(places), place.file_name)
+        write_tables(part, places, settings)
+        swap(part, target)
+    except OSError as error:
+        free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free / 2**20
+        raise OSError(error.errno, f"The dataset could not be saved to {target} ({error.strerror or error}); {free:.0f} MiB are free. "
+                                   "Nothing was changed there.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Saved(target, len(places), sum(place.copied for place in places), tuple(notes(places, settings, lines)))
+
+
+def notes(places: list[Place], settings: SaveSettings, lines: bool):
+    """What a person should know about the saved folder."""
+    renamed = [place.stem for place in places if place.stem != Path(place.record.path).stem]
+    if renamed:
+        yield f"{count(renamed, 'picture')} got another name, because names were taken or no file names: {some(renamed)}"
+    if lines and settings.layout != JSONL:
+        yield "Several captions of one picture are one per line: set caption_lines to alternatives when you load it."
+
+
+# -- where it may go ------------------------------------------------------------------------------------------------------------
+
+
+def refuse(target: Path, dataset: Dataset, overwrite: bool) -> None:
+    """ValueError unless the folder may be written."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file. Choose another name for the dataset.")
+    own = [path for record in dataset for path in (record.path, record.mask) if path and Path(path).resolve().is_relative_to(target)]
+    if own:
+        raise ValueError(f"{target} holds pictures of this very dataset, {some([Path(path).name for path in own], 3)}. Save it under another name.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{target} holds files already. Choose another name, or turn overwrite on to replace what was saved there before.")
+    if strange := strangers(target):
+        raise ValueError(f"{target} holds {count(strange, 'file')} that Save Dataset did not put there: {some(strange)}. "
+                         "It is not replaced; choose another name, or move them away.")
+
+
+def strangers(target: Path) -> list[str]:
+    """Files in the folder that were not saved from here."""
+    try:
+        known = set(json.loads((target / MARK).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    names = (Path(folder, name).relative_to(target).as_posix() for folder, _, files in os.walk(target) for name in files)
+    return sorted(set(names) - known - {MARK})
+
+
+def swap(part: Path, target: Path) -> None:
+    """Put part in the place of target; what was there is removed afterwards."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if not target.exists():
+        os.rename(part, target)
+        return
+    os.rename(target, old)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------------------
+
+
+def planned(dataset: Dataset, settings: SaveSettings) -> list[Place]:
+    """A place for every record. Stems differ within a folder, also where case does not count, because a.png and a.jpg would share a.txt."""
+    taken: dict[str, set[str]] = {}
+    places = []
+    for record in dataset:
+        folder = f"{record.repeats}_{file_name(settings.concept) or 'images'}" if settings.layout == KOHYA else ""
+        ending = Path(printable(record.path)).suffix
+        copied = record.crop is None and ending.lower() in ENDINGS[settings.image_format]
+        stem = free(file_name(Path(record.path).stem) or "picture", taken.setdefault(folder, set()))
+        places.append(Place(record, folder, stem, ending if copied else ENDINGS[settings.image_format][0], copied))
+    return places
+
+
+def free(stem: str, taken: set[str]) -> str:
+    """The stem, or the first of stem_2, stem_3 ... that is not taken; it is taken then."""
+    name, number_ = stem, 2
+    while name.casefold() in taken:
+        name, number_ = f"{stem}_{number_}", number_ + 1
+    taken.add(name.casefold())
+    return name
+
+
+def file_name(name: str) -> str:
+    """The name as every file system takes it."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", printable(name)).strip(" ").lstrip(".").rstrip(". ")
+    name = name.encode("utf-8")[:LONGEST_STEM].decode("utf-8", "ignore")
+    return name + "_" if name.lower().endswith(Path(MASK).stem) else name  # cat.mask.png would be the mask of cat
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------
+
+
+def write_record(root: Path, place: Place, settings: SaveSettings, lines: bool) -> None:
+    """The picture, its mask and its text file."""
+    folder, record = root / place.folder, place.record
+    folder.mkdir(exist_ok=True)
+    write(folder / (place.stem + place.ending), content(record.path, record.id) if place.copied else encoded(record, place.ending, settings))
+    if record.mask is not None:
+        write(folder / (place.stem + MASK), mask_bytes(record))
+    if settings.layout != JSONL and (record.captions or record.tags or settings.layout == KOHYA):
+        write(folder / f"{place.stem}.txt", (caption_text(record, lines) or "\n").encode("utf-8"))
+
+
+def caption_text(record: Record, lines: bool) -> str:
+    """The caption; with `lines` each alternative is a line of its own."""
+    return "\n".join(" ".join(caption.split()) if lines else caption for caption in record.captions)
+
+
+def encoded(record: Record, ending: str, settings: SaveSettings) -> bytes:
+    """The picture as training sees it, upright and cropped; its transparency stays where the format has any."""
+    width, height = record.frame
+    if max(width, height) > LONGEST_SIDE[ending]:
+        raise ValueError(f"{record.path} is {width}x{height} px, and a {ending} ends at {LONGEST_SIDE[ending]} px a side. Save as png.")
+    if ending == ".jpg":
+        return blob(open_image(record), "JPEG", quality=settings.quality, subsampling=0)
+    image, profile = shown(record)
+    if ending == ".webp":
+        return blob(image, "WEBP", lossless=True, exact=True, icc_profile=profile or "")
+    return blob(image, "PNG", icc_profile=profile)
+
+
+def shown(record: Record) -> tuple[Image.Image, bytes | None]:
+    """(the picture in L, RGB or RGBA, its colour profile)."""
+    image = upright(decoded(record.path, record.id))
+    profile = image.info.get("icc_profile") if image.mode in ("L", "LA", "P", "RGB", "RGBA") else None
+    image = eight_bit(image)
+    image = with_alpha(image) if has_alpha(image) else image if image.mode == "L" else image.convert("RGB")
+    return image.crop(record.crop) if record.crop else image, profile
+
+
+def mask_bytes(record: Record) -> bytes:
+    whole = record.crop is None and record.mask != record.path and record.mask.lower().endswith(".png")
+    return content(record.mask, record.mask_id) if whole else blob(open_mask(record), "PNG")
+
+
+def blob(image: Image.Image, kind: str, **options) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def write_tables(root: Path, places: list[Place], settings: SaveSettings) -> None:
+    """metadata.jsonl with what has no other place, and the list of all files."""
+    rows = [row(place, settings.layout) for place in places]
+    if settings.layout == JSONL or any(len(values) > 1 for values in rows):
+        kept = [values for values in rows if settings.layout == JSONL or len(values) > 1]
+        lines = (json.dumps(values, ensure_ascii=False, allow_nan=False) for values in kept)
+        write(root / "metadata.jsonl", ("\n".join(lines) + "\n").encode("utf-8"))
+    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    write(root / MARK, json.dumps({"saved by": "Trainyard, Save Dataset", "files": files}, indent=1).encode("utf-8"))
+
+
+def row(place: Place, layout: str) -> dict:
+    """The line of metadata.jsonl for a record; only its name where there is nothing to tell."""
+    record = place.record
+    told = {"file_name": place.file_name}
+    if layout == JSONL:
+        told["text"] = record.captions[0] if record.captions else ""
+        if len(record.captions) > 1 or (record.tags and not record.captions):
+            told["captions"] = record.captions  # an empty list says that the tags are no caption
+    facts = {"tags": record.tags, "score": record.score, "pair": record.pair, "strength": record.strength,
+             "split": record.split if record.split != "train" else None,
+             "repeats": record.repeats if layout != KOHYA and record.repeats != 1 else None}  # fmt: skip
+    return told | {name: value for name, value in facts.items() if value not in (None, ())}
+
+
+def write(file: Path, data: bytes) -> None:
+    """To the disk itself, because another folder may be removed once this one is in place."""
+    with open(file, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def summary(saved: Saved, dataset: Dataset) -> str:
+    """What was saved, for people."""
+    repeats = Counter(record.repeats for record in dataset)
+    lines = [f"{count(dataset, 'picture')} saved to {saved.folder}, {saved.copied} of them byte for byte"]
+    if set(repeats) != {1}:
+        lines.append("repeats: " + ", ".join(f"{pictures} x {times}" for times, pictures in sorted(repeats.items())))
+    return "\n".join([*lines, *saved.notes])
