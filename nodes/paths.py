@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import folder_paths
@@ -63,6 +65,11 @@ def loras_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "loras"
 
 
+def thumbnails_folder() -> Path:
+    """Small pictures for the page to show, which ComfyUI throws away when it starts."""
+    return Path(folder_paths.get_temp_directory()) / "trainyard_thumbs"
+
+
 def runs_folder() -> Path:
     """One folder per run, below output/loras so that every LoRA loader lists what a run saved."""
     return loras_folder() / "trainyard"
@@ -93,3 +100,86 @@ def lora_path(name: str) -> Path:
     if not path.endswith((".safetensors", ".sft")):
         raise ValueError(f"{name!r} is no .safetensors file; other formats can run code when they are opened and are refused.")
     return Path(path)
+
+
+# -- captioners ----------------------------------------------------------------------------------------------------------------------
+
+CAPTIONER_KINDS = ("VLM", "LLM", "LLavacheckpoints", "florence2", "wd14_tagger", "captioners")  # where other packs keep theirs, then ours
+BLIND = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "clipseg")  # they see, and say nothing
+
+
+def captioner_roots() -> list[tuple[str, Path]]:
+    """(kind, folder) of everywhere a captioner may lie, in the order of search; extra_model_paths.yaml may name more."""
+    out = []
+    for kind in CAPTIONER_KINDS:
+        registered = folder_paths.folder_names_and_paths.get(kind, ((), None))[0]
+        out += [(kind, Path(folder)) for folder in dict.fromkeys((*registered, os.path.join(folder_paths.models_dir, kind)))]
+    return out
+
+
+def captioners_folder() -> Path:
+    """Where downloads go."""
+    return Path(folder_paths.models_dir) / "captioners"
+
+
+def captioner_names() -> list[str]:
+    """Captioners on this machine: kind/name or kind/owner/name below models/, owner/name in Hugging Face's cache."""
+    found = [f"{kind}/{sub}" for kind, root in captioner_roots() if root.is_dir() for sub in captioners_in(root)]
+    return list(dict.fromkeys([*found, *(repo for repo, _ in hub_snapshots())]))
+
+
+def captioners_in(root: Path) -> list[str]:
+    near = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    far = [sub for folder in near if not is_captioner(folder) for sub in sorted(folder.iterdir()) if sub.is_dir()]
+    return [folder.relative_to(root).as_posix() for folder in [*near, *far] if is_captioner(folder)]
+
+
+def is_tagger(folder: Path) -> bool:
+    return any(folder.glob("*.csv"))
+
+
+def is_captioner(folder: Path) -> bool:
+    """Whether it holds a tagger (a list of tags) or a model with eyes and words; one look at config.json."""
+    if is_tagger(folder):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    sees = isinstance(config, dict) and {"vision_config", "vit_config", "encoder"} & set(config)
+    return bool(sees) and config.get("model_type") not in BLIND
+
+
+def hub_cache() -> Path:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+
+
+def hub_snapshots() -> list[tuple[str, Path]]:
+    """(owner/name, folder) of captioners in Hugging Face's cache, the newest snapshot of each."""
+    out = []
+    for folder in sorted(hub_cache().glob("models--*--*/snapshots")):
+        snapshots = [s for s in sorted(folder.iterdir(), key=lambda s: s.stat().st_mtime, reverse=True) if is_captioner(s)]
+        if snapshots:
+            out.append((folder.parent.name.removeprefix("models--").replace("--", "/"), snapshots[0]))
+    return out
+
+
+def captioner_model(choice: str) -> Path | None:
+    """The folder behind kind/name or owner/name, or None when it is not on this machine. Raises ValueError for a name that leaves its root."""
+    kind, _, rest = choice.replace("\\", "/").partition("/")
+    for root in [root for each, root in captioner_roots() if each == kind and rest]:
+        if is_captioner(folder := inside(root, rest, choice)):
+            return folder
+    if kind in CAPTIONER_KINDS or not rest:
+        return None
+    wanted = [inside(root, name, choice) for _, root in captioner_roots() for name in (Path(rest).name, f"{kind}/{rest}")]
+    return next((folder for folder in [*wanted, *(path for repo, path in hub_snapshots() if repo == f"{kind}/{rest}")] if is_captioner(folder)), None)
+
+
+def captioner_to_download(repo: str) -> Path:
+    """Where a repository goes. Raises ValueError when the name is none."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.split("/")[0] in CAPTIONER_KINDS:
+        raise ValueError(f"{repo!r} names no repository to download; it must look like owner/name.")
+    captioners_folder().mkdir(parents=True, exist_ok=True)
+    return inside(captioners_folder(), repo.split("/")[1], repo)

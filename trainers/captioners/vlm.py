@@ -77,7 +77,7 @@ class Vlm:
         """What the model says of the picture; `begin` is put into its mouth where it can be."""
         picture = within(picture.convert("RGB"), self.settings.max_res)
         inputs, spoken = self.inputs(picture, prompt.strip())
-        inputs = on(inputs, next(self.module.parameters()))
+        inputs = on({k: v for k, v in inputs.items() if k != "labels"}, next(self.module.parameters()))
         with seeded(self.settings, self.module):
             out = self.module.generate(**inputs, **self.how(inputs))
         new = out[0] if self.manner == ONWARD else behind(out[0], inputs.get("input_ids"))  # what it goes on from is part of the caption
