@@ -207,8 +207,8 @@ def cell(it: Fit, size, frame, axis: Axis, start: int, length: int, offset: int 
     span = axis.split(frame)[1]
     scale = max(span / across, length / along)
     cut = length / scale, span / scale
-    left, top = axis.joined(*((side - part) / 2 for side, part in zip((along, across), cut, strict=True)))
-    width, height = axis.joined(*cut)
+    left, top = axis.joined(*(int((side - part) / 2 + ROUNDING) for side, part in zip((along, across), cut, strict=True)))
+    width, height = axis.joined(*cut)  # the box begins on a whole pixel: at scale 1 nothing is resampled
     (x, y), (w, h) = axis.joined(start, offset), axis.joined(length, span)
     crop = 1 - width * height / (size[0] * size[1])
     return Cell(it.source, (left, top, left + width, top + height), scale, (x, y, x + w, y + h), max(0.0, round(crop, 9)))
