@@ -25,6 +25,7 @@ class Family:
     guidance: float | None = None
     names: str = "original"
     known: bool = True
+    distilled: bool = False  # guidance is part of the weights: it draws at guidance 1
 
 
 FAMILIES = {
@@ -32,14 +33,14 @@ FAMILIES = {
     "SD20": Family("Stable Diffusion 2", UNIFORM, "sd_v2", "stable-diffusion-v2", names="diffusers"),
     "SDXL": Family("SDXL", UNIFORM, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     "SD3": Family("Stable Diffusion 3", LOGIT_NORMAL, "sd3_m", "stable-diffusion-3"),
-    "FluxSchnell": Family("Flux schnell", Density("logit-normal", 0.0, 1.0, 1.0), "flux1", "flux-1-schnell"),
-    "Flux": Family("Flux", Density("logit-normal", 0.0, 1.0, "resolution"), "flux1", "flux-1-dev", guidance=1.0),
+    "FluxSchnell": Family("Flux schnell", Density("logit-normal", 0.0, 1.0, 1.0), "flux1", "flux-1-schnell", distilled=True),
+    "Flux": Family("Flux", Density("logit-normal", 0.0, 1.0, "resolution"), "flux1", "flux-1-dev", guidance=1.0, distilled=True),
     "Chroma": Family("Chroma", LOGIT_NORMAL, "chroma", "chroma", guidance=0.0),
     "ZImage": Family("Z-Image", Density("logit-normal", 0.0, 1.0, 2.0), "zimage", "z-image"),
     "Lumina2": Family("Lumina 2", LOGIT_NORMAL, "lumina2", "lumina-2"),
     "QwenImage": Family("Qwen-Image", Density("logit-normal", 0.0, 1.0, 2.2), "qwen_image", "qwen-image"),
     "AuraFlow": Family("AuraFlow", LOGIT_NORMAL, "auraflow", "auraflow"),
-    "HunyuanVideo": Family("HunyuanVideo", Density("logit-normal", 0.0, 1.0, 7.0), "hunyuan_video", "hunyuan-video", guidance=1.0),
+    "HunyuanVideo": Family("HunyuanVideo", Density("logit-normal", 0.0, 1.0, 7.0), "hunyuan_video", "hunyuan-video", guidance=1.0, distilled=True),
     "WAN21_T2V": Family("Wan", Density("logit-normal", 0.0, 1.0, 3.0), "wan", "wan"),
 }
 GENERIC = Family("unknown family", LOGIT_NORMAL, "unknown", "unknown", known=False)

@@ -552,6 +552,34 @@ def check_latents(model, channels: int):
         )
 
 
+def check_prompts(clip, texts):
+    """Raises ValueError for a prompt that the text encoder would cut into several pieces."""
+    for text in texts:
+        pieces = {name: len(chunks) for name, chunks in clip.tokenize(text).items()}
+        if (name := max(pieces, key=pieces.get)) and pieces[name] > 1:
+            raise ValueError(f"The prompt {text!r} is longer than the text encoder {name} takes at once: it would be cut into {pieces[name]} "
+                             "pieces. Shorten it.")
+
+
+def latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Latent shapes (C, h, w) of square pictures of this size in pixels; dynamic: of every size from half of it on, in steps of 64."""
+    shape = model.model.latent_format
+    if shape.latent_dimensions not in (2, 3):
+        raise ValueError(f"{type(model.model.model_config).__name__} draws no pictures, and its latents have no height and width.")
+    cells = lambda pixels: max(2, pixels // int(shape.spacial_downscale_ratio) // 2 * 2)
+    sides = range(resolution // 2 // 64 * 64 or 64, resolution + 1, 64) if dynamic else (resolution,)
+    return tuple((shape.latent_channels, cells(height), cells(width)) for height in sides for width in sides)
+
+
+def random_latent(shape):
+    return torch.randn((1, *shape), generator=generator(0))
+
+
+def rollout_guidance(session: Session, asked: float) -> float:
+    """Classifier-free guidance for drawing: what is asked, else 3, or 1 where guidance is distilled into the weights."""
+    return asked or (1.0 if session.family.distilled else 3.0)
+
+
 def check_gradients(session: Session, x0, conds, tolerance=None):
     """Two tiny steps against finite differences, on adapters shaken off zero; they are put back. For families that no test covers.
 

@@ -10,17 +10,26 @@ from pathlib import Path
 import folder_paths
 
 NONE = "(no folder yet)"
+NO_MASKS = "(none)"
 DEPTH = 3
 NOT_PICTURES = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
 
 
 def roots() -> dict[str, Path]:
     """Where datasets may lie, by the first part of their name."""
-    return {"input": Path(folder_paths.get_input_directory()), "datasets": Path(folder_paths.get_folder_paths("datasets")[0])}
+    return {
+        "input": Path(folder_paths.get_input_directory()),
+        "datasets": Path(folder_paths.get_folder_paths("datasets")[0]),
+        "output": saved_datasets_folder(),
+    }
+
+
+def saved_datasets_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "datasets"
 
 
 def dataset_folders() -> list[str]:
-    """Folders below input/ and datasets/, as input/name or datasets/name, sorted."""
+    """Folders below input/, datasets/ and output/datasets/, as input/name, datasets/name or output/name, sorted."""
     found = [f"{name}/{sub}" for name, root in roots().items() for sub in subfolders(root)]
     return found or [NONE]
 
@@ -39,13 +48,59 @@ def subfolders(root: Path) -> list[str]:
 
 
 def dataset_folder(choice: str) -> Path:
-    """The folder behind a choice of `dataset_folders`. Raises ValueError when it is not below input/ or datasets/."""
+    """The folder behind a choice of `dataset_folders`. Raises ValueError when it is below none of the roots."""
     if choice == NONE:
         raise ValueError("There is no dataset folder yet. Put a folder with pictures into ComfyUI's input folder, then press R to refresh.")
     name, _, rest = choice.replace("\\", "/").partition("/")
     if name not in roots():
         raise ValueError(f"The dataset folder is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots())}.")
     return inside(roots()[name], rest, choice)
+
+
+PLACES = ("output/datasets", "input")  # where datasets are saved
+
+
+def dataset_to_write(place: str, name: str) -> Path:
+    """The folder of this name below output/datasets or input. Raises ValueError for a bad name."""
+    if place not in PLACES:
+        raise ValueError(f"place is {place!r}; choose {' or '.join(PLACES)}.")
+    root = saved_datasets_folder() if place == PLACES[0] else roots()["input"]
+    plain = plain_name(name, "dataset")
+    if plain.count("/") >= DEPTH or any(part.startswith(".") for part in plain.split("/")):
+        raise ValueError(f"The dataset's name is {name!r}, where Load Dataset would not find it; use a plain name such as my_set, or folder/my_set.")
+    return inside(root, plain, name)
+
+
+def file_in(folder: Path, name: str) -> Path | None:
+    """The file of this name in the folder, None for no name. Raises ValueError when it lies elsewhere or does not exist."""
+    if not name.strip():
+        return None
+    file = inside(folder, name.strip().replace("\\", "/"), name)
+    if not file.is_file():
+        raise ValueError(f"There is no file {name!r} in {folder}. Write the name of a .csv, .json or .jsonl file that lies there, or nothing.")
+    return file
+
+
+def mask_folders() -> list[str]:
+    return [NO_MASKS, *(name for name in dataset_folders() if name != NONE)]
+
+
+def mask_folder(choice: str) -> Path | None:
+    """The folder behind a choice of `mask_folders`; None for no masks."""
+    return None if choice == NO_MASKS else dataset_folder(choice)
+
+
+def pictures_folder() -> Path:
+    """Pictures that came from the graph, called after their content."""
+    return cache_folder() / "pictures"
+
+
+def plain_name(name: str, what: str) -> str:
+    """The name with / between its parts. Raises ValueError unless every file system takes it."""
+    plain = name.strip().replace("\\", "/").strip("/")
+    if not plain or any(part in ("", ".", "..") or part != part.strip(" ") or set(part) & set('<>:"|?*\0') for part in plain.split("/")):
+        raise ValueError(f"The {what}'s name is {name!r}; use a plain name such as my_style, or folder/my_style.")
+    return plain
 
 
 def inside(root: Path, relative: str, shown: str) -> Path:
@@ -78,9 +133,7 @@ def runs_folder() -> Path:
 def lora_to_write(name: str, is_the_same) -> Path:
     """name.safetensors in output/loras, else name_2, name_3 ...: the first that does not exist, or that `is_the_same(path)` already.
     Raises ValueError for a bad name."""
-    plain = name.strip().removesuffix(".safetensors").replace("\\", "/").strip("/")
-    if not plain or any(part in ("", ".", "..") or set(part) & set('<>:"|?*\0') for part in plain.split("/")):
-        raise ValueError(f"The LoRA's name is {name!r}; use a plain name such as my_style, or folder/my_style.")
+    plain = plain_name(name.strip().removesuffix(".safetensors"), "LoRA")
     path, count = inside(loras_folder(), f"{plain}.safetensors", name), 2
     while path.exists() and not is_the_same(path):
         path = inside(loras_folder(), f"{plain}_{count}.safetensors", name)
@@ -179,7 +232,48 @@ def captioner_model(choice: str) -> Path | None:
 
 def captioner_to_download(repo: str) -> Path:
     """Where a repository goes. Raises ValueError when the name is none."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.split("/")[0] in CAPTIONER_KINDS:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.split("/")[0] in CAPTIONER_KINDS:
         raise ValueError(f"{repo!r} names no repository to download; it must look like owner/name.")
     captioners_folder().mkdir(parents=True, exist_ok=True)
     return inside(captioners_folder(), repo.split("/")[1], repo)
+
+
+# -- prompt files ---------------------------------------------------------------------------------------------------------------
+
+NO_FILE = "(the text below)"
+
+
+def prompt_files() -> list[str]:
+    """Prompt files in input/ and datasets/, as input/name, after the choice of none."""
+    from ..trainers.data.prompts import ENDINGS
+
+    found = [
+        f"{name}/{file.relative_to(root).as_posix()}"
+        for name, root in roots().items()
+        for folder in (root, *(root / sub for sub in subfolders(root)))
+        for file in sorted(folder.glob("*"))
+        if file.suffix.lower() in ENDINGS and file.is_file() and not beside_a_picture(file)
+    ]
+    return [NO_FILE, *found]
+
+
+def beside_a_picture(file: Path) -> bool:
+    """Whether it is the caption of a picture, which no one would look for here."""
+    return any(file.with_suffix(ending).exists() for ending in (".png", ".jpg", ".jpeg", ".webp"))
+
+
+def prompt_file(choice: str) -> Path:
+    """The file behind a choice of `prompt_files`. Raises ValueError when it is not there or lies elsewhere."""
+    name, _, rest = choice.replace("\\", "/").partition("/")
+    if name not in roots():
+        raise ValueError(f"The prompt file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots())}.")
+    path = inside(roots()[name], rest, choice)
+    if not path.is_file():
+        raise ValueError(f"There is no prompt file {choice!r}. Put it into ComfyUI's input folder, then press R to refresh.")
+    return path
+
+
+def state_of(path: Path) -> str:
+    """Changes when the file does."""
+    stat = path.stat()
+    return f"{stat.st_size}/{stat.st_mtime_ns}"

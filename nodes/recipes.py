@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings
+from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
 from .fields import CATEGORY, inputs, record
 
 AdapterRecipe = io.Custom("TRAINYARD_ADAPTER")
 OptimizerRecipe = io.Custom("TRAINYARD_OPTIMIZER")
 NoiseRecipe = io.Custom("TRAINYARD_NOISE")
+PointRecipe = io.Custom("TRAINYARD_POINTS")
 
 
 class Adapter(io.ComfyNode):
@@ -64,4 +65,22 @@ class NoiseAndLoss(io.ComfyNode):
         return io.NodeOutput(record(NoiseSettings, widgets))
 
 
-NODES = [Adapter, Optimizer, NoiseAndLoss]
+class Points(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardPoints",
+            display_name="Point Settings",
+            category=f"{CATEGORY}/settings",
+            description="Where LECO and text sliders learn: on ways from noise that the model walks, on noised pictures, or on pure noise.",
+            search_aliases=["rollout", "partial denoising", "on-policy", "leco speed", "ilecos", "max denoising steps"],
+            inputs=inputs(PointSettings),
+            outputs=[PointRecipe.Output("points", display_name="points", tooltip="For the points input of Train LECO and Train Text Slider.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(PointSettings, widgets))
+
+
+NODES = [Adapter, Optimizer, NoiseAndLoss, Points]

@@ -1,0 +1,449 @@
+"""Sliders, LECO and differences: Train nodes that share one engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from comfy_api.latest import io, ui
+
+from ..trainers.data.encoded import Encoded as EncodedData
+from ..trainers.data.pairs import paired, pairs_of
+from ..trainers.data.prompts import PromptRow, several
+from ..trainers.methods.difference import Difference, tasks_of
+from ..trainers.methods.pairs import Change, ImageSlider
+from ..trainers.points import Model, Noise, Pictures, Rollouts
+from ..trainers.runs import checked_name
+from ..trainers.settings import (
+    AdapterSettings,
+    NoiseSettings,
+    OptimizerSettings,
+    PointSettings,
+    RunSettings,
+    Settings,
+    choice,
+    number,
+    text,
+)
+from . import host
+from .fields import CATEGORY, Dataset, Encoded, LoraModel, LossMap, inputs, record
+from .lora import graph_metadata
+from .prompts import Prompts
+from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe, PointRecipe
+from .training import TrainingJob, largest, picture_probe, resolution
+
+
+class ImagePairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardImagePairs",
+            display_name="Image Pairs",
+            category=CATEGORY,
+            description="Two folders as pairs: pictures of the same file name show one scene with more and with less of an attribute. "
+            "For image-pair sliders (more at +1, less at -1), and for Train Difference (after, before).",
+            search_aliases=["slider dataset", "before after", "positive negative images", "addift pairs", "concept slider"],
+            inputs=[
+                Dataset.Input("positive", tooltip="Pictures with more of the attribute, or after the change."),
+                Dataset.Input("negative", tooltip="Pictures with less of it, or before the change; the same file names."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.25,
+                    tooltip="The positive pictures are learnt at this strength, the negative ones at minus it. (0.01 to 100)",
+                ),
+                Dataset.Input("pairs", optional=True, tooltip="From another Image Pairs node, for graded sliders such as 2, 1, -1, -2."),
+            ],
+            outputs=[Dataset.Output("dataset", display_name="dataset", tooltip="Both sides, for Encode Dataset.")],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, strength, pairs=None):
+        return io.NodeOutput(paired(positive, negative, strength, pairs))
+
+
+# -- what the Train nodes show ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LecoWords(Settings):
+    """The prompts of Train LECO, when none are connected."""
+
+    target: str = text("", "The concept that is moved, for example: red car.")
+    action: str = choice("erase", ("erase", "enhance", "replace"), "erase: away from the concept. enhance: toward it. replace: it becomes `positive`.")
+    positive: str = text("", "What is taken away or added, or what the target becomes. Empty: the target itself.")
+    guidance: float = number(1.0, 0.01, 100.0, "How far to move. 1 is the whole difference; enhance needs more than 1.", step=0.25)
+    neutral: str = text("", "Where the target is moved to when the concept is erased. Empty: the unconditional prompt.", advanced=True)
+    unconditional: str = text("", "What a picture without the concept is called; usually empty.", advanced=True)
+    preserve: str = text("", "Prompts that must stay as they are, parted by semicolons or lines.", advanced=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SliderWords(Settings):
+    """The prompts of Train Text Slider, when none are connected."""
+
+    target: str = text("", "What the slider acts on, for example: person.")
+    positive: str = text("", "The far end at +1, for example: old person.")
+    negative: str = text("", "The far end at -1, for example: young person.")
+    guidance: float = number(2.0, 0.01, 100.0, "How far apart the two ends are; the paper uses 4.", step=0.25)
+    attributes: str = text("", "Put before every prompt in turn, so that the slider does not change them: male, female.", advanced=True)
+    preserve: str = text("", "Prompts that must stay as they are, parted by semicolons or lines.", advanced=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceSettings(Settings):
+    """Where the rows are trained that do not say it themselves."""
+
+    resolution: int = number(512, 16, 8192, "Points are made at this size; below the model's own size is cheaper and often enough.",
+                             unit="px", step=8, advanced=True)  # fmt: skip
+    preserve_weight: float = number(1.0, 0.0, 100.0, "How often preserved prompts are trained, against the row they belong to.", advanced=True)
+
+
+def run_widgets(steps, learning_rate, rank, shown=("seed",), **more):
+    """steps, learning rate and rank with a method's own defaults, then the rest of the run."""
+    defaults = dict(steps=steps, learning_rate=learning_rate, rank=rank)
+    widgets = [*inputs(RunSettings, only=("steps", "learning_rate")), *inputs(AdapterSettings, only=("rank",))]
+    for widget in widgets:
+        widget.default = defaults[widget.id]
+    rest = inputs(RunSettings, only=("batch", "seed", "save_every"))
+    for widget in rest:
+        widget.advanced = None if widget.id in shown else True
+    return [
+        *widgets,
+        io.String.Input("run_name", tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.", **more),
+        *rest,
+        io.Combo.Input(
+            "checkpointing",
+            options=list(host.CHECKPOINTING),
+            default="off",
+            advanced=True,
+            tooltip="'per block' needs much less memory and about a third more time per step.",
+        ),
+    ]
+
+
+def recipes(points: bool):
+    return [
+        AdapterRecipe.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
+        OptimizerRecipe.Input("optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."),
+        NoiseRecipe.Input("noise", optional=True, tooltip="From Noise and Loss Settings: which noise levels are trained."),
+        *([PointRecipe.Input("points", optional=True, tooltip="From Point Settings; rollouts without it.")] if points else []),
+    ]
+
+
+def results():
+    return [
+        LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),
+        LossMap.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
+        io.Model.Output("model", display_name="model", tooltip="The model with the LoRA applied at strength 1."),
+        io.String.Output("report", display_name="report", tooltip="What was done, with the forwards planned and spent."),
+    ]
+
+
+HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
+
+
+def common(cls, model, widgets, adapter, optimizer, noise):
+    """What every job of this file is given."""
+    return dict(
+        model=model,
+        run=record(RunSettings, widgets),
+        adapter=odd(dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"])),
+        optimizing=optimizer or OptimizerSettings(),
+        noise=noise or NoiseSettings(),
+        name=checked_name(widgets["run_name"]),
+        checkpointing=widgets["checkpointing"],
+        graph=graph_metadata(cls.hidden),
+        node_id=cls.hidden.unique_id,
+    )
+
+
+def odd(adapter: AdapterSettings) -> AdapterSettings:
+    """The adapter, when its effect at -1 is the opposite of that at +1 and the frozen model is found at 0. ValueError otherwise."""
+    if adapter.text_encoder:
+        raise ValueError("text_encoder is on: a difference is learnt between prompts that the frozen text encoder has encoded once. "
+                         "Switch it off in Adapter Settings.")
+    return adapter
+
+
+def trained(cls, job):
+    lora, losses, line = job.result()
+    line = f"{line}{job.cost()}"
+    host.show(line, job.node_id)
+    patched, _ = host.applied(job.model, None, lora)
+    return io.NodeOutput(lora, {"loss": losses}, patched, line, ui=ui.PreviewText(line))
+
+
+# -- differences between prompts ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class PromptJob(TrainingJob):
+    """LECO, replacement and text sliders: what is moved is told by prompts."""
+
+    rows: tuple[PromptRow, ...]
+    slider: bool
+    points: PointSettings
+    place: PlaceSettings
+    data: EncodedData | None = None
+    kind = "difference 1"
+
+    def check(self):
+        if self.clip is None:
+            raise ValueError("CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node and connect it.")
+        if self.points.points == "pictures" and self.data is None:
+            raise ValueError("points is 'pictures', and no encoded dataset is connected. Connect encoded, or choose 'rollout' in Point Settings.")
+        if self.points.points != "pictures" and self.data is not None:
+            raise ValueError(f"An encoded dataset is connected, and points is {self.points.points!r}. Choose 'pictures' in Point Settings, or disconnect it.")
+        if self.data is not None:
+            host.check_latents(self.model, self.data.channels)
+        host.check_prompts(self.clip, self.texts())
+        self.tasks()
+
+    def tasks(self):
+        return tasks_of(self.rows, self.shapes, self.slider, self.place.preserve_weight)
+
+    def texts(self) -> list[str]:
+        return list(dict.fromkeys(prompt for task in self.tasks() for prompt in task.texts))
+
+    def shapes(self, row):
+        return host.latent_shapes(self.model, row.resolution or self.place.resolution, row.dynamic_resolution)
+
+    def parts(self):
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        encoder = host.identity(self.clip.patcher, self.clip.layer_idx)
+        return rows, self.slider, self.points, self.place, encoder, self.data.fingerprint if self.data else ""
+
+    def records(self):
+        return self.points, self.place
+
+    def largest(self):
+        shapes = [shape for task in self.tasks() for shape in task.shapes]
+        return largest(self.data) if self.data else max(shapes, key=lambda shape: shape[-1] * shape[-2])
+
+    def prepare(self):
+        encoder = host.TextEncoder(self.clip)
+        texts = self.texts()
+        try:
+            with host.gradients():
+                self.conds = dict(zip(texts, encoder.encode(texts), strict=True))
+        finally:
+            encoder.free()
+
+    def method(self, session):
+        tasks = self.tasks()
+        self.student = Model(session.denoiser, session.adapters, self.conds)
+        return Difference(self.student, tasks, self.source(session, tasks), self.points.renormalise)
+
+    def source(self, session, tasks):
+        if self.points.points == "pictures":
+            return Pictures(self.student, tasks, self.data, self.noise, session.family.density, self.run.batch)
+        if self.points.points == "noise":
+            return Noise(self.student, tasks, self.noise)
+        return Rollouts(self.student, tasks, self.points, self.noise, host.rollout_guidance(session, self.points.guidance_scale))
+
+    def probe(self, session):
+        x0 = session.denoiser.model_space(host.random_latent(self.tasks()[0].shapes[0]))
+        return x0, [next(iter(self.conds.values()))]
+
+    def about(self):
+        return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": 0, "dropout": 0.0})
+
+    def cost(self) -> str:
+        return forwards(getattr(self, "student", None), self.run.steps)
+
+
+def forwards(student, steps) -> str:
+    """One phrase on the forwards spent; nothing when the run was only read."""
+    if student is None:
+        return ""
+    spent = " + ".join(f"{count / steps:.1f} {what}" for what, count in student.spent.items() if count)
+    return f"; forwards per step: {sum(student.spent.values()) / steps:.1f} ({spent})"
+
+
+class TrainLeco(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardTrainLeco",
+            display_name="Train LECO",
+            category=CATEGORY,
+            description="Erase, enhance or replace a concept with prompts alone: no pictures are needed. The LoRA at strength 1 has the effect, "
+            "at -1 the opposite.",
+            search_aliases=["erase concept", "concept erasing", "replace concept", "ileco", "unlearn"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
+                *inputs(LecoWords),
+                *run_widgets(500, 1e-3, 4, shown=(), default="my_leco"),
+                *inputs(PlaceSettings),
+                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above."),
+                Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
+                *recipes(points=True),
+            ],
+            outputs=results(),
+            hidden=HIDDEN,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
+        words = record(LecoWords, widgets)
+        rows = prompts or (leco_row(words, widgets["batch"]),)
+        return trained(cls, PromptJob(
+            rows=rows, slider=False, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
+            **common(cls, model, widgets, adapter, optimizer, noise),
+        ))  # fmt: skip
+
+
+def leco_row(words: LecoWords, batch: int) -> PromptRow:
+    return PromptRow(
+        words.target, words.positive or None, words.unconditional, words.neutral or None, words.action, words.guidance,
+        batch=batch, preserve=several(words.preserve, ";"),
+    )  # fmt: skip
+
+
+class TrainTextSlider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardTrainTextSlider",
+            display_name="Train Text Slider",
+            category=CATEGORY,
+            description="A slider from prompts alone: at +1 the target becomes more like the positive prompt, at -1 more like the negative one.",
+            search_aliases=["concept slider", "attribute slider", "lora slider", "disentangled", "age slider"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
+                *inputs(SliderWords),
+                *run_widgets(500, 1e-3, 4, shown=(), default="my_slider"),
+                *inputs(PlaceSettings),
+                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above; unconditional is the negative end."),
+                Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
+                *recipes(points=True),
+            ],
+            outputs=results(),
+            hidden=HIDDEN,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
+        rows = prompts or (slider_row(record(SliderWords, widgets), widgets["batch"]),)
+        return trained(cls, PromptJob(
+            rows=rows, slider=True, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
+            **common(cls, model, widgets, adapter, optimizer, noise),
+        ))  # fmt: skip
+
+
+def slider_row(words: SliderWords, batch: int) -> PromptRow:
+    return PromptRow(
+        words.target, words.positive or None, words.negative, None, "enhance", words.guidance,
+        batch=batch, preserve=several(words.preserve, ";"), attributes=several(words.attributes, ";,"),
+    )  # fmt: skip
+
+
+# -- differences between pictures -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class PairJob(TrainingJob):
+    """Image-pair sliders and ADDifT: what is moved is shown by pictures."""
+
+    data: EncodedData
+    method_of: type
+    strength: float = 1.0
+
+    @property
+    def kind(self):
+        return f"{self.method_of.__name__} 1"
+
+    def check(self):
+        host.check_latents(self.model, self.data.channels)
+        pairs_of(self.data)
+
+    def parts(self):
+        return self.data.fingerprint, self.strength
+
+    def largest(self):
+        return largest(self.data)
+
+    def method(self, session):
+        more = {} if self.method_of is ImageSlider else {"strength": self.strength}
+        self.student = self.method_of(
+            session.denoiser, session.adapters, self.data, self.noise, session.family.density, self.run.batch, **more
+        )
+        return self.student
+
+    def probe(self, session):
+        return picture_probe(self.data, session)
+
+    def about(self):
+        return dict(resolution=resolution(self.data), dataset={"images": len(self.data.items), "dropout": self.data.dropout})
+
+    def cost(self) -> str:
+        return forwards(getattr(self, "student", None), self.run.steps)
+
+
+class TrainImageSlider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardTrainImageSlider",
+            display_name="Train Slider (Image Pairs)",
+            category=CATEGORY,
+            description="A slider from a few pairs of pictures: the positive ones at +1, the negative ones at -1, both in every step, with the "
+            "same noise.",
+            search_aliases=["visual slider", "concept slider", "image slider", "lora slider", "before after"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
+                Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
+                *run_widgets(500, 1e-3, 4, shown=("batch", "seed"), default="my_slider"),
+                *recipes(points=False),
+            ],
+            outputs=results(),
+            hidden=HIDDEN,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, encoded, adapter=None, optimizer=None, noise=None, **widgets):
+        return trained(cls, PairJob(data=encoded, method_of=ImageSlider, **common(cls, model, widgets, adapter, optimizer, noise)))
+
+
+class TrainDifference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardTrainDifference",
+            display_name="Train Difference",
+            category=CATEGORY,
+            description="Learn only what changed between a picture before and a picture after (ADDifT); one pair and a minute can be enough.",
+            search_aliases=["addift", "copy machine", "multi-addift", "before after", "edit lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
+                Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it: positive is after, negative is before."),
+                *run_widgets(100, 1e-3, 4, shown=("batch", "seed"), default="my_difference"),
+                io.Float.Input(
+                    "strength",
+                    default=0.25,
+                    min=0.01,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="The change is learnt at plus and minus this strength; strength 1 of the file then has more of it. (0.01 to 10)",
+                ),
+                *recipes(points=False),
+            ],
+            outputs=results(),
+            hidden=HIDDEN,
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, **widgets):
+        job = PairJob(data=encoded, method_of=Change, strength=strength, **common(cls, model, widgets, adapter, optimizer, noise))
+        return trained(cls, job)
+
+
+NODES = [ImagePairs, TrainLeco, TrainTextSlider, TrainImageSlider, TrainDifference]

@@ -1,0 +1,61 @@
+"""Train LECO, sliders and differences as nodes, on tiny models of ComfyUI's own classes and on the real server."""
+
+import dataclasses
+
+import pytest
+import torch
+from trainyard.nodes import differences, host, paths
+from trainyard.tests.comfy.families import cond, latent_shape, make
+from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.methods.pairs import Change, ImageSlider
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+
+
+def pairs(family, count=2):
+    rng = torch.Generator().manual_seed(5)
+    latents = [{"samples": torch.randn(latent_shape(family), generator=rng)} for _ in range(2 * count)]
+    data = Encoded.from_core(latents, [cond(family, seed // 2) for seed in range(2 * count)])
+    data.items = [dataclasses.replace(item, pair=str(i // 2), strength=(1.0, -1.0)[i % 2]) for i, item in enumerate(data.items)]
+    return data
+
+
+def pair_job(method, family="sd3", name="pairs", **run):
+    return differences.PairJob(
+        model=make(family, inference=True), data=pairs(family), method_of=method, strength=0.25, adapter=AdapterSettings(rank=4),
+        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
+        noise=NoiseSettings(), name=name, checkpointing="off", graph={}, node_id=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [ImageSlider, Change])
+def test_a_run_of_pairs_ends_in_a_file_is_found_again_and_counts_its_forwards(folders, method):
+    with torch.inference_mode():
+        job = pair_job(method)
+        lora, losses, line = job.result()
+        assert lora and len(losses) == 4 and "4 steps" in line
+        spent = {"ImageSlider": "2.0 (2.0 student)", "Change": "4.0 (2.0 frozen + 2.0 student)"}[method.__name__]
+        assert job.cost() == f"; forwards per step: {spent}"
+        again = pair_job(method)
+        same, _, line = again.result()
+    assert "already trained" in line and again.cost() == "" and all(torch.equal(same[k], lora[k]) for k in lora)
+    assert len(list(paths.runs_folder().iterdir())) == 1
+
+
+def test_pictures_that_are_no_pairs_are_refused_before_the_long_work(folders):
+    job = pair_job(ImageSlider)
+    job.data.items = [dataclasses.replace(item, pair=None) for item in job.data.items]
+    with pytest.raises(ValueError, match="Put Image Pairs between Load Dataset and Encode Dataset"):
+        job.result()
+
+
+@pytest.mark.parametrize(("family", "resolution", "shape"), [("sd15", 64, (4, 8, 8)), ("sd3", 80, (16, 10, 10)), ("flux", 64, (16, 8, 8))])
+def test_latent_shapes_are_the_models_own(family, resolution, shape):
+    model = make(family)
+    assert host.latent_shapes(model, resolution) == (shape,)
+    sizes = {s[-2:] for s in host.latent_shapes(model, 256, dynamic=True)}
+    assert sizes == {(h, w) for h in (16, 24, 32) for w in (16, 24, 32)}
+
+
+def test_a_text_encoder_that_is_trained_is_refused():
+    with pytest.raises(ValueError, match="Switch it off in Adapter Settings"):
+        differences.odd(AdapterSettings(text_encoder=True))
