@@ -35,7 +35,7 @@ def test_a_dataset_becomes_collages_with_masks_captions_a_sheet_and_a_report(dat
     assert all(record.captions[0].startswith("sks, left: number ") and "; right: number " in record.captions[0] for record in collages)
     assert all(open_mask(record).size == (128, 128) for record in collages)
     assert sheet.ndim == 4 and sheet.shape[3] == 3 and 0 <= float(sheet.min()) < float(sheet.max()) <= 1
-    assert report.splitlines()[0].endswith("collages of 6 pictures, each used twice; 0 left out.")
+    assert report.splitlines()[0].endswith("collages of 6 pictures, each used twice; 0 fit in no frame, 0 cannot be used.")
     assert all(str(folders / "datasets" / "trainyard_cache" / "collages") in record.path for record in collages)
 
 

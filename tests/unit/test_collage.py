@@ -486,6 +486,20 @@ def test_the_share_of_pictures_alone_is_kept_with_whole_repeats(tmp_path):
     assert alone / sum(record.repeats for record in built.dataset) == pytest.approx(0.3, abs=0.04)
 
 
+def test_few_collages_do_not_have_to_make_up_for_many_pictures_that_fit_nowhere(tmp_path):
+    """two pictures in collages, ten that are too small: those are shown alone, and the collages are not repeated for them"""
+    dataset = pictures(tmp_path / "in", [(64, 128)] * 2 + [(50, 50)] * 10)
+    built = build_collages(dataset, CollageSettings(**SMALL | dict(mix=0.5)), tmp_path / "out")
+    assert [record.repeats for record in built.dataset] == [1] * 14 and built.dataset.skipped == ()
+    assert "- shown alone only: 11.png is 50x50 px and would be enlarged 2.56 times" in built.report
+
+
+def test_a_long_list_in_the_report_ends_with_how_many_more_there_are(tmp_path):
+    dataset = pictures(tmp_path / "in", [(64, 128)] * 2 + [(50, 50)] * 45)
+    lines = build_collages(dataset, CollageSettings(**SMALL), tmp_path / "out").report.splitlines()
+    assert sum(line.startswith("- left out: ") for line in lines) == 41 and "- left out: 5 more" in lines
+
+
 def test_pictures_kept_for_validation_stay_out_of_the_frames(tmp_path):
     dataset = pictures(tmp_path / "in", [(64, 128)] * 5)
     held = replace(dataset[4], split="validation")
@@ -514,7 +528,7 @@ def test_broken_and_small_pictures_are_reported_and_the_rest_is_built(tmp_path):
     built = build_collages(dataset, CollageSettings(**SMALL | dict(contrast="warn")), tmp_path / "out")
     reasons = {path.rsplit("/")[-1]: why for path, why in built.dataset.skipped}
     assert "has changed since the dataset was loaded" in reasons["3.png"] and "would be enlarged 2.13 times" in reasons["2.png"]
-    assert "2 collages of 2 pictures, each used twice; 2 left out" in built.report
+    assert "2 collages of 2 pictures, each used twice; 1 fit in no frame, 1 cannot be used" in built.report
 
 
 def test_when_nothing_fits_the_message_says_what_to_do(tmp_path):
@@ -581,7 +595,7 @@ def test_a_source_remembers_the_crop_in_the_whole_picture():
     from trainyard.trainers.data.collage import looked_at
 
     record = Record(id="x", path="x.png", size=(100, 100), crop=(10, 20, 90, 100))
-    assert looked_at(record, box=[0, 5, 80, 75], dE=None) == Source(replace(record, crop=(10, 25, 90, 95)), None, trimmed=True)
+    assert looked_at(record, box=[0, 5, 80, 75], dE=None) == Source(replace(record, crop=(10, 25, 90, 95)), None, untrimmed=(80, 80))
 
 
 def test_cells_lie_in_reading_order():

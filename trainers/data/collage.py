@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..files import write_bytes
 from ..settings import fingerprint
@@ -32,6 +32,8 @@ DECODED = (OSError, ValueError, SyntaxError, MemoryError)
 FULL = 0.97  # a frame filled this far counts as full
 SPARSE = 0.75  # a frame filled less is flagged
 SHOWN = 24  # collages on the sheet
+LISTED = 40  # pictures of one kind in the report
+EDGES = "#5a5a5a"  # around a frame on the sheet, whose ground is nearly that of the page
 SHAPES = ((1, 1), (9, 7), (7, 9), (3, 2), (2, 3), (7, 4), (4, 7), (12, 5), (5, 12))  # frames to suggest, of one area
 LONGEST, LONG = {"l": 75, "g": 75, "h": 75}, 512  # tokens read at once by CLIP's encoders, and that T5 and its kin were trained with
 REPEATS = 24  # at most this many repeats to reach the share of originals
@@ -43,7 +45,7 @@ class Source:
 
     record: Record
     dE: float | None = None
-    trimmed: bool = False
+    untrimmed: tuple[int, int] | None = None  # its size with the bars that were cut off
 
     @property
     def name(self) -> str:
@@ -82,8 +84,8 @@ def build_collages(
     frames = drawn(made, sources, settings, place, work)
     trigger = settings.trigger.strip() or common_trigger([told(source.record) for source in sources])
     records = collage_records(frames, sources, settings, trigger)
-    alone, times = mixed_in(records, sources, settings)
-    records = tuple(replace(record, repeats=record.repeats * times) for record in records)
+    alone, often = mixed_in(records, sources, made, settings)
+    records = tuple(replace(record, repeats=record.repeats * often) for record in records)
     write_provenance(place / "collages.json", frames, records, sources, made, settings)
     others = tuple(record for record in dataset if record.split != "train")
     gone = [*lost, *((sources[i].record.path, f"it {why}") for i, why in made.excluded if not alone)]
@@ -156,7 +158,7 @@ def looked_at(record: Record, box, dE) -> Source:
         return Source(record, dE)
     left, top = record.crop[:2] if record.crop else (0, 0)
     crop = box[0] + left, box[1] + top, box[2] + left, box[3] + top
-    return Source(replace(record, crop=crop), dE, trimmed=True)
+    return Source(replace(record, crop=crop), dE, untrimmed=record.frame)
 
 
 def without_bars(picture: Image.Image) -> tuple[int, int, int, int] | None:
@@ -310,12 +312,15 @@ def low(source: Source, settings: CollageSettings) -> bool:
     return settings.contrast != OFF and source.dE is not None and source.dE < settings.min_contrast
 
 
-def mixed_in(records, sources, settings: CollageSettings) -> tuple[tuple[Record, ...], int]:
-    """(the pictures that are also shown alone, how often every collage is shown): whole repeats that come near the wanted share."""
+def mixed_in(records, sources, made: CollagePlan, settings: CollageSettings) -> tuple[tuple[Record, ...], int]:
+    """(the pictures that are also shown alone, how often every collage is shown): whole repeats that come near the wanted share.
+
+    Pictures that fit in no frame come on top; were they counted, a few collages would have to make up for many of them."""
     if not settings.mix:
         return (), 1
-    alone, together = (sum(record.repeats for record in group) for group in ([s.record for s in sources], records))
-    times, often = whole_repeats(alone, together, settings.mix)
+    framed = made.uses()
+    alone = sum(source.record.repeats for i, source in enumerate(sources) if i in framed)
+    times, often = whole_repeats(alone, sum(record.repeats for record in records), settings.mix)
     captions = {"captions": ("",)} if settings.captions == EMPTY else {}
     return tuple(replace(s.record, repeats=s.record.repeats * times, **captions) for s in sources), often
 
@@ -358,19 +363,30 @@ def about(made: CollagePlan, sources, lost, records, alone, settings: CollageSet
     crops = made.crops
     full = sum(collage.fill >= FULL for collage in made.collages) / len(made.collages)
     lines = [
-        f"{len(made.collages)} collages of {used} pictures, each used {times(settings.uses)}; {len(sources) - used + len(lost)} left out.",
+        f"{len(made.collages)} collages of {used} pictures, each used {times(settings.uses)}; "
+        f"{len(sources) - used} fit in no frame, {len(lost)} cannot be used.",
         f"Frames: {', '.join(f'{count} of {name}' for name, count in kinds(made).most_common())}.",
         f"Fill {made.fill:.2f} on average, {full:.0%} of the frames at least {FULL:.0%} full. "
         f"Cut off {sum(crops) / len(crops):.1%} on average, {crops[-1]:.1%} at most.",
         f"An epoch shows {together} collages" + (f" and {single} pictures alone ({single / (single + together):.0%})." if alone else "."),
     ]
     lines += suggestion(made, settings)
-    lines += [f"- left out of the collages: {sources[i].name} {why}" for i, why in made.excluded]
-    lines += [f"- left out: {Path(path).name}: {why}" for path, why in lost]
-    lines += [f"- bars cut off: {s.name}, {s.record.size[0]}x{s.record.size[1]} to {s.record.frame[0]}x{s.record.frame[1]}"
-              for s in sources if s.trimmed]
-    lines += [f"- contrast: {s.name} (dE {s.dE:.1f} < {settings.min_contrast:g})" for s in sources if low(s, settings)]
-    return "\n".join([*lines, *long_captions(records, tokens), f"Files: {place}"])
+    where = "shown alone only" if alone else "left out"
+    lines += listed(where, [f"{sources[i].name} {why}" for i, why in made.excluded])
+    lines += listed("left out", [f"{Path(path).name}: {why}" for path, why in lost])
+    lines += listed("bars cut off", [f"{s.name}, {sides(s.untrimmed)} to {sides(s.record.frame)}" for s in sources if s.untrimmed])
+    lines += listed("contrast", [f"{s.name} (dE {s.dE:.1f} < {settings.min_contrast:g})" for s in sources if low(s, settings)])
+    return "\n".join([*lines, *long_captions(records, tokens), f"Files: {place} (collages.json lists every picture)"])
+
+
+def listed(what: str, lines: list[str]) -> list[str]:
+    """The lines, each with its kind in front; of many of a kind the first ones and how many more there are."""
+    more = [f"- {what}: {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return [f"- {what}: {line}" for line in lines[:LISTED]] + more
+
+
+def sides(size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def times(count: int) -> str:
@@ -433,7 +449,7 @@ def collage_sheet(built: Built, limit: int = SHOWN) -> Image.Image:
     for record in shown:
         size = f"{record.size[0]}x{record.size[1]}, seen {times(record.repeats)}"
         caption = record.captions[0] if record.captions else ""
-        tiles.append(Tile(thumbnail(record, 256), (*record.flags[:1], size, caption), WARN if record.flags else EDGE))
+        tiles.append(Tile(ImageOps.expand(thumbnail(record, 254), 1, EDGES), (*record.flags[:1], size, caption), WARN if record.flags else EDGE))
     return contact_sheet(tiles, cell=256, title=f"{len(built.collages)} collages" + (f", {limit} shown" if len(built.collages) > limit else ""))
 
 
