@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .readers import printable
 from .records import WHITE, Record, open_image
 
 PAPER, INK, EDGE = "#1e1e1e", "#e6e6e6", "#3a3a3a"
@@ -64,3 +66,28 @@ def fitted(line: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
     while line and draw.textlength(line + "...", font=font) > width:
         line = line[:-1]
     return line.rstrip() + "..."
+
+
+def overview(dataset: Sequence[Record], page: int = 1, per_page: int = 24, cell: int = 192) -> Image.Image:
+    """One page of a dataset: each picture with its name, size, repeats, split, caption and flags. A picture that cannot be opened
+    any more says so in its place. ValueError when there is no such page."""
+    pages = max(1, math.ceil(len(dataset) / per_page))
+    if not len(dataset) or not 1 <= page <= pages:
+        raise ValueError(f"page is {page}, and {len(dataset)} pictures at {per_page} a page fill {pages if len(dataset) else 0} pages.")
+    first = (page - 1) * per_page
+    records = [dataset[index] for index in range(first, min(first + per_page, len(dataset)))]
+    title = f"{first + 1} to {first + len(records)} of {len(dataset)} pictures, page {page} of {pages}"
+    return contact_sheet([overview_tile(record, cell) for record in records], cell=cell, title=title)
+
+
+def overview_tile(record: Record, cell: int) -> Tile:
+    name, (width, height) = printable(Path(record.path).name), record.frame
+    facts = [f"{width}x{height}", *([f"x{record.repeats}"] if record.repeats != 1 else []), *(["mask"] if record.mask else []),
+             *([f"score {record.score:g}"] if record.score is not None else []), *([record.split] if record.split != "train" else [])]
+    more = f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""
+    caption = (record.captions[0] if record.captions else "(no caption)") + more
+    try:
+        picture = thumbnail(record, cell)
+    except (ValueError, OSError) as error:
+        return Tile(Image.new("RGB", (cell, cell), BAD), (name, str(error)), BAD)
+    return Tile(picture, (name, " ".join(facts), caption, *record.flags[:2]), WARN if record.flags else EDGE)

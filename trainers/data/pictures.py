@@ -1,0 +1,106 @@
+"""Between datasets and the graph's own pictures: tensors become files named by their content, records become tensors.
+
+Tensors are (B, H, W, channels) in 0..1, masks (B, H, W) or (H, W); in both directions white in a mask is what is learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..files import write_bytes
+from .metadata import plain
+from .records import Dataset, Record, open_image, open_mask, sha1
+from .writers import blob
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def dataset_of(images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = (), folder=".",
+               report: Callable[[int, int, str], None] | None = None, check_interrupt: Callable[[], None] | None = None) -> Dataset:
+    """A dataset of these pictures, each written once into the folder as a PNG that is called after its content.
+
+    Captions and masks: none, one for all, one for each item of the list, or one for each picture."""
+    pictures = [picture for batch in images for picture in batch]
+    if not pictures:
+        raise ValueError("There are no pictures to make a dataset of.")
+    counts = [len(batch) for batch in images]
+    texts = dealt([plain(text.strip(), "A caption") for text in captions], counts, "captions")
+    shapes = dealt([mask for batch in masks for mask in (batch if batch.ndim == 3 else batch[None])], counts, "masks")
+    records = []
+    for index, (picture, text, mask) in enumerate(zip(pictures, texts, shapes, strict=True)):
+        if check_interrupt:
+            check_interrupt()
+        records.append(record_of(index, picture, text, mask, Path(folder)))
+        if report:
+            report(index + 1, len(pictures), records[-1].id[:8])
+    return Dataset(tuple(records))
+
+
+def dealt(things: Sequence, counts: list[int], what: str) -> list:
+    """One thing for each picture; None for each when there are none."""
+    total = sum(counts)
+    if len(things) == len(counts) and len(things) != total:
+        return [thing for thing, times in zip(things, counts, strict=True) for _ in range(times)]
+    if len(things) in (0, 1):
+        return list(things or [None]) * total
+    if len(things) != total:
+        raise ValueError(f"There are {total} pictures in {len(counts)} batches, and {len(things)} {what}. Give none, one for all, "
+                         "one for each batch, or one for each picture.")
+    return list(things)
+
+
+def record_of(index: int, picture: Tensor, text: str | None, mask: Tensor | None, folder: Path) -> Record:
+    image = as_picture(picture, f"picture {index + 1}")
+    path, id_ = store(image, folder)
+    shape = mask_of(mask, image, index, folder) if mask is not None else (None, None)
+    return Record(id_, str(path), image.size, captions=(text,) if text else (), mask=shape[0], mask_id=shape[1])
+
+
+def mask_of(mask: Tensor, image: Image.Image, index: int, folder: Path) -> tuple[str, str]:
+    """(path, sha1) of a mask's file. ValueError for one that would let nothing be learnt, or of another shape."""
+    shape = as_picture(mask[..., None], f"mask {index + 1}")
+    if shape.getextrema()[1] == 0:
+        raise ValueError(f"Mask {index + 1} is black everywhere ({shape.width}x{shape.height} px), so nothing of its picture would be learnt. "
+                         "White is what is learnt; Load Image gives a black mask where a picture has no transparency.")
+    if shape.width * image.height != shape.height * image.width:
+        raise ValueError(f"Mask {index + 1} is {shape.width}x{shape.height} px and its picture {image.width}x{image.height} px. "
+                         "Give a mask of the picture's shape.")
+    path, id_ = store(shape, folder)
+    return str(path), id_
+
+
+def store(picture: Image.Image, folder: Path) -> tuple[Path, str]:
+    """(file, sha1 of its bytes): the picture as a PNG that is called after its content, written once."""
+    data = blob(picture, "PNG")
+    path = Path(folder) / f"{sha1(data)}.png"
+    if not path.is_file() or path.stat().st_size != len(data):
+        write_bytes(path, data)
+    return path, sha1(data)
+
+
+def as_picture(tensor: Tensor, what: str) -> Image.Image:
+    """(H, W, channels) in 0..1 -> a picture of 8 bits, rounded."""
+    array = tensor.detach().cpu().float().numpy()
+    if array.ndim != 3 or array.shape[-1] not in MODES or 0 in array.shape:
+        raise ValueError(f"{what} has the shape {tuple(array.shape)}; it must be height, width and 1, 3 or 4 channels.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} holds NaN or infinite values. Look at the node that made it.")
+    array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(array if array.shape[-1] > 1 else array[..., 0])
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    """(1, H, W, 3) of a picture in RGB, (1, H, W) of one in L, in 0..1."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+
+
+def tensors_of(record: Record) -> tuple[Tensor, str, Tensor]:
+    """(image (1, H, W, 3), first caption or "", mask (1, H, W), white where the record has none)."""
+    image, mask = as_tensor(open_image(record)), open_mask(record)
+    return image, next(iter(record.captions), ""), torch.ones(image.shape[:3]) if mask is None else as_tensor(mask)
