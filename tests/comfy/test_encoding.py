@@ -1,15 +1,18 @@
 """What a picture becomes on its way to the model: the same latent, in the same scale, whichever way it takes."""
 
 import comfy.ldm.models.autoencoder
+import comfy.model_management as mm
 import comfy.sd
 import nodes as comfy_nodes
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trainyard.nodes import encode as encode_nodes
 from trainyard.nodes import host
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
+from trainyard.tests.fakes_data import captioned, picture
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions import CaptionSettings
 from trainyard.trainers.data.encode import encode
@@ -127,3 +130,154 @@ def test_memory_that_the_host_never_filled_is_no_part_of_an_identity():
         assert host.TextEncoder(clip).identity == before
         clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[3].mlp.fc1.bias.fill_(7.0)
         assert host.TextEncoder(clip).identity != before
+
+
+# -- the nodes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    """(CLIP, VAE)"""
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")))[1:3]
+
+
+@pytest.fixture
+def pictures(folders):
+    """input/set: 5 captioned noise pictures of 64 px."""
+    captioned(folders / "input" / "set", 5, (64, 64))
+    return folders / "input" / "set"
+
+
+def run(node, *args, **widgets):
+    """What a node's execute returns, as ComfyUI calls it."""
+    with torch.inference_mode():
+        return node.PREPARE_CLASS_CLONE(None).execute(*args, **widgets)
+
+
+def encode_with(sd15, folder, **widgets):
+    clip, vae = sd15
+    sizes = dict(resolution=64, step=8, min_side=64, max_side=64)
+    return run(encode_nodes.EncodeDataset, read_folder(folder), vae, clip, **{"flip": False, **sizes, **widgets})[0]
+
+
+def loaded():
+    """Weights that ComfyUI holds loaded, by identity."""
+    return {id(entry.model.model) for entry in mm.current_loaded_models if entry.model is not None}
+
+
+def on_device(sd15):
+    clip, vae = sd15
+    return loaded() & {id(clip.patcher.model), id(vae.patcher.model)}
+
+
+class Stopped:
+    """The third picture that the VAE gets raises; until then it works as ever."""
+
+    def __init__(self, monkeypatch, error, sd15):
+        self.calls, self.seen = 0, set()
+        original = host.PictureEncoder.encode
+
+        def encode(encoder, images):
+            self.calls += 1
+            if self.calls == 3:
+                self.seen = on_device(sd15)
+                raise error
+            return original(encoder, images)
+
+        monkeypatch.setattr(host.PictureEncoder, "encode", encode)
+
+
+def test_vae_and_text_encoder_are_out_of_memory_after_encoding(sd15, pictures, monkeypatch):
+    during, original = set(), host.PictureEncoder.encode
+    monkeypatch.setattr(host.PictureEncoder, "encode", lambda *args: (original(*args), during.update(on_device(sd15)))[0])
+    assert len(encode_with(sd15, pictures)) == 5
+    assert len(during) == 2, "both are loaded while it encodes, or the next line proves nothing"
+    assert not on_device(sd15)
+
+
+@pytest.mark.parametrize("error", [mm.InterruptProcessingException, MemoryError, ValueError])
+def test_vae_and_text_encoder_are_out_of_memory_after_an_interrupt_or_an_error(sd15, pictures, monkeypatch, error):
+    with monkeypatch.context() as patched:
+        stopped = Stopped(patched, error("stop"), sd15)
+        with pytest.raises(error):
+            encode_with(sd15, pictures)
+    assert len(stopped.seen) == 2 and not on_device(sd15)
+
+
+def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest(sd15, pictures, monkeypatch):
+    """the host's own flag is set after the 2nd picture: it is written, the 3rd is not begun, and 3 are left"""
+    calls, original = [], host.PictureEncoder.encode
+
+    def encode(encoder, images):
+        calls.append(images.shape)
+        latent = original(encoder, images)
+        if len(calls) == 2:
+            mm.interrupt_current_processing()
+        return latent
+
+    monkeypatch.setattr(host.PictureEncoder, "encode", encode)
+    with pytest.raises(mm.InterruptProcessingException):
+        encode_with(sd15, pictures)
+    assert len(calls) == 2 and not mm.processing_interrupted()
+    assert len(encode_with(sd15, pictures)) == 5 and len(calls) == 5
+
+
+def test_another_model_that_was_loaded_stays_loaded(sd15, pictures):
+    model = make("sd3", inference=True)
+    mm.load_models_gpu([model])
+    encode_with(sd15, pictures)
+    assert id(model.model) in loaded()
+
+
+def test_a_half_precision_vae_that_overflows_names_the_picture(sd15, pictures):
+    """one weight of infinity, as fp16 gives where numbers grow too large"""
+    clip, vae = sd15
+    with torch.inference_mode():
+        weight = next(p for name, p in vae.first_stage_model.named_parameters() if "encoder" in name and p.ndim == 4)
+        before = weight.clone()
+        weight.fill_(float("inf"))
+    try:
+        with pytest.raises(ValueError, match=r"The VAE turned 0\.png into NaN or infinity.*--fp32-vae"):
+            encode_with(sd15, pictures)
+        assert not on_device(sd15)
+    finally:
+        with torch.inference_mode():
+            weight.copy_(before)
+
+
+def test_bucket_dataset_decides_and_encode_dataset_keeps_to_it(sd15, folders):
+    captioned(folders / "input" / "set", 3, (64, 64))
+    picture(folders / "input" / "set" / "wide.png", (100, 60))
+    (folders / "input" / "set" / "wide.txt").write_text("wide", encoding="utf-8")
+    dataset, sheet, words = run(encode_nodes.BucketDataset, read_folder(folders / "input" / "set"), resolution=32, step=8).args
+    assert [record.bucket for record in dataset] == [(32, 32), (32, 32), (32, 32), (40, 24)]
+    assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.shape[-1] == 3 and 0 <= sheet.min() < sheet.max() <= 1
+    assert words.startswith("4 pictures in 2 buckets") and "wide.png 40x24" in words
+    clip, vae = sd15
+    encoded = run(encode_nodes.EncodeDataset, dataset, vae, clip, flip=False, resolution=64, step=8)[0]
+    assert [item.bucket for item in encoded.items] == [record.bucket for record in dataset]
+
+
+def test_the_bucket_node_shows_its_page_on_the_server_and_prompts_from_before_it_still_encode(server):
+    """the prompt of EncodeDataset names none of the inputs that came later"""
+    folder = server.base / "input" / "buckets"
+    captioned(folder, 3, (96, 64))
+    prompt = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": server.install("sd15")}},
+        "2": {"class_type": "TrainyardLoadDataset", "inputs": {"folder": "input/buckets", "repeats": 1, "alpha_mask": False}},
+        "3": {"class_type": "TrainyardBucketDataset", "inputs": {
+            "dataset": ["2", 0], "resolution": 64, "upscale": False, "step": 8, "min_side": 64, "max_side": 128, "rules": "tight", "merge": 2,
+            "max_crop": 0.12}},
+        "4": {"class_type": "TrainyardEncodeDataset", "inputs": {
+            "dataset": ["3", 0], "vae": ["1", 2], "clip": ["1", 1], "caption_mode": "captions", "trigger": "", "dropout": 0.0, "shuffle": False,
+            "keep_tokens": 0, "variants": 1, "resolution": 64, "upscale": False, "step": 8, "min_side": 64, "max_side": 128, "flip": False, "seed": 0}},
+        "5": {"class_type": "TrainyardTrainLora", "inputs": {
+            "model": ["1", 0], "encoded": ["4", 0], "steps": 1, "learning_rate": 1e-3, "rank": 2, "batch": 3, "seed": 1, "save_every": 0,
+            "run_name": "buckets", "checkpointing": "off"}},
+        "6": {"class_type": "TrainyardSaveLora", "inputs": {"lora": ["5", 0], "name": "buckets"}},
+    }  # fmt: skip
+    done = server.run(prompt)
+    assert done.ok, done.why
+    (shown,) = done.outputs["3"]["images"]
+    assert shown["type"] == "temp"

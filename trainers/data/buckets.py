@@ -33,8 +33,7 @@ class BucketSettings(Settings):
                        unit="px", step=8, advanced=True)
     min_side: int = number(256, 8, 8192, "With kohya's rules and upscale: the shortest side of a bucket.", unit="px", step=8, advanced=True)
     max_side: int = number(2048, 8, 16384, "With kohya's rules and upscale: the longest side of a bucket.", unit="px", step=8, advanced=True)
-    rules: str = choice(TIGHT, RULES, "tight: each image as large as it can be with the least cut off. kohya: the very buckets of sd-scripts.",
-                        advanced=True)
+    rules: str = choice(TIGHT, RULES, "tight: each image as large as it can be with the least cut off. kohya: the very buckets of sd-scripts.")
     merge: int = number(2, 1, 64, "With tight rules: buckets with fewer images than this are merged into the nearest one. 1 means never.",
                         unit="images", advanced=True)
     max_crop: float = number(0.12, 0.0, 0.9, "The largest share of an image that merging may cut off or shrink away; else it stays alone.",
