@@ -7,6 +7,7 @@ often, so that the points stay near those that the student itself would come to.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,6 +50,13 @@ class Task:
     def texts(self) -> tuple[str, ...]:
         """Every prompt that must be encoded."""
         return tuple(dict.fromkeys((*self.asked, *(pull.prompt for pull in self.pulls), self.scene, self.away)))
+
+
+class NoAdapters:
+    """In the place of adapters, where only the frozen model is asked."""
+
+    def at(self, strength):
+        return contextlib.nullcontext()
 
 
 @dataclass
