@@ -17,6 +17,7 @@ from PIL import Image
 from ..settings import Settings, choice, number, switch
 from .colour import rgb_to_lab
 from .looking import Look, Looking, looked
+from .readers import printable
 from .records import Dataset, Record, open_image
 from .sharpness import enlargement, tile_sharpness
 from .sheets import BAD, GOOD, WARN, Tile, thumbnail
@@ -223,7 +224,7 @@ class Deduplicated:
         lines = [f"{copies} copies of {len(self.groups)} pictures found; {len(self.dataset)} pictures go on."]
         for best, rest in self.groups:
             lines.append(f"- {shown(best)}: " + "; ".join(f"{shown(copy)} ({why})" for copy, why in rest))
-        return "\n".join(lines + [f"- {Path(path).name} could not be compared: {reason}" for path, reason in self.broken])
+        return "\n".join(lines + [f"- {printable(Path(path).name)} could not be compared: {reason}" for path, reason in self.broken])
 
 
 def deduplicate(dataset: Dataset, settings: DuplicateSettings, looking: Looking = Looking()) -> Deduplicated:  # noqa: B008 - frozen
@@ -262,7 +263,7 @@ def without_copies(dataset: Dataset, groups: Sequence[Group], settings: Duplicat
 
 
 def shown(record: Record) -> str:
-    return Path(record.path).name
+    return printable(Path(record.path).name)
 
 
 def tiles(found: Deduplicated, limit: int = 60) -> list[Tile]:

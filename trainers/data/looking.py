@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .readers import printable
 from .records import Record
 
 AHEAD = 4  # pictures in work or waiting, for each thread
@@ -52,7 +53,7 @@ def looked(records: Sequence[Record], see: Callable[[Record], Look], how: Lookin
             values += [look and look.value for look, _ in found]
             if how.features:
                 features.append(shown_to(how.features, [look and look.picture for look, _ in found]))
-            how.report(start + len(part), len(records), Path(part[-1].path).name)
+            how.report(start + len(part), len(records), printable(Path(part[-1].path).name))
     return values, stacked(features), broken
 
 
