@@ -13,7 +13,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 DOCS = ROOT / "web" / "docs"
 IDS = tuple(json.loads((HERE / "nodes.json").read_text()))
-READ_FROM_DISK = ("folder", "file")  # their options are what the machine holds
+READ_FROM_DISK = ("folder", "file", "masks")  # their options are what the machine holds
 FACTS = ("default", "min", "max", "step", "options", "multiline", "advanced", "control_after_generate")
 
 
