@@ -8,7 +8,7 @@ from ..trainers.captioners import known, plain, taggers, vlm
 from ..trainers.captioners.prompts import PromptSettings, check_template, filled, request
 from ..trainers.captioners.vlm import CaptionerSettings
 from ..trainers.captioners.work import FILL, MODES, Words, caption_dataset
-from . import captioning_tagger, host, paths, seeing
+from . import captioning_tagger, host, paths, seeing, zeroshot
 from .fields import CATEGORY, Dataset, inputs, record
 
 CaptionPrompt = io.Custom("TRAINYARD_CAPTION_PROMPT")
@@ -55,7 +55,7 @@ class CaptionImages(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="For 'loaded CLIP': Qwen3-VL, Gemma 3 or 4. For 'zero-shot tags': the partner of clip_vision."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="For 'zero-shot tags': the model that looks."),
                 CaptionPrompt.Input("prompt", optional=True, tooltip="From Caption Prompt: style, length, beginning, forbidden and forced words."),
-                captioning_tagger.TaggerRecipe.Input("tagger", optional=True, tooltip="From Tagger Settings: thresholds and what happens to the tags."),
+                captioning_tagger.TaggerRecipe.Input("tagger", optional=True, tooltip="From Tagger Settings or Zero-Shot Settings: thresholds and what happens to tags."),
             ],
             outputs=[
                 Dataset.Output("dataset", display_name="dataset", tooltip="The same pictures, with the new captions."),
@@ -81,9 +81,9 @@ class CaptionImages(io.ComfyNode):
         elif backend == LOCAL:
             captioner = vlm.load(folder, settings, wording, seeing.dtype(), host.interrupted)
         elif backend == TAGGER:
-            captioner = taggers.load(folder, tagger)
+            captioner = taggers.load(folder, tagger_settings(tagger))
         elif backend == ZERO:
-            captioner = captioning_tagger.zero_shot(needed(clip_vision, "clip_vision", backend), needed(clip, "clip", backend), text, tagger)
+            captioner = zeroshot.zero_shot(needed(clip_vision, "clip_vision", backend), needed(clip, "clip", backend), text, tagger)
         else:
             captioner = plain.Spoken()
         asked = template(backend, captioner, text, wording)
@@ -142,6 +142,12 @@ def model_folder(name: str, backend: str, allow_download: bool, report):
     return folder
 
 
+def tagger_settings(value):
+    if value is not None and not isinstance(value, taggers.TaggerSettings):
+        raise ValueError(f"The input tagger holds {type(value).__name__}, and 'WD tagger' needs Tagger Settings. Connect that node, or nothing.")
+    return value
+
+
 def template(backend: str, captioner, text: str, wording: PromptSettings) -> str:
     """What each picture's request is made of: the user's own text, else the preset; nothing for those that take no instructions."""
     text = text.strip()
@@ -171,4 +177,4 @@ def preview(done) -> str:
     return "\n".join([counted(done), *failures, *lines, *more])
 
 
-NODES = [CaptionImages, CaptionPromptNode, captioning_tagger.Tagger]
+NODES = [CaptionImages, CaptionPromptNode, *captioning_tagger.NODES]

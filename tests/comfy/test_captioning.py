@@ -241,6 +241,35 @@ def test_a_model_of_the_other_kind_is_refused(machine, colour_blip):
         caption(machine, backend="WD tagger")
 
 
+# -- taggers --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_taggers_tags_fill_what_is_missing_and_serve_the_next_captioner(machine, monkeypatch):
+    """Tags first, then a caption that is asked for with them."""
+    tagger = machine / "models" / "wd14_tagger" / "wd"
+    tagger.mkdir(parents=True)
+    (tagger / "selected_tags.csv").write_text("tag_id,name,category\n")
+
+    class Tags:
+        identity, module = "tags", None
+        caption = staticmethod(lambda picture, prompt: Said("hat, solo", ("hat", "solo")))
+
+    monkeypatch.setattr(captioning.taggers, "load", lambda folder, settings: Tags())
+    tagged, _ = caption(machine, backend="WD tagger", model="wd14_tagger/wd")
+    assert [(r.captions, r.tags) for r in tagged] == [(("hat, solo",), ("hat", "solo"))] * 3
+    values = dict(backend="fixed text", model="", text="{name} with {tags}", write="replace", allow_download=False) | WIDGETS
+    assert told(captioning.CaptionImages.execute(tagged, **values).args[0])[0] == "blue with hat, solo"
+
+
+def test_settings_of_the_other_kind_of_tags_are_refused(machine):
+    (machine / "models" / "wd14_tagger" / "wd").mkdir(parents=True)
+    (machine / "models" / "wd14_tagger" / "wd" / "selected_tags.csv").write_text("tag_id,name,category\n")
+    with pytest.raises(ValueError, match="holds PromptSettings, and 'WD tagger' needs Tagger Settings"):
+        caption(machine, backend="WD tagger", model="wd14_tagger/wd", tagger=PromptSettings())
+    with pytest.raises(ValueError, match="'zero-shot tags' needs clip_vision"):
+        caption(machine, backend="zero-shot tags")
+
+
 # -- plain captions and wording ---------------------------------------------------------------------------------------------------------
 
 
