@@ -15,8 +15,7 @@ class Tagger(io.ComfyNode):
             node_id="TrainyardTagger",
             display_name="Tagger Settings",
             category=f"{CATEGORY}/settings",
-            description="Which of a tagger's tags a picture keeps, in which order and spelling. Connect it to Caption Images; without it the "
-            "defaults hold.",
+            description="Which tags a picture keeps, in which order and spelling. Connect it to Caption Images; without it the defaults hold.",
             search_aliases=["wd14", "wd tagger", "danbooru tags", "booru", "e621", "tag threshold", "mcut", "autotag"],
             inputs=inputs(TaggerSettings),
             outputs=[TaggerRecipe.Output("tagger", display_name="tagger", tooltip="For the tagger input of Caption Images.")],

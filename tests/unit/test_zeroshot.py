@@ -3,13 +3,13 @@
 import pytest
 import torch
 from PIL import Image
+from trainyard.trainers.captioners.tags import TaggerSettings
 from trainyard.trainers.captioners.zeroshot import (
     NOTHING,
     SENTENCES,
     VOCABULARY,
     Group,
     ZeroShot,
-    ZeroShotSettings,
     described,
     normalised,
     read_vocabulary,
@@ -39,7 +39,7 @@ def painted(*colour):
 
 
 def asked(text, **settings):
-    return ZeroShot(mean_colours, words_near_axes, read_vocabulary(text), ZeroShotSettings(**settings))
+    return ZeroShot(mean_colours, words_near_axes, read_vocabulary(text), TaggerSettings(**{f"zero_shot_{name}": value for name, value in settings.items()}))
 
 
 @pytest.mark.parametrize(("word", "colour"), [("red", (255, 0, 0)), ("green", (10, 240, 10)), ("blue", (30, 20, 200))])
@@ -62,7 +62,7 @@ def test_lines_that_pick_come_first_in_their_own_order_then_the_surest_words():
     found = {"photo": 0.7, "sketch": 0.2, "day": 0.9, "night": 0.8, "cat": 0.75, "dog": 0.95, "fish": 0.3}
     asker = asked("fish, cat\nmedium: sketch, photo\nlight: night, day\ndog")
     assert asker.tags(found) == ("photo", "day", "dog", "cat")
-    assert asked("fish, cat\nmedium: sketch, photo\ndog", top=1).tags(found) == ("photo", "dog")
+    assert asked("fish, cat\nmedium: sketch, photo\ndog", words=1).tags(found) == ("photo", "dog")
     assert asked("fish, cat\nmedium: sketch, photo\ndog", certainty=0.9).tags(found) == ("dog",)
 
 
@@ -130,6 +130,6 @@ def test_features_that_are_no_directions_are_refused(value):
 
 
 def test_the_identity_changes_with_words_settings_and_models():
-    identities = {asked("red, blue").identity, asked("red").identity, asked("c: red, blue").identity, asked("red, blue", top=2).identity,
+    identities = {asked("red, blue").identity, asked("red").identity, asked("c: red, blue").identity, asked("red, blue", words=2).identity,
                   ZeroShot(mean_colours, words_near_axes, read_vocabulary("red, blue"), name="other").identity}  # fmt: skip
     assert len(identities) == 5 and asked("red, blue").identity in identities

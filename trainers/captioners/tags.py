@@ -22,7 +22,7 @@ KAOMOJI = frozenset("0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o
 
 @dataclass(frozen=True, kw_only=True)
 class TaggerSettings(Settings):
-    """Which of a tagger's tags a picture keeps, and how they are written."""
+    """Which tags a picture keeps, and how they are written. The last two are for words that CLIP picks, the others for taggers."""
 
     general_threshold: float = number(0.35, 0.0, 1.0, "Least probability of an ordinary tag. Lower finds more, and more that is wrong.")
     character_threshold: float = number(0.85, 0.0, 1.0, "Least probability of a character's name.")
@@ -40,6 +40,13 @@ class TaggerSettings(Settings):
     channels: str = choice(
         "BGR", ("BGR", "RGB"), "Order of the colours that the tagger was trained with. WD and Z3D taggers: BGR.", advanced=True
     )
+    zero_shot_words: int = number(
+        6, 0, 100, "zero-shot tags: at most so many words of the vocabulary, besides those of lines with a colon.", unit="words", advanced=True
+    )
+    zero_shot_certainty: float = number(
+        0.6, 0.0, 1.0, "zero-shot tags: least probability of a word against 'something'. 0.5: just nearer to the picture than nothing in particular.",
+        advanced=True,
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

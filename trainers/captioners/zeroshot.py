@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from ..settings import Settings, fingerprint, number
+from ..settings import fingerprint
 from . import Said
+from .tags import TaggerSettings
 
 SENTENCES = ("a photo of {}", "a picture of {}", "a drawing of {}", "an image showing {}", "{}")
 NOTHING = ("something", "things", "anything")  # what a picture of no particular word is a picture of
@@ -33,14 +34,6 @@ cat, dog, horse, bird, fish, insect, flower, tree, food, drink, car, bicycle, tr
 long hair, short hair, beard, glasses, hat, dress, suit, uniform, armour, swimsuit, jewellery, smile
 water, snow, rain, fog, fire, clouds, stars, shadow, reflection, blurred background, written words, watermark, frame around the picture
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotSettings(Settings):
-    """How sure CLIP has to be."""
-
-    top: int = number(6, 0, 100, "At most so many words besides those of the lines with a colon.", unit="words")
-    certainty: float = number(0.6, 0.0, 1.0, "Least probability of a word against 'something'. 0.5: just nearer to the picture than nothing at all.")
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class ZeroShot:
     image_features: Callable[[Sequence[Image.Image]], torch.Tensor]
     text_features: Callable[[Sequence[str]], torch.Tensor]
     vocabulary: tuple[Group, ...]
-    settings: ZeroShotSettings = field(default_factory=ZeroShotSettings)
+    settings: TaggerSettings = field(default_factory=TaggerSettings)
     name: str = ""  # which models the two functions ask
     identity: str = field(init=False)
     _known: dict[str, torch.Tensor] | None = None
@@ -84,7 +77,8 @@ class ZeroShot:
 
     def __post_init__(self):
         groups = [[group.one, *group.words] for group in self.vocabulary]
-        self.identity = f"zero-shot {self.name} {fingerprint(self.settings, groups, SENTENCES, NOTHING)}"
+        limits = [self.settings.zero_shot_words, self.settings.zero_shot_certainty]
+        self.identity = f"zero-shot {self.name} {fingerprint(limits, groups, SENTENCES, NOTHING)}"
 
     def caption(self, picture: Image.Image, prompt: str = "") -> Said:
         tags = self.tags(self.probabilities(picture))
@@ -92,10 +86,10 @@ class ZeroShot:
 
     def tags(self, probabilities: dict[str, float]) -> tuple[str, ...]:
         """One word of each line that asks for one, in the order of the lines, then the surest of the others."""
-        sure = {word: p for word, p in probabilities.items() if p >= self.settings.certainty}
+        sure = {word: p for word, p in probabilities.items() if p >= self.settings.zero_shot_certainty}
         best = [max(group.words, key=probabilities.get) for group in self.vocabulary if group.one]
         free = {word for group in self.vocabulary if not group.one for word in group.words}
-        others = sorted((word for word in sure if word in free), key=lambda word: -sure[word])[: self.settings.top]
+        others = sorted((word for word in sure if word in free), key=lambda word: -sure[word])[: self.settings.zero_shot_words]
         return tuple(dict.fromkeys([word for word in best if word in sure] + others))
 
     def probabilities(self, picture: Image.Image) -> dict[str, float]:
