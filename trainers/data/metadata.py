@@ -265,9 +265,9 @@ def read_table(file: Path, pictures: Sequence[Path], alternatives: bool = False)
         else:
             notes[found[0]] = row_note(values, f"{file}, {where}", file.parent, alternatives)
     if unknown:
-        problems.append(f"{count(unknown, 'row')} of {file.name} name no single picture here: {some(unknown)}")
+        problems.append(f"no single picture here for {count(unknown, 'row')} of {file.name}: {some(unknown)}")
     if twice:
-        problems.append(f"{count(twice, 'row')} of {file.name} name a picture again; the first row counts: {some(twice)}")
+        problems.append(f"{count(twice, 'row')} of {file.name} for a picture that had one; the first counts: {some(twice)}")
     return Table(notes, tuple(problems))
 
 
@@ -352,6 +352,8 @@ def csv_rows(file, text, problems):
                 found.append((f"line {reader.line_num}", dict(zip(columns, map(str.strip, cells)))))  # noqa: B905 - short rows end early
     except csv.Error as error:
         problems.append(f"{file}, line {reader.line_num} cannot be read as CSV ({error}). Mend it; the rows before it count.")
+    if columns is None:
+        raise ValueError(f"The metadata {file} is empty. Write a first line such as file_name,text, or take it out.")
     return named(found, file, problems)
 
 

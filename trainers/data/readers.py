@@ -276,7 +276,7 @@ def matched_masks(root: Path, masks: Path | None, files: list[Listed], skipped: 
                          "A mask is called like its image: cat.png for cat.jpg.")
     unused = [file.name for file in known.values() if file not in set(found.values())]
     if unused:
-        skipped.add(masks, f"{count(unused, 'mask')} belong to no image: {some(unused)}")
+        skipped.add(masks, f"no image for {count(unused, 'mask')}: {some(unused)}")
     return found
 
 
