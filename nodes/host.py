@@ -18,6 +18,7 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension
+import comfy.sample
 import comfy.samplers
 import comfy.sd
 import comfy.utils
@@ -28,7 +29,9 @@ from comfy_kitchen.backends.eager import rope as eager_rope
 from torch.utils.checkpoint import checkpoint
 
 from ..trainers.adapters import Adapters, kohya
+from ..trainers.data.encoded import split_conditioning
 from ..trainers.files import LoraFile
+from ..trainers.points import Model, NoAdapters
 from ..trainers.settings import AdapterSettings
 from .families import Family, family_of
 from .outofplace import out_of_place
@@ -539,6 +542,35 @@ def check_loads(model, clip, lora: LoraFile):
         raise RuntimeError(
             f"ComfyUI's loader would skip {len(misfits)} of {len(bases(lora))} trained layers, for example {misfits[0]}. Please report this model."
         )
+
+
+# -- drawing, and asking the frozen model ---------------------------------------------------------------------------------------
+
+SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+
+
+def sampled(model, positive, negative, shape, seeds, *, steps, guidance, sampler, scheduler):
+    """LATENT samples (B, C, ...) by the ordinary sampler, one per seed, for latents of shape (C, h, w). The seed alone decides a picture's
+    noise, whatever else is in its batch."""
+    noise = torch.cat([torch.randn((1, *shape), generator=generator(seed)) for seed in seeds])
+    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(noise))
+    noise = noise.reshape(latent.shape)
+    return comfy.sample.sample(
+        model, noise, steps, guidance, sampler, scheduler, positive, negative, latent, disable_pbar=True, seed=seeds[0]
+    )
+
+
+@contextlib.contextmanager
+def asking(model, conds: dict):
+    """The model as it is, to be asked and not to be trained. `conds`: name -> CONDITIONING."""
+    patcher = whole(model) if model.is_dynamic() else model.clone()
+    mm.load_models_gpu([patcher])
+    patcher.pre_run()
+    try:
+        rows = {name: split_conditioning(cond)[0] for name, cond in conds.items()}
+        yield Model(ComfyDenoiser(patcher, family_of(patcher.model.model_config)), NoAdapters(), rows)
+    finally:
+        patcher.cleanup()
 
 
 # -- checks before the long work ------------------------------------------------------------------------------------------------

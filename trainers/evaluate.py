@@ -118,8 +118,8 @@ def more_like(model: Model, x0: Tensor, toward: str, away: str, seed: int = 0) -
 
 
 def along(axis: Tensor) -> Callable[[Tensor], Tensor]:
-    """x0 (B, C, ...) -> (B,): how far pictures lie along a difference of pictures (1, C, ...), in halves of that difference."""
-    return lambda x0: 2 * (x0 * axis).flatten(1).sum(1) / axis.square().sum()
+    """x0 (B, C, ...) -> (B,): how far pictures lie along a difference of pictures (1 or B, C, ...), in halves of that difference."""
+    return lambda x0: 2 * (x0 * axis).flatten(1).sum(1) / axis.square().flatten(1).sum(1)
 
 
 @torch.no_grad()

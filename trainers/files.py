@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -186,3 +187,17 @@ def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
         )
     metadata = {**lora.metadata, "modelspec.hash_sha256": f"0x{tensor_hash(lora)}", **(extra or {})}
     write_safetensors(path, lora, metadata)
+
+
+def rescaled(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFile:
+    """The LoRA whose strength 1 is what its strength `factor` was: alpha is scaled, or the upper matrix where a file has no alpha.
+    Raises ValueError for a factor that would leave nothing, or adapters whose effect is not proportional to their strength."""
+    if not factor or not math.isfinite(factor):
+        raise ValueError(f"A LoRA cannot be rescaled by {factor}.")
+    if odd := sorted(key for key in lora if key.endswith((".dora_scale", ".diff", ".w_norm", ".b_norm"))):
+        raise ValueError(f"{odd[0]} is not proportional to strength; only LoRA, LoHa and LoKr files can be rescaled.")
+    bases = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")}
+    up = ("lora_up.weight", "lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
+    scales = lambda key: key.endswith(".alpha") or (key.endswith(up) and not any(key.startswith(f"{base}.") for base in bases))
+    return LoraFile({k: v * factor if scales(k) else v for k, v in lora.items()}, {**getattr(lora, "metadata", {}), **notes},
+                    getattr(lora, "steps", 0))

@@ -101,3 +101,26 @@ def sheet(rows, labels_left, labels_top, cell=192):
         for column, picture in enumerate(row):
             image.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (left + column * (cell + 8), top))
     return image
+
+
+def sweep_sheet(rows, labels, strengths, effect, drift=(), unit="", cell=192):
+    """Pictures at rising strengths, a row per prompt and seed, with the curve of effect (and drift) under their columns."""
+    grid = sheet(rows, labels, [f"{s:+g}" if s else "0" for s in strengths], cell)
+    left, height = grid.width - len(strengths) * (cell + 8), 220
+    image = Image.new("RGB", (grid.width, grid.height + height), PAPER)
+    image.paste(grid, (0, 0))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    low, high = limits([0.0, *effect, *drift])
+    x = lambda column: left + column * (cell + 8) + cell / 2
+    y = lambda value: grid.height + 30 + (height - 60) * (1 - (value - low) / (high - low))
+    for value in ticks(low, high, 5):
+        draw.line([(x(0), y(value)), (x(len(strengths) - 1), y(value))], fill=INK if value == 0 else GRID)
+        draw.text((left - 4, y(value)), f"{value:.3g}", fill=INK, font=font, anchor="rm")
+    for values, colour, width in ((drift, RAW, 2), (effect, SMOOTH, 3)):
+        curve(draw, x, y, list(values), colour, width, low, high)
+        for column, value in enumerate(values):
+            draw.ellipse([x(column) - 4, y(value) - 4, x(column) + 4, y(value) + 4], fill=colour)
+    draw.text((left, grid.height + 6), f"effect: 1 is {unit}" if unit else "effect", fill=SMOOTH, font=font)
+    if drift:
+        draw.text((left, image.height - 8), "drift: 1 is another picture", fill=RAW, font=font, anchor="ls")
+    return image
