@@ -53,7 +53,7 @@ class EditCaptions(io.ComfyNode):
     @classmethod
     def execute(cls, dataset, edits, seed, show, clip=None):
         rules = parse(edits)
-        after = apply(dataset, rules, seed, counter(clip), host.Steps(cls.hidden.unique_id), host.interrupted)
+        after = apply(dataset, rules, seed, counter(clip), bar(cls.hidden.unique_id), host.interrupted)
         text = preview(dataset, after, show)
         return io.NodeOutput(after, text, ui=ui.PreviewText(text))
 
@@ -125,10 +125,16 @@ class EditCaptionsByHand(io.ComfyNode):
     def execute(cls, dataset, edits, save_to_files=False):
         written = byhand.parse(edits)
         after = byhand.put(dataset, written)
-        cards = byhand.cards(dataset, paths.thumbnails_folder(), host.Steps(cls.hidden.unique_id), host.interrupted)
+        cards = byhand.cards(dataset, paths.thumbnails_folder(), bar(cls.hidden.unique_id), host.interrupted)
         saved = sidecars.write(after, written, paths.roots().values(), [paths.cache_folder()]) if save_to_files else None
         about = "\n".join([byhand.about(dataset, after, written), *sidecars.about(saved)])
         return io.NodeOutput(after, about, ui={"trainyard_captions": [shown(card) for card in cards], "trainyard_about": [about]})
+
+
+def bar(node_id):
+    """Progress without a line of text, which would take half the room of what the node shows."""
+    drawn = host.Report(1, node_id).bar
+    return lambda done, total, name: drawn.update_absolute(done, total)
 
 
 def shown(card):

@@ -82,14 +82,12 @@ export class Grid {
       make('div', { className: 'bar' }, this.find, this.with, make('label', { title: 'Distinguish capital letters' }, this.cased, 'Aa'),
            make('label', { title: 'Regular expression; $1 is its first group' }, this.regex, '.*'), this.replaceButton),
       this.line, this.cards);
-    this.root.dataset.captureWheel = 'true';
     this.listen();
   }
 
-  /** Keeps keys, wheel and pointer of the grid from the canvas beneath. */
+  /** Keeps keys and pointer of the grid from the canvas beneath. */
   listen() {
     this.root.addEventListener('keydown', event => this.key(event));
-    this.root.addEventListener('wheel', event => event.ctrlKey || event.metaKey || event.stopPropagation(), { passive: true });
     for (const kind of ['pointerdown', 'mousedown', 'dblclick', 'contextmenu'])
       this.root.addEventListener(kind, event => event.button === 1 || event.stopPropagation());
     this.root.addEventListener('focusin', () => this.edits.sync() && this.refresh());

@@ -8,17 +8,21 @@ const plan = JSON.parse(fs.readFileSync(file));
 const nodes2 = flags.includes('--nodes2');
 const { browser, page, troubles, shot } = await open(url, { nodes2, shots: plan.shots });
 const seen = { troubles };
+const parts = plan.parts ?? ['edit', 'wheel', 'filter', 'revert', 'reload', 'many', 'subgraph', 'light'];
 const grid = '.trainyard-captions', area = `${grid} textarea`;
 
-/** Load Dataset -> Edit Captions by Hand -> Caption Report, at 100 % zoom. */
+/** Load Dataset -> Edit Captions by Hand -> Caption Report and Edit Captions, at 100 % zoom. */
 const build = folder => page.evaluate(async name => {
+  await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
   const { graph, canvas } = window.app;
-  graph.clear();
   const add = (type, pos, size) => { const n = LiteGraph.createNode(type); n.pos = pos; graph.add(n); if (size) n.setSize(size); return n; };
-  const load = add('TrainyardLoadDataset', [20, 60]), hand = add('TrainyardEditCaptionsByHand', [420, 60]), report = add('TrainyardCaptionReport', [1220, 60], [360, 700]);
+  const load = add('TrainyardLoadDataset', [20, 60]), hand = add('TrainyardEditCaptionsByHand', [420, 60]), report = add('TrainyardCaptionReport', [1220, 60], [360, 420]);
   load.widgets.find(w => w.name === 'folder').value = name;
+  const rules = add('TrainyardEditCaptions', [1220, 520], [360, 420]);
+  rules.widgets.find(w => w.name === 'edits').value = 'only: number 3\ntrigger: sks';
   load.connect(0, hand, 0);
   hand.connect(0, report, 0);
+  hand.connect(0, rules, 0);
   canvas.ds.scale = 1;
   canvas.ds.offset = [40, 80];
   canvas.setDirty(true, true);
@@ -43,7 +47,7 @@ async function run() {
   await press(page);
   const kind = await ended(page);
   await page.waitForTimeout(600);
-  return { kind, report: await page.evaluate(() => window.story.filter(e => e.kind === 'executed').map(e => e.data.output?.text?.[0]).find(Boolean) ?? null) };
+  return { kind, texts: await page.evaluate(() => [...document.querySelectorAll('.trainyard-text')].map(e => e.innerText)) };
 }
 
 async function edit() {
@@ -193,7 +197,8 @@ async function light() {
 }
 
 try {
-  for (const part of [edit, wheel, filter, revert, reload, many, subgraph, light]) await part();
+  const all = { edit, wheel, filter, revert, reload, many, subgraph, light };
+  for (const part of parts) await all[part]();
 } catch (error) {
   seen.error = String(error.stack ?? error).slice(0, 2000);
   await shot('captions_error');
