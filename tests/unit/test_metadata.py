@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 from PIL import Image
@@ -182,7 +183,7 @@ def test_a_row_with_a_wrong_value_takes_its_picture_out_and_says_why(folder, row
     ("metadata.jsonl", '{"file": "a.png"}\n{"file": "a.png"}\n{"file": "A"}', "1 row of metadata.jsonl for a picture that had one; the first counts: a.png"),
     ("metadata.csv", "a.png,a ball\n", "has no column named file_name, file, image or path; its first line holds a.png, a ball"),
     ("metadata.csv", "file,text,text\n", "two columns named text"),
-    ("metadata.csv", "file,text\na.png,one,two\n", "line 2 has 3 cells and the header 2. Put texts that hold a comma between quotes"),
+    ("metadata.csv", "file,text\na.png,one,two\n", None),
     ("metadata.csv", 'file,text\na.png,"one\nb.png,two\n', "cannot be read as CSV"),
     ("metadata.csv", "file,text\n,one\n", "line 2 names no picture"),
     ("metadata.csv", "", "is empty. Write a first line such as file_name,text"),
@@ -191,7 +192,8 @@ def test_wrong_tables_are_reported_and_the_pictures_are_read(folder, name, conte
     (folder / name).write_text(content)
     dataset = read_folder(folder)
     if message is None:
-        assert "a.png" in reasons(dataset) and len(dataset) == 1
+        assert re.search("entry 'a' is 5; it must be an object|line 2 has more cells than the header. Put texts", reasons(dataset)["a.png"])
+        assert len(dataset) == 1
     else:
         assert len(dataset) == 2 and any(message in reason for _, reason in dataset.skipped), dataset.skipped
 
@@ -207,7 +209,7 @@ def test_a_name_that_fits_several_pictures_is_reported(folder):
 @pytest.mark.parametrize(("data", "message"), [
     ("beetle".encode("utf-16-le"), "holds NUL characters"),
     (b"\xff\xfea", "is not UTF-8"),
-    (b"a" * (2**20 + 1), "is 1.0 MiB large; at most 1 MiB are read. Is it the right file"),
+    (b"a" * (2**20 + 1), "is larger than 1 MiB. Is it the right file"),
 ])  # fmt: skip
 def test_a_caption_that_is_no_text_takes_its_picture_out(folder, data, message):
     (folder / "a.txt").write_bytes(data)

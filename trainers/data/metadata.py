@@ -21,6 +21,7 @@ TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json")  # in the order in 
 FILE_KEYS = ("file_name", "file", "image", "path")
 CAPTION_KEYS = ("captions", "caption", "text")
 MASK_KEYS = ("mask", "mask_file")
+REST = None  # key of the cells beyond the header, as Python's own csv.DictReader has it
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
@@ -59,14 +60,22 @@ def together(notes: Iterable[Note]) -> Note:
 
 def read_text(file: Path, what: str = "caption", limit: int = CAPTION_LIMIT) -> str:
     """UTF-8 with or without a byte order mark; UTF-16 where the mark says so."""
-    size = file.stat().st_size
-    if size > limit:
-        raise ValueError(f"The {what} {file} is {size / MIB:.1f} MiB large; at most {limit // MIB} MiB are read. Is it the right file?")
-    data = file.read_bytes()
+    data = bytes_of(file, limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"The {what} {file} is larger than {limit // MIB} MiB. Is it the right file? Mend it or take it out.")
     try:
         return plain(data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"), f"The {what} {file}")
     except UnicodeDecodeError as error:
         raise ValueError(f"The {what} {file} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+
+
+def bytes_of(file: Path, most: int = -1) -> bytes:
+    """What the file holds, of a large one the first bytes only."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(most)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}). Mend it or take it out.") from error
 
 
 def plain(text: str, where: str) -> str:
@@ -277,6 +286,8 @@ def row_note(values, where, folder, alternatives) -> Note:
             values = {"caption": values}
         if not isinstance(values, dict):
             raise ValueError(f"{where} is {shown(values)}; it must be an object with caption, tags, score, ...")
+        if values.get(REST):
+            raise ValueError(f"{where} has more cells than the header. Put texts that hold a comma between quotes: \"a ball, red\".")
         return note(values, where, folder, alternatives)
     except ValueError as error:
         return Note(fault=str(error))
@@ -345,11 +356,9 @@ def csv_rows(file, text, problems):
         for cells in reader:
             if columns is None:
                 columns = checked_columns([cell.strip().lower() for cell in cells], file)
-            elif len(cells) > len(columns):
-                problems.append(f"{file}, line {reader.line_num} has {len(cells)} cells and the header {len(columns)}. "
-                                'Put texts that hold a comma between quotes: "a ball, red".')
             elif any(cells):
-                found.append((f"line {reader.line_num}", dict(zip(columns, map(str.strip, cells)))))  # noqa: B905 - short rows end early
+                values = dict(zip(columns, map(str.strip, cells)))  # noqa: B905 - short rows end early
+                found.append((f"line {reader.line_num}", values | {REST: cells[len(columns) :]}))
     except csv.Error as error:
         problems.append(f"{file}, line {reader.line_num} cannot be read as CSV ({error}). Mend it; the rows before it count.")
     if columns is None:

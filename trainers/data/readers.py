@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from .metadata import MOST_REPEATS, TABLES, Note, count, present, read_table, sidecar_notes, some, together
+from .metadata import MOST_REPEATS, TABLES, Note, bytes_of, count, present, read_table, sidecar_notes, some, together
 from .records import SIDEWAYS, Dataset, Record, check_mask_size, check_mode, has_alpha, orientation, sha1
 
 MASK = ".mask.png"
@@ -95,7 +95,7 @@ def read_folder(
     for done, listed in enumerate(files, 1):
         try:
             records.append(read_record(listed, repeats, layout))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             skipped.add(listed.file, error)
         if progress:
             progress(done, len(files), listed.file.name)
@@ -227,9 +227,9 @@ def noted(root: Path, images: list[Path], metadata, alternatives: bool, skipped:
         below = [image for image in images if metadata is not None or image.is_relative_to(file.parent)]
         try:
             table = read_table(file, below, alternatives)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             if metadata is not None:
-                raise ValueError(str(error)) from error
+                raise
             skipped.add(file, error)
             continue
         for problem in table.problems:
@@ -286,7 +286,7 @@ def matched_masks(root: Path, masks: Path | None, files: list[Listed], skipped: 
 def read_record(listed: Listed, times: int, layout: Layout) -> Record:
     """The record of one image file. Its bytes are read once for the hash and the size and are not kept."""
     file = listed.file
-    data = file.read_bytes()
+    data = bytes_of(file)
     size, alpha = probe(file, data)
     notes = [*sidecar_notes(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
     note = together(notes)
@@ -318,14 +318,15 @@ def probe(file: Path, data: bytes):
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if orientation(image) in SIDEWAYS:
-                width, height = height, width
             check_mode(image.mode)
             image.draft(None, (max(width // 8, 1), max(height // 8, 1)))  # a JPEG at an eighth: all its bytes, less time
-            image.load()
-            return (width, height), has_alpha(image)
+            image.load()  # before the orientation is asked for, which would load a PNG and take its error for a damaged mark
+            size = (height, width) if orientation(image) in SIDEWAYS else (width, height)
+            return size, has_alpha(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} cannot be decoded as an image (it is of no known kind). Replace it or take it out.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... for broken files
         raise ValueError(f"{file} cannot be decoded as an image ({error or type(error).__name__}). Replace it or take it out.") from error
 
@@ -336,6 +337,6 @@ def find_mask(file: Path, size, named: Path | None) -> tuple[str | None, str | N
     mask = beside if present(beside) else named
     if mask is None:
         return None, None
-    data = mask.read_bytes()
+    data = bytes_of(mask)
     check_mask_size(mask, probe(mask, data)[0], size)
     return str(mask), sha1(data)
