@@ -9,9 +9,10 @@ from comfy_api.latest import io, ui
 from ..trainers.data.encoded import Encoded as EncodedData
 from ..trainers.data.pairs import paired, pairs_of
 from ..trainers.data.prompts import PromptRow, several
-from ..trainers.methods.difference import Difference, tasks_of
+from ..trainers.evaluate import along, drawn, measure, more_like
+from ..trainers.methods.difference import Difference, axis_of, tasks_of
 from ..trainers.methods.pairs import Change, ImageSlider
-from ..trainers.points import Model, Noise, Pictures, Rollouts
+from ..trainers.points import Model, Noise, Pictures, Rollouts, noise_of
 from ..trainers.runs import checked_name
 from ..trainers.settings import (
     AdapterSettings,
@@ -29,7 +30,7 @@ from .fields import CATEGORY, Dataset, Encoded, LoraModel, LossMap, inputs, reco
 from .lora import graph_metadata
 from .prompts import Prompts
 from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe, PointRecipe
-from .training import TrainingJob, largest, picture_probe, resolution
+from .training import AFTER, CALIBRATE, OFF, TrainingJob, largest, picture_probe, resolution
 
 
 class ImagePairs(io.ComfyNode):
@@ -120,6 +121,13 @@ def run_widgets(steps, learning_rate, rank, shown=("seed",), **more):
             advanced=True,
             tooltip="'per block' needs much less memory and about a third more time per step.",
         ),
+        io.Combo.Input(
+            "calibrate",
+            options=list(CALIBRATE),
+            default=AFTER,
+            advanced=True,
+            tooltip="Draw small samples at strengths -2 to 2 and write the curve of effect and drift into the file and the report.",
+        ),
     ]
 
 
@@ -154,6 +162,7 @@ def common(cls, model, widgets, adapter, optimizer, noise):
         noise=noise or NoiseSettings(),
         name=checked_name(widgets["run_name"]),
         checkpointing=widgets["checkpointing"],
+        calibrate=widgets["calibrate"],
         graph=graph_metadata(cls.hidden),
         node_id=cls.hidden.unique_id,
     )
@@ -169,7 +178,7 @@ def odd(adapter: AdapterSettings) -> AdapterSettings:
 
 def trained(cls, job):
     lora, losses, line = job.result()
-    line = f"{line}{job.cost()}"
+    line = f"{line}{job.cost()}{f'; {job.curve.line()}' if job.curve else ''}"
     host.show(line, job.node_id)
     patched, _ = host.applied(job.model, None, lora)
     return io.NodeOutput(lora, {"loss": losses}, patched, line, ui=ui.PreviewText(line))
@@ -205,7 +214,8 @@ class PromptJob(TrainingJob):
         return tasks_of(self.rows, self.shapes, self.slider, self.place.preserve_weight)
 
     def texts(self) -> list[str]:
-        return list(dict.fromkeys(prompt for task in self.tasks() for prompt in task.texts))
+        asked = axis_of(self.rows[0], self.slider).texts if self.calibrate != OFF else ()
+        return list(dict.fromkeys([prompt for task in self.tasks() for prompt in task.texts] + list(asked)))
 
     def shapes(self, row):
         return host.latent_shapes(self.model, row.resolution or self.place.resolution, row.dynamic_resolution)
@@ -247,11 +257,26 @@ class PromptJob(TrainingJob):
         x0 = session.denoiser.model_space(host.random_latent(self.tasks()[0].shapes[0]))
         return x0, [next(iter(self.conds.values()))]
 
+    def measured(self, session):
+        """Along what the first row changes."""
+        axis, shape = axis_of(self.rows[0], self.slider), self.shapes(self.rows[0])[-1]
+        asking = Model(session.denoiser, session.adapters, self.conds)
+        draw = drawer(asking, shape, axis.unconditional, host.rollout_guidance(session, self.points.guidance_scale), self.run.seed)
+        effect = lambda x0: more_like(asking, x0, axis.toward, axis.away)
+        unit = "in the measure's own unit" if axis.reference is None else f"what {axis.reference!r} itself draws"
+        return measure(draw, axis.scene, effect, reference=axis.reference, preserve=axis.preserve, unit=unit)
+
     def about(self):
         return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": 0, "dropout": 0.0})
 
     def cost(self) -> str:
         return forwards(getattr(self, "student", None), self.run.steps)
+
+
+def drawer(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
+    """draw(prompt, strength) for the curve: few small pictures from fixed noise."""
+    noise = noise_of((pictures, *shape), model.denoiser, host.generator(seed))
+    return lambda prompt, strength: drawn(model, prompt, unconditional, noise, strength, steps, guidance)
 
 
 def forwards(student, steps) -> str:
@@ -375,6 +400,21 @@ class PairJob(TrainingJob):
             session.denoiser, session.adapters, self.data, self.noise, session.family.density, self.run.batch, **more
         )
         return self.student
+
+    def measured(self, session):
+        """Along the mean difference of the pairs, on pictures of the first pair's caption."""
+        first = self.student.items[0]
+        same = [pair for pair in self.student.items if pair.latent == first.latent][:16]
+        rng, end = host.generator(0), first.strengths[0]
+        sides = [self.data.batch([pair.at[s] for pair in same], host.generator(0)) for s in (end, -end) if all(s in pair.at for pair in same)]
+        positive, negative = (session.denoiser.model_space(side.x0) for side in sides)
+        cond = self.data.batch([first.at[end]], rng).conds[0]
+        empty = self.data.store.load(self.data.empty) if self.data.empty else None
+        asking = Model(session.denoiser, session.adapters, {"scene": cond, "": empty or cond})
+        guidance = host.rollout_guidance(session, 0.0) if empty else 1.0
+        draw = drawer(asking, first.latent, "", guidance, self.run.seed)
+        effect = along((positive - negative).mean(0, keepdim=True))
+        return measure(draw, "scene", effect, unit="half the difference of the pairs")
 
     def probe(self, session):
         return picture_probe(self.data, session)

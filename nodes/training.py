@@ -6,11 +6,14 @@ import collections
 import dataclasses
 import math
 
+from ..trainers.evaluate import Curve
 from ..trainers.files import LoraFile, lora_metadata
 from ..trainers.loop import train
 from ..trainers.runs import RunFolder
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
 from . import host, paths
+
+AFTER, EVERY, OFF = CALIBRATE = ("after training", "at every save", "off")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,6 +30,9 @@ class TrainingJob:
     graph: dict
     node_id: str
     clip: object = None
+    calibrate: str = OFF
+    curve: Curve | None = None
+    exported: LoraFile | None = None  # what was written last
     kind = ""  # of the method and its version: part of the fingerprint
 
     def check(self):
@@ -57,6 +63,10 @@ class TrainingJob:
     def about(self) -> dict:
         """resolution and dataset, for the metadata."""
         raise NotImplementedError
+
+    def measured(self, session) -> Curve | None:
+        """The curve of the adapters as they are now, for methods that have one."""
+        return None
 
     # -- the same for all ------------------------------------------------------------------------------------------------
 
@@ -95,7 +105,7 @@ class TrainingJob:
                     host.check_gradients(session, *self.probe(session))
                 folder.export = lambda step: self.lora(session, step)
                 losses = train(method, self.run, self.optimizing, report=report, store=folder)
-                lora = folder.export(self.run.steps)
+                lora = self.exported
         except BaseException as error:
             if folder.saved:
                 host.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
@@ -113,7 +123,16 @@ class TrainingJob:
             title=self.name, base=session.family.base, architecture=session.family.architecture, prediction=session.denoiser.prediction,
             adapter=self.adapter, optimizing=self.optimizing, noise=self.noise, run=self.run, steps=steps, **self.about(),
         )  # fmt: skip
-        return LoraFile(tensors, {**metadata, **self.graph}, steps)
+        if self.calibrates(steps):
+            self.curve = self.measured(session)
+            metadata["trainyard.curve"] = self.curve.to_json()
+        self.exported = LoraFile(tensors, {**metadata, **self.graph}, steps)
+        return self.exported
+
+    def calibrates(self, step) -> bool:
+        """Whether the file of this step gets its curve; a run that is stopped in between does not wait for one."""
+        every = self.run.save_every
+        return self.calibrate != OFF and (step == self.run.steps or (self.calibrate == EVERY and every > 0 and step % every == 0))
 
 
 def first(values):

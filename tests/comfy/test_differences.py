@@ -1,6 +1,7 @@
 """Train LECO, sliders and differences as nodes, on tiny models of ComfyUI's own classes and on the real server."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ def pairs(family, count=2):
     return data
 
 
-def pair_job(method, family="sd3", name="pairs", **run):
+def pair_job(method, family="sd3", name="pairs", calibrate="off", **run):
     return differences.PairJob(
         model=make(family, inference=True), data=pairs(family), method_of=method, strength=0.25, adapter=AdapterSettings(rank=4),
         run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
-        noise=NoiseSettings(), name=name, checkpointing="off", graph={}, node_id=None,
+        noise=NoiseSettings(), name=name, checkpointing="off", graph={}, node_id=None, calibrate=calibrate,
     )  # fmt: skip
 
 
@@ -39,6 +40,16 @@ def test_a_run_of_pairs_ends_in_a_file_is_found_again_and_counts_its_forwards(fo
         same, _, line = again.result()
     assert "already trained" in line and again.cost() == "" and all(torch.equal(same[k], lora[k]) for k in lora)
     assert len(list(paths.runs_folder().iterdir())) == 1
+
+
+def test_the_curve_of_a_run_is_in_its_file_and_training_is_the_same_with_and_without_it(folders):
+    with torch.inference_mode():
+        plain, _, _ = pair_job(ImageSlider, name="plain").result()
+        job = pair_job(ImageSlider, name="curve", calibrate="after training")
+        lora, _, _ = job.result()
+    assert json.loads(lora.metadata["trainyard.curve"])["strengths"] == [-2.0, -1.0, 0.0, 1.0, 2.0] and "trainyard.curve" not in plain.metadata
+    assert job.curve.effect[2] == 0.0 and job.curve.unit == "half the difference of the pairs"
+    assert all(torch.equal(plain[k], lora[k]) for k in lora)
 
 
 def test_pictures_that_are_no_pairs_are_refused_before_the_long_work(folders):

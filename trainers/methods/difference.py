@@ -13,6 +13,7 @@ import torch
 
 from ..data.prompts import PromptRow
 from ..diffusion import native_error, per_sample, slope
+from ..evaluate import Axis
 from ..points import Model, Pull, Task
 
 
@@ -120,6 +121,20 @@ def row_pulls(row: PromptRow, said) -> tuple[Pull, ...]:
 
 def slider_pulls(row: PromptRow, said) -> tuple[Pull, ...]:
     return text_slider(said(row.target), said(row.plus), said(row.unconditional), row.guidance)
+
+
+def axis_of(row: PromptRow, slider: bool = False) -> Axis:
+    """What a row changes, for the curve of its adapter: from where to where, and whose pictures have effect 1."""
+    first = row.attributes[0] if row.attributes else ""
+    said = lambda prompt: f"{first} {prompt}".strip()
+    ends = {
+        "slider": (row.plus, row.unconditional, row.plus),
+        "erase": (row.base, row.plus, row.base),
+        "enhance": (row.plus, row.unconditional, row.plus if row.plus != row.target else None),
+        "replace": (row.plus, row.target, row.plus),
+    }
+    toward, away, reference = ends["slider" if slider else row.action]
+    return Axis(said(row.target), said(toward), said(away), None if reference is None else said(reference), row.preserve)
 
 
 def refuse_idle(pulls, row):
