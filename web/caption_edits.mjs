@@ -41,6 +41,7 @@ export class Edits {
 
   /** Captions for some pictures, as one step of undo. Steps of the same key in quick succession become one. */
   set(pairs, key = null) {
+    if (this.error) return; // what cannot be read is not overwritten
     const values = { ...this.values };
     for (const [card, captions] of pairs) {
       if (same(captions, card.captions)) delete values[card.id];

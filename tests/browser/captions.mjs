@@ -184,6 +184,9 @@ async function subgraph() {
   await page.waitForTimeout(500);
   await shot('captions_subgraph');
   seen.nestedAgain = await run();
+  await page.evaluate(() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph));
+  await page.waitForTimeout(1000);
+  seen.nestedReport = await page.evaluate(() => [...document.querySelectorAll('.trainyard-text')].map(e => e.innerText).join('\n'));
 }
 
 async function light() {

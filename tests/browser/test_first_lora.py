@@ -4,33 +4,16 @@ Screenshots go to tests/browser/shots; look at them after a change of the nodes 
 """
 
 import json
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
-from trainyard.tests.conftest import chromium
 from trainyard.tests.toy import lesson, world
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 PACK, WORKFLOW = "trainyard", "01_first_lora"
-STEPS, SECONDS = 60, 600
-
-
-@pytest.fixture(scope="module")
-def driver():
-    """playwright-core beside the scripts; the browser is the system's."""
-    if (HERE / "node_modules" / "playwright-core").is_dir():
-        return
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm not found, so the browser cannot be driven (install Node's npm)")
-    done = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"`npm ci` in {HERE} failed, so the browser cannot be driven: {done.stderr.strip()[-300:]}")
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +36,14 @@ def plan(server, tmp_path_factory):
     return file
 
 
-def drive(server, plan, *flags):
-    command = ["node", str(HERE / "first_lora.mjs"), server.url, str(plan), *flags]
-    done = subprocess.run(command, env=os.environ | {"CHROMIUM": chromium()}, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def classic(server, driver, plan):
-    return drive(server, plan)
+    return driver("first_lora.mjs", server.url, plan)
 
 
 @pytest.fixture(scope="module")
 def nodes2(server, driver, plan):
-    return drive(server, plan, "--nodes2")
+    return driver("first_lora.mjs", server.url, plan, "--nodes2")
 
 
 @pytest.mark.slow
