@@ -1,0 +1,199 @@
+"""Networks that look at latents and say how good they are, at any noise level.
+
+A network sees x scaled to unit size and a level in [0, 1]: 0 clean, 1 noise, whatever the family's sigma means. What it says is read by
+its task: a rating, a distribution over ten bins, a class, or which of two is better.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .diffusion import Denoiser, per_sample
+from .settings import Settings, choice, number, switch
+
+BACKBONES = ("latent ResNet", "latent ViT", "model features", "decode + image scorer")
+TASKS = ("regression", "distribution", "binary", "multiclass", "pairwise")
+BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSettings(Settings):
+    """What looks at the latents."""
+
+    backbone: str = choice("latent ResNet", BACKBONES, "latent ResNet suits a few hundred to some thousand ratings; the loaded model's own "
+                           "features need the fewest; latent ViT wants many or pre-training; decode + image scorer looks at pixels.")  # fmt: skip
+    width: int = number(64, 8, 2048, "Channels of the first stage (ResNet) or of a token (ViT, times 6).", advanced=True)
+    depth: int = number(2, 1, 48, "Blocks per stage (ResNet) or layers in all divided by 4 (ViT).", advanced=True)
+    noisy: bool = switch(True, "Also learn to score noised latents, as LECO-score needs. Off: clean pictures only.")
+    dropout: float = number(0.2, 0.0, 0.9, "Share of the last features that are left out while training.", step=0.05, advanced=True)
+
+
+def unit_view(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(x of about unit size, level in [0, 1]) of noised latents of any family: with x = a * x0 + b * noise, x / sqrt(a^2 + b^2) and
+    b / (a + b)."""
+    one, zero = torch.ones(len(x), 1, device=x.device), torch.zeros(len(x), 1, device=x.device)
+    a, b = denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
+    return x / per_sample((a.square() + b.square()).sqrt(), x), b / (a + b)
+
+
+class Level(nn.Module):
+    """A level (B,) as features (B, width): sines of several speeds, then two layers."""
+
+    def __init__(self, width: int, speeds: int = 16):
+        super().__init__()
+        self.register_buffer("speed", torch.exp(torch.linspace(0, math.log(1000.0), speeds)), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * speeds, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, level):
+        angle = level[:, None].float() * self.speed
+        return self.layers(torch.cat([angle.sin(), angle.cos()], 1))
+
+
+class Film(nn.Module):
+    """Scale and shift per channel from the level (Perez et al. 2018); does nothing at the start."""
+
+    def __init__(self, features: int, channels: int):
+        super().__init__()
+        self.layer = nn.Linear(features, 2 * channels)
+        nn.init.zeros_(self.layer.weight), nn.init.zeros_(self.layer.bias)
+
+    def forward(self, h, features):
+        scale, shift = self.layer(features)[..., None, None].chunk(2, 1)
+        return h * (1 + scale) + shift
+
+
+def norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs, outputs, features, stride=1):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(inputs, outputs, 3, stride, 1), nn.Conv2d(outputs, outputs, 3, 1, 1)
+        self.norms = nn.ModuleList([norm(inputs), norm(outputs)])
+        self.film = Film(features, outputs)
+        self.skip = nn.Identity() if inputs == outputs and stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, h, features):
+        inner = self.first(F.silu(self.norms[0](h)))
+        return self.skip(h) + self.second(F.silu(self.film(self.norms[1](inner), features)))
+
+
+class LatentResNet(nn.Module):
+    """(B, C, h, w), (B,) -> (B, size): four stages, the first at full latent size, mean and maximum over what is left."""
+
+    def __init__(self, channels: int, width: int = 64, depth: int = 2):
+        super().__init__()
+        widths, features = [width, 2 * width, 4 * width, 4 * width], 4 * width
+        self.level, self.stem = Level(features), nn.Conv2d(channels, width, 3, 1, 1)
+        self.blocks = nn.ModuleList(
+            ResBlock(widths[max(0, stage - (block == 0))], widths[stage], features, 2 if stage and not block else 1)
+            for stage in range(4)
+            for block in range(depth)
+        )
+        self.last, self.size = norm(widths[-1]), 2 * widths[-1]
+
+    def forward(self, x, level):
+        h, features = self.stem(x), self.level(level)
+        for block in self.blocks:
+            h = block(h, features)
+        h = F.silu(self.last(h))
+        return torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
+
+
+class Scorer(nn.Module):
+    """A trunk (x, level) -> features (B, size), and a head to the numbers that the task wants."""
+
+    def __init__(self, trunk: nn.Module, outputs: int, dropout: float = 0.0):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Sequential(nn.LayerNorm(trunk.size), nn.Dropout(dropout), nn.Linear(trunk.size, outputs))
+
+    def forward(self, x, level):
+        return self.head(self.trunk(x, level))
+
+
+@dataclass(frozen=True)
+class About:
+    """What a score model is and was trained on: everything but its weights, JSON-able, kept in its file."""
+
+    backbone: str = "latent ResNet"
+    task: str = "regression"
+    latent_format: str = ""  # the host's name of the latents' kind; another kind is refused
+    channels: int = 4
+    width: int = 64
+    depth: int = 2
+    noisy: bool = True
+    outputs: int = 1
+    classes: tuple[str, ...] = ()
+    mean: float = 0.0  # of the ratings, in the user's own scale
+    std: float = 1.0
+    low: float = 0.0  # the user's scale
+    high: float = 1.0
+    line: tuple[float, float] = (1.0, 0.0)  # calibration: rating = line[0] * prediction + line[1], in the user's scale
+    members: int = 1
+    metrics: dict = field(default_factory=dict)
+    dataset: str = ""  # hash of what it was trained on
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> About:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"This score model was made by a newer version: it says {', '.join(unknown)}. Update Trainyard.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass
+class ScoreModel:
+    """An ensemble of scorers with what is known about them. Values are in standard deviations of the ratings it was trained on, so that
+    different scores can be added."""
+
+    networks: list[nn.Module]
+    about: About
+
+    def to(self, device):
+        self.networks = [network.to(device) for network in self.networks]
+        return self
+
+    def members(self, x: Tensor, level: Tensor) -> Tensor:
+        """(M, B) what each member says of noised latents, as `unit_view` gives them. Differentiable in x."""
+        return torch.stack([value(network(x, level), self.about) for network in self.networks])
+
+    def value(self, x: Tensor, level: Tensor) -> Tensor:
+        """(B,) the mean of the members."""
+        return self.members(x, level).mean(0)
+
+    @torch.no_grad()
+    def ratings(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """((B,) ratings of clean latents in the user's own scale, (B,) standard deviation between members)."""
+        said = self.members(x0, torch.zeros(len(x0), device=x0.device))
+        slope, shift = self.about.line
+        if self.about.task in ("binary", "multiclass"):
+            said = said.sigmoid() if self.about.task == "binary" else said
+        else:
+            said = (said * self.about.std + self.about.mean) * slope + shift
+        return said.mean(0), said.std(0, unbiased=False)
+
+
+def value(out: Tensor, about: About) -> Tensor:
+    """(B, outputs) -> (B,): one number to go up. Regression and pairs: the output; bins: their mean, standardised; binary: the logit;
+    classes: the expected class, first to last as low to high."""
+    if about.task == "distribution":
+        centres = torch.linspace(about.low, about.high, BINS, device=out.device)
+        return ((out.softmax(1) * centres).sum(1) - about.mean) / about.std
+    if about.task == "multiclass":
+        return (out.softmax(1) * torch.linspace(0, 1, out.shape[1], device=out.device)).sum(1)
+    return out[:, 0]
+
+
+def outputs_of(task: str, classes: int = 0) -> int:
+    return BINS if task == "distribution" else classes if task == "multiclass" else 1
