@@ -118,7 +118,7 @@ def test_a_vision_model_adds_cosines_and_is_asked_once_per_picture(tmp_path):
         return np.tile(np.array([[0.6, 0.8]], np.float32), (len(pictures), 1))
 
     found = check(dataset, only("duplicates", resolution=128), looking=Looking(features=features))
-    assert [str(finding) for one in found.pictures for finding in one.findings] == ["duplicate (to b.png, cosine 1.000 >= 0.95)"]
+    assert [str(finding) for one in found.pictures for finding in one.findings] == ["duplicate (to a.png, cosine 1.000 >= 0.95)"]
     assert found.vendi == pytest.approx(1)
     assert "2 pictures count as 1.0 different ones (Vendi score, from features of the vision model)" in found.notes[0]
     assert len(asked) == 2

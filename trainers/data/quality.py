@@ -41,12 +41,12 @@ class QualitySettings(Settings):
     reject_below: int = number(512, 0, 8192, "A shorter side below this is rejected. 0 rejects none.", unit="px")
     warn_below: int = number(768, 0, 8192, "A shorter side below this is a warning. 0 warns of none.", unit="px")
     on_reject: str = choice(DROP, ACTIONS, "Rejected pictures (too small, unreadable): drop takes caption, mask and score along; flag marks them; keep only reports.")
-    on_warn: str = choice(FLAG, ACTIONS, "Pictures with warnings: drop, flag or keep, as above.")
+    on_warn: str = choice(FLAG, ACTIONS, "Pictures with warnings and nothing worse: drop, flag or keep, in the same way.")
     trigger: str = text("", "A word that every caption should contain. Empty: not checked.")
 
     blur: bool = switch(True, "Look for blurred pictures.", advanced=True)
-    min_fine: float = number(0.007, 0.0, 1.0, "Blur: the least share of fine detail, and ...", step=0.001, advanced=True)
-    min_tiles: float = number(400.0, 0.0, 100_000.0, "... the least Laplacian variance of the sharpest tiles; both must fall short.", step=10.0,
+    min_fine: float = number(0.007, 0.0, 1.0, "Blurred is what falls short of this share of fine detail and of min_tiles.", step=0.001, advanced=True)
+    min_tiles: float = number(400.0, 0.0, 100_000.0, "The least Laplacian variance of the sharpest tiles, which excuses a soft background.", step=10.0,
                               advanced=True)
     enlarged: bool = switch(True, "Look for pictures that were enlarged: more pixels than detail.", advanced=True)
     max_enlarged: float = number(1.5, 1.0, 4.0, "The largest enlargement without a warning, where it leaves less detail than the bucket has pixels.",
