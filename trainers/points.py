@@ -166,6 +166,29 @@ class Rollouts:
         self.ways = [[Point(**mapped(point, self.model.here)) for point in way] for way in state["ways"]]
 
 
+def planned(settings: PointSettings, tasks: list[Task], noise: NoiseSettings, guidance: float, updates: int) -> dict[str, float]:
+    """Forwards that so many updates of Rollouts are expected to cost, in the words of Model.spent.
+
+    A way costs steps - 1 forwards a sample, twice that under guidance. Of its P points, each asked once, those cost the frozen model's
+    answers that are drawn while the way is kept: P * (1 - (1 - 1 / (ways * P)) ** updates) of them."""
+    total = sum(task.weight for task in tasks)
+    mean = lambda count: sum(task.weight * task.batch * count(task) for task in tasks) / total
+    lives = lifetimes(settings.ways, settings.refresh, updates)
+    points = sum(way_levels(settings.sampling_steps, 1, noise.min_time, noise.max_time, torch.Generator().manual_seed(0))[1])
+    drawn = sum(points * (1 - (1 - 1 / (settings.ways * points)) ** life) for life in lives)
+    return {
+        "rollout": len(lives) * (settings.sampling_steps - 1) * (1 if guidance == 1 else 2) * mean(lambda task: 1),
+        "frozen": drawn * mean(lambda task: len(task.asked)),
+        "student": updates * mean(lambda task: len(task.pulls)),
+    }
+
+
+def lifetimes(ways, refresh, updates) -> list[int]:
+    """For how many of these updates each way is kept that is walked in them."""
+    born = [0] * ways + list(range(refresh, updates, refresh))
+    return [min((number + 1) * refresh, updates) - start for number, start in enumerate(born)]
+
+
 def way_levels(steps, batch, low, high, rng):
     """((S, B) levels from 1, pure noise, down to `low`; [S] whether each is at most `high`). Each level lies anywhere in its own stretch
     of the way, so that in time every level is met; the last one is always wanted, however narrow the band."""

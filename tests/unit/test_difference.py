@@ -9,7 +9,7 @@ from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.diffusion import Density
 from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
 from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, Task, way_levels
+from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, Task, lifetimes, planned, way_levels
 from trainyard.trainers.settings import NoiseSettings, PointSettings
 
 
@@ -339,3 +339,25 @@ def test_pictures_without_a_partner_are_named():
 
 def test_replacing_is_one_pull():
     assert replace("cat", "dog") == (dataclasses.replace(replace("cat", "dog")[0], goal=((1.0, "dog"),)),)
+
+
+@pytest.mark.parametrize("noise", [NoiseSettings(), NoiseSettings(min_time=0.3, max_time=0.8)])
+def test_forwards_are_spent_as_they_were_planned(noise):
+    """Ways and students to the forward; the frozen model's answers within 3 % of what is expected."""
+    m = model()
+    tasks = [Task(pulls, "cat", shapes=(SHAPE,), batch=2) for pulls in (text_slider("cat", "old", "young"), keep("dog"))]
+    for seed in range(4):
+        points = rollouts(m, tasks[:1], noise)
+        for step in range(203):
+            points.draw(rng(1000 * seed + step))
+    spent = {kind: count / 4 for kind, count in m.spent.items()}
+    plan = planned(points.settings, tasks[:1], noise, 3.0, 203)
+    assert plan["rollout"] == spent["rollout"] and plan["student"] == 203 * 4  # draw() asks no student
+    assert spent["frozen"] == pytest.approx(plan["frozen"], rel=0.03)
+    both = planned(points.settings, tasks, noise, 1.0, 203)
+    assert both["rollout"] == plan["rollout"] / 2 and both["student"] == 203 * 3
+
+
+def test_a_way_is_kept_until_all_that_are_older_have_gone():
+    """Three ways, one walked anew every 4 updates: of 10 updates the first three see 4, 8 and 10, those of updates 4 and 8 the rest."""
+    assert lifetimes(3, 4, 10) == [4, 8, 10, 6, 2]

@@ -1,0 +1,329 @@
+"""The proofs of LECO, sliders, replacement and ADDifT in the toy world: what is taught, and how its effect is read from pictures.
+
+    with torch.inference_mode():
+        taught = learn(toy, LESSONS["erase"])
+        marks = LESSONS["erase"].exam(toy, taught.lora)
+
+Every exam draws with ComfyUI's own sampler, the LoRA applied as a loaded file is, on prompts and seeds that no training saw. "Kept" and
+"unchanged" are judged against what the base draws from the same seed, so that the base's own mistakes (one outline in twenty is bent)
+count for neither side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...nodes import host
+from ...trainers.data.buckets import BucketSettings
+from ...trainers.data.captions import CaptionSettings
+from ...trainers.data.encode import encode
+from ...trainers.data.pairs import paired
+from ...trainers.data.readers import read_folder
+from ...trainers.files import LoraFile
+from ...trainers.loop import NoStore, train
+from ...trainers.methods.difference import Difference, keep, leco, replace, text_slider
+from ...trainers.methods.pairs import Change, ImageSlider
+from ...trainers.points import Model, Rollouts, Task
+from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
+from . import sampling, shapes, world
+from .measure import measure
+
+LATENT = (world.CHANNELS, shapes.PX // 8, shapes.PX // 8)
+STRENGTHS = tuple(s / 2 for s in range(-4, 5))  # -2, -1.5 ... 2
+FIRST_SEED = 500_000  # of the exams; training draws its noise from another generator
+COLOURS, GROUNDS, SIZES, SHAPES = tuple(shapes.COLOURS), tuple(shapes.GROUNDS), tuple(shapes.SIZES), shapes.SEEN
+
+
+# -- teaching ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is taught, with which settings, and `exam(toy, lora)`, which gives its marks. `make(toy, session, lesson)` is the method."""
+
+    make: Callable
+    exam: Callable
+    run: RunSettings
+    rank: int = 8
+    alpha: float = 0.0
+    points: PointSettings = PointSettings()
+    noise: NoiseSettings = NoiseSettings()
+    schedule: str = "cosine"
+    strength: float = 0.25  # ADDifT
+
+    def but(self, **changes) -> Lesson:
+        """The same lesson with other settings; those of the run are named without it."""
+        known = {f.name for f in dataclasses.fields(RunSettings)}
+        run = dataclasses.replace(self.run, **{k: v for k, v in changes.items() if k in known})
+        return dataclasses.replace(self, run=run, **{k: v for k, v in changes.items() if k not in known})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The adapters after so many updates, and the forwards that they cost (a forward is one sample, CFG counts as two)."""
+
+    step: int
+    lora: LoraFile
+    spent: dict[str, int]
+
+    @property
+    def forwards(self) -> int:
+        return sum(self.spent.values())
+
+
+@dataclass
+class Snapshots(NoStore):
+    """A store that keeps the adapters of every save in memory."""
+
+    session: object
+    method: object
+    taken: list[Snapshot] = field(default_factory=list)
+
+    def save(self, state, why):
+        model = getattr(self.method, "model", self.method)
+        self.taken.append(Snapshot(state["step"], LoraFile(self.session.tensors()[0]), dict(model.spent)))
+
+
+@dataclass(frozen=True)
+class Taught:
+    snapshots: list[Snapshot]
+    losses: list[float]
+    seconds: float  # of one core, whatever else the machine does
+
+    @property
+    def lora(self) -> LoraFile:
+        return self.snapshots[-1].lora
+
+
+def learn(toy, lesson: Lesson) -> Taught:
+    """Trained through the door that the nodes use."""
+    start = time.process_time()
+    adapter = AdapterSettings(rank=lesson.rank, alpha=lesson.alpha)
+    with host.training(toy.model, adapter, seed=lesson.run.seed) as session:
+        method = lesson.make(toy, session, lesson)
+        store = Snapshots(session, method)
+        losses = train(method, lesson.run, OptimizerSettings(schedule=lesson.schedule), store=store)
+    return Taught(store.taken, losses, time.process_time() - start)
+
+
+def from_prompts(tasks):
+    """A lesson's `make` for pulls between prompts; every task has the run's batch."""
+
+    def make(toy, session, lesson):
+        mine = [dataclasses.replace(task, shapes=(LATENT,), batch=lesson.run.batch) for task in tasks]
+        texts = list(dict.fromkeys(text for task in mine for text in task.texts))
+        model = Model(session.denoiser, session.adapters, dict(zip(texts, host.TextEncoder(toy.clip).encode(texts), strict=True)))
+        guidance = host.rollout_guidance(session, lesson.points.guidance_scale)
+        return Difference(model, mine, Rollouts(model, mine, lesson.points, lesson.noise, guidance), lesson.points.renormalise)
+
+    return make
+
+
+def from_pairs(kind, pairs, **settings):
+    """A lesson's `make` for drawn pairs [(caption, picture at -1, picture at +1)], read and encoded as the nodes do."""
+
+    def make(toy, session, lesson):
+        more = {"strength": lesson.strength} if kind is Change else {}
+        return kind(session.denoiser, session.adapters, encoded(toy, pairs), lesson.noise, session.family.density, lesson.run.batch, **more)
+
+    return make
+
+
+def encoded(toy, pairs):
+    with tempfile.TemporaryDirectory() as place:
+        sides = {side: Path(place) / side for side in ("minus", "plus")}
+        for number, (caption, minus, plus) in enumerate(pairs):
+            for side, picture in (("minus", minus), ("plus", plus)):
+                sides[side].mkdir(exist_ok=True)
+                picture.save(sides[side] / f"{number}.png")
+                (sides[side] / f"{number}.txt").write_text(caption, encoding="utf-8")
+        data = paired(read_folder(sides["plus"]), read_folder(sides["minus"]))
+        buckets = BucketSettings(resolution=shapes.PX, step=8, min_side=shapes.PX, max_side=shapes.PX)
+        doors = host.PictureEncoder(toy.vae), host.TextEncoder(toy.clip)
+        made = encode(data, CaptionSettings(dropout=0.0), buckets, False, *doors, Path(place) / "cache")
+        return in_memory(made)
+
+
+def in_memory(data):
+    """The same data without its folder."""
+    from ...trainers.data.cache import Memory
+
+    keys = {key for item in data.items for key in (item.latent, *item.caption_keys)}
+    return dataclasses.replace(data, store=Memory({key: data.store.load(key) for key in keys}), empty=None)
+
+
+# -- looking -------------------------------------------------------------------------------------------------------------------
+
+
+def look(toy, lora, wanted, strength=1.0, first_seed=FIRST_SEED, steps=12, cfg=2.0):
+    """What is seen on one picture per attribute dict, drawn with the LoRA at a strength; `lora` None is the base."""
+    prompts = [shapes.caption(**w) for w in wanted]
+    known = vars(toy).setdefault("drawn_by_the_base", {})
+    question = (*prompts, first_seed, steps, cfg)
+    if lora is None and question in known:
+        return known[question]
+    model = toy.model if lora is None else host.applied(toy.model, None, lora, strength)[0]
+    pictures = sampling.pictures(toy, prompts, list(range(first_seed, first_seed + len(wanted))), steps, cfg, model=model)
+    seen = [measure(picture) for picture in pictures]
+    if lora is None:
+        known[question] = seen
+    return seen
+
+
+def share(values) -> float:
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
+def same(seen, before, *names) -> bool:
+    return all(getattr(seen, name) == getattr(before, name) for name in names)
+
+
+def kept(seen, before, *names) -> float:
+    """Share of pictures that show the same attributes as the base's own picture from the same seed."""
+    return share(same(s, b, *names) for s, b in zip(seen, before, strict=True))
+
+
+def mixed(count, seed=0, **fixed):
+    """`count` different full captions; `fixed` pins attributes, leaves them out (None) or narrows them (a tuple)."""
+    values = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "ground": GROUNDS}
+    values |= {key: value if isinstance(value, tuple) else (value,) for key, value in fixed.items()}
+    every = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [every[order[i % len(every)]] for i in range(count)]
+
+
+def without(name):
+    return tuple(colour for colour in COLOURS if colour != name)
+
+
+# -- exams: {what: share or figure} ----------------------------------------------------------------------------------------------
+
+
+def erase_exam(toy, lora, colour="red", count=24):
+    """Of the pictures that the base draws in the colour, the share that is no longer; and what else moved."""
+    asked, others = mixed(count, colour=colour), mixed(2 * count, colour=without(colour))
+    before, after = look(toy, None, asked), look(toy, lora, asked)
+    was = [(b, a) for b, a in zip(before, after, strict=True) if b.colour == colour]
+    rest, now = look(toy, None, others, first_seed=FIRST_SEED + 1000), look(toy, lora, others, first_seed=FIRST_SEED + 1000)
+    return {
+        "erased": share(a.colour != colour for _, a in was),
+        "of": len(was),
+        "shape and size of the erased kept": share(same(a, b, "shape", "size") for b, a in was),
+        "others unchanged in shape, size and colour": kept(now, rest, "shape", "size", "colour"),
+        "others as asked, base": share(s.matches(**w) for s, w in zip(rest, others, strict=True)),
+        "others as asked, after": share(s.matches(**w) for s, w in zip(now, others, strict=True)),
+    }
+
+
+def enhance_exam(toy, lora, colour="red", count=24):
+    """Prompts that name no colour: the share drawn in this one, from the base and after. Prompts that name another must keep theirs."""
+    asked, others = mixed(count, colour=None), mixed(2 * count, colour=without(colour))
+    before, after = look(toy, None, asked), look(toy, lora, asked)
+    rest, now = look(toy, None, others, first_seed=FIRST_SEED + 1000), look(toy, lora, others, first_seed=FIRST_SEED + 1000)
+    return {
+        "of the colour, base": share(s.colour == colour for s in before),
+        "of the colour, after": share(s.colour == colour for s in after),
+        "shape and size kept": kept(after, before, "shape", "size"),
+        "named colours unchanged in shape, size and colour": kept(now, rest, "shape", "size", "colour"),
+    }
+
+
+def replace_exam(toy, lora, old="square", new="circle", count=24):
+    asked, others = mixed(count, shape=old), mixed(2 * count, shape=tuple(s for s in SHAPES if s != old))
+    before, after = look(toy, None, asked), look(toy, lora, asked)
+    rest, now = look(toy, None, others, first_seed=FIRST_SEED + 1000), look(toy, lora, others, first_seed=FIRST_SEED + 1000)
+    return {
+        f"{old}, base": share(s.shape == old for s in before),
+        f"{new}, base, when asked": share(s.shape == new for s, w in zip(rest, others, strict=True) if w["shape"] == new),
+        f"{new}, after": share(s.shape == new for s in after),
+        f"{old}, after": share(s.shape == old for s in after),
+        "colour and size kept": kept(after, before, "colour", "size"),
+        "others unchanged in shape, size and colour": kept(now, rest, "shape", "size", "colour"),
+    }
+
+
+def slider_exam(toy, lora, count=16, strengths=STRENGTHS):
+    """Area against strength on prompts that name no size. Colour and shape are compared with the base's picture of the same seed."""
+    asked = mixed(count, size=None)
+    before = look(toy, None, asked)
+    seen = {s: before if s == 0 else look(toy, lora, asked, s) for s in strengths}
+    areas = {s: [one.area for one in row] for s, row in seen.items()}
+    moved = [s for s in strengths if s]
+    return {
+        "area by strength, px": {s: round(sum(a) / len(a), 1) for s, a in areas.items()},
+        "Spearman of mean area": spearman(strengths, [sum(areas[s]) for s in strengths]),
+        "Spearman of each picture, mean": round(sum(spearman(strengths, column) for column in zip(*areas.values(), strict=True)) / count, 4),
+        "colour and shape kept": share(same(a, b, "colour", "shape") for s in moved for a, b in zip(seen[s], before, strict=True)),
+        "colour and shape kept by strength": {s: kept(seen[s], before, "colour", "shape") for s in moved},
+        "large by strength": {s: share(one.size == "large" for one in row) for s, row in seen.items()},
+        "base": {name: share(getattr(s, name) == w[name] for s, w in zip(before, asked, strict=True)) for name in ("colour", "shape")},
+    }
+
+
+def spearman(a, b) -> float:
+    from scipy.stats import spearmanr
+
+    return round(float(spearmanr(a, b).statistic), 4)
+
+
+# -- lessons -----------------------------------------------------------------------------------------------------------------------
+
+
+def said(**attributes):
+    return shapes.caption(**{"shape": "shape", **attributes})
+
+
+def prompt_run(**changes):
+    return RunSettings(**{"steps": 300, "learning_rate": 1e-3, "batch": 4, "seed": 1, "save_every": 0, **changes})
+
+
+def erase_tasks(colour="red", guidance=1.0, preserve=True):
+    """Prompts of the lesson name a shape and a colour; those of the exam a size and a ground too."""
+    rows = [Task(leco(said(shape=s, colour=colour), said(shape=s, colour=colour), said(shape=s), said(shape=s), "erase", guidance),
+                 said(shape=s, colour=colour)) for s in SHAPES]
+    others = [said(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(colour), strict=False)] if preserve else []
+    return rows + [Task(keep(prompt), prompt, weight=len(rows) / len(others)) for prompt in others]
+
+
+def enhance_tasks(colour="red", guidance=1.0):
+    rows = [Task(leco(said(shape=s), said(shape=s, colour=colour), said(shape=s), said(shape=s), "enhance", guidance), said(shape=s))
+            for s in SHAPES]
+    others = [said(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(colour), strict=False)]
+    return rows + [Task(keep(prompt), prompt, weight=len(rows) / len(others)) for prompt in others]
+
+
+def replace_tasks(old="square", new="circle"):
+    rows = [Task(replace(said(shape=old, colour=c), said(shape=new, colour=c)), said(shape=old, colour=c)) for c in COLOURS]
+    others = [said(shape=s, colour=c) for c, s in zip(COLOURS, [s for s in SHAPES if s != old] * 2, strict=False)]
+    return rows + [Task(keep(prompt), prompt) for prompt in others]
+
+
+def slider_tasks(guidance=1.0):
+    rows = [(s, c) for s, c in zip(SHAPES * 2, COLOURS, strict=False)]
+    return [Task(text_slider(said(shape=s, colour=c), said(shape=s, colour=c, size="large"), said(shape=s, colour=c, size="small"), guidance),
+                 said(shape=s, colour=c)) for s, c in rows]
+
+
+def drawn_pairs(count=5, centre=None):
+    """[(caption without a size, small, large)]: the same shape, colour, ground and place."""
+    rows = [(SHAPES[i % len(SHAPES)], COLOURS[i % len(COLOURS)], GROUNDS[i % len(GROUNDS)]) for i in range(count)]
+    return [(said(shape=s, colour=c, ground=g), shapes.draw(s, c, "small", g), shapes.draw(s, c, "large", g)) for s, c, g in rows]
+
+
+LESSONS = {
+    "erase": Lesson(from_prompts(erase_tasks()), erase_exam, prompt_run()),
+    "enhance": Lesson(from_prompts(enhance_tasks()), enhance_exam, prompt_run()),
+    "replace": Lesson(from_prompts(replace_tasks()), replace_exam, prompt_run()),
+    "text slider": Lesson(from_prompts(slider_tasks()), slider_exam, prompt_run()),
+    "image slider": Lesson(from_pairs(ImageSlider, drawn_pairs()), slider_exam, prompt_run()),
+    "difference": Lesson(from_pairs(Change, drawn_pairs(1)), slider_exam, prompt_run(steps=100, batch=1)),
+}
