@@ -227,7 +227,7 @@ def timm_network(folder: Path, config: dict) -> TimmNetwork:
 
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
-    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:  # timm before 1.0.16 does not know local-dir
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:  # timm before 1.0.16 asserts that it knows no local-dir
         raise ValueError(f"{folder.name} ({config['architecture']!r}) cannot be loaded with timm {timm.__version__}: {error}. If the folder was "
                          "downloaded whole, a newer timm may read it: python -m pip install -U timm") from error
     known = module.pretrained_cfg
