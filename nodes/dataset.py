@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io, ui
 
+from ..trainers.data.looking import Looking
 from ..trainers.data.pictures import as_tensor, dataset_of, tensors_of
 from ..trainers.data.readers import CAPTION_LINES, folder_state, printable, read_folder
-from ..trainers.data.sets import SplitSettings, joined, parsed_weights, split, twice
+from ..trainers.data.sets import SplitSettings, joined, parsed_weights, similar, split, twice
 from ..trainers.data.sheets import overview
 from ..trainers.data.writers import SaveSettings, save_dataset, summary
 from . import host, paths
@@ -134,11 +135,14 @@ class SplitDataset(io.ComfyNode):
                 Dataset.Output("validation", display_name="validation", tooltip="The pictures to measure on; never train on them."),
                 io.String.Output("about", display_name="about", tooltip="How many pictures went where, and which are held back."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, **widgets):
-        train, validation = split(dataset, record(SplitSettings, widgets))
+        settings = record(SplitSettings, widgets)
+        looking = Looking(report=host.Steps(cls.hidden.unique_id), check_interrupt=host.interrupted)
+        train, validation = split(dataset, settings, similar(dataset, looking) if settings.similar else None)
         lines = [f"{len(train)} pictures to train on, {len(validation)} to validate on:", *(printable(r.path) for r in validation)]
         return io.NodeOutput(train, validation, "\n".join(lines))
 

@@ -138,7 +138,7 @@ def test_a_graph_splits_shows_and_saves_generated_pictures(server):
     done = server.run({
         "1": KIT,
         "2": node("DatasetFromImages", images=["1", 0], captions=["9", 0]),
-        "3": node("SplitDataset", dataset=["2", 0], share=0.1, pictures=1, by="picture", seed=0),
+        "3": node("SplitDataset", dataset=["2", 0], share=0.1, pictures=1, by="picture", seed=0, similar=True),
         "4": node("PreviewDataset", dataset=["3", 0], page=1, per_page=24, cell=64),
         "5": node("SaveDataset", dataset=["3", 0], name="drawn", place="output/datasets", layout="metadata.jsonl", image_format="keep",
                   quality=95, concept="images", overwrite=True),

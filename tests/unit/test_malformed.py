@@ -186,8 +186,9 @@ def odd(root, rng):
     for name, target in rng.sample(sorted(links.items()), rng.randint(0, 3)):
         if not os.path.lexists(root / name):
             (root / name).symlink_to(target)
-    if rng.random() < 0.2:
-        (root / rng.choice(("folder.png", "a.txt", "metadata.jsonl", "metadata.csv"))).mkdir(exist_ok=True) if rng.random() < 0.5 else None
+    folder = root / rng.choice(("folder.png", "a.txt", "metadata.jsonl", "metadata.csv"))
+    if rng.random() < 0.1 and not os.path.lexists(folder):
+        folder.mkdir()
     if rng.random() < 0.2 and sys.platform == "linux":
         put(root / os.fsdecode(b"caf\xe9.png"), saved(image(rng)))
 
@@ -238,7 +239,7 @@ def test_a_malformed_folder_is_read_or_refused_in_words_and_stays_as_it_was(tmp_
         dataset = Dataset(())
     else:
         assert accounted(root, dataset) == [], "left out in silence"
-        assert all(reason.strip() and not reason.startswith(("'", "(")) for _, reason in dataset.skipped)
+        assert not [reason for _, reason in dataset.skipped if len(reason) < 20 or "Errno" in reason or " at 0x" in reason]
         assert Dataset.from_json(dataset.to_json()) == dataset
     seen = sorted(told(record) for record in dataset)
     if seen:

@@ -1,10 +1,15 @@
 """Datasets joined and split: how often a picture is seen, and on which side it stands."""
 
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
+from trainyard.trainers.data.looking import Looking
+from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import Dataset, Record, sha1
-from trainyard.trainers.data.sets import SplitSettings, joined, parsed_weights, split, twice
+from trainyard.trainers.data.sets import SplitSettings, joined, parsed_weights, similar, split, twice
 
 
 def record(name, **facts):
@@ -113,6 +118,19 @@ def test_folders_and_pairs_and_groups_and_equal_files_stay_together():
     for seed in range(20):
         held = split(Dataset((*chain, *rest)), SplitSettings(share=0.3, by="folder", seed=seed), groups={"3": "g", "4": "g"})[1]
         assert sum(r.id in set("1234") for r in held) in (0, 5)
+
+
+def test_near_duplicates_do_not_stand_on_both_sides(tmp_path):
+    """each of twelve pictures lies there again, smaller, brighter or mirrored"""
+    shapes = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64)) for i in range(12)]
+    changes = (lambda p: p.resize((48, 48)), lambda p: p.point(lambda v: min(v + 6, 255)), ImageOps.mirror)
+    for i, shape in enumerate(shapes):
+        shape.save(tmp_path / f"{i}.png")
+        changes[i % 3](shape).save(tmp_path / f"copy of {i}.png")
+    pictures = read_folder(tmp_path)
+    train, held = split(pictures, SplitSettings(share=0.4), similar(pictures, Looking()))
+    number = lambda side: sorted(int(Path(r.path).stem.split()[-1]) for r in side)
+    assert not set(number(train)) & set(number(held)) and len(held) >= 2
 
 
 def test_a_split_can_be_the_one_that_the_metadata_names():

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from ..settings import Settings, choice, number
+from ..settings import Settings, choice, number, switch
+from .duplicates import FLAG, DuplicateSettings, deduplicate
+from .looking import Looking
 from .metadata import MOST_REPEATS, shown
 from .records import Dataset, Record
 
@@ -79,13 +81,23 @@ class SplitSettings(Settings):
     by: str = choice(PICTURE, (PICTURE, FILE_NAME, FOLDER, MARKED), "What stays together: each picture by itself; files whose names "
                      "differ only in a number at the end; folders. as marked: the split that the metadata names.")
     seed: int = number(0, 0, 2**63 - 1, "Another seed takes other pictures. The same one always takes the same.")
+    similar: bool = switch(True, "Near-duplicates stay on one side, so that nothing is measured on a copy. Opens every picture once.")
+
+
+def similar(dataset: Dataset, looking: Looking) -> dict[str, str]:
+    """Names of groups of near-duplicates, by record id: `groups` for split."""
+    names = {}
+    for best, copies in deduplicate(dataset, DuplicateSettings(duplicates=FLAG), looking).groups:
+        ids = [best.id, *(copy.id for copy, _ in copies)]
+        names |= dict.fromkeys(ids, min(ids))
+    return names
 
 
 def split(dataset: Dataset, settings: SplitSettings, groups: Mapping[str, str] | None = None) -> tuple[Dataset, Dataset]:
     """(train, validation), with Record.split set. Each picture's side comes from its content and the seed alone, so adding pictures
     to a dataset moves no other one; only a set number of `pictures` may give one group back for another.
 
-    groups: names by record id of what must stay together, near-duplicates for example; pairs always do, and so do equal files."""
+    groups: names by record id of what must stay together, as from `similar`; pairs always do, and so do equal files."""
     chosen = marked(dataset) if settings.by == MARKED else drawn(dataset, settings, groups or {})
     sides = {"train": [], "validation": []}
     for record, held in zip(dataset, chosen, strict=True):
