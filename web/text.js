@@ -2,7 +2,8 @@
 import { showOutputs } from './outputs.mjs';
 
 const NODES = ['TrainyardEditCaptions', 'TrainyardCaptionReport'];
-const COLOURS = { '+': 'var(--success-background, #4caf50)', '-': 'var(--descrip-text, #999)', '!': '#ffb300' };
+const mixed = colour => `color-mix(in srgb, ${colour} 60%, var(--input-text, #ddd))`; // readable on light and dark alike
+const COLOURS = { '+': mixed('#22c55e'), '-': 'var(--descrip-text, #999)', '!': mixed('#f59e0b') };
 const LOOK = `width: 100%; height: 100%; margin: 0; padding: 6px 8px; box-sizing: border-box; overflow: auto; overscroll-behavior: contain; border-radius: 6px;
   white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.45 ui-monospace, monospace; user-select: text; cursor: text;
   color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222);`;

@@ -176,6 +176,15 @@ def test_pictures_outside_the_roots_are_refused_before_anything_is_written(folde
     assert [file.name for file in elsewhere.iterdir()] == ["x.png"]
 
 
+def test_a_caption_file_that_is_a_link_out_of_the_roots_is_refused(folder, tmp_path):
+    (tmp_path / "outside.txt").write_text("not mine")
+    (folder / "c.txt").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(ValueError, match="c.txt lies outside"):
+        written(folder, {"a": ("new",), "c": ("new",)})
+    assert (tmp_path / "outside.txt").read_text() == "not mine"
+    assert read_folder(folder)[0].captions == ("a rëd ball",), "nothing is written before all is checked"
+
+
 def test_what_was_written_is_told(folder):
     lines = sidecars.about(written(folder, {"a": ("new",), "c": ("new",)}))
     assert lines[0] == "2 caption files written"

@@ -48,11 +48,13 @@ def about(written: list[Written] | None) -> list[str]:
 
 
 def check_place(picture: Path, roots: list[Path], closed: list[Path]) -> None:
-    real = picture.parent.resolve()
-    if not any(real.is_relative_to(root) for root in roots):
-        names = " or ".join(map(str, roots))
-        raise ValueError(f"{picture} lies outside {names}, so its caption file is not written. Turn save_to_files off, or move the pictures there.")
-    if any(real.is_relative_to(folder) for folder in closed):
+    """ValueError unless the caption file, and what it may be a link to, lies where writing is allowed."""
+    file = sidecar(picture)
+    for real in (file.parent.resolve(), file.resolve()):
+        if not any(real.is_relative_to(root) for root in roots):
+            names = " or ".join(map(str, roots))
+            raise ValueError(f"{file} lies outside {names}, so it is not written. Turn save_to_files off, or move the pictures and their captions there.")
+    if any(file.parent.resolve().is_relative_to(folder) for folder in closed):
         raise ValueError(f"{picture} was made by Trainyard and may be deleted at any time, so no caption file is written beside it. "
                          "Turn save_to_files off, or edit the captions before the pictures are put together.")
 
