@@ -55,7 +55,7 @@ class CaptionImages(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="For 'loaded CLIP': Qwen3-VL, Gemma 3 or 4. For 'zero-shot tags': the partner of clip_vision."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="For 'zero-shot tags': the model that looks."),
                 CaptionPrompt.Input("prompt", optional=True, tooltip="From Caption Prompt: style, length, beginning, forbidden and forced words."),
-                captioning_tagger.TaggerRecipe.Input("tagger", optional=True, tooltip="From Tagger Settings or Zero-Shot Settings: thresholds and what happens to tags."),
+                captioning_tagger.TaggerRecipe.Input("tagger", optional=True, tooltip="From Tagger Settings, for taggers and zero-shot tags: thresholds and what happens to tags."),
             ],
             outputs=[
                 Dataset.Output("dataset", display_name="dataset", tooltip="The same pictures, with the new captions."),
