@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,5 +90,10 @@ def overview_tile(record: Record, cell: int) -> Tile:
     try:
         picture = thumbnail(record, cell)
     except (ValueError, OSError) as error:
-        return Tile(Image.new("RGB", (cell, cell), BAD), (name, str(error)), BAD)
-    return Tile(picture, (name, " ".join(facts), caption, *record.flags[:2]), WARN if record.flags else EDGE)
+        return Tile(Image.new("RGB", (cell, cell), BAD), (name, *wrapped(str(error), cell, 4)), BAD)
+    return Tile(picture, (name, " ".join(facts), *wrapped(caption, cell, 2), *record.flags[:2]), WARN if record.flags else EDGE)
+
+
+def wrapped(text: str, width: int, lines: int) -> list[str]:
+    """The beginning of the text in lines that fit roughly; contact_sheet cuts what is still too long."""
+    return textwrap.wrap(printable(text), max(8, width // 7), max_lines=lines, placeholder=" ...")
