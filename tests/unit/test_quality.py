@@ -58,7 +58,7 @@ def burnt(share):
     [
         ((), dict(reject_below=300), texture((400, 299)), texture((400, 300)), "resolution (short side 299 px < 300)"),
         ((), dict(warn_below=300), texture((400, 299)), texture((400, 300)), "resolution (short side 299 px < 300)"),
-        ((), dict(resolution=512), texture((384, 384)), texture((512, 512)), "upscaling (1.33x to fill its bucket 512x512 > 1x)"),
+        ((), dict(resolution=512), texture((384, 384)), texture((512, 512)), "upscaling (1.33x to fill its bucket 512x512 > 1.05x)"),
         (("blur",), {}, softened(texture((512, 512)), 2), texture((512, 512)), "blur (FFT share 0.0"),
         (("enlarged",), {}, enlarged(texture((512, 512)), 3), texture((512, 512)), "enlarged (by about "),
         (("contrast",), {}, texture_on("#d9c7a8", "#dcb496"), texture_on("#2850a0", "#dcb496"), "contrast (subject and ground dE 9."),
@@ -246,6 +246,28 @@ def test_the_sheet_frames_the_worst_in_red_first(tmp_path):
     dataset = messy(tmp_path)
     page = sheet(check(dataset, SETTINGS))
     assert page.getpixel((9, 60)) == tuple(int(BAD[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def test_a_mistake_of_our_own_is_never_taken_for_a_bad_picture(tmp_path, monkeypatch):
+    from trainyard.trainers.data import quality
+
+    dataset = messy(tmp_path)
+
+    def mistaken(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(quality, "fingerprint", mistaken)
+    with pytest.raises(TypeError, match="a bug"):
+        check(dataset, SETTINGS)
+
+
+def test_a_mask_that_does_not_fit_is_reported_for_its_picture_only(tmp_path):
+    dataset = folder_of(tmp_path, a=texture((512, 512)), b=texture((512, 512), 1))
+    Image.new("L", (512, 300), 255).save(tmp_path / "b.mask.png")
+    masked = Dataset((dataset[0], replace(dataset[1], mask=str(tmp_path / "b.mask.png"))))
+    found = check(masked, only("contrast", resolution=128, min_contrast=0.0))
+    assert found.pictures[0].findings == ()
+    assert "b.mask.png is 512x300 px and its image 512x512 px" in str(found.pictures[1].findings[0])
 
 
 def test_an_empty_dataset_is_no_error_to_check():

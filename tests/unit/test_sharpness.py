@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw
 from trainyard.tests.drawn import BICUBIC, BILINEAR, LANCZOS, barred, enlarged, grey, jpeg, softened, texture
 from trainyard.trainers.data.bars import bars
-from trainyard.trainers.data.sharpness import enlargement, fine_share, tile_sharpness
+from trainyard.trainers.data.sharpness import WINDOWS, detailed_windows, enlargement, fine_share, tile_sharpness
 
 SLOPES = (0.8, 1.0, 1.2)  # from gravel to clouds
 
@@ -54,6 +54,13 @@ def test_an_enlarged_picture_tells_its_factor_within_a_third(slope, factor, how)
     found = enlargement(grey(enlarged(texture(slope=slope), factor, how)))
     assert found >= 1.3
     assert 2 / 3 * factor - 0.1 <= found <= 4 / 3 * factor, found
+
+
+def test_very_large_pictures_are_read_from_evenly_spread_windows():
+    """the enlarged texture tiled to 3200 px, 25 x 25 windows"""
+    large = np.tile(grey(enlarged(texture(), 3)).astype(np.uint8), (5, 5))
+    assert 2 <= enlargement(large) <= 4
+    assert len(detailed_windows(large)) == WINDOWS
 
 
 def test_an_enlarged_jpeg_is_still_found():

@@ -17,9 +17,9 @@ from PIL import Image
 
 from ..settings import Settings, choice, number, switch
 from .colour import rgb_to_lab
-from .looking import Look, Looking, looked
+from .looking import Looking, looked
 from .readers import printable
-from .records import Dataset, Record, open_image
+from .records import Dataset, Record
 from .sharpness import enlargement, tile_sharpness
 from .sheets import BAD, GOOD, WARN, Tile, thumbnail
 
@@ -194,13 +194,11 @@ class Seen:
     sharpness: float
 
 
-def see(record: Record) -> Look:
-    picture = open_image(record)
+def see(record: Record, picture: Image.Image, mask=None) -> Seen:
     grey = picture.convert("L")
-    factor = enlargement(np.asarray(grey, np.float32))
+    factor = enlargement(np.asarray(grey))
     grey.thumbnail((512, 512), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    seen = Seen(fingerprint(picture), real_detail(picture.size, factor), tile_sharpness(np.asarray(grey, np.float32)))
-    return Look(seen, picture)
+    return Seen(fingerprint(picture), real_detail(picture.size, factor), tile_sharpness(np.asarray(grey, np.float32)))
 
 
 def real_detail(size, factor) -> float:

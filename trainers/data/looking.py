@@ -10,25 +10,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .readers import printable
-from .records import Record
+from .records import Record, open_image, open_mask
 
 AHEAD = 4  # pictures in work or waiting, for each thread
 VISION_PX = 512  # vision models see at most this much of the short side
 Features = Callable[[list[Image.Image]], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Look:
-    """What was found out about one picture, and the picture itself while it is at hand."""
-
-    value: Any
-    picture: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -41,31 +32,39 @@ class Looking:
     check_interrupt: Callable[[], None] = lambda: None
 
 
-def looked(records: Sequence[Record], see: Callable[[Record], Look], how: Looking):
-    """(values, features or None, {index: why it could not be read}). A value that could not be had is None, its features are 0."""
+def looked(records: Sequence[Record], see: Callable, how: Looking, masks: bool = False):
+    """(values, features or None, {index: why it could not be read}) of see(record, picture, mask or None), asked by several threads at
+    once. The value of what could not be read is None, its features are 0."""
+
+    def look(record):
+        picture, mask, error = opened(record, masks)
+        if error:
+            return None, None, error
+        return see(record, picture, mask), reduced(picture) if how.features else None, ""  # outside of every except: a bug is no bad picture
+
     values, features, broken = [], [], {}
     with ThreadPoolExecutor(max(1, how.threads)) as pool:
         for start in range(0, len(records), AHEAD * max(1, how.threads)):
             how.check_interrupt()
             part = records[start : start + AHEAD * max(1, how.threads)]
-            found = list(pool.map(lambda record: attempted(see, record, how.features is not None), part))
-            broken |= {start + i: error for i, (_, error) in enumerate(found) if error}
-            values += [look and look.value for look, _ in found]
+            found = list(pool.map(look, part))
+            values += [value for value, _, _ in found]
+            broken |= {start + i: error for i, (_, _, error) in enumerate(found) if error}
             if how.features:
-                features.append(shown_to(how.features, [look and look.picture for look, _ in found]))
+                features.append(shown_to(how.features, [picture for _, picture, _ in found]))
             how.report(start + len(part), len(records), printable(Path(part[-1].path).name))
     return values, stacked(features), broken
 
 
-def attempted(see, record: Record, keep_picture: bool) -> tuple[Look | None, str]:
-    """(look, "") or (None, why not). Only the small picture that a vision model wants survives this call."""
+def opened(record: Record, masks: bool) -> tuple[Image.Image | None, Image.Image | None, str]:
+    """(picture, its mask or None, "") or (None, None, why not)."""
     try:
-        look = see(record)
-        return Look(look.value, reduced(look.picture) if keep_picture and look.picture else None), ""
+        picture = open_image(record)
+        return picture, open_mask(record) if masks else None, ""
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... for broken files
-        return None, str(error) or type(error).__name__
+        return None, None, str(error) or type(error).__name__
 
 
 def reduced(picture: Image.Image) -> Image.Image:

@@ -22,9 +22,9 @@ from .colour import Contrast, contrast
 from .diversity import kernel_of, sampled, vendi, vendi_of_features
 from .duplicates import Print, alike, fingerprint, grouped, identical, near, preference, real_detail, shown
 from .findings import REJECT, WARN, Finding
-from .looking import Look, Looking, looked
+from .looking import Looking, looked
 from .readers import printable
-from .records import Dataset, Record, open_image, open_mask
+from .records import Dataset, Record
 from .sharpness import enlargement, fine_share, tile_sharpness
 
 DROP, FLAG, KEEP = ACTIONS = ("drop", "flag", "keep")
@@ -51,7 +51,7 @@ class QualitySettings(Settings):
     enlarged: bool = switch(True, "Look for pictures that were enlarged: more pixels than detail.", advanced=True)
     max_enlarged: float = number(1.5, 1.0, 4.0, "The largest enlargement without a warning, where it leaves less detail than the bucket has pixels.",
                                  step=0.1, advanced=True)
-    max_upscale: float = number(1.0, 1.0, 8.0, "The most that a picture may have to grow to fill its bucket.", step=0.05, advanced=True)
+    max_upscale: float = number(1.05, 1.0, 8.0, "The most that a picture may have to grow to fill its bucket; less than 1.05 is not seen.", step=0.05, advanced=True)
     duplicates: bool = switch(True, "Look for pictures that are there twice.", advanced=True)
     max_bits: int = number(10, 0, 20, "Hashes at most this far apart are duplicates.", unit="of 64 bits", advanced=True)
     similar_bits: int = number(15, 0, 24, "Hashes at most this far apart are similar.", unit="of 64 bits", advanced=True)
@@ -114,9 +114,8 @@ class Measures:
         }
 
 
-def measure(record: Record, settings: QualitySettings) -> Look:
-    """Every figure of one picture, from one decoding."""
-    picture = open_image(record)
+def measure(record: Record, picture: Image.Image, mask: Image.Image | None, settings: QualitySettings) -> Measures:
+    """Every figure of one picture."""
     rgb = np.asarray(picture)
     grey = picture.convert("L")
     small = grey.copy()
@@ -124,17 +123,14 @@ def measure(record: Record, settings: QualitySettings) -> Look:
     small = np.asarray(small, np.float32)
     upscale, bucket = bucket_of(record, settings.resolution)
     light, dark, clipped, entropy = exposure_of(np.asarray(grey))
-    return Look(
-        Measures(
-            size=picture.size, upscale=upscale, bucket=bucket,
-            fine=fine_share(small), tiles=tile_sharpness(small),
-            enlarged=enlargement(np.asarray(grey, np.float32)) if settings.enlarged or settings.duplicates else 1.0,
-            light=light, dark=dark, clipped=clipped, entropy=entropy,
-            bars=bars(rgb) if settings.borders else (0, 0, 0, 0),
-            contrast=contrast(picture, open_mask(record)) if settings.contrast else None,
-            print=fingerprint(picture), thumbnail=thumbnail(picture),
-        ),
-        picture,
+    return Measures(
+        size=picture.size, upscale=upscale, bucket=bucket,
+        fine=fine_share(small), tiles=tile_sharpness(small),
+        enlarged=enlargement(np.asarray(grey)) if settings.enlarged or settings.duplicates else 1.0,
+        light=light, dark=dark, clipped=clipped, entropy=entropy,
+        bars=bars(rgb) if settings.borders else (0, 0, 0, 0),
+        contrast=contrast(picture, mask) if settings.contrast else None,
+        print=fingerprint(picture), thumbnail=thumbnail(picture),
     )  # fmt: skip
 
 
@@ -264,7 +260,7 @@ class Check:
 
 def check(dataset: Dataset, settings: QualitySettings, tokens: Tokens | None = None, looking: Looking = Looking()) -> Check:  # noqa: B008 - frozen
     """Look at every picture and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings, not errors."""
-    measures, features, broken = looked(dataset.records, lambda record: measure(record, settings), looking)
+    measures, features, broken = looked(dataset.records, lambda *seen: measure(*seen, settings), looking, masks=settings.contrast)
     findings = [findings_of(found, settings) if found else [Finding(REJECT, "unreadable", broken[i])] for i, found in enumerate(measures)]
     if settings.duplicates:
         for index, finding in duplicate_findings(dataset, measures, features, settings):
