@@ -315,11 +315,18 @@ class TrainLeco(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
         words = record(LecoWords, widgets)
-        rows = prompts or (leco_row(words, widgets["batch"]),)
+        rows = only(prompts, words.target) or (leco_row(words, widgets["batch"]),)
         return trained(cls, PromptJob(
             rows=rows, slider=False, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
             **common(cls, model, widgets, adapter, optimizer, noise),
         ))  # fmt: skip
+
+
+def only(prompts, target: str):
+    """The rows of Load Prompts, or None. ValueError when the node's own prompts are written too, which would be learnt by nobody."""
+    if prompts and target.strip():
+        raise ValueError(f"target is {target!r}, and prompts are connected too. Clear target, or disconnect prompts.")
+    return prompts
 
 
 def leco_row(words: LecoWords, batch: int) -> PromptRow:
@@ -355,14 +362,25 @@ class TrainTextSlider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
-        rows = prompts or (slider_row(record(SliderWords, widgets), widgets["batch"]),)
+        words = record(SliderWords, widgets)
+        rows = with_two_ends(only(prompts, words.target)) or (slider_row(words, widgets["batch"]),)
         return trained(cls, PromptJob(
             rows=rows, slider=True, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
             **common(cls, model, widgets, adapter, optimizer, noise),
         ))  # fmt: skip
 
 
+def with_two_ends(rows):
+    """The rows. ValueError for one whose action a slider has not got."""
+    if found := next((row for row in rows or () if row.action == "replace"), None):
+        raise ValueError(f"{found.target!r} -> {found.plus!r} replaces, and a slider has two ends: write target, positive and unconditional, "
+                         "or connect the prompts to Train LECO.")
+    return rows
+
+
 def slider_row(words: SliderWords, batch: int) -> PromptRow:
+    if (words.positive or words.target) == words.negative:
+        raise ValueError(f"positive and negative are both {words.negative!r}: between them lies no direction to learn. Change one of them.")
     return PromptRow(
         words.target, words.positive or None, words.negative, None, "enhance", words.guidance,
         batch=batch, preserve=several(words.preserve, ";"), attributes=several(words.attributes, ";,"),
