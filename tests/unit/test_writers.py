@@ -144,11 +144,23 @@ def test_a_folder_that_holds_anything_is_refused_until_overwriting_is_asked_for(
     target = save_dataset(loaded(source), tmp_path / "out", SaveSettings()).folder
     before = state(target)
     with pytest.raises(ValueError, match="holds files already. Choose another name, or turn overwrite on"):
-        save_dataset(loaded(source), target, SaveSettings())
+        save_dataset(loaded(source)[:4], target, SaveSettings())
     assert state(target) == before
     save_dataset(loaded(source)[:1], target, SaveSettings(), overwrite=True)
     assert len(read_folder(target)) == 1, "the old pictures are gone"
     assert sorted(os.listdir(tmp_path)) == ["out", "source"], "nothing is left beside it"
+
+
+def test_the_same_dataset_is_saved_once(source, tmp_path):
+    target = save_dataset(loaded(source), tmp_path / "out", SaveSettings()).folder
+    before = [path.stat().st_mtime_ns for path in sorted(target.iterdir())]
+    again = save_dataset(loaded(source), target, SaveSettings())
+    assert again.pictures == 5 and "It lies there already" in summary(again, loaded(source))
+    assert [path.stat().st_mtime_ns for path in sorted(target.iterdir())] == before
+    (target / "plain.mask.png").unlink()
+    for settings in (SaveSettings(), SaveSettings(layout="kohya")):
+        with pytest.raises(ValueError, match="holds files already"):
+            save_dataset(loaded(source), target, settings)
 
 
 def test_what_a_person_put_into_a_saved_folder_is_never_replaced(source, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..settings import Settings, choice, number, text
+from ..settings import Settings, choice, fingerprint, number, text
 from .metadata import count, some
 from .readers import MASK, extensions, printable
 from .records import Dataset, Record, content, decoded, eight_bit, has_alpha, open_image, open_mask, upright, with_alpha
@@ -71,13 +71,18 @@ class Place:
 
 def save_dataset(dataset: Dataset, folder, settings: SaveSettings, overwrite: bool = False,
                  report: Callable[[int, int, str], None] | None = None, check_interrupt: Callable[[], None] | None = None) -> Saved:
-    """Write the dataset to a folder, whole or not at all. ValueError when the folder holds anything and overwrite is off, or holds
-    what was not saved from here. report(done, total, file name); check_interrupt() raises to stop, leaving everything as it was."""
+    """Write the dataset to a folder, whole or not at all; nothing is written where this very dataset lies already.
+
+    ValueError when the folder holds anything else and overwrite is off, or holds what was not saved from here.
+    report(done, total, file name); check_interrupt() raises to stop, leaving everything as it was."""
     if not len(dataset):
         raise ValueError("The dataset has no pictures to save.")
     target = Path(folder).resolve()
-    refuse(target, dataset, overwrite)
     places = planned(dataset, settings)
+    content_id = fingerprint(dataset.fingerprint(), settings, [place.file_name for place in places])
+    if not overwrite and already(target, content_id):
+        return Saved(target, len(places), 0, ("It lies there already, from an earlier run; nothing was written.",))
+    refuse(target, dataset, overwrite)
     lines = any(len(record.captions) > 1 for record in dataset)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -88,7 +93,8 @@ def save_dataset(dataset: Dataset, folder, settings: SaveSettings, overwrite: bo
             write_record(part, place, settings, lines)
             if report:
                 report(done, len(places), place.file_name)
-        write_tables(part, places, settings)
+        write_table(part, places, settings)
+        write_mark(part, content_id)
         to_the_disk_itself(part)  # because another folder may be removed next
         swap(part, target)
     except OSError as error:
@@ -130,12 +136,23 @@ def refuse(target: Path, dataset: Dataset, overwrite: bool) -> None:
 
 def strangers(target: Path) -> list[str]:
     """Files in the folder that were not saved from here."""
-    try:
-        known = set(json.loads((target / MARK).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        known = set()
     names = (Path(folder, name).relative_to(target).as_posix() for folder, _, files in os.walk(target) for name in files)
-    return sorted(set(names) - known - {MARK})
+    return sorted(set(names) - set(mark(target)["files"]) - {MARK})
+
+
+def already(target: Path, content_id: str) -> bool:
+    """Whether the folder holds this very dataset, every file of it."""
+    known = mark(target)
+    return known["content"] == content_id and all((target / name).is_file() for name in known["files"])
+
+
+def mark(target: Path) -> dict:
+    """What a saved folder says of itself; nothing where it is no saved folder."""
+    try:
+        values = json.loads((target / MARK).read_text(encoding="utf-8"))
+        return {"content": values["content"], "files": list(map(str, values["files"]))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"content": None, "files": []}
 
 
 def swap(part: Path, target: Path) -> None:
@@ -237,15 +254,19 @@ def blob(image: Image.Image, kind: str, **options) -> bytes:
     return data.getvalue()
 
 
-def write_tables(root: Path, places: list[Place], settings: SaveSettings) -> None:
-    """metadata.jsonl with what has no other place, and the list of all files."""
+def write_table(root: Path, places: list[Place], settings: SaveSettings) -> None:
+    """metadata.jsonl, with what has no other place."""
     rows = [row(place, settings.layout) for place in places]
     if settings.layout == JSONL or any(len(values) > 1 for values in rows):
         kept = [values for values in rows if settings.layout == JSONL or len(values) > 1]
         lines = (json.dumps(values, ensure_ascii=False, allow_nan=False) for values in kept)
         write(root / "metadata.jsonl", ("\n".join(lines) + "\n").encode("utf-8"))
+
+
+def write_mark(root: Path, content_id: str) -> None:
+    """What was put there, so that nothing else is ever replaced."""
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    write(root / MARK, json.dumps({"saved by": "Trainyard, Save Dataset", "files": files}, indent=1).encode("utf-8"))
+    write(root / MARK, json.dumps({"saved by": "Trainyard, Save Dataset", "content": content_id, "files": files}, indent=1).encode("utf-8"))
 
 
 def row(place: Place, layout: str) -> dict:
@@ -277,7 +298,7 @@ def to_the_disk_itself(root: Path) -> None:
 def summary(saved: Saved, dataset: Dataset) -> str:
     """What was saved, for people."""
     repeats = Counter(record.repeats for record in dataset)
-    lines = [f"{count(dataset, 'picture')} saved to {saved.folder}, {saved.copied} of them byte for byte"]
+    lines = [f"{count(dataset, 'picture')} saved to {saved.folder}"]
     if set(repeats) != {1}:
         lines.append("repeats: " + ", ".join(f"{pictures} x {times}" for times, pictures in sorted(repeats.items())))
     return "\n".join([*lines, *saved.notes])
