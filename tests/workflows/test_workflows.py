@@ -5,17 +5,28 @@ import pathlib
 
 import pytest
 from PIL import Image
+from trainyard.tests.toy import shapes
 from trainyard.tests.workflows.convert import DRAWN, to_api
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 TITLE = 30  # px above a node's position
-SMALL = {  # what makes a workflow run in seconds on a small checkpoint
+SMALL = {  # what makes a workflow run in seconds on a small checkpoint and drawn pictures of 64 px
     "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
+    "TrainyardBucketDataset": {"resolution": 64, "step": 8},
+    "TrainyardCheckDataset": {"resolution": 64, "reject_below": 16, "warn_below": 32},
+    "TrainyardCaptionImages": {"backend": "file name"},
+    "TrainyardBuildCollages": {"width": 128, "height": 64},
     "TrainyardTrainLora": {"steps": 3, "rank": 4, "learning_rate": 1e-2},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2, "cfg": 1.0},
+}
+MADE = {  # nodes that must have shown something
+    "01_first_lora": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
+    "02_caption_a_folder": {"TrainyardEditCaptions", "TrainyardEditCaptionsByHand", "TrainyardCaptionReport", "PreviewAny"},
+    "03_check_and_clean": {"TrainyardCheckDataset", "TrainyardDeduplicateDataset", "TrainyardPreviewDataset", "PreviewAny"},
+    "04_collage_lora": {"TrainyardBuildCollages", "TrainyardTrainLora", "TrainyardSaveLora", "SaveImage"},
 }
 
 
@@ -85,17 +96,19 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
     run = server.run(prompt)
     assert run.ok, run.why
     produced = {prompt[node]["class_type"] for node in run.outputs}
-    assert {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"} <= produced
+    assert MADE[file.stem] <= produced
     saved = [node["inputs"]["filename_prefix"] for node in prompt.values() if node["class_type"] == "SaveImage"]
-    first, second = (Image.open(sorted(server.output().glob(f"{prefix}_*.png"))[-1]).tobytes() for prefix in saved)
-    assert first != second, "with and without the LoRA the picture is the same"
+    if saved:
+        first, second = (Image.open(sorted(server.output().glob(f"{prefix}_*.png"))[-1]).tobytes() for prefix in saved)
+        assert first != second, "with and without the LoRA the picture is the same"
 
 
 def pictures(server):
-    """input/my_pictures: two captioned pictures."""
+    """input/my_pictures: four captioned drawings."""
     folder = server.base / "input" / "my_pictures"
     folder.mkdir(exist_ok=True)
-    for colour in ("red", "blue"):
-        Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
-        (folder / f"{colour}.txt").write_text(f"all {colour}")
+    for index, (colour, shape) in enumerate((c, s) for c in ("red", "blue") for s in ("circle", "square")):
+        wanted = {"colour": colour, "shape": shape, "size": "large"}
+        shapes.draw(**wanted, degrees=20.0 * index).save(folder / f"{colour}_{shape}.png")
+        (folder / f"{colour}_{shape}.txt").write_text(shapes.caption(**wanted))
     return f"input/{folder.name}"
