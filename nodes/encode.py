@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.data.bucket_report import bucket_sheet, bucketed, report
 from ..trainers.data.buckets import BucketSettings
-from ..trainers.data.captions import CaptionSettings
+from ..trainers.data.captions import EMPTY, CaptionSettings
 from ..trainers.data.encode import encode
 from . import host, paths
 from .fields import CATEGORY, Dataset, Encoded, inputs, record
@@ -62,7 +62,9 @@ class EncodeDataset(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoder of the model to be trained. Also needed without captions: the empty text is encoded too.",
+                    optional=True,
+                    tooltip="The text encoder of the model to be trained; the empty text is encoded too. Only a score model needs none: then "
+                    "choose the caption mode 'empty (unconditional)'.",
                 ),
                 *inputs(CaptionSettings),
                 *inputs(BucketSettings, without=ADDED),
@@ -87,12 +89,13 @@ class EncodeDataset(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, dataset, vae, clip, flip, seed=0, **widgets):
+    def execute(cls, dataset, vae, flip, clip=None, seed=0, **widgets):
         captions, buckets = record(CaptionSettings, widgets), record(BucketSettings, widgets)
-        pictures, text = host.PictureEncoder(vae), host.TextEncoder(clip)
+        pictures, text = host.PictureEncoder(vae), text_encoder(clip, captions)
         with contextlib.ExitStack() as borrowed, host.gradients():  # tensors made here must be ordinary ones
             borrowed.callback(pictures.free)
-            borrowed.callback(text.free)
+            if text is not None:
+                borrowed.callback(text.free)
             encoded = encode(
                 dataset, captions, buckets, flip=flip, seed=seed, vae=pictures, text=text,
                 cache_dir=paths.cache_folder(), report=host.Steps(cls.hidden.unique_id), check_interrupt=host.interrupted,
@@ -100,6 +103,11 @@ class EncodeDataset(io.ComfyNode):
         sizes = len({item.bucket for item in encoded.items})
         host.show(f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id)
         return io.NodeOutput(encoded)
+
+
+def text_encoder(clip, captions):
+    """None where nothing is connected and nothing is to be said: an Encoded for score models. Train nodes that need more say so."""
+    return None if clip is None and captions.caption_mode == EMPTY else host.TextEncoder(clip)
 
 
 NODES = [BucketDataset, EncodeDataset]

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 Dataset = io.Custom("TRAINYARD_DATASET")
 Encoded = io.Custom("TRAINYARD_ENCODED")
+ScoreModel = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scorers.ScoreModel
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 CATEGORY = "model/training/trainyard"

@@ -115,6 +115,7 @@ class Job(TrainingJob):
     kind = "lora 1"
 
     def check(self):
+        self.data.require_conditionings()
         host.check_latents(self.model, self.data.channels)
 
     def parts(self):

@@ -100,23 +100,90 @@ class LatentResNet(nn.Module):
         self.last, self.size = norm(widths[-1]), 2 * widths[-1]
 
     def forward(self, x, level):
-        h, features = self.stem(x), self.level(level)
+        h, features = self.stem(one_frame(x)), self.level(level)
         for block in self.blocks:
             h = block(h, features)
         h = F.silu(self.last(h))
         return torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
 
 
+class TokenBlock(nn.Module):
+    """Attention and an MLP, each scaled, shifted and gated by the level (Peebles and Xie 2023); does nothing at the start."""
+
+    def __init__(self, width: int, heads: int, features: int):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width, elementwise_affine=False) for _ in range(2)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(features, 6 * width)
+        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h, features):  # (B, tokens, width), (B, features)
+        scale, shift, gate, scale_2, shift_2, gate_2 = self.modulation(features)[:, None].chunk(6, -1)
+        h = h + gate * self.attention(self.norms[0](h) * (1 + scale) + shift)
+        return h + gate_2 * self.mlp(self.norms[1](h) * (1 + scale_2) + shift_2)
+
+    def attention(self, h):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(h).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LatentViT(nn.Module):
+    """(B, C, h, w), (B,) -> (B, size): patches of 2x2 cells as tokens, for any h and w; mean and maximum over the tokens."""
+
+    HEADS = 6
+
+    def __init__(self, channels: int, width: int = 64, depth: int = 2):
+        super().__init__()
+        tokens, features = self.HEADS * (width + width % 2), 4 * width
+        self.level, self.stem = Level(features), nn.Conv2d(channels, tokens, 2, 2)
+        self.blocks = nn.ModuleList(TokenBlock(tokens, self.HEADS, features) for _ in range(4 * depth))
+        self.last, self.size = nn.LayerNorm(tokens), 2 * tokens
+
+    def forward(self, x, level):
+        x = one_frame(x)
+        x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate")
+        h, features = self.stem(x), self.level(level)
+        h = (h + positions(*h.shape[1:]).to(h)).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            h = block(h, features)
+        h = self.last(h)
+        return torch.cat([h.mean(1), h.amax(1)], 1)
+
+
+def positions(width: int, rows: int, columns: int) -> Tensor:
+    """(width, rows, columns) sines and cosines of the distance from the middle, half of them for the row and half for the column."""
+    speed = 1000.0 ** -(torch.arange(width // 4) / (width // 4))
+
+    def line(count):
+        angle = (torch.arange(count) - (count - 1) / 2)[:, None] * speed
+        return torch.cat([angle.sin(), angle.cos()], 1).T  # (width / 2, count)
+
+    return torch.cat([line(rows)[:, :, None].expand(-1, -1, columns), line(columns)[:, None].expand(-1, rows, -1)])
+
+
+def one_frame(x: Tensor) -> Tensor:
+    """(B, C, h, w) of pictures that a video model holds as (B, C, 1, h, w)."""
+    if x.ndim == 4:
+        return x
+    if x.ndim != 5 or x.shape[2] != 1:
+        raise ValueError(f"A score model judges pictures, and got latents of shape {tuple(x.shape)}. Give it single frames.")
+    return x.squeeze(2)
+
+
 class Scorer(nn.Module):
     """A trunk (x, level) -> features (B, size), and a head to the numbers that the task wants."""
 
-    def __init__(self, trunk: nn.Module, outputs: int, dropout: float = 0.0):
+    def __init__(self, trunk: nn.Module, outputs: int):
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Sequential(nn.LayerNorm(trunk.size), nn.Dropout(dropout), nn.Linear(trunk.size, outputs))
+        self.head = nn.Sequential(nn.LayerNorm(trunk.size), nn.Linear(trunk.size, outputs))
 
-    def forward(self, x, level):
-        return self.head(self.trunk(x, level))
+    def forward(self, x, level, keep: Tensor | None = None):
+        """(B, outputs). keep (B, size): the features are multiplied with it, for dropout by a generator of one's own."""
+        features = self.trunk(x, level)
+        return self.head(features if keep is None else features * keep)
 
 
 @dataclass(frozen=True)
@@ -137,7 +204,10 @@ class About:
     low: float = 0.0  # the user's scale
     high: float = 1.0
     line: tuple[float, float] = (1.0, 0.0)  # calibration: rating = line[0] * prediction + line[1], in the user's scale
+    curve: tuple[tuple[float, float], ...] = ()  # calibration by knots (said, rating) in the user's scale, instead of the line
     members: int = 1
+    resolution: int = 0  # side in pixels of a square as large as the pictures it was trained on; 0 where only latents were given
+    trained: bool = True  # False: what it says cannot be told from chance
     metrics: dict = field(default_factory=dict)
     dataset: str = ""  # hash of what it was trained on
 
@@ -149,7 +219,33 @@ class About:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"This score model was made by a newer version: it says {', '.join(unknown)}. Update Trainyard.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: tupled(v) for k, v in values.items()})
+
+
+def tupled(value):
+    """JSON's lists as the tuples they were."""
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
+
+
+TRUNKS = {"latent ResNet": LatentResNet, "latent ViT": LatentViT}
+
+
+def network_of(about: About, trunk: nn.Module | None = None) -> Scorer:
+    """A new network of this kind, its weights drawn from torch's own generator. `trunk`: of the backbones that are made from a loaded
+    model, which this room knows nothing of. Its state_dict must leave the loaded model's own weights out."""
+    if trunk is None:
+        if about.backbone not in TRUNKS:
+            raise ValueError(f"The backbone {about.backbone!r} is made from a loaded model: connect the one it was trained with. "
+                             f"Only {' and '.join(TRUNKS)} stand for themselves.")
+        trunk = TRUNKS[about.backbone](about.channels, about.width, about.depth)
+    return Scorer(trunk, about.outputs)
+
+
+def seeded(seed: int, make):
+    """make() with torch's own generator at this seed; it is put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
 
 
 @dataclass
@@ -176,12 +272,29 @@ class ScoreModel:
     def ratings(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """((B,) ratings of clean latents in the user's own scale, (B,) standard deviation between members)."""
         said = self.members(x0, torch.zeros(len(x0), device=x0.device))
-        slope, shift = self.about.line
-        if self.about.task in ("binary", "multiclass"):
-            said = said.sigmoid() if self.about.task == "binary" else said
-        else:
-            said = (said * self.about.std + self.about.mean) * slope + shift
-        return said.mean(0), said.std(0, unbiased=False)
+        rated = in_user_scale(said, self.about)
+        return rated.mean(0), rated.std(0, unbiased=False)
+
+
+def in_user_scale(said: Tensor, about: About) -> Tensor:
+    """Ratings for what a scorer says. Probability for binary, 0 to 1 over the classes, and for pairs the scorer's own scale: it has no other."""
+    if about.task == "binary":
+        return said.sigmoid()
+    if about.task == "multiclass":
+        return said
+    said = said * about.std + about.mean
+    if not about.curve:
+        return said * about.line[0] + about.line[1]
+    return interpolated(said, *torch.tensor(about.curve, device=said.device, dtype=said.dtype).T)
+
+
+def interpolated(x: Tensor, at: Tensor, y: Tensor) -> Tensor:
+    """Straight lines through the knots (at, y), at rising; level beyond the first and the last."""
+    if len(at) == 1:
+        return y.expand_as(x)
+    right = torch.searchsorted(at.contiguous(), x.contiguous()).clamp(1, len(at) - 1)
+    share = ((x - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return y[right - 1] + share * (y[right] - y[right - 1])
 
 
 def value(out: Tensor, about: About) -> Tensor:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..settings import fingerprint
 from .buckets import BucketSettings, Placement, fit, placements
 from .cache import Cache
-from .captions import CAPTIONS, CaptionSettings, record_rng, variants
+from .captions import CAPTIONS, EMPTY, CaptionSettings, record_rng, variants
 from .encoded import Encoded, EncodedItem, latent_mask
 from .readers import require_captions
 from .records import WHITE, Dataset, Record, open_image, open_mask
@@ -79,13 +79,16 @@ class Work:
             self.check_interrupt()
 
 
-def encode(dataset: Dataset, captions: CaptionSettings, buckets: BucketSettings, flip: bool, vae: Vae, text: Text, cache_dir,
+def encode(dataset: Dataset, captions: CaptionSettings, buckets: BucketSettings, flip: bool, vae: Vae, text: Text | None, cache_dir,
            report=None, check_interrupt=None, *, seed: int = 0, ground=WHITE) -> Encoded:
     """The dataset as latents and conditionings, kept in cache_dir.
 
     flip: the mirrored pictures are encoded too. report(done, total, text); check_interrupt() raises to stop, losing nothing.
-    seed: of the shuffled captions. ground: the colour (red, green, blue) beneath transparent pictures."""
+    seed: of the shuffled captions. ground: the colour (red, green, blue) beneath transparent pictures.
+    text: None for pictures without any conditioning, as score models need them; the caption mode must be the empty one."""
     check(dataset, captions, buckets, vae)
+    if text is None:
+        return encode_without_text(dataset, captions, buckets, flip, vae, Cache(cache_dir), report, check_interrupt, ground)
     plans = [plan(record, captions, placement, flip, vae, text, seed, ground) for record, placement in placements(dataset, buckets)]
     cache = Cache(cache_dir)
     texts = {"": caption_key("", text)} | {c: k for p in plans for c, k in zip(p.captions, p.caption_keys, strict=True)}
@@ -94,6 +97,16 @@ def encode(dataset: Dataset, captions: CaptionSettings, buckets: BucketSettings,
     items = encode_pictures(plans, vae, cache, work, ground)
     print_ = fingerprint(VERSION, dataset.fingerprint(), captions, buckets, bool(flip), vae.identity, text.identity, seed, list(ground))
     return Encoded(items, cache, channels(items), print_, texts[""], captions.dropout)
+
+
+def encode_without_text(dataset, captions, buckets, flip, vae, cache, report, check_interrupt, ground) -> Encoded:
+    if captions.caption_mode != EMPTY:
+        raise ValueError(f"The caption mode is {captions.caption_mode!r} and no CLIP is connected to encode captions with. Connect CLIP, or "
+                         f"choose {EMPTY!r} for a score model.")
+    plans = [plan_picture(record, placement, flip, vae, ground) for record, placement in placements(dataset, buckets)]
+    items = encode_pictures(plans, vae, cache, Work(len(plans), report, check_interrupt), ground)
+    print_ = fingerprint(VERSION, "without text", dataset.fingerprint(), buckets, bool(flip), vae.identity, list(ground))
+    return Encoded(items, cache, channels(items), print_)
 
 
 def check(dataset, captions, buckets, vae):
@@ -112,8 +125,13 @@ def check(dataset, captions, buckets, vae):
 
 def plan(record, captions, placement, flip, vae, text, seed, ground) -> Plan:
     told = variants(record, captions, record_rng(record, seed))
+    keys = tuple(caption_key(caption, text) for caption in told)
+    return replace(plan_picture(record, placement, flip, vae, ground), captions=told, caption_keys=keys)
+
+
+def plan_picture(record, placement, flip, vae, ground) -> Plan:
     keys = [latent_key(record, placement, mirrored, vae, ground) for mirrored in (False, True)]
-    return Plan(record, placement, told, keys[0], keys[1] if flip else None, tuple(caption_key(caption, text) for caption in told))
+    return Plan(record, placement, (), keys[0], keys[1] if flip else None, ())
 
 
 def latent_key(record, placement, mirrored, vae, ground) -> str:
@@ -231,7 +249,7 @@ def item(p: Plan, shape, mask) -> EncodedItem:
     right = p.placement.scaled[0] - p.placement.bucket[0] - left  # what is cut off on the right is cut off on the left of a mirror
     sizes = [sizes_of(p, crop_w, top) for crop_w in (left, right)]
     return EncodedItem(p.record.id, p.record.path, p.latent, shape, p.caption_keys, p.captions, p.placement.bucket, p.flipped,
-                       sizes[0], sizes[1] if p.flipped else {}, p.record.repeats, mask, p.record.pair, p.record.strength)
+                       sizes[0], sizes[1] if p.flipped else {}, p.record.repeats, mask, p.record.pair, p.record.strength, p.record.score)
 
 
 def sizes_of(p: Plan, crop_w: int, crop_h: int) -> dict[str, int]:

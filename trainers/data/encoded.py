@@ -35,6 +35,7 @@ class EncodedItem:
     mask: str | None = None  # key of {"mask": (1, h, w)}, 1 = counts
     pair: str | None = None  # see pairs.py
     strength: float | None = None
+    score: float | None = None  # the user's rating
 
 
 @dataclass
@@ -76,10 +77,18 @@ class Encoded:
 
     def caption(self, item: EncodedItem, which: float, drop: float) -> tuple[str, str]:
         """(key, text) of one of the item's captions or of the empty one; both numbers are uniform in [0, 1)."""
+        if not item.caption_keys:
+            self.require_conditionings()
         if drop < self.dropout:
             return self.empty, ""
         index = int(which * len(item.caption_keys))
         return item.caption_keys[index], item.captions[index]
+
+    def require_conditionings(self) -> None:
+        """ValueError where the pictures were encoded without a text encoder."""
+        if self.empty is None and not all(item.caption_keys for item in self.items):
+            raise ValueError("These pictures were encoded without CLIP, which is enough for score models and for nothing else: there is no "
+                             "conditioning to train under, not even the empty one. Connect CLIP to Encode Dataset.")
 
     def latent(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> Tensor:
         """(C, ..., h, w): a sample of the VAE's posterior, or its mean where that is all there is."""
