@@ -5,15 +5,16 @@ import { Grid } from './caption_grid.mjs';
 import { after, showOutputs } from './outputs.mjs';
 
 const SIZE = [760, 700], LEAST_HEIGHT = 320;
-const SETTLED_MS = 600; // after the last change the workflow is told, so that it is kept through a reload
+const SETTLED_MS = 600; // after the last change the workflow takes note, so that it is kept through a reload and the graph's own undo
 
 const thumbnail = thumb => app.api.apiURL(`/view?${new URLSearchParams(thumb)}`);
 
 function settling() {
   let timer;
+  const note = () => { app.canvas.emitBeforeChange(); app.canvas.emitAfterChange(); };
   return () => {
     clearTimeout(timer);
-    timer = setTimeout(() => app.api.dispatchEvent(new CustomEvent('graphChanged')), SETTLED_MS);
+    timer = setTimeout(note, SETTLED_MS);
   };
 }
 

@@ -8,7 +8,7 @@ const plan = JSON.parse(fs.readFileSync(file));
 const nodes2 = flags.includes('--nodes2');
 const { browser, page, troubles, shot } = await open(url, { nodes2, shots: plan.shots });
 const seen = { troubles };
-const parts = plan.parts ?? ['edit', 'wheel', 'filter', 'revert', 'reload', 'many', 'subgraph', 'light'];
+const parts = plan.parts ?? ['edit', 'wheel', 'filter', 'revert', 'reload', 'many', 'subgraph', 'anew', 'light'];
 const grid = '.trainyard-captions', area = `${grid} textarea`;
 
 /** Load Dataset -> Edit Captions by Hand -> Caption Report and Edit Captions, at 100 % zoom. */
@@ -26,6 +26,8 @@ const build = folder => page.evaluate(async name => {
   canvas.ds.scale = 1;
   canvas.ds.offset = [40, 80];
   canvas.setDirty(true, true);
+  canvas.emitBeforeChange();
+  canvas.emitAfterChange();
 }, folder);
 
 const hand = () => page.evaluate(() => {
@@ -189,6 +191,29 @@ async function subgraph() {
   seen.nestedReport = await page.evaluate(() => [...document.querySelectorAll('.trainyard-text')].map(e => e.innerText).join('\n'));
 }
 
+/** The graph's own undo makes all nodes anew, and so does another tab: what was shown comes back with them. */
+async function anew() {
+  await build(plan.folder);
+  await run();
+  await page.locator(area).nth(0).fill('before the undo');
+  await page.waitForTimeout(1500);
+  await page.locator(area).nth(0).fill('after it');
+  await page.waitForTimeout(1500);
+  await page.evaluate(() => { document.activeElement.blur(); window.app.canvas.canvas.focus(); });
+  await page.keyboard.press('Control+z');
+  await page.waitForTimeout(1500);
+  seen.graphUndo = [await look(), await hand()];
+  await page.evaluate(() => { document.activeElement.blur(); window.app.canvas.canvas.focus(); });
+  await page.keyboard.press('Control+z');
+  await page.waitForTimeout(1500);
+  seen.graphUndo2 = [await look(), await hand()];
+  await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow'));
+  await page.waitForTimeout(800);
+  await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow'));
+  await page.waitForTimeout(1500);
+  seen.tab = await look();
+}
+
 async function light() {
   await build(plan.folder);
   await page.evaluate(() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light'));
@@ -200,7 +225,7 @@ async function light() {
 }
 
 try {
-  const all = { edit, wheel, filter, revert, reload, many, subgraph, light };
+  const all = { edit, wheel, filter, revert, reload, many, subgraph, anew, light };
   for (const part of parts) await all[part]();
 } catch (error) {
   seen.error = String(error.stack ?? error).slice(0, 2000);

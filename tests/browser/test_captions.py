@@ -153,3 +153,13 @@ def test_the_grid_works_inside_a_subgraph(seen):
     assert seen["nestedRun"]["kind"] == seen["nestedAgain"]["kind"] == "execution_success"
     assert seen["nested"]["cards"] == 9
     assert "inside a subgraph" in seen["nestedReport"]
+
+
+@pytest.mark.slow
+def test_the_graphs_own_undo_and_another_tab_bring_the_grid_back_as_it_was(seen):
+    for step, caption in (("graphUndo", "before the undo"), ("graphUndo2", CAPTION.format(0))):
+        grid, node = seen[step]
+        assert (grid["cards"], grid["captions"][0], node["nodes"]) == (9, caption, 4), step
+        assert grid["changed"] == len(json.loads(node["edits"] or "{}"))
+    assert seen["tab"]["cards"] == 9
+    assert seen["tab"]["captions"][0] == CAPTION.format(0)
