@@ -1,4 +1,5 @@
 """What each bundled workflow holds: see workflows.py."""
+# ruff: noqa: E501 - notes are prose, a paragraph a line
 
 from __future__ import annotations
 
