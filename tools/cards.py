@@ -105,7 +105,7 @@ def collages():
             box = (0, 128, 512, 384) if wide else (128, 0, 384, 512) if i else (156, 0, 356, 512)
             Image.open(file).crop(box).save(file)
         built = build_collages(read_folder(folder), CollageSettings(width=512, height=512, uses=1, mix=0.0), pathlib.Path(where) / "out")
-        shown = sorted(built.dataset, key=lambda record: sum(open_mask(record).getdata()) if record.mask else 1 << 40)[:3]
+        shown = sorted(built.dataset, key=lambda record: open_mask(record).reduce(512).getpixel((0, 0)) if record.mask else 256)[:3]
         for index, record in enumerate(shown):
             left, top = 32 + index % 2 * 360, 112 + index // 2 * 330
             page.paste(open_image(record).resize((280, 280)), (left, top))
