@@ -7,7 +7,8 @@ import re
 
 import pytest
 from trainyard.tests.workflows.convert import WIDGETS, widgets
-from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings
+from trainyard.trainers.captioners.tags import TaggerSettings
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -94,6 +95,8 @@ def test_a_train_node_shows_at_most_eight_widgets(schemas):
         ("TrainyardAdapter", AdapterSettings, {"rank"}),
         ("TrainyardOptimizer", OptimizerSettings, set()),
         ("TrainyardNoiseAndLoss", NoiseSettings, set()),
+        ("TrainyardPoints", PointSettings, set()),
+        ("TrainyardTagger", TaggerSettings, set()),
     ],
 )
 def test_a_settings_node_shows_its_whole_record_with_the_records_defaults(schemas, node, record, elsewhere):
