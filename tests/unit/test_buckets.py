@@ -268,6 +268,15 @@ def test_a_crowd_of_sizes_ends_in_few_buckets_and_nobody_loses_more_than_allowed
         assert place.bucket[0] * place.bucket[1] >= 0.88 * own.bucket[0] * own.bucket[1]
 
 
+def test_images_of_one_size_stay_together():
+    """the two or three pictures of a pair are compared cell by cell"""
+    sizes = [(int(w), int(h)) for w, h in np.random.default_rng(5).integers(600, 1400, (40, 2))]
+    for merge in (2, 5, 64):
+        placed = placements(records(*sizes, *sizes, *sizes), BucketSettings(resolution=768, step=32, merge=merge, max_crop=0.3))
+        together = {(record.size, place.bucket) for record, place in placed}
+        assert len(together) == len(set(sizes)), merge
+
+
 def test_kohyas_buckets_are_never_merged():
     some = records((1000, 1000), (900, 1000), (800, 1000))
     assert buckets_of(some, rules="kohya", merge=64, max_crop=0.9) == [assign(r.size, BucketSettings(resolution=512, rules="kohya")).bucket for r in some]

@@ -126,10 +126,12 @@ def merged(placed: list[tuple[Record, Placement]], settings: BucketSettings) -> 
     for index, (_, place) in enumerate(placed):
         members.setdefault(place.bucket, []).append(index)
     for bucket in sorted(members, key=lambda b: (len(members[b]), b)):
+        targets = {}  # by size: pictures of one size stay together, as pairs must
         for index in list(members[bucket]) if len(members[bucket]) < settings.merge else ():
             record, own = placed[index]
-            target = None if record.bucket else nearest(record.frame, own.bucket, bucket, members, settings)
-            if target:
+            if record.bucket is None and record.frame not in targets:
+                targets[record.frame] = nearest(record.frame, own.bucket, bucket, members, settings)
+            if record.bucket is None and (target := targets[record.frame]):
                 result[index] = record, covering(record.frame, target)
                 members[bucket].remove(index)
                 members[target].append(index)
