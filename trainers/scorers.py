@@ -41,6 +41,11 @@ def unit_view(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Ten
     return x / per_sample((a.square() + b.square()).sqrt(), x), b / (a + b)
 
 
+def sigma_of_level(denoiser: Denoiser, level: Tensor) -> Tensor:
+    """(B,) the sigma at which `unit_view` gives this level, below 1."""
+    return level if denoiser.flow else level / (1 - level)
+
+
 class Level(nn.Module):
     """A level (B,) as features (B, width): sines of several speeds, then two layers."""
 
@@ -68,7 +73,8 @@ class Film(nn.Module):
 
 
 def norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """Groups of 16 channels or more: with one channel each, the norm would take away how bright or colourful a picture is."""
+    return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)
 
 
 class ResBlock(nn.Module):
