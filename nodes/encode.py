@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from PIL import ImageColor
 
 from ..trainers.data.bucket_report import bucket_sheet, bucketed, report
 from ..trainers.data.buckets import BucketSettings
@@ -83,13 +84,20 @@ class EncodeDataset(io.ComfyNode):
                     tooltip=f"Decides how shuffled captions are ordered. (0 to {2**63 - 1})",
                 ),
                 *inputs(BucketSettings, only=ADDED, optional=True),
+                io.String.Input(
+                    "ground",
+                    default="#ffffff",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The colour beneath transparent pictures, as #rrggbb or a name such as grey.",
+                ),
             ],
             outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, dataset, vae, flip, clip=None, seed=0, **widgets):
+    def execute(cls, dataset, vae, flip, clip=None, seed=0, ground="#ffffff", **widgets):
         captions, buckets = record(CaptionSettings, widgets), record(BucketSettings, widgets)
         pictures, text = host.PictureEncoder(vae), text_encoder(clip, captions)
         with contextlib.ExitStack() as borrowed, host.gradients():  # tensors made here must be ordinary ones
@@ -99,10 +107,19 @@ class EncodeDataset(io.ComfyNode):
             encoded = encode(
                 dataset, captions, buckets, flip=flip, seed=seed, vae=pictures, text=text,
                 cache_dir=paths.cache_folder(), report=host.Steps(cls.hidden.unique_id), check_interrupt=host.interrupted,
+                ground=colour(ground),
             )  # fmt: skip
         sizes = len({item.bucket for item in encoded.items})
         host.show(f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id)
         return io.NodeOutput(encoded)
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """(red, green, blue) of a colour's name. Raises ValueError for what is none."""
+    try:
+        return ImageColor.getrgb(name.strip())[:3]
+    except ValueError:
+        raise ValueError(f"ground is {name!r}; write a colour such as #ffffff or grey.") from None
 
 
 def text_encoder(clip, captions):

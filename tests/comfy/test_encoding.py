@@ -281,3 +281,11 @@ def test_the_bucket_node_shows_its_page_on_the_server_and_prompts_from_before_it
     assert done.ok, done.why
     (shown,) = done.outputs["3"]["images"]
     assert shown["type"] == "temp"
+
+
+def test_the_ground_beneath_transparent_pictures_is_a_colour():
+    from trainyard.nodes.encode import colour
+
+    assert colour("#102030") == (16, 32, 48) and colour(" white ") == (255, 255, 255)
+    with pytest.raises(ValueError, match="ground is 'no colour'; write a colour such as #ffffff"):
+        colour("no colour")
