@@ -97,7 +97,7 @@ class EncodeDataset(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, dataset, vae, flip, clip=None, seed=0, ground="#ffffff", **widgets):
+    def execute(cls, dataset, vae, clip=None, flip=False, seed=0, ground="#ffffff", **widgets):
         captions, buckets = record(CaptionSettings, widgets), record(BucketSettings, widgets)
         pictures, text = host.PictureEncoder(vae), text_encoder(clip, captions)
         with contextlib.ExitStack() as borrowed, host.gradients():  # tensors made here must be ordinary ones
