@@ -102,7 +102,8 @@ class PlaceSettings(Settings):
 
 
 def run_widgets(steps, learning_rate, rank, shown=("seed",), **more):
-    """steps, learning rate and rank with a method's own defaults, then the rest of the run."""
+    """steps, learning rate and rank with a method's own defaults, then the rest of the run. Published presets add up to a learning rate *
+    alpha / rank * steps of 0.05 for sliders (ai-toolkit, Concept Sliders) and of 0.001 to 0.01 for ADDifT; too weak can be rescaled."""
     defaults = dict(steps=steps, learning_rate=learning_rate, rank=rank)
     widgets = [*inputs(RunSettings, only=("steps", "learning_rate")), *inputs(AdapterSettings, only=("rank",))]
     for widget in widgets:
@@ -301,7 +302,7 @@ class TrainLeco(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
                 *inputs(LecoWords),
-                *run_widgets(500, 1e-3, 4, shown=(), default="my_leco"),
+                *run_widgets(500, 2e-4, 4, shown=(), default="my_leco"),
                 *inputs(PlaceSettings),
                 Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above."),
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
@@ -315,18 +316,19 @@ class TrainLeco(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
         words = record(LecoWords, widgets)
-        rows = only(prompts, words.target) or (leco_row(words, widgets["batch"]),)
+        rows = only(prompts, words.target, widgets["batch"]) or (leco_row(words, widgets["batch"]),)
         return trained(cls, PromptJob(
             rows=rows, slider=False, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
             **common(cls, model, widgets, adapter, optimizer, noise),
         ))  # fmt: skip
 
 
-def only(prompts, target: str):
-    """The rows of Load Prompts, or None. ValueError when the node's own prompts are written too, which would be learnt by nobody."""
+def only(prompts, target: str, batch: int) -> tuple[PromptRow, ...]:
+    """The rows of Load Prompts, if any, each with its own batch times the node's. ValueError when the node's own prompts are written too:
+    nobody would learn them."""
     if prompts and target.strip():
         raise ValueError(f"target is {target!r}, and prompts are connected too. Clear target, or disconnect prompts.")
-    return prompts
+    return tuple(dataclasses.replace(row, batch=row.batch * batch) for row in prompts or ())
 
 
 def leco_row(words: LecoWords, batch: int) -> PromptRow:
@@ -349,7 +351,7 @@ class TrainTextSlider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
                 *inputs(SliderWords),
-                *run_widgets(500, 1e-3, 4, shown=(), default="my_slider"),
+                *run_widgets(500, 2e-4, 4, shown=(), default="my_slider"),
                 *inputs(PlaceSettings),
                 Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above; unconditional is the negative end."),
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
@@ -363,7 +365,7 @@ class TrainTextSlider(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
         words = record(SliderWords, widgets)
-        rows = with_two_ends(only(prompts, words.target)) or (slider_row(words, widgets["batch"]),)
+        rows = with_two_ends(only(prompts, words.target, widgets["batch"])) or (slider_row(words, widgets["batch"]),)
         return trained(cls, PromptJob(
             rows=rows, slider=True, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
             **common(cls, model, widgets, adapter, optimizer, noise),
@@ -372,7 +374,7 @@ class TrainTextSlider(io.ComfyNode):
 
 def with_two_ends(rows):
     """The rows. ValueError for one whose action a slider has not got."""
-    if found := next((row for row in rows or () if row.action == "replace"), None):
+    if found := next((row for row in rows if row.action == "replace"), None):
         raise ValueError(f"{found.target!r} -> {found.plus!r} replaces, and a slider has two ends: write target, positive and unconditional, "
                          "or connect the prompts to Train LECO.")
     return rows
@@ -404,7 +406,7 @@ class PairJob(TrainingJob):
 
     def check(self):
         host.check_latents(self.model, self.data.channels)
-        pairs_of(self.data)
+        refuse_equal(pairs_of(self.data), self.data)
 
     def parts(self):
         return self.data.fingerprint, self.strength
@@ -444,6 +446,13 @@ class PairJob(TrainingJob):
         return forwards(getattr(self, "student", None), self.run.steps)
 
 
+def refuse_equal(pairs, data):
+    """ValueError when no pair shows a difference: the same folder was chosen twice, say."""
+    if all(len({data.items[index].latent for index in pair.at.values()}) == 1 for pair in pairs):
+        raise ValueError(f"Both pictures of every pair are the same, for example {data.items[next(iter(pairs[0].at.values()))].path}: there is "
+                         "no difference to learn. Choose two different folders.")
+
+
 class TrainImageSlider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -457,7 +466,7 @@ class TrainImageSlider(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
                 Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
-                *run_widgets(500, 1e-3, 4, shown=("batch", "seed"), default="my_slider"),
+                *run_widgets(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
                 *recipes(points=False),
             ],
             outputs=results(),
@@ -482,7 +491,7 @@ class TrainDifference(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
                 Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it: positive is after, negative is before."),
-                *run_widgets(100, 1e-3, 4, shown=("batch", "seed"), default="my_difference"),
+                *run_widgets(100, 1e-4, 4, shown=("batch", "seed"), default="my_difference"),
                 io.Float.Input(
                     "strength",
                     default=0.25,

@@ -56,8 +56,10 @@ class LoadPrompts(io.ComfyNode):
 
 
 def about(row) -> str:
-    words = f"{row.target} -> {row.positive}" if row.action == "replace" else f"{row.action} {row.target}"
-    return f"{words} (positive {row.plus!r}, neutral {row.base!r}, unconditional {row.unconditional!r}, guidance {row.guidance:g}, weight {row.weight:g})"
+    """One line: what counts in both nodes first, then what only Train LECO reads."""
+    shown = {"positive": row.plus, "unconditional": row.unconditional, "attributes": ", ".join(row.attributes), "preserve": "; ".join(row.preserve)}
+    words = "".join(f", {name} {text!r}" for name, text in shown.items() if text)
+    return f"{row.target}: guidance {row.guidance:g}, weight {row.weight:g}{words}; in Train LECO {row.action}, neutral {row.base!r}"
 
 
 NODES = [LoadPrompts]

@@ -118,4 +118,145 @@ def look(flow, title, left, top, model, trained, prompt="my_word, a photo"):
                ("save_with", "SaveImage", 300, {"filename_prefix": f"{name}_with"}, {"images": "decode_with.IMAGE"}, "With")]))  # fmt: skip
 
 
-FLOWS = [caption_a_folder, check_and_clean, collage_lora]
+# -- sliders and LECO -------------------------------------------------------------------------------------------------------------
+
+TWICE = """
+
+Pressing **Run** again on an unchanged graph never trains twice; Cancel keeps the work, and the next Run goes on. The LoRA lies in *output/loras*; press **R** to see it in LoRA loaders."""
+
+
+def image_pair_slider():
+    flow = Flow("05_image_pair_slider", """# A slider from pairs of pictures
+
+1. **Pictures.** Make two folders inside ComfyUI's *input* folder: *more* and *less*. Four to six pairs are enough. Both pictures of a pair show the same scene, carry the **same file name** and have the same shape; only the attribute differs: smiling and not smiling, new and worn, close and far. Press **R**, then choose the folders.
+
+2. **What they show.** Put one text that fits all pictures into *trigger* of *Encode Dataset*, such as *a photo of a person*. Do not name the attribute. Text files beside the pictures are added to it.
+
+3. **Run.** *more* is learnt at strength +1 and *less* at -1, both in every step, with the same noise: what the two have in common cancels.
+
+4. **Look.** The sheet shows strengths from -2 to 2 on seeds of its own, and under them how much each unit of strength does (effect) and how far the pictures move (drift). Too weak at 1? Raise *steps* and press Run: the run goes on. It changes other things too? Lower *rank*, or add pairs that differ in everything else.
+
+512 px suits SD 1.5. For SDXL set 1024 in *Encode Dataset* and in *Strength Sweep*.""" + TWICE, (380, 780))  # fmt: skip
+    from_pairs(flow, "TrainyardTrainImageSlider", "my_slider", ("more", "More of it (+1)"), ("less", "Less of it (-1)"))
+    sweep(flow, "3 · Look: from -2 to 2", 2040, {"strengths": "-2, -1, 0, 1, 2"}, "a photo of a person")
+    return flow
+
+
+def leco():
+    flow = Flow("06_leco", """# Erase a concept (LECO)
+
+No pictures are needed: the model is taught by its own answers to prompts.
+
+1. **Model.** Choose your checkpoint. 512 px suits SD 1.5; SDXL learns well at 512 too (*resolution* in *Train LECO*), but set 1024 in *Strength Sweep*.
+
+2. **Prompts** in *Train LECO* (some are among its advanced inputs):
+   - *target*: what must go: *a painting by Van Gogh*
+   - *unconditional*: the same without it: *a painting*. What lies between the two is taken away, and nothing else
+   - *preserve*: near things that must stay, parted by semicolons
+   - *guidance*: how far; 1 is the whole way. Too far shows as drift
+
+   To **enhance**, set *action* and a guidance of 2 or more. To **replace**, write into *positive* what the target becomes.
+
+3. **Run.** *Point Settings* say where it learns; the defaults are right for most. The line in the node says how many forwards a step costs.
+
+4. **Look.** At 0 the model as it is, at 1 without the concept, at -1 with more of it. Effect 1 is what the prompt *Toward* itself looks like. Drift is measured on the prompt that must stay.""" + TWICE, (380, 840))  # fmt: skip
+    flow.group("1 · Model", BLUE, 430, -80, (320, [checkpoint(), ("points", "TrainyardPoints", 180)]))
+    flow.group("2 · Train", GREEN, 820, -80,
+        (380, [("train", "TrainyardTrainLeco", 712,
+                {"target": "a painting by Van Gogh", "unconditional": "a painting", "preserve": "a painting by Monet; a photo of a village at night",
+                 "run_name": "my_leco"}, {"model": "model.MODEL", "clip": "model.CLIP", "points": "points.points"})]),
+        (360, [keep("my_leco"), losses()]))  # fmt: skip
+    sweep(flow, "3 · Look: with and without the concept", 1650, {"strengths": "-1, 0, 0.5, 1"}, "a painting by Van Gogh, a village at night",
+          toward=("a painting, a village at night", "Toward (+1)"), away=("a painting by Van Gogh, a village at night", "Away (-1)"),
+          preserve=("a painting by Monet, a garden", "Must stay"))  # fmt: skip
+    return flow
+
+
+def text_slider():
+    flow = Flow("07_text_slider", """# A slider from prompts
+
+No pictures are needed. At +1 the target becomes more like *positive*, at -1 more like *negative*.
+
+1. **Prompts.** One line for each kind of thing the slider is for, in *Load Prompts*, or a .txt, .csv, .tsv, .yaml or .json file in ComfyUI's *input* folder:
+   - the target first: *person*
+   - *positive* and *negative*: the two ends
+   - *guidance*: how far the ends lie apart
+   - *attributes*: put before every prompt in turn, so that the slider does not change them on the way
+   - *preserve*: prompts that must not move, parted by semicolons
+
+   For a single line, *Load Prompts* can go: write into *Train Text Slider* itself.
+
+2. **Run.** Both ends are trained in every step.
+
+3. **Look.** The sheet shows strengths from -2 to 2 and the curve under them. To bring the slider to scale, set *asked_effect* to 1: then strength 1 of the file that is saved does as much as the prompt *Toward* itself. If the slider never gets that far, the node says so: train longer, or ask for less.
+
+512 px suits SD 1.5. For SDXL set 1024 in *Strength Sweep*.""" + TWICE, (380, 840))  # fmt: skip
+    line = ("person | positive: very old person, wrinkles | negative: very young person, smooth skin | guidance: 2"
+            " | attributes: male, female | preserve: a street in a town; a cat")  # fmt: skip
+    flow.group("1 · Model and prompts", BLUE, 430, -80, (400, [
+        checkpoint(), ("rows", "TrainyardLoadPrompts", 280, {"text": line}),
+        ("found", "PreviewAny", 200, {}, {"source": "rows.about"}, "How it was understood")]))  # fmt: skip
+    flow.group("2 · Train", GREEN, 900, -80,
+        (380, [("train", "TrainyardTrainTextSlider", 690, {"run_name": "my_age_slider"},
+                {"model": "model.MODEL", "clip": "model.CLIP", "prompts": "rows.prompts"})]),
+        (360, [losses()]))  # fmt: skip
+    sweep(flow, "3 · Look, bring to scale, save", 1730, {"strengths": "-2, -1, 0, 1, 2"}, "photo of a person", keep("my_age_slider", "sweep.lora"),
+          toward=("photo of a very old person, wrinkles", "Toward (+1)"), away=("photo of a very young person, smooth skin", "Away (-1)"))  # fmt: skip
+    return flow
+
+
+def difference():
+    flow = Flow("08_difference", """# Learn what changed between two pictures
+
+1. **Pictures.** Make two folders inside ComfyUI's *input* folder: *before* and *after*. One pair is enough; a few more make the result steadier. Both pictures of a pair carry the **same file name** and have the same size. Change only what is to be learnt: retouch the skin, close the eyes, add line art. Everything else must stay where it is, pixel by pixel. Press **R**, then choose the folders.
+
+2. **What they show.** Put one text that fits both pictures into *trigger* of *Encode Dataset*. Do not name the change.
+
+3. **Run.** 100 steps are a minute or two on a GPU. At strength 1/4 the LoRA is asked to see *after* as the model by itself sees *before*, with the model's own mistakes; at -1/4 the other way round. What the model always gets wrong cancels, and only the change is left to learn.
+
+4. **Look.** Strength 1 shows more of the change than was trained: choose the strength you like on the sheet. To make it strength 1 of the file, put its effect into *asked_effect* and connect *lora* of *Strength Sweep* to *Save LoRA*.
+
+512 px suits SD 1.5. For SDXL set 1024 in *Encode Dataset* and in *Strength Sweep*.""" + TWICE, (380, 800))  # fmt: skip
+    from_pairs(flow, "TrainyardTrainDifference", "my_difference", ("after", "After the change"), ("before", "Before it"))
+    sweep(flow, "3 · Look: a little of it, and more", 2040, {"strengths": "-1, -0.5, 0, 0.5, 1"}, "a photo of a person")
+    return flow
+
+
+def checkpoint():
+    return "model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}, {}, None, CHECKPOINT
+
+
+def keep(name, lora="train.lora"):
+    return "save", "TrainyardSaveLora", 150, {"name": name}, {"lora": lora, "model": "model.MODEL"}
+
+
+def losses():
+    return "plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"}
+
+
+def from_pairs(flow, kind, name, positive, negative):
+    """Two folders -> a Train node that learns from pairs of pictures."""
+    folder = lambda key, side: (key, "TrainyardLoadDataset", 200, {"folder": f"input/{side[0]}"}, {}, side[1])
+    flow.group("1 · Model and pairs of pictures", BLUE, 430, -80,
+        (320, [checkpoint(), folder("positive", positive), folder("negative", negative)]),
+        (320, [("pairs", "TrainyardImagePairs", 100, {}, {"positive": "positive.dataset", "negative": "negative.dataset"}),
+               ("encode", "TrainyardEncodeDataset", 484, {"trigger": "a photo of a person", "dropout": 0.1},
+                {"dataset": "pairs.dataset", "vae": "model.VAE", "clip": "model.CLIP"})]))  # fmt: skip
+    flow.group("2 · Train", GREEN, 1190, -80,
+        (360, [("train", kind, 470, {"run_name": name}, {"model": "model.MODEL", "encoded": "encode.encoded"})]),
+        (360, [keep(name), losses()]))  # fmt: skip
+
+
+def sweep(flow, title, left, widgets, prompt, *more, **asked):
+    """Strength Sweep of what was trained, on one prompt. `asked`: further prompts by socket, (text, title)."""
+    words = lambda key, text, name: (key, "CLIPTextEncode", 130, {"text": text}, {"clip": "model.CLIP"}, name)
+    prompts = {"positive": (prompt, "Prompt"), "negative": ("", "Negative prompt"), **asked}
+    links = {key: f"{key}_words.CONDITIONING" for key in prompts}
+    flow.group(title, VIOLET, left, -80,
+        (320, [words(f"{key}_words", *about) for key, about in prompts.items()]),
+        (560, [("sweep", "TrainyardStrengthSweep", 840, widgets, {"model": "model.MODEL", "lora": "train.lora", "vae": "model.VAE", **links})]),
+        (360, [*more, ("sheet", "SaveImage", 400, {"filename_prefix": f"{flow.name[3:]}/sheet"}, {"images": "sweep.sheet"}, "The sheet"),
+               ("told", "PreviewAny", 160, {}, {"source": "sweep.report"}, "In words")]))  # fmt: skip
+
+
+FLOWS = [caption_a_folder, check_and_clean, collage_lora, image_pair_slider, leco, text_slider, difference]

@@ -280,6 +280,10 @@ def test_pictures_without_a_partner_are_named(server, from_pairs):
             "2 have no partner, scene_2 (only positive), stray_2 (only negative)")  # fmt: skip
 
 
+def test_one_folder_chosen_twice_is_no_difference(server, from_pairs):
+    refused(server, from_pairs("TrainyardTrainImageSlider", "input/more", run_name="trouble"), "Both pictures of every pair are the same")
+
+
 def test_pictures_that_were_never_paired_are_refused_with_the_node_that_pairs_them(server, from_pairs):
     prompt = from_pairs("TrainyardTrainDifference", run_name="trouble")
     prompt["encode"]["inputs"]["dataset"] = ["more", 0]
