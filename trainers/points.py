@@ -101,10 +101,10 @@ class Point:
     x: Tensor
     sigma: Tensor
     answers: dict[str, Tensor] = field(default_factory=dict)
-
+    after: Tensor | None = None  # (B,) where a step of the way would lead
 
     def state(self) -> dict:
-        return {"task": self.task, "x": self.x, "sigma": self.sigma, "answers": dict(self.answers)}
+        return {"task": self.task, "x": self.x, "sigma": self.sigma, "answers": dict(self.answers), "after": self.after}
 
 
 def answered(model: Model, point: Point, task: Task) -> Point:
@@ -154,9 +154,12 @@ class Rollouts:
         strength = one_of(sorted({pull.strength for pull in task.pulls}), rng)
         noise = noise_of((task.batch, *one_of(task.shapes, rng)), self.model.denoiser, rng)
         levels, wanted = way_levels(self.settings.sampling_steps, task.batch, self.low, self.high, rng)
-        sigmas = self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape).to(noise)
+        sigmas, after = (self.sigmas(u).to(noise) for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0)))
         way = self.model.walk(noise, sigmas, task, strength, self.guidance)
-        return [Point(number, x, sigma) for (x, sigma), good in zip(way, wanted, strict=True) if good]
+        return [Point(number, x, sigma, after=then) for (x, sigma), then, good in zip(way, after, wanted, strict=True) if good]
+
+    def sigmas(self, levels):
+        return self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape)
 
     def state(self) -> dict:
         return {"updates": self.updates, "ways": [[point.state() for point in way] for way in self.ways], "spent": dict(self.model.spent)}

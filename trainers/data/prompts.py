@@ -79,14 +79,19 @@ def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...
     form = ENDINGS.get(path.suffix.lower())
     if form is None:
         raise ValueError(f"{path.name} ends in {path.suffix!r}; prompt files end in {', '.join(ENDINGS)}.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    text = text_of(path)
     try:
         return read_prompts(text, form, defaults)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
+
+
+def text_of(path) -> str:
+    """What a file says. Raises ValueError when it is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{Path(path).name} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
 
 
 def guessed(text: str) -> str:

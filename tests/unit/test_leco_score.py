@@ -1,0 +1,468 @@
+"""LECO-score: each loss by hand, what each target shows the score model, the anchor that finds its size, and the watch that ends a run."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, adapters, dataset, prompts, rng
+from trainyard.trainers.data.signed_prompts import SignedPrompt
+from trainyard.trainers.loop import NoStore, train
+from trainyard.trainers.methods import leco_score
+from trainyard.trainers.methods.leco_score import ORIGINAL, TARGETS, Injected, LecoScore, LecoScoreSettings, Place, Walked, levels_of, tasks_of
+from trainyard.trainers.points import Model, Pull
+from trainyard.trainers.scorers import About, ScoreModel
+from trainyard.trainers.settings import RunSettings
+from trainyard.trainers.watch import COLLAPSED, Enough, Look, Watch
+
+ROWS = (SignedPrompt("cat"), SignedPrompt("dog", -1.0, "old"), SignedPrompt("young", 0.0))
+PLAIN = dict(anchor=0.0, balance=False, uncertainty=0.0)
+
+
+class Mean(nn.Module):
+    """Says factor * (mean of what it sees) + noisy * level."""
+
+    def __init__(self, factor=1.0, noisy=0.0):
+        super().__init__()
+        self.factor, self.noisy = factor, noisy
+
+    def forward(self, x, level):
+        return (self.factor * x.flatten(1).mean(1) + self.noisy * level)[:, None]
+
+
+class Curved(nn.Module):
+    def forward(self, x, level):
+        return torch.tanh(x).square().flatten(1).sum(1, keepdim=True) * (1 - level[:, None])
+
+
+def score(*networks, **about):
+    return ScoreModel(list(networks) or [Mean()], About(channels=2, **about))
+
+
+def shaken(network, seed=9):
+    made = adapters(network)
+    draw = rng(seed)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.2)
+    return made
+
+
+def model(prediction="flow"):
+    network = Net()
+    return Model(Denoiser(network, prediction), shaken(network), prompts())
+
+
+class Given:
+    def __init__(self, place):
+        self.place = place
+
+    def draw(self, rng):
+        return self.place
+
+
+class Fixed(Denoiser):
+    """A flow model whose answer is one number while adapters are on."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def denoise(self, x, sigma, conds):
+        return torch.full_like(x, self.answer).requires_grad_()
+
+
+def by_hand(settings, sign=1.0, answer=4.0, scores=None, base=None, strength=1.0, **place):
+    """A LecoScore that says `answer` at x = 2, sigma = 0.5, on the way to 0.25."""
+    m = model()
+    m.denoiser = Fixed(answer)
+    x, sigma = torch.full((1, *SHAPE), 2.0), torch.tensor([0.5])
+    where = Place(x, sigma, torch.tensor([0.25]), [None], (Pull("cat", (), strength, sign),), None if base is None else torch.full_like(x, base), **place)
+    return LecoScore(m, scores or [(score(), 1.0)], Given(where), LecoScoreSettings(**{**PLAIN, **settings}))
+
+
+# -- by hand ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_next_step_by_hand():
+    """slope (2 - 4) / 0.5 = -4, over -0.25: the state becomes 3. Unit view of a flow at 0.25: / sqrt(.75^2 + .25^2). Loss minus that."""
+    assert by_hand({"target": "next_step"}).loss(rng()).item() == pytest.approx(-3 / math.sqrt(0.625))
+
+
+def test_the_original_recipe_tells_the_scorer_that_it_sees_a_clean_picture():
+    """The same state, and a scorer that adds 100 * level: 0.25 where it is told, nothing as the first recipe had it."""
+    told, clean = (by_hand({"target": "next_step", "as_clean": c}, scores=[(score(Mean(1.0, 100.0)), 1.0)]).loss(rng()).item() for c in (False, True))
+    assert told - clean == pytest.approx(-25.0) and clean == pytest.approx(-3 / math.sqrt(0.625))
+    assert ORIGINAL.as_clean and not ORIGINAL.anchor and ORIGINAL.target == "next_step" and not ORIGINAL.needs_noise
+
+
+def test_x0_by_hand():
+    assert by_hand({"target": "x0"}).loss(rng()).item() == pytest.approx(-4.0)
+
+
+def test_direct_align_by_hand():
+    """The state after the step is 3; 0.25 of it is the known noise 1, so the picture is (3 - 0.25) / 0.75."""
+    method = by_hand({"target": "direct_align"}, noise=torch.ones(1, *SHAPE))
+    assert method.loss(rng()).item() == pytest.approx(-2.75 / 0.75)
+
+
+def test_direct_align_finds_the_picture_whatever_the_student_says_when_the_step_is_short():
+    """That is what makes it valid where x0 is a blur: the known noise is taken out, not what the model believes."""
+    for prediction in ("flow", "eps"):
+        denoiser = Denoiser(Net(), prediction)
+        x0, noise = torch.randn(2, *SHAPE, generator=rng(1)), torch.randn(2, *SHAPE, generator=rng(2))
+        sigma = torch.tensor([0.5, 0.9])
+        place = Place(denoiser.noised(x0, noise, sigma), sigma, sigma - 1e-6, [], (), noise=noise)
+        ((seen, zero),) = leco_score.aligned(type("M", (), {"denoiser": denoiser}), place, torch.randn_like(x0), rng())
+        torch.testing.assert_close(seen, x0, atol=1e-3, rtol=1e-3)
+        assert zero.tolist() == [0, 0]
+
+
+def test_x0_renoised_is_seen_at_the_levels_asked_for_and_every_draw_counts():
+    method = by_hand({"target": "x0_renoised", "renoise_low": 0.1, "renoise_high": 0.5, "draws": 3}, scores=[(score(Mean(0.0, 1.0)), 1.0)])
+    levels = [-method.loss(rng(i)).item() for i in range(40)]
+    assert 0.1 < min(levels) and max(levels) < 0.5 and abs(sum(levels) / 40 - 0.3) < 0.04
+    seen = leco_score.renoised(method, method.places.place, torch.ones(1, *SHAPE), rng())
+    assert len(seen) == 3 and len({float(sigma) for _, sigma in seen}) == 3
+
+
+def test_draft_lv_takes_its_last_step_anew_for_each_draw():
+    method = by_hand({"target": "draft_lv", "draws": 3})
+    assert method.loss(rng()).item() == pytest.approx(-4.0) and method.model.spent["student"] == 4
+    assert levels_of(LecoScoreSettings(target="draft_lv", sampling_steps=25)) == (0.04, 0.04)
+
+
+def test_the_anchor_by_hand():
+    """Student 4, frozen model 3 at sigma 0.5: the slopes differ by 2, anchor 5 * 4 = 20 on top of minus the score 4."""
+    method = by_hand({"target": "x0", "anchor": 5.0, "adjust": False}, base=3.0)
+    assert method.loss(rng()).item() == pytest.approx(16.0)
+    assert method.drift.item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("sign", "loss"), [(1.0, -4.0), (-1.0, 4.0)])
+def test_the_sign_of_a_prompt_is_the_direction(sign, loss):
+    assert by_hand({"target": "x0"}, sign).loss(rng()).item() == pytest.approx(loss)
+
+
+def test_a_prompt_of_weight_0_is_only_anchored():
+    assert by_hand({"target": "x0", "anchor": 5.0, "adjust": False}, 0.0, base=3.0).loss(rng()).item() == pytest.approx(20.0)
+    with pytest.raises(ValueError, match="'young' has weight 0: it is only anchored, and anchor is 0"):
+        tasks_of(ROWS, [SHAPE], 1, LecoScoreSettings(anchor=0.0))
+
+
+def test_members_that_disagree_are_trusted_less_in_both_directions():
+    """Members say 4 and 8: mean 6, deviation 2. Up: -(6 - 1.5 * 2) = -3; down: -(-6 - 3) = 9."""
+    disagreeing = [(score(Mean(1.0), Mean(2.0)), 1.0)]
+    losses = [by_hand({"target": "x0", "uncertainty": 1.5}, sign, scores=disagreeing).loss(rng()).item() for sign in (1.0, -1.0)]
+    assert losses == pytest.approx([-3.0, 9.0])
+
+
+def test_members_that_agree_have_a_gradient():
+    method = by_hand({"target": "x0", "uncertainty": 1.0}, scores=[(score(Mean(), Mean()), 1.0)])
+    x0 = torch.full((1, *SHAPE), 4.0, requires_grad=True)
+    method.reward([(x0, torch.zeros(1))], 1.0).sum().backward()
+    assert x0.grad.isfinite().all() and x0.grad.abs().sum() > 0
+
+
+def test_a_cap_is_enough():
+    """Score 4, cap 3: the loss is -3 and pulls no longer. Cap 5: it is -4, as without one."""
+    assert by_hand({"target": "x0", "cap": 5.0}).loss(rng()).item() == pytest.approx(-4.0)
+    method, x0 = by_hand({"target": "x0", "cap": 3.0}), torch.full((1, *SHAPE), 4.0, requires_grad=True)
+    reward = method.reward([(x0, torch.zeros(1))], 1.0)
+    reward.sum().backward()
+    assert reward.item() == pytest.approx(3.0) and x0.grad.abs().sum() == 0
+
+
+def test_several_scores_are_a_weighted_mean():
+    """(3 * 4 + 1 * (-8)) / 4 = 1"""
+    assert by_hand({"target": "x0"}, scores=[(score(), 3.0), (score(Mean(-2.0)), 1.0)]).loss(rng()).item() == pytest.approx(-1.0)
+
+
+def test_the_relative_reward_of_a_scorer_that_reads():
+    """S(good) 5, S(bad) 2, k 0.5: 1.5 * 5 - 2 = 5.5"""
+
+    class Reads(ScoreModel):
+        def members_told(self, x, level, texts):
+            assert texts in (["nice. cat"], ["poor. cat"])
+            return torch.full((1, len(texts)), {"nice": 5.0, "poor": 2.0}[texts[0][:4]])
+
+    settings = {"target": "x0", "relative": 0.5, "good_words": "nice", "bad_words": "poor"}
+    reads = Reads([Mean()], About(channels=2))
+    assert by_hand(settings, scores=[(reads, 1.0)], words=("cat",)).loss(rng()).item() == pytest.approx(-5.5)
+    with pytest.raises(ValueError, match="reads no text: with good and bad words it says the same. Set relative to 0"):
+        by_hand(settings)
+    with pytest.raises(ValueError, match="write both, or set relative to 0"):
+        LecoScoreSettings(relative=0.1)
+
+
+# -- scorers that do not fit ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_scorer_of_clean_pictures_is_refused_where_it_would_see_noise(target):
+    clean = [(score(noisy=False), 1.0)]
+    if target in ("x0_renoised", "next_step"):
+        with pytest.raises(ValueError, match="was trained on clean pictures only. Train it with 'noisy' on, or choose one of x0, direct_align, draft_lv"):
+            by_hand({"target": target}, scores=clean)
+    else:
+        by_hand({"target": target}, scores=clean)
+    by_hand({"target": target, "as_clean": True}, scores=clean)
+
+
+def test_weights_that_cancel_are_refused():
+    with pytest.raises(ValueError, match=r"the weights 1, -1: their sum must be above 0"):
+        by_hand({"target": "x0"}, scores=[(score(), 1.0), (score(), -1.0)])
+
+
+@pytest.mark.parametrize("pair", [("first_step", "last_step"), ("drift_low", "drift_high"), ("renoise_low", "renoise_high")])
+def test_ranges_that_are_none_are_refused(pair):
+    with pytest.raises(ValueError, match=f"{pair[0]} must be the smaller one"):
+        LecoScoreSettings(**{pair[0]: 0.7, pair[1]: 0.7})
+
+
+# -- where steps are graded ------------------------------------------------------------------------------------------------------------------
+
+
+def walked(settings=None, rows=ROWS, prediction="flow", scores=None, watch=None, batch=1, **more):
+    m = model(prediction)
+    settings = settings or LecoScoreSettings(**{"sampling_steps": 6, "ways": 2, "refresh": 2, **more})
+    return LecoScore(m, scores or [(score(Curved()), 1.0)], Walked(m, tasks_of(rows, [SHAPE], batch, settings), settings, 2.0), settings, watch)
+
+
+def test_steps_are_graded_in_the_range_asked_for_and_lead_one_step_on():
+    method = walked(first_step=0.25, last_step=0.75, sampling_steps=10)
+    places = [method.places.draw(rng(i)) for i in range(60)]
+    levels = torch.cat([place.sigma for place in places])
+    assert 0.25 <= levels.min() and levels.max() <= 0.75
+    torch.testing.assert_close(torch.cat([place.after for place in places]), levels - 0.1)
+
+
+def test_draft_lv_grades_the_last_state_of_a_way_only():
+    method = walked(target="draft_lv", sampling_steps=8)
+    assert {round(float(method.places.draw(rng(i)).sigma), 5) for i in range(10)} == {0.125}
+
+
+def test_prompts_are_drawn_as_often_as_their_weights_say_and_those_of_0_like_one():
+    method = walked(rows=(SignedPrompt("cat", 3.0), SignedPrompt("dog", -2.0), SignedPrompt("young", 0.0)), ways=1, refresh=1)
+    drawn = [method.places.draw(rng(i)).words[0] for i in range(300)]
+    shares = [drawn.count(p) / 300 for p in ("cat", "dog", "young")]
+    assert shares == pytest.approx([3 / 6, 2 / 6, 1 / 6], abs=0.08)
+
+
+def test_a_slider_goes_up_at_plus_one_and_down_at_minus_one_in_one_step():
+    settings = LecoScoreSettings(slider=True)
+    assert [[(p.strength, p.weight) for p in task.pulls] for task in tasks_of(ROWS, [SHAPE], 1, settings)] == [
+        [(1.0, 1.0), (-1.0, -1.0)], [(1.0, -1.0), (-1.0, 1.0)], [(1.0, 0.0), (-1.0, -0.0)],
+    ]  # fmt: skip
+    assert walked(slider=True).loss(rng()).shape == (2,)
+
+
+def test_without_an_anchor_the_frozen_model_is_never_asked():
+    method = walked(rows=ROWS[:2], anchor=0.0)
+    for i in range(5):
+        method.loss(rng(i))
+    assert method.model.spent["frozen"] == 0 and method.model.spent["student"] == 5 and method.model.spent["rollout"] > 0
+
+
+def test_the_frozen_models_answer_at_a_state_is_asked_once():
+    method = walked(rows=ROWS[:1], ways=1, refresh=1000, sampling_steps=2)
+    for i in range(12):
+        method.loss(rng(i))
+    assert method.model.spent["frozen"] <= 2 and method.model.spent["student"] == 12
+
+
+def test_the_original_recipe_runs():
+    train(walked(ORIGINAL, rows=ROWS[:2], scores=[(score(Curved(), noisy=False), 1.0)]), RunSettings(steps=3, learning_rate=1e-3, save_every=0))
+
+
+def injected(settings=None, scores=None):
+    m = model()
+    settings = settings or LecoScoreSettings(target="direct_align")
+    return LecoScore(m, scores or [(score(Curved()), 1.0)], Injected(m, dataset(), settings, 2), settings)
+
+
+def test_direct_align_grades_the_users_own_pictures_under_their_own_captions():
+    method = injected()
+    place = method.places.draw(rng())
+    assert place.x.shape == (2, *SHAPE) and len(place.conds) == 2 and place.base is not None
+    own = [method.places.data.store.load(item.latent)["mean"] for item in method.places.data.items]
+    x0 = (place.x - place.sigma.view(-1, 1, 1, 1) * place.noise) / (1 - place.sigma.view(-1, 1, 1, 1))
+    assert all(any(torch.allclose(one, latent, atol=1e-5) for latent in own) for one in x0)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps", "v"])
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "draft_lv"])
+def test_the_gradient_is_that_of_finite_differences(target, prediction):
+    method = in_doubles(target, prediction)
+    params, value = method.parameters(), lambda: method.loss(rng(5)).sum()
+    grads = torch.autograd.grad(value(), params)
+    size = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    ends = [moved(value, params, grads, sign * 1e-4 / size) for sign in (1, -1)]
+    assert size > 0 and (ends[0] - ends[1]) / 2e-4 == pytest.approx(size, rel=2e-3)
+
+
+def in_doubles(target, prediction):
+    settings = LecoScoreSettings(target=target, balance=False, anchor=0.5, adjust=False)
+    x, base, noise = torch.randn(3, 2, *SHAPE, generator=rng(1), dtype=torch.float64)
+    sigma, conds = torch.tensor([0.4, 0.7]).double(), [{"cross_attn": prompts()["cat"]["cross_attn"].double()}] * 2
+    place = Place(x, sigma, sigma - 0.05, conds, (Pull("cat", (), 1.0, 1.0),), base, noise)
+    method = LecoScore(model(prediction), [(score(Curved()), 1.0)], Given(place), settings)
+    method.model.denoiser.network.double(), method.model.adapters.double()
+    return method
+
+
+@torch.no_grad()
+def moved(value, params, direction, step):
+    """value() with the parameters moved along a direction; they are put back."""
+    before = [p.clone() for p in params]
+    for p, d in zip(params, direction, strict=True):
+        p.add_(d, alpha=step)
+    found = float(value())
+    for p, b in zip(params, before, strict=True):
+        p.copy_(b)
+    return found
+
+
+def test_the_gradient_of_draft_lv_is_that_of_its_last_steps_alone():
+    method = by_hand({"target": "draft_lv"})
+    x0 = torch.full((1, *SHAPE), 4.0, requires_grad=True)
+    seen = leco_score.last_steps(method, method.places.place, x0, rng())
+    sum(picture.sum() for picture, _ in seen).backward()
+    assert x0.grad is None and len(seen) == 2
+
+
+def test_bands_of_noise_levels_have_equal_gradients_when_they_are_balanced():
+    """At sigma 0.05 the network's output moves x0 ten times less than at 0.5; balanced, both pull alike."""
+    sizes = {}
+    for balance in (False, True):
+        method = by_hand({"target": "x0", "balance": balance})
+        for _ in range(3):
+            for sigma in (0.05, 0.5):
+                x0 = torch.full((1, *SHAPE), 4.0, requires_grad=True)
+                reward = method.reward([(x0, torch.zeros(1))], 1.0)
+                method.balanced(reward, x0, torch.tensor([sigma])).sum().backward()
+                sizes[balance, sigma] = float(x0.grad.norm()) * sigma  # native scale of a flow
+    assert sizes[False, 0.5] / sizes[False, 0.05] == pytest.approx(10, rel=1e-3)
+    assert sizes[True, 0.5] / sizes[True, 0.05] == pytest.approx(1, rel=1e-3)
+
+
+# -- an anchor that finds its size ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("drift", "anchor"), [(0.9, 15.0), (0.05, 10 / 1.5), (0.3, 10.0)])
+def test_the_anchor_answers_to_the_drift(drift, anchor):
+    method = walked()
+    for _ in range(10):
+        method.updates += 1
+        method.remember(torch.tensor(drift))
+    assert float(method.anchor) == pytest.approx(anchor)
+
+
+def test_an_anchor_that_is_not_to_be_adjusted_stays():
+    method = walked(adjust=False)
+    for _ in range(30):
+        method.updates += 1
+        method.remember(torch.tensor(5.0))
+    assert float(method.anchor) == 10.0
+
+
+def test_the_anchor_holds_the_drift_near_its_band():
+    """A strong pull: without anchor the steps drift far; with it they stay near the upper end of the band."""
+    drifts = {}
+    for name, more in (("held", dict(anchor=1.0)), ("fixed and weak", dict(anchor=1e-4, adjust=False))):
+        method = walked(rows=ROWS[:1], target="x0", **more)
+        train(method, RunSettings(steps=150, learning_rate=3e-2, save_every=0))
+        drifts[name] = float(method.drift)
+    assert drifts["held"] < 0.8 < drifts["fixed and weak"], drifts
+
+
+# -- the watch ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def drawing(m):
+    """x0 of a single step from fixed noise: cheap, and it moves with the adapters."""
+    noise = torch.randn(3, *SHAPE, generator=rng(4))
+
+    def draw(prompt, strength):
+        with torch.no_grad(), m.adapters.at(strength):
+            return m.denoiser.denoise(noise, torch.full((3,), 0.8), [m.conds[prompt]] * 3)
+
+    return draw
+
+
+def watched(held_out=None, every=5, **more):
+    method = walked(rows=ROWS[:1], target="x0", anchor=0.1, adjust=False, scores=[(score(), 1.0)], **more)
+    method.watch = Watch(drawing(method.model), ("cat",), method.scores, held_out, every)
+    return method
+
+
+def test_the_watch_sees_the_score_rise_and_measures_what_else_moves():
+    method = watched()
+    train(method, RunSettings(steps=20, learning_rate=1e-2, save_every=0))
+    method.watch.look(method)
+    assert [look.update for look in method.watch.looks] == [0, 5, 10, 15, 20]
+    first, last = method.watch.looks[0], method.watch.looks[-1]
+    shaken_already = abs(first.drift) > 0  # these adapters are not zero at the start
+    assert shaken_already and last.score > first.score and last.held_out is None and last.diversity > 0
+    assert method.watch.strip().shape == (5, *SHAPE)
+    assert "update 20: score" in method.watch.text() and "anchor 0.1" in method.watch.text()
+
+
+def test_watching_changes_nothing_of_the_training():
+    plain, seen = walked(rows=ROWS[:1], target="x0", anchor=0.1, adjust=False, scores=[(score(), 1.0)]), watched()
+    run = RunSettings(steps=8, learning_rate=1e-2, save_every=0)
+    assert train(plain, run) == train(seen, run)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
+
+
+def test_the_run_ends_when_the_held_out_score_falls_while_the_trained_one_rises():
+    """Held out is the opposite score: it falls from the first look on, so the third look ends the run with the adapters of the first."""
+    method = watched(score(Mean(-1.0)))
+    start = [p.detach().clone() for p in method.parameters()]
+    with pytest.raises(Enough, match="stopped at update 10: since update 0 the trained score went from .* and the held-out one") as stop:
+        train(method, RunSettings(steps=100, learning_rate=1e-2, save_every=0))
+    assert stop.value.look.update == 0 and all(torch.equal(a, b) for a, b in zip(start, stop.value.params, strict=True))
+
+
+def test_a_held_out_score_that_rises_too_ends_nothing():
+    method = watched(score(Mean(2.0)))
+    train(method, RunSettings(steps=25, learning_rate=1e-2, save_every=0))
+    assert len(method.watch.looks) == 5 and method.watch.top() is method.watch.looks[-1]
+
+
+class Kept(NoStore):
+    """The last state, as a file would hold it."""
+
+    def __init__(self):
+        self.state = None
+
+    def load(self):
+        return self.state
+
+    def save(self, state, why):
+        self.state = state
+
+
+def test_a_watched_run_that_is_resumed_is_the_same_run():
+    whole, parts = Kept(), Kept()
+    train(watched(score(Mean(0.5))), RunSettings(steps=14, learning_rate=1e-2, save_every=0), store=whole)
+    train(watched(score(Mean(0.5))), RunSettings(steps=7, learning_rate=1e-2, save_every=0), store=parts)
+    train(watched(score(Mean(0.5))), RunSettings(steps=14, learning_rate=1e-2, save_every=0), store=parts)
+    assert whole.state["method"]["watch"]["looks"] == parts.state["method"]["watch"]["looks"]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state["params"], parts.state["params"], strict=True))
+
+
+def test_pictures_that_all_become_the_same_are_told():
+    look = Look(50, 1.0, None, 0.4, COLLAPSED - 0.1, 10.0, 0.3)
+    assert "diversity 0.50 (collapsing)" in look.line()
+
+
+def test_previews_of_a_long_run_are_thinned_evenly():
+    watch = Watch(None, ("cat",), [])
+    for update in range(40):
+        watch.keep_previews(update, torch.full((1, *SHAPE), float(update)))
+    assert len(watch.previews) <= 16 and {0, 16, 32} <= set(watch.previews)

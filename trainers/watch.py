@@ -1,0 +1,153 @@
+"""What a run that follows a score really does to pictures: looked at every so many updates, on the same noise each time.
+
+The score that is trained always rises. Whether pictures became better is told by a second score that no gradient has seen; when that one
+falls while the trained one rises, the score model is being fooled, and the run ends with the adapters of its best moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from .evaluate import drift_of
+from .scorers import ScoreModel, unit_view
+
+COLLAPSED = 0.6  # diversity below which pictures of a prompt look alike
+MARGIN = 0.02  # standard deviations by which the held-out score must fall, and the trained one rise
+PREVIEWS = 16  # looks whose pictures are kept
+
+
+@dataclass(frozen=True)
+class Look:
+    """Scores are in standard deviations of the ratings, as a difference to the frozen model's own pictures. Drift is the distance to those,
+    where 1 is the distance between two different pictures; diversity is 1 when the pictures of a prompt differ as much as without adapters."""
+
+    update: int
+    score: float
+    held_out: float | None
+    drift: float
+    diversity: float
+    anchor: float
+    step_drift: float  # of single steps, in noise or velocity: what the anchor answers to
+
+    def line(self) -> str:
+        held = "" if self.held_out is None else f", held out {self.held_out:+.2f}"
+        alarm = " (collapsing)" if self.diversity < COLLAPSED else ""
+        return (f"update {self.update}: score {self.score:+.2f}{held}, drift {self.drift:.2f}, diversity {self.diversity:.2f}{alarm}, "
+                f"anchor {self.anchor:.3g} at step drift {self.step_drift:.2f}")  # fmt: skip
+
+
+class Enough(Exception):
+    """The held-out score falls while the trained one rises. `look` is the best moment, and `params` the adapters of then."""
+
+    def __init__(self, look: Look, now: Look, params: list[Tensor]):
+        super().__init__(f"stopped at update {now.update}: since update {look.update} the trained score went from {look.score:+.2f} to {now.score:+.2f} "
+                         f"and the held-out one from {look.held_out:+.2f} to {now.held_out:+.2f}; the adapters of update {look.update} are kept")  # fmt: skip
+        self.look, self.params = look, params
+
+
+@dataclass
+class Watch:
+    """`draw(prompt, strength) -> x0 (B, C, ...)` from the same noise every time. Called with a method before each update."""
+
+    draw: Callable[[str, float], Tensor]
+    prompts: Sequence[str]
+    scores: Sequence[tuple[ScoreModel, float]]
+    held_out: ScoreModel | None = None
+    every: int = 50  # updates
+    patience: int = 2  # looks
+    looks: list[Look] = field(default_factory=list)
+    previews: dict[int, Tensor] = field(default_factory=dict)  # update -> one picture per prompt
+    best: list[Tensor] | None = None  # adapters of the look with the best held-out score
+    still: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
+
+    def __call__(self, method) -> None:
+        """Looks when it is time. Raises Enough."""
+        if method.updates % self.every == 0 and not any(look.update == method.updates for look in self.looks):
+            self.look(method)
+            self.judge()
+
+    @torch.no_grad()
+    def look(self, method) -> Look:
+        if self.still is None:
+            self.still = [self.draw(prompt, 0.0) for prompt in self.prompts]
+        now = [self.draw(prompt, 1.0) for prompt in self.prompts]
+        look = Look(
+            method.updates,
+            self.gain(self.scored, method, now),
+            None if self.held_out is None else self.gain(self.checked, method, now),
+            drift_of(list(zip(self.still, now, strict=True))),
+            spread(now) / max(spread(self.still), 1e-12),
+            float(method.anchor),
+            float(method.drift),
+        )
+        self.looks.append(look)
+        self.keep_previews(look.update, torch.cat([stack[:1] for stack in now]).half().cpu())
+        if look is self.top():
+            self.best = [p.detach().cpu().clone() for p in method.parameters()]
+        return look
+
+    def gain(self, score, method, now) -> float:
+        before, after = (torch.cat([score(method, stack) for stack in side]).mean() for side in (self.still, now))
+        return float(after - before)
+
+    def scored(self, method, x0) -> Tensor:
+        return judged(method.denoiser, self.scores, x0)
+
+    def checked(self, method, x0) -> Tensor:
+        return judged(method.denoiser, [(self.held_out, 1.0)], x0)
+
+    def top(self) -> Look | None:
+        """The look with the best held-out score; None without one."""
+        return max(self.looks, key=lambda look: look.held_out) if self.held_out is not None and self.looks else None
+
+    def judge(self) -> None:
+        """Raises Enough when `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
+        top, now = self.top(), self.looks[-1]
+        if top is None or len(self.looks) - 1 - self.looks.index(top) < self.patience:
+            return
+        if now.held_out < top.held_out - MARGIN and now.score > top.score + MARGIN:
+            raise Enough(top, now, self.best)
+
+    def keep_previews(self, update, pictures):
+        """At most PREVIEWS looks, evenly over the run: when there are more, every second one goes."""
+        self.previews[update] = pictures
+        if len(self.previews) > PREVIEWS:
+            self.previews = {key: self.previews[key] for key in sorted(self.previews)[::2]}
+
+    def strip(self) -> Tensor:
+        """(looks * prompts, C, ...) the previews in the order of the run."""
+        return torch.cat([self.previews[update] for update in sorted(self.previews)]).float()
+
+    def text(self) -> str:
+        return "\n".join(look.line() for look in self.looks)
+
+    def state(self) -> dict:
+        return {"looks": [asdict(look) for look in self.looks], "previews": dict(self.previews), "best": self.best}
+
+    def load_state(self, state: dict) -> None:
+        self.looks = [Look(**look) for look in state["looks"]]
+        self.previews, self.best = dict(state["previews"]), state["best"]
+
+
+@torch.no_grad()
+def judged(denoiser, scores, x0: Tensor) -> Tensor:
+    """(B,) what the score models say of clean latents, their weighted mean."""
+    view, level = unit_view(denoiser, x0, torch.zeros(len(x0), device=x0.device))
+    return sum(weight * score.value(view, level) for score, weight in scores) / sum(weight for _, weight in scores)
+
+
+def spread(stacks) -> float:
+    """Mean distance between two pictures of the same prompt."""
+    return sum(mean_distance(stack) for stack in stacks) / len(stacks)
+
+
+def mean_distance(stack: Tensor) -> float:
+    flat = stack.flatten(1).float()
+    if len(flat) < 2:
+        return math.nan
+    return float(torch.pdist(flat).mean())
