@@ -1,0 +1,101 @@
+"""Aesthetic heads of others, read from their files."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from trainyard.trainers.heads import Chain, Head, check_width, read_head, read_pooler
+
+SIZES = (768, 1024, 128, 64, 16, 1)
+
+
+def laion(sizes=SIZES, seed=0, prefix="layers."):
+    """LAION's predictor as its training script writes it: dropout takes places 1, 3 and 5."""
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    for place, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False):
+        tensors[f"{prefix}{place}.weight"] = torch.randn(b, a, generator=rng) / a**0.5
+        tensors[f"{prefix}{place}.bias"] = torch.randn(b, generator=rng)
+    return tensors
+
+
+def by_hand(tensors, embedding):
+    h = embedding / embedding.norm(dim=-1, keepdim=True)
+    for place in (0, 2, 4, 6, 7):
+        h = h @ tensors[f"layers.{place}.weight"].T + tensors[f"layers.{place}.bias"]
+    return h[:, 0]
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_laions_mlp_has_no_activations_and_sees_embeddings_of_unit_length(tmp_path, ending):
+    tensors, path = laion(), tmp_path / f"head.{ending}"
+    torch.save(tensors, path) if ending == "pth" else save_file(tensors, path)
+    embedding = torch.randn(3, 768)
+    head = read_head(path)
+    assert torch.allclose(head(embedding), by_hand(tensors, embedding), atol=1e-5)
+    assert torch.allclose(head(embedding), head(7 * embedding), atol=1e-5)
+
+
+def test_the_first_predictor_is_one_layer(tmp_path):
+    torch.save({"weight": torch.full((1, 4), 2.0), "bias": torch.tensor([1.0])}, tmp_path / "v1.pth")
+    assert read_head(tmp_path / "v1.pth")(torch.tensor([[3.0, 0, 4, 0]])).tolist() == pytest.approx([1 + 2 * (0.6 + 0.8)])
+
+
+def test_layers_are_put_in_the_order_of_their_numbers(tmp_path):
+    tensors = {f"layers.{i}.{part}": value for i in range(11) for part, value in (("weight", torch.eye(2)), ("bias", torch.zeros(2)))}
+    tensors |= {"layers.11.weight": torch.tensor([[1.0, 0.0]]), "layers.11.bias": torch.zeros(1)}
+    torch.save(tensors, tmp_path / "deep.pth")
+    assert read_head(tmp_path / "deep.pth").width == 2
+
+
+class Surprise:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_a_file_that_would_run_code_is_not_opened(tmp_path, capsys):
+    torch.save({"weight": Surprise()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="could run code"):
+        read_head(tmp_path / "bad.pth")
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"conv.weight": torch.zeros(1, 2, 3, 3)}, "is no aesthetic head"),
+        ({"a.weight": torch.zeros(1, 2), "norm": torch.zeros(2)}, "is no aesthetic head"),
+        ({"layers.0.weight": torch.zeros(3, 2), "layers.1.weight": torch.zeros(1, 4)}, "do not follow on each other"),
+        ({"layers.0.weight": torch.zeros(7, 2)}, "do not follow on each other to one rating"),
+    ],
+)
+def test_files_of_another_kind_are_refused_in_words(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_head(tmp_path / "other.safetensors")
+
+
+def test_a_wrong_encoder_is_named_with_the_right_one():
+    head = Head(Chain([(torch.zeros(1, 768), None)]))
+    check_width(head, 768)
+    with pytest.raises(ValueError, match=r"768 numbers .* gives 1280 \(CLIP ViT-bigG/14\)\. It wants CLIP ViT-L/14"):
+        check_width(head, 1280)
+
+
+def test_siglips_pooling_is_that_of_transformers(tmp_path):
+    from transformers import SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
+
+    torch.manual_seed(0)
+    oracle = SiglipMultiheadAttentionPoolingHead(SiglipVisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=1))
+    nn.init.normal_(oracle.probe)
+    tensors = {f"vision_model.head.{name}": value.detach().clone() for name, value in oracle.state_dict().items()}
+    save_file({**tensors, "vision_model.post_layernorm.weight": torch.zeros(64)}, tmp_path / "siglip.safetensors")
+    tokens = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        assert torch.allclose(read_pooler(tmp_path / "siglip.safetensors")(tokens), oracle(tokens), atol=1e-5)
+
+
+def test_a_siglip_file_without_its_pooling_layer_says_which_file_has_it(tmp_path):
+    save_file({"vision_model.post_layernorm.weight": torch.zeros(64)}, tmp_path / "sigclip.safetensors")
+    with pytest.raises(ValueError, match="google/siglip-so400m-patch14-384"):
+        read_pooler(tmp_path / "sigclip.safetensors")
