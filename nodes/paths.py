@@ -133,12 +133,7 @@ def runs_folder() -> Path:
 def lora_to_write(name: str, is_the_same) -> Path:
     """name.safetensors in output/loras, else name_2, name_3 ...: the first that does not exist, or that `is_the_same(path)` already.
     Raises ValueError for a bad name."""
-    plain = plain_name(name.strip().removesuffix(".safetensors"), "LoRA")
-    path, count = inside(loras_folder(), f"{plain}.safetensors", name), 2
-    while path.exists() and not is_the_same(path):
-        path = inside(loras_folder(), f"{plain}_{count}.safetensors", name)
-        count += 1
-    return path
+    return free_file(loras_folder(), plain_name(name.strip().removesuffix(".safetensors"), "LoRA"), name, is_the_same)
 
 
 def lora_names() -> list[str]:
@@ -266,10 +261,10 @@ def prompt_file(choice: str) -> Path:
     """The file behind a choice of `prompt_files`. Raises ValueError when it is not there or lies elsewhere."""
     name, _, rest = choice.replace("\\", "/").partition("/")
     if name not in roots():
-        raise ValueError(f"The prompt file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots())}.")
+        raise ValueError(f"The file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots())}.")
     path = inside(roots()[name], rest, choice)
     if not path.is_file():
-        raise ValueError(f"There is no prompt file {choice!r}. Put it into ComfyUI's input folder, then press R to refresh.")
+        raise ValueError(f"There is no file {choice!r}. Put it into ComfyUI's input folder, then press R to refresh.")
     return path
 
 
@@ -277,3 +272,65 @@ def state_of(path: Path) -> str:
     """Changes when the file does."""
     stat = path.stat()
     return f"{stat.st_size}/{stat.st_mtime_ns}"
+
+
+# -- score models -----------------------------------------------------------------------------------------------------------------
+
+SCORE_MODELS = "score_models"
+NO_SCORE_MODEL = "(no score model yet)"
+NO_PAIRS = "(none)"
+
+
+def score_model_folders() -> list[Path]:
+    """models/score_models, after what extra_model_paths.yaml names for it; the first is where new ones go."""
+    own = os.path.join(folder_paths.models_dir, SCORE_MODELS)
+    named, _ = folder_paths.folder_names_and_paths.setdefault(SCORE_MODELS, ([own], {".safetensors"}))
+    return [Path(folder) for folder in named]
+
+
+def score_model_names() -> list[str]:
+    score_model_folders()
+    return sorted(n for n in folder_paths.get_filename_list(SCORE_MODELS) if n.endswith(".safetensors")) or [NO_SCORE_MODEL]
+
+
+def score_model_path(name: str) -> Path:
+    """The file behind a name of `score_model_names`. Raises ValueError when there is none."""
+    folders = score_model_folders()
+    path = None if name == NO_SCORE_MODEL else folder_paths.get_full_path(SCORE_MODELS, name)
+    if path is None or not path.endswith(".safetensors"):
+        raise ValueError(f"There is no score model named {name!r} in {', '.join(map(str, folders))}. Train one and save it with Save Score Model.")
+    return Path(path)
+
+
+def score_model_to_write(name: str, is_the_same) -> Path:
+    """name.safetensors in models/score_models, else name_2, name_3 ...: the first that does not exist, or that `is_the_same(path)` already."""
+    return free_file(score_model_folders()[0], plain_name(name.strip().removesuffix(".safetensors"), "score model"), name, is_the_same)
+
+
+def free_file(root: Path, plain: str, name: str, is_the_same) -> Path:
+    path, count = inside(root, f"{plain}.safetensors", name), 2
+    while path.exists() and not is_the_same(path):
+        path = inside(root, f"{plain}_{count}.safetensors", name)
+        count += 1
+    return path
+
+
+def scores_folder() -> Path:
+    """Score models that were trained before, called after everything that made them."""
+    return cache_folder() / "score_models"
+
+
+def pair_files() -> list[str]:
+    """Tables in input/ and datasets/ that may hold pairs of pictures, as input/name, after the choice of none."""
+    return [NO_PAIRS, *(
+        f"{name}/{file.relative_to(root).as_posix()}"
+        for name, root in roots().items()
+        for folder in (root, *(root / sub for sub in subfolders(root)))
+        for file in sorted(folder.glob("*"))
+        if file.suffix.lower() in (".csv", ".tsv") and file.is_file()
+    )]  # fmt: skip
+
+
+def pair_file(choice: str) -> Path | None:
+    """The file behind a choice of `pair_files`; None for none."""
+    return None if choice == NO_PAIRS else prompt_file(choice)

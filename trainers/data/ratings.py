@@ -153,7 +153,7 @@ class RankSettings(Settings):
 
     by: str = choice(SHARE, (SHARE, THRESHOLD, NUMBER), "share: that part of them. threshold: those with at least this score. number: so many.")
     share: float = number(0.5, 0.0, 1.0, "With by = share: this part of the pictures stays.", step=0.05)
-    threshold: float = number(5.0, -1e6, 1e6, "With by = threshold: the lowest score that stays, on the scale of the scores.", step=0.1)
+    threshold: float = number(5.0, -10_000.0, 10_000.0, "With by = threshold: the lowest score that stays, on the scale of the scores.", step=0.1)
     number: int = number(100, 1, 1_000_000, "With by = number: how many stay.", unit="pictures")
     lowest: bool = switch(False, "Keep the lowest scores instead of the highest.")
     keep_order: bool = switch(True, "Keep the pictures in the order they came in. Off: the best first.")

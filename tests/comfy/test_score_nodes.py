@@ -1,0 +1,222 @@
+"""Score models as nodes of ComfyUI: rated pictures in a folder become a model that rates others, in this process and on the server."""
+
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trainyard.nodes import host, latents, paths
+from trainyard.nodes.encode import EncodeDataset
+from trainyard.nodes.score import (
+    LoadRatedPictures,
+    LoadScoreModel,
+    RankAndFilter,
+    SaveScoreModel,
+    ScoreImages,
+    ScoringSettings,
+    TrainScoreModel,
+)
+from trainyard.nodes.train_lora import training_data
+from trainyard.tests.comfy import tiny
+from trainyard.tests.comfy.families import make
+from trainyard.trainers.adapters import AdapterSettings
+from trainyard.trainers.data.buckets import BucketSettings
+from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.ratings import RankSettings
+from trainyard.trainers.methods.lora import Lora
+from trainyard.trainers.methods.score import ScoreSettings
+from trainyard.trainers.scorers import About, ScoreModel, ScorerSettings, network_of, unit_view
+from trainyard.trainers.settings import fingerprint
+
+TINY = dict(steps=80, batch=16, members=2, learning_rate=3e-3, check_every=20, width=8, depth=1, noisy=True)
+SHADES = 32
+
+
+def node(kind):
+    return kind.PREPARE_CLASS_CLONE(None)  # what the executor calls: the class with its hidden inputs
+
+
+def draw(folder, shades, size=(64, 64)):
+    """Grey noise of rising brightness; the rating is the brightness from 0 to 10."""
+    folder.mkdir(parents=True)
+    for index, shade in enumerate(shades):
+        pixels = np.random.default_rng(index).normal(40 + 170 * shade, 25, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.score").write_text(f"{10 * shade:.2f}", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd3_noclip")), output_clip=False)[2]
+
+
+@pytest.fixture
+def places(folders, comfy, monkeypatch):
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, paths.SCORE_MODELS, ([str(folders / "score_models")], {".safetensors"}))
+    draw(folders / "input" / "rated", np.linspace(0, 1, SHADES))
+    return folders
+
+
+def widgets(**changed):
+    return {**ScorerSettings().to_dict(), **ScoreSettings().to_dict(), **TINY, **changed}
+
+
+def encoded(vae, folder="input/rated"):
+    dataset = node(LoadRatedPictures).execute(folder).args[0]
+    sizes = BucketSettings(resolution=64, step=8).to_dict()
+    with torch.inference_mode():
+        return node(EncodeDataset).execute(dataset, vae, **{**CaptionSettings(caption_mode=EMPTY).to_dict(), **sizes}, flip=True).args[0]
+
+
+def train(data, model=None, **changed):
+    with torch.inference_mode():
+        return node(TrainScoreModel).execute(model or make("sd3", inference=True), data, **widgets(**changed)).args
+
+
+def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
+    """Trained without CLIP on brightness, saved, loaded, and asked about pictures that it never saw."""
+    data = encoded(vae)
+    model = make("sd3", inference=True)
+    before = fingerprint(host.model_identity(model))
+    score_model, report, losses = train(data, model)
+    assert fingerprint(host.model_identity(model)) == before and host.PictureEncoder(vae).identity
+    assert score_model.about.trained, report
+    assert score_model.about.latent_format == "SD3" and score_model.about.channels == 16 and score_model.about.resolution == 64
+    assert report.startswith(f"Trained on {SHADES} rated pictures: SRCC 0.") and len(losses["loss"]) == 80
+
+    path = node(SaveScoreModel).execute(score_model, "bright").args[0]
+    assert path.endswith("score_models/bright.safetensors")
+    assert node(SaveScoreModel).execute(score_model, "bright").args[0] == path, "the same model is not written twice"
+    loaded, about = node(LoadScoreModel).execute("bright.safetensors").args
+    assert "SRCC" in about and "SD3" in about
+
+    draw(places / "input" / "others", [0.9, 0.1, 0.5, 0.7], (72, 64))
+    dataset = node(LoadRatedPictures).execute("input/others").args[0]
+    with torch.inference_mode():
+        scores, spreads, after, sheet, words = node(ScoreImages).execute(loaded, dataset=dataset, vae=vae, **ScoringSettings().to_dict()).args
+    assert sorted(range(4), key=lambda i: scores[i]) == [1, 2, 3, 0], scores
+    assert [r.score for r in after] == scores and all(s >= 0 for s in spreads) and [r.score for r in dataset] == [9.0, 1.0, 5.0, 7.0]
+    assert sheet.shape[-1] == 3 and "00.png" in words.splitlines()[1]
+
+    keep = {name: [value] for name, value in RankSettings(by="number", number=2, keep_order=False).to_dict().items()}
+    stays, goes, _, line = node(RankAndFilter).execute([after], **keep).args
+    assert [r.path[-6:] for r in stays] == ["00.png", "03.png"] and len(goes) == 2 and line.startswith("2 pictures stay")
+    assert [r.score for r in node(RankAndFilter).execute([after], scores=[1.0, 4.0, 3.0, 2.0], **keep).args[0]] == [4.0, 3.0]
+
+
+def test_images_and_latents_of_the_graph_are_scored_alike(vae, places):
+    score_model = train(encoded(vae))[0]
+    images = torch.rand(3, 64, 64, 3, generator=host.generator(0)).mul(255).round().div(255)
+    with torch.inference_mode():
+        by_image = node(ScoreImages).execute(score_model, images=images, vae=vae, **ScoringSettings().to_dict()).args
+        latent = {"samples": vae.encode(images)}
+        by_latent = node(ScoreImages).execute(score_model, latents=latent, vae=vae, **ScoringSettings().to_dict()).args
+    assert by_image[0] == pytest.approx(by_latent[0], abs=1e-3)
+    assert len(by_image[2]) == 3 and len(by_latent[2]) == 0
+
+
+def test_an_unchanged_graph_never_trains_twice_not_even_after_a_restart(vae, places, monkeypatch):
+    data = encoded(vae)
+    first, words, losses = train(data, steps=10)
+    monkeypatch.setattr("trainyard.nodes.score.learnt", lambda *_: pytest.fail("trained again"))
+    again, told, same_losses = train(data, steps=10)
+    assert again.about == first.about and told.startswith(words) and same_losses == losses
+    x, level = torch.randn(2, 16, 8, 8, generator=host.generator(0)), torch.rand(2, generator=host.generator(1))
+    assert torch.equal(again.value(x, level), first.value(x, level))
+
+
+def test_what_cannot_be_told_from_chance_is_said_and_not_saved(vae, places):
+    data = encoded(vae)
+    order = torch.randperm(SHADES, generator=host.generator(3)).tolist()
+    items = [type(item)(**{**vars(item), "score": float(order[i])}) for i, item in enumerate(data.items)]
+    score_model, report, _ = train(type(data)(items, data.store, data.channels, "shuffled"), steps=30)
+    assert not score_model.about.trained and report.startswith("NOT TRAINED: SRCC is ")
+    with pytest.raises(ValueError, match=r"not saved, because it cannot be told from chance: SRCC .*Rate more pictures"):
+        node(SaveScoreModel).execute(score_model, "chance")
+    path = node(SaveScoreModel).execute(score_model, "chance", untrained=True).args[0]
+    assert node(LoadScoreModel).execute("chance.safetensors").args[1].startswith("NOT TRAINED"), path
+
+
+def model_of(**about):
+    about = About(**{"latent_format": "SD3", "channels": 16, "width": 8, "depth": 1, **about})
+    return ScoreModel([network_of(about)], about)
+
+
+def test_a_scorer_of_another_latent_format_is_refused_with_both_names(vae, places):
+    node(SaveScoreModel).execute(model_of(), "sd3")
+    with pytest.raises(ValueError, match=r"judges latents of SD3 \(16 channels\), and these are of SD15 \(4 channels\)"):
+        node(LoadScoreModel).execute("sd3.safetensors", make("sd15"))
+    with pytest.raises(ValueError, match=r"judges latents of SD3 \(16 channels\), and these are of Flux \(16 channels\)"):
+        node(LoadScoreModel).execute("sd3.safetensors", make("flux"))
+    with pytest.raises(ValueError, match=r"judges latents of SD15 \(4 channels\), and these are of an unnamed format \(16 channels\)"):
+        node(ScoreImages).execute(model_of(latent_format="SD15", channels=4), images=torch.rand(1, 64, 64, 3), vae=vae, **ScoringSettings().to_dict())
+    assert node(LoadScoreModel).execute("sd3.safetensors", make("sd3")).args[0].about.latent_format == "SD3"
+
+
+def test_what_is_to_be_scored_must_be_clear(vae):
+    for inputs in ({}, {"images": torch.rand(1, 8, 8, 3), "latents": {"samples": torch.rand(1, 16, 1, 1)}}):
+        with pytest.raises(ValueError, match="exactly one of dataset, images and latents"):
+            node(ScoreImages).execute(model_of(), vae=vae, **inputs, **ScoringSettings().to_dict())
+
+
+def test_a_lora_refuses_pictures_that_were_encoded_without_clip(vae, places):
+    data = encoded(vae)
+    assert not data.items[0].captions and data.empty is None
+    with pytest.raises(ValueError, match="encoded without CLIP, which is enough for score models and for nothing else.*Connect CLIP"):
+        training_data([data], None, None).require_conditionings()
+    with host.training(make("sd3"), AdapterSettings(rank=1)) as session, pytest.raises(ValueError, match="encoded without CLIP"):
+        Lora(session.denoiser, session.adapters, data).loss(host.generator(0))
+
+
+def test_captions_without_clip_are_still_refused(vae, places):
+    dataset = node(LoadRatedPictures).execute("input/rated").args[0]
+    with pytest.raises(ValueError, match="CLIP is empty"):
+        node(EncodeDataset).execute(dataset, vae, **{**CaptionSettings().to_dict(), **BucketSettings(resolution=64, step=8).to_dict()}, flip=False)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "wan"])
+def test_the_schedule_alone_says_what_the_loaded_model_says(family):
+    """Scale, noise and levels of a MODEL that is not loaded equal those of the denoiser that trains."""
+    model = make(family)
+    schedule = latents.Schedule(model)
+    latent = torch.randn((1, *make_shape(model)), generator=host.generator(0))
+    u = torch.tensor([0.3])
+    with host.training(model, AdapterSettings(rank=1)) as session:
+        denoiser = session.denoiser
+        x0, sigma = denoiser.model_space(latent), denoiser.sigma_at(u)
+        x = denoiser.noised(x0, torch.ones_like(x0), sigma)
+        assert schedule.flow == denoiser.flow
+        assert torch.equal(schedule.model_space(latent), x0) and torch.equal(schedule.sigma_at(u), sigma)
+        assert torch.equal(schedule.noised(x0, torch.ones_like(x0), sigma), x)
+        assert torch.equal(latents.in_model_space(latent, latents.format_name(model)), x0.cpu())
+        for one, other in zip(unit_view(schedule, x, sigma), unit_view(denoiser, x, sigma), strict=True):
+            assert torch.equal(one, other)
+
+
+def make_shape(model):
+    return model.model.latent_format.latent_channels, 8, 8
+
+
+def graph(checkpoint):
+    widgets_of = lambda record, **changed: record(**changed).to_dict()
+    link = lambda name, slot=0: [name, slot]
+    node_ = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}
+    return {
+        "model": node_("CheckpointLoaderSimple", ckpt_name=checkpoint),
+        "data": node_("TrainyardLoadRatedPictures", folder="input/rated_here", ratings="files"),
+        "encode": node_("TrainyardEncodeDataset", dataset=link("data"), vae=link("model", 2), flip=True, seed=0,
+                        **widgets_of(CaptionSettings, caption_mode=EMPTY), **widgets_of(BucketSettings, resolution=64, step=8)),
+        "train": node_("TrainyardTrainScoreModel", model=link("model"), encoded=link("encode"), file=paths.NO_PAIRS, **widgets()),
+        "save": node_("TrainyardSaveScoreModel", score_model=link("train"), name="server/bright", untrained=False),
+        "score": node_("TrainyardScoreImages", score_model=link("train"), dataset=link("data"), vae=link("model", 2), **ScoringSettings().to_dict()),
+        "rank": node_("TrainyardRankAndFilter", dataset=link("score", 2), scores=link("score"), **RankSettings().to_dict()),
+    }  # fmt: skip
+
+
+def test_the_real_server_trains_saves_scores_and_filters(server):
+    draw(server.base / "input" / "rated_here", np.linspace(0, 1, SHADES))
+    run = server.run(graph(server.install("sd3_noclip")))
+    assert run.ok, run.why
+    assert (server.base / "models" / "score_models" / "server" / "bright.safetensors").is_file()
+    assert len(run.outputs["rank"]["images"]) == 1
