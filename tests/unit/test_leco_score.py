@@ -1,6 +1,5 @@
 """LECO-score: each loss by hand, what each target shows the score model, the anchor that finds its size, and the watch that ends a run."""
 
-import dataclasses
 import math
 
 import pytest
@@ -10,7 +9,17 @@ from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, adapters, dataset, pr
 from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.loop import NoStore, train
 from trainyard.trainers.methods import leco_score
-from trainyard.trainers.methods.leco_score import ORIGINAL, TARGETS, Injected, LecoScore, LecoScoreSettings, Place, Walked, levels_of, tasks_of
+from trainyard.trainers.methods.leco_score import (
+    ORIGINAL,
+    TARGETS,
+    Injected,
+    LecoScore,
+    LecoScoreSettings,
+    Place,
+    Walked,
+    levels_of,
+    tasks_of,
+)
 from trainyard.trainers.points import Model, Pull
 from trainyard.trainers.scorers import About, ScoreModel
 from trainyard.trainers.settings import RunSettings

@@ -17,13 +17,16 @@ import torch
 from torch import nn
 from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, pairs, prompts, rng
 from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.diffusion import Density, denoising_loss
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import step_rng, train
 from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
+from trainyard.trainers.methods.leco_score import Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.methods.lora import Lora
 from trainyard.trainers.methods.pairs import Change, ImageSlider
 from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -92,6 +95,28 @@ def make_pairs(kind, prediction="flow", seed=0, **rest):
     return made_of(kind(Denoiser(network, prediction), added, pairs(), NoiseSettings(), Density(), **rest), network, added)
 
 
+def make_leco_score(prediction="flow", seed=0, **settings):
+    """A score model of random weights, held by a weak anchor."""
+    network = Net()
+    added = adapters(network, seed, alpha=2.0)
+    chosen = LecoScoreSettings(**{"sampling_steps": 5, "ways": 2, "refresh": 2, "anchor": 0.1, **settings})
+    model = Model(Denoiser(network, prediction), added, prompts())
+    judge = ScoreModel([seeded(1, lambda: random_scorer()).requires_grad_(False)], About(channels=CHANNELS))
+    tasks = tasks_of([SignedPrompt("cat"), SignedPrompt("dog", -1.0)], [SHAPE], 1 if chosen.slider else 2, chosen)
+    places = Injected(model, dataset(), chosen, 2) if chosen.target == "direct_align" else Walked(model, tasks, chosen, 2.0)
+    made = made_of(LecoScore(model, [(judge, 1.0)], places, chosen), network, added)
+    made.frozen += list(judge.networks[0].parameters())
+    return made
+
+
+def random_scorer():
+    scorer = Scorer(LatentResNet(CHANNELS, 8, 1), 1)
+    torch.nn.init.normal_(scorer.head[-1].weight, std=0.3)
+    for block in scorer.trunk.blocks:
+        torch.nn.init.normal_(block.second.weight, std=0.1)
+    return scorer
+
+
 def made_of(method, network, added):
     output = lambda: network(*fixed_inputs())
     loaded = lambda tensors: merged(Net(), tensors)(*fixed_inputs())
@@ -110,6 +135,10 @@ METHODS = {
     "replace from noise, and keep": lambda seed=0: make_difference(replace("cat", "dog") + keep("old"), points="noise", seed=seed),
     "image slider": lambda seed=0: make_pairs(ImageSlider, seed=seed),
     "change": lambda seed=0: make_pairs(Change, "eps", seed, strength=0.5),
+    "leco score": lambda seed=0: make_leco_score(seed=seed),
+    "leco score, next step, eps": lambda seed=0: make_leco_score("eps", seed, target="next_step"),
+    "leco score, direct align, v": lambda seed=0: make_leco_score("v", seed, target="direct_align"),
+    "leco score, draft lv": lambda seed=0: make_leco_score(seed=seed, target="draft_lv"),
 }
 CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora": [5.99861, 7.21818, 6.10578, 6.45998, 4.31287, 6.7283, 3.85358, 6.83958],
@@ -123,6 +152,10 @@ CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "replace from noise, and keep": [0.16826, 0.155784, 0.134742, 0.133613, 0.0500118, 0.11709, 0.0516586, 0.0479043],
     "image slider": [8.21598, 4.38116, 5.54212, 6.72977, 4.52745, 5.96505, 4.9573, 6.13157],
     "change": [0.63082, 0.257082, 0.131713, 0.457188, 0.180297, 0.061341, 0.392228, 0.0562054],
+    "leco score": [-2.06505, -0.206113, -0.17441, 0.617041, 0.63789, 1.68537, 0.635106, 1.27835],
+    "leco score, next step, eps": [-3.83468, 0.96746, -0.37441, 2.10217, 0.636124, 2.15458, 0.944937, 5.19071],
+    "leco score, direct align, v": [-1.58062, -0.0254242, -1.61204, -0.905201, -1.53564, -0.970696, 0.273869, -1.33937],
+    "leco score, draft lv": [-1.9606, -0.313234, -0.322133, 0.76068, 0.642791, 1.46385, 0.663319, 1.49726],
 }
 
 
