@@ -76,7 +76,7 @@ class LecoWords(Settings):
     positive: str = text("", "What is taken away or added, or what the target becomes. Empty: the target itself.")
     guidance: float = number(1.0, 0.01, 100.0, "How far to move. 1 is the whole difference; enhance needs more than 1.", step=0.25)
     neutral: str = text("", "Where the target is moved to when the concept is erased. Empty: the unconditional prompt.", advanced=True)
-    unconditional: str = text("", "What a picture without the concept is called; usually empty.", advanced=True)
+    unconditional: str = text("", "What positive is compared with: only what lies between the two is moved. Empty is anything; a prompt keeps the rest.", advanced=True)
     preserve: str = text("", "Prompts that must stay as they are, parted by semicolons or lines.", advanced=True)
 
 
@@ -304,7 +304,7 @@ class TrainLeco(io.ComfyNode):
                 *inputs(LecoWords),
                 *run_widgets(500, 2e-4, 4, shown=(), default="my_leco"),
                 *inputs(PlaceSettings),
-                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above."),
+                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above; leave target empty then."),
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
                 *recipes(points=True),
             ],
@@ -353,7 +353,7 @@ class TrainTextSlider(io.ComfyNode):
                 *inputs(SliderWords),
                 *run_widgets(500, 2e-4, 4, shown=(), default="my_slider"),
                 *inputs(PlaceSettings),
-                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above; unconditional is the negative end."),
+                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above (leave target empty); unconditional is the negative end."),
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
                 *recipes(points=True),
             ],

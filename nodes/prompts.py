@@ -29,7 +29,7 @@ class LoadPrompts(io.ComfyNode):
                     "text",
                     default="",
                     multiline=True,
-                    tooltip="Used when no file is chosen. One concept a line, for example: red car -> blue car | guidance: 2",
+                    tooltip="Used when no file is chosen. One concept a line, such as 'red car -> blue car | guidance: 2'.",
                 ),
                 io.Combo.Input(
                     "format",
