@@ -1,0 +1,240 @@
+"""Score models that look through a loaded model: nothing of it changes, and gradients reach the latent."""
+
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from trainyard.nodes import backbones, host, latents, vision
+from trainyard.tests.comfy import tiny
+from trainyard.tests.comfy.families import latent_shape, make
+from trainyard.tests.comfy.test_quality import encoder
+from trainyard.tests.drawn import texture
+from trainyard.trainers.features import DECODED, MODEL, looking_past, remembered
+from trainyard.trainers.heads import Chain, Head
+from trainyard.trainers.score_files import read_score_model, write_score_model
+from trainyard.trainers.scorers import About, ScoreModel, Scorer
+from trainyard.trainers.settings import AdapterSettings
+
+FAMILIES = ("sd15", "sdxl", "sd3", "flux")
+
+
+def about(model, backbone=MODEL, **more):
+    return About(backbone=backbone, latent_format=latents.format_name(model), channels=model.model.latent_format.latent_channels, width=8, **more)
+
+
+def weights(patcher):
+    return {name: value.clone() for name, value in patcher.model.state_dict().items()}
+
+
+def unchanged(patcher, before):
+    after = patcher.model.state_dict()
+    return all(torch.equal(before[name], after[name]) for name in before) and not any(m._forward_hooks for m in patcher.model.modules())
+
+
+def sample(family, batch=2, seed=0):
+    return torch.randn(latent_shape(family, batch), generator=torch.Generator().manual_seed(seed))
+
+
+def slope(function, x, seed=5, step=1e-2):
+    """(by autograd, by central differences) along one direction."""
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    direction /= direction.norm()
+    with host.gradients():
+        x = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(x).sum(), x)
+    with torch.no_grad():
+        ends = [function(x.detach() + sign * step * direction).sum() for sign in (1, -1)]
+    return float((grad * direction).sum()), float((ends[0] - ends[1]) / (2 * step))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_models_states_score_latents_and_pass_gradients_back(family):
+    """By autograd and by finite differences, on weights that a loader node made; the MODEL stays as it was, bit for bit."""
+    model = make(family, inference=True)
+    before = weights(model)
+    with torch.inference_mode(False):
+        network = Scorer(backbones.trunk_maker(model)(about(model)), 1)
+    x, level = sample(family), torch.tensor([0.0, 0.6])
+    auto, finite = slope(lambda x: network(x, level), x)
+    assert auto == pytest.approx(finite, rel=0.03, abs=1e-5)
+    assert abs(auto) > 1e-5
+    assert unchanged(model, before)
+    with torch.inference_mode():
+        assert torch.allclose(network(x, level), network(x[[1, 0]], level[[1, 0]])[[1, 0]], atol=1e-4), "a row does not depend on its neighbours"
+
+
+def test_a_unet_is_seen_stage_by_stage_down_to_the_middle_and_no_further():
+    model = make("sd15")
+    look = backbones.ModelLook(model)
+    seen, up = [], []
+    handle = look.network.output_blocks[0].register_forward_hook(lambda *_: up.append(1))
+    try:
+        seen = look(sample("sd15"), torch.tensor([0.1, 0.5]))
+    finally:
+        handle.remove()
+    assert seen.shape == (2, 32 + 64 + 64), "both stages and the middle"
+    assert not up, "the way up is not walked"
+
+
+def test_the_real_sd15_would_be_seen_with_lrms_4800_numbers():
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4],
+                  transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, context_dim=768,
+                  use_linear_in_transformer=False, num_heads=8, use_spatial_transformer=True, legacy=False)  # fmt: skip
+    import comfy.ops
+
+    network = UNetModel(**config, device="meta", dtype=torch.float16, operations=comfy.ops.disable_weight_init)
+    widths = [getattr(block, "out_channels", None) or block.in_channels for block in backbones.stages(network)]
+    assert widths == [320, 640, 1280, 1280, 1280]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_tell_latents_apart_and_change_with_the_level(family):
+    look = backbones.ModelLook(make(family))
+    a = look(sample(family, 3), torch.tensor([0.3, 0.3, 0.8]))
+    assert torch.isfinite(a).all()
+    again = look(sample(family, 3)[:1], torch.tensor([0.8]))
+    assert (a[0] - a[1]).abs().mean() > 1e-3
+    assert (a[:1] - again).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
+    model = make(family, inference=True)
+    before = weights(model)
+    with host.gradients():
+        network = Scorer(backbones.trunk_maker(model, rank=4)(about(model)), 1)
+        ups = [low.up for low in network.trunk.adapters.lows.values()]
+        optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+        for _ in range(2):
+            (network(sample(family), torch.tensor([0.2, 0.7]))[:, 0] - torch.tensor([1.0, -1.0])).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert any(bool(up.any()) for up in ups)
+    assert any("adapters" in name for name in network.state_dict()), "saved with the score model"
+    assert unchanged(model, before)
+
+
+def test_the_model_in_a_training_session_is_looked_at_where_it_is():
+    """A clone must not be loaded in its place: that would take the session's adapters off."""
+    model = make("sd3", inference=True)
+    network = Scorer(backbones.trunk_maker(model)(about(model)), 1)
+    with host.training(model, AdapterSettings(rank=4)) as session:
+        attached = len(session.adapters._hooks)
+        network(sample("sd3"), torch.tensor([0.2, 0.4]))
+        hooks = sum(len(m._forward_hooks) for m in session.denoiser.model.modules())
+        assert hooks == attached > 0
+        session.denoiser.denoise(sample("sd3"), torch.tensor([0.5, 0.5]), [backbones.no_text(session.denoiser.model.diffusion_model)] * 2)
+
+
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+def test_adapters_in_training_are_not_looked_through(checkpointing):
+    """A scorer that saw its own pupil's change would be fooled by it."""
+    model, x, level = make("sd3", inference=True), sample("sd3"), torch.tensor([0.2, 0.4])
+    score = ScoreModel([Scorer(backbones.trunk_maker(model)(about(model)), 1)], About())
+    with torch.no_grad():
+        clean = score.value(x, level)
+    with host.training(model, AdapterSettings(rank=4), checkpointing=checkpointing) as session, torch.no_grad():
+        for low in session.adapters.lows.values():
+            low.up.normal_()
+        assert not torch.allclose(score.value(x, level), clean, atol=1e-3)
+        with looking_past(score, session.adapters):
+            assert torch.allclose(score.value(x, level), clean, atol=1e-5)
+            with torch.enable_grad():
+                x = x.requires_grad_()
+                (grad,) = torch.autograd.grad(score.value(x, level).sum(), x)
+            assert float(grad.norm()) > 0
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_file_holds_the_small_layers_and_the_lora_and_loads_onto_the_same_model(tmp_path, rank):
+    model, x, level = make("sd15"), sample("sd15"), torch.tensor([0.0, 0.5])
+    score = ScoreModel([Scorer(backbones.trunk_maker(model, rank=rank)(about(model)), 1)], about(model))
+    for low in score.networks[0].trunk.adapters.lows.values() if rank else ():
+        torch.nn.init.normal_(low.up, std=0.1)
+    write_score_model(tmp_path / "score.safetensors", score)
+    assert (tmp_path / "score.safetensors").stat().st_size < 2**20
+    loaded = read_score_model(tmp_path / "score.safetensors", backbones.trunk_maker(model))
+    with torch.no_grad():
+        assert torch.allclose(loaded.value(x, level), score.value(x, level), atol=1e-5)
+
+
+def test_an_error_in_the_middle_takes_every_hook_off():
+    model = make("sd3")
+    look = backbones.ModelLook(model)
+    with pytest.raises(Exception, match="."):
+        look(torch.zeros(1, 3, 16, 16), torch.zeros(1))
+    assert not any(m._forward_hooks for m in model.model.modules())
+    assert model.model.current_patcher is None
+
+
+# -- pixels ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd3_noclip")), output_clip=False)[2]
+
+
+def test_a_decoded_picture_is_scored_and_passes_gradients_to_the_latent(vae):
+    sight = encoder()
+    before = weights(vae.patcher), weights(sight.patcher)
+    with torch.inference_mode(False):
+        network = Scorer(backbones.trunk_maker(vae=vae, clip_vision=sight)(About(backbone=DECODED, latent_format="SD3", channels=16, width=8)), 1)
+    x = torch.randn(2, 16, 10, 6, generator=torch.Generator().manual_seed(2)) * 0.3
+    auto, finite = slope(lambda x: network(x, torch.zeros(2)), x)
+    assert auto == pytest.approx(finite, rel=0.05, abs=1e-6)
+    assert abs(auto) > 1e-7
+    assert unchanged(vae.patcher, before[0])
+    assert unchanged(sight.patcher, before[1])
+
+
+def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
+    look = backbones.PixelLook(vae, backbones.Sight(encoder()), "SD3")
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.3
+    with torch.no_grad():
+        ours = look.decoded(x)
+        hosts = vae.decode(look.format.process_out(x)).movedim(-1, 1)
+    assert torch.allclose(ours.clamp(0, 1), hosts, atol=2e-3)
+
+
+def test_an_image_scorer_sees_what_the_hosts_own_encoder_sees():
+    sight, picture = encoder(), texture((96, 64), 1)
+    head = Head(Chain([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))]))
+    ours = backbones.ImageScorer(head, sight, "test").ratings([picture])
+    with torch.inference_mode():
+        hosts = sight.encode_image(torch.from_numpy(np.array(picture)).float()[None] / 255)
+        wanted = head(vision.embedding(hosts)).tolist()
+    assert ours == pytest.approx(wanted, abs=0.02), "the host also rounds pixels to 256 levels"
+
+
+def test_a_head_of_another_width_names_the_encoder_it_wants():
+    with pytest.raises(ValueError, match="It wants CLIP ViT-L/14"):
+        backbones.ImageScorer(Head(Chain([(torch.zeros(1, 768), None)])), encoder(), "laion")
+
+
+@pytest.mark.parametrize(("backbone", "wanted"), [(MODEL, "connect the MODEL"), (DECODED, "Connect one from Load CLIP Vision")])
+def test_what_is_not_connected_is_named(backbone, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        backbones.trunk_maker()(About(backbone=backbone))
+
+
+def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
+    from trainyard.tests.comfy.families import cond
+    from trainyard.trainers.data.encoded import Encoded
+    from trainyard.trainers.methods.score import seen
+
+    model = make("sd3")
+    data = Encoded.from_core([{"samples": sample("sd3", 4)}], [cond("sd3")])
+    data, denoiser, trunk = remembered(data, latents.Schedule(model), backbones.trunk_maker(model))
+    network, calls = trunk(about(model)), []
+    inner = network.look.look
+    network.look.look = lambda x, level: calls.append(len(x)) or inner(x, level)
+    x0 = torch.stack([data.store.load(item.latent)["mean"] for item in data.items])
+    for step in range(40):
+        rng = torch.Generator().manual_seed(step)
+        u = torch.rand(4, generator=rng)
+        network(*seen(denoiser, x0, denoiser.sigma_at(u), u > 0.5, rng))
+    assert sum(calls) <= 4 * (1 + 5 * 3), "each picture: clean, and five levels of three noises"

@@ -1,0 +1,204 @@
+"""What something that is loaded already sees of a latent or a picture, as numbers to learn from and to compare by.
+
+`Looking` is a score model's trunk over a diffusion model's own states or over a decoded picture: only the two small layers after them are its
+own, so its file is small and the loaded model stays as it was. `Features` is a dataset with one row of numbers per picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters import Adapters
+from .data.cache import Memory
+from .data.encoded import Encoded
+from .data.records import Dataset
+from .diffusion import Denoiser, per_sample
+from .scorers import ScoreModel, sigma_of_level
+
+MODEL, DECODED = LOOKING = ("model features", "decode + image scorer")  # backbones that are made from something loaded
+LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # of noise, at which frozen features are remembered
+DRAWS = 3  # noises for each picture and level
+
+
+# -- trunks over something loaded ---------------------------------------------------------------------------------------------------------
+
+
+class Looking(nn.Module):
+    """A trunk (x, level) -> (B, size) over `look(x, level) -> (B, seen)`, which is no part of it: not saved, not trained, not moved.
+
+    `adapters` of the loaded network are attached while it looks and at no other time; they are saved with the trunk."""
+
+    def __init__(self, look: Callable[[Tensor, Tensor], Tensor], seen: int, width: int, adapt: Callable[[int], Adapters] | None = None,
+                 rank: int = 0):  # fmt: skip
+        super().__init__()
+        self.look, self.size, self.adapt = look, 8 * width, adapt
+        self.layers = nn.Sequential(nn.LayerNorm(seen), nn.Linear(seen, self.size), nn.SiLU())
+        self.adapters = adapt(rank) if rank else None
+        self.__dict__["others"] = None  # Adapters that hang on the same network and must not be looked through
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        with contextlib.nullcontext() if self.others is None else self.others.at(0):
+            with contextlib.nullcontext() if self.adapters is None else self.adapters.attached():
+                seen = self.look(x, level)
+        return self.layers(seen.to(self.layers[1].weight))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A file that holds adapters brings their rank."""
+        downs = [value for key, value in state_dict.items() if key.startswith(f"{prefix}adapters.") and key.endswith(".down")]
+        if downs and self.adapters is None and self.adapt is not None:
+            self.adapters = self.adapt(len(downs[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextlib.contextmanager
+def looking_past(model: ScoreModel, adapters: Adapters):
+    """While adapters are trained on the very network that a score model looks through, it looks at the network as it was."""
+    trunks = [network.trunk for network in model.networks if isinstance(getattr(network, "trunk", None), Looking)]
+    before = [trunk.others for trunk in trunks]
+    try:
+        for trunk in trunks:
+            trunk.__dict__["others"] = adapters  # lent, not owned: it must not become a part of the trunk
+        yield model
+    finally:
+        for trunk, other in zip(trunks, before, strict=True):
+            trunk.__dict__["others"] = other
+
+
+def as_the_model_sees(denoiser: Denoiser, x: Tensor, level: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(x, sigma) in the model's own scale: the inverse of `unit_view`. Levels below the floor are told to the model as the floor, because
+    it never saw less noise."""
+    sigma = sigma_of_level(denoiser, level)
+    one, zero = torch.ones(len(x), 1, device=x.device), torch.zeros(len(x), 1, device=x.device)
+    a, b = denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
+    return x * per_sample((a.square() + b.square()).sqrt(), x), sigma_of_level(denoiser, level.clamp(min=floor))
+
+
+def pooled(state: Tensor) -> Tensor:
+    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, C), of mean 0 and variance 1 over C: stages differ in size by magnitudes."""
+    mean = state.mean(1) if state.ndim == 3 else state.flatten(2).mean(2)
+    return F.layer_norm(mean.float(), mean.shape[1:])
+
+
+# -- frozen features are computed once -----------------------------------------------------------------------------------------------------
+
+
+class Remembered:
+    """A look whose answers are kept, by what it is shown. For frozen models only."""
+
+    def __init__(self, look):
+        self.look, self.known = look, {}
+
+    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return self.look(x, level)
+        keys = [print_of(row, at) for row, at in zip(x, level, strict=True)]
+        if missing := [i for i, key in enumerate(keys) if key not in self.known]:
+            with torch.no_grad():
+                found = self.look(x[missing], level[missing]).half().cpu()
+            self.known |= zip([keys[i] for i in missing], found, strict=True)
+        return torch.stack([self.known[key] for key in keys]).to(x.device, torch.float32)
+
+
+def print_of(row: Tensor, level: Tensor) -> bytes:
+    return hashlib.blake2b(row.detach().float().cpu().contiguous().numpy().tobytes() + f"{float(level):.6f}".encode(), digest_size=16).digest()
+
+
+class FewNoises:
+    """The same denoiser with a grid of levels and a few noises, so that what a frozen model says of a picture comes up again."""
+
+    def __init__(self, denoiser: Denoiser, levels: Sequence[float] = LEVELS, draws: int = DRAWS):
+        self.denoiser, self.levels, self.draws = denoiser, torch.tensor(levels), draws
+
+    def __getattr__(self, name):
+        return getattr(self.denoiser, name)
+
+    def sigma_at(self, u: Tensor) -> Tensor:
+        """The sigma of the grid's level that is nearest to the share u of the schedule."""
+        level = self.levels[(u[:, None].cpu() - self.levels).abs().argmin(1)]
+        return sigma_of_level(self.denoiser, level).to(u.device)
+
+    def noised(self, x0, noise, sigma):
+        return self.denoiser.noised(x0, torch.stack([self.one_of(n) for n in noise]) if noise.ndim > 2 else noise, sigma)
+
+    def one_of(self, noise: Tensor) -> Tensor:
+        """One of the few, by what chance drew."""
+        which = int(float(noise.flatten()[0].abs()) * 1e4) % self.draws
+        return torch.randn(noise.shape, generator=torch.Generator().manual_seed(which)).to(noise)
+
+
+def remembered(data: Encoded, denoiser: Denoiser, trunk: Callable):
+    """(data, denoiser, trunk) for training on frozen features: each picture is looked at once per level and noise instead of at every step.
+    All members share what is remembered. The VAE's spread is left out: it would make every look a new one."""
+    keys = [key for item in data.items for key in (item.latent, item.flipped) if key]
+    means = Memory({key: {**data.store.load(key), "std": None} for key in keys})
+    shared: list[Remembered] = []
+
+    def make(about):
+        made = trunk(about)
+        if isinstance(made, Looking) and made.adapters is None:
+            shared.append(shared[0] if shared else Remembered(made.look))
+            made.look = shared[0]
+        return made
+
+    return replace(data, store=means, dropout=0.0), FewNoises(denoiser), make
+
+
+# -- features of pictures --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row of unit length per picture of a dataset, and what saw them."""
+
+    dataset: Dataset
+    rows: np.ndarray  # (n, d) float32
+    source: str  # for the person: "CLIP_VISION, 768 numbers"
+    kind: str = ""  # changes with what saw them; rows of different kinds cannot be compared
+
+    def __post_init__(self):
+        if len(self.rows) != len(self.dataset):
+            raise ValueError(f"There are {len(self.dataset)} pictures and {len(self.rows)} rows of features.")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """(n, d) float32, each row of unit length."""
+    rows = np.asarray(rows, np.float64)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture of the set that is like one that was asked for."""
+
+    query: int
+    index: int
+    cosine: float
+
+
+def similar(queries: Features, among: Features, most: int, least: float = -1.0) -> list[list[Match]]:
+    """For each query the pictures that are most like it, best first, without the picture itself (its own bytes)."""
+    check_comparable(queries, among)
+    likeness = queries.rows @ among.rows.T
+    return [best(q, queries.dataset[q].id, row, among, most, least) for q, row in enumerate(likeness)]
+
+
+def best(query: int, id_: str, row, among: Features, most: int, least: float) -> list[Match]:
+    order = np.argsort(-row, kind="stable").tolist()
+    found = [Match(query, i, float(row[i])) for i in order if among.dataset[i].id != id_ and row[i] >= least]
+    return found[:most]
+
+
+def check_comparable(a: Features, b: Features) -> None:
+    if a.kind != b.kind or a.rows.shape[1:] != b.rows.shape[1:]:
+        raise ValueError(f"These features cannot be compared: one side was seen by {a.source}, the other by {b.source}. Extract both with the same one.")
