@@ -56,6 +56,8 @@ class Run:
     params: list
     step: int = 0
     losses: list = field(default_factory=list)
+    watch: object = None  # what happens between two steps: trainers.validation.Watch
+    watched: dict | None = None  # what an earlier run saw, carried on while nobody looks
     whole: bool = True  # False while the optimizer is at work: parameters of two steps, worth nothing
 
     def state(self) -> dict:
@@ -66,7 +68,13 @@ class Run:
             "params": [p.detach() for p in self.params],
             "optimizer": self.optimizer.state_dict(),
             "method": method_state(self.method),
+            **({"watch": seen} if (seen := self.watch.state() if self.watch else self.watched) else {}),
         }
+
+    def better(self) -> dict | None:
+        """{"step", "params"} that are to be delivered in place of the last ones, or None."""
+        best = self.watch.best if self.watch else None
+        return best if best and best["step"] != self.step else None
 
     def load(self, state: dict):
         if len(state["params"]) != len(self.params):
@@ -79,6 +87,9 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         load_method_state(self.method, state["method"])
         self.step, self.losses = state["step"], state["losses"].tolist()
+        self.watched = state.get("watch")
+        if self.watch and self.watched:
+            self.watch.load_state(self.watched)
 
 
 def method_state(method):
@@ -104,19 +115,22 @@ class NoStore:
 
     def save(self, state, why): ...
 
+    def keep_best(self, step): ...
 
-def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None, *, report=None, store=None, interval=0.4):
+
+def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None, *, report=None, store=None, interval=0.4, watch=None):
     """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may raise to stop.
     `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a safety copy every few minutes),
     "stopped" or "finished". Whatever stops the run, its last complete step is saved first. After the last step the parameters are
-    the ones to use.
+    the ones to use. `watch` (trainers.validation.Watch) measures and draws between two steps, changes none of them, and may end the run
+    early; then it is as finished as one that did all its steps.
 
     Raises Diverged when the loss is no longer finite; the last good state is the one kept."""
     optimizing, store, report = optimizing or OptimizerSettings(), store or NoStore(), report or (lambda progress: None)
     te_rate = optimizing.text_encoder_lr or run.learning_rate / 10
     groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
     params = [p for g in groups for p in g["params"]]
-    now = Run(method, make_optimizer(groups, optimizing), params)
+    now = Run(method, make_optimizer(groups, optimizing), params, watch=watch)
     rates = [g["lr"] for g in now.optimizer.param_groups]
     if (saved := store.load()) is not None:
         now.load(saved)
@@ -124,12 +138,18 @@ def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None,
     draws = method_state(method)
     try:
         while True:
-            if why := clock.save_due(now.step, run.save_every):
+            if watch and watch.due(now.step, run.steps):
+                now.losses += pending.fetch(now.step)
+                report(clock.progress(now))
+                look(now, store, run.steps)
+            ended = now.step >= run.steps or bool(watch and watch.enough)
+            if why := "finished" if ended else clock.save_due(now.step, run.save_every):
                 now.losses += pending.fetch(now.step)
                 save(now, store, why)
                 report(clock.progress(now))
-            if now.step >= run.steps:
+            if ended:
                 deliver(now.optimizer)
+                put(now.params, (now.better() or {}).get("params"))
                 return now.losses
             factor = rate_factor(now.step, run.steps, optimizing)
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
@@ -162,11 +182,40 @@ def apply(optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
+def look(now, store, steps):
+    """Measure and draw with the weights to use, and leave everything as it was: parameters, optimizer, and the chance of others."""
+    with settled(now.optimizer, now.params), own_chance():
+        if now.watch.look(now.step, steps, now.params):
+            store.keep_best(now.step)
+
+
+def own_chance():
+    """Samplers and networks may draw from torch's global generators; training must not notice."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 def save(now, store, why):
-    state = now.state()
+    """The state is that of training, so that more steps go on from there; what is exported are the weights to use."""
+    state, best = now.state(), now.better() if why == "finished" else None
     state["params"] = [p.clone() for p in state["params"]]
     with settled(now.optimizer, now.params):
-        store.save(state, why)
+        before = [p.detach().clone() for p in now.params] if best else None
+        put(now.params, best and best["params"])
+        try:
+            if why == "finished" and now.watch:
+                with own_chance():
+                    now.watch.finish()
+                state["watch"] = now.watch.state()
+            store.save({**state, "delivered": best["step"]} if best else state, why)
+        finally:
+            put(now.params, before)
+
+
+def put(params, values):
+    """Write these values into the parameters; None leaves them."""
+    with torch.no_grad():
+        for p, value in zip(params, values or (), strict=False):
+            p.copy_(value)
 
 
 def keep(now, store, pending, draws, stop):

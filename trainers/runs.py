@@ -4,14 +4,21 @@ star-3f2a91c0/
     resume.state            parameters, optimizer, draw order, losses and step, in one atomic file
     run.json                the recipe in readable form, and how far it got
     star-step000250.safetensors ...
+    star-best.safetensors   the LoRA of the lowest validation loss
     star.safetensors        the finished LoRA
+    graph.json              the workflow and the prompt that trained it
+    validation.json         every measurement, by noise level
+    images.json             the training pictures, those with the highest loss first
+    samples/step000100.jpg  sheets of pictures drawn on the way
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .files import LoraFile, read_safetensors, read_tree, write_bytes, write_lora, write_tree
@@ -40,6 +47,9 @@ class RunFolder:
     steps: int
     export: object = None  # step -> LoraFile with the weights of now
     saved: int = 0  # the last step that is safe on disk
+    ending: dict = field(default_factory=dict)  # what decides which weights the run ends with: ValidationSettings.ending()
+    graph: dict = field(default_factory=dict)  # "workflow" and "prompt" as JSON texts
+    why: str = ""  # of the save at work, for the export
 
     @property
     def folder(self) -> Path:
@@ -52,6 +62,14 @@ class RunFolder:
     def lora_path(self, step: int) -> Path:
         finished = step >= self.steps
         return self.folder / (f"{self.name}.safetensors" if finished else f"{self.name}-step{step:06d}.safetensors")
+
+    @property
+    def best_path(self) -> Path:
+        return self.folder / f"{self.name}-best.safetensors"
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.folder / "samples"
 
     def load(self):
         """The saved state of this very run, or None. Raises ValueError when the file is damaged or belongs to another recipe."""
@@ -75,23 +93,109 @@ class RunFolder:
             raise ValueError(f"{error}. Move the folder {self.folder} away, or choose another run name, to start anew.") from error
 
     def save(self, state, why):
+        self.why = why
         write_tree(self.state_path, {**state, "fingerprint": self.fingerprint})
         self.saved = state["step"]
         if why in ("step", "stopped", "finished") and state["step"] and self.export:
-            lora = self.export(state["step"])
+            lora = self.export(state.get("delivered", state["step"]))
             if lora:
-                write_lora(self.lora_path(state["step"]), lora)
-        about = {"name": self.name, "fingerprint": self.fingerprint, "step": state["step"], "steps": self.steps, "why": why, **self.recipe}
-        write_bytes(self.folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False).encode())
+                write_lora(self.lora_path(self.steps if why == "finished" else state["step"]), lora)
+        self.write_seen(state.get("watch") or {})
+        about = {"name": self.name, "fingerprint": self.fingerprint, "step": state["step"], "steps": self.steps, "why": why, "ending": self.ending,
+                 "early": why == "finished" and state["step"] < self.steps, **outcome(state), **self.recipe}  # fmt: skip
+        write_json(self.folder / "run.json", about)
+
+    def write_seen(self, seen: dict):
+        """What a person may want to read of what the run saw."""
+        for name, what in (("validation.json", seen.get("history")), ("images.json", seen.get("worst"))):
+            if what:
+                write_json(self.folder / name, what)
+        if self.graph and not (self.folder / "graph.json").exists():
+            write_json(self.folder / "graph.json", {key: json.loads(text) for key, text in self.graph.items()})
+
+    def keep_best(self, step: int):
+        """Write the LoRA of now as the best so far."""
+        self.why = "best"
+        if self.export and (lora := self.export(step)):
+            write_lora(self.best_path, lora)
 
     def finished(self) -> tuple[LoraFile, list[float]] | None:
         """(LoRA, losses) of this very run if it has been done before, also by another process. run.json is written last: while it tells
         of fewer steps, the LoRA may be that of a shorter run."""
         path, about = self.lora_path(self.steps), self.folder / "run.json"
-        if not all(p.exists() for p in (path, about, self.state_path)) or json.loads(about.read_text("utf-8"))["step"] != self.steps:
+        if not all(p.exists() for p in (path, about, self.state_path)) or not self.ended(json.loads(about.read_text("utf-8"))):
             return None
         state = self.read()
-        if state["fingerprint"] != self.fingerprint or state["step"] != self.steps:
+        if state["fingerprint"] != self.fingerprint or state["step"] > self.steps:
             return None
         tensors, metadata = read_safetensors(path)
-        return LoraFile(tensors, metadata, self.steps), state["losses"].tolist()
+        return LoraFile(tensors, metadata, state.get("delivered", state["step"])), state["losses"].tolist()
+
+    def ended(self, about: dict) -> bool:
+        """Whether the run that this tells of did all its steps, or had enough before, under the ending that is asked now."""
+        whole = about["step"] == self.steps or (about["why"] == "finished" and about.get("early", False) and about["step"] < self.steps)
+        return whole and about.get("ending", {}) == self.ending
+
+
+def outcome(state: dict) -> dict:
+    """What run.json tells of how a run goes."""
+    losses, seen = state["losses"][-20:].tolist(), state.get("watch") or {}
+    out = {"loss": sum(losses) / len(losses) if losses else None}
+    if seen.get("history"):
+        last = seen["history"][-1]
+        out["validation"] = {key: last.get(key) for key in ("step", "loss", "training", "held_out")}
+    if seen.get("samples"):
+        out["sample"] = seen["samples"][-1]["file"]
+    return out
+
+
+def write_json(path, what):
+    write_bytes(path, json.dumps(plain(what), indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def plain(what):
+    """The same value with null for numbers that JSON does not have."""
+    if isinstance(what, dict):
+        return {key: plain(value) for key, value in what.items()}
+    if isinstance(what, (list, tuple)):
+        return [plain(value) for value in what]
+    return None if isinstance(what, float) and not math.isfinite(what) else what
+
+
+# -- all runs --------------------------------------------------------------------------------------------------------------------
+
+
+def listed(root) -> list[dict]:
+    """What run.json says of every run below root, with "folder", "bytes" and "changed" (seconds), the newest first."""
+    found = [about for folder in sorted(Path(root).glob("*/run.json")) if (about := told(folder)) is not None]
+    return sorted(found, key=lambda about: -about["changed"])
+
+
+def told(path: Path) -> dict | None:
+    """One run; None for a file that is none."""
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        files = [file for file in path.parent.rglob("*") if file.is_file()]
+        latest = max((f for f in files if f.suffix == ".safetensors"), key=lambda f: f.stat().st_mtime, default=None)
+        return {**about, "folder": path.parent.name, "bytes": sum(f.stat().st_size for f in files), "changed": path.stat().st_mtime,
+                "lora": latest.name if latest else None}  # fmt: skip
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def run_folder(root, name: str) -> Path:
+    """The folder of one run directly below root. Raises ValueError for every other name."""
+    folder = Path(root) / name
+    if not NAME.fullmatch(name) or folder.is_symlink() or folder.resolve().parent != Path(root).resolve():
+        raise ValueError(f"{name!r} is no run. Choose one that is listed.")
+    if not any((folder / file).is_file() for file in ("run.json", "resume.state")):
+        raise ValueError(f"There is no run in {folder.name!r}: it has neither run.json nor resume.state, so it is left alone.")
+    return folder
+
+
+def deleted(root, name: str) -> int:
+    """Delete one run with all its files, and give the bytes that are free now. Raises ValueError for what is no run below root."""
+    folder = run_folder(root, name)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    shutil.rmtree(folder)
+    return size

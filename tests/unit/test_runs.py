@@ -52,11 +52,16 @@ def test_a_message_shows_the_name_as_it_was_given():
 # -- what is kept -------------------------------------------------------------------------------------------------------------
 
 
+def method_losses(store):
+    return store.load()["losses"].tolist()
+
+
 def test_a_run_leaves_its_state_its_recipe_and_its_loras(tmp_path):
     _, store = kept(tmp_path, 5, save_every=2)
     assert store.folder == tmp_path / "toy-01234567"
     assert files(store) == ["resume.state", "run.json", "toy-step000002.safetensors", "toy-step000004.safetensors", "toy.safetensors"]
-    assert about(store) == {"name": "toy", "fingerprint": "0123456789abcdef", "step": 5, "steps": 5, "why": "finished", "note": "toy"}
+    known = {"name": "toy", "fingerprint": "0123456789abcdef", "step": 5, "steps": 5, "why": "finished", "early": False, "ending": {}, "note": "toy"}
+    assert about(store) == {**known, "loss": pytest.approx(sum(method_losses(store)) / 5)}
     tensors, metadata = read_safetensors(store.lora_path(4))
     assert metadata["ss_steps"] == "4" and tensors["w"].item() == kept(tmp_path / "other", 4)[1].load()["params"][0].item()
 
