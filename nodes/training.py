@@ -56,6 +56,10 @@ class TrainingJob:
     def method(self, session):
         raise NotImplementedError
 
+    def watch(self, session, method):
+        """What looks at the run between two steps (see trainers.loop.train), or None."""
+        return None
+
     def probe(self, session):
         """(x0, conds) that the gradients of an unknown family are checked on."""
         raise NotImplementedError
@@ -104,7 +108,7 @@ class TrainingJob:
                 if not session.family.known:
                     host.check_gradients(session, *self.probe(session))
                 folder.export = lambda step: self.lora(session, step)
-                losses = train(method, self.run, self.optimizing, report=report, store=folder)
+                losses = train(method, self.run, self.optimizing, report=report, store=folder, watch=self.watch(session, method))
                 lora = self.exported
         except BaseException as error:
             if folder.saved:

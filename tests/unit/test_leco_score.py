@@ -21,9 +21,9 @@ from trainyard.trainers.methods.leco_score import (
     tasks_of,
 )
 from trainyard.trainers.points import Model, Pull
+from trainyard.trainers.score_watch import COLLAPSED, Look, ScoreWatch
 from trainyard.trainers.scorers import About, ScoreModel
 from trainyard.trainers.settings import RunSettings
-from trainyard.trainers.watch import COLLAPSED, Enough, Look, Watch
 
 ROWS = (SignedPrompt("cat"), SignedPrompt("dog", -1.0, "old"), SignedPrompt("young", 0.0))
 PLAIN = dict(anchor=0.0, balance=False, uncertainty=0.0)
@@ -233,10 +233,10 @@ def test_ranges_that_are_none_are_refused(pair):
 # -- where steps are graded ------------------------------------------------------------------------------------------------------------------
 
 
-def walked(settings=None, rows=ROWS, prediction="flow", scores=None, watch=None, batch=1, **more):
+def walked(settings=None, rows=ROWS, prediction="flow", scores=None, batch=1, **more):
     m = model(prediction)
     settings = settings or LecoScoreSettings(**{"sampling_steps": 6, "ways": 2, "refresh": 2, **more})
-    return LecoScore(m, scores or [(score(Curved()), 1.0)], Walked(m, tasks_of(rows, [SHAPE], batch, settings), settings, 2.0), settings, watch)
+    return LecoScore(m, scores or [(score(Curved()), 1.0)], Walked(m, tasks_of(rows, [SHAPE], batch, settings), settings, 2.0), settings)
 
 
 def test_steps_are_graded_in_the_range_asked_for_and_lead_one_step_on():
@@ -403,44 +403,45 @@ def drawing(m):
     return draw
 
 
-def watched(held_out=None, every=5, **more):
-    method = walked(rows=ROWS[:1], target="x0", anchor=0.1, adjust=False, scores=[(score(), 1.0)], **more)
-    method.watch = Watch(drawing(method.model), ("cat",), method.scores, held_out, every)
-    return method
+def watched(held_out=None, every=5):
+    """(method, watch)"""
+    method = walked(rows=ROWS[:1], target="x0", anchor=0.1, adjust=False, scores=[(score(), 1.0)])
+    return method, ScoreWatch(method, drawing(method.model), ("cat",), held_out, every)
+
+
+def go(method, watch, steps, store=None):
+    return train(method, RunSettings(steps=steps, learning_rate=1e-2, save_every=0), store=store, watch=watch)
 
 
 def test_the_watch_sees_the_score_rise_and_measures_what_else_moves():
-    method = watched()
-    train(method, RunSettings(steps=20, learning_rate=1e-2, save_every=0))
-    method.watch.look(method)
-    assert [look.update for look in method.watch.looks] == [0, 5, 10, 15, 20]
-    first, last = method.watch.looks[0], method.watch.looks[-1]
-    shaken_already = abs(first.drift) > 0  # these adapters are not zero at the start
-    assert shaken_already and last.score > first.score and last.held_out is None and last.diversity > 0
-    assert method.watch.strip().shape == (5, *SHAPE)
-    assert "update 20: score" in method.watch.text() and "anchor 0.1" in method.watch.text()
+    method, watch = watched()
+    go(method, watch, 18)
+    assert [look.step for look in watch.looks] == [0, 5, 10, 15, 18]
+    first, last = watch.looks[0], watch.looks[-1]
+    assert last.score > first.score and last.held_out is None and last.diversity > 0 and last.step_drift > 0 and not watch.enough
+    assert watch.strip().shape == (5, *SHAPE)
+    assert "step 18: score" in watch.text() and "anchor 0.1" in watch.text()
 
 
 def test_watching_changes_nothing_of_the_training():
-    plain, seen = walked(rows=ROWS[:1], target="x0", anchor=0.1, adjust=False, scores=[(score(), 1.0)]), watched()
-    run = RunSettings(steps=8, learning_rate=1e-2, save_every=0)
-    assert train(plain, run) == train(seen, run)
+    (plain, _), (seen, watch) = watched(), watched()
+    assert go(plain, None, 8) == go(seen, watch, 8)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
 
 
 def test_the_run_ends_when_the_held_out_score_falls_while_the_trained_one_rises():
     """Held out is the opposite score: it falls from the first look on, so the third look ends the run with the adapters of the first."""
-    method = watched(score(Mean(-1.0)))
+    method, watch = watched(score(Mean(-1.0)))
     start = [p.detach().clone() for p in method.parameters()]
-    with pytest.raises(Enough, match="stopped at update 10: since update 0 the trained score went from .* and the held-out one") as stop:
-        train(method, RunSettings(steps=100, learning_rate=1e-2, save_every=0))
-    assert stop.value.look.update == 0 and all(torch.equal(a, b) for a, b in zip(start, stop.value.params, strict=True))
+    assert len(go(method, watch, 100)) == 10
+    assert "stopped at step 10: since step 0 the trained score went from" in watch.text() and watch.best["step"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(start, method.parameters(), strict=True))
 
 
 def test_a_held_out_score_that_rises_too_ends_nothing():
-    method = watched(score(Mean(2.0)))
-    train(method, RunSettings(steps=25, learning_rate=1e-2, save_every=0))
-    assert len(method.watch.looks) == 5 and method.watch.top() is method.watch.looks[-1]
+    method, watch = watched(score(Mean(2.0)))
+    assert len(go(method, watch, 25)) == 25
+    assert len(watch.looks) == 6 and watch.top().step > 0 and watch.best is None
 
 
 class Kept(NoStore):
@@ -458,10 +459,11 @@ class Kept(NoStore):
 
 def test_a_watched_run_that_is_resumed_is_the_same_run():
     whole, parts = Kept(), Kept()
-    train(watched(score(Mean(0.5))), RunSettings(steps=14, learning_rate=1e-2, save_every=0), store=whole)
-    train(watched(score(Mean(0.5))), RunSettings(steps=7, learning_rate=1e-2, save_every=0), store=parts)
-    train(watched(score(Mean(0.5))), RunSettings(steps=14, learning_rate=1e-2, save_every=0), store=parts)
-    assert whole.state["method"]["watch"]["looks"] == parts.state["method"]["watch"]["looks"]
+    go(*watched(score(Mean(0.5))), 14, whole)
+    go(*watched(score(Mean(0.5))), 7, parts)
+    go(*watched(score(Mean(0.5))), 14, parts)
+    looks = [[look for look in kept.state["watch"]["looks"] if look["step"] != 7] for kept in (whole, parts)]  # the shorter run looked at its end
+    assert looks[0] == looks[1]
     assert all(torch.equal(a, b) for a, b in zip(whole.state["params"], parts.state["params"], strict=True))
 
 
@@ -471,7 +473,7 @@ def test_pictures_that_all_become_the_same_are_told():
 
 
 def test_previews_of_a_long_run_are_thinned_evenly():
-    watch = Watch(None, ("cat",), [])
-    for update in range(40):
-        watch.keep_previews(update, torch.full((1, *SHAPE), float(update)))
+    watch = ScoreWatch(None, None, ("cat",))
+    for step in range(40):
+        watch.keep_previews(step, torch.full((1, *SHAPE), float(step)))
     assert len(watch.previews) <= 16 and {0, 16, 32} <= set(watch.previews)

@@ -230,14 +230,12 @@ SEEN = {"x0_renoised": renoised, "next_step": next_step, "x0": picture, "direct_
 
 @dataclass
 class LecoScore:
-    """`scores`: score models with their weights. `places.draw(rng)` gives where a step is graded. `watch(method)` is called before every
-    update and may raise to end the run."""
+    """`scores`: score models with their weights. `places.draw(rng)` gives where a step is graded."""
 
     model: Model
     scores: Sequence[tuple[ScoreModel, float]]
     places: object
     settings: LecoScoreSettings = LecoScoreSettings()
-    watch: object = None
 
     def __post_init__(self):
         check(self.scores, self.settings)
@@ -254,8 +252,6 @@ class LecoScore:
 
     def loss(self, rng):
         """(pulls * B,) minus the score, plus the anchor."""
-        if self.watch:
-            self.watch(self)
         place = self.places.draw(rng)
         self.updates += 1
         return torch.cat([self.pulled(pull, place, rng) for pull in place.pulls])
@@ -330,16 +326,13 @@ class LecoScore:
 
     def state(self) -> dict:
         numbers = {name: getattr(self, name).detach().cpu().clone() for name in ("anchor", "drift", "bands")}
-        watched = {"watch": self.watch.state()} if self.watch else {}
-        return {"places": self.places.state(), "updates": self.updates, **numbers, **watched}
+        return {"places": self.places.state(), "updates": self.updates, **numbers}
 
     def load_state(self, state: dict) -> None:
         self.places.load_state(state["places"])
         self.updates = state["updates"]
         for name in ("anchor", "drift", "bands"):
             setattr(self, name, self.model.here(state[name].clone()))
-        if self.watch and "watch" in state:
-            self.watch.load_state(state["watch"])
 
 
 def check(scores, settings: LecoScoreSettings) -> None:

@@ -1,4 +1,4 @@
-"""What a run that follows a score really does to pictures: looked at every so many updates, on the same noise each time.
+"""What a run that follows a score really does to pictures: looked at every so many steps, on the same noise each time.
 
 The score that is trained always rises. Whether pictures became better is told by a second score that no gradient has seen; when that one
 falls while the trained one rises, the score model is being fooled, and the run ends with the adapters of its best moment.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import drift_of
+from .methods.leco_score import LecoScore
 from .scorers import ScoreModel, unit_view
 
 COLLAPSED = 0.6  # diversity below which pictures of a prompt look alike
@@ -26,7 +27,7 @@ class Look:
     """Scores are in standard deviations of the ratings, as a difference to the frozen model's own pictures. Drift is the distance to those,
     where 1 is the distance between two different pictures; diversity is 1 when the pictures of a prompt differ as much as without adapters."""
 
-    update: int
+    step: int
     score: float
     held_out: float | None
     drift: float
@@ -37,101 +38,98 @@ class Look:
     def line(self) -> str:
         held = "" if self.held_out is None else f", held out {self.held_out:+.2f}"
         alarm = " (collapsing)" if self.diversity < COLLAPSED else ""
-        return (f"update {self.update}: score {self.score:+.2f}{held}, drift {self.drift:.2f}, diversity {self.diversity:.2f}{alarm}, "
+        return (f"step {self.step}: score {self.score:+.2f}{held}, drift {self.drift:.2f}, diversity {self.diversity:.2f}{alarm}, "
                 f"anchor {self.anchor:.3g} at step drift {self.step_drift:.2f}")  # fmt: skip
 
 
-class Enough(Exception):
-    """The held-out score falls while the trained one rises. `look` is the best moment, and `params` the adapters of then."""
-
-    def __init__(self, look: Look, now: Look, params: list[Tensor]):
-        super().__init__(f"stopped at update {now.update}: since update {look.update} the trained score went from {look.score:+.2f} to {now.score:+.2f} "
-                         f"and the held-out one from {look.held_out:+.2f} to {now.held_out:+.2f}; the adapters of update {look.update} are kept")  # fmt: skip
-        self.look, self.params = look, params
-
-
 @dataclass
-class Watch:
-    """`draw(prompt, strength) -> x0 (B, C, ...)` from the same noise every time. Called with a method before each update."""
+class ScoreWatch:
+    """What trainers.loop.train takes as `watch`. `draw(prompt, strength) -> x0 (B, C, ...)` from the same noise every time."""
 
+    method: LecoScore
     draw: Callable[[str, float], Tensor]
     prompts: Sequence[str]
-    scores: Sequence[tuple[ScoreModel, float]]
     held_out: ScoreModel | None = None
-    every: int = 50  # updates
+    every: int = 50  # optimizer steps
     patience: int = 2  # looks
     looks: list[Look] = field(default_factory=list)
-    previews: dict[int, Tensor] = field(default_factory=dict)  # update -> one picture per prompt
-    best: list[Tensor] | None = None  # adapters of the look with the best held-out score
+    previews: dict[int, Tensor] = field(default_factory=dict)  # step -> one picture per prompt
+    kept: list[Tensor] | None = None  # adapters of the look with the best held-out score
     still: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
 
-    def __call__(self, method) -> None:
-        """Looks when it is time. Raises Enough."""
-        if method.updates % self.every == 0 and not any(look.update == method.updates for look in self.looks):
-            self.look(method)
-            self.judge()
+    def due(self, step: int, steps: int) -> bool:
+        return (step % self.every == 0 or step == steps) and not any(look.step == step for look in self.looks)
 
     @torch.no_grad()
-    def look(self, method) -> Look:
+    def look(self, step: int, steps: int, params) -> bool:
+        """Whether this is the best moment so far."""
         if self.still is None:
             self.still = [self.draw(prompt, 0.0) for prompt in self.prompts]
         now = [self.draw(prompt, 1.0) for prompt in self.prompts]
         look = Look(
-            method.updates,
-            self.gain(self.scored, method, now),
-            None if self.held_out is None else self.gain(self.checked, method, now),
+            step,
+            self.gain(self.method.scores, now),
+            None if self.held_out is None else self.gain([(self.held_out, 1.0)], now),
             drift_of(list(zip(self.still, now, strict=True))),
             spread(now) / max(spread(self.still), 1e-12),
-            float(method.anchor),
-            float(method.drift),
+            float(self.method.anchor),
+            float(self.method.drift),
         )
         self.looks.append(look)
-        self.keep_previews(look.update, torch.cat([stack[:1] for stack in now]).half().cpu())
-        if look is self.top():
-            self.best = [p.detach().cpu().clone() for p in method.parameters()]
-        return look
+        self.keep_previews(step, torch.cat([stack[:1] for stack in now]).half().cpu())
+        if better := look is self.top():
+            self.kept = [p.detach().cpu().clone() for p in params]
+        return better
 
-    def gain(self, score, method, now) -> float:
-        before, after = (torch.cat([score(method, stack) for stack in side]).mean() for side in (self.still, now))
+    def gain(self, scores, now) -> float:
+        before, after = (torch.cat([judged(self.method.denoiser, scores, stack) for stack in side]).mean() for side in (self.still, now))
         return float(after - before)
-
-    def scored(self, method, x0) -> Tensor:
-        return judged(method.denoiser, self.scores, x0)
-
-    def checked(self, method, x0) -> Tensor:
-        return judged(method.denoiser, [(self.held_out, 1.0)], x0)
 
     def top(self) -> Look | None:
         """The look with the best held-out score; None without one."""
         return max(self.looks, key=lambda look: look.held_out) if self.held_out is not None and self.looks else None
 
-    def judge(self) -> None:
-        """Raises Enough when `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
-        top, now = self.top(), self.looks[-1]
+    @property
+    def enough(self) -> bool:
+        """Whether `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
+        top = self.top()
         if top is None or len(self.looks) - 1 - self.looks.index(top) < self.patience:
-            return
-        if now.held_out < top.held_out - MARGIN and now.score > top.score + MARGIN:
-            raise Enough(top, now, self.best)
+            return False
+        now = self.looks[-1]
+        return now.held_out < top.held_out - MARGIN and now.score > top.score + MARGIN
 
-    def keep_previews(self, update, pictures):
+    @property
+    def best(self) -> dict | None:
+        """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score model was fooled."""
+        return {"step": self.top().step, "params": self.kept} if self.enough else None
+
+    def finish(self) -> None:
+        """Nothing: the last look was the last thing to do."""
+
+    def keep_previews(self, step, pictures):
         """At most PREVIEWS looks, evenly over the run: when there are more, every second one goes."""
-        self.previews[update] = pictures
+        self.previews[step] = pictures
         if len(self.previews) > PREVIEWS:
             self.previews = {key: self.previews[key] for key in sorted(self.previews)[::2]}
 
     def strip(self) -> Tensor:
         """(looks * prompts, C, ...) the previews in the order of the run."""
-        return torch.cat([self.previews[update] for update in sorted(self.previews)]).float()
+        return torch.cat([self.previews[step] for step in sorted(self.previews)]).float()
 
     def text(self) -> str:
-        return "\n".join(look.line() for look in self.looks)
+        lines = [look.line() for look in self.looks]
+        if self.enough:
+            top, now = self.top(), self.looks[-1]
+            lines.append(f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to {now.score:+.2f} and the held-out "
+                         f"one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters of step {top.step} are kept")  # fmt: skip
+        return "\n".join(lines)
 
     def state(self) -> dict:
-        return {"looks": [asdict(look) for look in self.looks], "previews": dict(self.previews), "best": self.best}
+        return {"looks": [asdict(look) for look in self.looks], "previews": dict(self.previews), "kept": self.kept}
 
     def load_state(self, state: dict) -> None:
         self.looks = [Look(**look) for look in state["looks"]]
-        self.previews, self.best = dict(state["previews"]), state["best"]
+        self.previews, self.kept = dict(state["previews"]), state["kept"]
 
 
 @torch.no_grad()
