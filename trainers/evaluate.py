@@ -20,6 +20,7 @@ from .points import Model
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 OWN = "in the measure's own unit"
+LEAST = 0.02  # a reference that moves the measure less than this is no unit: ratios to it would be noise
 LEVELS = (0.3, 0.5, 0.7, 0.9)  # where the frozen model is asked; cleaner pictures tell little about their prompt
 
 
@@ -138,7 +139,7 @@ def measure(
     still = draw(scene, 0.0)
     zero = effect(still).mean()
     whole = torch.ones(()) if reference is None else effect(draw(reference, 0.0)).mean() - zero
-    if abs(float(whole)) < 1e-6:  # the reference looks like the scene: nothing to compare with
+    if abs(float(whole)) < LEAST:  # the reference looks like the scene: nothing to compare with
         whole, unit = torch.ones(()), OWN
     moved = [still if s == 0 else draw(scene, s) for s in strengths]
     kept = {prompt: draw(prompt, 0.0) for prompt in preserve}

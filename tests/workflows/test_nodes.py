@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 DOCS = ROOT / "web" / "docs"
 IDS = tuple(json.loads((HERE / "nodes.json").read_text()))
-READ_FROM_DISK = ("folder", "file", "masks")  # their options are what the machine holds
+READ_FROM_DISK = ("folder", "file", "masks", "model")  # their options are what the machine holds
 AS_IN_KSAMPLER = ("sampler", "scheduler")  # theirs are ComfyUI's own, and known from there
 FACTS = ("default", "min", "max", "step", "options", "multiline", "advanced", "control_after_generate")
 
@@ -36,7 +36,7 @@ def promises(schema):
 
 
 def facts(name, about=None):
-    return {key: about[key] for key in FACTS if key in (about or {}) and not (key == "options" and name in READ_FROM_DISK)}
+    return {key: about[key] for key in FACTS if key in (about or {}) and not (key == "options" and name in READ_FROM_DISK + AS_IN_KSAMPLER)}
 
 
 def test_ids_inputs_and_outputs_are_those_that_saved_workflows_know(schemas):
