@@ -31,7 +31,7 @@ from ...trainers.files import LoraFile
 from ...trainers.loop import NoStore, train
 from ...trainers.methods.difference import Difference, keep, leco, replace, text_slider
 from ...trainers.methods.pairs import Change, ImageSlider
-from ...trainers.points import Model, Rollouts, Task
+from ...trainers.points import Model, Rollouts, Task, planned
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 from . import sampling, shapes, world
 from .measure import measure
@@ -96,6 +96,7 @@ class Snapshots(NoStore):
 class Taught:
     snapshots: list[Snapshot]
     losses: list[float]
+    planned: dict | None  # forwards that a rollout lesson was expected to cost
     seconds: float  # of one core, whatever else the machine does
 
     @property
@@ -111,16 +112,23 @@ def learn(toy, lesson: Lesson) -> Taught:
         method = lesson.make(toy, session, lesson)
         store = Snapshots(session, method)
         losses = train(method, lesson.run, OptimizerSettings(schedule=lesson.schedule), store=store)
-    return Taught(store.taken, losses, time.process_time() - start)
+    return Taught(store.taken, losses, plan_of(method, lesson), time.process_time() - start)
 
 
-def from_prompts(tasks):
-    """A lesson's `make` for pulls between prompts; every task has the run's batch."""
+def plan_of(method, lesson):
+    points = getattr(method, "points", None)
+    return points and planned(points.settings, points.tasks, lesson.noise, points.guidance, lesson.run.steps)
+
+
+def from_prompts(tasks, original=None):
+    """A lesson's `make` for pulls between prompts; every task has the run's batch. `original(model, tasks)`: another method on the same."""
 
     def make(toy, session, lesson):
         mine = [dataclasses.replace(task, shapes=(LATENT,), batch=lesson.run.batch) for task in tasks]
         texts = list(dict.fromkeys(text for task in mine for text in task.texts))
         model = Model(session.denoiser, session.adapters, dict(zip(texts, host.TextEncoder(toy.clip).encode(texts), strict=True)))
+        if original:
+            return original(model, mine)
         guidance = host.rollout_guidance(session, lesson.points.guidance_scale)
         return Difference(model, mine, Rollouts(model, mine, lesson.points, lesson.noise, guidance), lesson.points.renormalise)
 
@@ -224,6 +232,17 @@ def erase_exam(toy, lora, colour="red", count=24):
     }
 
 
+def quick_erase_exam(toy, lora, colour="red"):
+    """The two marks of a curve, on few pictures."""
+    asked, others = mixed(24, colour=colour), mixed(12, colour=without(colour))
+    before, after = look(toy, None, asked, steps=8), look(toy, lora, asked, steps=8)
+    rest, now = (look(toy, which, others, first_seed=FIRST_SEED + 1000, steps=8) for which in (None, lora))
+    return {
+        "erased": share(a.colour != colour for b, a in zip(before, after, strict=True) if b.colour == colour),
+        "others kept": kept(now, rest, "shape", "size", "colour"),
+    }
+
+
 def enhance_exam(toy, lora, colour="red", count=24):
     """Prompts that name no colour: the share drawn in this one, from the base and after. Prompts that name another must keep theirs."""
     asked, others = mixed(count, colour=None), mixed(2 * count, colour=without(colour))
@@ -291,20 +310,20 @@ def erase_tasks(colour="red", guidance=1.0, preserve=True):
     rows = [Task(leco(said(shape=s, colour=colour), said(shape=s, colour=colour), said(shape=s), said(shape=s), "erase", guidance),
                  said(shape=s, colour=colour)) for s in SHAPES]
     others = [said(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(colour), strict=False)] if preserve else []
-    return rows + [Task(keep(prompt), prompt, weight=len(rows) / len(others)) for prompt in others]
+    return rows + [Task(keep(prompt), prompt, weight=0.5 * len(rows) / len(others)) for prompt in others]
 
 
 def enhance_tasks(colour="red", guidance=1.0):
     rows = [Task(leco(said(shape=s), said(shape=s, colour=colour), said(shape=s), said(shape=s), "enhance", guidance), said(shape=s))
             for s in SHAPES]
     others = [said(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(colour), strict=False)]
-    return rows + [Task(keep(prompt), prompt, weight=len(rows) / len(others)) for prompt in others]
+    return rows + [Task(keep(prompt), prompt, weight=0.5 * len(rows) / len(others)) for prompt in others]
 
 
 def replace_tasks(old="square", new="circle"):
     rows = [Task(replace(said(shape=old, colour=c), said(shape=new, colour=c)), said(shape=old, colour=c)) for c in COLOURS]
     others = [said(shape=s, colour=c) for c, s in zip(COLOURS, [s for s in SHAPES if s != old] * 2, strict=False)]
-    return rows + [Task(keep(prompt), prompt) for prompt in others]
+    return rows + [Task(keep(prompt), prompt, weight=0.5) for prompt in others]
 
 
 def slider_tasks(guidance=1.0):
@@ -320,10 +339,16 @@ def drawn_pairs(count=5, centre=None):
 
 
 LESSONS = {
-    "erase": Lesson(from_prompts(erase_tasks()), erase_exam, prompt_run()),
-    "enhance": Lesson(from_prompts(enhance_tasks()), enhance_exam, prompt_run()),
-    "replace": Lesson(from_prompts(replace_tasks()), replace_exam, prompt_run()),
+    "erase": Lesson(from_prompts(erase_tasks()), erase_exam, prompt_run(learning_rate=3e-3, steps=240)),
+    "enhance": Lesson(from_prompts(enhance_tasks()), enhance_exam, prompt_run(learning_rate=3e-3, steps=200)),
+    "replace": Lesson(from_prompts(replace_tasks()), replace_exam, prompt_run(learning_rate=3e-3, steps=240)),
     "text slider": Lesson(from_prompts(slider_tasks()), slider_exam, prompt_run()),
     "image slider": Lesson(from_pairs(ImageSlider, drawn_pairs()), slider_exam, prompt_run()),
-    "difference": Lesson(from_pairs(Change, drawn_pairs(1)), slider_exam, prompt_run(steps=100, batch=1)),
+    "difference": Lesson(from_pairs(Change, drawn_pairs(1)), slider_exam, prompt_run(steps=200, batch=1, learning_rate=2e-3)),
 }
+
+
+def curve_lesson(original=None) -> Lesson:
+    """Erasing red for the curve over forwards: batch 1 and a steady learning rate, nothing preserved, as the original trains."""
+    run = prompt_run(steps=150, save_every=15, batch=1, learning_rate=3e-3)
+    return Lesson(from_prompts(erase_tasks(preserve=False), original), quick_erase_exam, run, schedule="constant")

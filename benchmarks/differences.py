@@ -1,0 +1,154 @@
+"""LECO, sliders, replacement and ADDifT measured in pixels on the toy world, and the effect of LECO over forwards spent, ours and the original's.
+
+    .venv/bin/python benchmarks/differences.py                       # everything, about 15 minutes on one quiet core
+    .venv/bin/python benchmarks/differences.py erase "text slider"   # some of it; the file keeps what it has of the others
+    .venv/bin/python benchmarks/differences.py curve                 # effect over forwards, against benchmarks/peers/leco_original.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-differences.json"
+KINDS = ("erase", "enhance", "replace", "text slider", "image slider", "difference", "curve")
+LEVELS = (0.5, 0.8, 0.9)
+CURVES = ("ours", "original")
+
+
+def boot():
+    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
+    package = types.ModuleType("trainyard")
+    package.__path__ = [str(ROOT)]
+    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
+    sys.modules["trainyard"] = package
+    from trainyard.tests.comfy import boot as comfy
+
+    comfy.boot()
+
+
+def world():
+    from trainyard.tests.toy import sampling
+    from trainyard.tests.toy import world as toy
+
+    with tempfile.TemporaryDirectory() as place:
+        return sampling.load(toy.build(pathlib.Path(place) / "toy_world.safetensors"))
+
+
+# -- one kind ------------------------------------------------------------------------------------------------------------------
+
+
+def figures(toy, name) -> dict:
+    """Settings, cost and marks of one lesson."""
+    from trainyard.tests.toy.differences import LESSONS, learn
+
+    lesson = LESSONS[name]
+    taught = learn(toy, lesson)
+    start = time.process_time()
+    marks = lesson.exam(toy, taught.lora)
+    steps = lesson.run.steps
+    spent = taught.snapshots[-1].spent
+    return {
+        "settings": settings_of(lesson),
+        "seconds of one core": round(taught.seconds, 1),
+        "seconds of the exam": round(time.process_time() - start, 1),
+        "forwards per update": {kind: round(count / steps, 2) for kind, count in spent.items()} | {"all": round(sum(spent.values()) / steps, 2)},
+        "planned": taught.planned and {kind: round(count / steps, 2) for kind, count in taught.planned.items()},
+        "loss, first and last tenth": [round(mean(taught.losses[: steps // 10]), 4), round(mean(taught.losses[-steps // 10 :]), 4)],
+        "marks": marks,
+    }
+
+
+def settings_of(lesson) -> dict:
+    plain = dataclasses.asdict(dataclasses.replace(lesson, make=None, exam=None))
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
+
+
+# -- effect over forwards ----------------------------------------------------------------------------------------------------------
+
+
+def curves(toy) -> dict:
+    """Erasing with ours and with the original loop: the same prompts, learning rate, rank, batch and schedule."""
+    found = {name: curve(toy, name) for name in CURVES}
+    ratios = {}
+    for level in LEVELS:
+        costs = {name: cost_of(points, level) for name, points in found.items()}
+        known = all(costs.values())
+        ratios[f"{level:.0%}"] = {**costs, "original / ours": round(costs["original"] / costs["ours"], 2) if known else None}
+    return {"curves": found, "forwards at effect": ratios}
+
+
+def curve(toy, name) -> list[dict]:
+    """[{updates, forwards, seconds, erased, others kept}]"""
+    from trainyard.benchmarks.peers.leco_original import Original
+    from trainyard.tests.toy import differences
+
+    lesson = differences.curve_lesson(Original if name == "original" else None)
+    taught = differences.learn(toy, lesson)
+    rows = [dict(updates=0, forwards=0, **lesson.exam(toy, None))]
+    for snapshot in taught.snapshots:
+        rows.append(dict(updates=snapshot.step, forwards=snapshot.forwards, **lesson.exam(toy, snapshot.lora)))
+        print(f"  {name}: {rows[-1]}", flush=True)
+    return rows
+
+
+def cost_of(rows, level) -> float | None:
+    """Forwards at which the share of erased first reaches a level, by straight lines between the checkpoints; None if it never does."""
+    for before, after in zip(rows, rows[1:], strict=False):
+        if after["erased"] >= level:
+            part = (level - before["erased"]) / (after["erased"] - before["erased"])
+            return round(before["forwards"] + part * (after["forwards"] - before["forwards"]), 1)
+    return None
+
+
+# -- on the screen and in the file -------------------------------------------------------------------------------------------------
+
+
+def shown(name, found):
+    print(f"\n{name}")
+    for key, value in found.items():
+        if key == "marks":
+            print("".join(f"    {what}: {mark}\n" for what, mark in value.items()), end="")
+        elif key != "curves":
+            print(f"  {key}: {value}")
+    sys.stdout.flush()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help=f"some of: {', '.join(KINDS)}")
+    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)")
+    asked = parser.parse_args()
+    if unknown := [kind for kind in asked.kinds if kind not in KINDS]:
+        parser.error(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    boot()
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with torch.inference_mode():
+        toy = world()
+        for kind in asked.kinds or KINDS:
+            found = curves(toy) if kind == "curve" else figures(toy, kind)
+            shown(kind, found)
+            keep(asked.json, kind, found)
+
+
+def keep(path, kind, found):
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**before, kind: found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
