@@ -8,6 +8,7 @@ often, so that the points stay near those that the student itself would come to.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,8 +125,12 @@ def one_of(values, rng):
     return values[int(torch.randint(len(values), (1,), generator=rng))]
 
 
+FIRST_WAYS = 2
+
+
 class Rollouts:
-    """Points on ways that the student walks from noise: `ways` are kept, and the oldest is walked anew every `refresh` updates."""
+    """Points on ways that the student walks from noise. It begins with two; every `refresh` updates one is walked and joins them, and of
+    more than `ways` the oldest goes. (All at once at the beginning would cost as much as forty updates, and soon be off-policy.)"""
 
     def __init__(self, model: Model, tasks: list[Task], settings: PointSettings, noise: NoiseSettings, guidance: float):
         self.model, self.tasks, self.settings, self.guidance = model, tasks, settings, guidance
@@ -136,9 +141,9 @@ class Rollouts:
     def draw(self, rng) -> Point:
         """A random point with every answer that its task needs."""
         if not self.ways:
-            self.ways = [self.walk(rng) for _ in range(self.settings.ways)]
+            self.ways = [self.walk(rng) for _ in range(min(FIRST_WAYS, self.settings.ways))]
         elif self.updates % self.settings.refresh == 0:
-            self.ways = [*self.ways[1:], self.walk(rng)]
+            self.ways = [*self.ways, self.walk(rng)][-self.settings.ways :]
         self.updates += 1
         way = int(torch.randint(len(self.ways), (1,), generator=rng))
         step = int(torch.randint(len(self.ways[way]), (1,), generator=rng))
@@ -172,24 +177,27 @@ class Rollouts:
 def planned(settings: PointSettings, tasks: list[Task], noise: NoiseSettings, guidance: float, updates: int) -> dict[str, float]:
     """Forwards that so many updates of Rollouts are expected to cost, in the words of Model.spent.
 
-    A way costs steps - 1 forwards a sample, twice that under guidance. Of its P points, each asked once, those cost the frozen model's
-    answers that are drawn while the way is kept: P * (1 - (1 - 1 / (ways * P)) ** updates) of them."""
+    A way costs steps - 1 forwards a sample, twice that under guidance. Of its points, each asked once, those cost the frozen model's
+    answers that are drawn while the way is kept."""
     total = sum(task.weight for task in tasks)
     mean = lambda count: sum(task.weight * task.batch * count(task) for task in tasks) / total
-    lives = lifetimes(settings.ways, settings.refresh, updates)
     points = sum(way_levels(settings.sampling_steps, 1, noise.min_time, noise.max_time, torch.Generator().manual_seed(0))[1])
-    drawn = sum(points * (1 - (1 - 1 / (settings.ways * points)) ** life) for life in lives)
+    lives = lifetimes(settings.ways, settings.refresh, updates)
+    missed = lambda life: math.prod((1 - 1 / (ways * points)) ** draws for ways, draws in life)
     return {
         "rollout": len(lives) * (settings.sampling_steps - 1) * (1 if guidance == 1 else 2) * mean(lambda task: 1),
-        "frozen": drawn * mean(lambda task: len(task.asked)),
+        "frozen": sum(points * (1 - missed(life)) for life in lives) * mean(lambda task: len(task.asked)),
         "student": updates * mean(lambda task: len(task.pulls)),
     }
 
 
-def lifetimes(ways, refresh, updates) -> list[int]:
-    """For how many of these updates each way is kept that is walked in them."""
-    born = [0] * ways + list(range(refresh, updates, refresh))
-    return [min((number + 1) * refresh, updates) - start for number, start in enumerate(born)]
+def lifetimes(ways, refresh, updates) -> list[list[tuple[int, int]]]:
+    """For each way that is walked in so many updates: [(ways at the same time, draws)] while it is kept."""
+    first = min(FIRST_WAYS, ways)
+    eras = [(min(ways, first + era), min(refresh, updates - era * refresh)) for era in range(math.ceil(updates / refresh))]
+    born = [0] * first + list(range(1, len(eras)))
+    gone = born[ways:] + [len(eras)] * ways
+    return [eras[a:b] for a, b in zip(born, gone, strict=False)]
 
 
 def way_levels(steps, batch, low, high, rng):

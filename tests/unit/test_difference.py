@@ -174,13 +174,13 @@ def test_a_way_is_the_samplers_own_and_every_state_on_it_is_a_point():
 
 
 def test_forwards_are_counted_and_cached_answers_cost_nothing():
-    """Three ways of five points, batch 2, guidance 3: 3 * 4 * 2 * 2 = 48 forwards; each point asks two prompts for two samples once."""
+    """At first two ways of five points, batch 2, guidance 3: 2 * 4 * 2 * 2 = 32 forwards; each point asks two prompts for two samples once."""
     m = model()
     points = rollouts(m)
     asked = set()
     for step in range(3):
         asked.add(id(points.draw(rng(step))))
-    assert m.spent["rollout"] == 48 and m.spent["frozen"] <= 3 * 4 and m.spent["frozen"] % 4 == 0
+    assert m.spent["rollout"] == 32 and m.spent["frozen"] <= 3 * 4 and m.spent["frozen"] % 4 == 0
     before = m.spent["frozen"]
     generator = rng(2)
     generator_state = generator.get_state()
@@ -189,14 +189,15 @@ def test_forwards_are_counted_and_cached_answers_cost_nothing():
     assert m.spent["frozen"] == before, "the point of the third draw was asked again"
 
 
-def test_the_oldest_way_is_walked_anew_every_so_many_updates():
+def test_ways_come_one_by_one_and_then_the_oldest_goes():
     points = rollouts(model())
     seen = []
     for step in range(13):
         points.draw(rng(step))
         seen.append(tuple(way[0].x.sum().item() for way in points.ways))
     changes = [i for i in range(1, 13) if seen[i] != seen[i - 1]]
-    assert changes == [4, 8, 12] and seen[4][:2] == seen[3][1:]
+    assert changes == [4, 8, 12] and [len(ways) for ways in seen] == [2] * 4 + [3] * 9
+    assert seen[4][:2] == seen[3] and seen[8][:2] == seen[7][1:]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.7), (0.5, 0.52), (0.9, 1.0)])
@@ -358,6 +359,8 @@ def test_forwards_are_spent_as_they_were_planned(noise):
     assert both["rollout"] == plan["rollout"] / 2 and both["student"] == 203 * 3
 
 
-def test_a_way_is_kept_until_all_that_are_older_have_gone():
-    """Three ways, one walked anew every 4 updates: of 10 updates the first three see 4, 8 and 10, those of updates 4 and 8 the rest."""
-    assert lifetimes(3, 4, 10) == [4, 8, 10, 6, 2]
+def test_a_way_is_kept_until_there_are_more_than_is_wanted():
+    """Of three ways the first two are there at once, and every 4 updates one comes. In 10 updates: eras of 4, 4 and 2 draws among 2, 3 and 3
+    ways; the first way goes when the fourth comes."""
+    assert lifetimes(3, 4, 10) == [[(2, 4), (3, 4)], [(2, 4), (3, 4), (3, 2)], [(3, 4), (3, 2)], [(3, 2)]]
+    assert lifetimes(1, 4, 5) == [[(1, 4)], [(1, 1)]]
