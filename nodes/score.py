@@ -395,6 +395,7 @@ class RankAndFilter(io.ComfyNode):
                     "scores",
                     optional=True,
                     force_input=True,
+                    default=0.0,
                     min=-1_000_000.0,
                     max=1_000_000.0,
                     tooltip="Other scores, one for each picture, in place of those in the dataset. (-1000000 to 1000000)",

@@ -115,8 +115,7 @@ def pairwise_interval(said, rated, rng, draws, groups) -> Figure:
             row[members[group]] += 1
     total = np.einsum("dn,dn->d", counts @ there, counts)
     shares = np.where(total > 0, np.einsum("dn,dn->d", counts @ right, counts) / np.maximum(total, 1), 0.5)
-    whole = float(right.sum() / there.sum()) if there.any() else 0.5
-    return Figure(whole, *map(float, np.percentile(shares, (2.5, 97.5))))
+    return Figure(pairwise(said, rated), *map(float, np.percentile(shares, (2.5, 97.5))))
 
 
 def membership(count: int, groups) -> list[np.ndarray]:

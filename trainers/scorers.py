@@ -267,7 +267,9 @@ class ScoreModel:
         return self
 
     def members(self, x: Tensor, level: Tensor) -> Tensor:
-        """(M, B) what each member says of noised latents, as `unit_view` gives them. Differentiable in x."""
+        """(M, B) what each member says of noised latents, as `unit_view` gives them. Differentiable in x. A model of clean pictures knows
+        no levels and takes everything for clean."""
+        level = level if self.about.noisy else torch.zeros_like(level)
         return torch.stack([value(network(x, level), self.about) for network in self.networks])
 
     def value(self, x: Tensor, level: Tensor) -> Tensor:
