@@ -15,6 +15,7 @@ from ..trainers.methods.pairs import Change, ImageSlider
 from ..trainers.points import Model, Noise, Pictures, Rollouts, noise_of
 from ..trainers.runs import checked_name
 from ..trainers.settings import (
+    DORA,
     AdapterSettings,
     NoiseSettings,
     OptimizerSettings,
@@ -174,6 +175,9 @@ def odd(adapter: AdapterSettings) -> AdapterSettings:
     if adapter.text_encoder:
         raise ValueError("text_encoder is on: a difference is learnt between prompts that the frozen text encoder has encoded once. "
                          "Switch it off in Adapter Settings.")
+    if adapter.algorithm == DORA:
+        raise ValueError("algorithm is DoRA, whose effect at -1 is not the opposite of that at +1: it learns the size of every row beside its "
+                         "direction. Choose LoRA, LoHa or LoKr in Adapter Settings for sliders, LECO and differences.")
     return adapter
 
 

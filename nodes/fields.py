@@ -23,13 +23,14 @@ def inputs(record, *, only=(), without=(), optional=False):
 
 def widget(f, optional=False):
     meta = f.metadata
-    about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None, optional=optional)
+    about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None)
+    about["optional"] = optional or meta.get("later", False)
     if "options" in meta:
         return io.Combo.Input(f.name, options=list(meta["options"]), **about)
     if meta.get("switch"):
         return io.Boolean.Input(f.name, **about)
     if meta.get("text"):
-        return io.String.Input(f.name, **about)
+        return io.String.Input(f.name, multiline=meta.get("multiline", False), **about)
     if isinstance(f.default, int):
         control = dict(control_after_generate=io.ControlAfterGenerate.fixed) if f.name == "seed" else {}
         return io.Int.Input(f.name, min=meta["lo"], max=meta["hi"], step=meta["step"] or 1, **control, **about)

@@ -28,7 +28,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy_kitchen.backends.eager import rope as eager_rope
 from torch.utils.checkpoint import checkpoint
 
-from ..trainers.adapters import Adapters, kohya
+from ..trainers.adapters import Adapters, by_base, kohya
 from ..trainers.data.encoded import split_conditioning
 from ..trainers.files import LoraFile
 from ..trainers.points import Model, NoAdapters
@@ -142,10 +142,10 @@ def recomputing(forward, adapters):
         # The host writes the current block's number into its options; recomputation must see those of this call.
         args = [dict(a) if isinstance(a, dict) else a for a in args]
         kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        strength = adapters.strength  # backward comes when another strength may be set
+        again = adapters.as_now()  # backward comes when another strength may be set, and another dropout
 
         def block(*args, **kwargs):
-            with adapters.at(strength):
+            with again():
                 return forward(*args, **kwargs)
 
         return checkpoint(block, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -260,6 +260,7 @@ class Session:
     encode: object = None  # (batch) -> conds with gradients
     keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_keys: dict = field(default_factory=dict)
+    text_known: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
 
     def tensors(self):
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
@@ -344,6 +345,7 @@ def text_training(clip, adapter, rng, session):
     network = clip.cond_stage_model
     session.text_adapters = Adapters(network, text_targets(adapter), rng).to(clip.patcher.load_device)
     session.text_keys = clip_keys(network, session.text_adapters.layers)
+    session.text_known = comfy.lora.model_lora_keys_clip(network, {})
     with loaded(clip.patcher, session.text_adapters, 0.0), out_of_place(network):
         materialise(network)
         session.encode = lambda batch: [
@@ -360,7 +362,7 @@ def sizes_of(cond) -> dict:
 def text_targets(adapter: AdapterSettings) -> AdapterSettings:
     """The same adapter on a text encoder; a regular expression written for the model's layers does not apply there."""
     targets = "attention+mlp" if adapter.targets in ("regex", "all linear") else adapter.targets
-    return AdapterSettings(**{**adapter.to_dict(), "targets": targets, "pattern": "", "conv": False})
+    return AdapterSettings(**{**adapter.to_dict(), "targets": targets, "pattern": "", "conv": False, "blocks": ""})
 
 
 # -- text and pictures ------------------------------------------------------------------------------------------------------
@@ -524,7 +526,24 @@ def applied(model, clip, lora, strength=1.0):
 
 
 def bases(lora) -> list[str]:
-    return sorted({k.split(".lora_")[0].removesuffix(".alpha") for k in lora})
+    return sorted(by_base(lora))
+
+
+def start_from(session: Session, lora):
+    """The adapters of a session take over a file, whatever naming it uses. Raises ValueError when something in it would be lost."""
+    names = {f"diffusion_model.{name}.weight": ("model", name) for name in session.adapters.layers}
+    known = comfy.lora.model_lora_keys_unet(session.denoiser.model, {})
+    if session.text_adapters is not None:
+        names |= {f"{name}.weight": ("text", name) for name in session.text_adapters.layers}
+        known = known | session.text_known
+    found: dict[str, dict] = {"model": {}, "text": {}}
+    for base, tensors in by_base(lora).items():
+        target = known.get(base, base)
+        part, name = names.get(target[0] if isinstance(target, tuple) else target, ("model", base))
+        found[part][name] = tensors
+    session.adapters.load(found["model"])
+    if session.text_adapters is not None:
+        session.text_adapters.load(found["text"])
 
 
 def unknown_keys(model, clip, lora) -> list[str]:
@@ -764,6 +783,10 @@ def say_once(line: str, said=set()):  # noqa: B006 - the set is the memory
     if line not in said:
         said.add(line)
         logging.info("Trainyard: %s", line)
+
+
+def warn(line: str):
+    logging.warning("Trainyard: %s", line)
 
 
 def out_of_memory(error: BaseException) -> bool:

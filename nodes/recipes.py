@@ -18,8 +18,10 @@ class Adapter(io.ComfyNode):
             node_id="TrainyardAdapter",
             display_name="Adapter Settings",
             category=f"{CATEGORY}/settings",
-            description="Which layers get an adapter, and how strongly it counts. Connect it to a Train node; without it the defaults hold.",
-            search_aliases=["lora settings", "alpha", "target modules", "locon", "rslora", "text encoder lora", "network dim"],
+            description="Which kind of adapter is trained, on which layers, and how strongly it counts. Connect it to a Train node; without it "
+            "the defaults hold.",
+            search_aliases=["lora settings", "alpha", "target modules", "locon", "rslora", "text encoder lora", "network dim", "dora", "loha", "lokr",
+                            "lycoris", "lora plus", "block weight", "network dropout"],
             inputs=inputs(AdapterSettings, without=("rank",)),
             outputs=[AdapterRecipe.Output("adapter", display_name="adapter", tooltip="For the adapter input of a Train node.")],
         )

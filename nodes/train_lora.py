@@ -5,6 +5,7 @@ import dataclasses
 from comfy_api.latest import io, ui
 
 from ..trainers.data.encoded import Encoded as EncodedData
+from ..trainers.files import LoraFile, tensor_hash
 from ..trainers.methods.lora import Lora
 from ..trainers.runs import checked_name
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
@@ -51,6 +52,8 @@ class TrainLora(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning", optional=True, tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, in place of encoded."
                 ),
+                LoraModel.Input("start_from", optional=True, tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same "
+                                "algorithm, rank and layers."),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes."),
@@ -75,6 +78,7 @@ class TrainLora(io.ComfyNode):
         noise=None,
         latents=None,
         conditioning=None,
+        start_from=None,
         **widgets,
     ):
         values = {k: v[0] for k, v in widgets.items()}
@@ -82,6 +86,7 @@ class TrainLora(io.ComfyNode):
             model=model[0],
             clip=first(clip),
             data=training_data(encoded, latents, conditioning),
+            start=first(start_from),
             run=record(RunSettings, values),
             adapter=dataclasses.replace(first(adapter) or AdapterSettings(), rank=values["rank"]),
             optimizing=first(optimizer) or OptimizerSettings(),
@@ -112,6 +117,7 @@ class Job(TrainingJob):
     """One Train LoRA run: everything that the node was given."""
 
     data: EncodedData
+    start: LoraFile | None = None
     kind = "lora 1"
 
     def check(self):
@@ -119,12 +125,14 @@ class Job(TrainingJob):
         host.check_latents(self.model, self.data.channels)
 
     def parts(self):
-        return (self.data.fingerprint,)
+        return (self.data.fingerprint, *([] if self.start is None else [tensor_hash(self.start)]))
 
     def largest(self):
         return largest(self.data)
 
     def method(self, session):
+        if self.start is not None:
+            host.start_from(session, self.start)
         density = session.family.density
         return Lora(
             session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode

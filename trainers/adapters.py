@@ -1,20 +1,20 @@
 """Low-rank adapters beside a frozen network, with a strength that may change between two calls of one step.
 
-An adapter adds to its layer's output (Hu et al. 2021: W x + s * alpha/rank * B A x). It never builds a changed weight: that
-would cost a dense weight gradient per layer, and would not work on quantised or offloaded weights.
+An adapter adds to its layer's output (Hu et al. 2021: W x + s * alpha/rank * B A x; kinds.py has the others). It never builds a changed
+weight: that would cost a dense weight gradient per layer, and would not work on quantised or offloaded weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .settings import AdapterSettings
+from .kinds import KINDS, Low, is_linear, size
+from .settings import LOKR, AdapterSettings, block_rules
 
 # Layer names over all families that ComfyUI loads: UNet attn1/attn2 and their proj_in/out, Flux and HunyuanVideo's fused
 # single-stream linear1/2, and the attention and feed-forward names of the other transformers, of T5 and of diffusers too. Diffusers keeps whole
@@ -48,11 +48,6 @@ def adaptable(network: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in network.named_modules() if name and NEVER not in name and (is_linear(m) or is_convolution(m))}
 
 
-def is_linear(m) -> bool:
-    weight = getattr(m, "weight", None)
-    return hasattr(m, "in_features") and hasattr(m, "out_features") and weight is not None and weight.ndim == 2
-
-
 def is_convolution(m) -> bool:
     weight = getattr(m, "weight", None)
     plain = getattr(m, "groups", 0) == 1 and not getattr(m, "transposed", False)
@@ -74,43 +69,52 @@ def select(network: nn.Module, settings: AdapterSettings) -> dict[str, nn.Module
     return chosen
 
 
-def size(layer) -> tuple[int, int]:
-    """(inputs, outputs) of a layer."""
-    return (layer.in_features, layer.out_features) if is_linear(layer) else (layer.in_channels, layer.out_channels)
+def refuse_unused(rules, names):
+    """ValueError for a rule of `blocks` that decides nothing."""
+    taken = {name: rule_for(name, rules) for name in names}
+    for rule in rules:
+        if rule in taken.values():
+            continue
+        if found := [name for name in names if rule.pattern.search(name)]:
+            raise ValueError(f"{rule.line} comes too late: {found[0]} and all else that it matches is taken by an earlier line. Move it up.")
+        raise ValueError(f"{rule.line} matches none of the {len(names)} layers that targets chooses, such as {', '.join(list(names)[:4])}.")
 
 
-def scale_of(rank, alpha, rslora) -> float:
-    """The factor a loader applies is alpha / rank; rsLoRA (Kalajdzievski 2023) wants alpha / sqrt(rank)."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
+def rule_for(name: str, rules):
+    """The first rule that matches, or None."""
+    return next((rule for rule in rules if rule.pattern.search(name)), None)
 
 
-class Low(nn.Module):
-    """One LoRA (Linear, 1x1) or LoCon (k x k) adapter in fp32; `up` starts at zero, so that attaching changes nothing."""
+def made(name, layer, settings: AdapterSettings, rule, rng):
+    """The adapter of one layer. Raises ValueError that names the layer."""
+    rank, alpha = (settings.rank, settings.alpha) if is_pointwise(layer) else (settings.conv_rank, settings.conv_alpha)
+    alpha = alpha or rank
+    if rule is not None and rule.rank is not None:
+        rank, alpha = rule.rank, alpha / rank * rule.rank  # the same scale, unless the rule says otherwise
+    if rule is not None and rule.alpha is not None:
+        alpha = rule.alpha or rank
+    more = {"factor": settings.factor} if settings.algorithm == LOKR else {}
+    try:
+        low = KINDS[settings.algorithm](layer, rank, alpha, settings.rslora, rng, **more)
+    except ValueError as error:
+        raise ValueError(f"Layer {name}: {error}. Choose a rank of at most {min(size(layer))}, or narrow the adapter's targets.") from None
+    for part, p in low.named_parameters():
+        p.rate = (rule.lr if rule else 1.0) * (settings.up_rate if part in low.upper else 1.0)  # of the run's; read by make_optimizer
+    return low
 
-    def __init__(self, layer, rank: int, alpha: float, rslora: bool = False, rng: torch.Generator | None = None):
-        super().__init__()
-        inputs, outputs = size(layer)
-        tail = () if is_linear(layer) else tuple(layer.kernel_size)
-        self.down = nn.Parameter(torch.empty(rank, inputs, *tail))
-        self.up = nn.Parameter(torch.zeros(outputs, rank, *(1 for _ in tail)))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5), generator=rng)
-        self.rank, self.scale = rank, scale_of(rank, alpha, rslora)
-        self.geometry = None if is_linear(layer) else dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
-    def forward(self, x: Tensor, strength: float = 1.0) -> Tensor:
-        """What the layer's output changes by, computed in the dtype of x. Scaled between the two products, where it is rank wide."""
-        down, up, factor = self.down.to(x.dtype), self.up.to(x.dtype), self.scale * strength
-        if self.geometry is None:
-            inner = F.linear(x, down)
-            return F.linear(inner if factor == 1 else inner * factor, up)
-        conv = F.conv2d if down.ndim == 4 else F.conv3d
-        inner = conv(x, down, **self.geometry)
-        return conv(inner if factor == 1 else inner * factor, up)
+@dataclass(frozen=True)
+class Drop:
+    """Leaves out a share of some values and enlarges the rest, the same ones whenever it is asked: a block that is computed again for
+    its gradient must drop what it dropped before."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader agrees."""
-        alpha = torch.tensor(self.scale * self.rank, dtype=torch.float32)
-        return {"lora_down.weight": self.down, "lora_up.weight": self.up, "alpha": alpha}
+    share: float
+    seed: int
+
+    def __call__(self, inner: Tensor) -> Tensor:
+        rng = torch.Generator(inner.device).manual_seed(self.seed)
+        kept = torch.rand(inner.shape, generator=rng, device=inner.device) >= self.share
+        return inner * (kept / (1 - self.share)).to(inner.dtype)
 
 
 class Adapters(nn.Module):
@@ -118,13 +122,15 @@ class Adapters(nn.Module):
 
     def __init__(self, network: nn.Module, settings: AdapterSettings, rng: torch.Generator | None = None):
         super().__init__()
-        self.layers = select(network, settings)
-        self.lows = nn.ModuleDict()
-        for name, layer in self.layers.items():
-            rank, alpha = (settings.rank, settings.alpha) if is_pointwise(layer) else (settings.conv_rank, settings.conv_alpha)
-            refuse_oversized(name, layer, rank)
-            self.lows[name.replace(".", "/")] = Low(layer, rank, alpha or rank, settings.rslora, rng)
-        self.strength = 1.0
+        chosen, rules = select(network, settings), block_rules(settings.blocks)
+        refuse_unused(rules, chosen)
+        of = {name: rule_for(name, rules) for name in chosen}
+        self.layers = {name: layer for name, layer in chosen.items() if of[name] is None or of[name].rank != 0}
+        if not self.layers:
+            raise ValueError("blocks leaves out every layer (rank=0); nothing would be trained.")
+        self.lows = nn.ModuleDict({name.replace(".", "/"): made(name, m, settings, of[name], rng) for name, m in self.layers.items()})
+        self.settings, self.strength = settings, 1.0
+        self.luck: int | None = None  # of a step that leaves something out
         self._hooks: list = []
 
     def low(self, name: str) -> Low:
@@ -133,17 +139,37 @@ class Adapters(nn.Module):
     def attach(self):
         """Start adding to the layers' outputs; `detach` takes every hook off again. Attaching twice adds nothing twice."""
         self.detach()
-        for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_hook(self._hook(self.low(name)), with_kwargs=True))
+        for number, (name, layer) in enumerate(self.layers.items()):
+            self._hooks.append(layer.register_forward_hook(self._hook(self.low(name), number), with_kwargs=True))
 
-    def _hook(self, low):
-        def add(_, args, kwargs, out):
+    def _hook(self, low, number):
+        def add(layer, args, kwargs, out):
             if self.strength == 0:
                 return out
             x = args[0] if args else kwargs["input"]
-            return out + low(x, self.strength).to(out.dtype)
+            left_out, drop = self.dropped(number)
+            return out + low.change(layer, x, out, 0.0 if left_out else self.strength, drop)  # 0: autograd still finds its way
 
         return add
+
+    def dropped(self, number) -> tuple[bool, Drop | None]:
+        """(whether layer `number` is left out, what leaves out its inner values) in this step."""
+        if self.luck is None:
+            return False, None
+        seed = (self.luck + number * 0x9E3779B97F4A7C15) % 2**63
+        coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if self.settings.module_dropout else 1.0
+        return coin < self.settings.module_dropout, Drop(self.settings.dropout, seed) if self.settings.dropout else None
+
+    @contextlib.contextmanager
+    def dropping(self, rng: torch.Generator):
+        """A step with the dropout of the settings; rng is asked only when there is any. Everywhere else nothing is left out."""
+        before = self.luck
+        if self.settings.dropout or self.settings.module_dropout:
+            self.luck = int(torch.randint(2**62, (1,), generator=rng))
+        try:
+            yield
+        finally:
+            self.luck = before
 
     def detach(self):
         while self._hooks:
@@ -166,6 +192,33 @@ class Adapters(nn.Module):
         finally:
             self.strength = before
 
+    def as_now(self):
+        """A context that brings back today's strength and dropout later: for a block that is computed again."""
+        strength, luck = self.strength, self.luck
+
+        @contextlib.contextmanager
+        def again():
+            before, self.luck = self.luck, luck
+            try:
+                with self.at(strength):
+                    yield
+            finally:
+                self.luck = before
+
+        return again
+
+    def load(self, by_layer: dict[str, dict[str, Tensor]]):
+        """Start from the tensors of a file, by layer path and suffix. Layers that the file lacks start at no change. Raises ValueError when
+        something in the file would be lost."""
+        if lost := [name for name in by_layer if name not in self.layers]:
+            raise ValueError(f"start_from has {len(lost)} layers that are not trained here, such as {lost[0]}, and they would be lost. Choose "
+                             "targets (and conv, text_encoder, blocks) that cover them.")
+        for name, tensors in by_layer.items():
+            try:
+                self.low(name).load(self.layers[name], {ALIASES.get(suffix, suffix): value for suffix, value in tensors.items()})
+            except ValueError as error:
+                raise ValueError(f"start_from does not fit at layer {name}: {error}.") from None
+
     def tensors(self, key=None) -> tuple[dict[str, Tensor], list[str]]:
         """(file tensors, names of untouched layers). `key` maps a layer's path to its name in the file. Adapters whose output
         is still zero (layers the model never calls) are left out: loading them would change nothing."""
@@ -173,23 +226,27 @@ class Adapters(nn.Module):
         out, untouched = {}, []
         for name in self.layers:
             low = self.low(name)
-            if not low.up.any():
+            if low.idle():
                 untouched.append(name)
                 continue
-            for suffix, value in low.tensors().items():
+            for suffix, value in low.tensors(self.layers[name]).items():
                 out[f"{key(name)}.{suffix}"] = value.detach().to("cpu", torch.float32).clone().contiguous()
         return out, untouched
-
-
-def refuse_oversized(name, layer, rank):
-    if rank > min(size(layer)):
-        inputs, outputs = size(layer)
-        raise ValueError(
-            f"rank is {rank}, but layer {name} has only {inputs} inputs and {outputs} outputs; "
-            f"choose a rank of at most {min(inputs, outputs)}, or narrow the adapter's targets."
-        )
 
 
 def kohya(prefix: str, name: str) -> str:
     """The key every tool loads: lora_unet_double_blocks_0_img_attn_qkv (kohya-ss sd-scripts, networks/lora.py)."""
     return f"{prefix}_{name.replace('.', '_')}"
+
+
+SUFFIX = re.compile(r"\.(lora_(up|down|mid|A|B)(\.weight)?|hada_\w+|lokr_\w+|oft_blocks|alpha|dora_scale|diff(_b)?|w_norm|b_norm)$")
+ALIASES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # peft's names
+
+
+def by_base(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A file's tensors by layer key and suffix."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        base = SUFFIX.sub("", key)
+        found.setdefault(base, {})[key[len(base) + 1 :]] = value
+    return found

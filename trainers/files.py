@@ -128,12 +128,10 @@ class LoraFile(dict):
 def lora_metadata(*, title, base, architecture, prediction, adapter, optimizing, noise, run, resolution, dataset, steps) -> dict[str, str]:
     """What kohya's tools (ss_*), the modelspec readers and the next trainer look for. No clock time: the same run, the same bytes."""
     ss = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if adapter.algorithm == "LoRA" else "lycoris.kohya",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.alpha or adapter.rank,
-        "ss_network_args": json.dumps(
-            {"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}
-        ),
+        "ss_network_args": json.dumps(network_args(adapter)),
         "ss_base_model_version": base,
         "ss_v2": "True" if base.startswith("sd_v2") else "False",
         "ss_learning_rate": run.learning_rate,
@@ -165,6 +163,13 @@ def lora_metadata(*, title, base, architecture, prediction, adapter, optimizing,
     }
     own = {"trainyard": json.dumps({r.__class__.__name__: r.to_dict() for r in (adapter, optimizing, noise, run)}, sort_keys=True)}
     return {k: str(v) for k, v in {**ss, **spec, **own}.items()}
+
+
+def network_args(adapter) -> dict:
+    """What kohya's tools call the arguments of the network, in LyCORIS's words where they go beyond LoRA."""
+    conv = {"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}
+    kinds = {"DoRA": {"algo": "locon", "dora_wd": True}, "LoHa": {"algo": "loha"}, "LoKr": {"algo": "lokr", "factor": adapter.factor}}
+    return conv | kinds.get(adapter.algorithm, {})
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:

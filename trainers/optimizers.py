@@ -22,7 +22,22 @@ PACKAGE = {
 
 
 def make_optimizer(groups: list[dict], settings: OptimizerSettings):
-    """An optimizer over groups of {"params": [...], "lr": float}. Raises RuntimeError with the pip line of a missing package."""
+    """An optimizer over groups of {"params": [...], "lr": float}. A parameter may carry a `rate`, its share of the group's learning rate.
+    Raises RuntimeError with the pip line of a missing package."""
+    groups = [{**group, "params": params, "lr": group["lr"] * rate} for group in groups for rate, params in by_rate(group["params"])]
+    optimizer = bare_optimizer(groups, settings)
+    return optimizer
+
+
+def by_rate(params) -> list[tuple[float, list]]:
+    """[(rate, parameters)] in the order in which each rate comes first."""
+    found: dict[float, list] = {}
+    for p in params:
+        found.setdefault(getattr(p, "rate", 1.0), []).append(p)
+    return list(found.items())
+
+
+def bare_optimizer(groups, settings):
     if settings.optimizer == "SGD":
         return torch.optim.SGD(groups, momentum=settings.beta1, weight_decay=settings.weight_decay)
     options = dict(weight_decay=settings.weight_decay, betas=betas(settings))

@@ -13,22 +13,26 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+# -- fields ------------------------------------------------------------------------------------------------------------------
+# `later` marks a field that came after a release: prompts saved before still run, and at its default it is no part of the fingerprint, so
+# that runs made before it are found again.
 
-def number(default, lo, hi, hint, *, unit="", step=None, advanced=False):
+
+def number(default, lo, hi, hint, *, unit="", step=None, advanced=False, later=False):
     """A number in [lo, hi]; an int default makes it a whole number."""
-    return field(default=default, metadata=dict(lo=lo, hi=hi, hint=hint, unit=unit, step=step, advanced=advanced))
+    return field(default=default, metadata=dict(lo=lo, hi=hi, hint=hint, unit=unit, step=step, advanced=advanced, later=later))
 
 
-def choice(default, options, hint, *, advanced=False):
-    return field(default=default, metadata=dict(options=tuple(options), hint=hint, advanced=advanced))
+def choice(default, options, hint, *, advanced=False, later=False):
+    return field(default=default, metadata=dict(options=tuple(options), hint=hint, advanced=advanced, later=later))
 
 
-def switch(default, hint, *, advanced=False):
-    return field(default=default, metadata=dict(switch=True, hint=hint, advanced=advanced))
+def switch(default, hint, *, advanced=False, later=False):
+    return field(default=default, metadata=dict(switch=True, hint=hint, advanced=advanced, later=later))
 
 
-def text(default, hint, *, advanced=False):
-    return field(default=default, metadata=dict(text=True, hint=hint, advanced=advanced))
+def text(default, hint, *, advanced=False, later=False, multiline=False):
+    return field(default=default, metadata=dict(text=True, hint=hint, advanced=advanced, later=later, multiline=multiline))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +91,21 @@ def checked_number(name, value, kind, meta):
 
 def fingerprint(*parts) -> str:
     """32 hex digits that change when any part does. Parts are settings records or JSON-able values."""
-    plain = [{type(p).__name__: p.to_dict()} if isinstance(p, Settings) else p for p in parts]
+    plain = [{type(p).__name__: lasting(p)} if isinstance(p, Settings) else p for p in parts]
     canonical = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def lasting(settings: Settings) -> dict[str, Any]:
+    """The values that make a run what it is: later fields count once they are changed."""
+    named = {f.name: f for f in fields(settings)}
+    return {k: v for k, v in settings.to_dict().items() if not (named[k].metadata.get("later") and v == named[k].default)}
 
 
 # -- the records of a LoRA run -------------------------------------------------------------------------------------------
 
 TARGETS = ("attention", "attention+mlp", "all linear", "regex")
+ALGORITHMS = LORA, DORA, LOHA, LOKR = ("LoRA", "DoRA", "LoHa", "LoKr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +123,25 @@ class AdapterSettings(Settings):
     text_encoder: bool = switch(
         False, "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models."
     )
+    algorithm: str = choice(LORA, ALGORITHMS, "LoRA: a product of two thin matrices. DoRA: the same, with the size of each output row learnt "
+                            "by itself. LoHa: the elementwise product of two. LoKr: a Kronecker product, the smallest file.", later=True)  # fmt: skip
+    factor: int = number(8, 0, 4096, "LoKr: the small matrix has at most this many rows and columns. Larger means a smaller file; 0 means "
+                         "as near to square as it goes.", advanced=True, later=True)  # fmt: skip
+    dropout: float = number(0.0, 0.0, 0.95, "LoRA and DoRA: share of the adapter's inner values left out at every step, against "
+                            "learning pictures by heart.", step=0.05, advanced=True, later=True)  # fmt: skip
+    module_dropout: float = number(0.0, 0.0, 0.95, "Share of the layers whose adapter is left out at every step.", step=0.05,
+                                   advanced=True, later=True)  # fmt: skip
+    up_rate: float = number(1.0, 0.01, 1000.0, "LoRA+: the matrix that starts at zero learns this many times faster. The paper uses 16.",
+                            step=1.0, advanced=True, later=True)  # fmt: skip
+    blocks: str = text("", "Rank, alpha and learning rate by layer name, one rule per line: attn2: rank=8 alpha=4 lr=0.5. rank=0 leaves "
+                       "layers out.", advanced=True, later=True, multiline=True)  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
+        block_rules(self.blocks)
+        if self.dropout and self.algorithm in (LOHA, LOKR):
+            raise ValueError(f"dropout is {self.dropout:g} and algorithm is {self.algorithm}, which has no inner values to leave out. "
+                             "Use module_dropout, or set dropout to 0.")
         if (self.targets == "regex") != bool(self.pattern):
             remedy = "write one, for example attn2|ff" if self.targets == "regex" else "clear it, or set targets to regex"
             raise ValueError(f"targets is {self.targets!r} and pattern is {self.pattern!r}; {remedy}.")
@@ -122,6 +149,52 @@ class AdapterSettings(Settings):
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"pattern is {self.pattern!r}, which is no regular expression: {error}.") from None
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """One line of `blocks`. rank and alpha None: as on the rest; lr is a share of the run's learning rate."""
+
+    line: str
+    pattern: re.Pattern
+    rank: int | None = None
+    alpha: float | None = None
+    lr: float = 1.0
+
+
+RULE_NUMBERS = {"rank": (int, 0, 4096), "alpha": (float, 0.0, 4096.0), "lr": (float, 1e-6, 1000.0)}
+
+
+def block_rules(text: str) -> tuple[BlockRule, ...]:
+    """The rules of a text such as `attn2: rank=8 alpha=4 lr=0.5`, one per line; empty lines and # remarks are skipped. Raises ValueError
+    that names the line."""
+    lines = [(number, line.split("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return tuple(block_rule(f"blocks, line {number}: {line!r}", line) for number, line in lines if line)
+
+
+def block_rule(where: str, line: str) -> BlockRule:
+    pattern, colon, values = line.rpartition(":")
+    if not colon or not pattern.strip() or not values.split():
+        raise ValueError(f"{where} is no rule. Write a pattern, a colon and values, for example attn2: rank=8 alpha=4 lr=0.5")
+    try:
+        compiled = re.compile(pattern.strip())
+    except re.error as error:
+        raise ValueError(f"{where}: {pattern.strip()!r} is no regular expression ({error}).") from None
+    return BlockRule(where, compiled, **dict(rule_number(where, word) for word in values.split()))
+
+
+def rule_number(where: str, word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    if name not in RULE_NUMBERS:
+        raise ValueError(f"{where}: {word!r} is none of rank=, alpha= and lr=.")
+    kind, low, high = RULE_NUMBERS[name]
+    try:
+        number = kind(value)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(f"{where}: {name} is {value!r}; it must be a {'whole ' if kind is int else ''}number from {low:g} to {high:g}.")
+    return name, number
 
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "ScheduleFreeAdamW", "Lion", "CAME", "Adafactor", "RAdam", "Adan", "SGD")

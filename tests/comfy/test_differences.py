@@ -70,3 +70,10 @@ def test_latent_shapes_are_the_models_own(family, resolution, shape):
 def test_a_text_encoder_that_is_trained_is_refused():
     with pytest.raises(ValueError, match="Switch it off in Adapter Settings"):
         differences.odd(AdapterSettings(text_encoder=True))
+
+
+def test_adapters_that_are_not_odd_in_strength_are_refused_for_sliders_with_the_reason():
+    with pytest.raises(ValueError, match="algorithm is DoRA, whose effect at -1 is not the opposite of that at \\+1"):
+        differences.odd(AdapterSettings(algorithm="DoRA"))
+    for algorithm in ("LoRA", "LoHa", "LoKr"):
+        assert differences.odd(AdapterSettings(algorithm=algorithm)).algorithm == algorithm

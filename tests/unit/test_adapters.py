@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 from trainyard.tests.unit.toy import Net, Stop, rng
-from trainyard.trainers.adapters import Adapters, adaptable, kohya, scale_of, select
+from trainyard.trainers.adapters import Adapters, adaptable, kohya, select
+from trainyard.trainers.kinds import scale_of
 from trainyard.trainers.settings import AdapterSettings
 
 
@@ -400,9 +401,9 @@ def test_layers_are_found_by_what_they_have_and_not_by_their_class():
 
 
 def test_a_rank_beyond_the_layer_is_refused_with_the_largest_one_that_fits():
-    with pytest.raises(ValueError, match=r"rank is 9, but layer emb has only 8 inputs and 8 outputs; choose a rank of at most 8"):
+    with pytest.raises(ValueError, match=r"Layer emb: rank is 9, but it has only 8 inputs and 8 outputs. Choose a rank of at most 8"):
         Adapters(ConvNet(), settings(rank=9))
-    with pytest.raises(ValueError, match=r"rank is 4, but layer op has only 3 inputs and 6 outputs; choose a rank of at most 3"):
+    with pytest.raises(ValueError, match=r"Layer op: rank is 4, but it has only 3 inputs and 6 outputs. Choose a rank of at most 3"):
         Adapters(ConvNet(), settings(conv=True, conv_rank=4))
 
 

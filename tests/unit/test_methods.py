@@ -354,6 +354,7 @@ def test_what_the_mask_hides_is_not_learnt():
         def __init__(self):
             super().__init__()
             self.final = nn.Linear(WORDS, CHANNELS * SIDE * SIDE)
+            nn.init.normal_(self.final.weight, generator=rng())
 
         def forward(self, x, sigma, words):
             return self.final(words).view_as(x)

@@ -38,7 +38,8 @@ class Difference:
     def loss(self, rng):
         """(pulls * B,) native error between the student and its goal."""
         point = self.points.draw(rng)
-        return torch.cat([self.pulled(pull, point) for pull in self.tasks[point.task].pulls])
+        with self.model.adapters.dropping(rng):
+            return torch.cat([self.pulled(pull, point) for pull in self.tasks[point.task].pulls])
 
     def pulled(self, pull: Pull, point):
         goal = sum(weight * point.answers[prompt] for weight, prompt in pull.goal)

@@ -48,5 +48,6 @@ class Lora:
         conds = self.encode(batch) if self.encode else batch.conds
         sigma = random_sigma(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
         mask = None if batch.mask is None else batch.mask.to(x0)
-        error = denoising_loss(self.denoiser, x0, randn_like(x0, rng), sigma, conds, mask)
+        with self.adapters.dropping(rng):
+            error = denoising_loss(self.denoiser, x0, randn_like(x0, rng), sigma, conds, mask)
         return loss_weight(self.denoiser, sigma, self.noise) * error

@@ -72,7 +72,8 @@ class ImageSlider(Pairs):
     def loss(self, rng):
         """(sides * B,)"""
         sides, x0, noise, sigma = self.drawn(rng)
-        return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
+        with self.adapters.dropping(rng):
+            return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
 
     def side(self, x0, noise, sigma, strength, batch):
         answer = self.student(self.denoiser.noised(x0, noise, sigma), sigma, batch, strength)
@@ -91,8 +92,9 @@ class Change(Pairs):
         ((_, before), (_, after)), (b, a), noise, sigma = self.before_and_after(rng)
         seen_b, seen_a = self.denoiser.noised(b, noise, sigma), self.denoiser.noised(a, noise, sigma)
         error_b, error_a = self.frozen(seen_b, sigma, before) - b, self.frozen(seen_a, sigma, after) - a
-        forth = self.weighted(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
-        back = self.weighted(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
+        with self.adapters.dropping(rng):
+            forth = self.weighted(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
+            back = self.weighted(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
         return torch.cat([forth, back])
 
     def before_and_after(self, rng):
