@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..trainers.adapters import Adapters
+from ..trainers.data.records import open_image
 from ..trainers.features import DECODED, MODEL, Looking, as_the_model_sees, pooled
 from ..trainers.heads import Head, check_width
-from ..trainers.scorers import TRUNKS, About, one_frame
+from ..trainers.scorers import TRUNKS, About, ScoreModel, one_frame
 from ..trainers.settings import AdapterSettings
 from . import host, latents
 from .families import family_of
 
 DEPTHS = (1 / 3, 1 / 2)  # of a transformer's blocks (DiNa-LRM's choice, HKUST-C4G/diffusion-rm)
 FLOOR = 0.1  # level that a clean latent is announced at: below it a model's states say little (LRM and DiNa-LRM score noised latents)
+MIDDLE = 5.0  # of the scales of aesthetic heads, 1 to 10; a score model says how far above it a picture is
 IMAGE_FIRST = ("DoubleStreamBlock",)  # blocks that return (image, text); all others (text, image)
 BLOCK_LISTS = ("blocks", "layers")  # how families call their own list of blocks; refiners and embedders are called otherwise
 
@@ -243,8 +245,7 @@ class PixelLook:
     plainly to be seen in the picture."""
 
     def __init__(self, vae, sight: Sight, format_name: str, head: Head | None = None):
-        if vae is None:
-            raise ValueError(f"The backbone '{DECODED}' decodes latents: connect the VAE that belongs to the model, or its TAESD.")
+        check_vae(vae)
         self.vae, self.sight, self.head = vae, sight, head
         self.patcher, self.format = undivided(vae.patcher), format_of(format_name)
         self.affine = output_line(vae)
@@ -264,6 +265,11 @@ class PixelLook:
         pixels = self.vae.first_stage_model.decode(latent.to(self.vae.vae_dtype)).float()
         scale, shift = self.affine
         return one_frame(pixels) * scale + shift
+
+
+def check_vae(vae) -> None:
+    if vae is None:
+        raise ValueError(f"The backbone '{DECODED}' decodes latents: connect the VAE that belongs to the model, or its TAESD.")
 
 
 def pooled_tokens(seen: Tensor) -> Tensor:
@@ -317,29 +323,56 @@ def adapters_of(network, rank: int, seed: int) -> Adapters:
     return Adapters(network, AdapterSettings(rank=rank, targets="attention"), torch.Generator().manual_seed(seed))
 
 
-class ImageScorer:
-    """A head on a CLIP_VISION: rates pictures."""
+class ImageScoreModel(ScoreModel):
+    """An aesthetic head on a CLIP_VISION: rates pictures, and latents too when it was given a VAE to decode them with."""
 
-    def __init__(self, head: Head, clip_vision, name: str):
+    def __init__(self, head: Head, clip_vision, name: str, vae=None, format_name: str = "", channels: int = 0):
         self.head, self.sight, self.name = head, Sight(clip_vision), name
         check_width(head, self.sight.width)
         check_tokens(head, clip_vision)
+        networks = [] if vae is None else [Decoding(PixelLook(vae, self.sight, format_name, head), name)]
+        super().__init__(networks, About(DECODED, "regression", format_name, channels, noisy=False, mean=MIDDLE, low=1.0, high=10.0))
         self.identity = f"{name} {host.identity(clip_vision.patcher)}"
 
+    def members(self, x: Tensor, level: Tensor) -> Tensor:
+        if not self.networks:
+            raise ValueError(f"{self.name} rates pictures, and was asked about latents. Connect model and vae to Load Aesthetic Head, so that it can decode them.")
+        return super().members(x, level)
+
     @torch.no_grad()
-    def ratings(self, pictures, report=None, check_interrupt=host.interrupted) -> list[float]:
+    def rate(self, pictures, report=None, check_interrupt=host.interrupted) -> list[float]:
         """One rating for each PIL picture, on the head's own scale; the middle square of each is seen."""
         out: list[float] = []
         with standing([self.sight.patcher], False):
             for picture in pictures:
                 check_interrupt()
                 pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).movedim(-1, 0)[None]
-                out += self.head(self.sight(pixels).to(next(self.head.parameters()).device)).tolist()
+                seen = self.sight(pixels)
+                out += self.head.to(seen.device)(seen).tolist()
                 if report:
-                    report(len(out), 0, "rated")
+                    report(len(out))
         if not np.isfinite(out).all():
             raise ValueError(f"{self.name} gives ratings that are no numbers (NaN). Load the CLIP vision again, or start ComfyUI with --fp32-text-enc.")
         return out
+
+    def rate_pictures(self, dataset, report=None, check_interrupt=host.interrupted) -> tuple[list[float], list[float]]:
+        """(ratings, spreads) of a dataset's pictures, one opened at a time. A single head has no spread."""
+        tell = report and (lambda done: report(done, len(dataset), "rated"))
+        return self.rate((open_image(record) for record in dataset), tell, check_interrupt), [0.0] * len(dataset)
+
+
+class Decoding(torch.nn.Module):
+    """The network of an image score model: (x, level) -> (B, 1), in points above the middle of the head's scale."""
+
+    def __init__(self, look: PixelLook, name: str):
+        super().__init__()
+        self.look, self.name = look, name
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return self.look(x, level) - MIDDLE
+
+    def state_dict(self, *args, **kwargs):
+        raise ValueError(f"{self.name} has its own file and is not saved again: load it with Load Aesthetic Head wherever it is wanted.")
 
 
 def check_tokens(head: Head, clip_vision) -> None:
@@ -348,9 +381,4 @@ def check_tokens(head: Head, clip_vision) -> None:
         raise ValueError("This head rates SigLIP's pooled embedding, and ComfyUI's SigLIP comes without its pooling layer. Choose as pooler a file that holds "
                          "it: model.safetensors of google/siglip-so400m-patch14-384, in models/clip_vision.")
     if not siglip and head.pooler is not None:
-        raise ValueError("The pooler belongs to SigLIP, and the connected CLIP_VISION pools by itself. Set pooler to none.")
-
-
-def decoded_scorer(scorer: ImageScorer, vae, format_name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, level) -> (B, 1) ratings of the decoded latents by an image scorer, differentiable in x."""
-    return PixelLook(vae, scorer.sight, format_name, scorer.head)
+        raise ValueError("The pooler belongs to SigLIP, and the connected CLIP_VISION pools by itself. Set pooler to (none).")

@@ -334,3 +334,48 @@ def pair_files() -> list[str]:
 def pair_file(choice: str) -> Path | None:
     """The file behind a choice of `pair_files`; None for none."""
     return None if choice == NO_PAIRS else prompt_file(choice)
+
+
+# -- aesthetic heads ------------------------------------------------------------------------------------------------------------------------
+
+AESTHETIC_HEADS = "aesthetic_heads"
+HEAD_ENDINGS = {".safetensors", ".pth", ".pt", ".ckpt"}
+NO_HEAD = "(no head yet)"
+NO_POOLER = "(none)"
+
+
+def head_folders() -> list[Path]:
+    """models/aesthetic_heads, after what extra_model_paths.yaml names for it."""
+    own = os.path.join(folder_paths.models_dir, AESTHETIC_HEADS)
+    named, _ = folder_paths.folder_names_and_paths.setdefault(AESTHETIC_HEADS, ([own], set(HEAD_ENDINGS)))
+    return [Path(folder) for folder in named]
+
+
+def head_names() -> list[str]:
+    head_folders()
+    return sorted(n for n in folder_paths.get_filename_list(AESTHETIC_HEADS) if Path(n).suffix in HEAD_ENDINGS) or [NO_HEAD]
+
+
+def head_path(name: str) -> Path:
+    """The file behind a name of `head_names`. Raises ValueError when there is none."""
+    folders = head_folders()
+    path = None if name == NO_HEAD else folder_paths.get_full_path(AESTHETIC_HEADS, name)
+    if path is None or Path(path).suffix not in HEAD_ENDINGS:
+        raise ValueError(f"There is no aesthetic head named {name!r} in {', '.join(map(str, folders))}. Put a head there, such as LAION's "
+                         "sac+logos+ava1-l14-linearMSE.pth (4 MB) for CLIP ViT-L/14, then press R to refresh.")
+    return Path(path)
+
+
+def pooler_names() -> list[str]:
+    """Files of models/clip_vision that may hold SigLIP's pooling layer, after the choice of none."""
+    return [NO_POOLER, *sorted(n for n in folder_paths.get_filename_list("clip_vision") if n.endswith(".safetensors"))]
+
+
+def pooler_path(name: str) -> Path | None:
+    """The file behind a name of `pooler_names`; None for none. Raises ValueError when there is no such file."""
+    if name == NO_POOLER:
+        return None
+    path = folder_paths.get_full_path("clip_vision", name)
+    if path is None or not path.endswith(".safetensors"):
+        raise ValueError(f"There is no file {name!r} in {', '.join(folder_paths.get_folder_paths('clip_vision'))}. Press R to refresh.")
+    return Path(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,12 +101,6 @@ def blank(head) -> None:
     with torch.no_grad():
         head[-1].weight.zero_()
         head[-1].bias.zero_()
-
-
-def folder_labels(views: Views) -> list[str | None]:
-    """The folder of each picture, where there are several."""
-    folders = [Path(record.path).parent.name for record in views.dataset]
-    return folders if len(set(folders)) > 1 else [None] * len(folders)
 
 
 # -- probes --------------------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import comfy.sd
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from trainyard.nodes import backbones, host, latents, vision
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import latent_shape, make
@@ -35,16 +36,15 @@ def sample(family, batch=2, seed=0):
     return torch.randn(latent_shape(family, batch), generator=torch.Generator().manual_seed(seed))
 
 
-def slope(function, x, seed=5, step=1e-2):
-    """(by autograd, by central differences) along one direction."""
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    direction /= direction.norm()
+def slope(function, x, step=2e-2):
+    """(by autograd, by central differences) of the sum along the direction in which it rises most."""
     with host.gradients():
         x = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(function(x).sum(), x)
+    direction = grad / grad.norm()
     with torch.no_grad():
-        ends = [function(x.detach() + sign * step * direction).sum() for sign in (1, -1)]
-    return float((grad * direction).sum()), float((ends[0] - ends[1]) / (2 * step))
+        ends = [function(x.detach() + sign * step * direction).double().sum() for sign in (1, -1)]
+    return float(grad.norm()), float((ends[0] - ends[1]) / (2 * step))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,16 +203,32 @@ def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
 def test_an_image_scorer_sees_what_the_hosts_own_encoder_sees():
     sight, picture = encoder(), texture((96, 64), 1)
     head = Head(Chain([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))]))
-    ours = backbones.ImageScorer(head, sight, "test").ratings([picture])
+    ours = backbones.ImageScoreModel(head, sight, "test").rate([picture])
     with torch.inference_mode():
         hosts = sight.encode_image(torch.from_numpy(np.array(picture)).float()[None] / 255)
         wanted = head(vision.embedding(hosts)).tolist()
     assert ours == pytest.approx(wanted, abs=0.02), "the host also rounds pixels to 256 levels"
 
 
+def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(vae):
+    head = Head(Chain([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))]))
+    model = backbones.ImageScoreModel(head, encoder(), "test", vae, "SD3", 16)
+    x = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(3)) * 0.3
+    with torch.no_grad():
+        pixels = vae.decode(model.networks[0].look.format.process_out(x))[0]
+    picture = Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
+    assert model.ratings(x)[0].tolist() == pytest.approx(model.rate([picture]), abs=0.03)
+    auto, finite = slope(lambda x: model.value(x, torch.zeros(1)), x)
+    assert auto == pytest.approx(finite, rel=0.05, abs=1e-6)
+    with pytest.raises(ValueError, match="has its own file"):
+        write_score_model("never.safetensors", model)
+    with pytest.raises(ValueError, match="Connect model and vae to Load Aesthetic Head"):
+        backbones.ImageScoreModel(head, encoder(), "test").value(x, torch.zeros(1))
+
+
 def test_a_head_of_another_width_names_the_encoder_it_wants():
     with pytest.raises(ValueError, match="It wants CLIP ViT-L/14"):
-        backbones.ImageScorer(Head(Chain([(torch.zeros(1, 768), None)])), encoder(), "laion")
+        backbones.ImageScoreModel(Head(Chain([(torch.zeros(1, 768), None)])), encoder(), "laion")
 
 
 @pytest.mark.parametrize(("backbone", "wanted"), [(MODEL, "connect the MODEL"), (DECODED, "Connect one from Load CLIP Vision")])

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from trainyard.tests.fakes_data import FakeVae
 from trainyard.tests.unit.toy import Denoiser
+from trainyard.trainers.data.labels import folder_labels, read_labels
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.sets import joined
 from trainyard.trainers.data.views import CROP, GREY, ORDERS, SHUFFLED, TURNED, Draft, drawn, encode_views, shuffled
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.pretext import HIDDEN, Pretext, PretextSettings, felt, heads_for, hidden_error, hiding, nt_xent
-from trainyard.trainers.pretraining import PRETRAINED, folder_labels, out_of_fold, pretrained, retrieved
+from trainyard.trainers.pretraining import PRETRAINED, out_of_fold, pretrained, retrieved
 from trainyard.trainers.score_files import read_score_model, write_score_model
 from trainyard.trainers.scorers import TRUNKS, ScorerSettings
 
@@ -149,7 +150,7 @@ def test_probes_tell_before_from_after(dataset, tmp_path):
     dataset = replace(dataset, records=records)
     settings = PretextSettings(steps=30, batch=8, size=32)
     views = views_of(dataset, tmp_path, settings)
-    done = pretrained(views, Denoiser(), ScorerSettings(width=8, depth=1), settings, labels=folder_labels(views))
+    done = pretrained(views, Denoiser(), ScorerSettings(width=8, depth=1), settings, labels=folder_labels(views.dataset))
     assert set(done.model.about.metrics) == {"same picture found", "ridge SRCC", "ridge class accuracy"}
     assert done.model.about.metrics["ridge class accuracy"][1] == 1.0, "red from green"
     assert "learnt from: there are too few" in done.report
@@ -182,9 +183,22 @@ def test_classes_without_classes_are_refused(folder, tmp_path):
     settings = PretextSettings(classes=1.0, size=32)
     views = views_of(read_folder(folder / "red"), tmp_path, settings)
     with pytest.raises(ValueError, match="the pictures have 0 classes"):
-        pretrained(views, Denoiser(), ScorerSettings(width=8), settings, labels=folder_labels(views))
+        pretrained(views, Denoiser(), ScorerSettings(width=8), settings, labels=folder_labels(views.dataset))
 
 
 def test_a_size_that_the_vae_cannot_cut_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="Choose a multiple of 16"):
         encode_views(dataset, (), size=40, crops=2, seed=0, vae=FakeVae(factor=8), cache_dir=tmp_path)
+
+
+def test_labels_come_from_a_table_and_what_it_does_not_name_has_none(dataset, folder):
+    (folder / "labels.csv").write_text("file,label\nred/0.png,warm\ngreen/1.png,cold\n")
+    labels = read_labels(folder / "labels.csv", dataset)
+    assert sorted(label for label in labels if label) == ["cold", "warm"]
+    assert labels[0] == "warm"
+    (folder / "wrong.csv").write_text("file,label\nnowhere.png,warm\n")
+    with pytest.raises(ValueError, match="nowhere.png"):
+        read_labels(folder / "wrong.csv", dataset)
+    (folder / "other.csv").write_text("name,score\na,1\n")
+    with pytest.raises(ValueError, match="file,label"):
+        read_labels(folder / "other.csv", dataset)

@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 DOCS = ROOT / "web" / "docs"
 IDS = tuple(json.loads((HERE / "nodes.json").read_text()))
-READ_FROM_DISK = ("folder", "file", "masks", "model")  # their options are what the machine holds
+READ_FROM_DISK = ("folder", "file", "masks", "model", "pooler", "labels")  # their options are what the machine holds
 AS_IN_KSAMPLER = ("sampler", "scheduler")  # theirs are ComfyUI's own, and known from there
 FACTS = ("default", "min", "max", "step", "options", "multiline", "advanced", "control_after_generate")
 
