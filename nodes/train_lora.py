@@ -9,11 +9,13 @@ from ..trainers.files import LoraFile, tensor_hash
 from ..trainers.methods.lora import Lora
 from ..trainers.runs import checked_name
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+from ..trainers.validation import Exam, picked
 from . import host
 from .fields import CATEGORY, Encoded, LoraModel, LossMap, inputs, record
 from .lora import graph_metadata
 from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe
 from .training import TrainingJob, first, largest, picture_probe, resolution
+from .validation import ValidationRecipe
 
 
 class TrainLora(io.ComfyNode):
@@ -54,6 +56,7 @@ class TrainLora(io.ComfyNode):
                 ),
                 LoraModel.Input("start_from", optional=True, tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same "
                                 "algorithm, rank and layers."),
+                ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop."),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes."),
@@ -79,6 +82,7 @@ class TrainLora(io.ComfyNode):
         latents=None,
         conditioning=None,
         start_from=None,
+        validation=None,
         **widgets,
     ):
         values = {k: v[0] for k, v in widgets.items()}
@@ -95,6 +99,7 @@ class TrainLora(io.ComfyNode):
             checkpointing=checkpointing[0],
             graph=graph_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
+            looking=first(validation),
         )
         lora, losses, line = job.result()
         host.show(line, job.node_id)
@@ -137,6 +142,9 @@ class Job(TrainingJob):
         return Lora(
             session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode
         )
+
+    def exam(self, session, method, data, count):
+        return Exam(session.denoiser, data, picked(data, count), method.density, self.noise, self.looking.settings.levels, self.run.batch, session.encode)
 
     def probe(self, session):
         return picture_probe(self.data, session)

@@ -11,7 +11,9 @@ from ..trainers.files import LoraFile, lora_metadata
 from ..trainers.loop import train
 from ..trainers.runs import RunFolder
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
-from . import host, paths
+from ..trainers.validation import Watch
+from . import host, live, paths
+from .validation import Looking, board_of, no_exam, watching
 
 AFTER, EVERY, OFF = CALIBRATE = ("after training", "at every save", "off")
 
@@ -33,6 +35,12 @@ class TrainingJob:
     calibrate: str = OFF
     curve: Curve | None = None
     exported: LoraFile | None = None  # what was written last
+    looking: Looking | None = None  # Validation and Previews
+    store: RunFolder | None = None
+    live: live.Live | None = None
+    watched: object = None  # what looked at the run
+    board: object = None  # its TensorBoard files
+    memory: float = 0.0  # bytes that a step needs beside the weights
     kind = ""  # of the method and its version: part of the fingerprint
 
     def check(self):
@@ -58,7 +66,13 @@ class TrainingJob:
 
     def watch(self, session, method):
         """What looks at the run between two steps (see trainers.loop.train), or None."""
-        return None
+        return watching(self, session, method) if self.looking else None
+
+    exam = no_exam  # (session, method, data, count) -> trainers.validation.Exam, for methods that learn pictures
+
+    def sample_prompts(self):
+        """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for others."""
+        return captions_of(self.data) if getattr(self, "data", None) else ([], None)
 
     def probe(self, session):
         """(x0, conds) that the gradients of an unknown family are checked on."""
@@ -77,16 +91,35 @@ class TrainingJob:
     def result(self):
         """(LoRA, losses, a line for the person). A run that is already finished is read from its file."""
         self.check()
-        folder = RunFolder(paths.runs_folder(), self.name, self.fingerprint(), self.recipe(), self.run.steps)
+        if self.looking:
+            self.looking.check_for(self)
+        ending = self.looking.settings.ending() if self.looking else {}
+        self.store = folder = RunFolder(paths.runs_folder(), self.name, self.fingerprint(), self.recipe(), self.run.steps, ending=ending, graph=self.graph)
+        self.live = live.begun(self.node_id, self.graph, self.name, folder.folder.name, self.run.steps)
         if (done := folder.finished()) is not None:
-            return *done, f"already trained: {folder.lora_path(self.run.steps).name} was read, nothing was trained again"
+            line = f"already trained: {folder.lora_path(self.run.steps).name} was read, nothing was trained again"
+            self.live.recall(done[1], folder.read().get("watch") or {}, line)
+            return *done, line
         lora, losses = self.trained(folder)
+        line = self.line(losses, lora, folder)
+        self.live.end(live.FINISHED, line)
+        return lora, losses, line
+
+    def line(self, losses, lora, folder) -> str:
+        """What was done, for a person."""
+        done = f"{len(losses)} steps" if len(losses) == self.run.steps else f"{len(losses)} of {self.run.steps} steps, ended early"
+        best = f", the weights of step {lora.steps} are the result" if lora.steps != len(losses) else ""
         loss = sum(losses[-20:]) / len(losses[-20:])
-        return lora, losses, f"{self.run.steps} steps, loss {loss:.4f}, {len(host.bases(lora))} layers in {folder.folder.name}"
+        seen = f"; {said}" if (said := self.seen_line()) else ""
+        return f"{done}, loss {loss:.4f}, {len(host.bases(lora))} layers in {folder.folder.name}{best}{seen}"
+
+    def seen_line(self) -> str:
+        return self.watched.line() if isinstance(self.watched, Watch) else ""
 
     def recipe(self) -> dict:
         records = (self.adapter, self.optimizing, self.noise, self.run, *self.records())
-        return {type(r).__name__: r.to_dict() for r in records} | {"checkpointing": self.checkpointing, **self.about()["dataset"]}
+        recipe = {type(r).__name__: r.to_dict() for r in records} | {"checkpointing": self.checkpointing, **self.about()["dataset"]}
+        return recipe | {"model": live.model_of(self.graph, self.node_id)}
 
     def fingerprint(self) -> str:
         """Of all that changes the result. The number of steps is not part of it, so that a run can be continued to more."""
@@ -98,8 +131,9 @@ class TrainingJob:
 
     def trained(self, folder):
         self.prepare()
-        report = host.Report(self.run.steps, self.node_id)
-        memory = host.training_memory(self.model, self.largest(), self.run.batch, self.checkpointing)
+        if self.looking:
+            self.looking.encode()
+        self.memory = memory = host.training_memory(self.model, self.largest(), self.run.batch, self.checkpointing)
         try:
             with host.training(
                 self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=self.checkpointing, memory=memory
@@ -108,9 +142,13 @@ class TrainingJob:
                 if not session.family.known:
                     host.check_gradients(session, *self.probe(session))
                 folder.export = lambda step: self.lora(session, step)
-                losses = train(method, self.run, self.optimizing, report=report, store=folder, watch=self.watch(session, method))
+                with board_of(self) as board:
+                    report = Reports(self.live, board, host.Report(self.run.steps, self.node_id))
+                    self.watched = self.watch(session, method)
+                    losses = train(method, self.run, self.optimizing, report=report, store=folder, watch=self.watched)
                 lora = self.exported
         except BaseException as error:
+            self.live.broken(error)
             if folder.saved:
                 host.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
             if host.out_of_memory(error):
@@ -135,8 +173,20 @@ class TrainingJob:
 
     def calibrates(self, step) -> bool:
         """Whether the file of this step gets its curve; a run that is stopped in between does not wait for one."""
-        every = self.run.save_every
-        return self.calibrate != OFF and (step == self.run.steps or (self.calibrate == EVERY and every > 0 and step % every == 0))
+        every, why = self.run.save_every, self.store.why if self.store else ""
+        due = why == "finished" or step == self.run.steps or (self.calibrate == EVERY and every > 0 and step % every == 0)
+        return self.calibrate != OFF and due and why != "best"
+
+
+class Reports:
+    """One report to the page's chart, to TensorBoard and to the host, which may raise its interrupt."""
+
+    def __init__(self, *to):
+        self.to = [report for report in to if report is not None]
+
+    def __call__(self, progress):
+        for report in self.to:
+            getattr(report, "report", report)(progress)
 
 
 def first(values):
@@ -157,3 +207,15 @@ def resolution(data) -> str:
 def picture_probe(data, session):
     batch = data.batch([0], host.generator(0))
     return session.denoiser.model_space(batch.x0), batch.conds
+
+
+def captions_of(data, count: int = 2):
+    """([(text, conditioning)], (text, conditioning) of the empty caption or None): the first captions of a dataset that differ."""
+    plain, found = dataclasses.replace(data, dropout=0.0), {}
+    for pick in range(min(len(data.items), 50)):
+        batch = plain.batch([pick], host.generator(0))
+        found.setdefault(batch.captions[0] or f"caption {len(found) + 1}", batch.conds[0])
+        if len(found) == count:
+            break
+    away = None if data.empty is None else ("", {**data.store.load(data.empty), **host.sizes_of(next(iter(found.values())))})
+    return list(found.items()), away

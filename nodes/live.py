@@ -1,0 +1,166 @@
+"""What runs are doing, in the server's memory: sent to the page as it happens, and given whole to a page that comes later."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import uuid
+from dataclasses import dataclass, field
+
+EVENT = "trainyard.run"  # web/runs.mjs has the same
+KEPT = 64  # runs in memory
+POINTS = 2000  # of a curve, when all of it is sent
+TRAINING, FINISHED, STOPPED, FAILED = "training", "finished", "stopped", "failed"
+
+
+@dataclass
+class Live:
+    """One run of one Train node. `workflow` and `node` say where the page shows it."""
+
+    node: str
+    workflow: str
+    prompt: str  # id of the prompt that it is part of
+    name: str
+    folder: str
+    steps: int
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    status: str = TRAINING
+    text: str = ""
+    losses: list = field(default_factory=list)  # one per step
+    rates: list = field(default_factory=list)  # [step, learning rate] at each report
+    validation: list = field(default_factory=list)
+    samples: list = field(default_factory=list)
+    troubles: list = field(default_factory=list)
+
+    def about(self) -> dict:
+        names = ("node", "workflow", "prompt", "name", "folder", "steps", "run", "status", "text")
+        return {**{name: getattr(self, name) for name in names}, "step": len(self.losses)}
+
+    def whole(self) -> dict:
+        """Everything, with a long curve thinned."""
+        lists = {name: getattr(self, name) for name in ("validation", "samples", "troubles")}
+        return plain({**self.about(), "first": 0, "losses": thinned(self.losses, 0, POINTS), "rates": sparse(self.rates, POINTS), **lists})
+
+    def report(self, progress):
+        """New losses since the last report."""
+        first = len(self.losses)
+        new = progress.losses[first:]
+        self.losses.extend(new)
+        self.rates.append([progress.step, progress.rate])
+        self.text = progress.line()
+        self.send(first=first, losses=thinned(new, first, POINTS // 10), rates=self.rates[-1:])
+
+    def notice(self, kind: str, entry: dict):
+        """A measurement, a sheet of samples, or trouble with one."""
+        name = {"validation": "validation", "sample": "samples", "trouble": "troubles"}[kind]
+        getattr(self, name).append(entry)
+        self.send(**{name: [entry]})
+
+    def say(self, text: str):
+        self.text = text
+        self.send()
+
+    def end(self, status: str, text: str):
+        self.status, self.text = status, text
+        self.send()
+
+    def recall(self, losses, seen: dict, text: str):
+        """A run that was finished before: its chart is complete, nothing is trained."""
+        self.losses, self.validation, self.samples = list(losses), list(seen.get("history", ())), list(seen.get("samples", ()))
+        self.status, self.text = FINISHED, text
+        self.send(**{key: value for key, value in self.whole().items() if key in ("first", "losses", "validation", "samples")})
+
+    def broken(self, error: BaseException):
+        """The host's interrupt is no Exception; everything else is a failure."""
+        if isinstance(error, Exception):
+            self.end(FAILED, (str(error) or type(error).__name__).splitlines()[0])
+        else:
+            self.end(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
+
+    def send(self, **new):
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            server.send_sync(EVENT, plain({**self.about(), **new}), server.client_id)
+
+
+RUNS: collections.OrderedDict[tuple[str, str], Live] = collections.OrderedDict()  # by (workflow, node): the last run of each node
+
+
+def begun(node, graph: dict, name: str, folder: str, steps: int) -> Live:
+    """The record of a run that begins now, in the place of the node's last one."""
+    live = Live(str(node), workflow_of(graph), prompt_of(), name, folder, steps)
+    RUNS.pop((live.workflow, live.node), None)
+    RUNS[live.workflow, live.node] = live
+    while len(RUNS) > KEPT:
+        RUNS.popitem(last=False)
+    return live
+
+
+def last_of(node: str, workflow: str) -> Live | None:
+    """The last run of a node. A prompt that was queued without its workflow is found by its node alone."""
+    return RUNS.get((workflow, node)) or RUNS.get(("", node))
+
+
+def at_work(folder: str) -> Live | None:
+    """The run that is writing into this folder now."""
+    return next((live for live in RUNS.values() if live.folder == folder and live.status == TRAINING), None)
+
+
+def workflow_of(graph: dict) -> str:
+    """The id the page gives a workflow, empty without one."""
+    workflow = json.loads(graph.get("workflow") or "{}")
+    return str(workflow.get("id") or "") if isinstance(workflow, dict) else ""
+
+
+MODEL_WIDGETS = ("ckpt_name", "unet_name", "model_name", "gguf_name")
+
+
+def model_of(graph: dict, node) -> str:
+    """The file behind a node's `model` input, as far as the prompt tells; empty otherwise."""
+    prompt = json.loads(graph.get("prompt") or "{}")
+    todo, seen = [str(node)], set()
+    while todo:
+        here = todo.pop(0)
+        inputs = prompt.get(here, {}).get("inputs", {}) if here not in seen else {}
+        seen.add(here)
+        for name in MODEL_WIDGETS:
+            if isinstance(inputs.get(name), str):
+                return inputs[name]
+        links = {name: value for name, value in inputs.items() if isinstance(value, list) and len(value) == 2}
+        todo += [str(links["model"][0])] if "model" in links else []
+    return ""
+
+
+def prompt_of() -> str:
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context.prompt_id if context else ""
+
+
+def thinned(losses, first: int, count: int) -> list[list]:
+    """[[step, loss], ...]: of many losses the means of neighbours, at their last step. Losses that are no number are left out."""
+    width = max(1, math.ceil(len(losses) / count))
+    out = []
+    for start in range(0, len(losses), width):
+        good = [v for v in losses[start : start + width] if math.isfinite(v)]
+        if good:
+            out.append([first + min(start + width, len(losses)), sum(good) / len(good)])
+    return out
+
+
+def sparse(values, count: int) -> list:
+    width = max(1, math.ceil(len(values) / count))
+    return values if width == 1 else [*values[::width], values[-1]]
+
+
+def plain(what):
+    """The same with null for numbers that JSON does not have: one NaN makes a message unreadable."""
+    if isinstance(what, dict):
+        return {key: plain(value) for key, value in what.items()}
+    if isinstance(what, (list, tuple)):
+        return [plain(value) for value in what]
+    return None if isinstance(what, float) and not math.isfinite(what) else what

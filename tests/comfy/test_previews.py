@@ -1,0 +1,231 @@
+"""Looking at a run inside ComfyUI: validation and samples through the ordinary sampler, and a training that does not notice."""
+
+import dataclasses
+import itertools
+import json
+
+import comfy.model_management as mm
+import pytest
+import torch
+from PIL import Image
+from trainyard.nodes import host, live, paths
+from trainyard.nodes.previews import Previews, latent_shape, lent
+from trainyard.nodes.validation import Looking, Validation
+from trainyard.tests.comfy.families import cond, make
+from trainyard.tests.comfy.families import latent_shape as family_latent
+from trainyard.tests.comfy.test_train_node import data, job, result, state
+from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.previews import PreviewSettings
+from trainyard.trainers.settings import AdapterSettings
+from trainyard.trainers.validation import RESTORE, Exam, ValidationSettings
+
+SMALL = dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0)
+
+
+class Vae:
+    """Shows the first three channels, and pushes every model out of memory, as a large VAE does."""
+
+    def decode(self, latent):
+        mm.unload_all_models()
+        return latent[:, :3].reshape(-1, 3, *latent.shape[-2:]).movedim(1, -1)
+
+
+def looking(family="sd3", previews=None, vae=True, **settings):
+    chosen = ValidationSettings(**{"every": 2, "images": 2, "levels": 2, "name_worst": 2, **settings})
+    return Looking(chosen, PreviewSettings(**(previews or SMALL)), vae=Vae() if vae else None, positive=cond(family, 3), negative=cond(family, 4))
+
+
+def seen_job(family="sd3", look=None, model=None, **more):
+    a_job = job(family, model, **more)
+    a_job.looking = look or looking(family)
+    return a_job
+
+
+def run_folder(name="test"):
+    (folder,) = paths.runs_folder().glob(f"{name}-*")
+    return folder
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sdxl", "flux", "qwen"])
+@pytest.mark.parametrize("checkpointing", ["off", "per block"])
+def test_a_run_that_is_looked_at_is_the_same_run_and_its_model_is_left_as_it_was(folders, family, checkpointing):
+    model = make(family, inference=True)
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    plain, losses, _ = result(job(family, name="plain", steps=5, checkpointing=checkpointing))
+    lora, seen_losses, line = result(seen_job(family, model=model, steps=5, checkpointing=checkpointing))
+    assert seen_losses == losses and equal(lora, plain)
+    assert "validation loss" in line and "highest loss: " in line
+    assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
+    assert not mm.in_training and "forward" not in model.model.diffusion_model.__dict__
+    assert [entry["step"] for entry in json.loads((run_folder() / "validation.json").read_text())] == [0, 2, 4, 5]
+
+
+def test_samples_are_sheets_in_the_runs_folder_with_the_base_beside_them(folders):
+    result(seen_job(steps=3))
+    folder = run_folder() / "samples"
+    assert sorted(f.name for f in folder.iterdir()) == ["base_00.png", "step000002.jpg", "step000003.jpg"]
+    with Image.open(folder / "step000003.jpg") as sheet:
+        assert sheet.width > 2 * 384
+    assert state()["sample"] == "samples/step000003.jpg"
+
+
+def test_the_base_is_drawn_once_and_kept_through_a_stop(folders, monkeypatch):
+    result(seen_job(steps=3))
+    strengths = []
+    drawn = Previews.drawn
+    monkeypatch.setattr(Previews, "drawn", lambda self, strength: strengths.append(strength) or drawn(self, strength))
+    result(seen_job(steps=5))
+    assert strengths == [1.0, 1.0], "two sheets, at step 4 and 5"
+
+
+def test_without_prompts_the_samples_show_captions_and_without_a_vae_they_are_rough(folders):
+    look = Looking(ValidationSettings(every=0), PreviewSettings(**SMALL))
+    result(seen_job("sdxl", look, steps=2))
+    assert {f.name for f in (run_folder() / "samples").iterdir()} == {"base_00.png", "base_01.png", "step000002.jpg"}
+    assert not (run_folder() / "validation.json").exists()
+
+
+def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
+    """The live adapter in the ordinary sampler, against the finished file in the host's own loader."""
+    latents = []
+    sampled = Previews.sampled
+    monkeypatch.setattr(Previews, "sampled", lambda self, *rest: latents.append(sampled(self, *rest)) or latents[-1])
+    a_job = seen_job(steps=4, learning_rate=1e-2)
+    lora, _, _ = result(a_job)
+    p, shape = a_job.looking.previews, latent_shape(a_job.model, a_job.looking.previews, None)
+    with torch.inference_mode():
+        patched = host.applied(make("sd3", inference=True), None, lora)[0]
+        how = dict(steps=p.sampling_steps, guidance=2.0, sampler="euler", scheduler="normal")
+        from_file = host.sampled(patched, cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
+        base = host.sampled(make("sd3", inference=True), cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
+    assert torch.allclose(latents[0], base, atol=1e-5), "the base column"
+    assert not torch.allclose(from_file, base, atol=1e-3), "the LoRA does nothing, and the test proves nothing"
+    assert torch.allclose(latents[-1], from_file, atol=1e-4), (latents[-1] - from_file).abs().max()
+
+
+def test_after_the_sampler_the_model_is_ready_for_the_next_step(comfy):
+    model = make("sd3", inference=True)
+    with torch.inference_mode(), host.training(model, AdapterSettings(rank=4)) as session:
+        patcher = session.denoiser.patcher
+        with pytest.raises(ZeroDivisionError), lent(session, 0.0):
+            assert not mm.in_training and not torch.is_grad_enabled()
+            patcher.cleanup()
+            mm.unload_all_models()
+            raise ZeroDivisionError
+        assert mm.in_training and torch.is_grad_enabled() and patcher.model.current_patcher is patcher
+        x = torch.randn(1, *family_latent("sd3")[1:], generator=torch.Generator().manual_seed(0))
+        out = session.denoiser.denoise(x, torch.tensor([0.5]), [{"cross_attn": cond("sd3", 1)[0][0], **cond("sd3", 1)[0][1]}])
+        out.square().mean().backward()
+        assert all(p.grad is not None for p in session.adapters.parameters() if p.requires_grad), "the adapters are attached again"
+
+
+def test_trouble_in_a_preview_is_told_and_the_run_goes_on(folders, monkeypatch):
+    monkeypatch.setattr(Vae, "decode", lambda self, latent: 1 / 0)
+    plain, losses, _ = result(job(name="plain", steps=4))
+    a_job = seen_job(steps=4)
+    lora, seen_losses, _ = result(a_job)
+    assert seen_losses == losses and equal(lora, plain)
+    assert [t["text"] for t in a_job.live.troubles] == ["No samples at step 2: division by zero", "No samples at step 4: division by zero"]
+
+
+def test_the_interrupt_in_a_preview_stops_the_run_and_keeps_it(folders, monkeypatch):
+    def decode(self, latent):
+        raise mm.InterruptProcessingException
+
+    monkeypatch.setattr(Vae, "decode", decode)
+    a_job = seen_job(steps=4)
+    with pytest.raises(mm.InterruptProcessingException):
+        result(a_job)
+    assert (state()["step"], state()["why"], a_job.live.status) == (2, "stopped", "stopped")
+    monkeypatch.undo()
+    resumed = result(seen_job(steps=4))[0]
+    assert equal(resumed, result(job(name="whole", steps=4))[0])
+
+
+def test_an_early_end_is_a_finished_run_and_its_chart_comes_back(folders, monkeypatch):
+    """Measurements that only rise: the first one after the start, at step 2, is the best; patience 2 ends the run at step 6."""
+    rising = itertools.count(1)
+    monkeypatch.setattr(Exam, "losses", lambda self, tick: torch.full((len(self.picks), self.levels), float(next(rising))))
+    look = looking(patience=2, best=RESTORE, previews={"preview_every": 0})
+    a_job = seen_job(look=look, steps=30)
+    lora, losses, line = result(a_job)
+    assert (len(losses), lora.steps) == (6, 2)
+    assert "6 of 30 steps, ended early" in line and "the weights of step 2 are the result" in line
+    again = seen_job(look=look, steps=30)
+    recalled, same_losses, line = result(again)
+    assert line.startswith("already trained") and same_losses == losses and equal(recalled, lora)
+    assert again.live.losses == losses and again.live.validation == a_job.live.validation and again.live.status == "finished"
+
+
+def test_held_out_pictures_are_measured_and_may_not_be_trained_on(folders):
+    latents = [{"samples": torch.randn(family_latent("sd3"), generator=torch.Generator().manual_seed(s))} for s in (31, 32)]
+    look = looking(previews={"preview_every": 0})
+    look.held_out = Encoded.from_core(latents, [cond("sd3", seed) for seed in (8, 9)])
+    a_job = seen_job(look=look, steps=2)
+    result(a_job)
+    last = a_job.live.validation[-1]
+    assert last["held_out"] and last["training"] is not None
+    trained = data()
+    trained.items = [dataclasses.replace(item, path=f"/set/{item.id}.png") for item in trained.items]
+    look.held_out = trained
+    with pytest.raises(ValueError, match="3 of the 3 held-out pictures are also trained on, for example /set/0.png"):
+        result(seen_job(look=look, steps=2, encoded=trained, name="both"))
+
+
+def test_written_prompts_without_clip_are_refused_before_any_training(comfy):
+    with pytest.raises(ValueError, match="no CLIP is connected to it. Connect CLIP, or empty the prompts"):
+        Validation.execute(**{**widgets(), "prompts": "a red star"})
+
+
+def test_a_sampler_from_a_link_is_checked_again(comfy):
+    with pytest.raises(ValueError, match="sampler is 'magic'; choose one of euler"):
+        Validation.execute(**{**widgets(), "sampler": "magic"})
+
+
+def widgets():
+    return {**ValidationSettings().to_dict(), **PreviewSettings().to_dict(), "sampler": "euler", "scheduler": "normal"}
+
+
+def test_tensorboard_asked_for_and_missing_is_told_before_any_training(folders):
+    try:
+        import tensorboard  # noqa: F401
+
+        pytest.skip("tensorboard is installed")
+    except ImportError:
+        pass
+    a_job = seen_job(look=looking(tensorboard=True))
+    with pytest.raises(RuntimeError, match="Run: pip install tensorboard"):
+        result(a_job)
+    assert a_job.live.losses == []
+
+
+def test_two_runs_in_one_graph_and_one_node_in_two_workflows_do_not_mix():
+    live.RUNS.clear()
+    one = live.begun("5", {"workflow": '{"id": "w1"}'}, "a", "a-1", 10)
+    two = live.begun("6", {"workflow": '{"id": "w1"}'}, "b", "b-1", 10)
+    other = live.begun("5", {"workflow": '{"id": "w2"}'}, "c", "c-1", 10)
+    assert live.last_of("5", "w1") is one and live.last_of("6", "w1") is two and live.last_of("5", "w2") is other
+    assert live.last_of("7", "w1") is None and live.at_work("b-1") is two
+    again = live.begun("5", {"workflow": '{"id": "w1"}'}, "a", "a-1", 10)
+    assert live.last_of("5", "w1") is again and again.run != one.run
+    for i in range(2 * live.KEPT):
+        live.begun(f"n{i}", {}, "x", "x", 1)
+    assert len(live.RUNS) == live.KEPT
+    live.RUNS.clear()
+
+
+def test_a_long_curve_is_thinned_to_means_and_nan_is_left_out():
+    assert live.thinned([1.0, 3.0, float("nan"), 5.0], 10, 2) == [[12, 2.0], [14, 5.0]]
+    assert live.thinned([1.0, 2.0], 0, 100) == [[1, 1.0], [2, 2.0]]
+    assert live.plain({"a": [float("inf"), 1.5]}) == {"a": [None, 1.5]}
+    json.dumps(live.plain([float("nan")]), allow_nan=False)
+
+
+def test_the_model_of_a_run_is_the_file_behind_it():
+    prompt = {"1": {"inputs": {"ckpt_name": "toy.safetensors"}}, "2": {"inputs": {"model": ["1", 0], "shift": 3.0}}, "5": {"inputs": {"model": ["2", 0]}}}
+    assert live.model_of({"prompt": json.dumps(prompt)}, "5") == "toy.safetensors"
+    assert live.model_of({}, "5") == ""

@@ -1,0 +1,48 @@
+"""TensorBoard event files of a run, for those who compare runs there."""
+
+from __future__ import annotations
+
+import math
+
+
+def board_in(folder, first_step: int):
+    """A Board that writes below `folder`; what an earlier attempt wrote after `first_step` is taken back. Raises RuntimeError with the pip
+    line when the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            f"tensorboard is on in Validation and Previews, and the package cannot be imported ({error}). Run: pip install tensorboard\n"
+            "Or switch it off: the chart in the node needs none."
+        ) from error
+    return Board(SummaryWriter(str(folder), purge_step=first_step + 1), first_step)
+
+
+class Board:
+    """Scalars of one run, by optimizer step."""
+
+    def __init__(self, writer, done: int):
+        self.writer, self.done = writer, done
+
+    def report(self, progress):
+        """Every loss that was not written yet."""
+        for index in range(self.done, len(progress.losses)):
+            self.add("loss/training step", progress.losses[index], index + 1)
+        self.done = max(self.done, len(progress.losses))
+        self.add("learning rate", progress.rate, progress.step)
+
+    def notice(self, kind: str, entry: dict):
+        if kind != "validation":
+            return
+        self.add(f"loss/{'validation' if entry['held_out'] else 'fixed training pictures'}", entry["loss"], entry["step"])
+        if entry.get("training") is not None:
+            self.add("loss/fixed training pictures", entry["training"], entry["step"])
+        for sigma, value in zip(entry["sigmas"], entry["bins"], strict=True):
+            self.add(f"loss by noise level/{sigma:.3g}", value, entry["step"])
+
+    def add(self, name, value, step):
+        if value is not None and math.isfinite(value):
+            self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        self.writer.close()
