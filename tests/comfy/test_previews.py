@@ -8,13 +8,15 @@ import comfy.model_management as mm
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import host, live, paths
+from trainyard.nodes import host, live, paths, run_routes
 from trainyard.nodes.previews import Previews, latent_shape, lent
 from trainyard.nodes.validation import Looking, Validation
 from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
+from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_train_node import data, job, result, state
 from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.methods.pairs import ImageSlider
 from trainyard.trainers.previews import PreviewSettings
 from trainyard.trainers.settings import AdapterSettings
 from trainyard.trainers.validation import RESTORE, Exam, ValidationSettings
@@ -229,3 +231,69 @@ def test_the_model_of_a_run_is_the_file_behind_it():
     prompt = {"1": {"inputs": {"ckpt_name": "toy.safetensors"}}, "2": {"inputs": {"model": ["1", 0], "shift": 3.0}}, "5": {"inputs": {"model": ["2", 0]}}}
     assert live.model_of({"prompt": json.dumps(prompt)}, "5") == "toy.safetensors"
     assert live.model_of({}, "5") == ""
+
+
+@pytest.mark.parametrize("strength", [1.0, -1.0])
+def test_sliders_draw_samples_too(folders, strength):
+    a_job = pair_job(ImageSlider)
+    a_job.looking = Looking(ValidationSettings(), PreviewSettings(**{**SMALL, "strength": strength}), vae=Vae())
+    with torch.inference_mode():
+        _, losses, _ = a_job.result()
+        plain = pair_job(ImageSlider, name="plain").result()[1]
+    assert losses == plain and [sample["step"] for sample in a_job.live.samples] == [2, 4]
+    assert a_job.live.validation == [], "a slider has no loss of pictures"
+
+
+def test_held_out_pictures_of_a_slider_are_refused(folders):
+    a_job = pair_job(ImageSlider)
+    a_job.looking = Looking(held_out=data())
+    with pytest.raises(ValueError, match="there is no loss of pictures to measure. Disconnect held_out"):
+        a_job.result()
+
+
+# -- what the page asks ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_tells_of_runs_on_the_disk_and_at_work(folders):
+    live.RUNS.clear()
+    result(seen_job(steps=2, look=looking(previews={"preview_every": 2, "sampling_steps": 1, "width": 64})))
+    live.begun("9", {}, "fresh", "fresh-1", 50)
+    fresh, done = run_routes.listing()
+    assert (fresh["name"], fresh["status"], fresh["step"], fresh["steps"], fresh["bytes"]) == ("fresh", "training", 0, 50, 0)
+    assert (done["name"], done["status"], done["step"], done["lora"], done["sample"]) == ("test", "finished", 2, "test.safetensors", "samples/step000002.jpg")
+    assert done["bytes"] > 10_000 and done["loss"] > 0 and done["validation"]["step"] == 2
+    json.dumps([fresh, done], allow_nan=False)
+    live.RUNS.clear()
+
+
+def test_a_run_at_work_is_not_deleted_and_a_finished_one_is(folders):
+    live.RUNS.clear()
+    result(job(steps=1))
+    name = run_folder().name
+    busy = live.begun("1", {}, "test", name, 5)
+    with pytest.raises(ValueError, match="is training. Stop it first"):
+        run_routes.delete(name)
+    busy.end(live.STOPPED, "")
+    assert run_routes.delete(name)["freed"] > 0 and not list(paths.runs_folder().iterdir())
+    live.RUNS.clear()
+
+
+def test_a_run_keeps_the_graph_that_made_it(folders):
+    a_job = job(steps=1)
+    a_job.graph = {"workflow": json.dumps({"id": "w", "nodes": []}), "prompt": json.dumps({"1": {}})}
+    result(a_job)
+    assert run_routes.graph_of(run_folder().name) == {"workflow": {"id": "w", "nodes": []}, "prompt": {"1": {}}}
+    with pytest.raises(ValueError, match="is no run"):
+        run_routes.graph_of("../../test")
+
+
+def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
+    secret = server.output("loras", "secret")
+    secret.mkdir(parents=True, exist_ok=True)
+    (secret / "run.json").write_text("{}")
+    assert server.get("/trainyard/runs") == server.get("/api/trainyard/runs") == []
+    assert server.get("/trainyard/runs/77?workflow=none") == {}
+    for name in ("nothing", "..%2Fsecret", "%2e%2e%2fsecret", "%2Fetc", "x%00"):
+        status, body = server.post(f"/trainyard/runs/{name}/delete")
+        assert status in (400, 403, 404), (name, status, body)
+    assert (secret / "run.json").exists()
