@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from trainyard.nodes.collage import BuildCollages
-from trainyard.nodes.dataset import LoadDataset
 from trainyard.trainers.data.collage_plan import CollageSettings
+from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import open_mask
 
 
 @pytest.fixture
 def dataset(folders):
+    place = folders / "input" / "set"
+    place.mkdir()
     for index in range(6):
-        place = folders / "input" / "set"
-        place.mkdir(exist_ok=True)
         pixels = np.random.default_rng(index).integers(0, 256, (128, 48 + 16 * (index % 2), 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{index}.png")
         (place / f"{index}.txt").write_text(f"sks, number {index}", encoding="utf-8")
-    return LoadDataset.execute("input/set", 1).args[0]
+    return read_folder(place)
 
 
 def node():
