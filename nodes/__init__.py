@@ -4,6 +4,13 @@ from comfy_api.latest import ComfyExtension
 
 
 class TrainyardExtension(ComfyExtension):
+    async def on_load(self):
+        from server import PromptServer
+
+        from . import run_routes
+
+        run_routes.register(PromptServer.instance.routes)
+
     async def get_node_list(self):
         from . import (
             captioning,
@@ -12,16 +19,21 @@ class TrainyardExtension(ComfyExtension):
             dataset,
             differences,
             encode,
+            features,
             leco_score,
             lora,
             prompts,
             quality,
             recipes,
             score,
+            score_backbones,
             sweep,
             train_lora,
             validation,
         )
 
-        rooms = (dataset, quality, captioning, captions, collage, encode, train_lora, prompts, differences, sweep, score, leco_score, recipes, validation, lora)
+        rooms = (
+            dataset, quality, captioning, captions, collage, encode, train_lora, prompts, differences, sweep, score, score_backbones, features,
+            leco_score, recipes, validation, lora,
+        )  # fmt: skip
         return [node for room in rooms for node in room.NODES]

@@ -218,6 +218,8 @@ class DistillScoreModel(io.ComfyNode):
         scorer = record(ScorerSettings, widgets)
         settings = record(ScoreSettings, {**widgets, "task": "regression", "loss": PLAIN})
         host.check_latents(model, encoded.channels)
+        if scorer.backbone == DECODED:
+            raise ValueError(f"The backbone '{DECODED}' would be the teacher once more: it decodes and looks at pictures. Choose 'latent ResNet'.")
         report = host.Steps(cls.hidden.unique_id)
         taught = taught_by(teacher, dataset, encoded, report)
         ratings = [[item.id, item.score] for item in taught.items]

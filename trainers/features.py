@@ -1,7 +1,7 @@
-"""What something that is loaded already sees of a latent or a picture, as numbers to learn from and to compare by.
+"""What something that is loaded already sees of a latent, as numbers for a score model to learn from.
 
 `Looking` is a score model's trunk over a diffusion model's own states or over a decoded picture: only the two small layers after them are its
-own, so its file is small and the loaded model stays as it was. `Features` is a dataset with one row of numbers per picture.
+own, so its file is small and the loaded model stays as it was.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from .adapters import Adapters
 from .data.cache import Memory
 from .data.encoded import Encoded
-from .data.records import Dataset
 from .diffusion import Denoiser, per_sample
 from .scorers import ScoreModel, sigma_of_level
 
@@ -149,56 +147,3 @@ def remembered(data: Encoded, denoiser: Denoiser, trunk: Callable):
         return made
 
     return replace(data, store=means, dropout=0.0), FewNoises(denoiser), make
-
-
-# -- features of pictures --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Features:
-    """One row of unit length per picture of a dataset, and what saw them."""
-
-    dataset: Dataset
-    rows: np.ndarray  # (n, d) float32
-    source: str  # for the person: "CLIP_VISION, 768 numbers"
-    kind: str = ""  # changes with what saw them; rows of different kinds cannot be compared
-
-    def __post_init__(self):
-        if len(self.rows) != len(self.dataset):
-            raise ValueError(f"There are {len(self.dataset)} pictures and {len(self.rows)} rows of features.")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """(n, d) float32, each row of unit length."""
-    rows = np.asarray(rows, np.float64)
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Match:
-    """A picture of the set that is like one that was asked for."""
-
-    query: int
-    index: int
-    cosine: float
-
-
-def similar(queries: Features, among: Features, most: int, least: float = -1.0) -> list[list[Match]]:
-    """For each query the pictures that are most like it, best first, without the picture itself (its own bytes)."""
-    check_comparable(queries, among)
-    likeness = queries.rows @ among.rows.T
-    return [best(q, queries.dataset[q].id, row, among, most, least) for q, row in enumerate(likeness)]
-
-
-def best(query: int, id_: str, row, among: Features, most: int, least: float) -> list[Match]:
-    order = np.argsort(-row, kind="stable").tolist()
-    found = [Match(query, i, float(row[i])) for i in order if among.dataset[i].id != id_ and row[i] >= least]
-    return found[:most]
-
-
-def check_comparable(a: Features, b: Features) -> None:
-    if a.kind != b.kind or a.rows.shape[1:] != b.rows.shape[1:]:
-        raise ValueError(f"These features cannot be compared: one side was seen by {a.source}, the other by {b.source}. Extract both with the same one.")
