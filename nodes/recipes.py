@@ -39,7 +39,7 @@ class Optimizer(io.ComfyNode):
             display_name="Optimizer Settings",
             category=f"{CATEGORY}/settings",
             description="How a gradient becomes a change: optimizer, schedule, warmup, clipping, accumulation.",
-            search_aliases=["adamw", "prodigy", "lion", "schedule free", "scheduler", "warmup", "gradient accumulation", "8bit"],
+            search_aliases=["adamw", "prodigy", "lion", "schedule free", "scheduler", "warmup", "gradient accumulation", "8bit", "ema"],
             inputs=inputs(OptimizerSettings),
             outputs=[OptimizerRecipe.Output("optimizer", display_name="optimizer", tooltip="For the optimizer input of a Train node.")],
         )
@@ -56,8 +56,9 @@ class NoiseAndLoss(io.ComfyNode):
             node_id="TrainyardNoiseAndLoss",
             display_name="Noise and Loss Settings",
             category=f"{CATEGORY}/settings",
-            description="Which noise levels are trained how often, and how their errors count.",
-            search_aliases=["min snr", "timestep sampling", "logit normal", "flux shift", "timestep range", "loss weighting"],
+            description="Which noise levels are trained how often, what the noise is like, and how errors count.",
+            search_aliases=["min snr", "timestep sampling", "logit normal", "flux shift", "timestep range", "loss weighting", "huber",
+                            "noise offset", "multires noise", "pyramid noise", "debiased", "p2", "input perturbation"],
             inputs=inputs(NoiseSettings),
             outputs=[NoiseRecipe.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")],
         )

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .settings import NoiseSettings
+from .settings import MSE, SCHEDULED_HUBER, NoiseSettings
 
 
 class Denoiser(Protocol):
@@ -47,7 +48,11 @@ def slope(x, sigma, x0):
 
 def mse(a, b, mask=None):
     """(B, ...) -> (B,). With a mask (B, 1, ...) the mean is taken over what the mask lets through."""
-    error = (a.float() - b.float()).square()
+    return mean((a.float() - b.float()).square(), mask)
+
+
+def mean(error, mask=None):
+    """(B, ...) -> (B,), over what the mask lets through."""
     if mask is None:
         return error.flatten(1).mean(1)
     mask = mask.to(error).expand_as(error)
@@ -57,6 +62,31 @@ def mse(a, b, mask=None):
 def randn_like(x, rng):
     """Normal noise drawn on the CPU from rng, so that every device sees the same numbers."""
     return torch.randn(x.shape, generator=rng).to(x.device)
+
+
+def noise_like(x0, rng, settings: NoiseSettings):
+    """The noise of one step. With an offset (Guttenberg 2023) each channel is moved as a whole; multi-resolution noise (Whitaker 2023) adds
+    coarser and coarser noises and is brought back to the spread of normal noise."""
+    noise = randn_like(x0, rng)
+    if settings.noise_offset:
+        noise = noise + settings.noise_offset * randn_like(x0.new_empty(*x0.shape[:2], *[1] * (x0.ndim - 2)), rng)
+    if settings.pyramid_levels:
+        noise = pyramid(noise, rng, settings.pyramid_levels, settings.pyramid_discount)
+    return noise
+
+
+def pyramid(noise, rng, levels: int, discount: float):
+    """Noise (B, C, ..., H, W) and `levels` noises of 1/r, 1/r^2, ... of its size, r drawn from 2 to 4, each `discount` of the one before."""
+    height, width = noise.shape[-2:]
+    total, shrink = noise, 1.0
+    for level in range(1, levels + 1):
+        shrink *= 2 + 2 * float(torch.rand(1, generator=rng))
+        size = max(1, int(height / shrink)), max(1, int(width / shrink))
+        coarse = torch.randn(noise.shape[:-2].numel(), 1, *size, generator=rng).to(noise)
+        total = total + discount**level * F.interpolate(coarse, (height, width), mode="bilinear").view_as(noise)
+        if size == (1, 1):
+            break
+    return total / per_sample(total.flatten(1).std(1), total)
 
 
 def snr(denoiser, sigma):
@@ -134,22 +164,48 @@ def random_sigma(denoiser: Denoiser, density: Density, x0: Tensor, rng, low=0.0,
 
 
 def loss_weight(denoiser: Denoiser, sigma: Tensor, settings: NoiseSettings) -> Tensor:
-    """(B,) weight of the native loss. min-SNR (Hang et al. 2023) weighs the x0 error by min(SNR, gamma); in the network's own
-    parametrisation that is min(SNR, gamma) * native_scale^2: min(SNR, g)/SNR for eps and min(SNR, g)/(SNR + 1) for v."""
+    """(B,) weight of the native loss. Each weighting is one weight of the x0 error, times native_scale^2 to be one of the network's own
+    target: min-SNR gives min(SNR, g)/SNR for eps and min(SNR, g)/(SNR + 1) for v. A published weight of the eps error is multiplied by
+    the SNR first, so that eps, v and flow models of one noise level are weighed alike."""
     if settings.weighting == "none":
         return torch.ones_like(sigma)
-    return snr(denoiser, sigma).clamp(max=settings.gamma) * denoiser.native_scale(sigma).square()
+    return WEIGHTS[settings.weighting](snr(denoiser, sigma), settings) * denoiser.native_scale(sigma).square()
 
 
-def native_error(denoiser, x0_hat, x0, sigma, mask=None):
-    """(B,) mean square error of the network's own target: the noise, v or the velocity."""
-    return mse(x0_hat, x0, mask) / denoiser.native_scale(sigma).square()
+WEIGHTS = {  # (SNR, settings) -> weight of the x0 error
+    "min-SNR": lambda snr, s: snr.clamp(max=s.gamma),  # Hang et al. 2023
+    "soft-min-SNR": lambda snr, s: snr * s.gamma / (snr + s.gamma),  # Crowson (k-diffusion), whose sigma_data^2 is 1 / gamma
+    "debiased": lambda snr, s: snr.clamp(max=1e6).sqrt(),  # Yu et al. 2023: 1 / sqrt(SNR) of the eps error
+    "P2": lambda snr, s: snr / (1 + snr) ** s.p2_gamma,  # Choi et al. 2022: (1 + SNR)^-gamma of the eps error
+}
 
 
-def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None):
-    """(B,) native loss of one prediction."""
-    x = denoiser.noised(x0, noise, sigma)
-    return native_error(denoiser, denoiser.denoise(x, sigma, conds), x0, sigma, mask)
+def native_error(denoiser, x0_hat, x0, sigma, mask=None, settings: NoiseSettings = NoiseSettings()):
+    """(B,) mean error of the network's own target, the noise, v or the velocity, in the measure of the settings."""
+    scale = denoiser.native_scale(sigma)
+    if settings.loss == MSE:
+        return mse(x0_hat, x0, mask) / scale.square()
+    error, c = (x0_hat.float() - x0.float()) / per_sample(scale, x0), per_sample(huber_width(denoiser, sigma, settings), x0)
+    return mean(2 * c * ((error.square() + c.square()).sqrt() - c), mask)
+
+
+def huber_width(denoiser, sigma, settings):
+    """(B,) where the pseudo-Huber loss turns from a square into a line. Scheduled (Khrapov et al. 2024, the "snr" schedule of kohya-ss
+    sd-scripts): (1 - c) / (1 + s)^2 + c with s = 1 / sqrt(SNR), 1 on the clean side and c on the noisy one."""
+    width = torch.full_like(sigma, settings.huber_c)
+    if settings.loss == SCHEDULED_HUBER:
+        width = width + (1 - width) / (1 + snr(denoiser, sigma).rsqrt()).square()
+    return width
+
+
+def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None, settings: NoiseSettings = NoiseSettings(), extra=None):
+    """(B,) native loss of one prediction. `extra`: noise that the model is shown beyond that of its target (input perturbation, Ning et al.
+    2023): the network's target stays that of `noise`, and with it x0 moves by c_skip = (native_scale / sigma)^2 of what is added."""
+    x = plain = denoiser.noised(x0, noise, sigma)
+    if extra is not None:
+        x = denoiser.noised(x0, noise + extra, sigma)
+        x0 = x0 + per_sample((denoiser.native_scale(sigma) / sigma).square(), x0) * (x - plain)
+    return native_error(denoiser, denoiser.denoise(x, sigma, conds), x0, sigma, mask, settings)
 
 
 def guided(denoiser, x, sigma, cond, away, guidance: float):

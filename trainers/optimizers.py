@@ -26,7 +26,7 @@ def make_optimizer(groups: list[dict], settings: OptimizerSettings):
     Raises RuntimeError with the pip line of a missing package."""
     groups = [{**group, "params": params, "lr": group["lr"] * rate} for group in groups for rate, params in by_rate(group["params"])]
     optimizer = bare_optimizer(groups, settings)
-    return optimizer
+    return Averaged(optimizer, settings.ema, settings.ema_on_cpu) if settings.ema else optimizer
 
 
 def by_rate(params) -> list[tuple[float, list]]:
@@ -72,6 +72,48 @@ def require(module, optimizer):
         raise RuntimeError(f"The optimizer {optimizer} needs a package that is not installed. Run: {line}\nAdamW needs none.")
 
 
+class Averaged:
+    """An optimizer that also keeps a moving average of what it trains, and delivers that. The first steps count less in it, as in
+    TensorFlow: the decay of update n is at most (1 + n) / (10 + n)."""
+
+    def __init__(self, optimizer, decay: float, on_cpu: bool = False):
+        self.optimizer, self.decay, self.updates = optimizer, decay, 0
+        self.average = [p.detach().to("cpu" if on_cpu else p.device, copy=True) for p in self.params()]
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def params(self):
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def step(self):
+        self.optimizer.step()
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        with torch.no_grad():
+            for average, p in zip(self.average, self.params(), strict=True):
+                average.lerp_(p.detach().to(average.device), 1 - keep)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def eval(self):
+        """Put the average into the parameters."""
+        with torch.no_grad():
+            for average, p in zip(self.average, self.params(), strict=True):
+                p.copy_(average)
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "average": list(self.average), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)
+
+
 def rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
     """The learning rate of step `step` (from 0) as a share of the full rate."""
     if step < settings.warmup:
@@ -87,7 +129,8 @@ def rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 
 def deliver(optimizer):
-    """Leave the weights to use in the parameters: schedule-free optimizers train one point and deliver another (Defazio et al. 2024)."""
+    """Leave the weights to use in the parameters: schedule-free optimizers train one point and deliver another (Defazio et al. 2024), and
+    so does an average."""
     if hasattr(optimizer, "eval"):
         optimizer.eval()
 

@@ -219,10 +219,21 @@ class OptimizerSettings(Settings):
     text_encoder_lr: float = number(
         0.0, 0.0, 10.0, "Learning rate of the text encoder's adapters. 0 means a tenth of the learning rate.", step=1e-6
     )
+    ema: float = number(0.0, 0.0, 0.99999, "Delivers a moving average of the adapter over the steps: steadier pictures. 0.99 to 0.999 is usual; "
+                        "0 is off.", step=0.001, advanced=True, later=True)  # fmt: skip
+    ema_on_cpu: bool = switch(False, "Keep the average in main memory: it takes none of the GPU's, and each step waits for a copy.", advanced=True,
+                              later=True)  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ema and self.optimizer == "ScheduleFreeAdamW":
+            raise ValueError(f"ema is {self.ema:g} and the optimizer is ScheduleFreeAdamW, which delivers an average by itself. Set ema to 0, or "
+                             "choose another optimizer.")
 
 
 DENSITIES = ("model default", "uniform", "logit-normal", "host schedule")
-WEIGHTINGS = ("none", "min-SNR")
+WEIGHTINGS = ("none", "min-SNR", "soft-min-SNR", "debiased", "P2")
+ERRORS = MSE, HUBER, SCHEDULED_HUBER = ("MSE", "Huber", "scheduled Huber")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +255,23 @@ class NoiseSettings(Settings):
     )
     min_time: float = number(0.0, 0.0, 1.0, "Lowest noise level trained: 0 is the clean image.", step=0.01, advanced=True)
     max_time: float = number(1.0, 0.0, 1.0, "Highest noise level trained: 1 is pure noise.", step=0.01, advanced=True)
-    weighting: str = choice("none", WEIGHTINGS, "min-SNR limits the weight of nearly clean images; for eps and v-prediction models.")
-    gamma: float = number(5.0, 0.01, 1000.0, "The limit of min-SNR; the paper uses 5.", step=0.5, advanced=True)
+    weighting: str = choice("none", WEIGHTINGS, "How much each noise level counts. min-SNR limits the weight of nearly clean images; for eps "
+                            "and v-prediction models.")  # fmt: skip
+    gamma: float = number(5.0, 0.01, 1000.0, "The limit of min-SNR and soft-min-SNR; the paper uses 5.", step=0.5, advanced=True)
+    p2_gamma: float = number(1.0, 0.0, 10.0, "P2: the weight is divided by (1 + SNR) to this power; the paper uses 0.5 and 1.", step=0.25,
+                             advanced=True, later=True)  # fmt: skip
+    loss: str = choice(MSE, ERRORS, "MSE: the squared error. Huber: large errors count less, against pictures that do not belong. scheduled "
+                       "Huber: that where noise is low, nearly MSE where it is high.", advanced=True, later=True)  # fmt: skip
+    huber_c: float = number(0.1, 0.0001, 10.0, "Huber: errors well above this count by their size and no longer by its square.", step=0.05,
+                            advanced=True, later=True)  # fmt: skip
+    noise_offset: float = number(0.0, 0.0, 1.0, "Adds one random number to each channel of the noise, so that very dark and very bright pictures "
+                                 "can be learnt. 0.05 is usual.", step=0.01, advanced=True, later=True)  # fmt: skip
+    pyramid_levels: int = number(0, 0, 10, "Multi-resolution noise: so many coarser noises are added, each at most half as fine. 6 is usual; "
+                                 "0 is off.", advanced=True, later=True)  # fmt: skip
+    pyramid_discount: float = number(0.3, 0.01, 1.0, "Multi-resolution noise: each coarser one counts this much of the last.", step=0.05,
+                                     advanced=True, later=True)  # fmt: skip
+    perturbation: float = number(0.0, 0.0, 1.0, "Input perturbation: the model is shown this much more noise than it is told. 0.1 is usual.",
+                                 step=0.05, advanced=True, later=True)  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

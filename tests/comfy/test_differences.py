@@ -77,3 +77,11 @@ def test_adapters_that_are_not_odd_in_strength_are_refused_for_sliders_with_the_
         differences.odd(AdapterSettings(algorithm="DoRA"))
     for algorithm in ("LoRA", "LoHa", "LoKr"):
         assert differences.odd(AdapterSettings(algorithm=algorithm)).algorithm == algorithm
+
+
+@pytest.mark.parametrize("idle", [dict(weighting="min-SNR"), dict(loss="Huber"), dict(noise_offset=0.1), dict(pyramid_levels=4), dict(perturbation=0.1)])
+def test_noise_settings_that_would_do_nothing_are_refused(idle):
+    (name, value), = idle.items()
+    with pytest.raises(ValueError, match=f"{name} is {value} in Noise and Loss Settings, and it does nothing here: because"):
+        differences.levels_only(differences.NoiseSettings(**idle), "because")
+    differences.levels_only(differences.NoiseSettings(min_time=0.2, density="uniform"), "because")

@@ -127,6 +127,9 @@ METHODS = {
     "lora": make_lora,
     "lora, eps, min-SNR": lambda seed=0: make_lora("eps", seed, weighting="min-SNR"),
     "lora, v": lambda seed=0: make_lora("v", seed),
+    "lora, v, soft-min-SNR, Huber, offset": lambda seed=0: make_lora(
+        "v", seed, weighting="soft-min-SNR", loss="scheduled Huber", noise_offset=0.1, pyramid_levels=2, perturbation=0.1
+    ),
     "leco": lambda seed=0: make_difference(leco("cat", "cat", "", "", "erase", 1.0), 2, seed=seed),
     "leco, eps": lambda seed=0: make_difference(leco("cat", "red cat", "cat", "dog", "enhance", 2.0), 2, "eps", seed=seed),
     "leco on pictures": lambda seed=0: make_difference(leco("cat", "old", "", "young"), 2, points="pictures", seed=seed),
@@ -144,6 +147,7 @@ CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora": [5.99861, 7.21818, 6.10578, 6.45998, 4.31287, 6.7283, 3.85358, 6.83958],
     "lora, eps, min-SNR": [4.20972, 5.98353, 5.12524, 4.65772, 3.90156, 5.30313, 4.34837, 4.76823],
     "lora, v": [5.03254, 6.05629, 5.71036, 5.21649, 3.9899, 6.47365, 4.21229, 6.25366],
+    "lora, v, soft-min-SNR, Huber, offset": [0.36869, 0.35963, 0.11799, 0.2994, 0.31689, 0.29627, 0.15897, 0.23988],
     "leco": [2.77621, 1.11738, 2.46141, 2.16992, 1.17001, 1.94532, 1.54065, 1.26565],
     "leco, eps": [0.0113274, 0.00637765, 0.018444, 0.00830176, 0.0027884, 0.00723061, 0.00727573, 0.00452141],
     "leco on pictures": [0.664553, 0.602657, 0.62084, 0.719327, 0.546203, 0.334985, 0.291591, 0.13506],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..adapters import Adapters
 from ..data.encoded import Deck, Encoded
-from ..diffusion import Denoiser, Density, denoising_loss, density_for, loss_weight, randn_like, random_sigma
+from ..diffusion import Denoiser, Density, denoising_loss, density_for, loss_weight, noise_like, randn_like, random_sigma
 from ..settings import NoiseSettings
 
 
@@ -48,6 +48,8 @@ class Lora:
         conds = self.encode(batch) if self.encode else batch.conds
         sigma = random_sigma(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
         mask = None if batch.mask is None else batch.mask.to(x0)
+        noise = noise_like(x0, rng, self.noise)
+        extra = self.noise.perturbation * randn_like(x0, rng) if self.noise.perturbation else None
         with self.adapters.dropping(rng):
-            error = denoising_loss(self.denoiser, x0, randn_like(x0, rng), sigma, conds, mask)
+            error = denoising_loss(self.denoiser, x0, noise, sigma, conds, mask, self.noise, extra)
         return loss_weight(self.denoiser, sigma, self.noise) * error

@@ -9,7 +9,7 @@ import torch
 from ..adapters import Adapters
 from ..data.encoded import Batch, Deck, Encoded
 from ..data.pairs import Pair, pairs_of
-from ..diffusion import Denoiser, Density, density_for, loss_weight, native_error, randn_like, random_sigma
+from ..diffusion import Denoiser, Density, density_for, loss_weight, native_error, noise_like, random_sigma
 from ..points import one_of
 from ..settings import NoiseSettings
 
@@ -54,7 +54,7 @@ class Pairs:
         sides = self.sides([self.items[i] for i in self.deck.draw(rng)], rng)
         x0 = [self.denoiser.model_space(batch.x0) for _, batch in sides]
         sigma = random_sigma(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
-        return sides, x0, randn_like(x0[0], rng), sigma
+        return sides, x0, noise_like(x0[0], rng, self.noise), sigma
 
     def student(self, x, sigma, batch, strength):
         self.spent["student"] += len(x)
@@ -63,7 +63,7 @@ class Pairs:
 
     def weighted(self, x0_hat, goal, sigma, batch):
         mask = None if batch.mask is None else batch.mask.to(goal)
-        return loss_weight(self.denoiser, sigma, self.noise) * native_error(self.denoiser, x0_hat, goal, sigma, mask)
+        return loss_weight(self.denoiser, sigma, self.noise) * native_error(self.denoiser, x0_hat, goal, sigma, mask, self.noise)
 
 
 class ImageSlider(Pairs):
