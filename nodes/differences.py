@@ -32,6 +32,7 @@ from .lora import graph_metadata
 from .prompts import Prompts
 from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe, PointRecipe
 from .training import AFTER, CALIBRATE, OFF, TrainingJob, largest, picture_probe, resolution
+from .validation import ValidationRecipe
 
 
 class ImagePairs(io.ComfyNode):
@@ -142,6 +143,10 @@ def recipes(points: bool):
     ]
 
 
+def looking():
+    return ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: sample pictures on the way.")
+
+
 def results():
     return [
         LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),
@@ -154,7 +159,7 @@ def results():
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
-def common(cls, model, widgets, adapter, optimizer, noise):
+def common(cls, model, widgets, adapter, optimizer, noise, validation=None):
     """What every job of this file is given."""
     return dict(
         model=model,
@@ -167,6 +172,7 @@ def common(cls, model, widgets, adapter, optimizer, noise):
         calibrate=widgets["calibrate"],
         graph=graph_metadata(cls.hidden),
         node_id=cls.hidden.unique_id,
+        looking=validation,
     )
 
 
@@ -270,6 +276,10 @@ class PromptJob(TrainingJob):
         x0 = session.denoiser.model_space(host.random_latent(self.tasks()[0].shapes[0]))
         return x0, [next(iter(self.conds.values()))]
 
+    def sample_prompts(self):
+        task = self.tasks()[0]
+        return [(task.scene or "without a prompt", self.conds[task.scene])], (task.away, self.conds[task.away])
+
     def measured(self, session):
         """Along what the first row changes."""
         axis, shape = axis_of(self.rows[0], self.slider), self.shapes(self.rows[0])[-1]
@@ -319,6 +329,7 @@ class TrainLeco(io.ComfyNode):
                 Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above; leave target empty then."),
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
                 *recipes(points=True),
+                looking(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -326,12 +337,12 @@ class TrainLeco(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
+    def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, validation=None, **widgets):
         words = record(LecoWords, widgets)
         rows = only(prompts, words.target, widgets["batch"]) or (leco_row(words, widgets["batch"]),)
         return trained(cls, PromptJob(
             rows=rows, slider=False, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
-            **common(cls, model, widgets, adapter, optimizer, noise),
+            **common(cls, model, widgets, adapter, optimizer, noise, validation),
         ))  # fmt: skip
 
 
@@ -368,6 +379,7 @@ class TrainTextSlider(io.ComfyNode):
                 Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above (leave target empty); unconditional is the negative end."),
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
                 *recipes(points=True),
+                looking(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -375,12 +387,12 @@ class TrainTextSlider(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, **widgets):
+    def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, validation=None, **widgets):
         words = record(SliderWords, widgets)
         rows = with_two_ends(only(prompts, words.target, widgets["batch"])) or (slider_row(words, widgets["batch"]),)
         return trained(cls, PromptJob(
             rows=rows, slider=True, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
-            **common(cls, model, widgets, adapter, optimizer, noise),
+            **common(cls, model, widgets, adapter, optimizer, noise, validation),
         ))  # fmt: skip
 
 
@@ -481,6 +493,7 @@ class TrainImageSlider(io.ComfyNode):
                 Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
                 *run_widgets(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
                 *recipes(points=False),
+                looking(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -488,8 +501,8 @@ class TrainImageSlider(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, encoded, adapter=None, optimizer=None, noise=None, **widgets):
-        return trained(cls, PairJob(data=encoded, method_of=ImageSlider, **common(cls, model, widgets, adapter, optimizer, noise)))
+    def execute(cls, model, encoded, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
+        return trained(cls, PairJob(data=encoded, method_of=ImageSlider, **common(cls, model, widgets, adapter, optimizer, noise, validation)))
 
 
 class TrainDifference(io.ComfyNode):
@@ -514,6 +527,7 @@ class TrainDifference(io.ComfyNode):
                     tooltip="The change is learnt at plus and minus this strength; strength 1 of the file then has more of it. (0.01 to 10)",
                 ),
                 *recipes(points=False),
+                looking(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -521,8 +535,8 @@ class TrainDifference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, **widgets):
-        job = PairJob(data=encoded, method_of=Change, strength=strength, **common(cls, model, widgets, adapter, optimizer, noise))
+    def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
+        job = PairJob(data=encoded, method_of=Change, strength=strength, **common(cls, model, widgets, adapter, optimizer, noise, validation))
         return trained(cls, job)
 
 

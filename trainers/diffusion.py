@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .settings import MSE, SCHEDULED_HUBER, NoiseSettings
 
+PLAIN = NoiseSettings()
+
 
 class Denoiser(Protocol):
     """A frozen diffusion model. Shapes: x (B, C, ...), sigma (B,), conds a list of B conditionings."""
@@ -180,7 +182,7 @@ WEIGHTS = {  # (SNR, settings) -> weight of the x0 error
 }
 
 
-def native_error(denoiser, x0_hat, x0, sigma, mask=None, settings: NoiseSettings = NoiseSettings()):
+def native_error(denoiser, x0_hat, x0, sigma, mask=None, settings: NoiseSettings = PLAIN):
     """(B,) mean error of the network's own target, the noise, v or the velocity, in the measure of the settings."""
     scale = denoiser.native_scale(sigma)
     if settings.loss == MSE:
@@ -198,7 +200,7 @@ def huber_width(denoiser, sigma, settings):
     return width
 
 
-def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None, settings: NoiseSettings = NoiseSettings(), extra=None):
+def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None, settings: NoiseSettings = PLAIN, extra=None):
     """(B,) native loss of one prediction. `extra`: noise that the model is shown beyond that of its target (input perturbation, Ning et al.
     2023): the network's target stays that of `noise`, and with it x0 moves by c_skip = (native_scale / sigma)^2 of what is added."""
     x = plain = denoiser.noised(x0, noise, sigma)
