@@ -79,7 +79,7 @@ def collage_lora():
 
 Several pictures in one frame, each from edge to edge, so that patterns are learnt relative to the frame and nothing is stretched or enlarged.
 
-1. **Pictures.** Choose a folder with captions in *Load Dataset*. Portraits are put side by side, landscapes above each other.
+1. **Pictures.** Choose a folder with captions in *Load Dataset*. Portraits are put side by side, landscapes above each other; of the *frames*, each collage takes the one that wastes least. For SDXL double their sides.
 
 2. **Collages.** *Build Collages* uses every picture equally often and says what it left out and why. The ground between pictures is masked: no loss is counted there. *mix* adds the pictures alone as well.
 
@@ -89,7 +89,7 @@ Several pictures in one frame, each from edge to edge, so that patterns are lear
     flow.group("1 · Pictures to collages", BLUE, 430, -80,
         (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
                ("told", "PreviewAny", 260, {}, {"source": "collage.report"}, "What was built")]),
-        (380, [("collage", "TrainyardBuildCollages", 720, {"width": 512, "height": 512}, {"dataset": "load.dataset"})]))  # fmt: skip
+        (380, [("collage", "TrainyardBuildCollages", 720, {"frames": "512x512, 576x448, 448x576, 768x320, 320x768"}, {"dataset": "load.dataset"})]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Train", GREEN, 1250, -80,
         (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},

@@ -17,7 +17,7 @@ SMALL = {  # what makes a workflow run in seconds on a small checkpoint and draw
     "TrainyardBucketDataset": {"resolution": 64, "step": 8},
     "TrainyardCheckDataset": {"resolution": 64, "reject_below": 16, "warn_below": 32},
     "TrainyardCaptionImages": {"backend": "file name"},
-    "TrainyardBuildCollages": {"width": 128, "height": 64},
+    "TrainyardBuildCollages": {"width": 128, "height": 64, "frames": ""},
     "TrainyardTrainLora": {"steps": 3, "rank": 4, "learning_rate": 1e-2},
     "TrainyardTrainImageSlider": {"steps": 2, "calibrate": "off"},
     "TrainyardTrainDifference": {"steps": 2, "calibrate": "off"},
