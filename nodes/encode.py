@@ -15,6 +15,7 @@ from . import host, paths
 from .fields import CATEGORY, Dataset, Encoded, inputs, record
 
 ADDED = ("rules", "merge", "max_crop")  # after the first release: at the end, because saved workflows hold widgets by position
+TOLD_LATER = ("tag_dropout", "wildcards")
 
 
 class BucketDataset(io.ComfyNode):
@@ -57,7 +58,8 @@ class EncodeDataset(io.ComfyNode):
             category=CATEGORY,
             description="Sort pictures into buckets and encode pictures and captions once, with a cache on disk. "
             "CLIP and VAE leave the GPU afterwards.",
-            search_aliases=["bucket", "latent cache", "vae encode dataset", "caption dropout", "trigger word"],
+            search_aliases=["bucket", "latent cache", "vae encode dataset", "caption dropout", "trigger word", "tag dropout", "wildcards",
+                            "keep tokens"],
             inputs=[
                 Dataset.Input("dataset", tooltip="From Load Dataset. Sizes decided by Bucket Dataset are kept."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
@@ -67,7 +69,7 @@ class EncodeDataset(io.ComfyNode):
                     tooltip="The text encoder of the model to be trained; the empty text is encoded too. Only a score model needs none: then "
                     "choose the caption mode 'empty (unconditional)'.",
                 ),
-                *inputs(CaptionSettings),
+                *inputs(CaptionSettings, without=TOLD_LATER),
                 *inputs(BucketSettings, without=ADDED),
                 io.Boolean.Input(
                     "flip",
@@ -91,6 +93,7 @@ class EncodeDataset(io.ComfyNode):
                     advanced=True,
                     tooltip="The colour beneath transparent pictures, as #rrggbb or a name such as grey.",
                 ),
+                *inputs(CaptionSettings, only=TOLD_LATER),
             ],
             outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node.")],
             hidden=[io.Hidden.unique_id],

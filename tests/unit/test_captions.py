@@ -61,3 +61,71 @@ def test_shuffles_depend_on_seed_and_record_only():
 def test_settings_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         CaptionSettings(**bad)
+
+
+# -- what is fixed and what is free ---------------------------------------------------------------------------------------------------
+
+ALL = dict(variants=64)
+
+
+def test_what_stands_between_two_bars_is_free_and_the_rest_stays():
+    texts = told("a, b ||| c, d ||| e, f", shuffle=True, **ALL)
+    assert set(texts) == {"a, b, c, d, e, f", "a, b, d, c, e, f"}
+
+
+def test_bars_say_it_instead_of_keep_tokens():
+    assert {t[0] for t in told("a ||| b, c", shuffle=True, keep_tokens=3, **ALL)} == {"a"}
+    assert len(told("a ||| b, c", shuffle=True, keep_tokens=3, **ALL)) == 2
+
+
+def test_what_is_joined_stays_together_and_is_dropped_together():
+    texts = told("a, red dress;;;red shoes, b", shuffle=True, **ALL)
+    assert len(texts) == 6 and all("red dress, red shoes" in t for t in texts)
+    dropped = told("red dress;;;red shoes, b", tag_dropout=0.5, **ALL)
+    assert set(dropped) == {"", "b", "red dress, red shoes", "red dress, red shoes, b"}
+
+
+def test_the_signs_never_reach_the_text_encoder():
+    assert told("a ||| b, c;;;d") == ("a, b, c, d",)
+    assert told("a, b", "a ||| b") == ("a, b",)
+
+
+def test_tag_dropout_leaves_kept_tags_and_the_trigger():
+    texts = told("a, b, c, d", tag_dropout=1.0, keep_tokens=2, trigger="sks", **ALL)
+    assert texts == ("sks, a, b",)
+
+
+def test_tag_dropout_drops_its_share():
+    tags = ", ".join(f"t{i}" for i in range(200))
+    texts = told(tags, tag_dropout=0.25, **ALL)
+    kept = sum(t.count("t") for t in texts) / len(texts) / 200
+    assert kept == pytest.approx(0.75, abs=0.02) and all(t.split(", ") == sorted(t.split(", "), key=tags.index) for t in texts)
+
+
+def test_few_wildcards_are_all_encoded_and_none_twice():
+    assert told("a {red|blue} {hat|cap}", wildcards=True) == ("a red hat", "a red cap", "a blue hat", "a blue cap")
+
+
+def test_many_wildcards_are_drawn_as_often_as_there_are_variants():
+    many = "{a|b|c|d} {e|f|g|h} {i|j|k|l}"
+    texts = told(many, wildcards=True, variants=16)
+    assert 10 < len(texts) <= 16 and texts == told(many, wildcards=True, variants=16) != told(many, wildcards=True, variants=16, seed=1)
+    assert not any(set(t) & set("{|}") for t in texts)
+
+
+def test_wildcards_go_with_shuffle_and_may_be_empty():
+    texts = told("a, {b|}, c", wildcards=True, shuffle=True, **ALL)
+    assert {tuple(sorted(t.split(", "))) for t in texts} == {("a", "b", "c"), ("a", "c")}
+
+
+def test_braces_without_a_choice_and_doubled_ones_stay():
+    assert told("{hat} {{a|b}}", wildcards=True) == ("{hat} {a|b}",)
+
+
+def test_without_the_switch_braces_are_text():
+    assert told("a {red|blue} hat") == ("a {red|blue} hat",)
+
+
+def test_shuffles_of_before_are_the_same_texts():
+    """Cached conditionings of earlier releases are found again."""
+    assert told("a, b, c, d", shuffle=True, variants=3) == ("b, c, a, d", "c, b, a, d", "d, b, c, a")

@@ -187,3 +187,15 @@ def test_one_bad_number_of_a_half_precision_vae_stops_the_encode_and_names_the_p
     with pytest.raises(ValueError, match=r"turned 2\.png into NaN or infinity.*--fp32-vae"):
         encoded(tmp_path, vae=Overflowing(), captions=NO_CAPTIONS)
     assert len(list((tmp_path / "cache").iterdir())) == 1 + 2
+
+
+def test_every_text_of_a_wildcard_is_encoded_though_the_caption_was_cached(tmp_path):
+    """Encoded once without the switch, then with it: the cache of the first time does not stand in for the texts of the second."""
+    captioned(tmp_path / "in", 1)
+    (text,) = (tmp_path / "in").glob("*.txt")
+    text.write_text("a {red|blue} hat, small;;;round ||| x", encoding="utf-8")
+    assert encoded(tmp_path).items[0].captions == ("a {red|blue} hat, small, round, x",)
+    again = encoded(tmp_path, captions=CaptionSettings(wildcards=True))
+    assert again.items[0].captions == ("a red hat, small, round, x", "a blue hat, small, round, x")
+    conds = [again.store.load(key)["cross_attn"] for key in again.items[0].caption_keys]
+    assert not torch.equal(*conds)
