@@ -1,0 +1,210 @@
+"""Backbones without ratings, aesthetic heads and students as nodes of ComfyUI, with real (tiny) models."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from trainyard.nodes import host, paths, score, score_backbones
+from trainyard.nodes.encode import EncodeDataset
+from trainyard.nodes.features import ClusterImages, ExtractFeatures, SimilarImages
+from trainyard.nodes.score_backbones import DistillScoreModel, LoadAestheticHead, PretrainScoreBackbone
+from trainyard.tests.comfy import tiny
+from trainyard.tests.comfy.families import make
+from trainyard.tests.comfy.test_quality import encoder
+from trainyard.trainers.clusters import ClusterSettings
+from trainyard.trainers.data.buckets import BucketSettings
+from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.readers import read_folder
+from trainyard.trainers.data.sets import joined
+from trainyard.trainers.features import MODEL
+from trainyard.trainers.likeness import SimilarSettings
+from trainyard.trainers.methods.pretext import PretextSettings
+from trainyard.trainers.methods.score import ScoreSettings
+from trainyard.trainers.pretraining import PRETRAINED
+from trainyard.trainers.scorers import ScorerSettings
+
+SMALL = dict(width=8, depth=1)
+SHADES = 32
+
+
+def node(kind):
+    return kind.PREPARE_CLASS_CLONE(None)  # what the executor calls: the class with its hidden inputs
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd3_noclip")), output_clip=False)[2]
+
+
+@pytest.fixture
+def places(folders, comfy, monkeypatch):
+    """Grey noise of rising brightness, dark ones in one folder and light ones in another; an aesthetic head for the tiny encoder."""
+    kinds = comfy.folder_paths.folder_names_and_paths
+    for kind, endings in ((paths.SCORE_MODELS, {".safetensors"}), (paths.AESTHETIC_HEADS, paths.HEAD_ENDINGS)):
+        (folders / kind).mkdir()
+        monkeypatch.setitem(kinds, kind, ([str(folders / kind)], endings))
+    for index, shade in enumerate(np.linspace(0, 1, SHADES)):
+        place = folders / "input" / "set" / ("dark" if shade < 0.5 else "light")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).normal(40 + 170 * shade, 25, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{index:02d}.png")
+    rng = torch.Generator().manual_seed(0)
+    save_file({"layers.0.weight": torch.randn(8, 24, generator=rng), "layers.0.bias": torch.zeros(8), "layers.2.weight": torch.randn(1, 8, generator=rng),
+               "layers.2.bias": torch.full((1,), 5.0)}, folders / paths.AESTHETIC_HEADS / "tiny.safetensors")  # fmt: skip
+    return folders
+
+
+@pytest.fixture
+def dataset(places):
+    return joined([read_folder(places / "input" / "set" / name) for name in ("dark", "light")])
+
+
+def encoded_of(dataset, vae):
+    sizes = BucketSettings(resolution=64, step=16, min_side=64, max_side=64).to_dict()
+    with torch.inference_mode():
+        return node(EncodeDataset).execute(dataset, vae, flip=False, **CaptionSettings(caption_mode=EMPTY).to_dict(), **sizes).args[0]
+
+
+def values(*records, **changed):
+    return {name: value for record in records for name, value in record.to_dict().items()} | changed
+
+
+def hash_of(patcher):
+    return host.identity(patcher), {name: value.double().sum().item() for name, value in patcher.model.state_dict().items()}
+
+
+PRETEXT = values(ScorerSettings(**SMALL), PretextSettings(steps=6, batch=8, size=64, crops=2, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0))
+
+
+@pytest.fixture
+def pretrained(dataset, vae):
+    with torch.inference_mode():
+        return node(PretrainScoreBackbone).execute(make("sd3", inference=True), vae, dataset, **PRETEXT).args
+
+
+def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_from(dataset, vae, pretrained):
+    model, report, losses = pretrained
+    assert model.about.task == PRETRAINED
+    assert model.about.latent_format == "SD3"
+    assert "same picture found" in report
+    assert "ridge class accuracy" in report, "dark and light are folders"
+    assert len(losses["loss"]) == 6
+    rated = type(dataset)(tuple(replace(r, score=float(i)) for i, r in enumerate(dataset)))
+    given = values(ScorerSettings(**SMALL), ScoreSettings(steps=4, batch=8, members=2))
+    with torch.inference_mode():
+        trained, *_ = node(score.TrainScoreModel).execute(make("sd3", inference=True), encoded_of(rated, vae), pretrained=model, **given).args
+    assert trained.about.width == 8
+
+
+def test_the_same_pictures_are_not_pretrained_twice(dataset, vae, pretrained, monkeypatch):
+    monkeypatch.setattr(score_backbones, "from_pictures", lambda *_: pytest.fail("trained again"))
+    with torch.inference_mode():
+        again = node(PretrainScoreBackbone).execute(make("sd3", inference=True), vae, dataset, **PRETEXT).args
+    assert "read from the cache" in again[1]
+    assert all(torch.equal(a, b) for a, b in zip(again[0].networks[0].parameters(), pretrained[0].networks[0].parameters(), strict=True))
+
+
+def head(places, sight, **more):
+    with torch.inference_mode():
+        return node(LoadAestheticHead).execute("tiny.safetensors", sight, **more).args[0]
+
+
+def test_an_aesthetic_head_rates_pictures_and_with_model_and_vae_their_latents(places, dataset, vae):
+    sight = encoder()
+    before = hash_of(sight.patcher), hash_of(vae.patcher)
+    whole = head(places, sight, model=make("sd3", inference=True), vae=vae)
+    with torch.inference_mode():
+        ratings, spreads = whole.rate_pictures(dataset)
+    assert len(ratings) == SHADES and set(spreads) == {0.0}
+    with torch.inference_mode():
+        out = node(score.ScoreImages).execute(whole, dataset=dataset, **score.ScoringSettings().to_dict()).args
+    assert out[0] == pytest.approx(ratings)
+    with host.gradients():
+        x = torch.randn(1, 16, 8, 8, requires_grad=True)
+        (grad,) = torch.autograd.grad(whole.value(x, torch.zeros(1)).sum(), x)
+    assert float(grad.norm()) > 0
+    assert (hash_of(sight.patcher), hash_of(vae.patcher)) == before
+
+
+def test_half_of_what_latents_need_is_refused(places, vae):
+    with pytest.raises(ValueError, match="both model and vae are needed"):
+        head(places, encoder(), vae=vae)
+
+
+@pytest.mark.parametrize("backbone", ["latent ResNet", MODEL])
+def test_a_student_learns_its_teachers_ratings_and_keeps_its_scale(places, dataset, vae, backbone):
+    teacher, model = head(places, encoder()), make("sd3", inference=True)
+    before = hash_of(model)
+    given = values(ScorerSettings(backbone=backbone, **SMALL), ScoreSettings(steps=30, batch=8, members=2, patience=0))
+    with torch.inference_mode():
+        student, report, _ = node(DistillScoreModel).execute(teacher, model, dataset, encoded_of(dataset, vae), **given).args
+        said = teacher.rate_pictures(dataset)[0]
+    assert student.about.mean == pytest.approx(np.mean(said), abs=1e-3)
+    assert student.about.task == "regression"
+    assert "SRCC" in report
+    assert hash_of(model) == before
+    assert not any(m._forward_hooks for m in model.model.modules())
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        assert student.value(x, torch.tensor([0.0, 0.5])).shape == (2,)
+
+
+def test_a_score_of_latents_is_no_teacher(dataset, vae, pretrained):
+    with pytest.raises(ValueError, match="Connect one of Load Aesthetic Head"):
+        score_backbones.taught_by(pretrained[0], dataset, encoded_of(dataset, vae), None)
+
+
+def test_features_of_a_vision_model_find_alike_pictures_and_groups(dataset):
+    with torch.inference_mode():
+        features, diversity, report = node(ExtractFeatures).execute(dataset, clip_vision=encoder()).args
+        found, sheet, words = node(SimilarImages).execute(features, **SimilarSettings(most=3, name="00", least=-1.0).to_dict()).args
+        parts, whole, groups, page, told = node(ClusterImages).execute(features, **ClusterSettings(clusters=3).to_dict()).args
+    assert features.rows.shape == (SHADES, 24)
+    assert diversity >= 1
+    assert "seen by CLIP_VISION" in report
+    assert len(found) == 3 and sheet.shape[-1] == 3 and words.startswith("3 pictures of 32")
+    assert sum(map(len, parts)) == SHADES and len(groups) == SHADES and set(groups) == {1, 2, 3}
+    assert page.ndim == 4 and "32 pictures in 3 groups" in told
+    assert whole[0].flags
+
+
+def test_features_of_a_backbone_need_its_vae_and_are_not_compared_with_others(dataset, vae, pretrained):
+    with torch.inference_mode():
+        features = node(ExtractFeatures).execute(dataset, score_model=pretrained[0], vae=vae).args[0]
+        others = node(ExtractFeatures).execute(dataset, clip_vision=encoder()).args[0]
+    assert len(features) == SHADES
+    with pytest.raises(ValueError, match="cannot be compared"):
+        node(SimilarImages).execute(features, queries=others, **SimilarSettings().to_dict())
+    with pytest.raises(ValueError, match="either clip_vision or score_model"):
+        node(ExtractFeatures).execute(dataset)
+
+
+def test_the_same_bytes_are_found_by_nobody_but_a_broken_file_only_leaves_itself_out(places, dataset):
+    lost = dataset[3]
+    Path(lost.path).write_bytes(b"no picture")
+    with torch.inference_mode():
+        features = node(ExtractFeatures).execute(dataset, clip_vision=encoder()).args[0]
+    assert len(features) == SHADES - 1
+    assert features.dataset.skipped[0][0] == lost.path
+
+
+def test_train_score_model_learns_on_the_models_own_states(dataset, vae):
+    rated = replace(dataset, records=tuple(replace(r, score=float(i)) for i, r in enumerate(dataset)))
+    model = make("sd3", inference=True)
+    before = hash_of(model)
+    given = values(ScorerSettings(backbone=MODEL, **SMALL), ScoreSettings(steps=30, batch=8, members=2))
+    with torch.inference_mode():
+        trained, report, _ = node(score.TrainScoreModel).execute(model, encoded_of(rated, vae), **given).args
+        path = node(score.SaveScoreModel).execute(trained, "through the model", untrained=True).args[0]
+        loaded, _ = node(score.LoadScoreModel).execute("through the model.safetensors", model=model).args
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(loaded.value(x, torch.zeros(1)), trained.value(x, torch.zeros(1)), atol=1e-4)
+    assert path.endswith("through the model.safetensors")
+    assert hash_of(model) == before
