@@ -26,7 +26,7 @@ from ..trainers.score_files import check_fits, read_score_model, same, tensors_o
 from ..trainers.scorers import TRUNKS, ScorerSettings
 from ..trainers.scoring import rated_by, trained
 from ..trainers.settings import Settings, fingerprint, number
-from . import host, paths
+from . import host, paths, score_backbones
 from . import latents as latents_room
 from .dataset import about as dataset_words
 from .dataset import stoppable
@@ -135,12 +135,13 @@ class TrainScoreModel(io.ComfyNode):
         host.check_latents(model, encoded.channels)
         pairs = pairs_in(file, encoded, settings.task)
         kept = paths.scores_folder() / f"{made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)}.safetensors"
-        if kept.is_file() and scorer.backbone in TRUNKS:
-            made, words, losses = read_score_model(kept), *told_in(kept)
+        trunk = trunk_of(scorer, model, vae, clip_vision)
+        if kept.is_file():
+            made, words, losses = read_score_model(kept, trunk), *told_in(kept)
             words = f"{words}\nTrained before: it was read from the cache."
         else:
             with host.gradients():
-                done = learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, trunk_of(scorer, model, vae, clip_vision))
+                done = learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, trunk)
             made, words, losses = done.model, printable(done.report), done.losses
             write_score_model(kept, made, {"report": words, "losses": json.dumps(losses)})
         host.show(words.splitlines()[0], cls.hidden.unique_id)
@@ -177,8 +178,6 @@ def trunk_of(scorer, model, vae, clip_vision):
     """None for networks that look at latents by themselves; else what makes a trunk from loaded models."""
     if scorer.backbone in TRUNKS:
         return None
-    from . import score_backbones
-
     return score_backbones.trunk_maker(scorer, model, vae, clip_vision)
 
 
@@ -186,8 +185,11 @@ def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, trunk):
     schedule = latents_room.Schedule(model)
     report = host.Steps(node_id)
     groups = groups_of(encoded, Looking(report=report, check_interrupt=host.interrupted))
+    data, denoiser = encoded, schedule
+    if trunk is not None:
+        data, denoiser, trunk = score_backbones.frozen(encoded, schedule, scorer, trunk)
     return trained(
-        encoded, schedule, scorer, settings, latent_format=latents_room.format_name(model), groups=groups, pairs=pairs, trunk=trunk,
+        data, denoiser, scorer, settings, latent_format=latents_room.format_name(model), groups=groups, pairs=pairs, trunk=trunk,
         pretrained=pretrained, device=schedule.device, report=report, check_interrupt=host.interrupted,
     )  # fmt: skip
 

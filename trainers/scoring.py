@@ -309,13 +309,12 @@ def merged(held, count) -> dict[float, torch.Tensor]:
 
 def concluded(task: Task, settings, networks, losses, out, folds, groups) -> Trained:
     about = calibrated(task, settings, out[0.0])
-    figures = {level: measured(task, about, o, folds, groups, settings.seed) for level, o in out.items()}
     name, chance = primary(task)
-    first = figures[0.0][name]
-    known = first.low > chance
-    flat = {n if not level else f"{n} at noise {level:g}": [round(v, 4) for v in (f.value, f.low, f.high)]
-            for level, row in figures.items() for n, f in row.items() if not level or n == name}  # fmt: skip
-    about = replace(about, trained=bool(known), metrics=flat)
+    figures = measured(task, about, out[0.0], folds, groups, settings.seed)
+    first = figures[name]
+    noisy = {f"{name} at noise {level:g}": measured(task, about, o, folds, groups, settings.seed, only=name)[name] for level, o in out.items() if level}
+    flat = {n: [round(v, 4) for v in (f.value, f.low, f.high)] for n, f in (figures | noisy).items()}
+    about = replace(about, trained=bool(first.low > chance), metrics=flat)
     said = in_user_scale(value(out[0.0], about), about).tolist()
     return Trained(ScoreModel(networks, about), losses, lines_of(task, about, name, chance, first, flat), said)
 
@@ -338,27 +337,29 @@ def calibrated(task: Task, settings, out) -> About:
     return replace(about, line=metrics.fitted_line(said, task.scores))
 
 
-def measured(task: Task, about: About, out, folds, groups, seed) -> dict[str, Figure]:
-    """The figures of one level of noise. Copies of a picture count as one when it is asked how sure they are."""
-    rated, said = np.array(task.scores), value(out, about).numpy()
-    figure = lambda metric, a, b: interval(metric, a, b, seed, groups=groups)
+def measured(task: Task, about: About, out, folds, groups, seed, only: str = "") -> dict[str, Figure]:
+    """The figures of one level of noise, or only one of them. Copies of a picture count as one when it is asked how sure they are."""
     if about.task == "pairwise":
         inside = [(a, b) for a, b in task.pairs if folds[a] == folds[b]]
         if not inside:
-            raise ValueError(f"None of the {len(task.pairs)} pairs has both sides in one of {settings_words(folds)}. Give more pairs, or fewer members.")
-        return {"pairwise accuracy": pair_figure(said, inside, groups, seed)}
+            raise ValueError(f"None of the {len(task.pairs)} pairs has both sides in one of the {folds.max() + 1} parts that the pictures are divided "
+                             "into. Give more pairs, or fewer members.")
+        return {"pairwise accuracy": pair_figure(value(out, about).numpy(), inside, groups, seed)}
+    asked = questions(about, out, np.array(task.scores))
+    return {name: interval(metric, said, rated, seed, groups=groups) for name, (metric, said, rated) in asked.items() if not only or name == only}
+
+
+def questions(about: About, out, rated) -> dict[str, tuple]:
+    """{figure: (metric, what was said, what is true)}"""
+    said = value(out, about).numpy()
     if about.task == "multiclass":
-        return {"accuracy": figure(metrics.accuracy, out.argmax(1).numpy(), targets(rated, about).numpy()), "SRCC": figure(metrics.srcc, said, rated)}
+        return {"accuracy": (metrics.accuracy, out.argmax(1).numpy(), targets(rated, about).numpy()), "SRCC": (metrics.srcc, said, rated)}
     if about.task == "binary":
         label = targets(rated, about).numpy()
-        return {"AUROC": figure(metrics.auroc, said, label), "F1": figure(metrics.f1, said, label)}
+        return {"AUROC": (metrics.auroc, said, label), "F1": (metrics.f1, said, label)}
     user = in_user_scale(value(out, about), about).numpy()
-    return {"SRCC": figure(metrics.srcc, said, rated), "PLCC": figure(metrics.plcc, said, rated), "MAE": figure(metrics.mae, user, rated),
-            "pairwise accuracy": figure(metrics.pairwise, said, rated)}  # fmt: skip
-
-
-def settings_words(folds) -> str:
-    return f"{len(set(folds.tolist()))} folds"
+    return {"SRCC": (metrics.srcc, said, rated), "PLCC": (metrics.plcc, said, rated), "MAE": (metrics.mae, user, rated),
+            "pairwise accuracy": (metrics.pairwise, said, rated)}  # fmt: skip
 
 
 def outcomes(said, pairs) -> list[float]:
