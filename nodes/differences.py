@@ -26,7 +26,7 @@ from ..trainers.settings import (
     number,
     text,
 )
-from . import host
+from . import host, planner
 from .fields import CATEGORY, Dataset, Encoded, LoraModel, LossMap, inputs, record
 from .lora import graph_metadata
 from .prompts import Prompts
@@ -117,13 +117,7 @@ def run_widgets(steps, learning_rate, rank, shown=("seed",), **more):
         *widgets,
         io.String.Input("run_name", tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.", **more),
         *rest,
-        io.Combo.Input(
-            "checkpointing",
-            options=list(host.CHECKPOINTING),
-            default="off",
-            advanced=True,
-            tooltip="'per block' needs much less memory and about a third more time per step.",
-        ),
+        planner.checkpointing_input(advanced=True),
         io.Combo.Input(
             "calibrate",
             options=list(CALIBRATE),
@@ -169,6 +163,7 @@ def common(cls, model, widgets, adapter, optimizer, noise, validation=None):
         noise=noise or NoiseSettings(),
         name=checked_name(widgets["run_name"]),
         checkpointing=widgets["checkpointing"],
+        retry_cheaper=widgets.get("retry_cheaper", False),
         calibrate=widgets["calibrate"],
         graph=graph_metadata(cls.hidden),
         node_id=cls.hidden.unique_id,
@@ -330,6 +325,7 @@ class TrainLeco(io.ComfyNode):
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
                 *recipes(points=True),
                 looking(),
+                planner.retry_input(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -380,6 +376,7 @@ class TrainTextSlider(io.ComfyNode):
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
                 *recipes(points=True),
                 looking(),
+                planner.retry_input(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -494,6 +491,7 @@ class TrainImageSlider(io.ComfyNode):
                 *run_widgets(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
                 *recipes(points=False),
                 looking(),
+                planner.retry_input(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -528,6 +526,7 @@ class TrainDifference(io.ComfyNode):
                 ),
                 *recipes(points=False),
                 looking(),
+                planner.retry_input(),
             ],
             outputs=results(),
             hidden=HIDDEN,

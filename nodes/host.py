@@ -7,6 +7,7 @@ out, the interrupt included, all of it is put back and the base weights are what
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import math
@@ -26,18 +27,19 @@ import comfy_kitchen
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_kitchen.backends.eager import rope as eager_rope
-from torch.utils.checkpoint import checkpoint
 
 from ..trainers.adapters import Adapters, by_base, kohya
 from ..trainers.data.encoded import split_conditioning
 from ..trainers.files import LoraFile
+from ..trainers.plan import AUTO, OFF, PER_BLOCK, PER_BLOCK_CPU, cheaper
 from ..trainers.points import Model, NoAdapters
+from ..trainers.recompute import Blocks, checkpointed
 from ..trainers.settings import AdapterSettings
 from .families import Family, family_of
 from .outofplace import out_of_place
 
 KEY = "trainyard"
-CHECKPOINTING = ("off", "per block")
+CHECKPOINTING = (OFF, PER_BLOCK, PER_BLOCK_CPU, AUTO)
 
 
 # -- leaving inference mode ----------------------------------------------------------------------------------------------
@@ -122,37 +124,6 @@ def block_classes(network) -> set[type]:
     return unet or {type(m) for blocks in lists for m in blocks if any(True for _ in m.parameters())}
 
 
-@contextlib.contextmanager
-def checkpointed(classes, adapters):
-    """Blocks keep only their inputs and compute the rest again during backward (Chen et al. 2016)."""
-    before = [(cls, cls.forward) for cls in classes]
-    try:
-        for cls, forward in before:
-            cls.forward = recomputing(forward, adapters)
-        yield
-    finally:
-        for cls, forward in before:
-            cls.forward = forward
-
-
-def recomputing(forward, adapters):
-    def run(module, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(module, *args, **kwargs)
-        # The host writes the current block's number into its options; recomputation must see those of this call.
-        args = [dict(a) if isinstance(a, dict) else a for a in args]
-        kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
-        again = adapters.as_now()  # backward comes when another strength may be set, and another dropout
-
-        def block(*args, **kwargs):
-            with again():
-                return forward(*args, **kwargs)
-
-        return checkpoint(block, module, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run
-
-
 # -- a loaded MODEL as a denoiser ---------------------------------------------------------------------------------------
 
 
@@ -162,6 +133,7 @@ class ComfyDenoiser:
     def __init__(self, patcher, family: Family):
         self.patcher, self.model, self.family = patcher, patcher.model, family
         self.device = patcher.load_device
+        self.widest = 0  # numbers in the largest batch so far
         self.options = self._options()
 
     def _options(self):
@@ -222,6 +194,7 @@ class ComfyDenoiser:
         return {k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()}
 
     def _apply(self, x, sigma, rows):
+        self.widest = max(self.widest, x.numel())
         inputs = comfy.samplers.cond_cat(rows, x.device)
         options = {**self.options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
@@ -261,6 +234,7 @@ class Session:
     keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_keys: dict = field(default_factory=dict)
     text_known: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
+    blocks: Blocks = field(default_factory=Blocks)  # how the model's blocks keep what backward needs; may change between two steps
 
     def tensors(self):
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
@@ -292,8 +266,8 @@ def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, check
         stack.enter_context(out_of_place(network))
         for habit in (in_training, fresh_weights, differentiable_rope):
             stack.enter_context(habit())
-        if checkpointing == "per block":
-            stack.enter_context(checkpointed(block_classes(network), adapters))
+        session.blocks.plan = PER_BLOCK if checkpointing == AUTO else checkpointing  # until a plan is chosen
+        stack.enter_context(checkpointed(block_classes(network), adapters, session.blocks))
         session.denoiser = ComfyDenoiser(patcher, session.family)
         yield session
 
@@ -702,19 +676,29 @@ def difference(loss, params, direction, step):
 def training_memory(model, area, batch: int, checkpointing: str) -> float:
     """A rough first figure, in bytes, of what a step needs beside the weights: the host's own estimate for sampling, times what
     autograd keeps. The host offloads weights when it does not fit. `area`: the largest latent (C, ..., h, w)."""
-    kept = {"off": 12.0, "per block": 3.0}[checkpointing]
+    kept = {OFF: 12.0, PER_BLOCK: 3.0, PER_BLOCK_CPU: 2.0, AUTO: 2.0}[checkpointing]
     return kept * model.model.memory_required([batch, *area])
 
 
-def memory_advice(run, checkpointing: str) -> str:
+class OutOfMemory(RuntimeError):
+    """Memory ran out in the middle of a run. `cheaper`: the plan to try next, or None."""
+
+    def __init__(self, run, plan: str):
+        super().__init__(memory_advice(run, plan))
+        self.plan, self.cheaper = plan, cheaper(plan)
+
+
+def memory_advice(run, plan: str) -> str:
     """What to say when memory ran out in the middle of a run."""
     need = f"{measured_peak() / 2**30:.1f} GiB were in use"
+    further = cheaper(plan)
     options = [
-        "set checkpointing to 'per block'" if checkpointing == "off" else "train at a smaller resolution (Encode Dataset)",
+        f"set checkpointing to {further!r}" if further else "train at a smaller resolution (Encode Dataset)",
         f"lower batch from {run.batch} and raise accumulate instead" if run.batch > 1 else "use an 8-bit optimizer (AdamW8bit)",
         "lower rank, or train attention layers only",
     ]
-    return f"Out of memory: {need} when the step failed. The run is saved and continues after a change of memory settings. To need less: {'; '.join(options)}."
+    return (f"Out of memory: {need} when the step failed, with checkpointing {plan!r}. The run is saved and continues after a change of memory "
+            f"settings. To need less: {'; '.join(options)}.")
 
 
 def measured_peak() -> int:
@@ -724,6 +708,35 @@ def measured_peak() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def free_memory(session: Session) -> int:
+    """Bytes that the device of a session could still give."""
+    return int(mm.get_free_memory(session.denoiser.device))
+
+
+class Gauge:
+    """How much a device takes from now on."""
+
+    def __init__(self, device):
+        self.device = device if device.type == "cuda" else None
+        if self.device:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+
+    def peak(self) -> int:
+        """Bytes beyond what was taken at the start, once all work is done; 0 for a device that does not say."""
+        if not self.device:
+            return 0
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+def let_go():
+    """What a failed step held is given back to the device."""
+    gc.collect()
+    mm.soft_empty_cache()
 
 
 # -- while it runs ----------------------------------------------------------------------------------------------------------------
@@ -790,4 +803,5 @@ def warn(line: str):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, mm.OOM_EXCEPTION)
+    """Of a device, or of the machine itself: torch's CPU allocator says so in words only."""
+    return mm.is_oom(error) or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -10,7 +10,7 @@ from ..trainers.methods.lora import Lora
 from ..trainers.runs import checked_name
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 from ..trainers.validation import Exam, picked
-from . import host
+from . import host, planner
 from .fields import CATEGORY, Encoded, LoraModel, LossMap, inputs, record
 from .lora import graph_metadata
 from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe
@@ -40,12 +40,7 @@ class TrainLora(io.ComfyNode):
                     default="my_lora",
                     tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.",
                 ),
-                io.Combo.Input(
-                    "checkpointing",
-                    options=list(host.CHECKPOINTING),
-                    default="off",
-                    tooltip="'per block' needs much less memory and about a third more time per step.",
-                ),
+                planner.checkpointing_input(),
                 io.Clip.Input("clip", optional=True, tooltip="Only to train the text encoder too (switch it on in Adapter Settings)."),
                 AdapterRecipe.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
                 OptimizerRecipe.Input("optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."),
@@ -57,6 +52,7 @@ class TrainLora(io.ComfyNode):
                 LoraModel.Input("start_from", optional=True, tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same "
                                 "algorithm, rank and layers."),
                 ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop."),
+                planner.retry_input(),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes."),
@@ -83,6 +79,7 @@ class TrainLora(io.ComfyNode):
         conditioning=None,
         start_from=None,
         validation=None,
+        retry_cheaper=(False,),
         **widgets,
     ):
         values = {k: v[0] for k, v in widgets.items()}
@@ -97,6 +94,7 @@ class TrainLora(io.ComfyNode):
             noise=first(noise) or NoiseSettings(),
             name=checked_name(run_name[0]),
             checkpointing=checkpointing[0],
+            retry_cheaper=first(retry_cheaper),
             graph=graph_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
             looking=first(validation),

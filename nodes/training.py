@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 
 from ..trainers.evaluate import Curve
 from ..trainers.files import LoraFile, lora_metadata
 from ..trainers.loop import train
-from ..trainers.runs import RunFolder
+from ..trainers.runs import RunFolder, told
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
 from ..trainers.validation import Watch
-from . import host, live, paths
+from . import host, live, paths, planner
 from .validation import Looking, board_of, no_exam, watching
 
 AFTER, EVERY, OFF = CALIBRATE = ("after training", "at every save", "off")
@@ -41,6 +42,7 @@ class TrainingJob:
     watched: object = None  # what looked at the run
     board: object = None  # its TensorBoard files
     memory: float = 0.0  # bytes that a step needs beside the weights
+    retry_cheaper: bool = False  # when memory runs out
     kind = ""  # of the method and its version: part of the fingerprint
 
     def check(self):
@@ -133,29 +135,60 @@ class TrainingJob:
         self.prepare()
         if self.looking:
             self.looking.encode()
-        self.memory = memory = host.training_memory(self.model, self.largest(), self.run.batch, self.checkpointing)
+        try:
+            lora, losses = self.attempts(folder)
+        except BaseException as error:
+            self.live.broken(error)
+            if folder.saved:
+                host.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
+            raise
+        host.check_loads(self.model, self.clip, lora)
+        return lora, losses
+
+    def attempts(self, folder):
+        """(LoRA, losses). When memory runs out and the user allows it, once more under the plan that needs less, from the last saved step."""
+        try:
+            return self.attempt(folder, self.checkpointing)
+        except host.OutOfMemory as error:
+            if not (self.retry_cheaper and error.cheaper):
+                raise
+            failed, plan = error.plan, error.cheaper
+        folder.export = self.watched = None  # they hold the failed step
+        host.let_go()
+        self.live.say(f"out of memory with checkpointing {failed!r}; once more with {plan!r}")
+        return self.attempt(folder, plan)
+
+    def attempt(self, folder, checkpointing):
+        self.memory = host.training_memory(self.model, self.largest(), self.run.batch, checkpointing)
+        plan = checkpointing
         try:
             with host.training(
-                self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=self.checkpointing, memory=memory
+                self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=checkpointing, memory=self.memory
             ) as session:
                 method = self.method(session)
                 if not session.family.known:
                     host.check_gradients(session, *self.probe(session))
+                if forecast := planner.settled(session, method, self, checkpointing):
+                    self.foretell(forecast, folder)
+                plan = session.blocks.plan
                 folder.export = lambda step: self.lora(session, step)
                 with board_of(self) as board:
                     report = Reports(self.live, board, host.Report(self.run.steps, self.node_id))
                     self.watched = self.watch(session, method)
                     losses = train(method, self.run, self.optimizing, report=report, store=folder, watch=self.watched)
-                lora = self.exported
-        except BaseException as error:
-            self.live.broken(error)
-            if folder.saved:
-                host.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
+                return self.exported, losses
+        except Exception as error:
             if host.out_of_memory(error):
-                raise RuntimeError(host.memory_advice(self.run, self.checkpointing)) from error
+                raise host.OutOfMemory(self.run, plan) from error
             raise
-        host.check_loads(self.model, self.clip, lora)
-        return lora, losses
+
+    def foretell(self, forecast, folder):
+        """Says what the rest of the run will cost."""
+        done = (told(folder.folder / "run.json") or {}).get("step", 0)
+        line = forecast.line(max(0, self.run.steps - done))
+        self.live.say(line)
+        host.show(line, self.node_id)
+        logging.info("Trainyard: %s: %s", self.name, line)
 
     def lora(self, session, steps):
         tensors, untouched = session.tensors()

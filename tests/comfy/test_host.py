@@ -68,7 +68,7 @@ def as_loader_gives(family, dtype=torch.float32):
     return make(family, dtype=dtype, inference=True)
 
 
-@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING[:2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_finite_differences(family, checkpointing):
     with (
@@ -93,7 +93,7 @@ def reference_gradient(family, model, adapter):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING[:2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_an_out_of_place_reference(family, checkpointing, dtype):
     adapter = ADAPTERS.get(family, RANK_4)
@@ -198,7 +198,7 @@ def quantised(state):
     return out
 
 
-@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING[:2])
 @pytest.mark.parametrize("storage", ["fp8", "quantised"])
 def test_a_base_in_eight_bits_trains_with_right_gradients(storage, checkpointing, tmp_path):
     path = tiny.build("flux")

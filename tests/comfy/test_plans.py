@@ -1,0 +1,208 @@
+"""Plans of keeping activations on ComfyUI's own classes: the same gradients, the choice by free memory, and a second try."""
+
+
+import pytest
+import torch
+from trainyard.nodes import host, planner
+from trainyard.tests.comfy.families import make
+from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
+from trainyard.tests.comfy.test_train_node import fail_at, job, result, state
+from trainyard.trainers.plan import AUTO, OFF, PER_BLOCK, PER_BLOCK_CPU, PLANS
+from trainyard.trainers.recompute import Offload
+
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "chroma", "qwen", "wan", "lumina2")
+GIB = 2**30
+
+
+@pytest.mark.parametrize("strength", [1.0, -1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_plan_gives_the_same_gradients_bit_for_bit_and_leaves_the_model_as_it_was(family, strength, monkeypatch):
+    """Small inputs are sent to the CPU too here. The strength in backward is another one than in forward."""
+    monkeypatch.setattr("trainyard.trainers.recompute.SMALL", 0)
+    model, found = as_loader_gives(family), {}
+    before = fingerprint(model)
+    for plan in PLANS:
+        with torch.inference_mode(), host.training(model, ADAPTERS.get(family, RANK_4), checkpointing=plan) as session:
+            shake(session.adapters)
+            problem = Problem(session, family)
+            with session.adapters.at(strength):
+                loss = problem.loss().mean()
+            loss.backward()
+            found[plan] = [p.grad for p in session.adapters.parameters()]
+    for plan in (PER_BLOCK, PER_BLOCK_CPU):
+        assert all(equal(got, wanted) for got, wanted in zip(found[plan], found[OFF], strict=True)), plan
+    assert fingerprint(model) == before
+    assert left_behind(model) == []
+    assert not [key for key, waiting in Offload.copies.items() if waiting() is not None], "no copy waits for a backward that is over"
+
+
+def equal(a, b):
+    return (a is None and b is None) or torch.equal(a, b)
+
+
+def test_strength_minus_one_has_other_gradients():
+    grads = []
+    with torch.inference_mode(), host.training(as_loader_gives("sd3"), RANK_4, checkpointing=PER_BLOCK_CPU) as session:
+        shake(session.adapters)
+        for strength in (1.0, -1.0):
+            with session.adapters.at(strength):
+                grads.append(Problem(session, "sd3").gradient(session.adapters))
+    assert not torch.allclose(*grads)
+
+
+@pytest.mark.parametrize("checkpointing", [AUTO, PER_BLOCK_CPU])
+def test_a_run_under_another_plan_gives_the_same_file(folders, checkpointing):
+    plain = result(job(name="plain"))[0]
+    other = result(job(name="other", model=make("sd3", inference=True), checkpointing=checkpointing))[0]
+    assert all(torch.equal(plain[k], other[k]) for k in plain)
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------------
+
+
+def planned(monkeypatch, free, checkpointing=AUTO, device=None, **run):
+    """(forecast, plan) of a run on a device with so many free bytes."""
+    monkeypatch.setattr(host, "free_memory", lambda session: int(free))
+    a_job = job(steps=run.pop("steps", 60), checkpointing=checkpointing, encoded=run.pop("encoded", None), **run)
+    if device:
+        monkeypatch.setattr(planner, "offered", lambda session: PLANS)
+    with torch.inference_mode(), host.training(a_job.model, a_job.adapter, checkpointing=checkpointing) as session:
+        method = a_job.method(session)
+        forecast = planner.settled(session, method, a_job, checkpointing)
+        assert all(p.grad is None for p in method.parameters())
+        return forecast, session.blocks.plan
+
+
+def test_auto_keeps_everything_where_there_is_room(monkeypatch, folders):
+    forecast, plan = planned(monkeypatch, 100 * GIB)
+    assert (forecast.plan, plan) == (OFF, OFF)
+    assert forecast.fits and forecast.room > 1 and forecast.seconds > 0
+
+
+def test_auto_checkpoints_where_there_is_less_and_goes_to_the_cpu_where_there_is_least(monkeypatch, folders):
+    full, _ = planned(monkeypatch, 100 * GIB)
+    assert planned(monkeypatch, full.peak)[1] == PER_BLOCK
+    assert planned(monkeypatch, 1000, device="cuda")[1] == PER_BLOCK_CPU
+
+
+def test_on_the_cpu_alone_nothing_is_sent_to_the_cpu(monkeypatch, folders):
+    assert planned(monkeypatch, 1000)[1] == PER_BLOCK
+
+
+def test_a_plan_of_the_users_own_is_kept_and_told(monkeypatch, folders):
+    forecast, plan = planned(monkeypatch, 1000, checkpointing=OFF)
+    assert (plan, forecast.fits) == (OFF, False)
+    assert "this is tight" in forecast.line(10)
+
+
+def test_a_short_run_with_a_plan_of_its_own_is_not_measured(monkeypatch, folders):
+    assert planned(monkeypatch, GIB, checkpointing=OFF, steps=10) == (None, OFF)
+
+
+def test_the_forecast_is_of_the_largest_pictures_and_the_whole_batch(monkeypatch, folders):
+    one, two = (planned(monkeypatch, 100 * GIB, batch=batch)[0] for batch in (1, 2))
+    assert one.peak < two.peak < 2 * one.peak
+
+
+def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, folders):
+    calls = []
+    original = planner.one_step
+
+    def one_step(session, *args):
+        calls.append(session.blocks.plan)
+        if len(calls) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(session, *args)
+
+    monkeypatch.setattr(planner, "one_step", one_step)
+    assert planned(monkeypatch, 100 * GIB, device="cuda")[1] == PER_BLOCK_CPU
+    assert calls == list(PLANS)
+
+
+def test_a_run_that_was_measured_first_is_the_same_run(folders, monkeypatch):
+    """Draws, adapters and the chance of others are as before: 60 steps with and without a look beforehand."""
+    measured = result(job(name="measured", steps=60))[0]
+    monkeypatch.setattr(planner, "SHORT", 1000)
+    blind = result(job(name="blind", steps=60, model=make("sd3", inference=True)))[0]
+    assert all(torch.equal(measured[k], blind[k]) for k in blind)
+
+
+def test_the_forecast_is_shown_before_the_first_step(folders, monkeypatch):
+    shown = []
+    monkeypatch.setattr(host, "show", lambda line, node_id=None: shown.append(line))
+    result(job(steps=60, checkpointing=AUTO))
+    assert "GiB free" in shown[0] and "a step" in shown[0] and "until" in shown[0]
+
+
+def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch, folders):
+    a_job = job(steps=60)
+    with torch.inference_mode(), host.training(a_job.model, a_job.adapter) as session:
+        method = a_job.method(session)
+        plain = method.loss
+
+        def looking_back(rng):
+            loss = plain(rng)
+            loss.sum().backward()
+            return loss.detach()
+
+        method.loss = looking_back
+        assert planner.settled(session, method, a_job, OFF) is None
+        assert session.blocks.tally is None
+
+
+# -- a second try ------------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_says_what_was_needed_and_names_the_next_plan(folders, monkeypatch):
+    for plan, said in ((OFF, "set checkpointing to 'per block';"), (PER_BLOCK, "set checkpointing to 'per block + CPU'"), (PER_BLOCK_CPU, "smaller resolution")):
+        monkeypatch.undo()
+        fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
+        with pytest.raises(host.OutOfMemory, match="GiB were in use.*The run is saved and continues") as caught:
+            result(job(checkpointing=plan, name=f"oom {plan.replace(' + ', ' ')}"))
+        assert said in str(caught.value)
+
+
+def test_a_run_that_may_try_again_ends_as_if_nothing_had_happened(folders, monkeypatch):
+    whole = result(job(name="whole"))[0]
+    fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
+    plans = []
+    original = host.training
+    monkeypatch.setattr(host, "training", lambda *a, **k: plans.append(k["checkpointing"]) or original(*a, **k))
+    a_job = job()
+    a_job.retry_cheaper = True
+    again = result(a_job)[0]
+    assert plans == [OFF, PER_BLOCK]
+    assert all(torch.equal(again[k], whole[k]) for k in whole)
+    assert state()["step"] == 6
+
+
+def test_a_second_failure_is_told_and_the_run_is_kept(folders, monkeypatch):
+    original, calls = host.ComfyDenoiser.denoise, []
+
+    def denoise(self, x, sigma, conds):
+        calls.append(1)
+        if len(calls) >= 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, x, sigma, conds)
+
+    monkeypatch.setattr(host.ComfyDenoiser, "denoise", denoise)
+    a_job = job()
+    a_job.retry_cheaper = True
+    with pytest.raises(host.OutOfMemory, match="per block \\+ CPU"):
+        result(a_job)
+    assert state()["step"] == 3
+
+
+def test_memory_of_the_machine_itself_counts_as_memory_too():
+    assert host.out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not host.out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_a_failure_of_another_kind_is_not_tried_again(folders, monkeypatch):
+    calls = []
+    fail_at(monkeypatch, 2, lambda: calls.append(1) or RuntimeError("something else"))
+    a_job = job()
+    a_job.retry_cheaper = True
+    with pytest.raises(RuntimeError, match="something else"):
+        result(a_job)
+    assert calls == [1]

@@ -1,0 +1,201 @@
+"""Plans of keeping activations: their arithmetic, and blocks that keep less and give the same gradients."""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from torch import nn
+from trainyard.trainers.plan import OFF, PER_BLOCK, PER_BLOCK_CPU, PLANS, Block, Forecast, Measured, cheaper, chosen, forecast, seconds_of
+from trainyard.trainers.recompute import Blocks, Dropped, Offload, Tally, checkpointed
+
+MIB = 2**20
+FOUR = Measured(total=440 * MIB, outside=20 * MIB, blocks=(Block(10 * MIB, 100 * MIB),) * 4, largest=10 * MIB, adapters=MIB)
+
+
+def test_each_plan_keeps_less_than_the_one_before():
+    assert FOUR.kept(OFF) == 440 * MIB
+    assert FOUR.kept(PER_BLOCK) == (20 + 100 + 4 * 10) * MIB
+    assert FOUR.kept(PER_BLOCK_CPU) == (20 + 100 + 10) * MIB
+
+
+def test_the_peak_adds_gradients_in_flight_and_the_optimizers_numbers():
+    assert FOUR.peak(PER_BLOCK) - FOUR.kept(PER_BLOCK) == (2 * 10 + 3 * 1) * MIB
+
+
+def test_twice_the_batch_needs_twice_the_activations_and_the_same_adapters():
+    twice = FOUR.scaled(2)
+    assert twice.kept(PER_BLOCK) == 2 * FOUR.kept(PER_BLOCK)
+    assert twice.adapters == FOUR.adapters
+
+
+@pytest.mark.parametrize(("free", "plan"), [(1000, OFF), (400, PER_BLOCK), (175, PER_BLOCK_CPU), (10, PER_BLOCK_CPU)])
+def test_the_fastest_plan_that_fits_is_chosen_and_else_the_smallest(free, plan):
+    assert chosen(FOUR, free * MIB) == plan
+
+
+def test_a_model_without_blocks_has_only_one_need():
+    bare = Measured(total=10, outside=10, blocks=())
+    assert {bare.kept(plan) for plan in PLANS} == {10}
+
+
+def test_the_next_cheaper_plan_and_none_after_the_last():
+    assert [cheaper(plan) for plan in PLANS] == [PER_BLOCK, PER_BLOCK_CPU, None]
+    assert cheaper("auto") is None
+
+
+def test_the_room_for_a_larger_batch_is_what_the_forecast_says_fits():
+    told = forecast(FOUR.scaled(2), PER_BLOCK, 2000 * MIB, batch=2)
+    grown = lambda batch: FOUR.scaled(batch).peak(PER_BLOCK)
+    assert grown(told.room) <= 0.9 * 2000 * MIB < grown(told.room + 1)
+
+
+def test_what_a_real_step_took_beyond_the_count_is_part_of_the_forecast():
+    assert forecast(FOUR, OFF, MIB, extra=7).peak == FOUR.peak(OFF) + 7
+
+
+def test_checkpointing_costs_half_a_step_more_and_transfers_cost_their_bytes():
+    assert seconds_of(PER_BLOCK, OFF, 2.0, FOUR) == pytest.approx(3.0)
+    assert seconds_of(OFF, PER_BLOCK, 3.0, FOUR) == pytest.approx(2.0)
+    assert seconds_of(PER_BLOCK_CPU, PER_BLOCK, 3.0, FOUR) == pytest.approx(3.0 + 2 * 40 * MIB / 12e9)
+
+
+def test_the_line_says_memory_time_and_finish():
+    line = Forecast(PER_BLOCK, 1300 * MIB, 8 * 1024 * MIB, seconds=0.42, room=4).line(1000, now=0)
+    assert line.startswith("per block: 1.3 of 8 GiB free, 0.42 s a step, 7 min, until ")
+    assert line.endswith("batch up to 4 fits")
+
+
+def test_a_forecast_that_does_not_fit_says_what_to_do():
+    assert "lower batch or resolution" in Forecast(PER_BLOCK_CPU, 100 * MIB, 50 * MIB).line(10)
+
+
+# -- blocks ---------------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Two products and a nonlinearity: what autograd keeps of it is known."""
+
+    def __init__(self, width=256):
+        super().__init__()
+        self.one, self.two = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x, options, *, shift):
+        options["calls"] = options.get("calls", 0) + 1
+        return x + self.two(torch.sin(self.one(x) + shift)) * options["scale"]
+
+
+class Net(nn.Module):
+    def __init__(self, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Layer() for _ in range(depth))
+
+    def forward(self, x):
+        shift, options = x.mean(1, keepdim=True).expand_as(x) * 1.0, {"scale": 0.5}
+        for block in self.blocks:
+            x = block(x, options, shift=shift)
+        return x
+
+
+class Strength:
+    """Stands in for adapters, whose strength a recomputed block must see as it was."""
+
+    now = 1.0
+
+    def as_now(self):
+        now = self.now
+
+        @contextlib.contextmanager
+        def again():
+            before, self.now = self.now, now
+            try:
+                yield
+            finally:
+                self.now = before
+
+        return again
+
+
+def gradients(plan):
+    net, x = Net(), torch.randn(300, 256, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with checkpointed({Layer}, Strength(), Blocks(plan)):
+        net(x).square().mean().backward()
+    return [x.grad, *(p.grad for p in net.parameters())]
+
+
+@pytest.mark.parametrize("plan", [PER_BLOCK, PER_BLOCK_CPU])
+def test_gradients_are_the_same_bit_for_bit_under_every_plan(plan):
+    for got, wanted in zip(gradients(plan), gradients(OFF), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_the_blocks_class_is_as_before_after_an_error():
+    before = Layer.forward
+    with pytest.raises(KeyError), checkpointed({Layer}, Strength()):
+        raise KeyError
+    assert Layer.forward is before
+
+
+def test_a_pass_that_is_counted_keeps_nothing_and_has_no_backward():
+    net, x = Net().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
+    blocks = Blocks(tally=Tally(net.parameters()))
+    with checkpointed({Layer}, Strength(), blocks), blocks.tally:
+        loss = net(x).square().mean()
+    with pytest.raises(Dropped):
+        loss.backward()
+
+
+def test_the_count_equals_what_autograd_keeps():
+    """Of a frozen layer, sin keeps its argument; the products keep only weights. The loss keeps the last output."""
+    net, x = Net().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
+    one = 300 * 256 * 4
+    blocks = Blocks(tally=Tally(net.parameters()))
+    with checkpointed({Layer}, Strength(), blocks), blocks.tally:
+        net(x).square().mean()
+    measured = blocks.tally.measured(adapters=0)
+    assert [b.inside for b in measured.blocks] == [one] * 3
+    assert [b.inputs for b in measured.blocks] == [2 * one, one, one], "the shift is given to all and counts once"
+    assert measured.total == 4 * one
+    assert measured.largest == one
+
+
+def test_an_input_that_all_blocks_share_makes_one_trip(monkeypatch):
+    trips = []
+    original = Offload.pack
+
+    def pack(self, tensor):
+        saved = original(self, tensor)
+        trips.append(saved)
+        return saved
+
+    net, x = Net(), torch.randn(300, 256, requires_grad=True)
+    monkeypatch.setattr(Offload, "pack", pack)
+    with checkpointed({Layer}, Strength(), Blocks(PER_BLOCK_CPU)):
+        net(x)
+    large = [t for t in trips if not torch.is_tensor(t)]
+    assert len(large) == 6, "x and shift of three blocks"
+    assert len({id(t) for t in large}) == 4, "three x and one shift"
+
+
+def test_no_copy_outlives_the_tensor_it_was_made_of():
+    before = len(Offload.copies)
+    gradients(PER_BLOCK_CPU)
+    gc.collect()
+    assert len(Offload.copies) == before
+
+
+def test_strength_in_backward_is_that_of_the_forward():
+    adapters, seen = Strength(), []
+
+    class Asking(nn.Module):
+        def forward(self, x):
+            seen.append(adapters.now)
+            return x.sin()
+
+    with checkpointed({Asking}, adapters):
+        adapters.now = -1.0
+        y = Asking()(torch.ones(3, requires_grad=True))
+        adapters.now = 1.0
+        y.sum().backward()
+    assert seen == [-1.0, -1.0]
