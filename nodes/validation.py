@@ -46,11 +46,11 @@ class Looking:
             encoder = host.TextEncoder(self.clip)
             try:
                 with host.gradients():
-                    *conds, last = encoder.encode([*lines, self.previews.negative])
+                    *conds, last = encoder.encode([*lines, self.previews.negative_prompt])
             finally:
                 encoder.free()
             asked = list(zip(lines, conds, strict=True)) + asked
-            away = away or (self.previews.negative, last)
+            away = away or (self.previews.negative_prompt, last)
         return asked, away
 
     def check_for(self, job):

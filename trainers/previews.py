@@ -19,7 +19,7 @@ class PreviewSettings(Settings):
 
     preview_every: int = number(250, 0, 1_000_000, "Draw samples every so many steps, and at the end. 0 draws none.", unit="optimizer steps")
     prompts: str = text("", "One prompt per line. Needs CLIP connected; empty: the first captions of the dataset, or what is connected to positive.", multiline=True)
-    negative: str = text("", "What guidance avoids, for prompts that are written here.")
+    negative_prompt: str = text("", "What guidance avoids, for prompts that are written here.")
     preview_seed: int = number(0, 0, 2**63 - 1, "The seed of the first sample of each prompt; the second has the next one.")
     pictures: int = number(1, 1, 16, "Samples of each prompt.", unit="pictures")
     sampling_steps: int = number(20, 1, 1000, "Sampling steps of each sample.")
