@@ -48,10 +48,12 @@ class Flow:
     def build(self, schemas):
         from trainyard.tests.workflows.convert import DRAWN
 
+        if missing := sorted({n["kind"] for n in self.nodes.values()} - set(schemas) - set(DRAWN)):
+            raise ValueError(f"{self.name}: this ComfyUI has no node {', '.join(missing)}; did the pack fail to load?")
         numbers = {key: number for number, key in enumerate(self.nodes, 1)}
         links, built = [], []
         for order, (key, node) in enumerate(self.nodes.items()):
-            schema = schemas.get(node["kind"]) if node["kind"] not in DRAWN else None
+            schema = schemas.get(node["kind"])
             built.append(self.node(numbers[key], order, node, schema, numbers, schemas, links))
         for number, source, slot, *_ in links:
             next(n for n in built if n["id"] == source)["outputs"][slot]["links"].append(number)
