@@ -77,7 +77,7 @@ class ScoreWatch:
         )
         self.looks.append(look)
         self.keep_previews(step, torch.cat([stack[:1] for stack in now]).half().cpu())
-        if better := look is self.top():
+        if better := look is top_of(self.trained):
             self.kept = [p.detach().cpu().clone() for p in params]
         return better
 
@@ -85,14 +85,15 @@ class ScoreWatch:
         before, after = (torch.cat([judged(self.method.denoiser, scores, stack) for stack in side]).mean() for side in (self.still, now))
         return float(after - before)
 
-    def top(self) -> Look | None:
-        """The look with the best held-out score; None without one."""
-        return max(self.looks, key=lambda look: look.held_out) if self.held_out is not None and self.looks else None
+    @property
+    def trained(self) -> list[Look]:
+        """The looks at adapters that have learnt something."""
+        return [look for look in self.looks if look.step]
 
     @property
     def enough(self) -> bool:
         """Whether `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
-        top = self.top()
+        top = top_of(self.looks)
         if top is None or len(self.looks) - 1 - self.looks.index(top) < self.patience:
             return False
         now = self.looks[-1]
@@ -101,7 +102,7 @@ class ScoreWatch:
     @property
     def best(self) -> dict | None:
         """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score model was fooled."""
-        return {"step": self.top().step, "params": self.kept} if self.enough else None
+        return {"step": top_of(self.trained).step, "params": self.kept} if self.enough else None
 
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
@@ -119,9 +120,9 @@ class ScoreWatch:
     def text(self) -> str:
         lines = [look.line() for look in self.looks]
         if self.enough:
-            top, now = self.top(), self.looks[-1]
+            top, now = top_of(self.looks), self.looks[-1]
             lines.append(f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to {now.score:+.2f} and the held-out "
-                         f"one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters of step {top.step} are kept")  # fmt: skip
+                         f"one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters of step {self.best['step']} are kept")  # fmt: skip
         return "\n".join(lines)
 
     def state(self) -> dict:
@@ -130,6 +131,11 @@ class ScoreWatch:
     def load_state(self, state: dict) -> None:
         self.looks = [Look(**look) for look in state["looks"]]
         self.previews, self.kept = dict(state["previews"]), state["kept"]
+
+
+def top_of(looks) -> Look | None:
+    """The look with the best held-out score, the first of equals; None where none was judged."""
+    return max((look for look in looks if look.held_out is not None), key=lambda look: look.held_out, default=None)
 
 
 @torch.no_grad()

@@ -1,0 +1,288 @@
+"""LECO-score on ComfyUI's own classes: right gradients through the graded step, the base bit-identical, runs that go on and are found again,
+and what is refused before the long work."""
+
+import dataclasses
+import json
+
+import comfy.model_patcher
+import pytest
+import torch
+from trainyard.nodes import host, latents, paths
+from trainyard.nodes import leco_score as nodes
+from trainyard.nodes.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
+from trainyard.tests.comfy.families import cond, latent_shape, make
+from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
+from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.signed_prompts import SignedPrompt
+from trainyard.trainers.loop import step_rng
+from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
+from trainyard.trainers.points import Model
+from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+
+FAMILIES = ("sd15", "sdxl", "sd3", "flux")
+ROWS = (SignedPrompt("a cat"), SignedPrompt("an ugly cat", -1.0), SignedPrompt("a dog", 0.0))
+QUICK = dict(sampling_steps=3, ways=1, refresh=2, guidance_scale=2.0)
+
+
+class Clip:
+    """A text encoder of a family: another conditioning for each prompt."""
+
+    layer_idx = None
+
+    def __init__(self, family):
+        self.family = family
+        with torch.inference_mode(False):
+            self.cond_stage_model = torch.nn.Linear(2, 2).requires_grad_(False)
+            self.cond_stage_model.weight.fill_(1.0), self.cond_stage_model.bias.fill_(0.0)
+            self.patcher = comfy.model_patcher.ModelPatcher(self.cond_stage_model, torch.device("cpu"), torch.device("cpu"))
+
+    def tokenize(self, text):
+        return {"l": [[text]] * (2 if "endless" in text else 1)}
+
+    def encode_from_tokens_scheduled(self, tokens, show_pbar=False):
+        return cond(self.family, seed=sum(map(ord, tokens["l"][0][0])))
+
+
+def judge(model, seed=1, **about):
+    """A score model of random weights for the latents of a MODEL."""
+    channels = model.model.latent_format.latent_channels
+
+    def drawn():
+        scorer = Scorer(LatentResNet(channels, 8, 1), 1)
+        for block in scorer.trunk.blocks:
+            torch.nn.init.normal_(block.second.weight, std=0.1)
+            torch.nn.init.normal_(block.film.layer.weight, std=0.1)
+        return scorer.eval().requires_grad_(False)
+
+    return ScoreModel([seeded(seed, drawn)], About(**{"channels": channels, "latent_format": latents.format_name(model), "width": 8, "depth": 1, **about}))
+
+
+def pictures(family) -> Encoded:
+    samples = [{"samples": torch.randn(latent_shape(family), generator=torch.Generator().manual_seed(seed))} for seed in range(2)]
+    return Encoded.from_core(samples, [cond(family, seed) for seed in range(2)])
+
+
+def job(family="sd3", model=None, score=None, name="score", settings=None, held_out=None, rows=ROWS, data=None, watch_every=2, patience=2, **run):
+    model = model or make(family, inference=True)
+    return ScoreJob(
+        model=model, clip=Clip(family), prompts=rows, scores=((score or judge(model), 1.0),), held_out=held_out, data=data,
+        settings=LecoScoreSettings(**{**QUICK, **(settings or {})}), watching=WatchSettings(watch_every=watch_every, patience=patience),
+        place=nodes.ScorePlace(resolution=64), adapter=AdapterSettings(rank=4), optimizing=OptimizerSettings(), noise=NoiseSettings(), name=name,
+        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), checkpointing="off", graph={},
+        node_id=None,
+    )  # fmt: skip
+
+
+# -- the method on the families' own classes -------------------------------------------------------------------------------------------------
+
+
+def method_of(session, family, model, target):
+    settings = LecoScoreSettings(**{**QUICK, "target": target, "balance": False, "adjust": False, "anchor": 2.0})
+    clip = Clip(family)
+    student = Model(session.denoiser, session.adapters, {text: host.conditioning(clip, text) for text in ("", *(row.prompt for row in ROWS))})
+    scores = [(nodes.lent(judge(model), session.denoiser.device), 1.0)]
+    if target == "direct_align":
+        return LecoScore(student, scores, Injected(student, pictures(family), settings, 2), settings)
+    return LecoScore(student, scores, Walked(student, tasks_of(ROWS[:1], [latent_shape(family)[1:]], 2, settings), settings, 2.0), settings)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "draft_lv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_through_the_step_are_those_of_finite_differences_and_the_base_is_left_alone(family, target):
+    """One graded place, judged again and again; draft_lv's start is a state of the way and has no gradient."""
+    model = make(family, inference=True)
+    before = fingerprint(model)
+    with torch.inference_mode(), host.training(model, RANK_4) as session:
+        shake(session.adapters, size=0.02)
+        method = method_of(session, family, model, target)
+        place = method.places.draw(step_rng(0, 0))
+        method.places = type("Given", (), {"draw": lambda self, rng: place})()
+        loss = lambda: method.loss(step_rng(0, 1)).sum()
+        params = method.parameters()
+        size, direction = host.gradient(loss, params)
+        errors = [abs(host.difference(loss, params, direction, step) / size - 1) for step in (3e-2, 1e-2, 3e-3)]
+        assert session.adapters.strength == 1.0
+    assert min(errors) < 0.03, f"{family}, {target}: off by {min(errors):.1%}"
+    assert fingerprint(model) == before, "the base weights have changed"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_blocks_give_the_same_step(family, target):
+    found = []
+    for checkpointing in ("off", "per block"):
+        model = make(family, inference=True)
+        with torch.inference_mode(), host.training(model, RANK_4, checkpointing=checkpointing) as session:
+            shake(session.adapters, size=0.02)
+            loss = method_of(session, family, model, target).loss(step_rng(0, 0))
+            loss.sum().backward()
+            grads = [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in session.adapters.parameters()]
+            found.append((loss.detach().clone(), torch.cat(grads).clone()))
+    (a, first), (b, second) = found
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert first.norm() > 0 and float((first - second).norm() / first.norm()) < 1e-4
+
+
+def test_a_score_model_made_under_inference_mode_is_lent_and_comes_back_as_it_was():
+    with torch.inference_mode():
+        score = judge(make("sd15"))
+        before = [p.clone() for p in score.networks[0].parameters()]
+        with host.gradients():
+            borrowed = nodes.lent(score, torch.device("cpu"))
+            x = torch.randn(1, 4, 8, 8, requires_grad=True)
+            borrowed.value(x, torch.tensor([0.3])).sum().backward()
+        assert x.grad.abs().sum() > 0 and borrowed.networks[0] is not score.networks[0]
+        assert all(torch.equal(a, b) for a, b in zip(score.networks[0].parameters(), before, strict=True))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_ends_in_a_file_with_what_was_seen_and_leaves_model_and_score_alone(folders, family):
+    with torch.inference_mode():
+        model = make(family, inference=True)
+        score = judge(model)
+        before, judged = fingerprint(model), [p.clone() for p in score.networks[0].parameters()]
+        made = job(family, model, score)
+        made.calibrate = "after training"
+        lora, losses, line = made.result()
+        assert lora and len(losses) == 4 and "4 steps" in line and "rollout" in made.cost()
+        assert fingerprint(model) == before and all(torch.equal(a, b) for a, b in zip(score.networks[0].parameters(), judged, strict=True))
+    looks = json.loads(lora.metadata["trainyard.looks"])
+    assert [look["step"] for look in looks] == [0, 2, 4] and looks[0]["score"] == 0.0 and looks[0]["drift"] == 0.0
+    curve = json.loads(lora.metadata["trainyard.curve"])
+    assert curve["strengths"] == list(nodes.STRENGTHS) and curve["effect"][0] == 0.0 and curve["unit"] == nodes.UNIT
+    assert curve["effect"][4] == pytest.approx(looks[-1]["score"], abs=0.1), "strength 1 of the curve is what the last look saw, of its first prompt"
+
+
+def test_a_run_that_is_continued_is_the_same_run(folders):
+    with torch.inference_mode():
+        whole, losses, _ = job(name="whole").result()
+        job(name="parts", steps=2).result()
+        parts, same, _ = job(name="parts").result()
+    assert losses == same and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_run_that_fools_its_score_model_ends_with_the_adapters_of_its_best_moment(folders):
+    """Held out is the trained score with the opposite sign: of the moments after training began the first is the best."""
+    with torch.inference_mode():
+        model = make("sd3", inference=True)
+        score, opposite = judge(model), judge(model)
+        opposite.networks[0].head[-1].weight.neg_()
+        opposite.networks[0].head[-1].bias.neg_()
+        made = job(model=model, score=score, held_out=opposite, rows=ROWS[:1], steps=60, learning_rate=2e-2, watch_every=4,
+                   settings={"target": "x0", "anchor": 0.0})  # fmt: skip
+        made.calibrate = "after training"
+        lora, losses, _ = made.result()
+        again, same, line = job(model=model, score=score, held_out=opposite, rows=ROWS[:1], steps=60, learning_rate=2e-2, watch_every=4,
+                                settings={"target": "x0", "anchor": 0.0}).result()  # fmt: skip
+    assert len(losses) < 60 and "the adapters of step 4 are kept" in lora.metadata[nodes.SAID] and lora.metadata["ss_steps"] == "4"
+    assert {"trainyard.curve", "trainyard.curve.held_out"} <= set(lora.metadata)
+    assert "already trained" in line and same == losses and all(torch.equal(lora[key], again[key]) for key in lora)
+
+
+def test_two_score_models_that_differ_are_two_runs(folders):
+    model = make("sd3")
+    prints = {job(model=model, score=judge(model, seed)).fingerprint() for seed in (1, 2)}
+    assert len(prints | {job(model=model, score=judge(model, 1), held_out=judge(model, 3)).fingerprint()}) == 3
+
+
+# -- the nodes ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_node(kind, **inputs):
+    with torch.inference_mode():
+        return kind.PREPARE_CLASS_CLONE(None).execute(**inputs).args
+
+
+def train_node(model, **changes):
+    widgets = dict(prompts_text="a cat\n-1 | an ugly cat", target="x0_renoised", resolution=64, steps=3, learning_rate=1e-3, rank=4, run_name="mine",
+                   batch=1, seed=1, save_every=0, checkpointing="off", calibrate="after training")  # fmt: skip
+    settings = run_node(LecoScoreOptions, **{**LecoScoreSettings(**QUICK).to_dict(), "watch_every": 2, "patience": 2})[0]
+    return run_node(TrainLecoScore, **{"model": model, "clip": Clip("sd3"), "score_model": judge(model), "settings": settings, **widgets, **changes})
+
+
+def test_the_node_gives_a_lora_its_losses_the_model_a_report_and_previews_and_reads_them_again(folders):
+    model = make("sd3", inference=True)
+    lora, losses, patched, report, previews = train_node(model)
+    assert len(losses["loss"]) == 3 and patched is not model and len(patched.patches) == len(host.bases(lora))
+    assert "3 steps" in report and "step 2: score" in report and "score by strength, in standard deviations of the ratings" in report
+    assert previews["samples"].shape == (3 * 2, 16, 8, 8), "steps 0, 2 and 3 of two prompts"
+    again, _, _, text, shown = train_node(model)
+    assert "already trained" in text and "step 2: score" in text and all(torch.equal(lora[key], again[key]) for key in lora)
+    assert torch.equal(shown["samples"], previews["samples"])
+
+
+def test_the_original_recipe_takes_a_score_model_of_clean_pictures(folders):
+    model = make("sd3", inference=True)
+    _, losses, _, report, _ = train_node(model, target="original recipe", score_model=judge(model, noisy=False), steps=1, calibrate="off")
+    assert len(losses["loss"]) == 1 and "frozen" not in report
+
+
+def test_several_scores_are_chained_and_trained_on(folders):
+    model = make("sd3", inference=True)
+    (mix,) = run_node(ScoreMixer, score_model=judge(model, 2), weight=0.5)
+    (mix,) = run_node(ScoreMixer, score_model=judge(model, 3), weight=-0.25, more_scores=mix)
+    assert [weight for _, weight in mix] == [0.5, -0.25]
+    one, two = (train_node(model, steps=1, calibrate="off", run_name=name, more_scores=more)[0] for name, more in (("one", None), ("two", mix)))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+def test_direct_align_learns_on_encoded_pictures(folders):
+    model = make("sd3", inference=True)
+    _, losses, _, report, _ = train_node(model, target="direct_align", encoded=pictures("sd3"), steps=2, calibrate="off")
+    assert len(losses["loss"]) == 2 and "rollout" not in report
+
+
+def test_a_slider_is_measured_both_ways(folders):
+    with torch.inference_mode():
+        made = job(settings={"slider": True}, steps=2)
+        made.calibrate = "after training"
+        lora, _, _ = made.result()
+    assert json.loads(lora.metadata["trainyard.curve"])["strengths"] == list(nodes.BOTH_WAYS)
+
+
+def test_signed_prompts_come_from_a_text_a_list_of_texts_or_a_file(folders):
+    text = dict(file=[paths.NO_FILE], text=["a cat", "-1 | an ugly cat"], count=[0], seed=[0])
+    rows, said = run_node(LoadSignedPrompts, **text)
+    assert rows == (SignedPrompt("a cat"), SignedPrompt("an ugly cat", -1.0)) and said == "better (1): a cat\nworse (-1): an ugly cat"
+    (folders / "input" / "parti.tsv").write_text("Prompt\tCategory\nan owl\tAnimals\na fox\tAnimals\n", encoding="utf-8")
+    rows, _ = run_node(LoadSignedPrompts, **{**text, "file": ["input/parti.tsv"], "count": [1]})
+    assert len(rows) == 1 and rows[0].prompt in ("an owl", "a fox")
+
+
+# -- refused before the long work -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda j: setattr(j, "scores", ((judge(make("sd15")), 1.0),)), r"judges latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
+    (lambda j: setattr(j, "held_out", judge(make("sd15"))), "judges latents of SD15"),
+    (lambda j: setattr(j, "scores", ((judge(j.model, noisy=False), 1.0),)), "was trained on clean pictures only"),
+    (lambda j: setattr(j, "scores", ((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
+    (lambda j: setattr(j, "prompts", ()), "There are no prompts. Write one a line into prompts_text"),
+    (lambda j: setattr(j, "prompts", (SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
+    (lambda j: setattr(j, "clip", None), "CLIP is empty"),
+    (lambda j: setattr(j, "data", pictures("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
+    (lambda j: setattr(j, "settings", LecoScoreSettings(target="direct_align")), "learns on your own pictures, and none are connected"),
+    (lambda j: setattr(j, "settings", LecoScoreSettings(anchor=0.0)), "'a dog' has weight 0"),
+    (lambda j: setattr(j, "settings", LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads no text"),
+])  # fmt: skip
+def test_what_cannot_work_is_told_before_anything_is_loaded(folders, monkeypatch, change, says):
+    made = job()
+    change(made)
+    monkeypatch.setattr(host, "training", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(host, "TextEncoder", lambda *_: pytest.fail("the text encoder was loaded"))
+    with pytest.raises(ValueError, match=says):
+        made.result()
+
+
+def test_prompts_of_two_places_are_refused(folders):
+    with pytest.raises(ValueError, match="prompts_text holds 'a cat', and prompts are connected too"):
+        train_node(make("sd3"), prompts=ROWS)
+
+
+def test_the_text_encoder_is_not_trained(folders):
+    with pytest.raises(ValueError, match="text_encoder is on"):
+        train_node(make("sd3"), adapter=dataclasses.replace(AdapterSettings(), text_encoder=True))
