@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, pairs, prompts, rng
 from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.data.cache import Memory
 from trainyard.trainers.data.signed_prompts import SignedPrompt
+from trainyard.trainers.data.views import CROP, GREY, SHUFFLED, TURNED, View, Views
 from trainyard.trainers.diffusion import Density, denoising_loss
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import step_rng, train
@@ -25,8 +27,10 @@ from trainyard.trainers.methods.difference import Difference, keep, leco, replac
 from trainyard.trainers.methods.leco_score import Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.methods.lora import Lora
 from trainyard.trainers.methods.pairs import Change, ImageSlider
+from trainyard.trainers.methods.pretext import Pretext, PretextSettings, heads_for
+from trainyard.trainers.methods.score import Score, ScoreSettings, targets
 from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
-from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
+from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, network_of, outputs_of, seeded
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -123,6 +127,47 @@ def made_of(method, network, added):
     return Made(method, list(network.parameters()), lambda: added.tensors()[0], output, loaded)
 
 
+def make_score(task="regression", backbone="latent ResNet", prediction="flow", seed=0):
+    """Scores of four random latents; the file is the network itself."""
+    data, about = dataset(), About(backbone=backbone, task=task, channels=CHANNELS, width=8, depth=1, outputs=outputs_of(task), high=3.0, mean=1.5)
+    network = seeded(seed, lambda: network_of(about))
+    settings = ScoreSettings(batch=2)
+    pairs = [(0, 1), (2, 1), (3, 0), (2, 3)]
+    method = Score(Denoiser(None, prediction), network, data, about, targets([0.0, 1.0, 2.0, 3.0], about), pairs, settings)
+    x, level = fixed_inputs()[:2]
+
+    def loaded(tensors):
+        other = network_of(about)
+        other.load_state_dict(tensors)
+        return other(x, level)
+
+    return Made(method, [data.store.load(item.latent)["mean"] for item in data.items], lambda: dict(network.state_dict()), lambda: network(x, level), loaded)
+
+
+def make_pretext(backbone="latent ResNet", prediction="flow", seed=0):
+    """All tasks on six views of four pictures, views of one picture being alike; the file is the trunk itself."""
+    draw, store, pictures = rng(9), Memory(), []
+    for number in range(4):
+        middle = torch.randn(SHAPE, generator=draw)
+        views = [View(f"{number}/{i}", i) for i in range(6)]
+        store.update({view.key: {"mean": middle + 0.3 * torch.randn(SHAPE, generator=draw), "std": None} for view in views})
+        pictures.append({CROP: views[:2], TURNED: views[:4], SHUFFLED: views[2:5], GREY: views[4:]})
+    views = Views(tuple(pictures), (), store, SHAPE, "")
+    settings = PretextSettings(backbone=backbone, batch=2, rotation=0.5, jigsaw=0.5, colours=1.0, classes=0.5)
+    make = lambda: network_of(About(backbone=backbone, channels=CHANNELS, width=8, depth=1)).trunk
+    trunk = seeded(seed, make)
+    method = Pretext(Denoiser(None, prediction), trunk, seeded(seed, lambda: heads_for(trunk, SHAPE, settings, 2)), views, range(4), settings,
+                     labels=[0, 1, 0, None])  # fmt: skip
+    x, level = fixed_inputs()[:2]
+
+    def loaded(tensors):
+        other = make()
+        other.load_state_dict(tensors)
+        return other(x, level)
+
+    return Made(method, [value["mean"] for value in store.values()], lambda: dict(trunk.state_dict()), lambda: trunk(x, level), loaded)
+
+
 METHODS = {
     "lora": make_lora,
     "lora, eps, min-SNR": lambda seed=0: make_lora("eps", seed, weighting="min-SNR"),
@@ -142,6 +187,11 @@ METHODS = {
     "leco score, next step, eps": lambda seed=0: make_leco_score("eps", seed, target="next_step"),
     "leco score, direct align, v": lambda seed=0: make_leco_score("v", seed, target="direct_align"),
     "leco score, draft lv": lambda seed=0: make_leco_score(seed=seed, target="draft_lv"),
+    "score": lambda seed=0: make_score(seed=seed),
+    "score in bins, ViT, eps": lambda seed=0: make_score("distribution", "latent ViT", "eps", seed),
+    "score of pairs": lambda seed=0: make_score("pairwise", seed=seed),
+    "pretext": lambda seed=0: make_pretext(seed=seed),
+    "pretext, ViT, eps": lambda seed=0: make_pretext("latent ViT", "eps", seed),
 }
 CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora": [5.99861, 7.21818, 6.10578, 6.45998, 4.31287, 6.7283, 3.85358, 6.83958],
@@ -160,6 +210,11 @@ CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "leco score, next step, eps": [-3.83468, 0.96746, -0.37441, 2.10217, 0.636124, 2.15458, 0.944937, 5.19071],
     "leco score, direct align, v": [-1.58062, -0.0254242, -1.61204, -0.905201, -1.53564, -0.970696, 0.273869, -1.33937],
     "leco score, draft lv": [-1.9606, -0.313234, -0.322133, 0.76068, 0.642791, 1.46385, 0.663319, 1.49726],
+    "pretext": [4.79645, 4.54743, 4.49082, 4.02746, 4.0872, 4.44912, 3.82323, 4.09397],
+    "pretext, ViT, eps": [5.42999, 4.9534, 3.90823, 4.20676, 3.60109, 4.20597, 3.26158, 3.29216],
+    "score": [0.714025, 0.881642, 0.117647, 0.64713, 3.76583, 0.632257, 0.604367, 0.701345],
+    "score in bins, ViT, eps": [0.435602, 0.435191, 0.400849, 0.381977, 0.441026, 0.373144, 0.373079, 0.251352],
+    "score of pairs": [0.894296, 0.568794, 0.722693, 0.224413, 1.12099, 0.137407, 0.505674, 0.165359],
 }
 
 
