@@ -184,7 +184,7 @@ class Scorer(nn.Module):
     def __init__(self, trunk: nn.Module, outputs: int):
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Sequential(nn.LayerNorm(trunk.size), nn.Linear(trunk.size, outputs))
+        self.head = nn.Sequential(nn.LayerNorm(trunk.size, bias=False), nn.Linear(trunk.size, outputs))
 
     def forward(self, x, level, keep: Tensor | None = None):
         """(B, outputs). keep (B, size): the features are multiplied with it, for dropout by a generator of one's own."""

@@ -1,0 +1,152 @@
+"""Score models on the toy world, where the true score of every picture is known: how well each backbone orders pictures that it never saw,
+clean and at rising noise, beside the same network trained on clean latents only and an oracle.
+
+    .venv/bin/python benchmarks/score.py                        # everything, about 8 minutes on one core
+    .venv/bin/python benchmarks/score.py brightness roundness   # some scores; the file keeps what it has of the others
+
+600 drawn pictures are learnt from, 300 others are asked about. The oracle knows the true scores of 1500 more pictures and how noise is
+made: it says the mean score of all of them, each weighted by how likely it is to have become the noised latent at hand (Bayes' rule).
+What it cannot know, no scorer can know from so many pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-score.json"
+LEVELS = (0.0, 0.3, 0.6, 0.9)
+LEARNT, ASKED, KNOWN = 600, 300, 1500
+KINDS = {
+    "latent ResNet": dict(backbone="latent ResNet", width=32, depth=1),
+    "latent ResNet, clean only": dict(backbone="latent ResNet", width=32, depth=1, noisy=False),
+    "latent ViT": dict(backbone="latent ViT", width=16, depth=1),
+}
+HOW = dict(members=2, steps=400, batch=32, learning_rate=2e-3)
+
+
+def boot():
+    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
+    package = types.ModuleType("trainyard")
+    package.__path__ = [str(ROOT)]
+    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
+    sys.modules["trainyard"] = package
+    from trainyard.tests.comfy import boot as comfy
+
+    comfy.boot()
+
+
+def world():
+    from trainyard.tests.toy import sampling
+    from trainyard.tests.toy import world as toy
+
+    with tempfile.TemporaryDirectory() as place:
+        return sampling.load(toy.build(pathlib.Path(place) / "toy_world.safetensors"))
+
+
+def pictures(toy, count, seed):
+    """Latents and true scores, drawn once and kept beside the tests' small models: measuring shapes takes longer than learning them."""
+    import torch
+    from trainyard.tests.comfy.tiny import cache_folder
+    from trainyard.tests.toy import scores as known
+
+    path = cache_folder() / f"known_scores_{count}_{seed}.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(known.latents(toy, count, seed), path)
+    return torch.load(path)
+
+
+def noised(schedule, x0, level, seed=7):
+    """(x, levels) as a scorer sees them."""
+    import torch
+    from trainyard.trainers.methods.score import seen
+    from trainyard.trainers.scorers import sigma_of_level
+
+    levels = torch.full((len(x0),), level)
+    return seen(schedule, x0, sigma_of_level(schedule, levels), levels > 0, torch.Generator().manual_seed(seed))
+
+
+def asked(model, schedule, x0, scores) -> dict:
+    """SRCC by level of noise, with its interval."""
+    import torch
+    from trainyard.trainers.metrics import interval, srcc
+
+    found = {}
+    with torch.no_grad():
+        for level in LEVELS:
+            x, levels = noised(schedule, x0, level)
+            said = torch.cat([model.value(a, b) for a, b in zip(x.split(50), levels.split(50), strict=True)])
+            figure = interval(srcc, said.numpy(), scores)
+            found[str(level)] = [round(v, 3) for v in (figure.value, figure.low, figure.high)]
+    return found
+
+
+def oracle(schedule, x0, scores, known, known_scores) -> dict:
+    import torch
+    from trainyard.trainers.metrics import srcc
+
+    found = {}
+    truth = torch.tensor(known_scores)
+    for level in LEVELS[1:]:
+        x, _ = noised(schedule, x0, level)
+        a, b = (1 - level), level  # the toy world is a flow model
+        scale = (a * a + b * b) ** 0.5
+        apart = torch.cdist((x * scale).flatten(1), (a * known).flatten(1)).square()
+        said = (-apart / (2 * b * b)).softmax(1) @ truth
+        found[str(level)] = round(srcc(said.numpy(), scores), 3)
+    return found
+
+
+def figures(schedule, kind, data, x0, scores) -> dict:
+    import torch
+    from trainyard.trainers.methods.score import ScoreSettings
+    from trainyard.trainers.scorers import ScorerSettings
+    from trainyard.trainers.scoring import trained
+
+    start = time.process_time()
+    made = trained(data, schedule, ScorerSettings(**KINDS[kind]), ScoreSettings(**HOW), latent_format="SD3")
+    size = sum(p.numel() for p in made.model.networks[0].parameters())
+    return {"SRCC by noise": asked(made.model, schedule, x0, scores), "folds": made.model.about.metrics, "parameters": size,
+            "seconds of one core": round(time.process_time() - start), "threads": torch.get_num_threads()}
+
+
+def main(names):
+    import torch
+
+    torch.set_num_threads(1)
+    from trainyard.nodes.latents import Schedule
+    from trainyard.tests.toy import scores as known
+
+    toy = world()
+    schedule = Schedule(toy.model)
+    z, truth = pictures(toy, LEARNT, 1)
+    others, asked_truth = pictures(toy, ASKED, 2)
+    many, many_truth = pictures(toy, KNOWN, 3)
+    x0, crowd = schedule.model_space(others), schedule.model_space(many)
+    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    result |= {"command": "benchmarks/score.py", "settings": HOW, "kinds": KINDS, "learnt": LEARNT, "asked": ASKED, "known to the oracle": KNOWN}
+    for name in names:
+        row = {"oracle": {"SRCC by noise": oracle(schedule, x0, asked_truth[name], crowd, many_truth[name])}}
+        for kind in KINDS:
+            row[kind] = figures(schedule, kind, known.encoded(z, truth[name]), x0, asked_truth[name])
+            print(name, kind, row[kind]["SRCC by noise"], row[kind]["seconds of one core"], "s", flush=True)
+        print(name, "oracle", row["oracle"], flush=True)
+        result[name] = row
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    boot()
+    import torch
+    from trainyard.tests.toy.scores import SCORES
+
+    with torch.inference_mode(False):
+        main(sys.argv[1:] or SCORES)
