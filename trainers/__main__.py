@@ -70,15 +70,21 @@ def add_settings(group, record):
     for f in dataclasses.fields(record):
         meta, default = f.metadata, f.default
         about = meta["hint"] + (f" Unit: {meta['unit']}." if meta.get("unit") else "") + (f" (default: {default})" if default != "" else "")
-        options = dict(dest=f.name, default=default, help=about.replace("%", "%%"))
+        name = option(record, f.name)
+        options = dict(dest=name, default=default, help=about.replace("%", "%%"))
         if meta.get("switch"):
-            group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
         elif "options" in meta:
-            group.add_argument(flag(f.name), choices=meta["options"], **options)
+            group.add_argument(flag(name), choices=meta["options"], **options)
         elif meta.get("text"):
-            group.add_argument(flag(f.name), **options)
+            group.add_argument(flag(name), **options)
         else:
-            group.add_argument(flag(f.name), type=whole if isinstance(default, int) else number, metavar="N", **options)
+            group.add_argument(flag(name), type=whole if isinstance(default, int) else number, metavar="N", **options)
+
+
+def option(record, name) -> str:
+    """The field's name on the command line; captions were first to have a dropout."""
+    return "adapter_dropout" if record is AdapterSettings and name == "dropout" else name
 
 
 def flag(name):
@@ -100,7 +106,7 @@ def number(text):
 
 
 def settings(args, record):
-    return record(**{f.name: getattr(args, f.name) for f in dataclasses.fields(record)})
+    return record(**{f.name: getattr(args, option(record, f.name)) for f in dataclasses.fields(record)})
 
 
 # -- what the person sees, and Ctrl-C ----------------------------------------------------------------------------------------------
