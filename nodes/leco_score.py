@@ -233,8 +233,8 @@ class ScoreJob(TrainingJob):
 
     def method(self, session):
         self.student = Model(session.denoiser, session.adapters, self.conds)
-        scores = [(lent(score, session.denoiser.device), weight) for score, weight in self.scores]
-        self.held = self.held_out and lent(self.held_out, session.denoiser.device)
+        scores = [(lent(score, session), weight) for score, weight in self.scores]
+        self.held = self.held_out and lent(self.held_out, session)
         self.guidance = host.rollout_guidance(session, self.settings.guidance_scale)
         places = (Injected(self.student, self.data, self.settings, self.run.batch) if self.data
                   else Walked(self.student, self.tasks(), self.settings, self.guidance))  # fmt: skip
@@ -301,16 +301,23 @@ class ScoreJob(TrainingJob):
         return forwards(self.student, self.run.steps)
 
 
-def lent(score: Scores, device) -> Scores:
-    """A score model whose networks autograd can run, on the device of the training. Networks that stand for themselves are copied; those
-    made from a loaded model are it."""
+def lent(score: Scores, session) -> Scores:
+    """A score model whose networks autograd can run, on the device of the training; the one that is given stays as it is. One that looks
+    through the very MODEL in training sees it as it was."""
     own = score.about.backbone in TRUNKS
-    networks = [copy.deepcopy(network) if own else network for network in score.networks]
-    for network in networks:
+    made = copy.copy(score)
+    made.networks = [copy.deepcopy(network) if own else looking_past(network, session.adapters) for network in score.networks]
+    for network in made.networks:
         host.materialise(network)
         network.eval().requires_grad_(False)
-    made = copy.copy(score)
-    made.networks = [network.to(device) for network in networks] if own else networks
+    return made.to(session.denoiser.device)
+
+
+def looking_past(network, adapters):
+    """The network with a trunk of its own that looks past these adapters; all weights are shared."""
+    made, trunk = copy.copy(network), copy.copy(network.trunk)
+    made._modules = {**network._modules, "trunk": trunk}
+    trunk.__dict__["others"] = adapters
     return made
 
 

@@ -7,13 +7,14 @@ import json
 import comfy.model_patcher
 import pytest
 import torch
-from trainyard.nodes import host, latents, paths
+from trainyard.nodes import backbones, host, latents, paths
 from trainyard.nodes import leco_score as nodes
 from trainyard.nodes.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.signed_prompts import SignedPrompt
+from trainyard.trainers.features import MODEL
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.points import Model
@@ -81,7 +82,7 @@ def method_of(session, family, model, target):
     settings = LecoScoreSettings(**{**QUICK, "target": target, "balance": False, "adjust": False, "anchor": 2.0})
     clip = Clip(family)
     student = Model(session.denoiser, session.adapters, {text: host.conditioning(clip, text) for text in ("", *(row.prompt for row in ROWS))})
-    scores = [(nodes.lent(judge(model), session.denoiser.device), 1.0)]
+    scores = [(nodes.lent(judge(model), session), 1.0)]
     if target == "direct_align":
         return LecoScore(student, scores, Injected(student, pictures(family), settings, 2), settings)
     return LecoScore(student, scores, Walked(student, tasks_of(ROWS[:1], [latent_shape(family)[1:]], 2, settings), settings, 2.0), settings)
@@ -126,14 +127,49 @@ def test_recomputed_blocks_give_the_same_step(family, target):
 
 def test_a_score_model_made_under_inference_mode_is_lent_and_comes_back_as_it_was():
     with torch.inference_mode():
-        score = judge(make("sd15"))
+        model = make("sd15", inference=True)
+        score = judge(model)
         before = [p.clone() for p in score.networks[0].parameters()]
-        with host.gradients():
-            borrowed = nodes.lent(score, torch.device("cpu"))
+        with host.training(model, RANK_4) as session:
+            borrowed = nodes.lent(score, session)
             x = torch.randn(1, 4, 8, 8, requires_grad=True)
             borrowed.value(x, torch.tensor([0.3])).sum().backward()
         assert x.grad.abs().sum() > 0 and borrowed.networks[0] is not score.networks[0]
         assert all(torch.equal(a, b) for a, b in zip(score.networks[0].parameters(), before, strict=True))
+
+
+def looking(model):
+    """A score model that looks through the MODEL itself."""
+    about = About(backbone=MODEL, channels=model.model.latent_format.latent_channels, latent_format=latents.format_name(model), width=8)
+    with torch.inference_mode(False):
+        network = seeded(1, lambda: Scorer(backbones.trunk_maker(model)(about), 1)).eval().requires_grad_(False)
+    return ScoreModel([network], about)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_a_score_model_that_looks_through_the_model_in_training_sees_it_as_it_was(family):
+    with torch.inference_mode():
+        model = make(family, inference=True)
+        score = looking(model)
+        before = fingerprint(model)
+        with host.training(model, RANK_4) as session:
+            judge_ = nodes.lent(score, session)
+            x, level = torch.randn(latent_shape(family)), torch.tensor([0.3])
+            plain = judge_.value(x, level)
+            shake(session.adapters, size=0.5)
+            assert torch.allclose(judge_.value(x, level), plain, atol=1e-5) and not torch.allclose(score.value(x, level), plain, atol=1e-3)
+            x.requires_grad_()
+            judge_.value(x, level).sum().backward()
+            assert x.grad.abs().sum() > 0
+        assert score.networks[0].trunk.others is None and fingerprint(model) == before
+
+
+def test_a_run_under_a_score_model_that_looks_through_the_model(folders):
+    with torch.inference_mode():
+        model = make("sd3", inference=True)
+        before = fingerprint(model)
+        lora, losses, _ = job(model=model, score=looking(model)).result()
+        assert lora and len(losses) == 4 and fingerprint(model) == before
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------------------------------
