@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 from ..trainers import runs
 from . import live, paths
@@ -15,7 +16,7 @@ def listing() -> list[dict]:
     """Every run on the disk, the newest first, with what is going on now; runs that have not saved anything yet come before them."""
     found = [summary(about) for about in runs.listed(paths.runs_folder())]
     known = {about["folder"] for about in found}
-    fresh = [dict(now_of(one), model="", bytes=0, changed=None, lora=None, sample=None, validation=None) for one in live.RUNS.values()
+    fresh = [dict(now_of(one), model="", bytes=0, changed=None, lora=None, file=None, sample=None, validation=None) for one in live.RUNS.values()
              if one.status == live.TRAINING and one.folder not in known]  # fmt: skip
     return live.plain([*reversed(fresh), *found])
 
@@ -24,6 +25,7 @@ def summary(about: dict) -> dict:
     """One run as the sidebar shows it."""
     kept = {key: about.get(key) for key in ("folder", "name", "step", "steps", "loss", "model", "validation", "sample", "bytes", "changed", "lora")}
     work = live.at_work(about["folder"])
+    kept["file"] = str(Path("trainyard", about["folder"], about["lora"])) if about["lora"] else None  # as LoRA loaders list it
     ended = "finished early" if about.get("early") else "finished"
     return {**kept, "status": ended if about["why"] == "finished" else "stopped", **(now_of(work) if work else {})}
 

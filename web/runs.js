@@ -1,0 +1,142 @@
+// The sidebar "Training Runs": what lies in the runs folder and what is at work, from the server's files and memory.
+import { app } from '../../scripts/app.js';
+import { short } from './curve.mjs';
+import { ask, fileUrl, make, onRun } from './runs.mjs';
+
+const STYLE = `
+.trainyard-runs { display: flex; flex-direction: column; height: 100%; min-height: 0; font: 13px/1.4 system-ui, sans-serif; color: var(--input-text, #ddd); }
+.trainyard-runs header { flex: none; display: flex; align-items: center; gap: 8px; padding: 10px 12px; font-weight: 600; border-bottom: 1px solid var(--border-color, #4e4e4e); }
+.trainyard-runs header span { flex: 1 1 0; }
+.trainyard-runs .list { flex: 1 1 0; min-height: 0; overflow-y: auto; padding: 10px 12px; display: flex; flex-direction: column; gap: 10px; }
+.trainyard-runs .card { flex: none; display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 10px; padding: 8px; border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px;
+  background: var(--comfy-input-bg, #222); }
+.trainyard-runs .card img { grid-column: 2; grid-row: 1 / span 4; width: 92px; height: 68px; object-fit: cover; border-radius: 4px; cursor: zoom-in; }
+.trainyard-runs .name { font-weight: 600; overflow-wrap: anywhere; }
+.trainyard-runs .dim { color: var(--descrip-text, #999); overflow-wrap: anywhere; }
+.trainyard-runs .bar { grid-column: 1 / -1; height: 4px; margin: 4px 0; border-radius: 2px; background: var(--border-color, #4e4e4e); overflow: hidden; }
+.trainyard-runs .bar div { height: 100%; background: #3b82f6; }
+.trainyard-runs .acts { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 6px; }
+.trainyard-runs button { font: inherit; padding: 2px 8px; border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px; cursor: pointer; color: var(--input-text, #ddd); background: var(--comfy-menu-bg, #353535); }
+.trainyard-runs button:hover { border-color: var(--input-text, #ddd); }
+.trainyard-runs button:focus-visible { outline: 2px solid var(--p-primary-color, #60a5fa); }
+.trainyard-runs .training { color: #3b82f6; }
+.trainyard-runs .failed { color: var(--error-text, #f44); }
+.trainyard-runs .empty { margin: 24px 8px; text-align: center; color: var(--descrip-text, #999); }
+`;
+const QUIET_MS = 700; // at work the list is asked for at most this often
+
+const size = bytes => (bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
+const say = (severity, summary, detail) => app.extensionManager.toast.add({ severity, summary, detail, life: 5000 });
+
+// -- what can be done with a run ------------------------------------------------------------------------------------------
+
+async function openGraph(run) {
+  const { workflow } = await ask(`/${encodeURIComponent(run.folder)}/graph`);
+  if (!workflow) throw new Error('This run was queued without its workflow, so there is none to open.');
+  await app.loadGraphData(workflow, true, true, run.name);
+}
+
+async function resume(run) {
+  await openGraph(run);
+  await app.queuePrompt(0, 1);
+}
+
+const stop = run => app.api.interrupt(run.prompt || null);
+
+async function useLora(run) {
+  const graph = app.canvas.graph ?? app.graph, node = LiteGraph.createNode('TrainyardLoadLora');
+  const [x, y, width, height] = app.canvas.visible_area;
+  node.pos = [x + width / 2 - 150, y + height / 2 - 50];
+  graph.add(node);
+  const widget = node.widgets.find(one => one.name === 'file');
+  if (Array.isArray(widget.options.values) && !widget.options.values.includes(run.file)) widget.options.values.push(run.file);
+  widget.value = run.file;
+  app.canvas.selectNode?.(node);
+  await navigator.clipboard?.writeText(run.file).catch(() => {});
+  say('success', 'Load LoRA File added', `${run.file} (copied)`);
+}
+
+async function remove(run) {
+  const message = `Delete the run ${run.folder} with its ${size(run.bytes)}: its LoRAs, its samples and the state it could be continued from?`;
+  const sure = await (app.extensionManager.dialog?.confirm?.({ title: 'Delete this run?', message, type: 'delete', itemList: [] }) ?? confirm(message));
+  if (!sure) return;
+  const { freed } = await ask(`/${encodeURIComponent(run.folder)}/delete`, { method: 'POST' });
+  say('success', 'Deleted', `${run.folder}: ${size(freed)} are free again`);
+}
+
+// -- the tab --------------------------------------------------------------------------------------------------------------
+
+class Tab {
+  constructor(element) {
+    this.list = make('div', { className: 'list' });
+    const again = make('button', { textContent: 'Refresh', title: 'Look into the runs folder again', onclick: () => this.load() });
+    this.root = make('div', { className: 'trainyard-runs' }, make('style', { textContent: STYLE }),
+                     make('header', {}, make('span', { textContent: 'Training Runs' }), again), this.list);
+    element.replaceChildren(this.root);
+    this.load();
+  }
+
+  async load() {
+    try {
+      const runs = await ask();
+      this.list.replaceChildren(...(runs.length ? runs.map(run => this.card(run)) : [make('div', { className: 'empty', textContent: 'No runs yet. A Train node makes one.' })]));
+    } catch (error) {
+      this.list.replaceChildren(make('div', { className: 'empty failed', textContent: String(error.message ?? error) }));
+    }
+  }
+
+  /** Soon, and not more often than can be read. */
+  soon() {
+    this.timer ??= setTimeout(() => { this.timer = null; if (this.root.isConnected) this.load(); }, QUIET_MS);
+  }
+
+  card(run) {
+    const dim = text => make('div', { className: 'dim', textContent: text });
+    const loss = run.loss === null ? '' : ` · loss ${short(run.loss)}`, seen = run.validation?.loss ? ` · ${run.validation.held_out ? 'validation' : 'fixed pictures'} ${short(run.validation.loss)}` : '';
+    const card = make('div', { className: 'card' }, make('div', { className: 'name', textContent: run.name }));
+    if (run.sample) {
+      const url = fileUrl(run.folder, run.sample);
+      card.append(make('img', { src: url, alt: 'samples', title: 'The last samples; click to open', onclick: () => open(url, '_blank') }));
+    }
+    const done = make('div', {}, make('span', { className: run.status === 'training' ? 'training' : '', textContent: run.status }), ` · step ${run.step} of ${run.steps}`);
+    const bar = make('div', { className: 'bar' }, make('div'));
+    bar.firstChild.style.width = `${Math.min(100, 100 * run.step / Math.max(1, run.steps))}%`;
+    const when = run.changed ? ` · ${new Date(1000 * run.changed).toLocaleString()}` : '';
+    card.append(done, dim(`${[run.model, run.bytes ? size(run.bytes) : ''].filter(Boolean).join(' · ')}${when}`), dim(`${loss}${seen}`.slice(3)), bar, this.acts(run));
+    card.dataset.folder = run.folder;
+    return card;
+  }
+
+  acts(run) {
+    const act = (label, title, work) => make('button', { textContent: label, title, onclick: () => this.does(work, run) });
+    const busy = run.status === 'training';
+    return make('div', { className: 'acts' }, ...[
+      busy && act('Stop', 'Cancel the prompt; the last complete step is saved', stop),
+      !busy && run.status === 'stopped' && act('Resume', 'Open the workflow and press Run: it goes on where it was', resume),
+      run.bytes && act('Open workflow', 'Open the workflow that trained it', openGraph),
+      run.file && act('Use LoRA', 'Add a Load LoRA File node with its newest file, and copy the name', useLora),
+      !busy && act('Delete', 'Delete the run with all its files; asks first', remove),
+    ].filter(Boolean));
+  }
+
+  async does(work, run) {
+    try {
+      await work(run);
+    } catch (error) {
+      say('error', run.name, String(error.message ?? error));
+    }
+    this.soon();
+  }
+}
+
+let tab = null;
+app.registerExtension({
+  name: 'Trainyard.Runs',
+  setup() {
+    app.extensionManager.registerSidebarTab({
+      id: 'trainyard-runs', icon: 'pi pi-chart-line', title: 'Training Runs', tooltip: 'Training Runs (Trainyard)', type: 'custom',
+      render: element => { tab = new Tab(element); },
+    });
+    onRun(() => tab?.root.isConnected && tab.soon());
+  },
+});
