@@ -7,12 +7,14 @@ from comfy_api.latest import io, ui
 from ..trainers.data.encoded import Encoded as EncodedData
 from ..trainers.files import LoraFile, tensor_hash
 from ..trainers.methods.lora import Lora
+from ..trainers.methods.prior import Prior
 from ..trainers.runs import checked_name
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 from ..trainers.validation import Exam, picked
 from . import host, planner
 from .fields import CATEGORY, Encoded, LoraModel, LossMap, inputs, record
 from .lora import graph_metadata
+from .prior import PriorRecipe
 from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe
 from .training import TrainingJob, first, largest, picture_probe, resolution
 from .validation import ValidationRecipe
@@ -51,6 +53,7 @@ class TrainLora(io.ComfyNode):
                 ),
                 LoraModel.Input("start_from", optional=True, tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same "
                                 "algorithm, rank and layers."),
+                PriorRecipe.Input("prior", optional=True, tooltip="From Prior Preservation: what the model must not forget."),
                 ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop."),
                 planner.retry_input(),
             ],
@@ -78,6 +81,7 @@ class TrainLora(io.ComfyNode):
         latents=None,
         conditioning=None,
         start_from=None,
+        prior=None,
         validation=None,
         retry_cheaper=(False,),
         **widgets,
@@ -88,6 +92,7 @@ class TrainLora(io.ComfyNode):
             clip=first(clip),
             data=training_data(encoded, latents, conditioning),
             start=first(start_from),
+            prior=first(prior),
             run=record(RunSettings, values),
             adapter=dataclasses.replace(first(adapter) or AdapterSettings(), rank=values["rank"]),
             optimizing=first(optimizer) or OptimizerSettings(),
@@ -121,14 +126,18 @@ class Job(TrainingJob):
 
     data: EncodedData
     start: LoraFile | None = None
+    prior: Prior | None = None
     kind = "lora 1"
 
     def check(self):
         self.data.require_conditionings()
         host.check_latents(self.model, self.data.channels)
+        if self.prior is not None and self.prior.data is not None:
+            host.check_latents(self.model, self.prior.data.channels)
 
     def parts(self):
-        return (self.data.fingerprint, *([] if self.start is None else [tensor_hash(self.start)]))
+        start = [] if self.start is None else ["start", tensor_hash(self.start)]
+        return (self.data.fingerprint, *start, *([] if self.prior is None else ["prior", *self.prior.parts()]))
 
     def largest(self):
         return largest(self.data)
@@ -138,7 +147,7 @@ class Job(TrainingJob):
             host.start_from(session, self.start)
         density = session.family.density
         return Lora(
-            session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode
+            session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode, self.prior
         )
 
     def exam(self, session, method, data, count):

@@ -28,6 +28,7 @@ from trainyard.trainers.methods.leco_score import Injected, LecoScore, LecoScore
 from trainyard.trainers.methods.lora import Lora
 from trainyard.trainers.methods.pairs import Change, ImageSlider
 from trainyard.trainers.methods.pretext import Pretext, PretextSettings, heads_for
+from trainyard.trainers.methods.prior import Prior, PriorSettings
 from trainyard.trainers.methods.score import Score, ScoreSettings, targets
 from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
 from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, network_of, outputs_of, seeded
@@ -54,11 +55,11 @@ def fixed_inputs():
     return torch.randn(3, CHANNELS, SIDE, SIDE, generator=draw), torch.rand(3, generator=draw), torch.randn(3, WORDS, generator=draw)
 
 
-def make_lora(prediction="flow", seed=0, **settings):
+def make_lora(prediction="flow", seed=0, prior=None, **settings):
     network, data = Net(), dataset()
     added = adapters(network, seed, alpha=2.0)
     noise = NoiseSettings(**settings)
-    method = Lora(Denoiser(network, prediction), added, data, noise, Density("logit-normal"), batch=2)
+    method = Lora(Denoiser(network, prediction), added, data, noise, Density("logit-normal"), batch=2, prior=prior)
     latents = [data.store.load(item.latent)["mean"] for item in data.items]
     return Made(
         method,
@@ -175,6 +176,9 @@ METHODS = {
     "lora, v, soft-min-SNR, Huber, offset": lambda seed=0: make_lora(
         "v", seed, weighting="soft-min-SNR", loss="scheduled Huber", noise_offset=0.1, pyramid_levels=2, perturbation=0.1
     ),
+    "lora, prior by prompts and images": lambda seed=0: make_lora(
+        "flow", seed, prior=Prior(PriorSettings(class_prompt="cat", weight=0.5), {"cat": prompts()["cat"]}, dataset(3, seed=9))
+    ),
     "leco": lambda seed=0: make_difference(leco("cat", "cat", "", "", "erase", 1.0), 2, seed=seed),
     "leco, eps": lambda seed=0: make_difference(leco("cat", "red cat", "cat", "dog", "enhance", 2.0), 2, "eps", seed=seed),
     "leco on pictures": lambda seed=0: make_difference(leco("cat", "old", "", "young"), 2, points="pictures", seed=seed),
@@ -198,6 +202,7 @@ CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora, eps, min-SNR": [4.20972, 5.98353, 5.12524, 4.65772, 3.90156, 5.30313, 4.34837, 4.76823],
     "lora, v": [5.03254, 6.05629, 5.71036, 5.21649, 3.9899, 6.47365, 4.21229, 6.25366],
     "lora, v, soft-min-SNR, Huber, offset": [0.36869, 0.35963, 0.11799, 0.2994, 0.31689, 0.29627, 0.15897, 0.23988],
+    "lora, prior by prompts and images": [9.73604, 10.61272, 8.659, 9.31583, 7.12894, 9.28876, 6.49275, 9.48541],
     "leco": [2.77621, 1.11738, 2.46141, 2.16992, 1.17001, 1.94532, 1.54065, 1.26565],
     "leco, eps": [0.0113274, 0.00637765, 0.018444, 0.00830176, 0.0027884, 0.00723061, 0.00727573, 0.00452141],
     "leco on pictures": [0.664553, 0.602657, 0.62084, 0.719327, 0.546203, 0.334985, 0.291591, 0.13506],

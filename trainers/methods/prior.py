@@ -1,0 +1,91 @@
+"""Prior preservation: what a LoRA must not forget while it learns.
+
+Two ways, alone or together. Class images: pictures of the class are learnt beside the subject's (Ruiz et al. 2023, DreamBooth). Class
+prompts: no pictures at all; under each of these prompts the model with its adapter should answer what it answers without, at the very
+latents of the step (the frozen model as teacher, as in ai-toolkit's differential output preservation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from ..data.captions import CaptionSettings, texts_of
+from ..data.encoded import Deck, Encoded
+from ..diffusion import native_error
+from ..settings import Settings, number, text
+
+MOST_PROMPTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings(Settings):
+    """What is kept, and how firmly."""
+
+    class_prompt: str = text("", "What the model must go on drawing as it does, without pictures: one prompt per line, such as: a photo of a dog. "
+                             "{a|b} stands for both.", multiline=True)  # fmt: skip
+    weight: float = number(1.0, 0.0, 1000.0, "How much what is kept counts against what is learnt.", step=0.1)
+
+    def prompts(self) -> list[str]:
+        """Every prompt once. Raises ValueError when there are more than can be kept in memory."""
+        every = CaptionSettings(wildcards=True, variants=MOST_PROMPTS)
+        lines = [line.strip() for line in self.class_prompt.splitlines() if line.strip()]
+        found = list(dict.fromkeys(told for line in lines for told in texts_of(line, every, torch.Generator().manual_seed(0))))
+        if len(found) > MOST_PROMPTS:
+            raise ValueError(f"class_prompt stands for {len(found)} prompts and {MOST_PROMPTS} is the most. Use fewer lines or choices.")
+        return found
+
+
+@dataclass
+class Prior:
+    """What the Prior Preservation node gives: `conds` by prompt, pictures, or both."""
+
+    settings: PriorSettings
+    conds: dict[str, dict] = field(default_factory=dict)
+    data: Encoded | None = None
+    source: str = ""  # identity of the text encoder
+
+    def __post_init__(self):
+        if not self.conds and self.data is None:
+            raise ValueError("There is nothing to preserve. Write a class_prompt (and connect CLIP), or connect class images as encoded.")
+
+    def parts(self) -> tuple:
+        """What the result of a run depends on."""
+        return self.settings, self.source, "" if self.data is None else self.data.fingerprint
+
+
+class Kept:
+    """A Prior at work in one run: `loss` is asked once per step, after the step's own draws."""
+
+    def __init__(self, prior: Prior, batch: int):
+        self.prior, self.prompts = prior, list(prior.conds)
+        self.deck = None if prior.data is None else Deck(prior.data, batch)
+
+    def state(self) -> dict:
+        return {} if self.deck is None else self.deck.state()
+
+    def load_state(self, state: dict):
+        if self.deck is not None:
+            self.deck.load_state(state)
+
+    def loss(self, method, x, sigma, rng):
+        """A number: weight times the mean error on class images, plus that against the frozen model at x (B, ...)."""
+        total = torch.zeros((), device=x.device)
+        if self.deck is not None:
+            total = total + method.denoised(self.prior.data.batch(self.deck.draw(rng), rng), rng)[0].mean()
+        if self.prompts:
+            total = total + self.drift(method, x, sigma, rng).mean()
+        return self.prior.settings.weight * total
+
+    def drift(self, method, x, sigma, rng):
+        """(B,) native error between the model with and without its adapters, one class prompt per sample."""
+        told = [self.prompts[i] for i in torch.randint(len(self.prompts), (len(x),), generator=rng).tolist()]
+        conds = [self.prior.conds[prompt] for prompt in told]
+        with torch.no_grad(), method.adapters.at(0):
+            teacher = method.denoiser.denoise(x, sigma, conds)
+        asked = method.encode(SimpleNamespace(captions=told, conds=conds)) if method.encode else conds
+        with method.adapters.dropping(rng):
+            student = method.denoiser.denoise(x, sigma, asked)
+        return native_error(method.denoiser, student, teacher, sigma)
