@@ -45,12 +45,14 @@ class Measured:
         return sum(b.inputs for b in self.blocks)
 
     def kept(self, plan: str) -> int:
-        """Bytes on the device when backward begins its largest block."""
+        """Bytes on the device at the worst block. Backward goes from the last block to the first: what later blocks were given is free then."""
         if plan == OFF or not self.blocks:
             return self.total
-        inside = max(b.inside for b in self.blocks)
-        given = self.inputs if plan == PER_BLOCK else max(b.inputs for b in self.blocks)
-        return min(self.total, self.outside + inside + given)
+        given, worst = 0, 0
+        for block in self.blocks:
+            given = given + block.inputs if plan == PER_BLOCK else block.inputs
+            worst = max(worst, given + block.inside)
+        return min(self.total, self.outside + worst)
 
     def peak(self, plan: str) -> int:
         """Bytes beside the weights at the worst moment of a step."""

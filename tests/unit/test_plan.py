@@ -19,6 +19,14 @@ def test_each_plan_keeps_less_than_the_one_before():
     assert FOUR.kept(PER_BLOCK_CPU) == (20 + 100 + 10) * MIB
 
 
+def test_a_large_first_block_is_computed_again_when_nothing_else_waits_any_more():
+    """A UNet's: 100 inside with 10 given at first, then three small ones that are given 20 each."""
+    unet = Measured(total=1000, outside=0, blocks=(Block(10, 100), *[Block(20, 30)] * 3))
+    assert unet.kept(PER_BLOCK) == 110
+    unet = Measured(total=1000, outside=0, blocks=(*[Block(20, 30)] * 3, Block(10, 100)))
+    assert unet.kept(PER_BLOCK) == 170
+
+
 def test_the_peak_adds_gradients_in_flight_and_the_optimizers_numbers():
     assert FOUR.peak(PER_BLOCK) - FOUR.kept(PER_BLOCK) == (2 * 10 + 3 * 1) * MIB
 
