@@ -20,6 +20,7 @@ class TrainyardExtension(ComfyExtension):
             differences,
             encode,
             features,
+            image_conditioning,
             leco_score,
             lora,
             prompts,
@@ -34,6 +35,6 @@ class TrainyardExtension(ComfyExtension):
 
         rooms = (
             dataset, quality, captioning, captions, collage, encode, train_lora, prompts, differences, sweep, score, score_backbones, features,
-            leco_score, recipes, validation, lora,
+            leco_score, image_conditioning, recipes, validation, lora,
         )  # fmt: skip
         return [node for room in rooms for node in room.NODES]
