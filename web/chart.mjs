@@ -7,8 +7,8 @@ const BLUE = '#3b82f6', ORANGE = '#f59e0b', GREEN = '#22c55e', GREY = '#94a3b8';
 const STYLE = `
 .trainyard-run { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 0; box-sizing: border-box; padding: 6px; overflow: hidden;
   border-radius: 6px; font: 12px/1.35 system-ui, sans-serif; color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); }
-.trainyard-run .status { flex: none; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; min-height: 16px; }
-.trainyard-run .status.bad { color: var(--error-text, #f44); white-space: normal; max-height: 34px; }
+.trainyard-run .status { flex: none; max-height: 52px; overflow-y: auto; overflow-wrap: anywhere; scrollbar-width: thin; }
+.trainyard-run .status.bad { color: var(--error-text, #f44); }
 .trainyard-run .legend { flex: none; display: flex; flex-wrap: wrap; gap: 0 10px; color: var(--descrip-text, #999); }
 .trainyard-run .legend span::before { content: ''; display: inline-block; width: 10px; height: 3px; margin-right: 4px; vertical-align: middle; border-radius: 2px; background: var(--mark); }
 .trainyard-run .plot { position: relative; flex: 1 1 120px; min-height: 100px; }
@@ -19,7 +19,9 @@ const STYLE = `
 `;
 
 export class Chart {
-  constructor() {
+  /** says(): whether the node shows the text of its run itself, as it does until the page is loaded anew. */
+  constructor(says = () => false) {
+    this.says = says;
     this.run = null;
     this.pointer = null; // {x, y} in CSS pixels of the canvas, while it is over the plot
     this.status = make('div', { className: 'status' });
@@ -35,7 +37,7 @@ export class Chart {
     this.sizes.observe(this.plot);
   }
 
-  get height() { return this.run?.samples.length ? 380 : 210; }
+  get height() { return this.run?.samples.length ? 440 : 230; }
 
   /** Everything the server knows. */
   show(told) {
@@ -53,8 +55,9 @@ export class Chart {
 
   refresh() {
     const { run } = this, trouble = run.troubles.at(-1);
-    this.status.textContent = trouble && run.status === 'training' ? `${run.text} · ${trouble.text}` : run.text;
+    this.status.textContent = trouble ? `${trouble.text} · ${run.text}` : run.text;
     this.status.title = this.status.textContent;
+    this.status.hidden = !trouble && run.status === 'training' && this.says();
     this.status.classList.toggle('bad', run.status === 'failed');
     const held = run.validation.at(-1)?.held_out, gap = run.validation.some(one => one.training !== undefined);
     const lines = [[BLUE, 'loss'], [ORANGE, held ? 'validation' : 'fixed pictures', run.validation.length], [GREEN, 'trained pictures', gap], [GREY, 'learning rate', run.rates.length]];

@@ -14,7 +14,7 @@ function chartOf(node) {
 }
 
 function furnished(node) {
-  const chart = new Chart();
+  const chart = new Chart(() => node.widgets.some(widget => widget.name.includes('text-preview')));
   const widget = node.addDOMWidget('run', 'TRAINYARD_RUN', chart.root, { serialize: false, hideOnZoom: false, getMinHeight: () => chart.height });
   widget.serialize = false; // the option keeps it out of prompts, this out of workflows
   after(node, 'onRemoved', () => chart.remove());

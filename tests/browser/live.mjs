@@ -24,16 +24,16 @@ const build = (names, steps) => page.evaluate(async ([plan, names, steps]) => {
   };
   const link = (from, slot, to, input) => from.connect(slot, to, to.inputs.findIndex(i => i.name === input));
   const model = add('CheckpointLoaderSimple', [20, 60], { ckpt_name: plan.checkpoint });
-  const data = add('TrainyardLoadDataset', [20, 220], { folder: plan.folder });
-  const encoded = add('TrainyardEncodeDataset', [360, 60], { resolution: 64, step: 8 });
-  const look = add('TrainyardValidation', [360, 520], { every: plan.every, images: 4, name_worst: 4, preview_every: plan.preview, prompts: plan.prompts, sampling_steps: 6, guidance: 2.5 });
+  const data = add('TrainyardLoadDataset', [20, 200], { folder: plan.folder });
+  const encoded = add('TrainyardEncodeDataset', [440, 60], { resolution: 64, step: 8 });
+  const look = add('TrainyardValidation', [20, 500], { every: plan.every, images: 2, levels: 4, name_worst: 2, preview_every: plan.preview, prompts: plan.prompts, sampling_steps: 4, guidance: 2.5 });
   link(data, 0, encoded, 'dataset');
   link(model, 1, encoded, 'clip');
   link(model, 2, encoded, 'vae');
   link(model, 1, look, 'clip');
   link(model, 2, look, 'vae');
   names.forEach((run, i) => {
-    const train = add('TrainyardTrainLora', [760 + 420 * i, 60], { steps, learning_rate: 0.004, rank: 8, batch: 2, run_name: run });
+    const train = add('TrainyardTrainLora', [820 + 420 * i, 60], { steps, learning_rate: 0.004, rank: 8, run_name: run });
     link(model, 0, train, 'model');
     link(encoded, 0, train, 'encoded');
     link(look, 0, train, 'validation');
@@ -52,7 +52,7 @@ const charts = () => page.evaluate(() => [...document.querySelectorAll('.trainya
   let ink = 0;
   for (let i = 3; i < pixels.length; i += 4) ink += pixels[i] > 0;
   const inner = [...root.querySelectorAll('.status, .plot, .legend, .sample')].filter(e => e.offsetHeight).map(e => e.getBoundingClientRect());
-  return { ...root.dataset, text: root.querySelector('.status').textContent, legend: root.querySelector('.legend').innerText, ink, width: box.width, height: box.height,
+  return { ...root.dataset, text: root.querySelector('.status').textContent, said: !root.querySelector('.status').hidden, legend: root.querySelector('.legend').innerText, ink, width: box.width, height: box.height,
            picture: image?.complete ? image.naturalWidth : 0, plot: root.querySelector('.plot').clientHeight,
            outside: inner.filter(r => r.bottom > box.bottom + 1 || r.right > box.right + 1 || r.top < box.top - 1).length,
            overlaps: inner.filter((a, i) => inner.slice(i + 1).some(b => a.top < b.bottom - 1 && b.top < a.bottom - 1)).length };
@@ -90,7 +90,7 @@ async function train() {
   seen.before = { charts: (await charts()).length, saved: await saved() };
   await listen(page);
   await press(page);
-  seen.running = await until(charts, at(20), 300000, 'a chart');
+  seen.running = await until(charts, at(plan.first), 300000, 'a chart');
   await shot('live_running');
   await hover();
   await shot('live_hover');
@@ -111,7 +111,7 @@ async function reload() {
 }
 
 async function finish() {
-  seen.finished = await until(charts, all => all.length === 2 && all.every(c => c.status === 'finished' && Number(c.picture) > 0), 400000, 'the end of both runs');
+  seen.finished = await until(charts, all => all.length === 2 && all.every(c => c.status === 'finished' && Number(c.picture) > 0), 500000, 'the end of both runs');
   await page.evaluate(() => { const c = window.app.canvas; c.ds.scale = 1; c.ds.offset = [-300, 60]; c.setDirty(true, true); });
   await page.waitForTimeout(700);
   await hover(0, 0.8);
@@ -133,7 +133,7 @@ async function again() {
 const cards = () => page.evaluate(() => [...document.querySelectorAll('.trainyard-runs .card')].map(card => ({
   folder: card.dataset.folder, text: card.innerText, buttons: [...card.querySelectorAll('button')].map(b => b.textContent), picture: card.querySelector('img')?.naturalWidth ?? 0,
   wide: card.scrollWidth > card.clientWidth + 1 })));
-const tab = () => page.evaluate(() => window.app.extensionManager.sidebarTab?.toggleSidebarTab?.('trainyard-runs') ?? window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.trainyard-runs'));
+const tab = () => page.locator('.trainyard-runs-tab-button').click();
 const card = run => page.locator('.trainyard-runs .card', { hasText: run }).first();
 
 async function sidebar() {
@@ -165,7 +165,7 @@ async function stop() {
   await build([name('long')], 100000);
   await listen(page);
   await press(page);
-  await until(charts, at(5), 300000, 'the long run');
+  await until(charts, at(3), 300000, 'the long run');
   const running = await until(cards, all => all.some(c => c.text.includes(name('long')) && c.text.includes('training')), 60000, 'the card of the long run');
   seen.busy = running.find(c => c.text.includes(name('long')));
   await shot('runs_training');
