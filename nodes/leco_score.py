@@ -23,7 +23,7 @@ from ..trainers.score_watch import ScoreWatch, judged
 from ..trainers.scorers import TRUNKS
 from ..trainers.scorers import ScoreModel as Scores
 from ..trainers.settings import Settings, number
-from . import host, latents, paths
+from . import host, latents, paths, planner
 from .differences import HIDDEN, common, forwards, recipes, run_widgets
 from .fields import CATEGORY, Encoded, LoraModel, LossMap, ScoreModel, inputs, record
 from .training import OFF, TrainingJob, first, largest
@@ -357,6 +357,7 @@ class TrainLecoScore(io.ComfyNode):
                 Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset: your own pictures, for the target 'direct_align'."),
                 LecoScoreRecipe.Input("settings", optional=True, tooltip="From LECO-Score Settings; defaults without it."),
                 *[recipe for recipe in recipes(points=False) if recipe.id != "noise"],
+                planner.retry_input(),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),
