@@ -77,9 +77,19 @@ class Low(nn.Module):
         """The same, for adapters that must know what the layer answered."""
         return self(x, strength, drop).to(out.dtype)
 
+    @property
+    def first(self) -> Tensor:
+        """What starts at zero, and learns first."""
+        return getattr(self, list(self.parts.values())[-1])
+
     def idle(self) -> bool:
         """True while the adapter changes nothing."""
-        return not getattr(self, list(self.parts.values())[-1]).any()
+        return not self.first.any()
+
+    @torch.no_grad()
+    def rest(self):
+        """Change nothing from now on."""
+        self.first.zero_()
 
     def tensors(self, layer) -> dict[str, Tensor]:
         """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader agrees."""
@@ -96,9 +106,8 @@ class Low(nn.Module):
             if own.numel() != given.numel() or len(own) != len(given):
                 raise ValueError(f"its {suffix} is {tuple(given.shape)}, and {tuple(own.shape)} is wanted here; {self.other_size(tensors)}")
             own.copy_(given.reshape(own.shape))
-        if self.scale is not None:
-            last = getattr(self, list(self.parts.values())[-1])
-            last.mul_(file_scale(tensors, self.rank) / self.scale)
+        if self.scale is not None and abs((factor := file_scale(tensors, self.rank) / self.scale) - 1) > 1e-6:
+            self.first.mul_(factor)
 
     def other_size(self, tensors) -> str:
         """What to do about a size that does not fit."""
@@ -145,6 +154,11 @@ class Dora(Low):
 
     def idle(self):
         return super().idle() and not self.magnitude.any()
+
+    @torch.no_grad()
+    def rest(self):
+        super().rest()
+        self.magnitude.zero_()
 
     def tensors(self, layer):
         """dora_scale as ComfyUI reads it: it multiplies W + s B A by dora_scale over the row norm of W alone, where other tools and the

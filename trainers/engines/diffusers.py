@@ -282,12 +282,11 @@ class Engine:
     def load_lora(self, tensors: dict[str, Tensor], adapters: Adapters, text_adapters: Adapters | None = None):
         """Fill adapters of the same settings from what `lora_tensors` gave; layers that are not in it are off."""
         for owner, key in self.owners(adapters, text_adapters):
-            for name in owner.layers:
+            for name, layer in owner.layers.items():
                 low = owner.low(name)
-                down, up = (tensors.get(self.spelled(f"{key(name)}.lora_{side}.weight")) for side in ("down", "up"))
-                low.up.zero_() if up is None else low.up.copy_(up)
-                if down is not None:
-                    low.down.copy_(down)
+                keys = {suffix: self.spelled(f"{key(name)}.{suffix}") for suffix in low.tensors(layer)}
+                found = {suffix: tensors[there] for suffix, there in keys.items() if there in tensors}
+                low.load(layer, found) if found else low.rest()
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seed: int, size: tuple[int, int], steps=20, cfg: float | None = None) -> Tensor:
