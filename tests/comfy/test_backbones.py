@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from trainyard.nodes import backbones, host, latents, vision
 from trainyard.tests.comfy import tiny
-from trainyard.tests.comfy.families import latent_shape, make
+from trainyard.tests.comfy.families import TABLE, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.drawn import texture
 from trainyard.trainers.features import DECODED, MODEL, looking_past, remembered
@@ -97,6 +97,13 @@ def test_features_tell_latents_apart_and_change_with_the_level(family):
     again = look(sample(family, 3)[:1], torch.tensor([0.8]))
     assert (a[0] - a[1]).abs().mean() > 1e-3
     assert (a[:1] - again).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("family", [name for name in TABLE if name not in FAMILIES])
+def test_every_other_family_can_be_looked_through_too(family):
+    seen = backbones.ModelLook(make(family))(sample(family), torch.tensor([0.3, 0.3]))
+    assert torch.isfinite(seen).all()
+    assert (seen[0] - seen[1]).abs().mean() > 0.01
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
