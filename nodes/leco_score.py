@@ -15,7 +15,7 @@ from ..trainers.data.encoded import Encoded as EncodedData
 from ..trainers.data.signed_prompts import SignedPrompt, read_signed, read_signed_file, some
 from ..trainers.evaluate import drawn, measure
 from ..trainers.files import tensor_hash
-from ..trainers.methods.leco_score import ORIGINAL, TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, check, tasks_of
+from ..trainers.methods.leco_score import ORIGINAL, TARGETS, Injected, LecoScore, LecoScoreSettings, check, tasks_of, walking
 from ..trainers.points import Model, noise_of
 from ..trainers.runs import RunFolder
 from ..trainers.score_files import check_fits, tensors_of
@@ -237,7 +237,7 @@ class ScoreJob(TrainingJob):
         self.held = self.held_out and lent(self.held_out, session)
         self.guidance = host.rollout_guidance(session, self.settings.guidance_scale)
         places = (Injected(self.student, self.data, self.settings, self.run.batch) if self.data
-                  else Walked(self.student, self.tasks(), self.settings, self.guidance))  # fmt: skip
+                  else walking(self.student, self.tasks(), self.settings, self.guidance))  # fmt: skip
         return LecoScore(self.student, scores, places, self.settings)
 
     def watch(self, session, method):

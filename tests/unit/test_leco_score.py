@@ -12,13 +12,14 @@ from trainyard.trainers.methods import leco_score
 from trainyard.trainers.methods.leco_score import (
     ORIGINAL,
     TARGETS,
+    Alone,
     Injected,
     LecoScore,
     LecoScoreSettings,
     Place,
-    Walked,
     levels_of,
     tasks_of,
+    walking,
 )
 from trainyard.trainers.points import Model, Pull
 from trainyard.trainers.score_watch import COLLAPSED, Look, ScoreWatch, top_of
@@ -236,7 +237,7 @@ def test_ranges_that_are_none_are_refused(pair):
 def walked(settings=None, rows=ROWS, prediction="flow", scores=None, batch=1, **more):
     m = model(prediction)
     settings = settings or LecoScoreSettings(**{"sampling_steps": 6, "ways": 2, "refresh": 2, **more})
-    return LecoScore(m, scores or [(score(Curved()), 1.0)], Walked(m, tasks_of(rows, [SHAPE], batch, settings), settings, 2.0), settings)
+    return LecoScore(m, scores or [(score(Curved()), 1.0)], walking(m, tasks_of(rows, [SHAPE], batch, settings), settings, 2.0), settings)
 
 
 def test_steps_are_graded_in_the_range_asked_for_and_lead_one_step_on():
@@ -279,6 +280,16 @@ def test_the_frozen_models_answer_at_a_state_is_asked_once():
     for i in range(12):
         method.loss(rng(i))
     assert method.model.spent["frozen"] <= 2 and method.model.spent["student"] == 12
+
+
+def test_a_way_for_each_update_is_walked_no_further_than_to_its_state():
+    """10 states of a way of 11 steps under guidance 2: on average half of 2 * 10 forwards."""
+    method = walked(ways=1, refresh=1, sampling_steps=11, first_step=0.0, last_step=0.99, rows=ROWS[:1])
+    places = [method.places.draw(rng(i)) for i in range(40)]
+    assert isinstance(method.places, Alone) and 7 < method.model.spent["rollout"] / 40 < 13 and method.model.spent["frozen"] == 40
+    assert all(float(place.sigma - place.after) == pytest.approx(1 / 11, abs=1e-6) or float(place.after) == 0 for place in places)
+    levels = torch.cat([place.sigma for place in places])
+    assert levels.max() == 1.0 and levels.min() < 0.15
 
 
 def test_the_original_recipe_runs():

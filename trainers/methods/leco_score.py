@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.encoded import Deck, Encoded
 from ..data.signed_prompts import SignedPrompt
 from ..diffusion import mse, per_sample, randn_like, slope
-from ..points import Model, Pull, Rollouts, Task
+from ..points import Model, Pull, Rollouts, Task, noise_of, one_of, pick, way_levels
 from ..scorers import ScoreModel, sigma_of_level, unit_view
 from ..settings import NoiseSettings, PointSettings, Settings, choice, number, switch, text
 
@@ -146,6 +146,39 @@ class Walked:
 
     def load_state(self, state: dict) -> None:
         self.ways.load_state(state)
+
+
+class Alone:
+    """Places on ways of their own, each walked no further than to the state that is graded: as all other trainers do, and the dearest."""
+
+    def __init__(self, model: Model, tasks: list[Task], settings: LecoScoreSettings, guidance: float):
+        self.model, self.tasks, self.settings, self.guidance = model, tasks, settings, guidance
+
+    def draw(self, rng) -> Place:
+        task = self.tasks[pick(self.tasks, rng)]
+        strength = one_of(sorted({pull.strength for pull in task.pulls}), rng)
+        noise = noise_of((task.batch, *one_of(task.shapes, rng)), self.model.denoiser, rng)
+        levels, wanted = way_levels(self.settings.sampling_steps, task.batch, *levels_of(self.settings), rng)
+        last = one_of([number for number, good in enumerate(wanted) if good], rng)
+        sigmas = self.sigmas(levels[: last + 1]).to(noise)
+        x, sigma = self.model.walk(noise, sigmas, task, strength, self.guidance)[-1]
+        after = self.sigmas((levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)).to(noise)
+        base = self.model.frozen(x, sigma, task.asked)[task.scene] if task.asked else None
+        return Place(x, sigma, after, [self.model.conds[task.scene]] * len(x), task.pulls, base, words=(task.scene,) * len(x))
+
+    def sigmas(self, levels):
+        return self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape)
+
+    def state(self) -> dict:
+        return {"spent": dict(self.model.spent)}
+
+    def load_state(self, state: dict) -> None:
+        self.model.spent = dict(state["spent"])
+
+
+def walking(model: Model, tasks: list[Task], settings: LecoScoreSettings, guidance: float) -> Walked | Alone:
+    """The places of prompts, as the settings want them walked."""
+    return (Alone if settings.ways == settings.refresh == 1 else Walked)(model, tasks, settings, guidance)
 
 
 class Injected:
