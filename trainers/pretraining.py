@@ -7,9 +7,8 @@ well do ratings (or classes) follow from the features by a straight line.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .data.views import CROP, Views
 from .diffusion import Denoiser
 from .loop import train
 from .methods.pretext import Pretext, PretextSettings, heads_for
+from .metrics import Figure
 from .scorers import About, ScoreModel, ScorerSettings, network_of, seeded
 from .settings import OptimizerSettings, RunSettings, fingerprint
 
@@ -61,7 +61,8 @@ def pretrained(views: Views, denoiser: Denoiser, scorer: ScorerSettings, setting
     after = probed(network.trunk, views, denoiser, held, labels, check_interrupt)
     network.cpu().eval().requires_grad_(False)
     blank(network.head)
-    about = About.from_dict({**about.to_dict(), "metrics": {name: [before[name], value] for name, value in after.items()}})
+    figures = after | {f"{name}, untrained": figure for name, figure in before.items()}
+    about = replace(about, metrics={name: [round(v, 4) for v in (f.value, f.low, f.high)] for name, f in figures.items()})
     return Pretrained(ScoreModel([network], about), losses, lines_of(len(learnt), held, settings, before, after))
 
 
@@ -106,21 +107,27 @@ def blank(head) -> None:
 # -- probes --------------------------------------------------------------------------------------------------------------------------------
 
 
-def probed(trunk, views: Views, denoiser, held, labels, check_interrupt=lambda: None) -> dict[str, float]:
+def probed(trunk, views: Views, denoiser, held, labels, check_interrupt=lambda: None) -> dict[str, Figure]:
     """{what: how well} of clean latents."""
     rows = lambda index, crop: embedded(trunk, views, denoiser, index, crop, check_interrupt)
-    found = {"same picture found": retrieved(rows(held, 0), rows(held, 1))}
+    found = {"same picture found": share(retrieved(rows(held, 0), rows(held, 1)))}
     rated = [i for i, record in enumerate(views.dataset) if record.score is not None]
     if len(rated) >= LEAST_RATED and len({views.dataset[i].score for i in rated}) > 1:
         scores = torch.tensor([views.dataset[i].score for i in rated])
-        found["ridge SRCC"] = metrics.srcc(out_of_fold(rows(rated, 0), scores[:, None])[:, 0].numpy(), scores.numpy())
+        found["ridge SRCC"] = metrics.interval(metrics.srcc, out_of_fold(rows(rated, 0), scores[:, None])[:, 0].numpy(), scores.numpy())
     names, numbers = numbered(labels)
     named = [i for i, number in enumerate(numbers) if number is not None]
     if len(named) >= LEAST_RATED and len(names) > 1:
         truth = torch.tensor([numbers[i] for i in named])
         said = out_of_fold(rows(named, 0), torch.nn.functional.one_hot(truth, len(names)).float())
-        found["ridge class accuracy"] = float((said.argmax(1) == truth).float().mean())
-    return {name: round(float(value), 4) for name, value in found.items()}
+        found["ridge class accuracy"] = share(said.argmax(1) == truth)
+    return found
+
+
+def share(right: Tensor) -> Figure:
+    """The share of what is right, with its interval."""
+    hits = right.double().numpy()
+    return metrics.interval(lambda a, _: float(a.mean()), hits, hits)
 
 
 @torch.no_grad()
@@ -134,11 +141,11 @@ def embedded(trunk, views: Views, denoiser, index, crop: int, check_interrupt) -
     return torch.cat(parts)
 
 
-def retrieved(queries: Tensor, answers: Tensor) -> float:
-    """The share of rows whose nearest answer, by cosine after both are centred, is their own."""
+def retrieved(queries: Tensor, answers: Tensor) -> Tensor:
+    """(n,) whether the nearest answer to each row, by cosine after both are centred, is its own."""
     middle, size = answers.mean(0), answers.std(0, unbiased=False).clamp(min=1e-6)
     a, b = (torch.nn.functional.normalize((rows - middle) / size, dim=1) for rows in (queries, answers))
-    return float(((a @ b.T).argmax(1) == torch.arange(len(a))).float().mean())
+    return (a @ b.T).argmax(1) == torch.arange(len(a))
 
 
 def out_of_fold(rows: Tensor, wanted: Tensor, folds: int = FOLDS, seed: int = 0) -> Tensor:
@@ -173,10 +180,10 @@ def ridge(rows: Tensor, wanted: Tensor, others: Tensor) -> Tensor:
 def lines_of(learnt: int, held, settings: PretextSettings, before, after) -> list[str]:
     tasks = ", ".join(f"{name} {weight:g}" for name, weight in settings.tasks() if weight)
     lines = [f"{settings.backbone}, {settings.steps} steps on {learnt} pictures ({tasks})."]
-    lines += [f"{name}: {value:.3f}, untrained {before[name]:.3f}" for name, value in after.items()]
+    lines += [f"{name}: {figure}, untrained {before[name]}" for name, figure in after.items()]
     where = "pictures that were held back" if len(held) < learnt else "the very pictures that were learnt from: there are too few to hold some back"
     lines.append(f"Likeness of crops was asked of {len(held)} {where}. Connect the model to Train Score Model as pretrained.")
-    if np.isclose(after["same picture found"], before["same picture found"], atol=0.02) and "ridge SRCC" not in after:
+    if after["same picture found"].value < before["same picture found"].value + 0.02 and "ridge SRCC" not in after:
         lines.append("It tells crops no better than an untrained one: train longer, or on more pictures.")
     if learnt < 2000:
         lines.append("With fewer than 2000 pictures DINOv2 or DINOv3 as CLIP_VISION often knows more than any backbone that is trained on them.")
