@@ -102,6 +102,7 @@ class TrainingJob:
             line = f"already trained: {folder.lora_path(self.run.steps).name} was read, nothing was trained again"
             self.live.recall(done[1], folder.read().get("watch") or {}, line)
             return *done, line
+        folder.check_writable()
         lora, losses = self.trained(folder)
         line = self.line(losses, lora, folder)
         self.live.end(live.FINISHED, line)

@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,16 @@ class RunFolder:
     @property
     def samples_folder(self) -> Path:
         return self.folder / "samples"
+
+    def check_writable(self):
+        """Raises OSError when nothing could be saved here: better known before the long work than after it. Leaves nothing behind."""
+        place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        try:
+            with tempfile.TemporaryFile(dir=place) as probe:
+                probe.write(bytes(4096))
+        except OSError as error:
+            raise OSError(error.errno, f"The run cannot be saved in {self.folder} ({error.strerror}), so nothing was trained. Let ComfyUI write to {place}, "
+                          "free some space there, or start it with another --output-directory.") from error
 
     def load(self):
         """The saved state of this very run, or None. Raises ValueError when the file is damaged or belongs to another recipe."""
