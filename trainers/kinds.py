@@ -127,10 +127,11 @@ class Dora(Low):
         self.squares = None  # (outputs,) squared row norms of W, once the layer is loaded
 
     def change(self, layer, x, out, strength, drop=None):
-        gain = self.shaped(self.gain(layer))
+        more = self.shaped(self.gain(layer) - 1).to(out.dtype)  # half precision would round a gain of 1.001 to 1
         bias = whole(layer, "bias")
         own = out if bias is None else out - self.shaped(bias.to(out))
-        return strength * ((gain - 1).to(out.dtype) * own + gain.to(out.dtype) * self(x, 1.0, drop).to(out.dtype))
+        low = self(x, 1.0, drop).to(out.dtype)
+        return strength * (more * (own + low) + low)
 
     def gain(self, layer) -> Tensor:
         """(outputs,) what the rows of W + s B A are multiplied with."""

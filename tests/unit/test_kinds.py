@@ -368,3 +368,15 @@ def test_the_first_matrix_of_a_lora_is_drawn_as_before():
     wanted = torch.empty(2, 6)
     nn.init.kaiming_uniform_(wanted, a=math.sqrt(5), generator=rng(4))
     assert torch.equal(low.down, wanted)
+
+
+def test_half_precision_keeps_a_gain_that_is_nearly_1():
+    """W x = 100 in bf16, whose next numbers are 99.5 and 100.5; a magnitude of 0.004 is 0.4 more, and counts in the mean of many rows."""
+    network = nn.Sequential(nn.Linear(1, 1, bias=False)).requires_grad_(False)
+    network[0].weight.fill_(1.0)
+    adapters = Adapters(network, settings(algorithm="DoRA", rank=1))
+    adapters.low("0").magnitude.data.fill_(0.004)
+    network.to(torch.bfloat16)
+    x = torch.full((1, 1), 100.0, dtype=torch.bfloat16)
+    change = adapters.low("0").change(network[0], x, network(x), 1.0)
+    assert change.item() == pytest.approx(0.4, rel=0.01)
