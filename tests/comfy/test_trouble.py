@@ -217,7 +217,7 @@ def tensor_digest(path):
     return digest.hexdigest()
 
 
-def ended(server, prompt_id, seconds=120):
+def ended(server, prompt_id, seconds=300):
     """The history entry of a prompt nobody listens to."""
     deadline = time.monotonic() + seconds
     while not (found := server.history(prompt_id)):
@@ -236,7 +236,7 @@ def queued(server, prompt):
 def test_the_browser_is_closed_and_the_run_goes_on_and_is_found_when_it_comes_back(server, dataset):
     import aiohttp
 
-    prompt = graph(server, dataset, run_name="alone", steps=20)
+    prompt = graph(server, dataset, run_name="alone", steps=8)
     client = uuid.uuid4().hex
 
     async def leave_in_the_middle():
@@ -249,7 +249,7 @@ def test_the_browser_is_closed_and_the_run_goes_on_and_is_found_when_it_comes_ba
 
     entry = ended(server, asyncio.run(leave_in_the_middle()))
     assert entry["status"]["status_str"] == "success", entry["status"]
-    assert "20 steps" in json.dumps(entry["outputs"])
+    assert "8 steps" in json.dumps(entry["outputs"])
     assert len(files(server, "alone")) == 1
 
 
@@ -270,10 +270,10 @@ def test_unload_models_pressed_during_training_changes_nothing(server, dataset):
         if event["type"] == "progress" and data.get("node") == "4" and not pressed:
             pressed.append(server.post("/free", {"unload_models": True, "free_memory": True})[0])
 
-    freed = server.run(graph(server, dataset, run_name="freed", steps=20), watch=press)
+    freed = server.run(graph(server, dataset, run_name="freed", steps=8), watch=press)
     assert freed.ok, freed.why
     assert pressed == [200]
-    assert server.run(graph(server, dataset, run_name="kept", steps=20)).ok
+    assert server.run(graph(server, dataset, run_name="kept", steps=8)).ok
     assert set(files(server, "freed").values()) == set(files(server, "kept").values())
 
 
@@ -288,10 +288,10 @@ def test_a_prompt_from_before_an_input_was_added_still_runs_and_saved_widgets_ke
 
 @pytest.mark.slow
 def test_comfyui_restarted_between_two_halves_of_a_run_gives_the_same_file(tmp_path):
-    steps = 30
+    steps = 12
     with Server(tmp_path / "halves") as first:
         folder = make_dataset(first)
-        stopped = first.run(graph(first, folder, run_name="halves", steps=steps), watch=stop_after(first, 5))
+        stopped = first.run(graph(first, folder, run_name="halves", steps=steps), watch=stop_after(first, 3))
         assert stopped.ending == "execution_interrupted", stopped.why
     with Server(first.base) as second:
         rest = second.run(graph(second, folder, run_name="halves", steps=steps))
