@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import json
 import math
+import time
 import uuid
 from dataclasses import dataclass, field
 
 EVENT = "trainyard.run"  # web/runs.mjs has the same
 KEPT = 64  # runs in memory
 POINTS = 2000  # of a curve, when all of it is sent
+INTERVAL = 0.3  # seconds between two messages
+SEEN = ("validation", "samples", "troubles")
 TRAINING, FINISHED, STOPPED, FAILED = "training", "finished", "stopped", "failed"
 
 
@@ -32,6 +35,8 @@ class Live:
     validation: list = field(default_factory=list)
     samples: list = field(default_factory=list)
     troubles: list = field(default_factory=list)
+    sent: dict = field(default_factory=dict)  # how much of each list the page has been told
+    last: float = 0.0  # when it was told last
 
     def about(self) -> dict:
         names = ("node", "workflow", "prompt", "name", "folder", "steps", "run", "status", "text")
@@ -39,23 +44,24 @@ class Live:
 
     def whole(self) -> dict:
         """Everything, with a long curve thinned."""
-        lists = {name: getattr(self, name) for name in ("validation", "samples", "troubles")}
-        return plain({**self.about(), "first": 0, "losses": thinned(self.losses, 0, POINTS), "rates": sparse(self.rates, POINTS), **lists})
+        return plain({**self.about(), "first": 0, **self.since({}, POINTS)})
+
+    def since(self, sent: dict, points: int) -> dict:
+        """What the page does not know when it knows so much of each list."""
+        new = {name: getattr(self, name)[sent.get(name, 0) :] for name in ("losses", "rates", *SEEN)}
+        first = sent.get("losses", 0)
+        return {**new, "losses": thinned(new["losses"], first, points), "rates": sparse(new["rates"], points)}
 
     def report(self, progress):
         """New losses since the last report."""
-        first = len(self.losses)
-        new = progress.losses[first:]
-        self.losses.extend(new)
+        self.losses.extend(progress.losses[len(self.losses) :])
         self.rates.append([progress.step, progress.rate])
-        self.text = progress.line()
-        self.send(first=first, losses=thinned(new, first, POINTS // 10), rates=self.rates[-1:])
+        self.say(progress.line())
 
     def notice(self, kind: str, entry: dict):
         """A measurement, a sheet of samples, or trouble with one."""
-        name = {"validation": "validation", "sample": "samples", "trouble": "troubles"}[kind]
-        getattr(self, name).append(entry)
-        self.send(**{name: [entry]})
+        getattr(self, {"validation": "validation", "sample": "samples", "trouble": "troubles"}[kind]).append(entry)
+        self.send()
 
     def say(self, text: str):
         self.text = text
@@ -63,13 +69,12 @@ class Live:
 
     def end(self, status: str, text: str):
         self.status, self.text = status, text
-        self.send()
+        self.send(at_once=True)
 
     def recall(self, losses, seen: dict, text: str):
         """A run that was finished before: its chart is complete, nothing is trained."""
         self.losses, self.validation, self.samples = list(losses), list(seen.get("history", ())), list(seen.get("samples", ()))
-        self.status, self.text = FINISHED, text
-        self.send(**{key: value for key, value in self.whole().items() if key in ("first", "losses", "validation", "samples")})
+        self.end(FINISHED, text)
 
     def broken(self, error: BaseException):
         """The host's interrupt is no Exception; everything else is a failure."""
@@ -78,12 +83,17 @@ class Live:
         else:
             self.end(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
 
-    def send(self, **new):
+    def send(self, at_once=False):
+        """All that is new, to the page; a flood of messages would freeze it, so what comes too early goes with the next."""
         from server import PromptServer
 
-        server = getattr(PromptServer, "instance", None)
-        if server is not None:
-            server.send_sync(EVENT, plain({**self.about(), **new}), server.client_id)
+        server, now = getattr(PromptServer, "instance", None), time.monotonic()
+        if server is None or (now - self.last < INTERVAL and not at_once):
+            return
+        news = {"first": self.sent.get("losses", 0), **self.since(self.sent, POINTS // 10)}
+        self.sent = {name: len(getattr(self, name)) for name in ("losses", "rates", *SEEN)}
+        self.last = now
+        server.send_sync(EVENT, plain({**self.about(), **news}), server.client_id)
 
 
 RUNS: collections.OrderedDict[tuple[str, str], Live] = collections.OrderedDict()  # by (workflow, node): the last run of each node

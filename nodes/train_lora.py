@@ -105,7 +105,7 @@ class TrainLora(io.ComfyNode):
             looking=first(validation),
         )
         lora, losses, line = job.result()
-        host.show(line, job.node_id)
+        host.show(line.split(";")[0], job.node_id)  # the chart tells all of it
         patched, _ = host.applied(job.model, None, lora)
         return io.NodeOutput(lora, {"loss": losses}, patched, lora.steps, ui=ui.PreviewText(line))
 

@@ -131,7 +131,8 @@ def watching(job, session, method) -> Watch:
 
 def say(job, text: str):
     host.interrupted()
-    host.show(text, job.node_id)
+    if text != job.live.text:
+        host.show(text, job.node_id)
     job.live.say(text)
 
 

@@ -140,7 +140,6 @@ def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None,
         while True:
             if watch and watch.due(now.step, run.steps):
                 now.losses += pending.fetch(now.step)
-                report(clock.progress(now))
                 look(now, store, run.steps)
             ended = now.step >= run.steps or bool(watch and watch.enough)
             if why := "finished" if ended else clock.save_due(now.step, run.save_every):

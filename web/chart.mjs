@@ -7,7 +7,7 @@ const BLUE = '#3b82f6', ORANGE = '#f59e0b', GREEN = '#22c55e', GREY = '#94a3b8';
 const STYLE = `
 .trainyard-run { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 0; box-sizing: border-box; padding: 6px; overflow: hidden;
   border-radius: 6px; font: 12px/1.35 system-ui, sans-serif; color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); }
-.trainyard-run .status { flex: none; max-height: 52px; overflow-y: auto; overflow-wrap: anywhere; scrollbar-width: thin; }
+.trainyard-run .status { flex: none; max-height: 66px; overflow-y: auto; overflow-wrap: anywhere; scrollbar-width: thin; }
 .trainyard-run .status.bad { color: var(--error-text, #f44); }
 .trainyard-run .legend { flex: none; display: flex; flex-wrap: wrap; gap: 0 10px; color: var(--descrip-text, #999); }
 .trainyard-run .legend span::before { content: ''; display: inline-block; width: 10px; height: 3px; margin-right: 4px; vertical-align: middle; border-radius: 2px; background: var(--mark); }

@@ -70,4 +70,4 @@ export function nearest(entries, step) {
   return entries.reduce((best, entry) => (best === null || Math.abs(at(entry) - step) < Math.abs(at(best) - step) ? entry : best), null);
 }
 
-export const short = value => (value === null || value === undefined ? '-' : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4 ? String(Number(value.toPrecision(4))) : value.toExponential(1));
+export const short = value => (value === null || value === undefined ? '-' : Math.abs(value) < 1e-12 ? '0' : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4 ? String(Number(value.toPrecision(4))) : value.toExponential(1));

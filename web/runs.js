@@ -4,10 +4,10 @@ import { short } from './curve.mjs';
 import { ask, fileUrl, make, onRun } from './runs.mjs';
 
 const STYLE = `
-.trainyard-runs { display: flex; flex-direction: column; height: 100%; min-height: 0; font: 13px/1.4 system-ui, sans-serif; color: var(--input-text, #ddd); }
-.trainyard-runs header { flex: none; display: flex; align-items: center; gap: 8px; padding: 10px 12px; font-weight: 600; border-bottom: 1px solid var(--border-color, #4e4e4e); }
+.trainyard-runs { min-height: 100%; font: 13px/1.4 system-ui, sans-serif; color: var(--input-text, #ddd); }
+.trainyard-runs header { position: sticky; top: 0; z-index: 1; background: var(--comfy-menu-bg, #353535); display: flex; align-items: center; gap: 8px; padding: 10px 12px; font-weight: 600; border-bottom: 1px solid var(--border-color, #4e4e4e); }
 .trainyard-runs header span { flex: 1 1 0; }
-.trainyard-runs .list { flex: 1 1 0; min-height: 0; overflow-y: auto; padding: 10px 12px; display: flex; flex-direction: column; gap: 10px; }
+.trainyard-runs .list { padding: 10px 12px; display: flex; flex-direction: column; gap: 10px; }
 .trainyard-runs .card { flex: none; display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 10px; padding: 8px; border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px;
   background: var(--comfy-input-bg, #222); }
 .trainyard-runs .card img { grid-column: 2; grid-row: 1 / span 4; width: 92px; height: 68px; object-fit: cover; border-radius: 4px; cursor: zoom-in; }
@@ -23,7 +23,7 @@ const STYLE = `
 .trainyard-runs .failed { color: var(--error-text, #f44); }
 .trainyard-runs .empty { margin: 24px 8px; text-align: center; color: var(--descrip-text, #999); }
 `;
-const QUIET_MS = 700; // at work the list is asked for at most this often
+const QUIET_MS = 2000; // at work the list is asked for at most this often
 
 const size = bytes => (bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
 const say = (severity, summary, detail) => app.extensionManager.toast.add({ severity, summary, detail, life: 5000 });
@@ -72,14 +72,17 @@ class Tab {
     const again = make('button', { textContent: 'Refresh', title: 'Look into the runs folder again', onclick: () => this.load() });
     this.root = make('div', { className: 'trainyard-runs' }, make('style', { textContent: STYLE }),
                      make('header', {}, make('span', { textContent: 'Training Runs' }), again), this.list);
+    Object.assign(element.style, { height: '100%', overflowY: 'auto' });
     element.replaceChildren(this.root);
+    this.cards = new Map(); // what a run told -> its card, which stays as it is while nothing changes
     this.load();
   }
 
   async load() {
     try {
       const runs = await ask();
-      this.list.replaceChildren(...(runs.length ? runs.map(run => this.card(run)) : [make('div', { className: 'empty', textContent: 'No runs yet. A Train node makes one.' })]));
+      this.cards = new Map(runs.map(run => [JSON.stringify(run), this.cards.get(JSON.stringify(run)) ?? this.card(run)]));
+      this.list.replaceChildren(...(runs.length ? this.cards.values() : [make('div', { className: 'empty', textContent: 'No runs yet. A Train node makes one.' })]));
     } catch (error) {
       this.list.replaceChildren(make('div', { className: 'empty failed', textContent: String(error.message ?? error) }));
     }

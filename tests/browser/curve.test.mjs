@@ -53,5 +53,5 @@ test('what lies at a step is found', () => {
 });
 
 test('numbers are short', () => {
-  assert.deepEqual([0.123456, 1e-5, null].map(short), ['0.1235', '1.0e-5', '-']);
+  assert.deepEqual([0.123456, 1e-5, 0, null].map(short), ['0.1235', '1.0e-5', '0', '-']);
 });

@@ -6,13 +6,14 @@ import { command, ended, listen, open, press } from './page.mjs';
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
 const nodes2 = flags.includes('--nodes2');
-const { browser, page, troubles, shot } = await open(url, { nodes2, shots: plan.shots });
-const seen = { troubles };
+const { browser, page, troubles, shot: take } = await open(url, { nodes2, shots: plan.shots });
+const seen = { troubles, unseen: [] };
+const shot = name => take(name).catch(() => seen.unseen.push(name)); // a busy machine may be too slow for a picture; what is judged are the figures
 const parts = plan.parts ?? ['train', 'reload', 'finish', 'again', 'sidebar', 'stop', 'subgraph', 'light'];
 const name = part => `${nodes2 ? 'n' : 'c'}_${part}`;
 
 /** Checkpoint, pictures and one Train node for each of the names, with Validation and Previews, at 100 % zoom. */
-const build = (names, steps) => page.evaluate(async ([plan, names, steps]) => {
+const build = (names, steps, rare = {}) => page.evaluate(async ([plan, names, steps]) => {
   await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
   const { graph, canvas } = window.app;
   const add = (type, pos, values = {}) => {
@@ -43,7 +44,7 @@ const build = (names, steps) => page.evaluate(async ([plan, names, steps]) => {
   canvas.setDirty(true, true);
   canvas.emitBeforeChange();
   canvas.emitAfterChange();
-}, [plan, names, steps]);
+}, [{ ...plan, ...rare }, names, steps]);
 
 /** Every chart there is: what it says, and whether it fits its node and hides nothing. */
 const charts = () => page.evaluate(() => [...document.querySelectorAll('.trainyard-run')].map(root => {
@@ -132,7 +133,8 @@ async function again() {
 
 const cards = () => page.evaluate(() => [...document.querySelectorAll('.trainyard-runs .card')].map(card => ({
   folder: card.dataset.folder, text: card.innerText, buttons: [...card.querySelectorAll('button')].map(b => b.textContent), picture: card.querySelector('img')?.naturalWidth ?? 0,
-  wide: card.scrollWidth > card.clientWidth + 1 })));
+  wide: card.scrollWidth > card.clientWidth + 1, box: [card.getBoundingClientRect()].map(b => [b.left, b.top, b.right, b.bottom, innerHeight])[0],
+  seen: card.contains(document.elementFromPoint(card.getBoundingClientRect().left + 12, card.getBoundingClientRect().bottom - 6)) })));
 const tab = () => page.locator('.trainyard-runs-tab-button').click();
 const card = run => page.locator('.trainyard-runs .card', { hasText: run }).first();
 
@@ -162,7 +164,7 @@ async function sidebar() {
 }
 
 async function stop() {
-  await build([name('long')], 100000);
+  await build([name('long')], 100000, { every: 100, preview: 1000 });
   await listen(page);
   await press(page);
   await until(charts, at(3), 300000, 'the long run');

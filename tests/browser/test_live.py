@@ -107,7 +107,7 @@ def test_the_sidebar_lists_runs_with_what_they_are(seen):
     card = next(card for card in seen["cards"] if "_one" in card["text"])
     for words in ("finished", f"step {STEPS} of {STEPS}", "toy_world", "MiB", "loss ", "fixed pictures "):
         assert words in card["text"], (words, card["text"])
-    assert card["picture"] > 0 and not card["wide"]
+    assert card["picture"] > 0 and not card["wide"] and card["seen"], card
     assert card["buttons"] == ["Open workflow", "Use LoRA", "Delete"]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import types
 
 import comfy.model_management as mm
 import pytest
@@ -16,6 +17,7 @@ from trainyard.tests.comfy.families import latent_shape as family_latent
 from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_train_node import data, job, result, state
 from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.loop import Progress
 from trainyard.trainers.methods.pairs import ImageSlider
 from trainyard.trainers.previews import PreviewSettings
 from trainyard.trainers.settings import AdapterSettings
@@ -225,6 +227,27 @@ def test_a_long_curve_is_thinned_to_means_and_nan_is_left_out():
     assert live.thinned([1.0, 2.0], 0, 100) == [[1, 1.0], [2, 2.0]]
     assert live.plain({"a": [float("inf"), 1.5]}) == {"a": [None, 1.5]}
     json.dumps(live.plain([float("nan")]), allow_nan=False)
+
+
+def test_the_page_is_told_everything_once_and_not_too_often(monkeypatch):
+    import server
+
+    told, seconds = [], [0.0]
+    page = types.SimpleNamespace(client_id="me", send_sync=lambda event, news, client: told.append(news))
+    monkeypatch.setattr(server.PromptServer, "instance", page, raising=False)
+    monkeypatch.setattr(live.time, "monotonic", lambda: seconds[0])
+    one = live.Live("5", "w", "p", "a", "a-1", 100, last=-1.0)
+    for step in range(1, 101):
+        seconds[0] += 0.05
+        one.report(Progress(step, 100, [1.0 / i for i in range(1, step + 1)], 1e-4, 1.0))
+        if step % 10 == 0:
+            one.notice("validation", {"step": step, "loss": float("nan")})
+    one.end(live.FINISHED, "done")
+    assert 10 < len(told) <= 5.0 / live.INTERVAL + 2
+    assert [point for news in told for point in news["losses"]] == one.whole()["losses"] == [[i, 1.0 / i] for i in range(1, 101)]
+    assert [entry["step"] for news in told for entry in news["validation"]] == list(range(10, 101, 10))
+    assert (told[-1]["status"], told[-1]["text"]) == ("finished", "done")
+    json.dumps(told, allow_nan=False)
 
 
 def test_the_model_of_a_run_is_the_file_behind_it():
