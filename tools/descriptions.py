@@ -259,4 +259,140 @@ def sweep(flow, title, left, widgets, prompt, *more, **asked):
                ("told", "PreviewAny", 160, {}, {"source": "sweep.report"}, "In words")]))  # fmt: skip
 
 
-FLOWS = [caption_a_folder, check_and_clean, collage_lora, image_pair_slider, leco, text_slider, difference]
+# -- scores -----------------------------------------------------------------------------------------------------------------------
+
+RATED = {"folder": "input/my_ratings", "ratings": "folder names"}
+
+
+def lora_with_validation():
+    flow = Flow("01b_lora_with_validation", """# A LoRA that is watched
+
+As *01_first_lora*, with a part of the pictures held out.
+
+1. **Pictures.** Choose a folder with captions. *Split Dataset* puts a tenth aside that is never trained on.
+
+2. **Watch.** *Validation and Previews* measures the loss on the held-out pictures every so many steps, with the same noise each time, and keeps the best LoRA beside the last one. It draws samples while training: write your prompts, one a line. The chart in the Train node shows loss, validation and learning rate.
+
+3. **Stop early.** With *patience* above 0 the run ends by itself when validation has not improved for so many measurements. Cancel keeps the work; Run goes on.
+
+Samples and figures lie in the run's folder in *output/loras/trainyard*; the *Training Runs* tab at the left lists all runs.""", (400, 560))  # fmt: skip
+    flow.group("1 · Pictures", BLUE, 430, -80,
+        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("split", "TrainyardSplitDataset", 220, {}, {"dataset": "load.dataset"}),
+               ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
+        (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},
+                {"dataset": "split.train", "vae": "model.VAE", "clip": "model.CLIP"}),
+               ("encode_held_out", "TrainyardEncodeDataset", 420, {"resolution": 512},
+                {"dataset": "split.validation", "vae": "model.VAE", "clip": "model.CLIP"}, "Encode what is held out")]))  # fmt: skip
+    flow.nodes["model"]["properties"] = CHECKPOINT
+    flow.group("2 · Watch and train", GREEN, 1220, -80,
+        (380, [("watch", "TrainyardValidation", 720, {"prompts": "my_word, a photo"}, {"held_out": "encode_held_out.encoded", "vae": "model.VAE", "clip": "model.CLIP"})]),
+        (420, [("train", "TrainyardTrainLora", 700, {"run_name": "my_watched_lora"},
+                {"model": "model.MODEL", "encoded": "encode.encoded", "validation": "watch.validation"})]),
+        (360, [("save", "TrainyardSaveLora", 130, {"name": "my_watched_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
+               ("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
+    return flow
+
+
+def train_score():
+    flow = Flow("09_train_aesthetic_score", """# Your taste as a score
+
+1. **Rate.** Make folders whose names begin with your rating inside *input/my_ratings*: *7.5_good*, *3_dull*, ... and sort pictures into them. Or put a *.score* file beside each picture, or a CSV with *file_name* and *score*: then choose *files*. 100 ratings are a start; below 20 no honest figure is possible.
+
+2. **Encode.** No captions are needed: *caption_mode* is *empty (unconditional)* and no CLIP is connected. *flip* teaches that a mirror image is rated the same.
+
+3. **Train.** The score sees latents of the loaded model. The report says how well it rates pictures it has never seen, with intervals; a score that may be no better than chance is not called trained.
+
+4. **Use.** *Score Images* rates any pictures; workflow *12_score_and_filter* keeps the best, *10_leco_score* pulls a LoRA up the score.""", (400, 520))  # fmt: skip
+    flow.group("1 · Rated pictures", BLUE, 430, -80,
+        (340, [("load", "TrainyardLoadRatedPictures", 130, RATED), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found"),
+               ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
+        (340, [("encode", "TrainyardEncodeDataset", 460, {"resolution": 512, "caption_mode": "empty (unconditional)", "flip": True},
+                {"dataset": "load.dataset", "vae": "model.VAE"})]))  # fmt: skip
+    flow.nodes["model"]["properties"] = CHECKPOINT
+    flow.group("2 · Train", GREEN, 1220, -80,
+        (380, [("train", "TrainyardTrainScoreModel", 420, {}, {"model": "model.MODEL", "encoded": "encode.encoded"}),
+               ("save", "TrainyardSaveScoreModel", 100, {"name": "my_taste"}, {"score_model": "train.score_model"})]),
+        (360, [("told", "PreviewAny", 300, {}, {"source": "train.report"}, "How good it is"), ("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
+    flow.group("3 · Look", VIOLET, 2050, -80,
+        (420, [("score", "TrainyardScoreImages", 620, {}, {"score_model": "train.score_model", "dataset": "load.dataset", "vae": "model.VAE"})]))  # fmt: skip
+    return flow
+
+
+def leco_score():
+    flow = Flow("10_leco_score", """# A LoRA pulled up a score
+
+No pictures and no captions: the LoRA learns to draw what a score model rates high.
+
+1. **Score.** Train one with *09_train_aesthetic_score*, then choose it in *Load Score Model*. It must belong to the latents of the loaded model.
+
+2. **Prompts.** One a line. A number in front says what is wanted: *1 | a beautiful landscape*, *-1 | an ugly landscape*, *0 | a portrait* stays as it is.
+
+3. **Anchor.** The LoRA is held near the model's own answer (*anchor*), because a score without one is fooled: pictures fall apart while the figure rises. The run watches drift and diversity and says so.
+
+4. **Look.** The sheet shows strengths 0 to 1.5. Half strength is often the better picture.""", (400, 480))  # fmt: skip
+    flow.group("1 · Model, score, prompts", BLUE, 430, -80,
+        (360, [("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
+               ("score", "TrainyardLoadScoreModel", 120, {"file": "my_taste.safetensors"}, {"model": "model.MODEL"}),
+               ("prompts", "TrainyardLoadSignedPrompts", 240, {"text": "1 | a beautiful landscape\n1 | a portrait of a person\n0 | a street at night"})]))  # fmt: skip
+    flow.nodes["model"]["properties"] = CHECKPOINT
+    flow.group("2 · Train", GREEN, 870, -80,
+        (360, [("settings", "TrainyardLecoScoreSettings", 480)]),
+        (400, [("train", "TrainyardTrainLecoScore", 620, {"run_name": "my_score_lora"},
+                {"model": "model.MODEL", "clip": "model.CLIP", "score_model": "score.score_model", "prompts": "prompts.prompts", "settings": "settings.settings"})]),
+        (340, [("save", "TrainyardSaveLora", 130, {"name": "my_score_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
+               ("told", "PreviewAny", 260, {}, {"source": "train.report"}, "What happened")]))  # fmt: skip
+    flow.group("3 · Look", VIOLET, 2080, -80,
+        (300, [("positive", "CLIPTextEncode", 130, {"text": "a beautiful landscape"}, {"clip": "model.CLIP"}),
+               ("negative", "CLIPTextEncode", 110, {"text": ""}, {"clip": "model.CLIP"}, "Negative")]),
+        (460, [("sweep", "TrainyardStrengthSweep", 640, {"strengths": "0, 0.5, 1, 1.5"},
+                {"model": "model.MODEL", "lora": "train.lora", "vae": "model.VAE", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING"})]))  # fmt: skip
+    return flow
+
+
+def pretrain():
+    flow = Flow("11_pretrain_on_my_art", """# A backbone that knows your pictures
+
+Ratings are few, pictures are many. Let the backbone of a score look at all of them first, without any rating.
+
+1. **All pictures.** A folder with everything you have; no captions, no ratings.
+
+2. **Pretrain.** Parts are hidden and must be filled in (*inpaint*), crops of one picture must be recognised (*simclr*). The report says what it is worth: how often crops of the same picture find each other.
+
+3. **Rate a few.** As in *09_train_aesthetic_score*, with the backbone connected to *pretrained*.""", (400, 400))  # fmt: skip
+    flow.group("1 · All pictures", BLUE, 430, -80,
+        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
+        (360, [("pretrain", "TrainyardPretrainScoreBackbone", 400, {"size": 256}, {"model": "model.MODEL", "vae": "model.VAE", "dataset": "load.dataset"}),
+               ("worth", "PreviewAny", 240, {}, {"source": "pretrain.report"}, "What it is worth")]))  # fmt: skip
+    flow.nodes["model"]["properties"] = CHECKPOINT
+    flow.group("2 · A few ratings", GREEN, 1240, -80,
+        (340, [("rated", "TrainyardLoadRatedPictures", 130, RATED),
+               ("encode", "TrainyardEncodeDataset", 460, {"resolution": 256, "caption_mode": "empty (unconditional)", "flip": True},
+                {"dataset": "rated.dataset", "vae": "model.VAE"})]),
+        (380, [("train", "TrainyardTrainScoreModel", 420, {}, {"model": "model.MODEL", "encoded": "encode.encoded", "pretrained": "pretrain.score_model"}),
+               ("save", "TrainyardSaveScoreModel", 100, {"name": "my_pretrained_taste"}, {"score_model": "train.score_model"}),
+               ("told", "PreviewAny", 240, {}, {"source": "train.report"}, "How good it is")]))  # fmt: skip
+    return flow
+
+
+def score_and_filter():
+    flow = Flow("12_score_and_filter", """# Rate a folder, keep the best
+
+1. **Score.** Choose a score model in *Load Score Model* (train one with *09_train_aesthetic_score*).
+
+2. **Rate.** *Score Images* writes a score into every picture of the dataset and shows the best and the worst.
+
+3. **Keep.** *Rank and Filter by Score* keeps the best half, all above a threshold, or a number of them. *Save Dataset* writes them to a new folder with their scores.""", (400, 320))  # fmt: skip
+    flow.group("1 · Pictures and score", BLUE, 430, -80,
+        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
+               ("model_score", "TrainyardLoadScoreModel", 120, {"file": "my_taste.safetensors"}, {"model": "model.MODEL", "vae": "model.VAE"})]))  # fmt: skip
+    flow.nodes["model"]["properties"] = CHECKPOINT
+    flow.group("2 · Rate", VIOLET, 860, -80,
+        (420, [("score", "TrainyardScoreImages", 620, {}, {"score_model": "model_score.score_model", "dataset": "load.dataset", "vae": "model.VAE"})]))  # fmt: skip
+    flow.group("3 · Keep the best", GREEN, 1380, -80,
+        (420, [("rank", "TrainyardRankAndFilter", 480, {}, {"dataset": "score.dataset"}),
+               ("save", "TrainyardSaveDataset", 260, {"name": "my_best_pictures", "layout": "metadata.jsonl"}, {"dataset": "rank.dataset"})]))  # fmt: skip
+    return flow
+
+
+FLOWS = [caption_a_folder, check_and_clean, collage_lora, image_pair_slider, leco, text_slider, difference,
+         lora_with_validation, train_score, leco_score, pretrain, score_and_filter]

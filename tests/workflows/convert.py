@@ -32,8 +32,9 @@ def widgets(schema):
     for group in ("required", "optional"):
         for name, (kind, *about) in schema["input"].get(group, {}).items():
             kind = "COMBO" if isinstance(kind, list) else kind
-            if kind in WIDGETS:
-                yield name, kind, about[0] if about else {}
+            about = about[0] if about else {}
+            if kind in WIDGETS and not about.get("forceInput"):
+                yield name, kind, about
 
 
 def controlled(name, kind, about):

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from trainyard.tests.toy import shapes
 from trainyard.tests.workflows.convert import DRAWN, to_api
+from trainyard.trainers.score_files import write_score_model
+from trainyard.trainers.scorers import About, ScoreModel, network_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
@@ -25,12 +27,20 @@ SMALL = {  # what makes a workflow run in seconds on a small checkpoint and draw
     "TrainyardTrainTextSlider": {"steps": 2, "resolution": 64, "calibrate": "off"},
     "TrainyardPoints": {"sampling_steps": 3, "ways": 1},
     "TrainyardStrengthSweep": {"resolution": 64, "steps": 2, "guidance": 1.0, "pictures": 1},
+    "TrainyardSplitDataset": {"pictures": 1, "similar": False},
+    "TrainyardValidation": {"every": 2, "images": 1, "preview_every": 2, "sampling_steps": 2, "width": 64, "height": 64},
+    "TrainyardTrainScoreModel": {"steps": 2, "members": 2, "width": 8, "depth": 1},
+    "TrainyardSaveScoreModel": {"untrained": True},  # two steps teach nothing, and the node would not keep such a score
+    "TrainyardPretrainScoreBackbone": {"steps": 2, "size": 64, "batch": 4, "width": 8, "depth": 1, "crops": 2},
+    "TrainyardLecoScoreSettings": {"sampling_steps": 3, "ways": 1, "watch_every": 2},
+    "TrainyardTrainLecoScore": {"steps": 2, "resolution": 64, "calibrate": "off"},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2, "cfg": 1.0},
 }
 SLIDER = {"TrainyardSaveLora", "TrainyardLossPlot", "TrainyardStrengthSweep", "SaveImage", "PreviewAny"}
 MADE = {  # nodes that must have shown something
     "01_first_lora": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
+    "01b_lora_with_validation": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot"},
     "02_caption_a_folder": {"TrainyardEditCaptions", "TrainyardEditCaptionsByHand", "TrainyardCaptionReport", "PreviewAny"},
     "03_check_and_clean": {"TrainyardCheckDataset", "TrainyardDeduplicateDataset", "TrainyardPreviewDataset", "PreviewAny"},
     "04_collage_lora": {"TrainyardBuildCollages", "TrainyardTrainLora", "TrainyardSaveLora", "SaveImage"},
@@ -38,6 +48,10 @@ MADE = {  # nodes that must have shown something
     "06_leco": {"TrainyardTrainLeco", *SLIDER},
     "07_text_slider": {"TrainyardTrainTextSlider", *SLIDER},
     "08_difference": {"TrainyardTrainDifference", *SLIDER},
+    "09_train_aesthetic_score": {"TrainyardTrainScoreModel", "TrainyardSaveScoreModel", "TrainyardScoreImages"},
+    "10_leco_score": {"TrainyardTrainLecoScore", "TrainyardSaveLora", "TrainyardStrengthSweep"},
+    "11_pretrain_on_my_art": {"TrainyardPretrainScoreBackbone", "TrainyardTrainScoreModel"},
+    "12_score_and_filter": {"TrainyardScoreImages", "TrainyardRankAndFilter"},
 }
 
 
@@ -106,6 +120,10 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
             node["inputs"]["ckpt_name"] = server.install("sd15")
         if node["class_type"] == "TrainyardLoadDataset":
             pictures(server, node["inputs"]["folder"])
+        if node["class_type"] == "TrainyardLoadRatedPictures":
+            rated_pictures(server, node["inputs"]["folder"])
+        if node["class_type"] == "TrainyardLoadScoreModel":
+            score_model(server, node["inputs"]["file"])
     run = server.run(prompt)
     assert run.ok, run.why
     produced = {prompt[node]["class_type"] for node in run.outputs}
@@ -124,3 +142,21 @@ def pictures(server, name):
         wanted = {"colour": colour, "shape": shape, "size": "small" if folder.name in ("less", "before") else "large"}
         shapes.draw(**wanted, degrees=20.0 * index).save(folder / f"{colour}_{shape}.png")
         (folder / f"{colour}_{shape}.txt").write_text(shapes.caption(**wanted))
+
+
+def rated_pictures(server, name):
+    """24 drawings in three folders named by their rating: the larger the shape, the better."""
+    for rating, radius in (("2_small", 6.0), ("5_middle", 12.0), ("8.5_large", 18.0)):
+        folder = server.base / name / rating
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, (colour, shape) in enumerate((c, s) for c in ("red", "blue") for s in shapes.SEEN):
+            shapes.draw(shape, colour, radius=radius, degrees=11.0 * index).save(folder / f"{colour}_{shape}.png")
+
+
+def score_model(server, file):
+    """A score of random numbers for SD1.5's latents, where the server looks for score models."""
+    about = About(latent_format="SD15", channels=4, width=8, depth=1, trained=True)
+    path = server.base / "models" / "score_models" / file
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_score_model(path, ScoreModel([network_of(about)], about))
