@@ -5,8 +5,10 @@ import pytest
 import torch
 from trainyard.nodes import host, planner
 from trainyard.tests.comfy.families import make
+from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
 from trainyard.tests.comfy.test_train_node import fail_at, job, result, state
+from trainyard.trainers.methods.pairs import Change, ImageSlider
 from trainyard.trainers.plan import AUTO, OFF, PER_BLOCK, PER_BLOCK_CPU, PLANS
 from trainyard.trainers.recompute import Offload
 
@@ -125,6 +127,22 @@ def test_a_run_that_was_measured_first_is_the_same_run(folders, monkeypatch):
     monkeypatch.setattr(planner, "SHORT", 1000)
     blind = result(job(name="blind", steps=60, model=make("sd3", inference=True)))[0]
     assert all(torch.equal(measured[k], blind[k]) for k in blind)
+
+
+@pytest.mark.parametrize("method", [ImageSlider, Change])
+def test_measuring_is_no_cost_of_a_difference_and_changes_none(folders, monkeypatch, method):
+    """Both ends at strengths +s and -s: the pass is counted at two strengths, and its forwards are not the run's."""
+    with torch.inference_mode():
+        blind_job = pair_job(method, name="blind")
+        blind = blind_job.result()[0]
+        monkeypatch.setattr(planner, "SHORT", 1)
+        lines = []
+        monkeypatch.setattr(host, "show", lambda line, node_id=None: lines.append(line))
+        seen_job = pair_job(method, name="seen")
+        seen = seen_job.result()[0]
+    assert "GiB free" in lines[0]
+    assert all(torch.equal(seen[k], blind[k]) for k in blind)
+    assert seen_job.cost() == blind_job.cost()
 
 
 def test_the_forecast_is_shown_before_the_first_step(folders, monkeypatch):
