@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -316,7 +317,8 @@ def concluded(task: Task, settings, networks, losses, out, folds, groups) -> Tra
     flat = {n: [round(v, 4) for v in (f.value, f.low, f.high)] for n, f in (figures | noisy).items()}
     about = replace(about, trained=bool(first.low > chance), metrics=flat)
     said = in_user_scale(value(out[0.0], about), about).tolist()
-    return Trained(ScoreModel(networks, about), losses, lines_of(task, about, name, chance, first, flat), said)
+    lines = [*lines_of(task, about, name, chance, first, flat), *disagreements(task, about, said)]
+    return Trained(ScoreModel(networks, about), losses, lines, said)
 
 
 def primary(task: Task) -> tuple[str, float]:
@@ -386,6 +388,16 @@ def lines_of(task: Task, about: About, name, chance, first: Figure, flat) -> lis
     if task.left_out:
         lines.append(f"{len(task.left_out)} pictures without a rating were left out: {', '.join(task.left_out[:5])}{', ...' * (len(task.left_out) > 5)}")
     return lines
+
+
+def disagreements(task: Task, about: About, said: list[float], most: int = 5) -> list[str]:
+    """Where the model and the person differ most: a slip of the hand, or what the model has not understood."""
+    if about.task not in ("regression", "distribution") or not about.trained:
+        return []
+    order = sorted(range(len(said)), key=lambda i: -abs(said[i] - task.scores[i]))[:most]
+    names = [Path(task.data.items[i].path or task.data.items[i].id).name for i in order]
+    apart = [f"{name} (rated {task.scores[i]:g}, said {said[i]:.3g})" for i, name in zip(order, names, strict=True)]
+    return [f"Look again at the ratings of {', '.join(apart)}."]
 
 
 def rated_by(model: ScoreModel, latents: Sequence[torch.Tensor], device="cpu", report=None, check_interrupt=lambda: None):

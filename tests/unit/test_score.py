@@ -214,6 +214,13 @@ def test_a_known_score_is_found_and_said_to_be(backbone):
     assert 4 < np.mean(made.said) < 6, "on the user's own scale"
 
 
+def test_a_slip_of_the_hand_is_pointed_at():
+    data = rated(80, lambda mean: 5 + 3 * float(mean[0].mean()))
+    data.items[7] = replace(data.items[7], score=20.0, path="/set/slip.png")
+    report = train(data, scorer=replace(TINY, backbone="latent ViT"), settings=replace(QUICK, steps=120)).report
+    assert report.splitlines()[-1].startswith("Look again at the ratings of slip.png (rated 20, said "), report
+
+
 @pytest.mark.parametrize(("task", "figure"), [("distribution", "SRCC"), ("binary", "AUROC"), ("multiclass", "accuracy"), ("pairwise", "pairwise accuracy")])
 def test_every_task_learns_what_can_be_learnt(task, figure):
     score = {"binary": lambda m: float(m[0].mean() > 0), "multiclass": lambda m: float(m[0].mean() > 0) + float(m[0].mean() > 0.2)}
