@@ -119,9 +119,9 @@ def keeps_up(runs, row) -> bool | None:
 
 def main():
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    asked.add_argument("--steps", type=int, default=500)
-    asked.add_argument("--rounds", type=int, nargs="*", default=[1000, 1500], help="steps of what the model is shown first; none: the toy model as it is")
+    asked.add_argument("--seeds", type=int, nargs="+", default=[1])
+    asked.add_argument("--steps", type=int, default=400)
+    asked.add_argument("--rounds", type=int, nargs="*", default=[1000], help="steps of what the model is shown first; none: the toy model as it is")
     asked.add_argument("--base", type=pathlib.Path, help="a folder that keeps what the model is shown first")
     asked.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     asked.add_argument("--json")
