@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOST = set("comfy comfy_api comfy_extras comfy_execution folder_paths nodes server execution node_helpers latent_preview".split())
 HEAVY = {"timm", "onnx", "onnxruntime", "diffusers", "transformers", "peft", "scipy", "torchvision", "pytorch_optimizer", "accelerate"}
 BROUGHT = set("torch torchvision torchaudio numpy safetensors transformers pillow einops scipy tqdm psutil aiohttp".split())
-DOORS = ("host", "seeing", "backbones")  # for training; for models that look at pictures; for score models that look through a loaded one
+DOORS = ("host", "seeing", "backbones", "previews")  # for training; for models that look at pictures; for score models that look through a loaded
+# one; for samples drawn while a model trains
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
