@@ -47,13 +47,16 @@ def change(tensors, weight):
 def merged(network, tensors, strength):
     """The network with the file in its weights. DoRA is ComfyUI's: the row norm is that of W alone."""
     for base, parts in by_base(tensors).items():
-        weight = network.get_submodule(base.removeprefix("lora_unet_")).weight
-        new = weight + change(parts, weight)
-        if "dora_scale" in parts:
-            norms = weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
-            new = new * parts["dora_scale"] / norms
-        weight.copy_(weight + strength * (new - weight))
+        merge(network.get_submodule(base.removeprefix("lora_unet_")).weight, parts, strength)
     return network
+
+
+def merge(weight, parts, strength):
+    new = weight + change(parts, weight)
+    if "dora_scale" in parts:
+        norms = weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
+        new = new * parts["dora_scale"] / norms
+    weight.copy_(weight + strength * (new - weight))
 
 
 @pytest.mark.parametrize("strength", [1.0, -1.0, 0.5])

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from trainyard.tests.unit.test_kinds import merge
 from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, pairs, prompts, rng
-from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.adapters import Adapters, by_base
 from trainyard.trainers.data.cache import Memory
 from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.data.views import CROP, GREY, SHUFFLED, TURNED, View, Views
@@ -55,9 +56,9 @@ def fixed_inputs():
     return torch.randn(3, CHANNELS, SIDE, SIDE, generator=draw), torch.rand(3, generator=draw), torch.randn(3, WORDS, generator=draw)
 
 
-def make_lora(prediction="flow", seed=0, prior=None, **settings):
+def make_lora(prediction="flow", seed=0, prior=None, adapter=None, **settings):
     network, data = Net(), dataset()
-    added = adapters(network, seed, alpha=2.0)
+    added = adapters(network, seed, **{"alpha": 2.0, **(adapter or {})})
     noise = NoiseSettings(**settings)
     method = Lora(Denoiser(network, prediction), added, data, noise, Density("logit-normal"), batch=2, prior=prior)
     latents = [data.store.load(item.latent)["mean"] for item in data.items]
@@ -71,12 +72,11 @@ def make_lora(prediction="flow", seed=0, prior=None, **settings):
 
 
 def merged(network, tensors):
-    """W + alpha / rank * up @ down, for every linear layer in the file."""
+    """The file in the weights, as a loader puts it there."""
+    parts = by_base(tensors)
     for name, layer in network.named_modules():
-        key = "lora_unet_" + name.replace(".", "_")
-        if isinstance(layer, nn.Linear) and f"{key}.alpha" in tensors:
-            up, down, alpha = (tensors[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
-            layer.weight += up @ down * alpha / len(down)
+        if isinstance(layer, nn.Linear) and (found := parts.get("lora_unet_" + name.replace(".", "_"))):
+            merge(layer.weight, found, 1.0)
     return network
 
 
@@ -176,6 +176,10 @@ METHODS = {
     "lora, v, soft-min-SNR, Huber, offset": lambda seed=0: make_lora(
         "v", seed, weighting="soft-min-SNR", loss="scheduled Huber", noise_offset=0.1, pyramid_levels=2, perturbation=0.1
     ),
+    "lora, DoRA": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "DoRA"}),
+    "lora, LoHa, module dropout": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "LoHa", "module_dropout": 0.1}),
+    "lora, LoKr": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "LoKr", "rank": 2, "factor": 4}),
+    "lora, dropout, LoRA+": lambda seed=0: make_lora("flow", seed, adapter={"dropout": 0.2, "up_rate": 4.0}),
     "lora, prior by prompts and images": lambda seed=0: make_lora(
         "flow", seed, prior=Prior(PriorSettings(class_prompt="cat", weight=0.5), {"cat": prompts()["cat"]}, dataset(3, seed=9))
     ),
@@ -202,6 +206,10 @@ CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora, eps, min-SNR": [4.20972, 5.98353, 5.12524, 4.65772, 3.90156, 5.30313, 4.34837, 4.76823],
     "lora, v": [5.03254, 6.05629, 5.71036, 5.21649, 3.9899, 6.47365, 4.21229, 6.25366],
     "lora, v, soft-min-SNR, Huber, offset": [0.36869, 0.35963, 0.11799, 0.2994, 0.31689, 0.29627, 0.15897, 0.23988],
+    "lora, DoRA": [5.99861, 7.17466, 5.98825, 6.23682, 4.07751, 6.26159, 3.5771, 6.29029],
+    "lora, LoHa, module dropout": [5.99861, 7.2239, 6.09006, 6.46772, 4.31602, 6.70779, 4.1702, 6.98436],
+    "lora, LoKr": [5.99861, 7.25067, 6.21451, 6.84863, 4.80868, 7.60216, 4.81094, 8.63576],
+    "lora, dropout, LoRA+": [5.99861, 7.10434, 5.90477, 5.46487, 3.01984, 4.60093, 2.65345, 3.78374],
     "lora, prior by prompts and images": [9.73604, 10.61272, 8.659, 9.31583, 7.12894, 9.28876, 6.49275, 9.48541],
     "leco": [2.77621, 1.11738, 2.46141, 2.16992, 1.17001, 1.94532, 1.54065, 1.26565],
     "leco, eps": [0.0113274, 0.00637765, 0.018444, 0.00830176, 0.0027884, 0.00723061, 0.00727573, 0.00452141],
