@@ -10,6 +10,7 @@ const STYLE = `
 .trainyard-runs .list { padding: 10px 12px; display: flex; flex-direction: column; gap: 10px; }
 .trainyard-runs .card { flex: none; display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 10px; padding: 8px; border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px;
   background: var(--comfy-input-bg, #222); }
+.trainyard-runs .card > * { grid-column: 1; }
 .trainyard-runs .card img { grid-column: 2; grid-row: 1 / span 4; width: 92px; height: 68px; object-fit: cover; border-radius: 4px; cursor: zoom-in; }
 .trainyard-runs .name { font-weight: 600; overflow-wrap: anywhere; }
 .trainyard-runs .dim { color: var(--descrip-text, #999); overflow-wrap: anywhere; }
