@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, Net, Perfect, Stop, adapters, dataset, folder
+from trainyard.trainers.board import Board, board_in
 from trainyard.trainers.diffusion import Density, random_sigma
 from trainyard.trainers.files import read_safetensors
-from trainyard.trainers.loop import train
+from trainyard.trainers.loop import Progress, train
 from trainyard.trainers.methods.lora import Lora
 from trainyard.trainers.runs import RunFolder, deleted, listed
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
@@ -380,3 +381,44 @@ def test_settings_name_what_they_refuse():
         ValidationSettings(patience=-1)
     assert ValidationSettings(patience=3).ending() == {"patience": 3, "least_gain": 0.0}
     assert ValidationSettings().ending() == {} == ValidationSettings(every=0, best=RESTORE, patience=3).ending()
+
+
+# -- TensorBoard -----------------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """What torch.utils.tensorboard.SummaryWriter is asked to write."""
+
+    def __init__(self):
+        self.written = []
+
+    def add_scalar(self, name, value, step):
+        self.written.append((name, value, step))
+
+
+def test_every_loss_is_written_once_by_its_step_also_after_a_stop():
+    writer = Writer()
+    board = Board(writer, 2)  # two steps were written before the stop
+    for step in (3, 5):
+        board.report(Progress(step, 9, [float(i) for i in range(1, step + 1)], 1e-4, 0.0))
+    losses = [(value, step) for name, value, step in writer.written if name == "loss/training step"]
+    assert losses == [(3.0, 3), (4.0, 4), (5.0, 5)]
+    assert [step for name, _, step in writer.written if name == "learning rate"] == [3, 5]
+
+
+def test_measurements_are_written_by_noise_level_and_what_is_no_number_is_not():
+    writer = Writer()
+    Board(writer, 0).notice("validation", {"step": 7, "loss": 0.5, "bins": [0.25, None], "sigmas": [0.1, 0.9], "held_out": True, "training": 0.4})
+    assert writer.written == [("loss/validation", 0.5, 7), ("loss/fixed training pictures", 0.4, 7), ("loss by noise level/0.1", 0.25, 7)]
+
+
+def test_event_files_are_written_where_tensorboard_is_installed(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = board_in(tmp_path, 0)
+    board.report(Progress(2, 2, [1.0, 0.5], 1e-4, 0.0))
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/training step")] == [(1, 1.0), (2, 0.5)]
