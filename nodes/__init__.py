@@ -23,6 +23,8 @@ class TrainyardExtension(ComfyExtension):
             image_conditioning,
             leco_score,
             lora,
+            presets,
+            prior,
             prompts,
             quality,
             recipes,
@@ -35,6 +37,6 @@ class TrainyardExtension(ComfyExtension):
 
         rooms = (
             dataset, quality, captioning, captions, collage, encode, train_lora, prompts, differences, sweep, score, score_backbones, features,
-            leco_score, image_conditioning, recipes, validation, lora,
+            leco_score, image_conditioning, presets, recipes, prior, validation, lora,
         )  # fmt: skip
         return [node for room in rooms for node in room.NODES]
