@@ -74,7 +74,7 @@ def test_a_run_shows_step_loss_and_time_then_pictures_and_the_plot(classic):
     assert re.match(r"\[\d+%\]", classic["title"]), f"ComfyUI's own progress is in the page's title: {classic['title']}"
     assert classic["first"] == "execution_success"
     assert classic["plot"] == [[960, 540]]
-    assert len(classic["closing"] or ()) == 2, f"Train LoRA and Save LoRA say how they ended: {classic['closing']}"
+    assert len(set(classic["closing"] or ())) == 2, f"Train LoRA and Save LoRA say how they ended: {classic['closing']}"
 
 
 @pytest.mark.slow
