@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import pathlib
 import sys
 import tempfile
@@ -118,8 +120,99 @@ def collages():
     return page
 
 
+def bars(headline, figures, label):
+    """A card of horizontal bars: [(name, value in 0..1)]."""
+    page, draw = card(headline)
+    draw.text((32, 120), label, fill=DIM, font=font(17))
+    step = min(90, 560 // len(figures))
+    for row, (name, value) in enumerate(figures):
+        top = 164 + row * step
+        draw.text((32, top), name, fill=INK, font=font(18))
+        draw.rounded_rectangle([32, top + 28, 32 + 640, top + 46], 6, fill=EDGE)
+        if value > 0.01:
+            draw.rounded_rectangle([32, top + 28, 32 + round(640 * value), top + 46], 6, fill=BLUE)
+        draw.text((736, top + 37), f"{value:.2f}", fill=INK, font=font(18), anchor="rm")
+    return page
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def pretraining():
+    found = results("2026-11-21-score-pretraining.json")["pretraining"]
+    key = "SRCC of colourfulness from 64 ratings"
+    return bars("64 ratings on what it learnt alone", [(name, max(0.0, row[key])) for name, row in found.items()], "rank correlation with the true score: colourfulness")
+
+
+def through_noise():
+    found = results("2026-11-21-leco-score.json")["table"]["scorers, SRCC with the true score"]
+    rows = [(f"{kind}, {level.replace('level', 'noise')}", row[level]) for level in ("level 0", "level 0.3", "level 0.6") for kind, row in found.items()]
+    return bars("a score that sees through noise", rows, "rank correlation with the true score of the picture behind the noise")
+
+
+@functools.lru_cache(maxsize=1)
+def taste():
+    """[(picture, rating)] of drawings that a small score model, taught the size of 80 others, has never seen."""
+    import dataclasses
+
+    import torch
+    from trainyard.tests.comfy import boot
+    from trainyard.tests.toy import sampling, shapes, world
+    from trainyard.tests.unit.toy import Denoiser
+    from trainyard.trainers.data.encoded import Encoded
+    from trainyard.trainers.methods.score import ScoreSettings
+    from trainyard.trainers.scorers import ScorerSettings
+    from trainyard.trainers.scoring import trained
+
+    boot.boot()
+    torch.set_num_threads(1)
+    rng = torch.Generator().manual_seed(3)
+    drawn = [shapes.sample(rng) for _ in range(92)]
+    with tempfile.TemporaryDirectory() as where, torch.inference_mode():
+        toy = sampling.load(world.build(pathlib.Path(where) / "toy.safetensors"))
+        pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p, *_ in drawn]) / 255.0
+        latents = toy.vae.encode(pixels)
+    with torch.inference_mode(False):
+        latents = latents.clone()
+    data = Encoded.from_core([{"samples": latents[:80]}], [[[torch.zeros(1, 1, 4), {}]]])
+    data.items = [dataclasses.replace(item, score=about["radius"] / 2) for item, (*_, about) in zip(data.items, drawn, strict=False)]
+    settings = ScoreSettings(steps=120, members=2, batch=16)
+    done = trained(data, Denoiser(None, "flow"), ScorerSettings(width=16, depth=1), settings)
+    said, _ = done.model.ratings(latents[80:])
+    return [(picture, float(rating)) for (picture, *_), rating in zip(drawn[80:], said, strict=True)]
+
+
+def rated(keep=False):
+    from trainyard.trainers.data.sheets import BAD, GOOD, Tile, contact_sheet
+
+    seen = sorted(taste(), key=lambda one: -one[1])
+    half = len(seen) // 2
+    tiles = [Tile(p.resize((192, 192)), (f"{r:.2f}",), GOOD if i < half else BAD) for i, (p, r) in enumerate(seen)]
+    page, _ = card("rated, and the best half kept" if keep else "taught to like what is large")
+    sheet = contact_sheet(tiles[:half] if keep else tiles, columns=3 if keep else 4)
+    sheet.thumbnail((SIDE - 40, SIDE - 130))
+    page.paste(sheet, ((SIDE - sheet.width) // 2, 108))
+    return page
+
+
+def watched():
+    page, _ = card("watched while it trains")
+    shot = Image.open(ROOT / "tests" / "browser" / "shots" / "nodes2_live_finished.png").convert("RGB")
+    node = shot.crop((930, 85, 1300, 1000))
+    node.thumbnail((640, 640), Image.Resampling.LANCZOS)
+    page.paste(node, ((SIDE - node.width) // 2, 108))
+    return page
+
+
 def main():
-    for name, make in {"02_caption_a_folder": captions, "03_check_and_clean": checked, "04_collage_lora": collages}.items():
+    makers = {"02_caption_a_folder": captions, "03_check_and_clean": checked, "04_collage_lora": collages,
+              "01b_lora_with_validation": watched, "09_train_aesthetic_score": rated, "10_leco_score": through_noise,
+              "11_pretrain_on_my_art": pretraining, "12_score_and_filter": lambda: rated(keep=True)}
+    wanted = sys.argv[1:]
+    for name, make in makers.items():
+        if wanted and not name.startswith(tuple(wanted)):
+            continue
         make().save(ROOT / "workflows" / f"{name}.jpg", quality=88)
         print(f"{name}.jpg")
 
