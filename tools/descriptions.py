@@ -94,10 +94,10 @@ Several pictures in one frame, each from edge to edge, so that patterns are lear
     flow.group("2 · Train", GREEN, 1250, -80,
         (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},
                 {"dataset": "collage.dataset", "vae": "model.VAE", "clip": "model.CLIP"})]),
-        (360, [("train", "TrainyardTrainLora", 420, {"run_name": "my_collage_lora"}, {"model": "model.MODEL", "encoded": "encode.encoded"}),
+        (360, [("train", "TrainyardTrainLora", 800, {"run_name": "my_collage_lora"}, {"model": "model.MODEL", "encoded": "encode.encoded"}),
                ("save", "TrainyardSaveLora", 130, {"name": "my_collage_lora"}, {"lora": "train.lora", "model": "model.MODEL"})]),
         (340, [("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
-    look(flow, "3 · Look: the same prompt and seed, without and with the LoRA", 1250, 720, "model", "train.model")
+    look(flow, "3 · Look: the same prompt and seed, without and with the LoRA", 1250, 1180, "model", "train.model")
     return flow
 
 
@@ -162,7 +162,7 @@ No pictures are needed: the model is taught by its own answers to prompts.
 4. **Look.** At 0 the model as it is, at 1 without the concept, at -1 with more of it. Effect 1 is what the prompt *Toward* itself looks like. Drift is measured on the prompt that must stay.""" + TWICE, (380, 840))  # fmt: skip
     flow.group("1 · Model", BLUE, 430, -80, (320, [checkpoint(), ("points", "TrainyardPoints", 180)]))
     flow.group("2 · Train", GREEN, 820, -80,
-        (380, [("train", "TrainyardTrainLeco", 712,
+        (380, [("train", "TrainyardTrainLeco", 960,
                 {"target": "a painting by Van Gogh", "unconditional": "a painting", "preserve": "a painting by Monet; a photo of a village at night",
                  "run_name": "my_leco"}, {"model": "model.MODEL", "clip": "model.CLIP", "points": "points.points"})]),
         (360, [keep("my_leco"), losses()]))  # fmt: skip
@@ -197,7 +197,7 @@ No pictures are needed. At +1 the target becomes more like *positive*, at -1 mor
         checkpoint(), ("rows", "TrainyardLoadPrompts", 280, {"text": line}),
         ("found", "PreviewAny", 200, {}, {"source": "rows.about"}, "How it was understood")]))  # fmt: skip
     flow.group("2 · Train", GREEN, 900, -80,
-        (380, [("train", "TrainyardTrainTextSlider", 690, {"run_name": "my_age_slider"},
+        (380, [("train", "TrainyardTrainTextSlider", 940, {"run_name": "my_age_slider"},
                 {"model": "model.MODEL", "clip": "model.CLIP", "prompts": "rows.prompts"})]),
         (360, [losses()]))  # fmt: skip
     sweep(flow, "3 · Look, bring to scale, save", 1730, {"strengths": "-2, -1, 0, 1, 2"}, "photo of a person", keep("my_age_slider", "sweep.lora"),
@@ -243,7 +243,7 @@ def from_pairs(flow, kind, name, positive, negative):
                ("encode", "TrainyardEncodeDataset", 484, {"trigger": "a photo of a person", "dropout": 0.1},
                 {"dataset": "pairs.dataset", "vae": "model.VAE", "clip": "model.CLIP"})]))  # fmt: skip
     flow.group("2 · Train", GREEN, 1190, -80,
-        (360, [("train", kind, 470, {"run_name": name}, {"model": "model.MODEL", "encoded": "encode.encoded"})]),
+        (360, [("train", kind, 850, {"run_name": name}, {"model": "model.MODEL", "encoded": "encode.encoded"})]),
         (360, [keep(name), losses()]))  # fmt: skip
 
 
@@ -286,7 +286,7 @@ Samples and figures lie in the run's folder in *output/loras/trainyard*; the *Tr
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Watch and train", GREEN, 1220, -80,
         (380, [("watch", "TrainyardValidation", 720, {"prompts": "my_word, a photo"}, {"held_out": "encode_held_out.encoded", "vae": "model.VAE", "clip": "model.CLIP"})]),
-        (420, [("train", "TrainyardTrainLora", 700, {"run_name": "my_watched_lora"},
+        (420, [("train", "TrainyardTrainLora", 1120, {"run_name": "my_watched_lora"},
                 {"model": "model.MODEL", "encoded": "encode.encoded", "validation": "watch.validation"})]),
         (360, [("save", "TrainyardSaveLora", 130, {"name": "my_watched_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
                ("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
@@ -337,7 +337,7 @@ No pictures and no captions: the LoRA learns to draw what a score model rates hi
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Train", GREEN, 870, -80,
         (360, [("settings", "TrainyardLecoScoreSettings", 480)]),
-        (400, [("train", "TrainyardTrainLecoScore", 620, {"run_name": "my_score_lora"},
+        (400, [("train", "TrainyardTrainLecoScore", 900, {"run_name": "my_score_lora"},
                 {"model": "model.MODEL", "clip": "model.CLIP", "score_model": "score.score_model", "prompts": "prompts.prompts", "settings": "settings.settings"})]),
         (340, [("save", "TrainyardSaveLora", 130, {"name": "my_score_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
                ("told", "PreviewAny", 260, {}, {"source": "train.report"}, "What happened")]))  # fmt: skip
