@@ -12,12 +12,14 @@ from trainyard.nodes import leco_score as nodes
 from trainyard.nodes.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
+from trainyard.tests.toy import world
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.features import MODEL
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.points import Model
+from trainyard.trainers.score_files import write_score_model
 from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
@@ -322,3 +324,31 @@ def test_prompts_of_two_places_are_refused(folders):
 def test_the_text_encoder_is_not_trained(folders):
     with pytest.raises(ValueError, match="text_encoder is on"):
         train_node(make("sd3"), adapter=dataclasses.replace(AdapterSettings(), text_encoder=True))
+
+
+# -- on the server --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_on_the_server_a_score_model_and_prompts_become_a_lora_and_previews(server, tmp_path):
+    checkpoint = server.add_model("checkpoints", world.build(tmp_path / "toy_world.safetensors"))
+    about = About(channels=16, latent_format="SD3", width=8, depth=1)
+    network = seeded(1, lambda: Scorer(LatentResNet(16, 8, 1), 1))
+    write_score_model(tmp_path / "likes.safetensors", ScoreModel([network], about))
+    score = server.add_model("score_models", tmp_path / "likes.safetensors")
+    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}
+    settings = {**LecoScoreSettings(**QUICK).to_dict(), "watch_every": 2, "patience": 2}
+    del settings["target"]
+    run = server.run({
+        "model": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
+        "score": node("TrainyardLoadScoreModel", file=score),
+        "prompts": node("TrainyardLoadSignedPrompts", file=paths.NO_FILE, text="a red circle\n-1 | a blue square\n0 | a cross", count=0, seed=0),
+        "settings": node("TrainyardLecoScoreSettings", **settings),
+        "train": node("TrainyardTrainLecoScore", model=["model", 0], clip=["model", 1], score_model=["score", 0], prompts_text="",
+                      target="x0_renoised", resolution=64, steps=3, learning_rate=1e-3, rank=2, run_name="likes", batch=1, seed=0, save_every=0,
+                      checkpointing="off", calibrate="off", prompts=["prompts", 0], settings=["settings", 0]),
+        "save": node("TrainyardSaveLora", lora=["train", 0], name="likes", model=["model", 0]),
+        "decode": node("VAEDecode", samples=["train", 4], vae=["model", 2]),
+        "image": node("SaveImage", images=["decode", 0], filename_prefix="previews"),
+    })  # fmt: skip
+    assert run.ok, run.why
+    assert "step 2: score" in json.dumps(run.outputs["train"]) and len(run.outputs["image"]["images"]) == 3 * 2

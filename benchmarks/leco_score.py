@@ -1,0 +1,375 @@
+"""LECO-score on the toy world, where the true score of a picture is known: how much better pictures really become, and what it costs them.
+
+    .venv/bin/python benchmarks/leco_score.py                 # everything, about 15 minutes on one quiet core
+    .venv/bin/python benchmarks/leco_score.py table           # the recipes beside each other, for colourfulness
+    .venv/bin/python benchmarks/leco_score.py red             # a scorer for red: up, down, and as a slider
+
+A latent ResNet learns from drawn pictures whose ratings are the true score plus the noise of a rater, so it can be fooled. Gains are in
+standard deviations of the true score over drawn pictures; damage is the Frechet distance between pictures before and after, in the 24
+main directions of drawn pictures' latents. Prompts and noise of the pictures that are judged were not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-leco-score.json"
+PARTS = ("table", "red")
+RATER = 0.5  # standard deviations of the rater's noise
+DRAWN, UNSEEN = 900, 200  # pictures the scorer learns from, and is measured on
+JUDGED = 96  # pictures before and after
+DIRECTIONS = 24
+RUN = dict(steps=120, learning_rate=1e-3, batch=4, seed=1, save_every=0)
+RANK = 8
+
+
+def boot():
+    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
+    package = types.ModuleType("trainyard")
+    package.__path__ = [str(ROOT)]
+    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
+    sys.modules["trainyard"] = package
+    from trainyard.tests.comfy import boot as comfy
+
+    comfy.boot()
+
+
+def world():
+    import tempfile
+
+    from trainyard.tests.toy import sampling
+    from trainyard.tests.toy import world as toy
+
+    with tempfile.TemporaryDirectory() as place:
+        return sampling.load(toy.build(pathlib.Path(place) / "toy_world.safetensors"))
+
+
+# -- true scores: pictures (B, H, W, 3) in 0..1 -> (B,) -----------------------------------------------------------------------------------
+
+
+def redness(pictures):
+    """How much redder than green and blue, the mean over the picture."""
+    r, g, b = pictures.clamp(0, 1).unbind(-1)
+    return (r - (g + b) / 2).mean((1, 2))
+
+
+def colourfulness(pictures):
+    """Hasler and Suesstrunk 2003."""
+    r, g, b = pictures.clamp(0, 1).flatten(1, 2).unbind(-1)
+    rg, yb = r - g, (r + g) / 2 - b
+    spread = (rg.var(1) + yb.var(1)).sqrt()
+    return spread + 0.3 * (rg.mean(1).square() + yb.mean(1).square()).sqrt()
+
+
+TRUE = {"redness": redness, "colourfulness": colourfulness}
+
+
+# -- what is drawn, and a scorer that learnt from it ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Drawn:
+    """Pictures drawn by hand, as the model sees them."""
+
+    pictures: object  # (N, H, W, 3)
+    x0: object  # (N, C, h, w)
+
+
+def drawings(toy, denoiser, count, seed):
+    import torch
+    from trainyard.tests.toy import shapes
+    from trainyard.tests.toy.measure import levels
+
+    rng = torch.Generator().manual_seed(seed)
+    pictures = torch.stack([torch.from_numpy(levels(shapes.sample(rng)[0])) / 255 for _ in range(count)])
+    with torch.no_grad():
+        x0 = torch.cat([denoiser.model_space(toy.vae.encode(part).clone()) for part in pictures.split(64)])
+    return Drawn(pictures, x0)
+
+
+def scorer(denoiser, drawn, true, noisy, seed=0, steps=500, batch=32):
+    """A ScoreModel trained on noisy ratings."""
+    import torch
+    from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded, sigma_of_level, unit_view
+
+    channels = drawn.x0.shape[1]
+    network = seeded(seed, lambda: Scorer(LatentResNet(channels, 24, 1), 1))
+    rng = torch.Generator().manual_seed(seed)
+    truth = true(drawn.pictures)
+    ratings = (truth - truth.mean()) / truth.std()
+    ratings = ratings + RATER * torch.randn(ratings.shape, generator=rng)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        pick = torch.randint(len(ratings), (batch,), generator=rng)
+        level = torch.rand(batch, generator=rng) * 0.98 * (torch.rand(batch, generator=rng) < 0.5) * noisy
+        sigma = sigma_of_level(denoiser, level)
+        x = denoiser.noised(drawn.x0[pick], torch.randn(drawn.x0[pick].shape, generator=rng), sigma)
+        loss = (network(*unit_view(denoiser, x, sigma))[:, 0] - ratings[pick]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(), rate.step()
+    return ScoreModel([network.eval().requires_grad_(False)], About(channels=channels, width=24, depth=1, noisy=bool(noisy)))
+
+
+def agreement(denoiser, score, drawn, true) -> dict:
+    """Spearman's correlation with the true score on pictures that the scorer never saw, clean and noised."""
+    import torch
+    from trainyard.trainers.evaluate import spearman
+    from trainyard.trainers.scorers import sigma_of_level, unit_view
+
+    found, rng = {}, torch.Generator().manual_seed(9)
+    for level in (0.0, 0.3, 0.6, 0.9):
+        sigma = sigma_of_level(denoiser, torch.full((len(drawn.x0),), level))
+        x = denoiser.noised(drawn.x0, torch.randn(drawn.x0.shape, generator=rng), sigma)
+        with torch.no_grad():
+            said = score.value(*unit_view(denoiser, x, sigma))
+        found[f"level {level:g}"] = round(spearman(true(drawn.pictures).tolist(), said.tolist()), 3)
+    return found
+
+
+# -- judging -------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Judge:
+    """Draws the same pictures before and after, and says what has changed."""
+
+    toy: object
+    model: object  # points.Model
+    true: object
+    scores: list
+    drawn: Drawn
+    scenes: list
+
+    def __post_init__(self):
+        import torch
+
+        flat = self.drawn.x0.flatten(1)
+        self.centre = flat.mean(0)
+        self.axes = torch.linalg.svd(flat - self.centre, full_matrices=False).Vh[:DIRECTIONS]
+        self.unit = float(self.true(self.drawn.pictures).std())
+        known = vars(self.toy).setdefault("drawn_by_the_base_for_scores", [])
+        known += [] if known else [self.draw(0.0)]
+        (self.before,) = known
+
+    def draw(self, strength, first_seed=700_000):
+        import torch
+        from trainyard.tests.toy import sampling
+        from trainyard.trainers.evaluate import drawn
+
+        parts = []
+        for number, scene in enumerate(self.scenes):
+            each = JUDGED // len(self.scenes)
+            noise = sampling.noise([first_seed + number * each + i for i in range(each)])
+            parts.append(drawn(self.model, scene, "", noise, strength, 8, 2.0))
+        return torch.cat(parts)
+
+    def pictures(self, x0):
+        import torch
+
+        with torch.no_grad():
+            latent = self.toy.model.model.process_latent_out(x0)
+            return torch.cat([self.toy.vae.decode(part) for part in latent.split(64)]).clone()
+
+    def frechet(self, a, b) -> float:
+        import numpy as np
+        from scipy.linalg import sqrtm
+
+        a, b = (((x.flatten(1) - self.centre) @ self.axes.T).double().numpy() for x in (a, b))
+        ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb))))
+
+    def verdict(self, strength=1.0) -> dict:
+        from trainyard.trainers.evaluate import drift_of
+        from trainyard.trainers.score_watch import judged, mean_distance
+
+        after = self.draw(strength)
+        gain = lambda of: float(of(after).mean() - of(self.before).mean())
+        each = JUDGED // len(self.scenes)
+        within = [sum(mean_distance(part) for part in side.split(each)) for side in (self.before, after)]
+        return {
+            "true gain": round(gain(lambda x: self.true(self.pictures(x)) / self.unit), 3),
+            "gain as the scorer says": round(gain(lambda x: judged(self.model.denoiser, self.scores, x)), 3),
+            "frechet": round(self.frechet(self.before, after), 3),
+            "drift": round(drift_of([(self.before, after)]), 3),
+            "diversity": round(within[1] / within[0], 3),
+        }
+
+
+# -- recipes -------------------------------------------------------------------------------------------------------------------------------
+
+
+def recipes():
+    from trainyard.trainers.methods.leco_score import ORIGINAL, LecoScoreSettings
+
+    free = dict(anchor=0.0, adjust=False)
+    return {
+        "original": ORIGINAL,
+        "next_step, anchored": LecoScoreSettings(target="next_step"),
+        "x0_renoised, anchored (default)": LecoScoreSettings(),
+        "x0, anchored": LecoScoreSettings(target="x0"),
+        "draft_lv, anchored": LecoScoreSettings(target="draft_lv"),
+        "direct_align, anchored": LecoScoreSettings(target="direct_align"),
+        "next_step, no anchor": LecoScoreSettings(target="next_step", **free),
+        "x0_renoised, no anchor": LecoScoreSettings(**free),
+        "x0, no anchor": LecoScoreSettings(target="x0", **free),
+        "draft_lv, no anchor": LecoScoreSettings(target="draft_lv", **free),
+        "direct_align, no anchor": LecoScoreSettings(target="direct_align", **free),
+    }
+
+
+def scenes(kind):
+    """Prompts that name no colour: those that are trained on name no size, those that are judged do."""
+    from trainyard.tests.toy import shapes
+
+    if kind == "trained":
+        return [shapes.caption(shape, ground=ground) for shape in shapes.SEEN for ground in shapes.GROUNDS]
+    return [shapes.caption(shape, size=size) for shape in shapes.SEEN for size in shapes.SIZES]
+
+
+def learnt(toy, drawn, true, settings, scores, rows, look, **run):
+    """look(judge) of a trained recipe, with its cost."""
+    from trainyard.nodes import host
+    from trainyard.tests.toy.differences import LATENT
+    from trainyard.trainers.data.encoded import Encoded
+    from trainyard.trainers.loop import train
+    from trainyard.trainers.methods.leco_score import Injected, LecoScore, tasks_of, walking
+    from trainyard.trainers.points import Model
+    from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
+
+    texts = list(dict.fromkeys(["", *(row.prompt for row in rows), *scenes("judged")]))
+    conds = dict(zip(texts, host.TextEncoder(toy.clip).encode(texts), strict=True))
+    run = RunSettings(**{**RUN, **run})
+    with host.training(toy.model, AdapterSettings(rank=RANK), seed=run.seed) as session:
+        model = Model(session.denoiser, session.adapters, conds)
+        judge = Judge(toy, model, true, scores, drawn, scenes("judged"))
+        start = time.process_time()
+        if settings.target == "direct_align":
+            latent = toy.model.model.process_latent_out(drawn.x0[:300]).clone()
+            data = Encoded.from_core([{"samples": latent}], [[[conds[""]["cross_attn"], {k: v for k, v in conds[""].items() if k != "cross_attn"}]]])
+            places = Injected(model, data, settings, run.batch)
+        else:
+            places = walking(model, tasks_of(rows, [LATENT], run.batch, settings), settings, 2.0)
+        method = LecoScore(model, scores, places, settings)
+        train(method, run, OptimizerSettings())
+        cost = {"seconds of one core": round(time.process_time() - start, 1), "forwards per update": round(sum(model.spent.values()) / run.steps, 1),
+                "anchor at the end": round(float(method.anchor), 3), "step drift at the end": round(float(method.drift), 3)}  # fmt: skip
+        return {**look(judge), **cost}
+
+
+def prepared(toy):
+    """(denoiser, pictures to learn from, pictures to be measured on)."""
+    from trainyard.nodes import host, latents
+
+    denoiser = latents.Schedule(toy.model)
+    with host.gradients():
+        return denoiser, drawings(toy, denoiser, DRAWN, 1), drawings(toy, denoiser, UNSEEN, 2)
+
+
+def table(toy, kept, only=(), **run):
+    """Each recipe's row, given to kept() as soon as it is there."""
+    from trainyard.nodes import host
+    from trainyard.trainers.data.signed_prompts import SignedPrompt
+
+    denoiser, drawn, unseen = prepared(toy)
+    true = TRUE["colourfulness"]
+    with host.gradients():
+        known = {noisy: scorer(denoiser, drawn, true, noisy) for noisy in (True, False)}
+        found = {"scorers, SRCC with the true score": {("noise-conditioned" if n else "clean only"): agreement(denoiser, s, unseen, true) for n, s in known.items()}}
+    shown("scorers", found["scorers, SRCC with the true score"])
+    settled = {**RUN, **run, "rank": RANK, "rater noise": RATER}
+    kept({**found, "settings": settled})
+    rows = [SignedPrompt(scene) for scene in scenes("trained")]
+    for name, settings in recipes().items():
+        if only and name not in only:
+            continue
+        scores = [(known[name != "original"], 1.0)]
+        look = lambda judge: {f"strength {s:g}": judge.verdict(s) for s in (0.5, 1.0)}
+        row = learnt(toy, drawn, true, settings, scores, rows, look, **run)
+        shown(name, row)
+        kept({name: row})
+
+
+def red(toy, kept, only=(), **run):
+    """Share of pictures whose shape is red, and redness, with the score going up, going down, and with the slider at several strengths."""
+    from trainyard.nodes import host
+    from trainyard.tests.toy.measure import measure
+    from trainyard.trainers.data.signed_prompts import SignedPrompt
+    from trainyard.trainers.methods.leco_score import LecoScoreSettings
+
+    denoiser, drawn, unseen = prepared(toy)
+    true = TRUE["redness"]
+    with host.gradients():
+        score = scorer(denoiser, drawn, true, True)
+        kept({"scorer, SRCC with the true score": agreement(denoiser, score, unseen, true), "settings": {**RUN, **run, "rank": RANK, "rater noise": RATER}})
+
+    def looked(judge, strength):
+        pictures = judge.pictures(judge.draw(strength))
+        seen = [measure(picture) for picture in pictures]
+        return {"red": round(sum(s.colour == "red" for s in seen) / len(seen), 3), "redness": round(float(true(pictures).mean() / judge.unit), 3),
+                "a shape that can be named": round(sum(s.shape != "other" for s in seen) / len(seen), 3)}  # fmt: skip
+
+    for name, weight, settings, strengths in (
+        ("up", 1.0, LecoScoreSettings(), (0.0, 1.0)),
+        ("down", -1.0, LecoScoreSettings(), (0.0, 1.0)),
+        ("slider", 1.0, LecoScoreSettings(slider=True), (-1.0, -0.5, 0.0, 0.5, 1.0)),
+    ):
+        if only and name not in only:
+            continue
+        rows = [SignedPrompt(scene, weight) for scene in scenes("trained")]
+        look = lambda judge, strengths=strengths: {f"strength {s:g}": looked(judge, s) for s in strengths}
+        row = learnt(toy, drawn, true, settings, [(score, 1.0)], rows, look, **run)
+        shown(name, row)
+        kept({name: row})
+
+
+# -- on the screen and in the file -----------------------------------------------------------------------------------------------------------
+
+
+def shown(name, found):
+    print(f"\n{name}")
+    for key, value in found.items():
+        print(f"  {key}: {value}")
+    sys.stdout.flush()
+
+
+def keep(path, kind, found):
+    """Rows that were not run again stay."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    merged = {**before, kind: {**before.get(kind, {}), **found}}
+    path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--only", nargs="*", default=(), help="rows: recipes of the table, up, down or slider")
+    parser.add_argument("--steps", type=int, default=RUN["steps"])
+    parser.add_argument("--rate", type=float, default=RUN["learning_rate"])
+    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)")
+    asked = parser.parse_args()
+    if unknown := [part for part in asked.parts if part not in PARTS]:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    boot()
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    run = dict(steps=asked.steps, learning_rate=asked.rate)
+    with torch.inference_mode():
+        toy = world()
+        for part in asked.parts or PARTS:
+            found = table if part == "table" else red
+            found(toy, lambda rows, part=part: keep(asked.json, part, rows), asked.only, **run)
+
+
+if __name__ == "__main__":
+    main()
