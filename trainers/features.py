@@ -29,6 +29,34 @@ DRAWS = 3  # noises for each picture and level
 # -- trunks over something loaded ---------------------------------------------------------------------------------------------------------
 
 
+class Standard(nn.Module):
+    """Each number of a row moved and scaled to mean 0 and variance 1, as the first batch of training has them; fixed from then on. What loaded
+    models see differs little from picture to picture, and without this a head would learn the large numbers only."""
+
+    LEAST = 4  # rows; fewer have no spread worth the name
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("middle", torch.zeros(size))
+        self.register_buffer("spread", torch.ones(size))
+        self.settled = False
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if not self.settled and self.training and torch.is_grad_enabled() and len(rows) >= self.LEAST:
+            self.settle(rows.detach())
+        return (rows - self.middle) / self.spread
+
+    def settle(self, rows: Tensor):
+        self.middle.copy_(rows.mean(0))
+        self.spread.copy_((rows.std(0) + 1e-3 * rows.std()).clamp(min=1e-4))
+        self.settled = True
+
+    def _load_from_state_dict(self, *args):
+        """What a file says stays."""
+        super()._load_from_state_dict(*args)
+        self.settled = True
+
+
 class Looking(nn.Module):
     """A trunk (x, level) -> (B, size) over `look(x, level) -> (B, seen)`, which is no part of it: not saved, not trained, not moved.
 
@@ -38,7 +66,8 @@ class Looking(nn.Module):
                  rank: int = 0):  # fmt: skip
         super().__init__()
         self.look, self.size, self.adapt = look, 8 * width, adapt
-        self.layers = nn.Sequential(nn.LayerNorm(seen), nn.Linear(seen, self.size), nn.SiLU())
+        self.scale = Standard(seen)
+        self.layers = nn.Sequential(nn.Linear(seen, self.size), nn.SiLU())
         self.adapters = adapt(rank) if rank else None
         self.__dict__["others"] = None  # Adapters that hang on the same network and must not be looked through
 
@@ -46,7 +75,7 @@ class Looking(nn.Module):
         with contextlib.nullcontext() if self.others is None else self.others.at(0):
             with contextlib.nullcontext() if self.adapters is None else self.adapters.attached():
                 seen = self.look(x, level)
-        return self.layers(seen.to(self.layers[1].weight))
+        return self.layers(self.scale(seen.to(self.layers[0].weight)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A file that holds adapters brings their rank."""
@@ -80,9 +109,11 @@ def as_the_model_sees(denoiser: Denoiser, x: Tensor, level: Tensor, floor: float
 
 
 def pooled(state: Tensor) -> Tensor:
-    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, C), of mean 0 and variance 1 over C: stages differ in size by magnitudes."""
-    mean = state.mean(1) if state.ndim == 3 else state.flatten(2).mean(2)
-    return F.layer_norm(mean.float(), mean.shape[1:])
+    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, 2 C): mean and maximum over the places, each of mean 0 and variance 1 over C,
+    because stages differ in size by magnitudes. The mean alone tells colours and little of shapes."""
+    places = state.transpose(1, 2) if state.ndim == 3 else state.flatten(2)
+    parts = places.mean(2).float(), places.amax(2).float()
+    return torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], 1)
 
 
 # -- frozen features are computed once -----------------------------------------------------------------------------------------------------

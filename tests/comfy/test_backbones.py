@@ -10,7 +10,7 @@ from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import TABLE, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.drawn import texture
-from trainyard.trainers.features import DECODED, MODEL, looking_past, remembered
+from trainyard.trainers.features import DECODED, MODEL, Standard, looking_past, remembered
 from trainyard.trainers.heads import Chain, Head
 from trainyard.trainers.score_files import read_score_model, write_score_model
 from trainyard.trainers.scorers import About, ScoreModel, Scorer
@@ -72,7 +72,7 @@ def test_a_unet_is_seen_stage_by_stage_down_to_the_middle_and_no_further():
         seen = look(sample("sd15"), torch.tensor([0.1, 0.5]))
     finally:
         handle.remove()
-    assert seen.shape == (2, 32 + 64 + 64), "both stages and the middle"
+    assert seen.shape == (2, 2 * (32 + 64 + 64)), "mean and maximum of both stages and the middle"
     assert not up, "the way up is not walked"
 
 
@@ -242,6 +242,22 @@ def test_a_head_of_another_width_names_the_encoder_it_wants():
 def test_what_is_not_connected_is_named(backbone, wanted):
     with pytest.raises(ValueError, match=wanted):
         backbones.trunk_maker()(About(backbone=backbone))
+
+
+def test_small_numbers_count_as_much_as_large_ones_from_the_first_batch_on():
+    """Rows of mean 5 and spread 100, and of mean 1 and spread 0.1: both leave with mean 0 and spread 1, and later rows by the same measure."""
+    rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 0.1]) + torch.tensor([5.0, 1.0])
+    standard = Standard(2)
+    with torch.no_grad():
+        assert torch.equal(standard(rows), rows), "nobody is learning yet"
+    out = standard(rows)
+    assert out.mean(0).abs().max() < 1e-5
+    assert out.std(0)[0] == pytest.approx(1, abs=0.01)
+    assert out.std(0)[1] > 0.5
+    assert torch.equal(standard(rows[:10] + 1)[1], (rows[1] + 1 - standard.middle) / standard.spread)
+    other = Standard(2)
+    other.load_state_dict(standard.state_dict())
+    assert torch.equal(other(rows * 3), standard(rows * 3)), "what a file says stays, also in training"
 
 
 def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):

@@ -1,0 +1,191 @@
+"""What a latent backbone learns from pictures without ratings, and how far a score gets by looking through models that exist, on the toy world,
+where the true score of every picture is known.
+
+    .venv/bin/python benchmarks/score_pretraining.py                 # all three parts
+    .venv/bin/python benchmarks/score_pretraining.py pretraining     # or some of: pretraining, model, decode
+
+pretraining: 400 pictures without ratings; then ridge regression from the features on 64 ratings, asked about 300 other pictures, mean of five
+draws of the 64. model: a score on the frozen states of the toy's own transformer, 600 ratings. decode: a score on a small CLIP_VISION that looks
+at the decoded latent; that encoder learnt to name shapes and colours for a minute and was never told a score.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import score as common  # benchmarks/score.py: the world and how it is asked
+
+RESULTS = common.ROOT / "benchmarks" / "results" / "2026-11-21-score-pretraining.json"
+PICTURES, LABELS, DRAWS = 400, 64, 5
+STEPS = 300
+TASKS = {
+    "none": {},
+    "rotation": dict(rotation=1.0),
+    "jigsaw": dict(jigsaw=1.0),
+    "colours": dict(colours=1.0),
+    "simclr": dict(simclr=1.0),
+    "inpaint": dict(inpaint=1.0),
+    "inpaint 1 + simclr 0.5 (default)": dict(inpaint=1.0, simclr=0.5),
+}
+OFF = dict(inpaint=0.0, simclr=0.0)
+NETWORK = dict(width=24, depth=1)
+EYES = dict(model_type="clip_vision_model", hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, hidden_act="quick_gelu",
+            num_channels=3, patch_size=8, image_size=64, projection_dim=128)  # fmt: skip
+LESSON = 500
+
+
+def timed(make):
+    start = time.process_time()
+    return make(), round(time.process_time() - start)
+
+
+# -- pre-training ------------------------------------------------------------------------------------------------------------------------------
+
+
+def pretraining(toy, schedule, place):
+    import torch
+    from trainyard.tests.toy import scores as known
+    from trainyard.trainers.data.readers import read_folder
+    from trainyard.trainers.data.views import GREY, SHUFFLED, TURNED, encode_views
+
+    rng, folder = torch.Generator().manual_seed(11), place / "pictures"
+    folder.mkdir()
+    for number in range(PICTURES):
+        known.drawn(rng).save(folder / f"{number:03d}.png")
+    from trainyard.nodes import host
+
+    views = encode_views(read_folder(folder), (TURNED, SHUFFLED, GREY), size=64, crops=4, seed=0, vae=host.PictureEncoder(toy.vae), cache_dir=place / "cache")
+    z, truth = known.latents(toy, LABELS * DRAWS, 12)
+    others, asked = known.latents(toy, common.ASKED, 2)
+    rows = {}
+    for name, weights in TASKS.items():
+        rows[name] = pretrained_row(views, schedule, weights, (schedule.model_space(z), truth), (schedule.model_space(others), asked))
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def pretrained_row(views, schedule, weights, labelled, asked) -> dict:
+    from trainyard.trainers.methods.pretext import PretextSettings
+    from trainyard.trainers.pretraining import pretrained
+    from trainyard.trainers.scorers import About, ScorerSettings, network_of, seeded
+
+    row = {"seconds of one core": 0}
+    if weights:
+        settings = PretextSettings(**{**OFF, **weights}, steps=STEPS, batch=32, size=64)
+        made, row["seconds of one core"] = timed(lambda: pretrained(views, schedule, ScorerSettings(**NETWORK), settings, latent_format="SD3"))
+        trunk, row["same picture found"] = made.model.networks[0].trunk, made.model.about.metrics["same picture found"]
+    else:
+        trunk = seeded(0, lambda: network_of(About(channels=16, **NETWORK))).trunk
+    return row | {f"SRCC of {name} from {LABELS} ratings": probe(trunk, labelled, asked, name) for name in asked[1]}
+
+
+def probe(trunk, labelled, asked, name) -> float:
+    import numpy as np
+    import torch
+    from trainyard.trainers.metrics import srcc
+    from trainyard.trainers.pretraining import ridge
+
+    with torch.no_grad():
+        rows, others = (torch.cat([trunk(part, torch.zeros(len(part))) for part in x.split(100)]) for x in (labelled[0], asked[0]))
+    truth = torch.tensor(labelled[1][name])
+    said = [ridge(rows[at : at + LABELS], truth[at : at + LABELS, None], others)[:, 0] for at in range(0, LABELS * DRAWS, LABELS)]
+    return round(float(np.mean([srcc(s.numpy(), np.array(asked[1][name])) for s in said])), 3)
+
+
+# -- through models that exist --------------------------------------------------------------------------------------------------------------------
+
+
+def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
+    from trainyard.nodes import backbones
+    from trainyard.tests.toy import scores as known
+    from trainyard.trainers.features import remembered
+    from trainyard.trainers.methods.score import ScoreSettings
+    from trainyard.trainers.scorers import ScorerSettings
+    from trainyard.trainers.scoring import trained
+
+    z, truth = known.latents(toy, common.LEARNT, 1)
+    others, asked = known.latents(toy, common.ASKED, 2)
+    rows, trunk = {}, backbones.trunk_maker(toy.model, toy.vae, clip_vision)
+    data, few, trunk = remembered(known.encoded(z, truth[known.SCORES[0]]), schedule, trunk)  # the same pictures under every score
+    for name in known.SCORES:
+        made, seconds = timed(lambda name=name: trained(rated(data, truth[name]), few, ScorerSettings(backbone=backbone, width=64, noisy=noisy),
+                                                        ScoreSettings(**common.HOW), latent_format="SD3", trunk=trunk))  # fmt: skip
+        found = common.asked(made.model, schedule, schedule.model_space(others), asked[name])
+        rows[name] = {"SRCC by noise": found if noisy else {"0.0": found["0.0"]}, "seconds of one core": seconds}
+        print(backbone, name, rows[name], flush=True)
+    return rows
+
+
+def rated(data, scores):
+    from dataclasses import replace
+
+    return replace(data, items=[replace(item, score=score) for item, score in zip(data.items, scores, strict=True)])
+
+
+def seeing():
+    """A CLIP_VISION of ComfyUI's own class that learnt to name drawn shapes, colours and sizes."""
+    import comfy.clip_vision
+    import numpy as np
+    import torch
+    from trainyard.nodes import host
+    from trainyard.tests.toy import shapes
+
+    eyes, rng = comfy.clip_vision.ClipVisionModel(dict(EYES)), torch.Generator().manual_seed(0)
+    for name, weight in eyes.model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.05, generator=rng) if weight.ndim > 1 else weight.data.fill_(float("norm" in name and name.endswith("weight")))
+    words = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS), "size": tuple(shapes.SIZES)}
+    heads = torch.nn.ModuleDict({key: torch.nn.Linear(EYES["projection_dim"], len(names)) for key, names in words.items()})
+    optimizer = torch.optim.AdamW([*eyes.model.parameters(), *heads.parameters()], 1e-3)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (eyes.image_mean, eyes.image_std))
+    with host.gradients(), host.in_training(), host.out_of_place(eyes.model):
+        eyes.model.requires_grad_(True)
+        for step in range(LESSON):
+            drawn = [shapes.sample(rng, shape=shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))]) for _ in range(32)]
+            pixels = torch.stack([torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).movedim(-1, 0) for picture, *_ in drawn])
+            seen = eyes.model(pixel_values=(pixels - mean) / std, intermediate_output=-2)[2]
+            loss = sum(torch.nn.functional.cross_entropy(heads[key](seen), torch.tensor([names.index(about[key]) for *_, about in drawn]))
+                       for key, names in words.items())  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 100 == 99:
+                print("eyes", step + 1, round(float(loss), 3), flush=True)
+        eyes.model.requires_grad_(False)
+    return eyes
+
+
+def main(names):
+    import torch
+
+    torch.set_num_threads(1)
+    from trainyard.nodes.latents import Schedule
+    from trainyard.trainers.features import DECODED, MODEL
+
+    toy = common.world()
+    schedule = Schedule(toy.model)
+    parts = {
+        "pretraining": lambda: pretraining(toy, schedule, place),
+        "model": lambda: through(toy, schedule, MODEL),
+        "decode": lambda: through(toy, schedule, DECODED, seeing(), noisy=False),
+    }
+    about = {"command": "benchmarks/score_pretraining.py", "network": NETWORK, "pretext steps": STEPS, "pictures without ratings": PICTURES}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            place = pathlib.Path(folder)
+            found, seconds = timed(parts[name])
+        result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # read late: parts may run side by side
+        RESULTS.write_text(json.dumps({**result, **about, name: found, f"{name}, seconds of one core in all": seconds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    common.boot()
+    import torch
+
+    with torch.inference_mode(False):
+        main(sys.argv[1:] or ("pretraining", "model", "decode"))
