@@ -5,7 +5,7 @@ where the true score of every picture is known.
     .venv/bin/python benchmarks/score_pretraining.py pretraining     # or some of: pretraining, model, decode
 
 pretraining: 400 pictures without ratings; then ridge regression from the features on 64 ratings, asked about 300 other pictures, mean of five
-draws of the 64. model: a score on the frozen states of the toy's own transformer, 600 ratings. decode: a score on a small CLIP_VISION that looks
+draws of the 64. model: a score on the frozen states of the toy's own transformer. decode: a score on a small CLIP_VISION that looks
 at the decoded latent; that encoder learnt to name shapes and colours for a minute and was never told a score.
 """
 
@@ -60,8 +60,8 @@ def pretraining(toy, schedule, place):
     from trainyard.nodes import host
 
     views = encode_views(read_folder(folder), (TURNED, SHUFFLED, GREY), size=64, crops=4, seed=0, vae=host.PictureEncoder(toy.vae), cache_dir=place / "cache")
-    z, truth = known.latents(toy, LABELS * DRAWS, 12)
-    others, asked = known.latents(toy, common.ASKED, 2)
+    z, truth = common.pictures(toy, LABELS * DRAWS, 12)
+    others, asked = common.pictures(toy, common.ASKED, 2)
     rows = {}
     for name, weights in TASKS.items():
         rows[name] = pretrained_row(views, schedule, weights, (schedule.model_space(z), truth), (schedule.model_space(others), asked))
@@ -108,8 +108,8 @@ def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
     from trainyard.trainers.scorers import ScorerSettings
     from trainyard.trainers.scoring import trained
 
-    z, truth = known.latents(toy, common.LEARNT, 1)
-    others, asked = known.latents(toy, common.ASKED, 2)
+    z, truth = common.pictures(toy, common.LEARNT, 1)
+    others, asked = common.pictures(toy, common.ASKED, 2)
     rows, trunk = {}, backbones.trunk_maker(toy.model, toy.vae, clip_vision)
     data, few, trunk = remembered(known.encoded(z, truth[known.SCORES[0]]), schedule, trunk)  # the same pictures under every score
     for name in known.SCORES:
