@@ -306,11 +306,11 @@ class PointSettings(Settings):
         "rollout: states that the model passes while it draws the prompts. pictures: noised pictures of a dataset, cheaper. "
         "noise: pure noise, cheapest, for high noise levels only.",
     )  # fmt: skip
-    sampling_steps: int = number(12, 2, 1000, "rollout: steps of one way from noise to picture; each state it passes is learnt from.")
+    sampling_steps: int = number(8, 2, 1000, "rollout: steps of one way from noise to picture; each state it passes is learnt from.")
     guidance_scale: float = number(0.0, 0.0, 30.0, "rollout: classifier-free guidance while drawing; 1 halves the cost. 0 means 3, or 1 for "
                                    "models with guidance distilled into them such as Flux.", step=0.5)  # fmt: skip
     ways: int = number(8, 1, 4096, "rollout: how many ways are kept and learnt from at the same time.", advanced=True)
-    refresh: int = number(12, 1, 1_000_000, "rollout: after so many updates the oldest way is walked anew by the model as it is now.",
+    refresh: int = number(6, 1, 1_000_000, "rollout: after so many updates the oldest way is walked anew by the model as it is now.",
                           unit="optimizer steps", advanced=True)  # fmt: skip
     renormalise: bool = switch(False, "Give each goal the strength of the model's own answer: large guidance turns it without oversaturating.",
                                advanced=True)  # fmt: skip

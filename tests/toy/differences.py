@@ -344,9 +344,9 @@ def drawn_pairs(count=5, centre=None):
 # What a prompt says of a shape reaches this small world by the modulation too, so replacing one needs adapters on every linear layer:
 # with "attention+mlp" 0 to 4 of 12 squares became circles after 200 to 450 steps.
 LESSONS = {
-    "erase": Lesson(from_prompts(erase_tasks()), erase_exam, prompt_run(learning_rate=3e-3, steps=240)),
-    "enhance": Lesson(from_prompts(enhance_tasks()), enhance_exam, prompt_run(learning_rate=4e-3, steps=240), targets="all linear"),
-    "replace": Lesson(from_prompts(replace_tasks()), replace_exam, prompt_run(learning_rate=4e-3, steps=480), rank=16, targets="all linear"),
+    "erase": Lesson(from_prompts(erase_tasks()), erase_exam, prompt_run(learning_rate=3e-3, steps=200, batch=1), schedule="constant"),
+    "enhance": Lesson(from_prompts(enhance_tasks(guidance=2.0)), enhance_exam, prompt_run(learning_rate=4e-3, steps=240), targets="all linear"),
+    "replace": Lesson(from_prompts(replace_tasks()), replace_exam, prompt_run(learning_rate=4e-3, steps=720), rank=16, targets="all linear"),
     "text slider": Lesson(from_prompts(slider_tasks()), slider_exam, prompt_run()),
     "image slider": Lesson(from_pairs(ImageSlider, drawn_pairs()), slider_exam, prompt_run()),
     "difference": Lesson(from_pairs(Change, drawn_pairs(1)), slider_exam, prompt_run(steps=100, batch=1)),
