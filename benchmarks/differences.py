@@ -1,6 +1,6 @@
 """LECO, sliders, replacement and ADDifT measured in pixels on the toy world, and the effect of LECO over forwards spent, ours and the original's.
 
-    .venv/bin/python benchmarks/differences.py                       # everything, about 15 minutes on one quiet core
+    .venv/bin/python benchmarks/differences.py                       # everything, about 20 minutes on one quiet core
     .venv/bin/python benchmarks/differences.py erase "text slider"   # some of it; the file keeps what it has of the others
     .venv/bin/python benchmarks/differences.py curve                 # effect over forwards, against benchmarks/peers/leco_original.py
 """
