@@ -26,7 +26,7 @@ def caption_a_folder():
 5. **Save.** *Save Dataset* writes pictures and text files to a new folder in *output/datasets*. Your own folder is never changed.""", (400, 640))  # fmt: skip
     flow.group(
         "1 · Pictures", BLUE, 430, -80,
-        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found")]),
+        (340, [("load", "TrainyardLoadDataset", 280, LOAD), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found")]),
     )  # fmt: skip
     flow.group(
         "2 · Captions", VIOLET, 840, -80,
@@ -58,7 +58,7 @@ def check_and_clean():
 
 5. **Save.** The clean set goes to a new folder in *output/datasets*; *Split Dataset* has put a tenth aside for validation. Your own folder is never changed.""", (400, 560))  # fmt: skip
     flow.group("1 · Pictures", BLUE, 430, -80, (340, [
-        ("load", "TrainyardLoadDataset", 190, LOAD), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found")]))  # fmt: skip
+        ("load", "TrainyardLoadDataset", 280, LOAD), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found")]))  # fmt: skip
     flow.group("2 · Check", BROWN, 840, -80, (420, [
         ("check", "TrainyardCheckDataset", 640, {"on_reject": "drop"}, {"dataset": "load.dataset"}),
         ("told", "PreviewAny", 260, {}, {"source": "check.report"}, "What is wrong")]))  # fmt: skip
@@ -87,7 +87,7 @@ Several pictures in one frame, each from edge to edge, so that patterns are lear
 
 4. **Look.** The same prompt and seed, without and with the LoRA.""", (400, 480))  # fmt: skip
     flow.group("1 · Pictures to collages", BLUE, 430, -80,
-        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
+        (340, [("load", "TrainyardLoadDataset", 280, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
                ("told", "PreviewAny", 260, {}, {"source": "collage.report"}, "What was built")]),
         (380, [("collage", "TrainyardBuildCollages", 720, {"frames": "512x512, 576x448, 448x576, 768x320, 320x768"}, {"dataset": "load.dataset"})]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
@@ -236,7 +236,7 @@ def losses():
 
 def from_pairs(flow, kind, name, positive, negative):
     """Two folders -> a Train node that learns from pairs of pictures."""
-    folder = lambda key, side: (key, "TrainyardLoadDataset", 200, {"folder": f"input/{side[0]}"}, {}, side[1])
+    folder = lambda key, side: (key, "TrainyardLoadDataset", 280, {"folder": f"input/{side[0]}"}, {}, side[1])
     flow.group("1 · Model and pairs of pictures", BLUE, 430, -80,
         (320, [checkpoint(), folder("positive", positive), folder("negative", negative)]),
         (320, [("pairs", "TrainyardImagePairs", 100, {}, {"positive": "positive.dataset", "negative": "negative.dataset"}),
@@ -277,7 +277,7 @@ As *01_first_lora*, with a part of the pictures held out.
 
 Samples and figures lie in the run's folder in *output/loras/trainyard*; the *Training Runs* tab at the left lists all runs.""", (400, 560))  # fmt: skip
     flow.group("1 · Pictures", BLUE, 430, -80,
-        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("split", "TrainyardSplitDataset", 220, {}, {"dataset": "load.dataset"}),
+        (340, [("load", "TrainyardLoadDataset", 280, LOAD), ("split", "TrainyardSplitDataset", 220, {}, {"dataset": "load.dataset"}),
                ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
         (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},
                 {"dataset": "split.train", "vae": "model.VAE", "clip": "model.CLIP"}),
@@ -304,7 +304,7 @@ def train_score():
 
 4. **Use.** *Score Images* rates any pictures; workflow *12_score_and_filter* keeps the best, *10_leco_score* pulls a LoRA up the score.""", (400, 520))  # fmt: skip
     flow.group("1 · Rated pictures", BLUE, 430, -80,
-        (340, [("load", "TrainyardLoadRatedPictures", 130, RATED), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found"),
+        (340, [("load", "TrainyardLoadRatedPictures", 190, RATED), ("found", "PreviewAny", 160, {}, {"source": "load.about"}, "What was found"),
                ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
         (340, [("encode", "TrainyardEncodeDataset", 460, {"resolution": 512, "caption_mode": "empty (unconditional)", "flip": True},
                 {"dataset": "load.dataset", "vae": "model.VAE"})]))  # fmt: skip
@@ -360,12 +360,12 @@ Ratings are few, pictures are many. Let the backbone of a score look at all of t
 
 3. **Rate a few.** As in *09_train_aesthetic_score*, with the backbone connected to *pretrained*.""", (400, 400))  # fmt: skip
     flow.group("1 · All pictures", BLUE, 430, -80,
-        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
+        (340, [("load", "TrainyardLoadDataset", 280, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]})]),
         (360, [("pretrain", "TrainyardPretrainScoreBackbone", 400, {"size": 256}, {"model": "model.MODEL", "vae": "model.VAE", "dataset": "load.dataset"}),
                ("worth", "PreviewAny", 240, {}, {"source": "pretrain.report"}, "What it is worth")]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · A few ratings", GREEN, 1240, -80,
-        (340, [("rated", "TrainyardLoadRatedPictures", 130, RATED),
+        (340, [("rated", "TrainyardLoadRatedPictures", 190, RATED),
                ("encode", "TrainyardEncodeDataset", 460, {"resolution": 256, "caption_mode": "empty (unconditional)", "flip": True},
                 {"dataset": "rated.dataset", "vae": "model.VAE"})]),
         (380, [("train", "TrainyardTrainScoreModel", 420, {}, {"model": "model.MODEL", "encoded": "encode.encoded", "pretrained": "pretrain.score_model"}),
@@ -383,7 +383,7 @@ def score_and_filter():
 
 3. **Keep.** *Rank and Filter by Score* keeps the best half, all above a threshold, or a number of them. *Save Dataset* writes them to a new folder with their scores.""", (400, 320))  # fmt: skip
     flow.group("1 · Pictures and score", BLUE, 430, -80,
-        (340, [("load", "TrainyardLoadDataset", 190, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
+        (340, [("load", "TrainyardLoadDataset", 280, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
                ("model_score", "TrainyardLoadScoreModel", 120, {"file": "my_taste.safetensors"}, {"model": "model.MODEL", "vae": "model.VAE"})]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Rate", VIOLET, 860, -80,

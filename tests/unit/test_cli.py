@@ -125,7 +125,7 @@ def test_the_text_encoder_learns_too_when_asked(files, tmp_path):
 
 def test_every_setting_has_an_argument_and_its_default(files):
     args = cli.parser().parse_args(["lora", *files])
-    names = [f.name for record in cli.RECORDS for f in dataclasses.fields(record)]
+    names = [cli.option(record, f.name) for record in cli.RECORDS for f in dataclasses.fields(record)]
     assert len(names) == len(set(names)), "two records share a name, and their arguments would too"
     for record in cli.RECORDS:
         assert cli.settings(args, record) == record()
@@ -142,7 +142,7 @@ def test_settings_arrive_where_they_belong(files):
 @pytest.mark.parametrize("change, says", [
     (["--rank", "0"], "rank is 0; it must lie between 1 and 4096"),
     (["--learning-rate", "nan"], "learning_rate is nan"),
-    (["--rank", "129"], "choose a rank of at most"),
+    (["--rank", "129"], "Choose a rank of at most"),
     (["--name", "../out"], "use letters, digits"),
     (["--images", "nowhere"], "nowhere does not exist"),
     (["--model", "nowhere.safetensors"], "nowhere.safetensors does not exist"),

@@ -1,5 +1,6 @@
 """Collages: the claims that the method makes, each as a test, then what the files and captions must be."""
 
+import contextlib
 import json
 import random
 from collections import Counter
@@ -468,6 +469,9 @@ class Local:
 class NoAdapters:
     def parameters(self):
         return []
+
+    def dropping(self, rng):
+        return contextlib.nullcontext()
 
 
 def loss(root, record):

@@ -157,6 +157,5 @@ def score_model(server, file):
     """A score of random numbers for SD1.5's latents, where the server looks for score models."""
     about = About(latent_format="SD15", channels=4, width=8, depth=1, trained=True)
     path = server.base / "models" / "score_models" / file
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_score_model(path, ScoreModel([network_of(about)], about))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_score_model(path, ScoreModel([network_of(about)], about))
