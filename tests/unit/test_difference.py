@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from trainyard.tests.unit.toy import SHAPE, WORDS, Denoiser, Net, adapters, pairs, prompts, rng
+from trainyard.tests.unit.toy import SHAPE, WORDS, Denoiser, Net, pairs, prompts, rng, shaken
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.diffusion import Density
 from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
@@ -14,19 +14,9 @@ from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, T
 from trainyard.trainers.settings import NoiseSettings, PointSettings
 
 
-def moved(network, seed=9):
-    """Adapters that change something already."""
-    made = adapters(network)
-    draw = rng(seed)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw) * 0.2)
-    return made
-
-
 def model(prediction="flow"):
     network = Net()
-    return Model(Denoiser(network, prediction), moved(network), prompts())
+    return Model(Denoiser(network, prediction), shaken(network), prompts())
 
 
 class Says:

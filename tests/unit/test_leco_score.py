@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, adapters, dataset, prompts, rng
+from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, dataset, prompts, rng, shaken
 from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.loop import NoStore, train
 from trainyard.trainers.methods import leco_score
@@ -48,15 +48,6 @@ class Curved(nn.Module):
 
 def score(*networks, **about):
     return ScoreModel(list(networks) or [Mean()], About(channels=2, **about))
-
-
-def shaken(network, seed=9):
-    made = adapters(network)
-    draw = rng(seed)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw) * 0.2)
-    return made
 
 
 def model(prediction="flow"):

@@ -138,6 +138,16 @@ def adapters(network, seed=0, **settings):
     return made
 
 
+def shaken(network, seed=9):
+    """Adapters that change something already."""
+    made = adapters(network)
+    draw = rng(seed)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.2)
+    return made
+
+
 def folder(tmp_path, exported, steps, name="toy", fingerprint="0123456789abcdef"):
     """A RunFolder whose LoRAs are `exported()`: tensors by key."""
     return RunFolder(tmp_path, name, fingerprint, {"note": "toy"}, steps, lambda step: LoraFile(exported(), {"ss_steps": str(step)}, step))
