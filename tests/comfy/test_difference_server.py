@@ -104,7 +104,7 @@ def read(path):
 
 
 def test_a_leco_is_trained_saved_swept_and_taken_by_the_hosts_own_loader(server, node, leco):
-    prompt = leco(run_name="whole", calibrate="after training", learning_rate=1e-2) | {
+    prompt = leco(run_name="leco_whole", calibrate="after training", learning_rate=1e-2) | {
         "save": node("TrainyardSaveLora", lora=["train", 0], name="leco/whole", model=["model", 0]),
         "ask": node("CLIPTextEncode", text="a red circle", clip=["model", 1]),
         "empty": node("CLIPTextEncode", text="", clip=["model", 1]),
@@ -137,24 +137,24 @@ def test_a_leco_is_trained_saved_swept_and_taken_by_the_hosts_own_loader(server,
 
 
 def test_a_leco_that_is_run_twice_is_trained_once_also_when_the_cache_is_gone(server, leco):
-    ran(server, leco(run_name="twice"))
-    file = folder_of(server, "twice") / "twice.safetensors"
+    ran(server, leco(run_name="leco_twice"))
+    file = folder_of(server, "leco_twice") / "leco_twice.safetensors"
     made = file.stat().st_mtime_ns
     server.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(1.5)
-    assert "already trained" in said(ran(server, leco(run_name="twice", save_every=100)))
+    assert "already trained" in said(ran(server, leco(run_name="leco_twice", save_every=100)))
     assert file.stat().st_mtime_ns == made
 
 
 def test_a_leco_that_is_stopped_and_continued_is_the_one_that_was_not_stopped(server, leco):
     """The ways that were walked before the stop, and what the frozen model said there, are part of the state."""
-    stopped = server.run(leco(run_name="stopped", steps=16), watch=stop_after(server, 4))
+    stopped = server.run(leco(run_name="leco_stopped", steps=16), watch=stop_after(server, 4))
     assert stopped.ending == "execution_interrupted", stopped.why
-    about = json.loads((folder_of(server, "stopped") / "run.json").read_text())
+    about = json.loads((folder_of(server, "leco_stopped") / "run.json").read_text())
     assert 0 < about["step"] < 16
-    ran(server, leco(run_name="stopped", steps=16))
-    ran(server, leco(run_name="unstopped", steps=16))
-    one, other = (read(folder_of(server, name) / f"{name}.safetensors")[0] for name in ("stopped", "unstopped"))
+    ran(server, leco(run_name="leco_stopped", steps=16))
+    ran(server, leco(run_name="leco_unstopped", steps=16))
+    one, other = (read(folder_of(server, name) / f"{name}.safetensors")[0] for name in ("leco_stopped", "leco_unstopped"))
     assert one == other
 
 

@@ -314,7 +314,9 @@ def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
     secret = server.output("loras", "secret")
     secret.mkdir(parents=True, exist_ok=True)
     (secret / "run.json").write_text("{}")
-    assert server.get("/trainyard/runs") == server.get("/api/trainyard/runs") == []
+    runs = server.get("/trainyard/runs")
+    assert runs == server.get("/api/trainyard/runs")
+    assert {run["file"].split("/")[0] for run in runs} <= {"trainyard"} and "secret" not in {run["folder"] for run in runs}
     assert server.get("/trainyard/runs/77?workflow=none") == {}
     for name in ("nothing", "..%2Fsecret", "%2e%2e%2fsecret", "%2Fetc", "x%00"):
         status, body = server.post(f"/trainyard/runs/{name}/delete")

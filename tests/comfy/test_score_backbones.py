@@ -203,8 +203,8 @@ def test_train_score_model_learns_on_the_models_own_states(dataset, vae):
         trained, report, _ = node(score.TrainScoreModel).execute(model, encoded_of(rated, vae), **given).args
         path = node(score.SaveScoreModel).execute(trained, "through the model", untrained=True).args[0]
         loaded, _ = node(score.LoadScoreModel).execute("through the model.safetensors", model=model).args
-    x = torch.randn(1, 16, 8, 8)
+    x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.allclose(loaded.value(x, torch.zeros(1)), trained.value(x, torch.zeros(1)), atol=1e-4)
+        assert torch.allclose(loaded.value(x, torch.zeros(4)), trained.value(x, torch.zeros(4)), atol=1e-3)
     assert path.endswith("through the model.safetensors")
     assert hash_of(model) == before
