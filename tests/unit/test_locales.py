@@ -27,6 +27,36 @@ def test_what_a_translation_lacks_and_what_no_node_has_any_more_is_named():
     assert locales.differences(english, translated) == (["Train/inputs/more/name", "Train/inputs/more/tooltip"], ["Train/inputs/old/name"])
 
 
+def named(**texts):
+    return {"Train": {"inputs": {name: {"name": name, "tooltip": text} for name, text in texts.items()}}}
+
+
+def test_a_text_that_changed_loses_its_translation_and_one_that_moved_takes_it_along():
+    before, now = named(model="The model.", steps="How long.", old="Kept."), named(model="Another model.", steps="How long.", new="Kept.")
+    translated = named(model="Das Modell.", steps="Wie lange.", old="Behalten.")
+    left = locales.flat(locales.carried(before, now, translated))
+    assert left == {
+        "Train/inputs/model/name": "model", "Train/inputs/steps/name": "steps", "Train/inputs/steps/tooltip": "Wie lange.",
+        "Train/inputs/new/tooltip": "Behalten.",
+    }  # fmt: skip
+    assert locales.differences(now, locales.tree(left)) == (["Train/inputs/model/tooltip", "Train/inputs/new/name"], [])
+
+
+def test_translations_are_filled_in_by_english_text_or_by_path_and_what_is_there_stays():
+    english = named(clip="Clips.", model="The model.", more="The model.")
+    words = {"The model.": "Das Modell.", "clip": "CLIP", "Train/inputs/clip/name": "Abschneiden", "Clips.": ""}
+    done = locales.flat(locales.filled(english, named(more="Ein Modell."), words))
+    assert done["Train/inputs/model/tooltip"] == "Das Modell."
+    assert done["Train/inputs/more/tooltip"] == "Ein Modell."
+    assert done["Train/inputs/clip/name"] == "Abschneiden"
+    assert "Train/inputs/clip/tooltip" not in done
+
+
+def test_a_translation_of_a_text_that_no_node_says_is_refused():
+    with pytest.raises(KeyError, match="'The modell.'.*`todo`"):
+        locales.filled(named(model="The model."), {}, {"The modell.": "Das Modell."})
+
+
 @pytest.mark.parametrize("file", sorted(locales.LOCALES.glob("*/nodeDefs.json")), ids=lambda file: file.parent.name)
 def test_a_translation_has_every_text_of_the_english_one(file):
     english = json.loads((locales.LOCALES / "en" / "nodeDefs.json").read_text("utf-8"))
