@@ -20,7 +20,7 @@ from ..trainers.points import Model, noise_of
 from ..trainers.runs import RunFolder
 from ..trainers.score_files import check_fits, tensors_of
 from ..trainers.score_watch import ScoreWatch, judged
-from ..trainers.scorers import TRUNKS
+from ..trainers.scorers import TRUNKS, check_rates
 from ..trainers.scorers import ScoreModel as Scores
 from ..trainers.settings import Settings, number
 from . import host, latents, paths, planner
@@ -178,6 +178,7 @@ class ScoreJob(TrainingJob):
         self.check_data()
         held = [(self.held_out, 1.0)] if self.held_out else []
         for score, _ in (*self.scores, *held):
+            check_rates(score.about)
             check_fits(score.about, latents.format_name(self.model), self.model.model.latent_format.latent_channels)
             if not score.about.trained:
                 raise ValueError(f"What this score model ({score.about.backbone}) says cannot be told from chance: there is nothing to follow. Give it "

@@ -23,7 +23,7 @@ from ..trainers.data.sheets import thumbnail
 from ..trainers.files import read_safetensors, tensor_hash
 from ..trainers.methods.score import ScoreSettings
 from ..trainers.score_files import check_fits, read_score_model, same, tensors_of, write_score_model
-from ..trainers.scorers import TRUNKS, ScorerSettings
+from ..trainers.scorers import PRETRAINED, TRUNKS, ScorerSettings, check_rates
 from ..trainers.scoring import rated_by, trained
 from ..trainers.settings import Settings, fingerprint, number
 from . import host, paths, score_backbones
@@ -280,13 +280,19 @@ def figures(about) -> str:
 def words_of(about) -> str:
     facts = [
         "" if about.trained else "NOT TRAINED: what it says cannot be told from chance.",
-        f"{about.task} by {about.members} networks ({about.backbone}) on {about.latent_format or 'latents'} of {about.channels} channels",
+        f"{kind_of(about)} on {about.latent_format or 'latents'} of {about.channels} channels",
         "at any noise level" if about.noisy else "of clean pictures only",
         f"figures on pictures that were not learnt from: {figures(about)}",
         f"ratings from {about.low:g} to {about.high:g}, mean {about.mean:g}" if about.task in ("regression", "distribution") else "",
         f"trained at about {about.resolution}x{about.resolution} px" if about.resolution else "",
     ]
     return "\n".join(fact for fact in facts if fact)
+
+
+def kind_of(about) -> str:
+    if about.task == PRETRAINED:
+        return f"a pre-trained backbone without a head ({about.backbone}), for the input pretrained of Train Score Model,"
+    return f"{about.task} by {about.members} networks ({about.backbone})"
 
 
 class ScoreImages(io.ComfyNode):
@@ -320,6 +326,7 @@ class ScoreImages(io.ComfyNode):
     @classmethod
     def execute(cls, score_model, dataset=None, images=None, latents=None, vae=None, **widgets):
         settings, report = record(ScoringSettings, widgets), host.Steps(cls.hidden.unique_id)
+        check_rates(score_model.about)
         if sum(given is not None for given in (dataset, images, latents)) != 1:
             raise ValueError("Connect exactly one of dataset, images and latents, so that it is clear what is scored.")
         if latents is not None:

@@ -17,7 +17,7 @@ from ..trainers.methods.pretext import PretextSettings
 from ..trainers.methods.score import PLAIN, ScoreSettings
 from ..trainers.pretraining import pretrained
 from ..trainers.score_files import read_score_model, tensors_of, write_score_model
-from ..trainers.scorers import ScorerSettings
+from ..trainers.scorers import ScorerSettings, check_rates
 from ..trainers.scoring import trained
 from ..trainers.settings import fingerprint
 from . import backbones, host, latents, paths
@@ -238,6 +238,7 @@ def told(done):
 def taught_by(teacher, dataset, encoded, report):
     """The encoded pictures with the teacher's ratings in place of their own. ValueError for a teacher that does not look at pictures, and for
     encoded pictures that are not in the dataset."""
+    check_rates(teacher.about)
     if not hasattr(teacher, "rate_pictures"):
         raise ValueError("The teacher is a score model of latents, and pictures are to be rated. Connect one of Load Aesthetic Head; a score model of latents "
                          "needs no distillation.")

@@ -18,10 +18,9 @@ from .diffusion import Denoiser
 from .loop import train
 from .methods.pretext import Pretext, PretextSettings, heads_for
 from .metrics import Figure
-from .scorers import About, ScoreModel, ScorerSettings, network_of, seeded
+from .scorers import PRETRAINED, About, ScoreModel, ScorerSettings, network_of, seeded
 from .settings import OptimizerSettings, RunSettings, fingerprint
 
-PRETRAINED = "pretraining"  # the task of a model that has no head yet
 HELD = 6  # one picture in so many is held back
 LEAST_HELD = 12
 LEAST_RATED = 20

@@ -18,6 +18,7 @@ from .settings import Settings, choice, number, switch
 
 BACKBONES = ("latent ResNet", "latent ViT", "model features", "decode + image scorer")
 TASKS = ("regression", "distribution", "binary", "multiclass", "pairwise")
+PRETRAINED = "pretraining"  # the task of a backbone that has no head yet
 BINS = 10
 
 
@@ -226,6 +227,13 @@ class About:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"This score model was made by a newer version: it says {', '.join(unknown)}. Update Trainyard.")
         return cls(**{k: tupled(v) for k, v in values.items()})
+
+
+def check_rates(about: About) -> None:
+    """ValueError for a backbone that has learnt to see and not yet to rate: its head says 0 to everything."""
+    if about.task == PRETRAINED:
+        raise ValueError(f"This is a pre-trained backbone ({about.backbone}, from Pretrain Score Backbone): it has no trained head, so it can rate nothing "
+                         "yet. Connect it to Train Score Model as pretrained, with rated pictures, and use the score model that comes out.")
 
 
 def tupled(value):

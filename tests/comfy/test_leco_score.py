@@ -20,7 +20,7 @@ from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.points import Model
 from trainyard.trainers.score_files import write_score_model
-from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
+from trainyard.trainers.scorers import PRETRAINED, About, LatentResNet, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
@@ -299,6 +299,8 @@ def test_signed_prompts_come_from_a_text_a_list_of_texts_or_a_file(folders):
     (lambda j: setattr(j, "held_out", judge(make("sd15"))), "judges latents of SD15"),
     (lambda j: setattr(j, "scores", ((judge(j.model, noisy=False), 1.0),)), "was trained on clean pictures only"),
     (lambda j: setattr(j, "scores", ((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
+    (lambda j: setattr(j, "scores", ((judge(j.model, task=PRETRAINED), 1.0),)), "pre-trained backbone .* Connect it to Train Score Model as pretrained"),
+    (lambda j: setattr(j, "held_out", judge(j.model, task=PRETRAINED)), "pre-trained backbone"),
     (lambda j: setattr(j, "prompts", ()), "There are no prompts. Write one a line into prompts_text"),
     (lambda j: setattr(j, "prompts", (SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
     (lambda j: setattr(j, "clip", None), "CLIP is empty"),

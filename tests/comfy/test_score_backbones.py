@@ -25,8 +25,7 @@ from trainyard.trainers.features import MODEL
 from trainyard.trainers.likeness import SimilarSettings
 from trainyard.trainers.methods.pretext import PretextSettings
 from trainyard.trainers.methods.score import ScoreSettings
-from trainyard.trainers.pretraining import PRETRAINED
-from trainyard.trainers.scorers import ScorerSettings
+from trainyard.trainers.scorers import PRETRAINED, ScorerSettings
 
 SMALL = dict(width=8, depth=1)
 SHADES = 32
@@ -156,8 +155,22 @@ def test_a_student_learns_its_teachers_ratings_and_keeps_its_scale(places, datas
 
 
 def test_a_score_of_latents_is_no_teacher(dataset, vae, pretrained):
+    rates = replace(pretrained[0], about=replace(pretrained[0].about, task="regression"))
     with pytest.raises(ValueError, match="Connect one of Load Aesthetic Head"):
-        score_backbones.taught_by(pretrained[0], dataset, encoded_of(dataset, vae), None)
+        score_backbones.taught_by(rates, dataset, encoded_of(dataset, vae), None)
+
+
+def test_a_backbone_without_a_head_rates_nothing_and_says_what_it_is_for(dataset, vae, pretrained):
+    """Its head says 0 to everything, which would look like a rating."""
+    backbone, says = pretrained[0], r"pre-trained backbone \(latent ResNet, from Pretrain Score Backbone\): it has no trained head.*as pretrained"
+    with pytest.raises(ValueError, match=says):
+        node(score.ScoreImages).execute(backbone, dataset=dataset, vae=vae, **score.ScoringSettings().to_dict())
+    with pytest.raises(ValueError, match=says):
+        node(score.ScoreImages).execute(backbone, latents={"samples": torch.zeros(1, 16, 8, 8)}, **score.ScoringSettings().to_dict())
+    with pytest.raises(ValueError, match=says):
+        score_backbones.taught_by(backbone, dataset, encoded_of(dataset, vae), None)
+    node(score.SaveScoreModel).execute(backbone, "eyes")
+    assert node(score.LoadScoreModel).execute("eyes.safetensors").args[1].startswith("a pre-trained backbone without a head (latent ResNet)")
 
 
 def test_features_of_a_vision_model_find_alike_pictures_and_groups(dataset):
