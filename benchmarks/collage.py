@@ -19,28 +19,16 @@ import pathlib
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
-import types
+
+import pack
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ALONE, COLLAGES, MIXED, EMPTY = ROWS = ("stars alone", "collages", "collages + 30 % alone", "collages, empty captions")
 RANK = 64  # of what is shown first
 CLAIM = "of 36 single stars, collages draw as many as single pictures do: their share lies in or above the 95 % interval of the latter"
-
-
-def boot():
-    """The pack as `trainyard`, and ComfyUI on the CPU."""
-    if "trainyard" not in sys.modules:
-        package = types.ModuleType("trainyard")
-        package.__path__ = [str(ROOT)]
-        sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-        sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    comfy.boot()
 
 
 def made_ready(toy, kept, folder, rounds) -> dict:
@@ -126,7 +114,7 @@ def main():
     asked.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     asked.add_argument("--json")
     asked = asked.parse_args()
-    boot()
+    pack.boot()
     import torch
     from trainyard.tests.toy import collage_lesson as lesson
     from trainyard.tests.toy import sampling, world

@@ -13,34 +13,15 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import time
-import types
+
+import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-differences.json"
 KINDS = ("erase", "enhance", "replace", "text slider", "image slider", "difference", "curve")
 LEVELS = (0.5, 0.8, 0.9)
 CURVES = ("ours", "original")
-
-
-def boot():
-    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
-    package = types.ModuleType("trainyard")
-    package.__path__ = [str(ROOT)]
-    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-    sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    comfy.boot()
-
-
-def world():
-    from trainyard.tests.toy import sampling
-    from trainyard.tests.toy import world as toy
-
-    with tempfile.TemporaryDirectory() as place:
-        return sampling.load(toy.build(pathlib.Path(place) / "toy_world.safetensors"))
 
 
 # -- one kind ------------------------------------------------------------------------------------------------------------------
@@ -133,12 +114,12 @@ def main():
     asked = parser.parse_args()
     if unknown := [kind for kind in asked.kinds if kind not in KINDS]:
         parser.error(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    boot()
+    pack.boot()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with torch.inference_mode():
-        toy = world()
+        toy = pack.toy_world()
         for kind in asked.kinds or KINDS:
             found = curves(toy) if kind == "curve" else figures(toy, kind)
             shown(kind, found)

@@ -14,26 +14,14 @@ import argparse
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import time
-import types
+
+import pack
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MIB = 2**20
-
-
-def boot():
-    """The pack as package `trainyard`, and ComfyUI on the CPU."""
-    if "trainyard" not in sys.modules:
-        package = types.ModuleType("trainyard")
-        package.__path__ = [str(ROOT)]
-        sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-        sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    comfy.boot()
 
 
 # -- the pictures ------------------------------------------------------------------------------------------------------------
@@ -209,7 +197,7 @@ def arguments():
 
 def main():
     asked = arguments()
-    boot()
+    pack.boot()
     import torch
     from trainyard.benchmarks.train_lora import machine
 

@@ -18,7 +18,8 @@ import os
 import pathlib
 import sys
 import time
-import types
+
+import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-leco-score.json"
@@ -29,27 +30,6 @@ JUDGED = 96  # pictures before and after
 DIRECTIONS = 24
 RUN = dict(steps=120, learning_rate=1e-3, batch=4, seed=1, save_every=0)
 RANK = 8
-
-
-def boot():
-    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
-    package = types.ModuleType("trainyard")
-    package.__path__ = [str(ROOT)]
-    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-    sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    comfy.boot()
-
-
-def world():
-    import tempfile
-
-    from trainyard.tests.toy import sampling
-    from trainyard.tests.toy import world as toy
-
-    with tempfile.TemporaryDirectory() as place:
-        return sampling.load(toy.build(pathlib.Path(place) / "toy_world.safetensors"))
 
 
 # -- true scores: pictures (B, H, W, 3) in 0..1 -> (B,) -----------------------------------------------------------------------------------
@@ -359,13 +339,13 @@ def main():
     asked = parser.parse_args()
     if unknown := [part for part in asked.parts if part not in PARTS]:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    boot()
+    pack.boot()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     run = dict(steps=asked.steps, learning_rate=asked.rate)
     with torch.inference_mode():
-        toy = world()
+        toy = pack.toy_world()
         for part in asked.parts or PARTS:
             found = table if part == "table" else red
             found(toy, lambda rows, part=part: keep(asked.json, part, rows), asked.only, **run)

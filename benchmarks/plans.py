@@ -127,13 +127,14 @@ def arguments(families):
 
 def main():
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    import pack
     import train_lora
 
     asked = arguments(train_lora.FAMILIES)
     import torch
 
     cuda = asked.real and torch.cuda.is_available()
-    train_lora.boot(cuda)
+    pack.boot(cuda)
     from trainyard.benchmarks.contenders import Plan
     from trainyard.benchmarks.shapes import SHAPES
 

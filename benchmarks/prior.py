@@ -16,10 +16,10 @@ import json
 import os
 import pathlib
 import platform
-import sys
 import tempfile
 import time
-import types
+
+import pack
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -27,18 +27,6 @@ KEPT, UNNAMED = ("circle", "square"), ("triangle", "cross")
 PROMPTS = "a {small|large} {circle|square}\na {red|yellow|green|cyan|blue|purple} {circle|square} on a {white|grey|black} ground"
 ROWS = {"without": None, "class prompts": "prompts", "class images": "images", "class prompts and images": "both"}
 FIRST_SEED = 700_000
-
-
-def boot():
-    """The pack as `trainyard`, and ComfyUI on the CPU."""
-    if "trainyard" not in sys.modules:
-        package = types.ModuleType("trainyard")
-        package.__path__ = [str(ROOT)]
-        sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-        sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    comfy.boot()
 
 
 def questions(names):
@@ -122,7 +110,7 @@ def main():
     asked.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     asked.add_argument("--json")
     asked = asked.parse_args()
-    boot()
+    pack.boot()
     import torch
     from trainyard.tests.toy import sampling, world
 

@@ -16,10 +16,9 @@ import argparse
 import json
 import os
 import pathlib
-import sys
-import tempfile
 import time
-import types
+
+import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-score.json"
@@ -31,25 +30,6 @@ KINDS = {
     "latent ViT": dict(backbone="latent ViT", width=16, depth=1),
 }
 HOW = dict(members=3, steps=1000, batch=32, learning_rate=2e-3)
-
-
-def boot():
-    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
-    package = types.ModuleType("trainyard")
-    package.__path__ = [str(ROOT)]
-    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-    sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    comfy.boot()
-
-
-def world():
-    from trainyard.tests.toy import sampling
-    from trainyard.tests.toy import world as toy
-
-    with tempfile.TemporaryDirectory() as place:
-        return sampling.load(toy.build(pathlib.Path(place) / "toy_world.safetensors"))
 
 
 def pictures(toy, count, seed):
@@ -126,7 +106,7 @@ def main(names, kinds):
     from trainyard.nodes.latents import Schedule
     from trainyard.tests.toy import scores as known
 
-    toy = world()
+    toy = pack.toy_world()
     schedule = Schedule(toy.model)
     z, truth = pictures(toy, LEARNT, 3)
     others, asked_truth = pictures(toy, ASKED, 2)
@@ -148,7 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*")
     parser.add_argument("--kind", action="append", choices=KINDS)
     asked_for = parser.parse_args()
-    boot()
+    pack.boot()
     import torch
     from trainyard.tests.toy.scores import SCORES
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 
+import pack
 import score as common  # benchmarks/score.py: the world and how it is asked
 
 RESULTS = common.ROOT / "benchmarks" / "results" / "2026-11-21-score-pretraining.json"
@@ -166,7 +167,7 @@ def main(names):
     from trainyard.nodes.latents import Schedule
     from trainyard.trainers.features import DECODED, MODEL
 
-    toy = common.world()
+    toy = pack.toy_world()
     schedule = Schedule(toy.model)
     parts = {
         "pretraining": lambda: pretraining(toy, schedule, place),
@@ -184,7 +185,7 @@ def main(names):
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    common.boot()
+    pack.boot()
     import torch
 
     with torch.inference_mode(False):

@@ -18,9 +18,6 @@ import pathlib
 import platform
 import statistics
 import subprocess
-import sys
-import tempfile
-import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
@@ -68,23 +65,6 @@ CLAIMS = (  # "all layers": the layers that core trains
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------------
-
-
-def boot(cuda: bool):
-    """The pack as package `trainyard`, and ComfyUI importable, before anything of either is imported."""
-    if "trainyard" not in sys.modules:
-        package = types.ModuleType("trainyard")
-        package.__path__ = [str(ROOT)]
-        sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-        sys.modules["trainyard"] = package
-    from trainyard.tests.comfy import boot as comfy
-
-    if not cuda:
-        return comfy.boot()
-    sys.path.insert(0, str(comfy.COMFYUI))
-    from comfy.cli_args import args
-
-    args.base_directory = tempfile.mkdtemp(prefix="trainyard-bench-")
 
 
 def measured(plan, meta=False, only=None) -> dict:
@@ -203,7 +183,9 @@ def main():
     import torch
 
     cuda = asked.real and torch.cuda.is_available()
-    boot(cuda)
+    import pack
+
+    pack.boot(cuda)
     from trainyard.benchmarks.contenders import Plan
     from trainyard.benchmarks.shapes import SHAPES
 
