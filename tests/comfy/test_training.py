@@ -183,7 +183,7 @@ def test_kill_9_in_the_middle_costs_no_more_than_the_last_save(tmp_path):
         mine.kill()
         (run,) = mine.base.glob("output/loras/trainyard/killed-*")
         state = json.loads((run / "run.json").read_text())
-        assert state["step"] >= 10
+        assert state["step"] >= 5, "the save that was being written may be lost, never the one before it"
         with Server(mine.base) as again:
             rest = again.run(graph(again, folder, run_name="killed", steps=state["step"] + 20, save_every=5))
             assert rest.ok, rest.why
