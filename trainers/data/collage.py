@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from ..files import write_bytes
 from ..settings import fingerprint
+from .bars import bars
 from .collage_captions import collage_captions, common_trigger
 from .collage_plan import DROP, EMPTY, OFF, SINGLE, Cell, Collage, CollagePlan, CollageSettings, plan
 from .colour import contrast
@@ -27,7 +28,6 @@ from .sheets import EDGE, WARN, Tile, contact_sheet, thumbnail
 
 VERSION = 1  # in every key: raise it when the same inputs would give other frames
 LATENT = 8  # px of a latent cell, for the feather
-PLAIN, BEYOND = 10, 12  # levels: how much a bar may vary along itself, and how much the picture beside it must differ
 DECODED = (OSError, ValueError, SyntaxError, MemoryError)
 FULL = 0.97  # a frame filled this far counts as full
 SPARSE = 0.75  # a frame filled less is flagged
@@ -162,34 +162,25 @@ def looked_at(record: Record, box, dE) -> Source:
 
 
 def without_bars(picture: Image.Image) -> tuple[int, int, int, int] | None:
-    """The box inside plain bars at the edges, or None when there are none.
+    """The box inside plain bars at the edges, or None when there are none, or when hardly anything would be left.
 
-    A bar is of one colour, and most of the line beside it is of another: so the background around a subject is no bar."""
-    array = np.asarray(picture.convert("RGB"))
-    top, bottom = bar(array), bar(array[::-1])
-    left, right = bar(array.swapaxes(0, 1)), bar(array.swapaxes(0, 1)[::-1])
+    A single line is no bar. A bar's last line may be blurred into the picture, and goes too."""
+    rows = np.asarray(picture.convert("RGB"))
+    lines = rows.swapaxes(0, 1)
+    sides = zip(bars(rows), (lines, rows, lines[::-1], rows[::-1]), strict=True)
+    left, top, right, bottom = (depth + blurred(inwards, depth) if depth > 1 else 0 for depth, inwards in sides)
     box = left, top, picture.width - right, picture.height - bottom
-    if not any((top, bottom, left, right)) or box[2] - box[0] < picture.width / 4 or box[3] - box[1] < picture.height / 4:
+    if not any((left, top, right, bottom)) or box[2] - box[0] < picture.width / 4 or box[3] - box[1] < picture.height / 4:
         return None
     return box
 
 
-def bar(lines: np.ndarray) -> int:
-    """How many of the first lines (N, length, 3) are a bar. A bar's last line may be blurred into the picture, and goes too."""
-    colour = np.median(lines[0], axis=0)
-    plain = (lines.max(1).astype(int) - lines.min(1) <= PLAIN).all(1) & (np.abs(np.median(lines, axis=1) - colour) <= PLAIN).all(1)
-    count = int(plain.argmin()) if not plain.all() else 0
-    if count < 2:
-        return 0
-    beside = lines[min(count + 2, len(lines) - 1)].astype(int)
-    differs = (np.abs(beside - colour).max(-1) > BEYOND).mean()
-    return count + int(blurred(lines, count, colour)) if differs > 0.5 else 0
-
-
-def blurred(lines, count: int, colour) -> bool:
+def blurred(lines, depth: int) -> bool:
     """Whether the first line after a bar lies nearer to the bar's colour than half of the way to the line after it."""
-    here, after = (np.abs(lines[min(count + i, len(lines) - 1)] - colour).mean() for i in (0, 1))
-    return here < after / 2
+    colour = np.median(lines[0], axis=0)
+    here, after = (np.abs(lines[min(depth + i, len(lines) - 1)] - colour).mean() for i in (0, 1))
+    return bool(here < after / 2)
+
 
 
 # -- drawing the frames ------------------------------------------------------------------------------------------------------
