@@ -1,0 +1,119 @@
+"""The nodes in other languages: whole, exact, and what ComfyUI's page is given.
+
+`.venv/bin/python tools/locales.py check` says the same without a server; its docstring tells how a translation is brought up to date.
+"""
+
+import re
+
+import pytest
+from trainyard.tools import locales
+
+LANGUAGES = locales.languages()
+TERMS = {"960 x 540 px."}  # sentences that are the same in every language
+RANGE = re.compile(r"\([-\d.e+]+ to [-\d.e+]+[^()]*\)$")
+VERBATIM = (
+    r"`[^`]+`",  # names as they are typed
+    r"\{[a-z]+\}",  # placeholders
+    r"(?<![\w.])\.[a-z]\w+",  # file endings
+    r"\w+(?:/\w+)+",  # paths
+    r"[a-z]+(?:_[a-z0-9]+)+\.[a-z]+",  # file names
+    r"\d+(?:\.\d+)?",
+)
+
+
+@pytest.fixture(scope="module")
+def schemas(server):
+    return {name: schema for name, schema in server.object_info().items() if name.startswith("Trainyard")}
+
+
+@pytest.fixture(scope="module")
+def english():
+    return locales.flat(locales.read("en"))
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request):
+    return request.param
+
+
+@pytest.fixture
+def translated(language):
+    return locales.flat(locales.read(language))
+
+
+def verbatim(text):
+    """What no translation changes: numbers, file names, paths, placeholders, names in backticks."""
+    return {found for pattern in VERBATIM for found in re.findall(pattern, text)}
+
+
+def quoted_options(schemas):
+    """(path of a tooltip, option) for every option of an input that its own tooltip quotes or explains."""
+    for node, schema in schemas.items():
+        for group in ("required", "optional"):
+            for name, (_, *about) in schema["input"].get(group, {}).items():
+                about = about[0] if about else {}
+                for option in about.get("options") or ():
+                    if re.search(rf"(?<!\w){re.escape(str(option))}:|['`]{re.escape(str(option))}['`]", about.get("tooltip", "")):
+                        yield f"{node}/inputs/{name}/tooltip", str(option)
+
+
+def test_the_english_file_says_what_the_nodes_say(schemas, english):
+    said = locales.flat({name: locales.texts(schema) for name, schema in schemas.items()})
+    changed = sorted(path for path in said.keys() | english.keys() if said.get(path) != english.get(path))
+    assert changed == [], "run `.venv/bin/python tools/locales.py`, then `check` for what the other languages lack by that"
+
+
+def test_a_translation_has_every_text_and_no_other(english, translated, language):
+    missing, stale = sorted(english.keys() - translated.keys()), sorted(translated.keys() - english.keys())
+    assert (missing, stale) == ([], []), f"run `.venv/bin/python tools/locales.py todo {language}`, translate, then `fill {language}`"
+
+
+def test_what_is_called_a_translation_is_one(english, translated):
+    """A label of one to three words may be a term that stays: LoRA, VAE, top_p."""
+    same = [path for path, text in translated.items() if text == english[path] and text not in TERMS]
+    sentences = [path for path in same if not (path.endswith("/name") and len(english[path].split()) <= 3)]
+    assert sentences == []
+    labels = [path for path in translated if path.endswith("/name")]
+    kept = [path for path in same if path in labels]
+    assert len(kept) < len(labels) / 4, f"{len(kept)} of {len(labels)} labels are the English ones"
+
+
+def test_a_number_keeps_its_range_at_the_end(english, translated):
+    ranges = {path: found[0] for path, text in english.items() if (found := RANGE.search(text))}
+    assert len(ranges) > 200
+    assert [path for path, numbers in ranges.items() if not translated[path].endswith(f" {numbers}")] == []
+
+
+def test_numbers_files_placeholders_and_names_in_backticks_stay_as_they_are(english, translated):
+    lost = {path: verbatim(text) - verbatim(translated[path]) for path, text in english.items()}
+    assert {path: words for path, words in lost.items() if words} == {}
+
+
+def test_an_option_that_a_tooltip_explains_is_called_what_the_widget_calls_it(schemas, translated):
+    options = list(quoted_options(schemas))
+    assert len(options) > 30
+    assert [(path, option) for path, option in options if option not in translated[path]] == []
+
+
+def test_no_two_inputs_of_a_node_share_a_name(language):
+    for node, texts in locales.read(language).items():
+        names = [about["name"] for about in texts["inputs"].values()]
+        assert len(names) == len(set(names)), f"{node}: {sorted(name for name in names if names.count(name) > 1)}"
+
+
+def test_no_two_nodes_share_a_name(language):
+    names = [texts["display_name"] for texts in locales.read(language).values()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_what_the_page_reads_as_a_template_holds_no_template_signs(language):
+    """vue-i18n: {x} would be filled in, | parts plurals, @ links. ComfyUI's page reads tooltips raw, and names and descriptions not."""
+    templates = {path: text for path, text in locales.flat(locales.read(language)).items() if not path.endswith("/tooltip")}
+    assert {path: text for path, text in templates.items() if set("{}|@") & set(text)} == {}
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_the_server_gives_the_page_every_text(server, language):
+    given = server.get("/i18n")[language]["nodeDefs"]
+    assert {name: about for name, about in given.items() if name.startswith("Trainyard")} == locales.read(language)
