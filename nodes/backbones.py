@@ -7,7 +7,9 @@ gives back on every way out.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import comfy.latent_formats
 import comfy.model_management as mm
@@ -16,16 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..trainers.adapters import Adapters
+from ..trainers.adapters import Adapters, adaptable
 from ..trainers.data.records import open_image
 from ..trainers.features import DECODED, MODEL, Looking, as_the_model_sees, pooled
 from ..trainers.heads import Head, check_width
+from ..trainers.recompute import checkpointed
 from ..trainers.scorers import TRUNKS, About, ScoreModel, one_frame
 from ..trainers.settings import AdapterSettings
 from . import host, latents
 from .families import family_of
 
 DEPTHS = (1 / 3, 1 / 2)  # of a transformer's blocks (DiNa-LRM's choice, HKUST-C4G/diffusion-rm)
+LORA_RATE = 0.1  # of the score model's learning rate: 1e-4, usual for LoRA, at its default of 1e-3
 FLOOR = 0.1  # level that a clean latent is announced at: below it a model's states say little (LRM and DiNa-LRM score noised latents)
 MIDDLE = 5.0  # of the scales of aesthetic heads, 1 to 10; a score model says how far above it a picture is
 IMAGE_FIRST = ("DoubleStreamBlock",)  # blocks that return (image, text); all others (text, image)
@@ -52,11 +56,12 @@ class ModelLook:
         self.denoiser = host.ComfyDenoiser(self.patcher, family_of(self.patcher.model.model_config))
         self.cond = no_text(self.network)
 
-    def __call__(self, x: Tensor, level: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, level: Tensor, adapters: Adapters | None = None) -> Tensor:
+        """`adapters`: those that hang on the network for this look; where they are trained, each block keeps its input only."""
         device = x.device
         x, level = x.to(self.patcher.load_device, torch.float32), level.to(self.patcher.load_device)
         found: list[Tensor] = []
-        with self.ready(differentiable(x, self.network)), hooked(self.blocks, found, tokens_of(x)):
+        with self.ready(differentiable(x, self.network), adapters), hooked(self.blocks, found, tokens_of(x)):
             with contextlib.suppress(Enough):
                 self.denoiser.denoise(*as_the_model_sees(self.denoiser, x, level, FLOOR), [self.cond] * len(x))
         if len(found) < len(self.blocks):
@@ -64,7 +69,7 @@ class ModelLook:
         return torch.cat(found, 1).to(device)
 
     @contextlib.contextmanager
-    def ready(self, graded: bool):
+    def ready(self, graded: bool, adapters: Adapters | None = None):
         """The model on its device, as the host loads it; in a training session it is there already, and stays as it is."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(host.gradients() if graded else torch.no_grad())
@@ -74,19 +79,60 @@ class ModelLook:
             if model.current_patcher is None:
                 self.patcher.pre_run()
                 stack.callback(self.patcher.cleanup)
+            if adapters is not None:
+                adapters.to(self.patcher.load_device)
             if graded:
                 host.materialise(model)
-                stack.enter_context(host.out_of_place(self.network))
-                for habit in (host.in_training, host.fresh_weights, host.differentiable_rope):
-                    stack.enter_context(habit())
+                stack.enter_context(self.habits())
+                if adapters is not None and any(p.requires_grad for p in adapters.parameters()):
+                    stack.enter_context(checkpointed(host.block_classes(self.network), Again(self, adapters)))
             yield
 
+    @contextlib.contextmanager
+    def habits(self):
+        """The host's habits as autograd wants them."""
+        with host.out_of_place(self.network), host.in_training(), host.fresh_weights(), host.differentiable_rope():
+            yield
+
+    def reached(self) -> set[str]:
+        """Names of the layers that a look comes by with something in hand: the rest of the network never runs, and a text of zeros tells
+        nothing to the layers that read it."""
+        names: set[str] = set()
+
+        def note(name):
+            return lambda layer, args, out: names.add(name) if args and args[0].any() else None
+
+        handles = [layer.register_forward_hook(note(name)) for name, layer in adaptable(self.network).items()]
+        try:
+            self.size()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return names
+
     def size(self) -> int:
-        """Numbers per picture, found by looking at nothing."""
+        """Numbers per picture, found by looking at noise."""
         shape = self.denoiser.model.latent_format
         frames = (1,) if shape.latent_dimensions == 3 else ()
+        noise = torch.randn(1, shape.latent_channels, *frames, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(False), torch.no_grad():
-            return self(torch.zeros(1, shape.latent_channels, *frames, 16, 16), torch.full((1,), 0.5)).shape[1]
+            return self(noise, torch.full((1,), 0.5)).shape[1]
+
+
+@dataclass(frozen=True)
+class Again:
+    """What a block needs that is computed again in backward, when the look is long over: its adapters, and the host's habits."""
+
+    look: ModelLook
+    adapters: Adapters
+
+    def as_now(self):
+        @contextlib.contextmanager
+        def again():
+            with self.look.habits(), self.adapters.attached():
+                yield
+
+        return again
 
 
 def differentiable(x: Tensor, network) -> bool:
@@ -294,9 +340,8 @@ def output_line(vae) -> tuple[float, float]:
 # -- what score models and their nodes ask for ----------------------------------------------------------------------------------------------
 
 
-def trunk_maker(model=None, vae=None, clip_vision=None, rank: int = 0, seed: int = 0) -> Callable[[About], torch.nn.Module]:
-    """`trunk(about)` for every backbone. rank: above 0, LoRA adapters of that rank are trained on the model features. ValueError, when it is
-    asked, for what is not connected."""
+def trunk_maker(model=None, vae=None, clip_vision=None) -> Callable[[About], torch.nn.Module]:
+    """`trunk(about)` for every backbone, its weights drawn from torch's own generator. ValueError, when it is asked, for what is not connected."""
     looks: dict[str, object] = {}  # one for all members of an ensemble
 
     def look(about: About):
@@ -312,15 +357,21 @@ def trunk_maker(model=None, vae=None, clip_vision=None, rank: int = 0, seed: int
         if about.backbone == MODEL and found.denoiser.model.latent_format.latent_channels != about.channels:
             raise ValueError(f"This score model looks through a model of {about.channels} latent channels ({about.latent_format}), and the connected MODEL has "
                              f"{found.denoiser.model.latent_format.latent_channels} ({latents.format_name(found.patcher)}).")
-        if about.backbone != MODEL:
+        if about.backbone != MODEL or not about.rank:
             return Looking(found, seen, about.width)
-        return Looking(found, seen, about.width, lambda size: adapters_of(found.network, size, seed), rank)
+        adapters = adapters_of(found, about.rank)
+        return Looking(functools.partial(found, adapters=adapters), seen, about.width, adapters)
 
     return trunk
 
 
-def adapters_of(network, rank: int, seed: int) -> Adapters:
-    return Adapters(network, AdapterSettings(rank=rank, targets="attention"), torch.Generator().manual_seed(seed))
+def adapters_of(look: ModelLook, rank: int) -> Adapters:
+    """A LoRA on the attention that a look comes by, all else being dead weight in the file. It learns slower than the small layers after it."""
+    rng = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
+    adapters = Adapters(look.network, AdapterSettings(rank=rank, targets="attention"), rng).only(look.reached())
+    for p in adapters.parameters():
+        p.rate = LORA_RATE
+    return adapters
 
 
 class ImageScoreModel(ScoreModel):

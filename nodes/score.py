@@ -116,6 +116,7 @@ class TrainScoreModel(io.ComfyNode):
                     advanced=True,
                     tooltip="For the task pairwise: a CSV file with the columns better and worse. Without one, ratings tell which is better.",
                 ),
+                *inputs(ScorerSettings, only=("rank",)),
                 ScoreModel.Input("pretrained", optional=True, tooltip="Start from the backbone of this model, such as one of Pretrain Score Backbone."),
                 io.Vae.Input("vae", optional=True, tooltip="For the backbone 'decode + image scorer' only: what decodes latents."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="For the backbone 'decode + image scorer' only: what looks at pictures."),
@@ -135,13 +136,14 @@ class TrainScoreModel(io.ComfyNode):
         host.check_latents(model, encoded.channels)
         pairs = pairs_in(file, encoded, settings.task)
         kept = paths.scores_folder() / f"{made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)}.safetensors"
-        trunk = trunk_of(scorer, model, vae, clip_vision)
+        seeing = scorer if pretrained is None else pretrained.about
+        trunk = trunk_of(seeing, model, vae, clip_vision)
         if kept.is_file():
             made, words, losses = read_score_model(kept, trunk), *told_in(kept)
             words = f"{words}\nTrained before: it was read from the cache."
         else:
             with host.gradients():
-                done = learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, trunk)
+                done = learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk)
             made, words, losses = done.model, printable(done.report), done.losses
             write_score_model(kept, made, {"report": words, "losses": json.dumps(losses)})
         host.show(words.splitlines()[0], cls.hidden.unique_id)
@@ -181,13 +183,13 @@ def trunk_of(scorer, model, vae, clip_vision):
     return score_backbones.trunk_maker(scorer, model, vae, clip_vision)
 
 
-def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, trunk):
+def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk):
     schedule = latents_room.Schedule(model)
     report = host.Steps(node_id)
     groups = groups_of(encoded, Looking(report=report, check_interrupt=host.interrupted))
     data, denoiser = encoded, schedule
     if trunk is not None:
-        data, denoiser, trunk = score_backbones.frozen(encoded, schedule, scorer, trunk)
+        data, denoiser, trunk = score_backbones.frozen(encoded, schedule, seeing, trunk)
     return trained(
         data, denoiser, scorer, settings, latent_format=latents_room.format_name(model), groups=groups, pairs=pairs, trunk=trunk,
         pretrained=pretrained, device=schedule.device, report=report, check_interrupt=host.interrupted,
@@ -292,7 +294,8 @@ def words_of(about) -> str:
 def kind_of(about) -> str:
     if about.task == PRETRAINED:
         return f"a pre-trained backbone without a head ({about.backbone}), for the input pretrained of Train Score Model,"
-    return f"{about.task} by {about.members} networks ({about.backbone})"
+    lora = f" with a LoRA of rank {about.rank}" if about.rank else ""
+    return f"{about.task} by {about.members} networks ({about.backbone}{lora})"
 
 
 class ScoreImages(io.ComfyNode):

@@ -41,19 +41,19 @@ def trunk_maker(scorer, model=None, vae=None, clip_vision=None):
 
 def frozen(encoded, denoiser, scorer, trunk):
     """(encoded, denoiser, trunk) for `trained`: of backbones that stay as they are, what they see is computed once and kept."""
-    return remembered(encoded, denoiser, trunk) if scorer.backbone in LOOKING else (encoded, denoiser, trunk)
+    return remembered(encoded, denoiser, trunk) if scorer.backbone in LOOKING and not scorer.rank else (encoded, denoiser, trunk)
 
 
 # -- trained before ---------------------------------------------------------------------------------------------------------------------------
 
 
-def kept(key: str, make):
-    """(score model, report, losses) of make(), or of the same work done before."""
+def kept(key: str, make, trunk=None):
+    """(score model, report, losses) of make(), or of the same work done before. `trunk(about)`: for backbones made from something loaded."""
     path = paths.scores_folder() / f"{key}.safetensors"
     if path.is_file():
         metadata = read_safetensors(path)[1]
         words = f"{metadata['report']}\nTrained before: it was read from the cache."
-        return read_score_model(path), words, json.loads(metadata["losses"])
+        return read_score_model(path, trunk), words, json.loads(metadata["losses"])
     done = make()
     words = printable(done.report)
     write_score_model(path, done.model, {"report": words, "losses": json.dumps(done.losses)})
@@ -202,6 +202,7 @@ class DistillScoreModel(io.ComfyNode):
                 *inputs(ScoreSettings, only=DISTIL_SHOWN),
                 *inputs(ScorerSettings, only=("width", "depth", "dropout")),
                 *inputs(ScoreSettings, only=LATER),
+                *inputs(ScorerSettings, only=("rank",)),
                 ScoreModel.Input("pretrained", optional=True, tooltip="Start from the backbone of this model, such as one of Pretrain Score Backbone."),
             ],
             outputs=[
@@ -218,21 +219,18 @@ class DistillScoreModel(io.ComfyNode):
         scorer = record(ScorerSettings, widgets)
         settings = record(ScoreSettings, {**widgets, "task": "regression", "loss": PLAIN})
         host.check_latents(model, encoded.channels)
-        if scorer.backbone == DECODED:
+        seeing = scorer if pretrained is None else pretrained.about
+        if seeing.backbone == DECODED:
             raise ValueError(f"The backbone '{DECODED}' would be the teacher once more: it decodes and looks at pictures. Choose 'latent ResNet'.")
         report = host.Steps(cls.hidden.unique_id)
         taught = taught_by(teacher, dataset, encoded, report)
         ratings = [[item.id, item.score] for item in taught.items]
         before = tensor_hash(tensors_of(pretrained)) if pretrained is not None else ""
         key = fingerprint("distil", VERSION, host.model_identity(model), encoded.fingerprint, ratings, scorer, settings, before)
+        trunk = trunk_maker(seeing, model) if seeing.backbone in LOOKING else None
         with host.gradients():
-            work = lambda: from_teacher(model, taught, scorer, settings, pretrained, report)
-            made = kept(key, work) if scorer.backbone not in LOOKING else told(work())
+            made = kept(key, lambda: from_teacher(model, taught, scorer, settings, pretrained, seeing, trunk, report), trunk)
         return shown(cls, *made)
-
-
-def told(done):
-    return done.model, printable(done.report), done.losses
 
 
 def taught_by(teacher, dataset, encoded, report):
@@ -254,9 +252,9 @@ def rated(encoded, ratings):
     return replace(encoded, items=[replace(item, score=ratings[item.id]) for item in encoded.items])
 
 
-def from_teacher(model, taught, scorer, settings, before, report):
+def from_teacher(model, taught, scorer, settings, before, seeing, trunk, report):
     groups = groups_of(taught, Looking(report=report, check_interrupt=host.interrupted))
-    data, schedule, trunk = frozen(taught, latents.Schedule(model), scorer, trunk_maker(scorer, model))
+    data, schedule, trunk = frozen(taught, latents.Schedule(model), seeing, trunk)
     return trained(
         data, schedule, scorer, settings, latent_format=latents.format_name(model), groups=groups, trunk=trunk, pretrained=before,
         device=schedule.device, report=report, check_interrupt=host.interrupted,

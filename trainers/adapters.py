@@ -132,6 +132,8 @@ class Adapters(nn.Module):
         self.settings, self.strength = settings, 1.0
         self.luck: int | None = None  # of a step that leaves something out
         self._hooks: list = []
+        self.mark = f"trainyard {id(self)}"  # where a layer holds its adapter while these are attached
+        self.__dict__["guest"] = None  # Adapters that these give way to
 
     def low(self, name: str) -> Low:
         return self.lows[name.replace(".", "/")]
@@ -140,17 +142,16 @@ class Adapters(nn.Module):
         """Start adding to the layers' outputs; `detach` takes every hook off again. Attaching twice adds nothing twice."""
         self.detach()
         for number, (name, layer) in enumerate(self.layers.items()):
-            self._hooks.append(layer.register_forward_hook(self._hook(self.low(name), number), with_kwargs=True))
+            layer.__dict__[self.mark] = (self.low(name), number)  # and one hook for all layers, so that compiled blocks can share a program
+            self._hooks.append(layer.register_forward_hook(self._add, with_kwargs=True))
 
-    def _hook(self, low, number):
-        def add(layer, args, kwargs, out):
-            if self.strength == 0:
-                return out
-            x = args[0] if args else kwargs["input"]
-            left_out, drop = self.dropped(number)
-            return out + low.change(layer, x, out, 0.0 if left_out else self.strength, drop)  # 0: autograd still finds its way
-
-        return add
+    def _add(self, layer, args, kwargs, out):
+        if self.strength == 0:
+            return out
+        low, number = getattr(layer, self.mark)
+        x = args[0] if args else kwargs["input"]
+        left_out, drop = self.dropped(number)
+        return out + low.change(layer, x, out, 0.0 if left_out else self.strength, drop)  # 0: autograd still finds its way
 
     def dropped(self, number) -> tuple[bool, Drop | None]:
         """(whether layer `number` is left out, what leaves out its inner values) in this step."""
@@ -174,9 +175,15 @@ class Adapters(nn.Module):
     def detach(self):
         while self._hooks:
             self._hooks.pop().remove()
+        for layer in self.layers.values():
+            layer.__dict__.pop(self.mark, None)
 
     @contextlib.contextmanager
     def attached(self):
+        """Attached while inside; where they are attached already they stay so afterwards."""
+        if self._hooks:
+            yield self
+            return
         self.attach()
         try:
             yield self
@@ -192,20 +199,49 @@ class Adapters(nn.Module):
         finally:
             self.strength = before
 
+    @contextlib.contextmanager
+    def giving_way(self, guest: Adapters | None):
+        """At strength 0, with the guest attached in their place, if there is one."""
+        before = self.guest
+        self.__dict__["guest"] = guest  # lent, not owned
+        try:
+            with self.at(0), contextlib.nullcontext() if guest is None else guest.attached():
+                yield
+        finally:
+            self.__dict__["guest"] = before
+
+    @property
+    def moment(self) -> float | None:
+        """The strength that a compiled block would be made for; None while it could not follow: dropout draws anew in every step, and a
+        guest brings hooks of its own."""
+        return None if self.luck is not None or self.guest is not None else self.strength
+
+    def kind_at(self, layer) -> tuple | None:
+        """Equal for layers whose adapters differ in their numbers only."""
+        low, _ = getattr(layer, self.mark, (None, 0))
+        return low and (type(low), *(tuple(p.shape) for p in low.parameters()))
+
     def as_now(self):
-        """A context that brings back today's strength and dropout later: for a block that is computed again."""
-        strength, luck = self.strength, self.luck
+        """A context that brings back today's strength, dropout and guest later: for a block that is computed again."""
+        strength, luck, guest = self.strength, self.luck, self.guest
 
         @contextlib.contextmanager
         def again():
             before, self.luck = self.luck, luck
             try:
-                with self.at(strength):
+                with self.at(strength), contextlib.nullcontext() if guest is None else guest.attached():
                     yield
             finally:
                 self.luck = before
 
         return again
+
+    def only(self, names) -> Adapters:
+        """These adapters without those of all other layers."""
+        for name in [name for name in self.layers if name not in names]:
+            del self.layers[name]
+            del self.lows[name.replace(".", "/")]
+        return self
 
     def load(self, by_layer: dict[str, dict[str, Tensor]]):
         """Start from the tensors of a file, by layer path and suffix. Layers that the file lacks start at no change. Raises ValueError when

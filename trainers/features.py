@@ -19,9 +19,9 @@ from .adapters import Adapters
 from .data.cache import Memory
 from .data.encoded import Encoded
 from .diffusion import Denoiser, per_sample
-from .scorers import ScoreModel, sigma_of_level
+from .scorers import BACKBONES, ScoreModel, sigma_of_level
 
-MODEL, DECODED = LOOKING = ("model features", "decode + image scorer")  # backbones that are made from something loaded
+MODEL, DECODED = LOOKING = BACKBONES[2:]  # backbones that are made from something loaded
 LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # of noise, at which frozen features are remembered
 DRAWS = 3  # noises for each picture and level
 
@@ -62,27 +62,24 @@ class Looking(nn.Module):
 
     `adapters` of the loaded network are attached while it looks and at no other time; they are saved with the trunk."""
 
-    def __init__(self, look: Callable[[Tensor, Tensor], Tensor], seen: int, width: int, adapt: Callable[[int], Adapters] | None = None,
-                 rank: int = 0):  # fmt: skip
+    def __init__(self, look: Callable[[Tensor, Tensor], Tensor], seen: int, width: int, adapters: Adapters | None = None):
         super().__init__()
-        self.look, self.size, self.adapt = look, 8 * width, adapt
+        self.look, self.size = look, 8 * width
         self.scale = Standard(seen)
         self.layers = nn.Sequential(nn.Linear(seen, self.size), nn.SiLU())
-        self.adapters = adapt(rank) if rank else None
+        self.adapters = adapters
         self.__dict__["others"] = None  # Adapters that hang on the same network and must not be looked through
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        with contextlib.nullcontext() if self.others is None else self.others.at(0):
-            with contextlib.nullcontext() if self.adapters is None else self.adapters.attached():
-                seen = self.look(x, level)
+        with self.own_eyes():
+            seen = self.look(x, level)
         return self.layers(self.scale(seen.to(self.layers[0].weight)))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """A file that holds adapters brings their rank."""
-        downs = [value for key, value in state_dict.items() if key.startswith(f"{prefix}adapters.") and key.endswith(".down")]
-        if downs and self.adapters is None and self.adapt is not None:
-            self.adapters = self.adapt(len(downs[0]))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def own_eyes(self):
+        """The loaded network as this trunk learnt to look through it."""
+        if self.others is not None:
+            return self.others.giving_way(self.adapters)
+        return contextlib.nullcontext() if self.adapters is None else self.adapters.attached()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from .diffusion import Denoiser, per_sample
 from .settings import Settings, choice, number, switch
 
 BACKBONES = ("latent ResNet", "latent ViT", "model features", "decode + image scorer")
+MODEL = BACKBONES[2]
 TASKS = ("regression", "distribution", "binary", "multiclass", "pairwise")
 PRETRAINED = "pretraining"  # the task of a backbone that has no head yet
 BINS = 10
@@ -32,6 +33,14 @@ class ScorerSettings(Settings):
     depth: int = number(2, 1, 48, "Blocks per stage (ResNet) or layers in all divided by 4 (ViT).", advanced=True)
     noisy: bool = switch(True, "Also learn to score noised latents, as LECO-score needs. Off: clean pictures only.")
     dropout: float = number(0.2, 0.0, 0.9, "Share of the last features that are left out while training.", step=0.05, advanced=True)
+    rank: int = number(0, 0, 4096, "model features: the model's attention is adapted by a LoRA of this rank, which is kept in the score model's file; "
+                       "your model stays as it is. 0: it is only looked through, many times faster.", advanced=True, later=True)  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank and self.backbone != MODEL:
+            raise ValueError(f"rank is {self.rank} and backbone is {self.backbone!r}, which looks through no diffusion model that a LoRA could adapt. Set "
+                             f"rank to 0, or choose {MODEL!r}.")
 
 
 def unit_view(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,9 +226,11 @@ class About:
     trained: bool = True  # False: what it says cannot be told from chance
     metrics: dict = field(default_factory=dict)
     dataset: str = ""  # hash of what it was trained on
+    rank: int = 0  # of the LoRA through which it looks at the model's own states
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Without a rank of 0: files of frozen features are as they always were."""
+        return {name: value for name, value in asdict(self).items() if name != "rank" or value}
 
     @classmethod
     def from_dict(cls, values: dict) -> About:

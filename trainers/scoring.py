@@ -149,6 +149,7 @@ def described(data, scorer, settings, latent_format, scores, pretrained) -> Abou
         depth=scorer.depth, noisy=scorer.noisy, outputs=outputs_of(settings.task, len(classes)), classes=classes,
         mean=float(np.mean(scores)) if ordinary else 0.0, std=float(np.std(scores)) if ordinary else 1.0, low=float(min(scores)),
         high=float(max(scores)), members=settings.members, resolution=resolution(data), dataset=fingerprint(data.fingerprint, list(scores)),
+        rank=scorer.rank,
     )  # fmt: skip
     return about if pretrained is None else like(about, pretrained.about)
 
@@ -174,7 +175,7 @@ def like(about: About, before: About) -> About:
     if (before.channels, before.latent_format or about.latent_format) != (about.channels, about.latent_format or before.latent_format):
         raise ValueError(f"The pretrained backbone sees latents of {before.latent_format or 'an unnamed format'} ({before.channels} channels), and these "
                          f"are of {about.latent_format or 'an unnamed format'} ({about.channels} channels). Pretrain one on this kind of latent.")
-    return replace(about, backbone=before.backbone, width=before.width, depth=before.depth)
+    return replace(about, backbone=before.backbone, width=before.width, depth=before.depth, rank=before.rank)
 
 
 def start_from(network, pretrained: ScoreModel, fold: int) -> None:

@@ -1,5 +1,7 @@
 """Score models that look through a loaded model: nothing of it changes, and gradients reach the latent."""
 
+import contextlib
+
 import comfy.sd
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from trainyard.tests.drawn import texture
 from trainyard.trainers.features import DECODED, MODEL, Standard, looking_past, remembered
 from trainyard.trainers.heads import Chain, Head
 from trainyard.trainers.score_files import read_score_model, write_score_model
-from trainyard.trainers.scorers import About, ScoreModel, Scorer
+from trainyard.trainers.scorers import About, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import AdapterSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
@@ -106,19 +108,20 @@ def test_every_other_family_can_be_looked_through_too(family):
     assert (seen[0] - seen[1]).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
 def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
     model = make(family, inference=True)
     before = weights(model)
     with host.gradients():
-        network = Scorer(backbones.trunk_maker(model, rank=4)(about(model)), 1)
+        network = Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1)
         ups = [low.up for low in network.trunk.adapters.lows.values()]
         optimizer = torch.optim.Adam(network.parameters(), 1e-2)
         for _ in range(2):
             (network(sample(family), torch.tensor([0.2, 0.7]))[:, 0] - torch.tensor([1.0, -1.0])).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert any(bool(up.any()) for up in ups)
+    assert sum(bool(up.any()) for up in ups) > 0.7 * len(ups), "only the query of a UNet's cross attention reads a text of zeros"
+    assert not any("output_blocks" in name for name in network.trunk.adapters.layers), "the way up is never walked"
     assert any("adapters" in name for name in network.state_dict()), "saved with the score model"
     assert unchanged(model, before)
 
@@ -154,10 +157,71 @@ def test_adapters_in_training_are_not_looked_through(checkpointing):
             assert float(grad.norm()) > 0
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_blocks_that_are_computed_again_give_the_lora_the_same_gradients(family, monkeypatch):
+    """A look with a LoRA keeps each block's input only; its adapters are off the network when backward asks again."""
+    model, found = make(family, inference=True), []
+    with host.gradients():
+        network = seeded(0, lambda: Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1))
+        for low in network.trunk.adapters.lows.values():
+            torch.nn.init.normal_(low.up, std=0.1, generator=torch.Generator().manual_seed(1))
+        for kept_whole in (False, True):
+            if kept_whole:
+                monkeypatch.setattr(backbones, "checkpointed", lambda *_: contextlib.nullcontext())
+            with saved_bytes() as kept:
+                out = network(sample(family), torch.tensor([0.2, 0.7]))
+            out.sum().backward()
+            found.append(([torch.zeros(()) if p.grad is None else p.grad for p in network.parameters()], kept[0]))
+            network.zero_grad()
+    (again, few), (once, many) = found
+    for a, b in zip(again, once, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()) + 1e-9)
+    assert few < 0.7 * many, f"{few} of {many} bytes are kept"
+
+
+@contextlib.contextmanager
+def saved_bytes():
+    """[bytes] of what autograd keeps for backward."""
+    kept = [0]
+
+    def keep(tensor):
+        kept[0] += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
+    """On the very MODEL in training, with blocks that are computed again: the same score and gradient as without any training."""
+    model, x, level = make(family, inference=True), sample(family), torch.tensor([0.2, 0.4])
+    score = ScoreModel([Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1)], About())
+    for low in score.networks[0].trunk.adapters.lows.values():
+        torch.nn.init.normal_(low.up, std=0.1)
+    score.networks[0].requires_grad_(False)
+
+    def judged():
+        with host.gradients():
+            at = x.clone().requires_grad_()
+            said = score.value(at, level)
+            return said.detach(), torch.autograd.grad(said.sum(), at)[0]
+
+    alone = judged()
+    with host.training(model, AdapterSettings(rank=4), checkpointing="per block") as session:
+        for low in session.adapters.lows.values():
+            torch.nn.init.normal_(low.up)
+        with looking_past(score, session.adapters):
+            beside = judged()
+    for a, b in zip(alone, beside, strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_file_holds_the_small_layers_and_the_lora_and_loads_onto_the_same_model(tmp_path, rank):
     model, x, level = make("sd15"), sample("sd15"), torch.tensor([0.0, 0.5])
-    score = ScoreModel([Scorer(backbones.trunk_maker(model, rank=rank)(about(model)), 1)], about(model))
+    known = about(model, rank=rank)
+    score = ScoreModel([Scorer(backbones.trunk_maker(model)(known), 1)], known)
     for low in score.networks[0].trunk.adapters.lows.values() if rank else ():
         torch.nn.init.normal_(low.up, std=0.1)
     write_score_model(tmp_path / "score.safetensors", score)

@@ -14,11 +14,12 @@ from trainyard.nodes.encode import EncodeDataset
 from trainyard.nodes.features import ClusterImages, ExtractFeatures, SimilarImages
 from trainyard.nodes.score_backbones import DistillScoreModel, LoadAestheticHead, PretrainScoreBackbone
 from trainyard.tests.comfy import tiny
-from trainyard.tests.comfy.families import make
+from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.trainers.clusters import ClusterSettings
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.sets import joined
 from trainyard.trainers.features import MODEL
@@ -207,17 +208,49 @@ def test_the_same_bytes_are_found_by_nobody_but_a_broken_file_only_leaves_itself
     assert features.dataset.skipped[0][0] == lost.path
 
 
-def test_train_score_model_learns_on_the_models_own_states(dataset, vae):
-    rated = replace(dataset, records=tuple(replace(r, score=float(i)) for i, r in enumerate(dataset)))
-    model = make("sd3", inference=True)
-    before = hash_of(model)
-    given = values(ScorerSettings(backbone=MODEL, **SMALL), ScoreSettings(steps=30, batch=8, members=2))
+def rated_latents(family, count=24):
+    """Latents of noise whose rating is the mean of their first channel."""
+    x = torch.randn(count, *latent_shape(family)[1:], generator=torch.Generator().manual_seed(0))
+    data = Encoded.from_core([{"samples": x}], [cond(family)])
+    return replace(data, items=[replace(item, score=float(x[i, 0].mean())) for i, item in enumerate(data.items)])
+
+
+@pytest.mark.parametrize(("family", "rank"), [("sd3", 0), ("sd3", 4), ("sd15", 4)])
+def test_train_score_model_learns_on_the_models_own_states_frozen_or_with_a_lora(places, family, rank):
+    """Saved, loaded and asked again it says the same; the LoRA is in the file, was taught, and the MODEL is as it was."""
+    model = make(family, inference=True)
+    before, bits = hash_of(model), {name: value.clone() for name, value in model.model.state_dict().items()}
+    given = values(ScorerSettings(backbone=MODEL, rank=rank, **SMALL), ScoreSettings(steps=10 if rank else 30, batch=8, members=2, patience=0))
     with torch.inference_mode():
-        trained, report, _ = node(score.TrainScoreModel).execute(model, encoded_of(rated, vae), **given).args
-        path = node(score.SaveScoreModel).execute(trained, "through the model", untrained=True).args[0]
-        loaded, _ = node(score.LoadScoreModel).execute("through the model.safetensors", model=model).args
-    x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+        trained, report, _ = node(score.TrainScoreModel).execute(model, rated_latents(family), **given).args
+        node(score.SaveScoreModel).execute(trained, "through the model", untrained=True)
+        loaded, words = node(score.LoadScoreModel).execute("through the model.safetensors", model=model).args
+        again, told, _ = node(score.TrainScoreModel).execute(model, rated_latents(family), **given).args
+    x, level = torch.randn(latent_shape(family, 4), generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.0, 0.4, 0.8])
     with torch.no_grad():
-        assert torch.allclose(loaded.value(x, torch.zeros(4)), trained.value(x, torch.zeros(4)), atol=1e-3)
-    assert path.endswith("through the model.safetensors")
-    assert hash_of(model) == before
+        said = [one.value(x, level) for one in (trained, loaded, again)]
+    assert torch.allclose(said[0], said[1], atol=1e-3) and torch.equal(said[1], said[2]) and "read from the cache" in told
+    taught = [value for name, value in loaded.networks[0].state_dict().items() if name.endswith(".up")]
+    assert bool(taught) == bool(rank) and (not rank or any(bool(up.any()) for up in taught))
+    assert ("with a LoRA of rank 4" in words) == bool(rank)
+    assert hash_of(model) == before and all(torch.equal(value, bits[name]) for name, value in model.model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.model.modules())
+    with torch.inference_mode():
+        scores = node(score.ScoreImages).execute(loaded, latents={"samples": x}, **score.ScoringSettings().to_dict()).args[0]
+    assert len(scores) == 4 and np.isfinite(scores).all()
+
+
+def test_a_score_model_through_the_model_is_learnt_on_with_its_lora_whatever_the_widgets_say(places):
+    model = make("sd3", inference=True)
+    short = dict(steps=3, batch=8, members=2, patience=0)
+    with torch.inference_mode():
+        first = node(score.TrainScoreModel).execute(
+            model, rated_latents("sd3"), **values(ScorerSettings(backbone=MODEL, rank=4, **SMALL), ScoreSettings(**short))).args[0]
+        second = node(score.TrainScoreModel).execute(
+            model, rated_latents("sd3"), pretrained=first, **values(ScorerSettings(**SMALL), ScoreSettings(**short, seed=5))).args[0]
+    assert (second.about.backbone, second.about.rank) == (MODEL, 4)
+
+
+def test_a_lora_for_a_backbone_that_has_no_model_is_refused():
+    with pytest.raises(ValueError, match="rank is 4 and backbone is 'latent ResNet', which looks through no diffusion model.*Set rank to 0"):
+        ScorerSettings(rank=4)
