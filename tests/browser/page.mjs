@@ -24,7 +24,7 @@ export async function open(url, { nodes2 = false, shots = 'shots', viewport = { 
 }
 
 /** Settings go in by REST before the page loads: a first visit opens a tutorial otherwise. */
-async function settings(url, values) {
+export async function settings(url, values) {
   for (const [key, value] of Object.entries(values))
     await fetch(`${url}/api/settings/${key}`, { method: 'POST', body: JSON.stringify(value), headers: { 'Content-Type': 'application/json' } });
 }
