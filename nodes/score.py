@@ -1,7 +1,6 @@
 """Score models: rated pictures in, a model that rates others out."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ..trainers.data.ratings import SOURCES, RankSettings, groups_of, ranked, re
 from ..trainers.data.readers import folder_state, printable
 from ..trainers.data.records import Dataset as Pictures
 from ..trainers.data.sheets import thumbnail
-from ..trainers.files import read_safetensors, tensor_hash
+from ..trainers.files import tensor_hash
 from ..trainers.methods.score import ScoreSettings
 from ..trainers.score_files import check_fits, read_score_model, same, tensors_of, write_score_model
 from ..trainers.scorers import PRETRAINED, TRUNKS, ScorerSettings, check_rates
@@ -135,19 +134,11 @@ class TrainScoreModel(io.ComfyNode):
         scorer, settings = record(ScorerSettings, widgets), record(ScoreSettings, widgets)
         host.check_latents(model, encoded.channels)
         pairs = pairs_in(file, encoded, settings.task)
-        kept = paths.scores_folder() / f"{made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)}.safetensors"
+        key = made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
         seeing = scorer if pretrained is None else pretrained.about
         trunk = trunk_of(seeing, model, vae, clip_vision)
-        if kept.is_file():
-            made, words, losses = read_score_model(kept, trunk), *told_in(kept)
-            words = f"{words}\nTrained before: it was read from the cache."
-        else:
-            with host.gradients():
-                done = learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk)
-            made, words, losses = done.model, printable(done.report), done.losses
-            write_score_model(kept, made, {"report": words, "losses": json.dumps(losses)})
-        host.show(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(made, words, {"loss": losses}, ui=ui.PreviewText(words))
+        make = lambda work: learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work)
+        return score_backbones.shown(cls, *score_backbones.kept(key, cls.hidden.unique_id, make, trunk))
 
 
 def pairs_in(file, encoded, task) -> list[tuple[int, int]]:
@@ -171,11 +162,6 @@ def content(score_model) -> str:
     return tensor_hash(tensors_of(score_model))
 
 
-def told_in(path) -> tuple[str, list[float]]:
-    metadata = read_safetensors(path)[1]
-    return metadata["report"], json.loads(metadata["losses"])
-
-
 def trunk_of(scorer, model, vae, clip_vision):
     """None for networks that look at latents by themselves; else what makes a trunk from loaded models."""
     if scorer.backbone in TRUNKS:
@@ -183,7 +169,7 @@ def trunk_of(scorer, model, vae, clip_vision):
     return score_backbones.trunk_maker(scorer, model, vae, clip_vision)
 
 
-def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk):
+def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work):
     schedule = latents_room.Schedule(model)
     report = host.Steps(node_id)
     groups = groups_of(encoded, Looking(report=report, check_interrupt=host.interrupted))
@@ -192,7 +178,7 @@ def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing,
         data, denoiser, trunk = score_backbones.frozen(encoded, schedule, seeing, trunk)
     return trained(
         data, denoiser, scorer, settings, latent_format=latents_room.format_name(model), groups=groups, pairs=pairs, trunk=trunk,
-        pretrained=pretrained, device=schedule.device, report=report, check_interrupt=host.interrupted,
+        pretrained=pretrained, work=work, device=schedule.device, report=report, check_interrupt=host.interrupted,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from ..trainers.score_files import read_score_model, tensors_of, write_score_mod
 from ..trainers.scorers import ScorerSettings, check_rates
 from ..trainers.scoring import trained
 from ..trainers.settings import fingerprint
+from ..trainers.unfinished import Unfinished
 from . import backbones, host, latents, paths
 from .fields import CATEGORY, Dataset, Encoded, LossMap, ScoreModel, inputs, record
 
@@ -47,16 +48,25 @@ def frozen(encoded, denoiser, scorer, trunk):
 # -- trained before ---------------------------------------------------------------------------------------------------------------------------
 
 
-def kept(key: str, make, trunk=None):
-    """(score model, report, losses) of make(), or of the same work done before. `trunk(about)`: for backbones made from something loaded."""
+def kept(key: str, node_id, make, trunk=None):
+    """(score model, report, losses) of make(work), or of the same work done before. Where it is stopped, it goes on from there at the next call.
+    `trunk(about)`: for backbones made from something loaded."""
     path = paths.scores_folder() / f"{key}.safetensors"
     if path.is_file():
         metadata = read_safetensors(path)[1]
         words = f"{metadata['report']}\nTrained before: it was read from the cache."
         return read_score_model(path, trunk), words, json.loads(metadata["losses"])
-    done = make()
+    work = Unfinished(paths.scores_folder() / f"{key}.unfinished")
+    try:
+        with host.gradients():
+            done = make(work)
+    except BaseException:
+        if work.saved:
+            host.show(f"stopped; all up to {work.saved} is saved, Run goes on from there", node_id)
+        raise
     words = printable(done.report)
     write_score_model(path, done.model, {"report": words, "losses": json.dumps(done.losses)})
+    work.clear()
     return done.model, words, done.losses
 
 
@@ -104,12 +114,11 @@ class PretrainScoreBackbone(io.ComfyNode):
         host.check_latents(model, pictures.channels)
         scores = [r.score for r in dataset]
         key = fingerprint("pretext", VERSION, host.model_identity(model), pictures.identity, dataset.fingerprint(), scorer, settings, classes, scores)
-        with host.gradients():
-            made = kept(key, lambda: from_pictures(model, pictures, dataset, scorer, settings, classes, report))
-        return shown(cls, *made)
+        make = lambda work: from_pictures(model, pictures, dataset, scorer, settings, classes, report, work)
+        return shown(cls, *kept(key, cls.hidden.unique_id, make))
 
 
-def from_pictures(model, pictures, dataset, scorer, settings, classes, report):
+def from_pictures(model, pictures, dataset, scorer, settings, classes, report, work):
     schedule = latents.Schedule(model)
     try:
         views = encode_views(dataset, settings.kinds(), size=settings.size, crops=settings.crops, seed=settings.seed, vae=pictures,
@@ -117,7 +126,7 @@ def from_pictures(model, pictures, dataset, scorer, settings, classes, report):
     finally:
         pictures.free()
     return pretrained(views, schedule, scorer, settings, latent_format=latents.format_name(model), labels=classes, device=schedule.device,
-                      report=report, check_interrupt=host.interrupted)  # fmt: skip
+                      work=work, report=report, check_interrupt=host.interrupted)  # fmt: skip
 
 
 def without_backbone(widgets) -> dict:
@@ -228,9 +237,8 @@ class DistillScoreModel(io.ComfyNode):
         before = tensor_hash(tensors_of(pretrained)) if pretrained is not None else ""
         key = fingerprint("distil", VERSION, host.model_identity(model), encoded.fingerprint, ratings, scorer, settings, before)
         trunk = trunk_maker(seeing, model) if seeing.backbone in LOOKING else None
-        with host.gradients():
-            made = kept(key, lambda: from_teacher(model, taught, scorer, settings, pretrained, seeing, trunk, report), trunk)
-        return shown(cls, *made)
+        make = lambda work: from_teacher(model, taught, scorer, settings, pretrained, seeing, trunk, report, work)
+        return shown(cls, *kept(key, cls.hidden.unique_id, make, trunk))
 
 
 def taught_by(teacher, dataset, encoded, report):
@@ -252,12 +260,12 @@ def rated(encoded, ratings):
     return replace(encoded, items=[replace(item, score=ratings[item.id]) for item in encoded.items])
 
 
-def from_teacher(model, taught, scorer, settings, before, seeing, trunk, report):
+def from_teacher(model, taught, scorer, settings, before, seeing, trunk, report, work):
     groups = groups_of(taught, Looking(report=report, check_interrupt=host.interrupted))
     data, schedule, trunk = frozen(taught, latents.Schedule(model), seeing, trunk)
     return trained(
         data, schedule, scorer, settings, latent_format=latents.format_name(model), groups=groups, trunk=trunk, pretrained=before,
-        device=schedule.device, report=report, check_interrupt=host.interrupted,
+        work=work, device=schedule.device, report=report, check_interrupt=host.interrupted,
     )  # fmt: skip
 
 

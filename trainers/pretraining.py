@@ -20,6 +20,7 @@ from .methods.pretext import Pretext, PretextSettings, heads_for
 from .metrics import Figure
 from .scorers import PRETRAINED, About, ScoreModel, ScorerSettings, network_of, seeded
 from .settings import OptimizerSettings, RunSettings, fingerprint
+from .unfinished import OneRun, Unfinished
 
 HELD = 6  # one picture in so many is held back
 LEAST_HELD = 12
@@ -42,8 +43,9 @@ class Pretrained:
 
 def pretrained(views: Views, denoiser: Denoiser, scorer: ScorerSettings, settings: PretextSettings, *, latent_format: str = "",
                labels: Sequence[str | None] = (), device="cpu", report: Callable[[int, int, str], None] | None = None,
-               check_interrupt: Callable[[], None] = lambda: None) -> Pretrained:
-    """`labels`: class names by picture, None where there is none. ValueError for too few pictures, or classes where there are none."""
+               work: Unfinished | None = None, check_interrupt: Callable[[], None] = lambda: None) -> Pretrained:
+    """`labels`: class names by picture, None where there is none. `work`: keeps what is done when the training is
+    stopped. ValueError for too few pictures, or classes where there are none."""
     labels = list(labels) or [None] * len(views)
     names, numbers = numbered(labels)
     check(views, settings, names)
@@ -56,7 +58,8 @@ def pretrained(views: Views, denoiser: Denoiser, scorer: ScorerSettings, setting
     before = probed(network.trunk, views, denoiser, held, labels, check_interrupt)
     method = Pretext(denoiser, network.trunk, heads, views, learnt, settings, scorer.noisy, numbers)
     losses = train(method, RunSettings(steps=settings.steps, learning_rate=settings.learning_rate, seed=settings.seed, save_every=0),
-                   OptimizerSettings(schedule="cosine", weight_decay=0.05, warmup=settings.steps // 20), report=telling(report, check_interrupt))  # fmt: skip
+                   OptimizerSettings(schedule="cosine", weight_decay=0.05, warmup=settings.steps // 20), report=telling(report, check_interrupt),
+                   store=OneRun(work or Unfinished()))  # fmt: skip
     after = probed(network.trunk, views, denoiser, held, labels, check_interrupt)
     network.cpu().eval().requires_grad_(False)
     blank(network.head)

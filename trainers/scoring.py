@@ -8,6 +8,8 @@ know how good it is.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from .methods.score import Score, ScoreSettings, seen, targets
 from .metrics import Figure, interval
 from .scorers import About, ScoreModel, ScorerSettings, in_user_scale, network_of, outputs_of, seeded, sigma_of_level, value
 from .settings import OptimizerSettings, RunSettings, fingerprint
+from .unfinished import Unfinished
 
 LEVELS = (0.3, 0.6, 0.9)  # of noise, at which a noise-conditioned model is measured too
 VALIDATION = 7  # one part in so many of what a member learns from tells it when to stop
@@ -74,13 +77,15 @@ def trained(
     pairs: Sequence[tuple[int, int]] = (),
     trunk: Callable[[About], torch.nn.Module] | None = None,
     pretrained: ScoreModel | None = None,
+    work: Unfinished | None = None,
     device="cpu",
     report: Callable[[int, int, str], None] | None = None,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> Trained:
     """`groups`: names of near-duplicates by index of the data; nothing is measured on a copy. `pairs`: (better, worse) indices for the
     pairwise task; without them every two pictures of different rating are a pair. `trunk(about)` makes the trunk of backbones that come from
-    a loaded model. `pretrained`: a model whose trunk is learnt on.
+    a loaded model. `pretrained`: a model whose trunk is learnt on. `work`: keeps what is done when the training is stopped, so that the same call
+    goes on with it, as if it had never been stopped.
 
     Raises ValueError for too few ratings, ratings that are all the same or do not suit the task, and a pretrained model that does not fit."""
     task, groups = task_of(data, scorer, settings, latent_format, pairs, groups or [item.id for item in data.items], pretrained)
@@ -92,7 +97,7 @@ def trained(
         if pretrained is not None:
             start_from(network, pretrained, fold)
         member = Member(task, denoiser, network, scorer, settings, fold)
-        losses.append(member.learn(np.flatnonzero(folds != fold), groups, tell))
+        losses.append(member.learn(np.flatnonzero(folds != fold), groups, tell, work or Unfinished()))
         held.append(member.judged(np.flatnonzero(folds == fold), check_interrupt))
         networks.append(network.cpu().eval().requires_grad_(False))
     return concluded(task, settings, networks, losses[0], merged(held, len(task.data)), folds, groups)
@@ -205,8 +210,11 @@ class Member:
     settings: ScoreSettings
     fold: int
 
-    def learn(self, index, groups, tell) -> list[float]:
+    def learn(self, index, groups, tell, work: Unfinished) -> list[float]:
         """The losses. The network holds the best average of its weights afterwards."""
+        if done := work.done(self.fold):
+            self.network.load_state_dict(done["network"])
+            return done["losses"].tolist()
         index, watched = self.held_back(index, groups)
         settings = self.settings
         method = Score(self.denoiser, self.network, replace(self.task.data, items=[self.task.data.items[i] for i in index]), self.task.about,
@@ -215,13 +223,12 @@ class Member:
         run = RunSettings(steps=settings.steps, learning_rate=settings.learning_rate, seed=settings.seed * 1009 + self.fold,
                           save_every=settings.check_every)  # fmt: skip
         how = OptimizerSettings(schedule="cosine", weight_decay=settings.weight_decay, warmup=settings.steps // 20)
-        seen_losses, watch = [], Watch(method, lambda: self.mark(watched), settings.patience if len(watched) else 0)
-        try:
-            seen_losses = train(method, run, how, report=tell, store=watch)
-        except Enough:
-            seen_losses = watch.losses
+        watch = Watch(method, lambda: self.mark(watched), settings.patience if len(watched) else 0, work, self.fold)
+        with contextlib.suppress(Enough):
+            train(method, run, how, report=tell, store=watch)
         method.keep(watch.best)
-        return seen_losses
+        work.finish(self.fold, {"network": self.network.state_dict(), "losses": torch.tensor(watch.losses)})
+        return watch.losses
 
     def held_back(self, index, groups):
         """(to learn from, to watch): groups stay whole. Nothing is held back of too few."""
@@ -275,16 +282,40 @@ class Member:
 class Watch(NoStore):
     """Asked every few steps: keeps the best average of the weights, and ends the run when there has been none better for long.
 
-    The loop's saves come at fixed steps, its reports by the clock; only the first make a run that can be repeated."""
+    The loop's saves come at fixed steps, its reports by the clock; only the first make a run that can be repeated. A run that is stopped at such
+    a step is asked then, for it will not come by again."""
 
-    def __init__(self, method: Score, mark: Callable[[], float], patience: int):
-        self.method, self.mark, self.patience = method, mark, patience
-        self.best, self.height, self.since, self.losses = method.average, -np.inf, 0, []
+    def __init__(self, method: Score, mark: Callable[[], float], patience: int, work: Unfinished, number: int):
+        self.method, self.mark, self.patience, self.work, self.number = method, mark, patience, work, number
+        self.best, self.height, self.since, self.asked, self.losses = method.average, -math.inf, 0, 0, []
+        self.ended = False
+
+    def load(self):
+        saved = self.work.at_hand(self.number)
+        if saved is None:
+            return None
+        self.best = [v.to(p) for v, p in zip(saved["best"], self.method.parameters(), strict=True)]
+        self.height, self.since, self.asked, self.losses = saved["height"], saved["since"], saved["asked"], saved["run"]["losses"].tolist()
+        self.method.network.load_state_dict(saved["fixed"], strict=False)
+        self.end_if_enough()
+        return saved["run"]
 
     def save(self, state, why):
-        if why not in ("step", "finished"):
-            return
-        self.losses = state["losses"].tolist()
+        step, self.losses = state["step"], state["losses"].tolist()
+        if step and step != self.asked and (why == "finished" or step % self.method.settings.check_every == 0):
+            self.ask(step)
+        if step and not self.ended and why != "finished" and self.work.due(why):
+            self.work.keep(self.number, self.state(state), step)
+        if why == "step":
+            self.end_if_enough()
+
+    def state(self, run) -> dict:
+        fixed = {name: value for name, value in self.method.network.state_dict().items() if name in dict(self.method.network.named_buffers())}
+        return {"run": run, "best": self.best, "height": self.height, "since": self.since, "asked": self.asked, "fixed": fixed}
+
+    def ask(self, step: int):
+        """Whether the average of now is the best so far."""
+        self.asked = step
         if not self.patience:
             self.best = self.method.average
             return
@@ -294,11 +325,13 @@ class Watch(NoStore):
         self.method.keep(now)
         if height > self.height:
             self.best, self.height, self.since = self.method.average, height, 0
-            return
-        self.since += 1
-        if self.since >= self.patience and why == "step":
-            raise Enough
+        else:
+            self.since += 1
 
+    def end_if_enough(self):
+        if self.patience and self.since >= self.patience:
+            self.ended = True
+            raise Enough
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------------------------

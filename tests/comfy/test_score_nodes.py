@@ -19,12 +19,14 @@ from trainyard.nodes.score import (
 from trainyard.nodes.train_lora import training_data
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
+from trainyard.trainers import loop
 from trainyard.trainers.adapters import AdapterSettings
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions import EMPTY, CaptionSettings
 from trainyard.trainers.data.ratings import RankSettings
 from trainyard.trainers.methods.lora import Lora
 from trainyard.trainers.methods.score import ScoreSettings
+from trainyard.trainers.score_files import tensors_of
 from trainyard.trainers.scorers import About, ScoreModel, ScorerSettings, network_of, unit_view
 from trainyard.trainers.settings import fingerprint
 
@@ -124,6 +126,32 @@ def test_an_unchanged_graph_never_trains_twice_not_even_after_a_restart(vae, pla
     assert again.about == first.about and told.startswith(words) and same_losses == losses
     x, level = torch.randn(2, 16, 8, 8, generator=host.generator(0)), torch.rand(2, generator=host.generator(1))
     assert torch.equal(again.value(x, level), first.value(x, level))
+
+
+def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_same_model(vae, places, monkeypatch):
+    data, asked, shown = encoded(vae), [], []
+    whole = train(data, steps=40)[0]
+    for path in paths.scores_folder().iterdir():
+        path.unlink()
+
+    class Interrupted(BaseException):
+        """The host's is no Exception either."""
+
+    def interrupt():
+        asked.append(1)
+        if len(asked) == 80:
+            raise Interrupted
+
+    monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)
+    monkeypatch.setattr(host, "interrupted", interrupt)
+    monkeypatch.setattr(host, "show", lambda line, node_id=None: shown.append(line))
+    with pytest.raises(Interrupted):
+        train(data, steps=40)
+    assert shown[-1].startswith("stopped; all up to network 2, step ") and shown[-1].endswith("is saved, Run goes on from there")
+    again, report, _ = train(data, steps=40)
+    ours, theirs = tensors_of(again), tensors_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and again.about == whole.about
+    assert [path.suffix for path in paths.scores_folder().iterdir()] == [".safetensors"], "the unfinished work is gone"
 
 
 def test_what_cannot_be_told_from_chance_is_said_and_not_saved(vae, places):

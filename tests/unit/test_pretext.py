@@ -15,8 +15,9 @@ from trainyard.trainers.data.views import CROP, GREY, ORDERS, SHUFFLED, TURNED, 
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.pretext import HIDDEN, Pretext, PretextSettings, felt, heads_for, hidden_error, hiding, nt_xent
 from trainyard.trainers.pretraining import PRETRAINED, out_of_fold, pretrained, retrieved
-from trainyard.trainers.score_files import read_score_model, write_score_model
+from trainyard.trainers.score_files import read_score_model, tensors_of, write_score_model
 from trainyard.trainers.scorers import TRUNKS, ScorerSettings
+from trainyard.trainers.unfinished import Unfinished
 
 ALL = dict(inpaint=1.0, simclr=0.5, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0)
 
@@ -143,6 +144,28 @@ def test_the_same_seed_gives_the_same_backbone_and_the_file_loads_back(dataset, 
     write_score_model(tmp_path / "b.safetensors", runs[0].model)
     assert read_score_model(tmp_path / "b.safetensors").about == runs[0].model.about
     assert runs[0].model.value(torch.randn(2, 3, 8, 8), torch.zeros(2)).tolist() == [0, 0], "it has no head yet"
+
+
+def test_a_pretraining_that_is_stopped_goes_on_and_gives_the_same_backbone(dataset, tmp_path, monkeypatch):
+    settings = PretextSettings(steps=6, batch=4, size=32)
+    views, losses, calls = views_of(dataset, tmp_path, settings), Pretext.loss, []
+    train = lambda **more: pretrained(views, Denoiser(), ScorerSettings(width=8, depth=1), settings, **more)
+    whole = train()
+
+    def stopping(self, rng):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return losses(self, rng)
+
+    monkeypatch.setattr(Pretext, "loss", stopping)
+    work = Unfinished(tmp_path / "work")
+    with pytest.raises(KeyboardInterrupt):
+        train(work=work)
+    assert work.saved == "network 1, step 3"
+    parts = train(work=Unfinished(tmp_path / "work"))
+    ours, theirs = tensors_of(parts.model), tensors_of(whole.model)
+    assert parts.losses == whole.losses and parts.report == whole.report and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_probes_tell_before_from_after(dataset, tmp_path):

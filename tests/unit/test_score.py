@@ -1,12 +1,15 @@
 """The losses of a score model by hand, and whole trainings on latents whose true score is known."""
 
+import contextlib
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, Stop, dataset, rng
+from trainyard.trainers import loop
 from trainyard.trainers.methods.score import (
     LOSSES,
     NOISIEST,
@@ -23,6 +26,7 @@ from trainyard.trainers.methods.score import (
 from trainyard.trainers.score_files import tensors_of
 from trainyard.trainers.scorers import BINS, About, ScoreModel, ScorerSettings, network_of, seeded
 from trainyard.trainers.scoring import Member, fold_groups, rated_by, task_of, trained
+from trainyard.trainers.unfinished import Unfinished
 
 TINY = ScorerSettings(width=8, depth=1)
 QUICK = ScoreSettings(steps=60, batch=16, members=2, learning_rate=5e-3, check_every=20)
@@ -286,6 +290,78 @@ def test_an_interrupt_passes_through():
 
     with pytest.raises(Stop):
         train(rated(40), check_interrupt=interrupt)
+
+
+# -- stopped and gone on ---------------------------------------------------------------------------------------------------------------------
+
+
+class After:
+    """An interrupt after so many questions."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __call__(self):
+        self.left -= 1
+        if self.left < 0:
+            raise Stop
+
+
+def stopped_and_gone_on(folder, every, data, settings, **rest):
+    """(the finished training, how often it was stopped), the n-th time after n * `every` questions: what is done is measured again each time."""
+    for stops in range(200):
+        with contextlib.suppress(Stop):
+            return train(data, settings=settings, work=Unfinished(folder), check_interrupt=After((stops + 1) * every), **rest), stops
+    raise AssertionError("It never ends: nothing is kept.")
+
+
+def same_training(a, b):
+    one, two = tensors_of(a.model), tensors_of(b.model)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert a.model.about == b.model.about and a.losses == b.losses and a.said == b.said and a.lines == b.lines
+
+
+@pytest.mark.parametrize(("every", "patience"), [(5, 10), (6, 10), (7, 0), (13, 10), (6, 1)])
+def test_a_training_that_is_stopped_again_and_again_is_the_same_training(tmp_path, monkeypatch, every, patience):
+    """Stopped in the middle of a network, on the very step where held back pictures are scored, while a network is measured, and between two;
+    with and without an early end. How well they are scored is made up of the last digits of the weights: any step may be the best, and one that
+    is asked twice, or not at all, is seen."""
+    monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)  # asked at every step, not by the clock
+    monkeypatch.setattr(Member, "mark", lambda self, index: 1e4 * float(next(self.network.parameters()).detach().double().sum()) % 1)
+    data, settings = rated(160), replace(QUICK, steps=18, members=3, check_every=3, patience=patience)
+    whole = train(data, settings=settings)
+    assert (len(whole.losses) < 18) == (patience == 1)
+    parts, stops = stopped_and_gone_on(tmp_path / "work", every, data, settings)
+    assert stops > 2
+    same_training(whole, parts)
+
+
+@pytest.mark.parametrize("task", ["distribution", "multiclass", "pairwise"])
+def test_every_task_goes_on_where_it_was_stopped(tmp_path, monkeypatch, task):
+    monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)
+    data = rated(60, lambda m: float(m[0].mean() > 0) + float(m[0].mean() > 0.2)) if task == "multiclass" else rated(60)
+    settings = replace(QUICK, steps=8, task=task)
+    same_training(train(data, settings=settings), stopped_and_gone_on(tmp_path / "work", 11, data, settings)[0])
+
+
+def test_networks_that_are_done_are_not_trained_again(tmp_path, monkeypatch):
+    data, settings = rated(60), replace(QUICK, steps=4, members=3)
+    done, loss = [], Score.loss
+    monkeypatch.setattr(Score, "loss", lambda self, rng: done.append(1) or (loss(self, rng) if len(done) != 10 else (_ for _ in ()).throw(Stop())))
+    work = Unfinished(tmp_path / "work")
+    with pytest.raises(Stop):
+        train(data, settings=settings, work=work)
+    assert work.saved == "network 3, step 1" and sorted(p.name for p in (tmp_path / "work").iterdir()) == ["network0.state", "network1.state", "now.state"]
+    train(data, settings=settings, work=Unfinished(tmp_path / "work"))
+    assert len(done) == 10 + 3, "of the third network steps 2 to 4"
+    work.clear()
+    assert not (tmp_path / "work").exists()
+
+
+def test_damaged_work_says_what_to_delete(tmp_path):
+    (tmp_path / "network0.state").write_bytes(b"no state")
+    with pytest.raises(ValueError, match=f"Delete the folder {re.escape(str(tmp_path))}"):
+        train(rated(40), work=Unfinished(tmp_path))
 
 
 def test_progress_counts_the_steps_of_all_members():
