@@ -153,12 +153,12 @@ def results():
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
-def common(cls, model, widgets, adapter, optimizer, noise, validation=None):
-    """What every job of this file is given."""
+def common(cls, model, widgets, adapter, optimizer, noise, validation=None, both_ways=True):
+    """What every job of this file is given. both_ways: the adapter is also trained, or meant to be used, at strengths below 0."""
     return dict(
         model=model,
         run=record(RunSettings, widgets),
-        adapter=odd(dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"])),
+        adapter=odd(dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"]), both_ways),
         optimizing=optimizer or OptimizerSettings(),
         noise=noise or NoiseSettings(),
         name=checked_name(widgets["run_name"]),
@@ -171,12 +171,13 @@ def common(cls, model, widgets, adapter, optimizer, noise, validation=None):
     )
 
 
-def odd(adapter: AdapterSettings) -> AdapterSettings:
-    """The adapter, when its effect at -1 is the opposite of that at +1 and the frozen model is found at 0. ValueError otherwise."""
+def odd(adapter: AdapterSettings, both_ways: bool = True) -> AdapterSettings:
+    """The adapter, when its effect at -1 is the opposite of that at +1 (where that is needed) and the frozen model is found at 0. ValueError
+    otherwise."""
     if adapter.text_encoder:
         raise ValueError("text_encoder is on: a difference is learnt between prompts that the frozen text encoder has encoded once. "
                          "Switch it off in Adapter Settings.")
-    if adapter.algorithm == DORA:
+    if both_ways and adapter.algorithm == DORA:
         raise ValueError("algorithm is DoRA, whose effect at -1 is not the opposite of that at +1: it learns the size of every row beside its "
                          "direction. Choose LoRA, LoHa or LoKr in Adapter Settings for sliders, LECO and differences.")
     return adapter

@@ -375,10 +375,11 @@ class TrainLecoScore(io.ComfyNode):
     def execute(cls, model, clip, score_model, prompts_text, target, prompts=None, more_scores=None, held_out=None, encoded=None, settings=None,
                 adapter=None, optimizer=None, **widgets):  # fmt: skip
         chosen, watching = settings or (LecoScoreSettings(), WatchSettings())
+        chosen = ORIGINAL if target == ORIGINAL_RECIPE else dataclasses.replace(chosen, target=target)
         job = ScoreJob(
             prompts=rows_of(prompts, prompts_text), scores=((score_model, 1.0), *(more_scores or ())), held_out=held_out, data=encoded, clip=clip,
-            settings=ORIGINAL if target == ORIGINAL_RECIPE else dataclasses.replace(chosen, target=target), watching=watching,
-            place=record(ScorePlace, widgets), **common(cls, model, widgets, adapter, optimizer, None),
+            settings=chosen, watching=watching, place=record(ScorePlace, widgets),
+            **common(cls, model, widgets, adapter, optimizer, None, both_ways=chosen.slider),
         )  # fmt: skip
         return finished(cls, job)
 

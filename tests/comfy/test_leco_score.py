@@ -21,7 +21,7 @@ from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, 
 from trainyard.trainers.points import Model
 from trainyard.trainers.score_files import write_score_model
 from trainyard.trainers.scorers import PRETRAINED, About, LatentResNet, ScoreModel, Scorer, seeded
-from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+from trainyard.trainers.settings import ALGORITHMS, AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 ROWS = (SignedPrompt("a cat"), SignedPrompt("an ugly cat", -1.0), SignedPrompt("a dog", 0.0))
@@ -201,6 +201,29 @@ def test_a_run_that_is_continued_is_the_same_run(folders):
         job(name="parts", steps=2).result()
         parts, same, _ = job(name="parts").result()
     assert losses == same and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_a_run_of_every_kind_of_adapter_with_an_average_that_is_continued_is_the_same_run(folders, kind):
+    """The average of the adapters (ema) is what is looked at and delivered, and it is resumed with the run."""
+    more = dict(adapter=AdapterSettings(rank=2, algorithm=kind, factor=4), optimizing=OptimizerSettings(ema=0.9))
+    with torch.inference_mode():
+        made = [dataclasses.replace(job(name=f"{kind}-{name}", steps=steps), **more) for name, steps in (("whole", 4), ("parts", 2), ("parts", 4))]
+        (whole, losses, _), _, (parts, same, _) = [one.result() for one in made]
+        bare = dataclasses.replace(job(name=f"{kind}-bare"), adapter=more["adapter"]).result()[0]
+    assert losses == same and all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert [look.step for look in made[2].seen.looks] == [0, 2, 4] and made[0].seen.looks == made[2].seen.looks
+    sizes = [sum(float(lora[key].double().square().sum()) for key in lora if "alpha" not in key) for lora in (whole, bare)]
+    assert sizes[0] != sizes[1], "an average is not the last step"
+
+
+def test_an_adapter_that_has_no_opposite_is_refused_for_a_slider_only(folders):
+    model = make("sd3", inference=True)
+    settings = (LecoScoreSettings(**QUICK), WatchSettings())
+    lora = train_node(model, adapter=AdapterSettings(algorithm="DoRA"), settings=settings, steps=1, calibrate="off")[0]
+    assert any(key.endswith("dora_scale") for key in lora)
+    with pytest.raises(ValueError, match="algorithm is DoRA, whose effect at -1 is not the opposite"):
+        train_node(model, adapter=AdapterSettings(algorithm="DoRA"), settings=(LecoScoreSettings(**QUICK, slider=True), WatchSettings()))
 
 
 def test_a_run_that_fools_its_score_model_ends_with_the_adapters_of_its_best_moment(folders):
