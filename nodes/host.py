@@ -29,6 +29,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy_kitchen.backends.eager import rope as eager_rope
 
 from ..trainers.adapters import Adapters, by_base, kohya
+from ..trainers.compiled import Compiler
 from ..trainers.data.encoded import split_conditioning
 from ..trainers.files import LoraFile
 from ..trainers.plan import AUTO, OFF, PER_BLOCK, PER_BLOCK_CPU, cheaper
@@ -122,6 +123,28 @@ def block_classes(network) -> set[type]:
     unet = {type(m) for m in network.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResBlock")}
     lists = [m for m in network.children() if isinstance(m, torch.nn.ModuleList)]
     return unet or {type(m) for blocks in lists for m in blocks if any(True for _ in m.parameters())}
+
+
+# What a block is told beside its inputs, and needs for patches alone: where it stands, and at which noise level.
+PLACE = ("block", "block_index", "block_type", "total_blocks", "transformer_index", "sigmas", "sample_sigmas", "cond_or_uncond", "uuids")
+
+
+def placeless(args, kwargs):
+    """A block's call without what tells it its place, unless patches of other nodes may ask for it: blocks then share compiled programs."""
+    less = lambda value: {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) and not patched(value) else value
+    return tuple(map(less, args)), {name: less(value) for name, value in kwargs.items()}
+
+
+def patched(options: dict) -> bool:
+    return any(options.get(name) for name in ("patches", "patches_replace", "model_function_wrapper", "stg_self_attn_blocks"))
+
+
+def compiler(adapters, say) -> Compiler:
+    """For blocks that are to be compiled; `say` is told when they cannot be."""
+    made = Compiler(adapters, placeless, say)
+    if adapters.drops:
+        made.give_up("adapters with dropout draw anew in every step")
+    return made
 
 
 # -- a loaded MODEL as a denoiser ---------------------------------------------------------------------------------------
@@ -246,8 +269,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, checkpointing: str = "off", memory: float = 0.0):
-    """A Session over a loaded MODEL. `memory`: bytes that the training needs beside the weights.
+def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, checkpointing: str = "off", memory: float = 0.0, compiling=None):
+    """A Session over a loaded MODEL. `memory`: bytes that the training needs beside the weights. `compiling(text)`: its blocks run
+    compiled, and it is told when they cannot be.
 
     Raises ValueError when the adapter fits no layer, or when the text encoder is wanted and no CLIP is given."""
     if adapter.text_encoder and clip is None:
@@ -267,6 +291,8 @@ def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, check
         for habit in (in_training, fresh_weights, differentiable_rope):
             stack.enter_context(habit())
         session.blocks.plan = PER_BLOCK if checkpointing == AUTO else checkpointing  # until a plan is chosen
+        if compiling:
+            session.blocks.compiler = stack.enter_context(compiler(adapters, compiling).ready())
         stack.enter_context(checkpointed(block_classes(network), adapters, session.blocks))
         session.denoiser = ComfyDenoiser(patcher, session.family)
         yield session

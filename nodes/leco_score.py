@@ -359,6 +359,7 @@ class TrainLecoScore(io.ComfyNode):
                 LecoScoreRecipe.Input("settings", optional=True, tooltip="From LECO-Score Settings; defaults without it."),
                 *[recipe for recipe in recipes(points=False) if recipe.id != "noise"],
                 planner.retry_input(),
+                planner.compile_input(),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),

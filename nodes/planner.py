@@ -29,6 +29,12 @@ def retry_input():
                             "on from the last step with the next checkpointing that needs less. Once; the result is the same.")
 
 
+def compile_input():
+    """At the end of a node's inputs, as above."""
+    return io.Boolean.Input("compile_blocks", default=False, optional=True, advanced=True, tooltip="Let torch.compile make faster programs of the "
+                            "model's blocks: minutes at the start for less time a step. Where that is impossible, it says so and trains without.")
+
+
 def settled(session, method, job, checkpointing: str) -> Forecast | None:
     """Chooses the plan where that is left open, and gives what is to be expected; None for short runs with a plan of their own.
     Nothing that the run depends on is changed: parameters, draw order and the chance of others are as before."""
@@ -82,6 +88,8 @@ def tried(session, method, job, measured, plans) -> Forecast:
     while True:
         free, further = host.free_memory(session), None
         try:
+            if session.blocks.compiler:
+                one_step(session, method, job)  # in which programs are made
             seconds, peak = one_step(session, method, job)
         except Exception as error:
             further = plan.cheaper(session.blocks.plan, plans)

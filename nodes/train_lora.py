@@ -56,6 +56,7 @@ class TrainLora(io.ComfyNode):
                 PriorRecipe.Input("prior", optional=True, tooltip="From Prior Preservation: what the model must not forget."),
                 ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop."),
                 planner.retry_input(),
+                planner.compile_input(),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes."),
@@ -84,6 +85,7 @@ class TrainLora(io.ComfyNode):
         prior=None,
         validation=None,
         retry_cheaper=(False,),
+        compile_blocks=(False,),
         **widgets,
     ):
         values = {k: v[0] for k, v in widgets.items()}
@@ -100,6 +102,7 @@ class TrainLora(io.ComfyNode):
             name=checked_name(run_name[0]),
             checkpointing=checkpointing[0],
             retry_cheaper=first(retry_cheaper),
+            compile_blocks=first(compile_blocks),
             graph=graph_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
             looking=first(validation),

@@ -43,6 +43,8 @@ class TrainingJob:
     board: object = None  # its TensorBoard files
     memory: float = 0.0  # bytes that a step needs beside the weights
     retry_cheaper: bool = False  # when memory runs out
+    compile_blocks: bool = False
+    remark: str = ""  # what the person should know at the end, too
     kind = ""  # of the method and its version: part of the fingerprint
 
     def check(self):
@@ -113,15 +115,15 @@ class TrainingJob:
         done = f"{len(losses)} steps" if len(losses) == self.run.steps else f"{len(losses)} of {self.run.steps} steps, ended early"
         best = f", the weights of step {lora.steps} are the result" if lora.steps != len(losses) else ""
         loss = sum(losses[-20:]) / len(losses[-20:])
-        seen = f"; {said}" if (said := self.seen_line()) else ""
-        return f"{done}, loss {loss:.4f}, {len(host.bases(lora))} layers in {folder.folder.name}{best}{seen}"
+        more = "".join(f"; {said}" for said in (self.seen_line(), self.remark) if said)
+        return f"{done}, loss {loss:.4f}, {len(host.bases(lora))} layers in {folder.folder.name}{best}{more}"
 
     def seen_line(self) -> str:
         return self.watched.line() if isinstance(self.watched, Watch) else ""
 
     def recipe(self) -> dict:
         records = (self.adapter, self.optimizing, self.noise, self.run, *self.records())
-        recipe = {type(r).__name__: r.to_dict() for r in records} | {"checkpointing": self.checkpointing, **self.about()["dataset"]}
+        recipe = {type(r).__name__: r.to_dict() for r in records} | {"checkpointing": self.checkpointing, "compile_blocks": self.compile_blocks, **self.about()["dataset"]}
         return recipe | {"model": live.model_of(self.graph, self.node_id)}
 
     def fingerprint(self) -> str:
@@ -164,7 +166,8 @@ class TrainingJob:
         plan = checkpointing
         try:
             with host.training(
-                self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=checkpointing, memory=self.memory
+                self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=checkpointing, memory=self.memory,
+                compiling=self.tell if self.compile_blocks else None,
             ) as session:
                 method = self.method(session)
                 if not session.family.known:
@@ -182,6 +185,12 @@ class TrainingJob:
             if host.out_of_memory(error):
                 raise host.OutOfMemory(self.run, plan) from error
             raise
+
+    def tell(self, text: str):
+        self.remark = text
+        self.live.say(text)
+        host.show(text, self.node_id)
+        logging.info("Trainyard: %s: %s", self.name, text)
 
     def foretell(self, forecast, folder):
         """Says what the rest of the run will cost."""

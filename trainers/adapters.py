@@ -161,11 +161,16 @@ class Adapters(nn.Module):
         coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if self.settings.module_dropout else 1.0
         return coin < self.settings.module_dropout, Drop(self.settings.dropout, seed) if self.settings.dropout else None
 
+    @property
+    def drops(self) -> bool:
+        """Whether a step leaves anything out."""
+        return bool(self.settings.dropout or self.settings.module_dropout)
+
     @contextlib.contextmanager
     def dropping(self, rng: torch.Generator):
         """A step with the dropout of the settings; rng is asked only when there is any. Everywhere else nothing is left out."""
         before = self.luck
-        if self.settings.dropout or self.settings.module_dropout:
+        if self.drops:
             self.luck = int(torch.randint(2**62, (1,), generator=rng))
         try:
             yield

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .compiled import Compiler
 from .plan import OFF, PER_BLOCK, PER_BLOCK_CPU, Block, Measured
 
 SMALL = 64 * 1024  # bytes; less is not worth a trip
@@ -22,6 +23,7 @@ class Blocks:
 
     plan: str = PER_BLOCK
     tally: Tally | None = None  # counts in place of keeping
+    compiler: Compiler | None = None  # calls the blocks, where they are to be compiled
 
 
 @contextlib.contextmanager
@@ -40,18 +42,19 @@ def checkpointed(classes, adapters, blocks: Blocks | None = None):
 
 def recomputing(forward, adapters, blocks: Blocks):
     def run(module, *args, **kwargs):
-        if not torch.is_grad_enabled() or (blocks.plan == OFF and blocks.tally is None):
-            return forward(module, *args, **kwargs)
-        if blocks.tally is not None:
+        if blocks.tally is not None and torch.is_grad_enabled():
             with blocks.tally.block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
                 return forward(module, *args, **kwargs)
+        call = forward if blocks.compiler is None else blocks.compiler.of(forward)
+        if not torch.is_grad_enabled() or blocks.plan == OFF:
+            return call(module, *args, **kwargs)
         tensors, restored = taken_out(args, kwargs)
         again = adapters.as_now()  # backward comes when another strength may be set, and another dropout
 
         def block(*tensors):
             args, kwargs = restored(tensors)
             with again():
-                return forward(module, *args, **kwargs)
+                return call(module, *args, **kwargs)
 
         with Offload() if blocks.plan == PER_BLOCK_CPU else contextlib.nullcontext():
             return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)

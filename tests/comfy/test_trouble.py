@@ -283,7 +283,7 @@ def test_a_prompt_from_before_an_input_was_added_still_runs_and_saved_widgets_ke
     first = ["steps", "learning_rate", "rank", "batch", "seed", "save_every", "run_name", "checkpointing"]
     assert [name for name in known["required"] if name not in ("model", "encoded")] == first
     widgets = [name for name, (kind, *_) in known["optional"].items() if kind in ("BOOLEAN", "INT", "FLOAT", "STRING", "COMBO")]
-    assert widgets == ["retry_cheaper"]
+    assert widgets == ["retry_cheaper", "compile_blocks"]
 
 
 @pytest.mark.slow

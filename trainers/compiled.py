@@ -1,0 +1,156 @@
+"""Blocks that run as programs made by torch.compile, one for all blocks that are built alike; where none can be made they run as before.
+
+Only the call of a block is another one: the model's classes, weights and hooks stay as they are, and every program belongs to its Compiler
+and goes with it. A compiled block rounds in another order: gradients differ from those without by at most TOLERANCE of their size in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+BACKEND = "inductor"  # torch's own; needs a C++ compiler on the CPU, triton on a GPU
+TOLERANCE = 1e-4  # norm of the difference over the norm, of a step's gradients in fp32
+SHAPES = 8  # of pictures and texts that one kind of block gets programs for; each takes seconds to make, so rarer ones run without
+
+
+@dataclass
+class Compiler:
+    """Calls blocks through torch.compile. `plain(args, kwargs)` gives the same call without what differs between blocks and changes nothing
+    of their answer (a block's own number, say), so that they can share a program. `say(text)` is told once why there are none."""
+
+    adapters: object
+    plain: Callable = lambda args, kwargs: (args, kwargs)
+    say: Callable[[str], None] = lambda text: None
+    backend: str = field(default_factory=lambda: BACKEND)
+    trouble: str = ""  # why blocks run as before
+    programs: dict = field(default_factory=dict)
+    built: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block -> how it is built
+    trained: set = field(default_factory=set)  # strengths that a gradient was asked for
+
+    def of(self, forward):
+        """A function that calls a block as it was called the first time: what backward computes again must come from the same program."""
+        chosen = None
+
+        def call(module, *args, **kwargs):
+            nonlocal chosen
+            if chosen is None:
+                program = self.program(forward, module, shapes_of(args, kwargs))
+                chosen = forward if program is None else self.placeless(program)
+                if program is not None:
+                    try:
+                        return chosen(module, *args, **kwargs)
+                    except Exception as error:
+                        if not of_the_compiler(error):
+                            raise
+                        chosen = forward
+                        self.give_up(reason(error))
+            return chosen(module, *args, **kwargs)
+
+        return call
+
+    def placeless(self, program):
+        def run(module, *args, **kwargs):
+            args, kwargs = self.plain(args, kwargs)
+            return program(module, *args, **kwargs)
+
+        return run
+
+    def program(self, forward, module, shapes):
+        """What to call in place of `forward`, or None. Strengths that are only looked at (a curve, a sweep) are not worth a program. Each
+        shape has its own: a program for all shapes would take the place of one that a backward still needs."""
+        strength, learning = self.adapters.moment, torch.is_grad_enabled()
+        if self.trouble or strength is None:
+            return None
+        if learning:
+            self.trained.add(strength)
+        elif strength and strength not in self.trained:
+            return None
+        if module not in self.built:
+            self.built[module] = building(module, self.adapters)
+        known = self.programs.setdefault((forward, self.built[module], strength, learning), {})
+        if shapes not in known and len(known) < SHAPES:
+            known[shapes] = torch.compile(copied(forward), backend=self.backend, dynamic=False)
+        return known.get(shapes)
+
+    def give_up(self, why: str):
+        self.trouble = why
+        self.programs.clear()
+        self.say(f"Blocks are not compiled: {why}. Training goes on without, with the same result.")
+
+    @contextlib.contextmanager
+    def ready(self):
+        """What torch must be told while blocks are compiled. Programs for backward are made in forward, where a block can still run
+        without."""
+        import torch._dynamo
+        import torch._functorch.config
+
+        dynamo = torch._dynamo.config.patch(recompile_limit=64, suppress_errors=False)
+        functorch = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+        try:
+            with dynamo, functorch, warnings.catch_warnings():
+                for noise in (r"The \.grad attribute of a Tensor that is not a leaf", r"`?torch\.jit\.script_method"):  # of torch about itself
+                    warnings.filterwarnings("ignore", message=noise)
+                yield self
+        finally:
+            self.programs.clear()
+            self.built.clear()
+
+
+def building(module, adapters) -> tuple:
+    """Equal for blocks that may share a program. torch itself does not look whether a layer has hooks, or whose."""
+    return (type(module), *(layer(name, m, adapters) for name, m in module.named_modules()))
+
+
+def layer(name, m, adapters) -> tuple:
+    shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in m._parameters.items() if p is not None)
+    return name, type(m), shapes, len(m._forward_hooks), len(m._forward_pre_hooks), adapters.kind_at(m)
+
+
+def shapes_of(args, kwargs) -> tuple:
+    return tuple(tuple(value.shape) for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+
+
+def copied(function):
+    """The same function with code of its own: what torch.compile keeps by code is not found by those who call the original."""
+    if not isinstance(function, types.FunctionType):
+        return function
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def of_the_compiler(error: Exception) -> bool:
+    """Whether a program could not be made, in contrast to one that failed at work (out of memory, say)."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
+
+
+def reason(error: Exception) -> str:
+    """One phrase for a person."""
+    from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing
+
+    causes = []
+    while error is not None:
+        causes.append(error)
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    has = lambda *kinds: any(isinstance(cause, kinds) for cause in causes)
+    words = " ".join(map(str, causes))
+    if has(InvalidCxxCompiler) or "No working C++ compiler" in words:
+        return "this machine has no C++ compiler that torch finds (g++, clang, or cl on Windows)"
+    if has(TritonMissing) or "working triton" in words.lower():
+        return "the package triton is not there (triton-windows on Windows)"
+    if has(GPUTooOldForTriton):
+        return "triton does not support a GPU as old as this one"
+    if has(CppCompileError):
+        return "the C++ compiler of this machine failed"
+    lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
+    return f"torch.compile failed on this model ({type(causes[-1]).__name__}: {lines[0] if lines else 'no more is known'})".rstrip(".")
