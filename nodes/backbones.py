@@ -21,10 +21,11 @@ from torch import Tensor
 from ..trainers.adapters import Adapters, adaptable
 from ..trainers.data.records import open_image
 from ..trainers.features import DECODED, MODEL, Looking, as_the_model_sees, pooled
+from ..trainers.files import tensor_hash
 from ..trainers.heads import Head, check_width
 from ..trainers.recompute import checkpointed
 from ..trainers.scorers import TRUNKS, About, ScoreModel, one_frame
-from ..trainers.settings import AdapterSettings
+from ..trainers.settings import AdapterSettings, fingerprint
 from . import host, latents
 from .families import family_of
 
@@ -383,7 +384,8 @@ class ImageScoreModel(ScoreModel):
         check_tokens(head, clip_vision)
         networks = [] if vae is None else [Decoding(PixelLook(vae, self.sight, format_name, head), name)]
         super().__init__(networks, About(DECODED, "regression", format_name, channels, noisy=False, mean=MIDDLE, low=1.0, high=10.0))
-        self.identity = f"{name} {host.identity(clip_vision.patcher)}"
+        others = [host.identity(one.patcher) for one in (clip_vision, vae) if one is not None]
+        self.identity = fingerprint(name, tensor_hash(head.state_dict()), others, format_name)
 
     def members(self, x: Tensor, level: Tensor) -> Tensor:
         if not self.networks:
@@ -413,7 +415,7 @@ class ImageScoreModel(ScoreModel):
 
 
 class Decoding(torch.nn.Module):
-    """The network of an image score model: (x, level) -> (B, 1), in points above the middle of the head's scale."""
+    """The network of an image score model: (x, level) -> (B, 1), in points above the middle of the head's scale. It has nothing of its own."""
 
     def __init__(self, look: PixelLook, name: str):
         super().__init__()

@@ -14,11 +14,10 @@ from comfy_api.latest import io, ui
 from ..trainers.data.encoded import Encoded as EncodedData
 from ..trainers.data.signed_prompts import SignedPrompt, read_signed, read_signed_file, some
 from ..trainers.evaluate import drawn, measure
-from ..trainers.files import tensor_hash
 from ..trainers.methods.leco_score import ORIGINAL, TARGETS, Injected, LecoScore, LecoScoreSettings, check, tasks_of, walking
 from ..trainers.points import Model, noise_of
 from ..trainers.runs import RunFolder
-from ..trainers.score_files import check_fits, tensors_of
+from ..trainers.score_files import check_fits, identity_of
 from ..trainers.score_watch import ScoreWatch, judged
 from ..trainers.scorers import TRUNKS, check_rates
 from ..trainers.scorers import ScoreModel as Scores
@@ -179,6 +178,8 @@ class ScoreJob(TrainingJob):
         held = [(self.held_out, 1.0)] if self.held_out else []
         for score, _ in (*self.scores, *held):
             check_rates(score.about)
+            if not score.networks:
+                raise ValueError("This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to the node it comes from.")
             check_fits(score.about, latents.format_name(self.model), self.model.model.latent_format.latent_channels)
             if not score.about.trained:
                 raise ValueError(f"What this score model ({score.about.backbone}) says cannot be told from chance: there is nothing to follow. Give it "
@@ -213,7 +214,7 @@ class ScoreJob(TrainingJob):
         return list(dict.fromkeys(["", *(text for row in self.prompts for text in (row.prompt, row.negative))]))
 
     def parts(self):
-        judges = [(tensor_hash(tensors_of(score)), score.about.to_dict(), weight) for score, weight in (*self.scores, *((self.held_out, 0.0),)) if score]
+        judges = [(identity_of(score), score.about.to_dict(), weight) for score, weight in (*self.scores, *((self.held_out, 0.0),)) if score]
         rows = [dataclasses.asdict(row) for row in self.prompts]
         encoder = host.identity(self.clip.patcher, self.clip.layer_idx)
         return rows, judges, self.settings, self.watching, self.place, encoder, self.data.fingerprint if self.data else ""
@@ -304,10 +305,11 @@ class ScoreJob(TrainingJob):
 
 def lent(score: Scores, session) -> Scores:
     """A score model whose networks autograd can run, on the device of the training; the one that is given stays as it is. One that looks
-    through the very MODEL in training sees it as it was."""
+    through the very MODEL in training sees it as it was, and an aesthetic head has nothing of its own to copy."""
     own = score.about.backbone in TRUNKS
+    apart = lambda network: copy.deepcopy(network) if own else looking_past(network, session.adapters) if hasattr(network, "trunk") else network
     made = copy.copy(score)
-    made.networks = [copy.deepcopy(network) if own else looking_past(network, session.adapters) for network in score.networks]
+    made.networks = [apart(network) for network in score.networks]
     for network in made.networks:
         host.materialise(network)
         network.eval().requires_grad_(False)

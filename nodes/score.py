@@ -134,8 +134,8 @@ class TrainScoreModel(io.ComfyNode):
         scorer, settings = record(ScorerSettings, widgets), record(ScoreSettings, widgets)
         host.check_latents(model, encoded.channels)
         pairs = pairs_in(file, encoded, settings.task)
+        seeing = score_backbones.looks_like(scorer, pretrained)
         key = made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
-        seeing = scorer if pretrained is None else pretrained.about
         trunk = trunk_of(seeing, model, vae, clip_vision)
         make = lambda work: learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work)
         return score_backbones.shown(cls, *score_backbones.kept(key, cls.hidden.unique_id, make, trunk))

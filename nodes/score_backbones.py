@@ -40,6 +40,17 @@ def trunk_maker(scorer, model=None, vae=None, clip_vision=None):
     return backbones.trunk_maker(model, vae, clip_vision)
 
 
+def looks_like(scorer, pretrained):
+    """What decides backbone, width, depth and rank: the settings, or what a pretrained model says of itself. ValueError for one that has no
+    backbone to learn on."""
+    if pretrained is None:
+        return scorer
+    if not all(hasattr(network, "trunk") for network in pretrained.networks) or not pretrained.networks:
+        raise ValueError("What is connected as pretrained is a finished scorer of pictures and has no backbone to learn on. Connect a model of Pretrain Score "
+                         "Backbone or Train Score Model, or use it as the teacher of Distill Score Model.")
+    return pretrained.about
+
+
 def frozen(encoded, denoiser, scorer, trunk):
     """(encoded, denoiser, trunk) for `trained`: of backbones that stay as they are, what they see is computed once and kept."""
     return remembered(encoded, denoiser, trunk) if scorer.backbone in LOOKING and not scorer.rank else (encoded, denoiser, trunk)
@@ -228,7 +239,7 @@ class DistillScoreModel(io.ComfyNode):
         scorer = record(ScorerSettings, widgets)
         settings = record(ScoreSettings, {**widgets, "task": "regression", "loss": PLAIN})
         host.check_latents(model, encoded.channels)
-        seeing = scorer if pretrained is None else pretrained.about
+        seeing = looks_like(scorer, pretrained)
         if seeing.backbone == DECODED:
             raise ValueError(f"The backbone '{DECODED}' would be the teacher once more: it decodes and looks at pictures. Choose 'latent ResNet'.")
         report = host.Steps(cls.hidden.unique_id)

@@ -20,6 +20,11 @@ def tensors_of(model: ScoreModel) -> dict[str, torch.Tensor]:
             for name, value in network.state_dict().items()}  # fmt: skip
 
 
+def identity_of(model: ScoreModel) -> str:
+    """What tells one score model from another: its weights, or what it says of itself where those are not its own."""
+    return getattr(model, "identity", None) or tensor_hash(tensors_of(model))
+
+
 def write_score_model(path, model: ScoreModel, extra: dict[str, str] | None = None) -> None:
     """Atomic. Raises ValueError rather than keep numbers that are none."""
     tensors = tensors_of(model)

@@ -5,17 +5,21 @@ import dataclasses
 import json
 
 import comfy.model_patcher
+import comfy.sd
 import pytest
 import torch
 from trainyard.nodes import backbones, host, latents, paths
 from trainyard.nodes import leco_score as nodes
 from trainyard.nodes.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
+from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
+from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.toy import world
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.features import MODEL
+from trainyard.trainers.heads import Chain, Head
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.points import Model
@@ -174,6 +178,29 @@ def test_a_run_under_a_score_model_that_looks_through_the_model(folders):
         assert lora and len(losses) == 4 and fingerprint(model) == before
 
 
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd3_noclip")), output_clip=False)[2]
+
+
+def test_a_run_under_an_aesthetic_head_decodes_and_leaves_vae_and_clip_vision_alone(folders, vae):
+    """Pictures are decoded and rated at every step, and the adapters learn from it; another head is another run."""
+    heads = [Head(Chain([(torch.randn(1, 24, generator=step_rng(0, seed)) * 20, torch.tensor([5.0]))])) for seed in range(2)]
+    sight = encoder()
+    before = [{name: value.clone() for name, value in patcher.model.state_dict().items()} for patcher in (vae.patcher, sight.patcher)]
+    with torch.inference_mode():
+        model = make("sd3", inference=True)
+        base = fingerprint(model)
+        with torch.inference_mode(False):
+            scores = [backbones.ImageScoreModel(head, sight, "head.pth", vae, "SD3", 16) for head in heads]
+        lora, losses, _ = job(model=model, score=scores[0], held_out=scores[1], settings={"target": "x0"}).result()
+        assert job(model=model, score=scores[0]).fingerprint() != job(model=model, score=scores[1]).fingerprint()
+    assert lora and len(losses) == 4 and fingerprint(model) == base
+    after = [patcher.model.state_dict() for patcher in (vae.patcher, sight.patcher)]
+    assert all(torch.equal(now[name], value) for was, now in zip(before, after, strict=True) for name, value in was.items())
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +344,10 @@ def test_signed_prompts_come_from_a_text_a_list_of_texts_or_a_file(folders):
 # -- refused before the long work -------------------------------------------------------------------------------------------------------------------
 
 
+def rates_pictures():
+    return backbones.ImageScoreModel(Head(Chain([(torch.zeros(1, 24), None)])), encoder(), "head.pth")
+
+
 @pytest.mark.parametrize(("change", "says"), [
     (lambda j: setattr(j, "scores", ((judge(make("sd15")), 1.0),)), r"judges latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
     (lambda j: setattr(j, "held_out", judge(make("sd15"))), "judges latents of SD15"),
@@ -324,6 +355,7 @@ def test_signed_prompts_come_from_a_text_a_list_of_texts_or_a_file(folders):
     (lambda j: setattr(j, "scores", ((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
     (lambda j: setattr(j, "scores", ((judge(j.model, task=PRETRAINED), 1.0),)), "pre-trained backbone .* Connect it to Train Score Model as pretrained"),
     (lambda j: setattr(j, "held_out", judge(j.model, task=PRETRAINED)), "pre-trained backbone"),
+    (lambda j: setattr(j, "scores", ((rates_pictures(), 1.0),)), "rates pictures, and LECO-score asks it about latents. Connect model and vae"),
     (lambda j: setattr(j, "prompts", ()), "There are no prompts. Write one a line into prompts_text"),
     (lambda j: setattr(j, "prompts", (SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
     (lambda j: setattr(j, "clip", None), "CLIP is empty"),

@@ -155,6 +155,14 @@ def test_a_student_learns_its_teachers_ratings_and_keeps_its_scale(places, datas
         assert student.value(x, torch.tensor([0.0, 0.5])).shape == (2,)
 
 
+def test_an_aesthetic_head_is_no_backbone_to_learn_on(places, dataset, vae):
+    whole, model = head(places, encoder(), model=make("sd3", inference=True), vae=vae), make("sd3", inference=True)
+    given = values(ScorerSettings(**SMALL), ScoreSettings(steps=2, batch=8, members=2))
+    for train, more in ((score.TrainScoreModel, {}), (DistillScoreModel, {"teacher": whole, "dataset": dataset})):
+        with pytest.raises(ValueError, match="has no backbone to learn on. Connect a model of Pretrain Score Backbone"):
+            node(train).execute(model=model, encoded=encoded_of(dataset, vae), pretrained=whole, **more, **given)
+
+
 def test_a_score_of_latents_is_no_teacher(dataset, vae, pretrained):
     rates = replace(pretrained[0], about=replace(pretrained[0].about, task="regression"))
     with pytest.raises(ValueError, match="Connect one of Load Aesthetic Head"):
