@@ -14,7 +14,18 @@ from comfy_api.latest import io, ui
 from ..trainers.data.encoded import Encoded as EncodedData
 from ..trainers.data.signed_prompts import SignedPrompt, read_signed, read_signed_file, some
 from ..trainers.evaluate import drawn, measure
-from ..trainers.methods.leco_score import ORIGINAL, TARGETS, Injected, LecoScore, LecoScoreSettings, check, tasks_of, walking
+from ..trainers.methods.leco_score import (
+    ORIGINAL,
+    TARGETS,
+    Injected,
+    LecoScore,
+    LecoScoreSettings,
+    check,
+    reads,
+    tasks_of,
+    texts_to_read,
+    walking,
+)
 from ..trainers.points import Model, noise_of
 from ..trainers.runs import RunFolder
 from ..trainers.score_files import check_fits, identity_of
@@ -226,6 +237,10 @@ class ScoreJob(TrainingJob):
         return largest(self.data) if self.data else self.shapes()[0]
 
     def prepare(self):
+        captions = [text for item in self.data.items for text in item.captions] if self.data else []
+        for score, _ in (*self.scores, (self.held_out, 0.0)):
+            if reads(score):
+                score.read(texts_to_read(self.settings, ["", *(row.prompt for row in self.prompts), *captions]))
         encoder, texts = host.TextEncoder(self.clip), self.texts()
         try:
             with host.gradients():
@@ -271,7 +286,8 @@ class ScoreJob(TrainingJob):
         """The trained score over the strength, and the held-out one beside it."""
         method, draw = self.seen.method, functools.cache(self.drawer())
         strengths = BOTH_WAYS if self.settings.slider else STRENGTHS
-        curve = lambda scores: measure(draw, self.scenes()[0], lambda x0: judged(method.denoiser, scores, x0), strengths=strengths, unit=UNIT)
+        scene = self.scenes()[0]
+        curve = lambda scores: measure(draw, scene, lambda x0: judged(method.denoiser, scores, x0, scene), strengths=strengths, unit=UNIT)
         self.held_out_curve = curve([(self.held, 1.0)]) if self.held else None
         return curve(method.scores)
 

@@ -21,7 +21,7 @@ from ..trainers.scorers import ScorerSettings, check_rates
 from ..trainers.scoring import trained
 from ..trainers.settings import fingerprint
 from ..trainers.unfinished import Unfinished
-from . import backbones, host, latents, paths
+from . import backbones, host, latents, paths, prompt_match
 from .fields import CATEGORY, Dataset, Encoded, LossMap, ScoreModel, inputs, record
 
 VERSION = 1  # of pre-training and distillation: raise it when the same inputs would give another model
@@ -257,8 +257,10 @@ def taught_by(teacher, dataset, encoded, report):
     encoded pictures that are not in the dataset."""
     check_rates(teacher.about)
     if not hasattr(teacher, "rate_pictures"):
-        raise ValueError("The teacher is a score model of latents, and pictures are to be rated. Connect one of Load Aesthetic Head; a score model of latents "
-                         "needs no distillation.")
+        raise ValueError("The teacher is a score model of latents, and pictures are to be rated. Connect one of Load Aesthetic Head, or Prompt Match Score; a "
+                         "score model of latents needs no distillation.")
+    if not getattr(teacher, "words", "said by itself"):
+        raise ValueError("The teacher compares each picture with its own caption, and the student will see no captions. Write words into Prompt Match Score.")
     ids = {item.id for item in encoded.items}
     if missing := ids - {r.id for r in dataset}:
         raise ValueError(f"{len(missing)} of {len(ids)} encoded pictures are not in the dataset. Connect the dataset that was encoded.")
@@ -280,4 +282,4 @@ def from_teacher(model, taught, scorer, settings, before, seeing, trunk, report,
     )  # fmt: skip
 
 
-NODES = [PretrainScoreBackbone, DistillScoreModel, LoadAestheticHead]
+NODES = [PretrainScoreBackbone, DistillScoreModel, LoadAestheticHead, *prompt_match.NODES]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import drift_of
-from .methods.leco_score import LecoScore
+from .methods.leco_score import LecoScore, told
 from .scorers import ScoreModel, unit_view
 
 COLLAPSED = 0.6  # diversity below which pictures of a prompt look alike
@@ -82,7 +82,8 @@ class ScoreWatch:
         return better
 
     def gain(self, scores, now) -> float:
-        before, after = (torch.cat([judged(self.method.denoiser, scores, stack) for stack in side]).mean() for side in (self.still, now))
+        ask = lambda side: torch.cat([judged(self.method.denoiser, scores, *pair) for pair in zip(side, self.prompts, strict=True)]).mean()
+        before, after = ask(self.still), ask(now)
         return float(after - before)
 
     @property
@@ -139,10 +140,11 @@ def top_of(looks) -> Look | None:
 
 
 @torch.no_grad()
-def judged(denoiser, scores, x0: Tensor) -> Tensor:
-    """(B,) what the score models say of clean latents, their weighted mean."""
+def judged(denoiser, scores, x0: Tensor, prompt: str = "") -> Tensor:
+    """(B,) what the score models say of clean latents that were drawn for a prompt, their weighted mean."""
     view, level = unit_view(denoiser, x0, torch.zeros(len(x0), device=x0.device))
-    return sum(weight * score.value(view, level) for score, weight in scores) / sum(weight for _, weight in scores)
+    said = [weight * told(score, view, level, [prompt] * len(x0)).mean(0) for score, weight in scores]
+    return sum(said) / sum(weight for _, weight in scores)
 
 
 def spread(stacks) -> float:

@@ -362,7 +362,7 @@ def rates_pictures():
     (lambda j: setattr(j, "data", pictures("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
     (lambda j: setattr(j, "settings", LecoScoreSettings(target="direct_align")), "learns on your own pictures, and none are connected"),
     (lambda j: setattr(j, "settings", LecoScoreSettings(anchor=0.0)), "'a dog' has weight 0"),
-    (lambda j: setattr(j, "settings", LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads no text"),
+    (lambda j: setattr(j, "settings", LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads text: with good and bad words they say the same"),
 ])  # fmt: skip
 def test_what_cannot_work_is_told_before_anything_is_loaded(folders, monkeypatch, change, says):
     made = job()

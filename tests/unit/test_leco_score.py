@@ -191,7 +191,9 @@ def test_the_relative_reward_of_a_scorer_that_reads():
     settings = {"target": "x0", "relative": 0.5, "good_words": "nice", "bad_words": "poor"}
     reads = Reads([Mean()], About(channels=2))
     assert by_hand(settings, scores=[(reads, 1.0)], words=("cat",)).loss(rng()).item() == pytest.approx(-5.5)
-    with pytest.raises(ValueError, match="reads no text: with good and bad words it says the same. Set relative to 0"):
+    both = [(reads, 1.0), (score(), 3.0)]
+    assert by_hand(settings, scores=both, words=("cat",)).loss(rng()).item() == pytest.approx((-5.5 + 3 * by_hand({"target": "x0"}).loss(rng()).item()) / 4)
+    with pytest.raises(ValueError, match=r"no score model here \(latent ResNet\) reads text.* Set relative to 0, or use Prompt Match Score"):
         by_hand(settings)
     with pytest.raises(ValueError, match="write both, or set relative to 0"):
         LecoScoreSettings(relative=0.1)

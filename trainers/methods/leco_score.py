@@ -315,16 +315,15 @@ class LecoScore:
         """(B,) of one score model, pessimistic in either direction."""
         view, level = unit_view(self.denoiser, x, sigma)
         level = torch.zeros_like(level) if self.settings.as_clean else level
-        members = score.members(view, level) if not self.settings.relative else self.compared(score, view, level, words)
+        members = self.compared(score, view, level, words) if self.settings.relative and reads(score) else told(score, view, level, words)
         if len(members) == 1 or not self.settings.uncertainty:
             return sign * members.mean(0)
         return sign * members.mean(0) - self.settings.uncertainty * (members.var(0, unbiased=False) + 1e-12).sqrt()
 
     def compared(self, score, view, level, words) -> Tensor:
         """(M, B) (1 + k) * S(good) - S(bad): what both sides have in common, such as a favourite colour, cancels (SRP of SRPO, 2025)."""
-        s = self.settings
-        good, bad = ([f"{side.strip()}. {word}" for word in words] for side in (s.good_words, s.bad_words))
-        return (1 + s.relative) * score.members_told(view, level, good) - score.members_told(view, level, bad)
+        good, bad = sides(self.settings, words)
+        return (1 + self.settings.relative) * score.members_told(view, level, good) - score.members_told(view, level, bad)
 
     def held(self, place: Place, x0) -> Tensor:
         """(B,) anchor * mean square of the change of noise or velocity, and the bookkeeping of the drift."""
@@ -368,6 +367,26 @@ class LecoScore:
             setattr(self, name, self.model.here(state[name].clone()))
 
 
+def reads(score) -> bool:
+    """Whether a score model judges a picture by a text: `members_told(x, level, texts)`, and `read(texts)` beforehand."""
+    return hasattr(score, "members_told")
+
+
+def told(score, view, level, words) -> Tensor:
+    """(M, B) what the members say; those that read and have no `words` of their own compare each picture with its text."""
+    return score.members_told(view, level, list(words)) if reads(score) and not getattr(score, "words", "") else score.members(view, level)
+
+
+def sides(settings: LecoScoreSettings, words) -> tuple[list[str], list[str]]:
+    """(good, bad) texts for the relative reward."""
+    return tuple([f"{side.strip()}. {word}" for word in words] for side in (settings.good_words, settings.bad_words))
+
+
+def texts_to_read(settings: LecoScoreSettings, words) -> list[str]:
+    """All that a run will ask of score models that read."""
+    return [*words, *(text for side in (sides(settings, words) if settings.relative else ()) for text in side)]
+
+
 def check(scores, settings: LecoScoreSettings) -> None:
     """Raises ValueError for a score model that this target cannot use."""
     if not scores or not sum(weight for _, weight in scores) > 0:
@@ -377,6 +396,6 @@ def check(scores, settings: LecoScoreSettings) -> None:
             fits = ", ".join(t for t in TARGETS if not LecoScoreSettings(target=t).needs_noise)
             raise ValueError(f"target is {settings.target!r}, which shows the score model noised latents, and this one was trained on clean pictures "
                              f"only. Train it with 'noisy' on, or choose one of {fits}.")
-        if settings.relative and not hasattr(score, "members_told"):
-            raise ValueError(f"relative is {settings.relative}, and this score model ({score.about.backbone}) reads no text: with good and bad words it "
-                             "says the same. Set relative to 0.")
+    if settings.relative and not any(reads(score) for score, _ in scores):
+        raise ValueError(f"relative is {settings.relative}, and no score model here ({scores[0][0].about.backbone}) reads text: with good and bad words they "
+                         "say the same. Set relative to 0, or use Prompt Match Score.")

@@ -1,0 +1,105 @@
+"""A score that reads: pictures against words, as CLIP sees both; what LECO-score learns from it."""
+
+import comfy.sd
+import pytest
+import torch
+from PIL import Image
+from trainyard.nodes import backbones, host, vision, zeroshot
+from trainyard.nodes.prompt_match import PERCENT, PromptMatch, PromptMatchScore
+from trainyard.nodes.score import ScoreImages, ScoringSettings
+from trainyard.nodes.score_backbones import taught_by
+from trainyard.tests.comfy import tiny
+from trainyard.tests.comfy.families import make
+from trainyard.tests.comfy.test_backbones import slope, unchanged, weights
+from trainyard.tests.comfy.test_host import fingerprint
+from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
+from trainyard.tests.comfy.test_zeroshot import COLOURS, clip_l, eyes, plain  # noqa: F401 - fixtures
+from trainyard.trainers.data.readers import read_folder
+from trainyard.trainers.methods.leco_score import told
+from trainyard.trainers.score_files import write_score_model
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd3_noclip")), output_clip=False)[2]
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    for colour in COLOURS:
+        plain(colour).save(tmp_path / f"{colour}.png")
+        (tmp_path / f"{colour}.txt").write_text(f"a photo of {colour}", encoding="utf-8")
+    return read_folder(tmp_path)
+
+
+def node(kind):
+    return kind.PREPARE_CLASS_CLONE(None)
+
+
+def test_a_picture_is_rated_by_its_own_caption_or_by_the_words(clip_l, eyes, coloured):  # noqa: F811
+    """A hundred times the cosine, as the host's own encoders give it."""
+    with torch.inference_mode():
+        score = node(PromptMatchScore).execute(eyes, clip_l).args[0]
+        own = node(ScoreImages).execute(score, dataset=coloured, **ScoringSettings().to_dict()).args[0]
+        seen = torch.from_numpy(vision.features(eyes, [plain("blue")]))
+        words = torch.nn.functional.normalize(zeroshot.text_features(clip_l, ["a photo of blue"], "clip_l"), dim=-1)
+        red = node(PromptMatchScore).execute(eyes, clip_l, "a photo of red").args[0].rate_pictures(coloured)[0]
+    names = [record.path.rsplit("/", 1)[1] for record in coloured]
+    assert own[names.index("blue.png")] == pytest.approx(PERCENT * float((seen * words).sum()), abs=1e-3)
+    assert max(range(3), key=lambda i: red[i]) == names.index("red.png")
+
+
+def test_pictures_with_nothing_to_compare_with_are_refused(clip_l, eyes, coloured, tmp_path):  # noqa: F811
+    (tmp_path / "red.txt").unlink()
+    bare = read_folder(tmp_path)
+    with pytest.raises(ValueError, match="no words, and 1 of 3 pictures have no caption, such as .*red.png. Write words"):
+        PromptMatch(eyes, clip_l).rate_pictures(bare)
+    with pytest.raises(ValueError, match="the student will see no captions. Write words into Prompt Match Score"):
+        taught_by(PromptMatch(eyes, clip_l), coloured, pictures("sd3"), None)
+    with pytest.raises(ValueError, match="both model and vae are needed"):
+        node(PromptMatchScore).execute(eyes, clip_l, model=make("sd3"))
+
+
+def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa: F811
+    model = make("sd3", inference=True)
+    with torch.inference_mode():
+        score = node(PromptMatchScore).execute(eyes, clip_l, "a photo of red", model, vae).args[0]
+    before = weights(vae.patcher), weights(eyes.patcher), weights(clip_l.patcher)
+    x, level = torch.randn(2, 16, 10, 10, generator=torch.Generator().manual_seed(2)) * 0.3, torch.zeros(2)
+    with torch.no_grad():
+        pixels = vae.decode(backbones.format_of("SD3").process_out(x))
+    shown = [Image.fromarray((picture.cpu().numpy() * 255).round().astype("uint8")) for picture in pixels]
+    seen = torch.from_numpy(vision.features(eyes, shown))
+    assert score.ratings(x)[0].tolist() == pytest.approx(score.matched(seen, ["a photo of red"] * 2).tolist(), abs=0.3)
+    with torch.no_grad():
+        assert torch.equal(told(score, x, level, ["a photo of blue"] * 2), score.members(x, level)), "its own words come first in LECO-score"
+    said = lambda x: score.members_told(x, level, ["a photo of red", "a photo of blue"])[0]
+    auto, finite = slope(said, x)
+    assert auto == pytest.approx(finite, rel=0.05, abs=1e-5)
+    assert abs(auto) > 1e-4
+    for patcher, was in zip((vae.patcher, eyes.patcher, clip_l.patcher), before, strict=True):
+        assert unchanged(patcher, was)
+    with pytest.raises(ValueError, match="no file of its own"):
+        write_score_model("never.safetensors", score)
+    with pytest.raises(ValueError, match="no words to compare latents with"):
+        PromptMatch(eyes, clip_l, "", vae, "SD3", 16).value(x, level)
+
+
+@pytest.mark.parametrize("target", ["x0", "direct_align"])
+def test_leco_score_learns_from_good_words_against_bad_ones(folders, clip_l, eyes, vae, monkeypatch, target):  # noqa: F811
+    """All texts are understood before the model is loaded for training; the words of the prompts count, and the base is left alone."""
+    with torch.inference_mode():
+        model = make("sd3", inference=True)
+        before = fingerprint(model)
+        score = node(PromptMatchScore).execute(eyes, clip_l, "", model, vae).args[0]
+        own = zeroshot.text_features
+        monkeypatch.setattr(zeroshot, "text_features", lambda *args: own(*args) if not host.mm.in_training else pytest.fail("read too late"))
+        words = {"relative": 0.2, "good_words": "beautiful", "bad_words": "ugly"}
+        data = pictures("sd3") if target == "direct_align" else None
+        made = job(model=model, score=score, held_out=score, rows=ROWS[:1], data=data, settings={"target": target, **words})
+        made.calibrate = "after training"
+        lora, losses, _ = made.result()
+        assert {"a cat", "beautiful. a cat", "ugly. a cat"} <= set(score.known)
+        assert job(model=model, score=score, name="plain", rows=ROWS[:1], settings={"target": "x0"}).result()[1] != losses
+    assert lora and len(losses) == 4 and fingerprint(model) == before
