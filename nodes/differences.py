@@ -6,9 +6,11 @@ import dataclasses
 
 from comfy_api.latest import io, ui
 
+from ..trainers import exams
 from ..trainers.data.encoded import Encoded as EncodedData
 from ..trainers.data.pairs import paired, pairs_of
 from ..trainers.data.prompts import PromptRow, several
+from ..trainers.diffusion import density_for
 from ..trainers.evaluate import along, drawn, measure, more_like
 from ..trainers.methods.difference import Difference, axis_of, tasks_of
 from ..trainers.methods.pairs import Change, ImageSlider
@@ -26,6 +28,7 @@ from ..trainers.settings import (
     number,
     text,
 )
+from ..trainers.validation import picked
 from . import host, planner
 from .fields import CATEGORY, Dataset, Encoded, LoraModel, LossMap, inputs, record
 from .lora import graph_metadata
@@ -138,7 +141,7 @@ def recipes(points: bool):
 
 
 def looking():
-    return ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: sample pictures on the way.")
+    return ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss at fixed questions, best weights, early stop, samples.")
 
 
 def results():
@@ -261,6 +264,23 @@ class PromptJob(TrainingJob):
         tasks = self.tasks()
         self.student = Model(session.denoiser, session.adapters, self.conds)
         return Difference(self.student, tasks, self.source(session, tasks), self.points.renormalise)
+
+    names_worst = False
+
+    def exam(self, session, method, data, count):
+        """At points of the frozen model's own, which stay the same whatever the student learns."""
+        asked, levels = exams.asking(method), self.looking.settings.levels
+        about = [self.points, exams.plainly(self.noise), levels]
+        if self.points.points == "pictures":
+            picks, density = picked(data, count), density_for(self.noise, session.family.density)
+            points = exams.on_pictures(session.denoiser, asked.tasks, data, density, self.noise, levels, picks)
+            return exams.point_exam(asked, points, len(picks), self.run.batch, data.fingerprint, picks, *about)
+        if self.points.points == "noise":
+            points = exams.on_noise(session.denoiser, asked.tasks, self.noise, levels)
+        else:
+            guidance = host.rollout_guidance(session, self.points.guidance_scale)
+            points = exams.on_ways(asked.model, asked.tasks, self.points, self.noise, guidance, levels)
+        return exams.point_exam(asked, points, count, self.run.batch, self.place, *about)
 
     def source(self, session, tasks):
         if self.points.points == "pictures":
@@ -446,6 +466,13 @@ class PairJob(TrainingJob):
             session.denoiser, session.adapters, self.data, self.noise, session.family.density, self.run.batch, **more
         )
         return self.student
+
+    def exam(self, session, method, data, count):
+        return exams.pair_exam(method, data, count, self.looking.settings.levels, self.run.batch)
+
+    def check_held_out(self, data):
+        super().check_held_out(data)
+        pairs_of(data)
 
     def measured(self, session):
         """Along the mean difference of the pairs, on pictures of the first pair's caption."""

@@ -14,7 +14,7 @@ from ..trainers.runs import RunFolder, told
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
 from ..trainers.validation import Watch
 from . import host, live, paths, planner
-from .validation import Looking, board_of, no_exam, watching
+from .validation import Looking, board_of, watching
 
 AFTER, EVERY, OFF = CALIBRATE = ("after training", "at every save", "off")
 
@@ -72,7 +72,16 @@ class TrainingJob:
         """What looks at the run between two steps (see trainers.loop.train), or None."""
         return watching(self, session, method) if self.looking else None
 
-    exam = no_exam  # (session, method, data, count) -> trainers.validation.Exam, for methods that learn pictures
+    names_worst = True  # whether what is trained on has names
+
+    def exam(self, session, method, data, count):
+        """The questions of the validation loss (trainers/validation.py and exams.py) about `data`, at most `count` of them; None for methods
+        that are watched otherwise."""
+        return None
+
+    def check_held_out(self, data):
+        """Raises ValueError for held-out pictures that nothing can be asked about."""
+        data.require_conditionings()
 
     def sample_prompts(self):
         """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for others."""

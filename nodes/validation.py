@@ -58,10 +58,10 @@ class Looking:
         if self.held_out is None or not self.settings.every:
             return
         trained = getattr(job, "data", None)
-        if trained is None or type(job).exam is no_exam:
-            raise ValueError("held_out is connected, and this method learns from prompts or from differences: there is no loss of pictures to "
-                             "measure. Disconnect held_out; samples and chart work.")
-        self.held_out.require_conditionings()
+        if trained is None:
+            raise ValueError("held_out is connected, and this run learns from prompts alone: there is no loss of pictures to measure. Disconnect "
+                             "held_out; fixed points of the model's own are measured.")
+        job.check_held_out(self.held_out)
         host.check_latents(job.model, self.held_out.channels)
         known = {item.path for item in trained.items if item.path}
         if both := [item.path for item in self.held_out.items if item.path in known]:
@@ -112,19 +112,14 @@ class Validation(io.ComfyNode):
 # -- at work -----------------------------------------------------------------------------------------------------------------------
 
 
-def no_exam(self, session, method, data, count):
-    """Of methods that learn no pictures."""
-    return None
-
-
 def watching(job, session, method) -> Watch:
     """What a job asked to be looked at, over the model that is loaded for training."""
     looking, s = job.looking, job.looking.settings
-    exam = lambda data, count: job.exam(session, method, data, count) if s.every and count and data is not None else None
-    found = {"validation": exam(looking.held_out, s.images), "training": exam(getattr(job, "data", None), s.images)}
+    own, exam = getattr(job, "data", None), lambda data, count: job.exam(session, method, data, count) if s.every and count else None
+    found = {"validation": exam(looking.held_out, s.images) if looking.held_out else None, "training": exam(own, s.images)}
     draw = samples(job, session)
     return Watch(
-        s, {name: one for name, one in found.items() if one}, exam(getattr(job, "data", None), s.name_worst), draw and draw.draw,
+        s, {name: one for name, one in found.items() if one}, exam(own, s.name_worst) if job.names_worst else None, draw and draw.draw,
         looking.previews.preview_every, tick=host.interrupted, say=lambda text: say(job, text), notice=lambda kind, entry: notice(job, kind, entry),
     )  # fmt: skip
 

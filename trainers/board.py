@@ -34,7 +34,7 @@ class Board:
     def notice(self, kind: str, entry: dict):
         if kind != "validation":
             return
-        self.add(f"loss/{'validation' if entry['held_out'] else 'fixed training pictures'}", entry["loss"], entry["step"])
+        self.add(f"loss/{'validation' if entry['held_out'] else entry.get('where', 'on fixed training pictures').partition(' ')[2]}", entry["loss"], entry["step"])
         if entry.get("training") is not None:
             self.add("loss/fixed training pictures", entry["training"], entry["step"])
         for sigma, value in zip(entry["sigmas"], entry["bins"], strict=True):

@@ -152,11 +152,21 @@ def unshifted(t, shift: float):
 
 def random_sigma(denoiser: Denoiser, density: Density, x0: Tensor, rng, low=0.0, high=1.0) -> Tensor:
     """(B,) noise levels, each between the levels `low` and `high` (0 clean, 1 noise), by exact truncation of the density."""
+    return sigma_at_share(denoiser, density, x0, torch.rand(len(x0), generator=rng, dtype=torch.float64), low, high)
+
+
+def fixed_sigmas(denoiser: Denoiser, density: Density, x0: Tensor, count: int, low=0.0, high=1.0) -> Tensor:
+    """(count,) noise levels at the middles of `count` equal shares of what random_sigma draws, from clean to noisy."""
+    return sigma_at_share(denoiser, density, x0, (torch.arange(count, dtype=torch.float64) + 0.5) / count, low, high)
+
+
+def sigma_at_share(denoiser: Denoiser, density: Density, x0: Tensor, share: Tensor, low=0.0, high=1.0) -> Tensor:
+    """(N,) the noise levels below which these shares (N,) of the density between `low` and `high` lie."""
     scheduled = not denoiser.flow or density.kind == "host schedule"
     shift = 1.0 if scheduled else resolution_shift(image_tokens(x0)) if density.shift == "resolution" else float(density.shift)
     ends = [unshifted(level, shift) for level in (low, high)]
     first, last = (share_below(density, t) for t in ends)
-    q = torch.rand(len(x0), generator=rng, dtype=torch.float64) * (last - first) + first
+    q = share * (last - first) + first
     t = quantile(density, q.clamp(1e-6, 1 - 1e-6)).clamp(*ends)  # in a far tail first and last are the same number
     sigma = denoiser.sigma_at(t) if scheduled else shifted(t, shift).clamp(min=1e-4)
     return sigma.to(x0.device, torch.float32)

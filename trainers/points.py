@@ -157,8 +157,12 @@ class Rollouts:
         number = pick(self.tasks, rng)
         task = self.tasks[number]
         strength = one_of(sorted({pull.strength for pull in task.pulls}), rng)
-        noise = noise_of((task.batch, *one_of(task.shapes, rng)), self.model.denoiser, rng)
-        levels, wanted = way_levels(self.settings.sampling_steps, task.batch, self.low, self.high, rng)
+        return self.way(number, noise_of((task.batch, *one_of(task.shapes, rng)), self.model.denoiser, rng), strength, rng)
+
+    def way(self, number: int, noise: Tensor, strength: float, rng) -> list[Point]:
+        """The same from given noise (B, ...), for one task; rng draws the noise levels."""
+        task = self.tasks[number]
+        levels, wanted = way_levels(self.settings.sampling_steps, len(noise), self.low, self.high, rng)
         sigmas, after = (self.sigmas(u).to(noise) for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0)))
         way = self.model.walk(noise, sigmas, task, strength, self.guidance)
         return [Point(number, x, sigma, after=then) for (x, sigma), then, good in zip(way, after, wanted, strict=True) if good]

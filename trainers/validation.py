@@ -16,18 +16,7 @@ import torch
 from torch import Tensor
 
 from .data.encoded import Encoded
-from .diffusion import (
-    Denoiser,
-    Density,
-    image_tokens,
-    native_error,
-    quantile,
-    randn_like,
-    resolution_shift,
-    share_below,
-    shifted,
-    unshifted,
-)
+from .diffusion import Denoiser, Density, fixed_sigmas, native_error, randn_like
 from .settings import NoiseSettings, Settings, choice, fingerprint, number, switch
 
 BEST = KEEP, RESTORE, OFF = ("keep a file", "restore at the end", "off")
@@ -55,18 +44,6 @@ class ValidationSettings(Settings):
 # -- the questions --------------------------------------------------------------------------------------------------------------
 
 
-def fixed_sigmas(denoiser: Denoiser, density: Density, x0: Tensor, count: int, low=0.0, high=1.0) -> Tensor:
-    """(count,) noise levels at the middles of `count` equal shares of what training draws, from clean to noisy."""
-    scheduled = not denoiser.flow or density.kind == "host schedule"
-    shift = 1.0 if scheduled else resolution_shift(image_tokens(x0)) if density.shift == "resolution" else float(density.shift)
-    ends = [unshifted(level, shift) for level in (low, high)]
-    first, last = (share_below(density, t) for t in ends)
-    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    t = quantile(density, (first + (last - first) * middles).clamp(1e-6, 1 - 1e-6)).clamp(*ends)
-    sigma = denoiser.sigma_at(t) if scheduled else shifted(t, shift).clamp(min=1e-4)
-    return sigma.to(x0.device, torch.float32)
-
-
 def chance(*what) -> torch.Generator:
     """Chance that depends on its name alone, and is no step's."""
     digest = hashlib.blake2b("/".join(map(str, ("validation", *what))).encode(), digest_size=8).digest()
@@ -85,6 +62,7 @@ class Exam:
     levels: int = 8
     batch: int = 1
     encode: object = None  # (batch) -> conds, when the text encoder learns too
+    noun, where = "pictures", "on fixed training pictures"  # for people
 
     def __post_init__(self):
         self.data = replace(self.data, dropout=0.0)
@@ -117,6 +95,11 @@ class Exam:
             parts.append(native_error(self.denoiser, answer, many, sigma, None if mask is None else mask.expand(len(at), *mask.shape[1:])))
         return torch.cat(parts).float().cpu()
 
+    def named(self, pick: int) -> dict:
+        """What a person knows the picture by."""
+        item = self.data.items[pick]
+        return {"image": item.path or item.id, "caption": item.captions[0] if item.captions else ""}
+
     def sigmas(self, x0) -> Tensor:
         return fixed_sigmas(self.denoiser, self.density, x0, self.levels, self.noise.min_time, self.noise.max_time)
 
@@ -128,8 +111,12 @@ class Exam:
 
 def picked(data: Encoded, count: int) -> list[int]:
     """At most `count` pictures, spread over the dataset in its own order."""
-    wanted = [i for i, item in enumerate(data.items) if item.repeats] or list(range(len(data.items)))
-    return [wanted[i * len(wanted) // min(count, len(wanted))] for i in range(min(count, len(wanted)))]
+    return spread([i for i, item in enumerate(data.items) if item.repeats] or list(range(len(data.items))), count)
+
+
+def spread(values, count: int) -> list:
+    """At most `count` of them, evenly."""
+    return [values[i * len(values) // min(count, len(values))] for i in range(min(count, len(values)))]
 
 
 def relative(losses: Tensor) -> Tensor:
@@ -215,11 +202,11 @@ class Watch:
     def measure(self, step: int, params) -> bool:
         losses = {}
         for name, exam in self.exams.items():
-            self.say(f"step {step}: measuring {len(exam.picks)} {name} pictures")
+            self.say(f"step {step}: measuring {len(exam.picks)} {name} {exam.noun}")
             losses[name] = exam.losses(self.tick)
         name = next(iter(losses))  # the held-out pictures, where there are any
         entry = {"step": step, "loss": finite(float(losses[name].mean())), "bins": [finite(v) for v in losses[name].mean(0).tolist()],
-                 "sigmas": self.exams[name].sigmas_of_first(), "held_out": name == "validation"}  # fmt: skip
+                 "sigmas": self.exams[name].sigmas_of_first(), "held_out": name == "validation", "noun": self.exams[name].noun, "where": self.exams[name].where}  # fmt: skip
         if len(losses) > 1:
             entry |= {"training": finite(float(losses["training"].mean())), "training_bins": [finite(v) for v in losses["training"].mean(0).tolist()]}
         self.history.append(entry)
@@ -243,11 +230,10 @@ class Watch:
         """Name the training pictures that are learnt worst, with the weights as they are."""
         if self.each is None:
             return
-        self.say(f"measuring {len(self.each.picks)} training pictures one by one")
+        self.say(f"measuring {len(self.each.picks)} training {self.each.noun} one by one")
         losses = self.each.losses(self.tick)
-        items = [self.each.data.items[pick] for pick in self.each.picks]
-        found = [{"image": item.path or item.id, "caption": item.captions[0] if item.captions else "", "loss": ratio, "bins": row}
-                 for item, ratio, row in zip(items, relative(losses).tolist(), losses.tolist(), strict=True)]  # fmt: skip
+        found = [{**self.each.named(pick), "loss": ratio, "bins": row}
+                 for pick, ratio, row in zip(self.each.picks, relative(losses).tolist(), losses.tolist(), strict=True)]  # fmt: skip
         self.worst = sorted(found, key=lambda one: -one["loss"])
 
     # -- the state --------------------------------------------------------------------------------------------------------
@@ -283,6 +269,6 @@ class Watch:
 def told(best: dict, last: dict) -> str:
     if last["loss"] is None:
         return f"the last validation loss is no number; best {best['loss']:.4f} at step {best['step']}"
-    gap = f", {last['loss'] / last['training'] - 1:+.0%} against training pictures" if last.get("training") else ""
+    gap = f", {last['loss'] / last['training'] - 1:+.0%} against training {last.get('noun', Exam.noun)}" if last.get("training") else ""
     here = "" if last is best else f" (best {best['loss']:.4f} at step {best['step']})"
-    return f"validation loss {last['loss']:.4f}{here}{gap}" + ("" if last["held_out"] else " on fixed training pictures")
+    return f"validation loss {last['loss']:.4f}{here}{gap}" + ("" if last["held_out"] else f" {last.get('where', Exam.where)}")

@@ -9,18 +9,19 @@ import comfy.model_management as mm
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import host, live, paths, run_routes
+from trainyard.nodes import differences, host, live, paths, run_routes
 from trainyard.nodes.previews import Previews, latent_shape, lent
 from trainyard.nodes.validation import Looking, Validation
 from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
-from trainyard.tests.comfy.test_differences import pair_job
+from trainyard.tests.comfy.test_differences import pair_job, pairs
 from trainyard.tests.comfy.test_train_node import data, job, result, state
 from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.prompts import PromptRow
 from trainyard.trainers.loop import Progress
-from trainyard.trainers.methods.pairs import ImageSlider
+from trainyard.trainers.methods.pairs import Change, ImageSlider
 from trainyard.trainers.previews import PreviewSettings
-from trainyard.trainers.settings import AdapterSettings
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 from trainyard.trainers.validation import RESTORE, Exam, ValidationSettings
 
 SMALL = dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0)
@@ -264,14 +265,74 @@ def test_sliders_draw_samples_too(folders, strength):
         _, losses, _ = a_job.result()
         plain = pair_job(ImageSlider, name="plain").result()[1]
     assert losses == plain and [sample["step"] for sample in a_job.live.samples] == [2, 4]
-    assert a_job.live.validation == [], "a slider has no loss of pictures"
+    assert [entry["where"] for entry in a_job.live.validation] == ["on fixed training pairs"] * 2
 
 
-def test_held_out_pictures_of_a_slider_are_refused(folders):
+@pytest.mark.parametrize("method, patience", [(ImageSlider, 2), (Change, 0)])
+def test_held_out_pairs_are_measured_and_the_best_weights_come_back(folders, method, patience):
+    """A learning rate that overshoots: the slider ends two measurements after its best."""
+    look = looking(previews={"preview_every": 0}, best=RESTORE, patience=patience, name_worst=1)
+    look.held_out = pairs("sd3")
+    with torch.inference_mode():
+        a_job = pair_job(method, steps=30 if patience else 10, learning_rate=5.0)
+        a_job.looking = look
+        lora, losses, line = a_job.result()
+        history = a_job.live.validation
+        best = min(history[1:], key=lambda entry: entry["loss"])
+        assert history[-1]["held_out"] and history[-1]["training"] is not None and history[-1]["noun"] == "pairs"
+        assert lora.steps == best["step"] and "against training pairs" in line
+        assert ("ended early" in line and lora.steps < len(losses) < 30) if patience else len(losses) == 10
+        short = pair_job(method, name="short", steps=best["step"], learning_rate=5.0).result()[0]
+    assert equal(short, lora)
+
+
+def test_held_out_pictures_that_are_no_pairs_are_refused(folders):
     a_job = pair_job(ImageSlider)
     a_job.looking = Looking(held_out=data())
-    with pytest.raises(ValueError, match="there is no loss of pictures to measure. Disconnect held_out"):
+    with pytest.raises(ValueError, match="belongs to no pair. Put Image Pairs between Load Dataset and Encode Dataset"):
         a_job.result()
+
+
+class Prompted(differences.PromptJob):
+    """Train LECO with prompts that are encoded already."""
+
+    def check(self): ...
+
+    def parts(self):
+        return self.slider, self.points, self.place
+
+    def prepare(self):
+        self.conds = {text: {"cross_attn": tensor, **extras} for seed, text in enumerate(self.texts()) for tensor, extras in [cond("sd3", seed)[0]]}
+
+
+def prompt_job(points="rollout", looking=None, data=None, **run):
+    return Prompted(
+        model=make("sd3", inference=True), rows=(PromptRow("cat", None, "", None, "erase", 1.0, preserve=("dog",)),), slider=False, data=data,
+        points=PointSettings(points=points, sampling_steps=4, ways=2), place=differences.PlaceSettings(resolution=128), adapter=AdapterSettings(rank=4),
+        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
+        noise=NoiseSettings(), name=f"leco {points} {bool(looking)}", checkpointing="off", graph={}, node_id=None, looking=looking,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("points", ["rollout", "pictures", "noise"])
+def test_a_leco_is_measured_at_fixed_points_and_is_the_same_run(folders, points):
+    encoded = data() if points == "pictures" else None
+    look = looking(previews={"preview_every": 0}, levels=3)
+    with torch.inference_mode():
+        plain, losses, _ = prompt_job(points, data=encoded).result()
+        a_job = prompt_job(points, look, encoded)
+        lora, same, line = a_job.result()
+    assert same == losses and equal(plain, lora)
+    history = a_job.live.validation
+    assert [(entry["step"], entry["where"], len(entry["bins"])) for entry in history] == [(0, "at fixed points", 3), (2, "at fixed points", 3), (4, "at fixed points", 3)]
+    assert "at fixed points" in line and a_job.student.spent["student"] == 4, "what is asked is no cost of the training"
+
+
+def test_held_out_pictures_of_a_leco_without_pictures_are_refused(folders):
+    look = looking()
+    look.held_out = data()
+    with pytest.raises(ValueError, match="learns from prompts alone.*Disconnect held_out; fixed points of the model's own are measured"):
+        prompt_job(looking=look).result()
 
 
 # -- what the page asks ------------------------------------------------------------------------------------------------------------

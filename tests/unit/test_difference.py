@@ -297,7 +297,7 @@ def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
     """For eps: student(after_t) -> frozen eps(before_t), and the other way round at minus (hako-mikan, ADDifT)."""
     m = model(prediction)
     method = Change(m.denoiser, m.adapters, pairs(1), NoiseSettings())
-    ((_, before), (_, after)), (b, a), noise, sigma = method.before_and_after(rng(4))
+    ((_, after), (_, before)), (a, b), noise, sigma = method.drawn(rng(4))
     seen_b, seen_a = m.denoiser.noised(b, noise, sigma), m.denoiser.noised(a, noise, sigma)
     eps = lambda x, x0: (x - x0) / sigma.view(-1, 1, 1, 1)
     with torch.no_grad():

@@ -56,6 +56,16 @@ class Pairs:
         sigma = random_sigma(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
         return sides, x0, noise_like(x0[0], rng, self.noise), sigma
 
+    def loss(self, rng):
+        """(sides * B,)"""
+        drawn = self.drawn(rng)
+        with self.adapters.dropping(rng):
+            return self.compared(*drawn)
+
+    def compared(self, sides, x0, noise, sigma):
+        """(sides * B,) of what was drawn."""
+        raise NotImplementedError
+
     def student(self, x, sigma, batch, strength):
         self.spent["student"] += len(x)
         with self.adapters.at(strength):
@@ -69,11 +79,8 @@ class Pairs:
 class ImageSlider(Pairs):
     """The picture of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual sliders)."""
 
-    def loss(self, rng):
-        """(sides * B,)"""
-        sides, x0, noise, sigma = self.drawn(rng)
-        with self.adapters.dropping(rng):
-            return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
+    def compared(self, sides, x0, noise, sigma):
+        return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
 
     def side(self, x0, noise, sigma, strength, batch):
         answer = self.student(self.denoiser.noised(x0, noise, sigma), sigma, batch, strength)
@@ -87,20 +94,14 @@ class Change(Pairs):
 
     strength: float = 0.25
 
-    def loss(self, rng):
-        """(2 B,)"""
-        ((_, before), (_, after)), (b, a), noise, sigma = self.before_and_after(rng)
+    def compared(self, sides, x0, noise, sigma):
+        order = sorted(range(2), key=lambda i: sides[i][0])
+        ((_, before), (_, after)), (b, a) = [sides[i] for i in order], [x0[i] for i in order]
         seen_b, seen_a = self.denoiser.noised(b, noise, sigma), self.denoiser.noised(a, noise, sigma)
         error_b, error_a = self.frozen(seen_b, sigma, before) - b, self.frozen(seen_a, sigma, after) - a
-        with self.adapters.dropping(rng):
-            forth = self.weighted(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
-            back = self.weighted(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
+        forth = self.weighted(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
+        back = self.weighted(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
         return torch.cat([forth, back])
-
-    def before_and_after(self, rng):
-        sides, x0, noise, sigma = self.drawn(rng)
-        order = sorted(range(2), key=lambda i: sides[i][0])
-        return [sides[i] for i in order], [x0[i] for i in order], noise, sigma
 
     @torch.no_grad()
     def frozen(self, x, sigma, batch):

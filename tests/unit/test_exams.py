@@ -1,0 +1,211 @@
+"""Fixed questions about differences: by hand, the same each time, near what training draws, and no cost or change of the training."""
+
+import dataclasses
+
+import pytest
+import torch
+from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, dataset, pairs, prompts, shaken
+from trainyard.trainers import exams
+from trainyard.trainers.diffusion import Density
+from trainyard.trainers.loop import train
+from trainyard.trainers.methods.difference import Difference, keep, leco, text_slider
+from trainyard.trainers.methods.pairs import Change, ImageSlider
+from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.settings import NoiseSettings, PointSettings, RunSettings
+from trainyard.trainers.validation import RESTORE, ValidationSettings, Watch
+
+PLAIN, BAND = NoiseSettings(), NoiseSettings(min_time=0.3, max_time=0.8)
+SETTINGS = PointSettings(sampling_steps=5, ways=3, refresh=4)
+
+
+def model():
+    network = Net()
+    return Model(Denoiser(network), shaken(network), prompts())
+
+
+def sliding(method=ImageSlider, noise=PLAIN):
+    m = model()
+    return method(m.denoiser, m.adapters, pairs(), noise, Density(), 2)
+
+
+def tasks(batch=2):
+    return [Task(pulls, "cat", "", 1.0, (SHAPE,), batch) for pulls in (text_slider("cat", "old", "young"), keep("dog"))]
+
+
+def moving(kind="rollout", noise=PLAIN):
+    """A Difference on points of a kind."""
+    m = model()
+    points = {
+        "rollout": lambda: Rollouts(m, tasks(), SETTINGS, noise, 2.0),
+        "pictures": lambda: Pictures(m, tasks(), dataset(), noise, Density(), 2),
+        "noise": lambda: Noise(m, tasks(), noise),
+    }[kind]()
+    return Difference(m, tasks(), points)
+
+
+def exam_of(method, kind="rollout", rows=4, batch=3, noise=PLAIN, levels=4):
+    asked = exams.asking(method)
+    points = {
+        "rollout": lambda: exams.on_ways(asked.model, asked.tasks, SETTINGS, noise, 2.0, levels),
+        "pictures": lambda: exams.on_pictures(method.model.denoiser, asked.tasks, dataset(), Density(), noise, levels, range(rows)),
+        "noise": lambda: exams.on_noise(method.model.denoiser, asked.tasks, noise, levels),
+    }[kind]()
+    return exams.point_exam(asked, points, rows, batch, kind)
+
+
+def pair_exam(method, count=2, levels=4, batch=3, data=None):
+    return exams.pair_exam(method, data or method.data, count, levels, batch)
+
+
+KINDS = ("rollout", "pictures", "noise")
+MADE = {
+    "image slider": (lambda: sliding(), pair_exam),
+    "change": (lambda: sliding(Change), pair_exam),
+    **{kind: (lambda kind=kind: moving(kind), lambda m, kind=kind: exam_of(m, kind)) for kind in KINDS},
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_two_measurements_of_the_same_weights_are_equal_and_cost_the_training_nothing(name):
+    make, ask = MADE[name]
+    method = make()
+    before = dict(getattr(method, "spent", None) or method.model.spent)
+    exam = ask(method)
+    first, second, other = exam.losses(), exam.losses(), ask(make()).losses()
+    assert torch.equal(first, second) and torch.equal(first, other) and first.isfinite().all() and first.min() > 0
+    assert (getattr(method, "spent", None) or method.model.spent) == before
+    assert first.shape == (len(exam.picks), len(exam.sigmas_of_first()))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_noise_levels_go_from_clean_to_noisy_and_the_batch_changes_no_answer(name):
+    make, ask = MADE[name]
+    exam = ask(make())
+    assert exam.sigmas_of_first() == sorted(exam.sigmas_of_first())
+    one = ask(make())
+    one.batch = 1
+    assert one.losses().flatten().tolist() == pytest.approx(exam.losses().flatten().tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_lie_in_the_band_that_is_trained(kind):
+    sigmas = exam_of(moving(kind, BAND), kind, noise=BAND).sigmas_of_first()
+    assert min(sigmas) >= 0.3 - 1e-6 and max(sigmas) <= 0.8 + 1e-6
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_measured_moves_with_the_weights_and_is_not_moved_by_its_own_points(name):
+    """The points of ways are those of the frozen model: the student, which changes, does not choose what it is asked."""
+    make, ask = MADE[name]
+    method = make()
+    exam = ask(method)
+    before = exam.losses()
+    sigmas = exam.sigmas_of_first()
+    with torch.no_grad():
+        for p in method.parameters():
+            p.mul_(1.5)
+    assert not torch.equal(exam.losses(), before)
+    fresh = ask(method)
+    assert torch.allclose(fresh.losses(), exam.losses(), rtol=1e-5) and fresh.sigmas_of_first() == sigmas
+
+
+def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
+    """Against a literal loop: each side noised alike, the squared error of the velocity at its own strength."""
+    method = sliding()
+    exam = pair_exam(method, count=1, levels=2)
+    pair = exam.method.items[0]
+    wanted = []
+    for level, sigma in enumerate(exam.sigmas_of_first()):
+        both = []
+        for strength, index in pair.at.items():
+            batch = method.data.batch([index], exams.chance("pair", pair.name))
+            x0 = method.denoiser.model_space(batch.x0)
+            noise = exams.randn_like(x0, exams.chance("noise", pair.name, level))
+            sigma = torch.tensor([float(sigma)])
+            with torch.no_grad(), method.adapters.at(strength):
+                answer = method.denoiser.denoise(method.denoiser.noised(x0, noise, sigma), sigma, batch.conds)
+            both.append(((answer - x0) / sigma).square().mean())
+        wanted.append(sum(both) / 2)
+    assert exam.losses()[0].tolist() == pytest.approx([float(w) for w in wanted], rel=1e-4)
+
+
+def test_a_perfect_student_has_no_loss_at_its_points():
+    """A task that keeps the prompt, and adapters that change nothing: the goal is what the student says."""
+    m = model()
+    with torch.no_grad():
+        for p in m.adapters.parameters():
+            p.zero_()
+    method = Difference(m, [Task(keep("cat"), "cat", "", 1.0, (SHAPE,), 1)], None)
+    exam = exams.point_exam(exams.asking(method), exams.on_ways(m, method.tasks, SETTINGS, NoiseSettings(), 1.0, 4), 2, 2)
+    assert exam.losses().abs().max() < 1e-8
+
+
+def test_each_task_is_asked_in_its_turn_and_the_frozen_model_only_once():
+    exam = exam_of(moving(), rows=4)
+    exam.losses()
+    spent = dict(exam.method.model.spent)
+    assert [exam.points(row).task for row in range(4)] == [0, 1, 0, 1]
+    assert spent["rollout"] == 4 * (5 - 1) * 2
+    assert spent["frozen"] == 2 * 4 * 3 + 2 * 4 * 1, "three prompts of the slider and one of what is kept, at four points of two ways each"
+    exam.losses()
+    assert exam.method.model.spent["frozen"] == spent["frozen"]
+
+
+def test_held_out_pairs_are_asked_at_every_strength_they_have():
+    graded = pairs(2, (2.0, 1.0, -1.0, -2.0), seed=8)
+    exam = pair_exam(sliding(), count=5, data=graded)
+    assert len(exam.picks) == 2 and exam.losses().shape == (2, 4)
+    assert exam.named(0)["image"] == graded.items[0].path or exam.named(0)["image"]
+
+
+def test_weights_and_other_noise_of_the_training_are_not_measured():
+    odd = NoiseSettings(loss="Huber", noise_offset=0.3)
+    assert torch.equal(pair_exam(sliding(noise=odd)).losses(), pair_exam(sliding()).losses())
+
+
+def test_measurements_of_other_questions_are_told_apart():
+    keys = {exam_of(moving(), rows=4).key, exam_of(moving(), rows=3).key, exam_of(moving("noise"), "noise").key,
+            pair_exam(sliding()).key, pair_exam(sliding(Change)).key, pair_exam(sliding(), levels=5).key}  # fmt: skip
+    assert len(keys) == 6
+    other = moving()
+    other.tasks = [Task(leco("cat", "old", "dog", ""), "cat", "", 1.0, (SHAPE,), 2)]
+    assert exam_of(other).key not in keys
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_run_that_is_looked_at_is_the_run_that_is_not(name):
+    make, ask = MADE[name]
+    run = RunSettings(steps=7, learning_rate=0.01, save_every=0)
+    plain, seen = make(), make()
+    watch = Watch(ValidationSettings(every=2), {"training": ask(seen)})
+    losses = train(plain, run), train(seen, run, watch=watch)
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
+    assert [entry["step"] for entry in watch.history] == [0, 2, 4, 6, 7]
+    assert watch.line().endswith(watch.exams["training"].where)
+
+
+def test_the_best_weights_of_a_slider_are_restored_and_a_run_ends_when_nothing_is_gained():
+    method = sliding()
+    watch = Watch(ValidationSettings(every=1, best=RESTORE, patience=2), {"validation": pair_exam(method, data=pairs(seed=91))})
+    train(method, RunSettings(steps=40, learning_rate=1.0, save_every=0), watch=watch)
+    best = min(watch.history[1:], key=lambda entry: entry["loss"])
+    assert watch.history[-1]["step"] < 40 and watch.best["step"] == best["step"]
+    assert float(watch.exams["validation"].losses().mean()) == pytest.approx(best["loss"], rel=1e-5), "the weights are those of the best step"
+
+
+def test_an_interrupt_is_heard_at_every_forward():
+    class Stop(BaseException): ...
+
+    def stop():
+        raise Stop
+
+    for make, ask in MADE.values():
+        with pytest.raises(Stop):
+            ask(make()).losses(stop)
+
+
+def test_dropped_captions_are_not_asked():
+    method = sliding()
+    method.data = dataclasses.replace(method.data, empty=method.data.items[0].caption_keys[0], dropout=1.0)
+    assert torch.equal(pair_exam(method).losses(), pair_exam(sliding()).losses())
