@@ -32,11 +32,12 @@ class Progress:
     losses: list[float] = field(repr=False)
     rate: float
     seconds_left: float
+    note: str = ""  # what was seen last
 
     def line(self) -> str:
-        """step 12/100 · loss 0.1234 · 3 min left"""
+        """step 12/100 · loss 0.1234 · 3 min left · what was seen last"""
         loss = sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
-        return f"step {self.step}/{self.steps} · loss {loss:.4f} · {spoken(self.seconds_left)} left"
+        return f"step {self.step}/{self.steps} · loss {loss:.4f} · {spoken(self.seconds_left)} left{self.note and f' · {self.note}'}"
 
 
 def spoken(seconds: float) -> str:
@@ -284,4 +285,4 @@ class Clock:
         done = now.step - self.first
         pace = (time.monotonic() - self.start) / done if done else math.inf
         left = pace * (self.steps - now.step)
-        return Progress(now.step, self.steps, now.losses, now.optimizer.param_groups[0]["lr"], left)
+        return Progress(now.step, self.steps, now.losses, now.optimizer.param_groups[0]["lr"], left, getattr(now.watch, "note", ""))

@@ -87,6 +87,11 @@ class ScoreWatch:
         return float(after - before)
 
     @property
+    def note(self) -> str:
+        """The last look, for those who wait."""
+        return self.looks[-1].line() if self.looks else ""
+
+    @property
     def trained(self) -> list[Look]:
         """The looks at adapters that have learnt something."""
         return [look for look in self.looks if look.step]

@@ -427,6 +427,13 @@ def test_the_watch_sees_the_score_rise_and_measures_what_else_moves():
     assert "step 18: score" in watch.text() and "anchor 0.1" in watch.text()
 
 
+def test_what_was_seen_last_is_told_while_the_run_goes_on():
+    method, watch = watched()
+    lines = []
+    train(method, RunSettings(steps=12, learning_rate=1e-2, save_every=0), report=lambda progress: lines.append(progress.line()), watch=watch, interval=0.0)
+    assert lines[6].startswith("step 7/12 · loss ") and lines[6].endswith(f" left · {watch.looks[1].line()}") and "step 5: score" in lines[6]
+
+
 def test_watching_changes_nothing_of_the_training():
     (plain, _), (seen, watch) = watched(), watched()
     assert go(plain, None, 8) == go(seen, watch, 8)
