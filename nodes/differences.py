@@ -14,7 +14,7 @@ from ..trainers.diffusion import density_for
 from ..trainers.evaluate import along, drawn, measure, more_like
 from ..trainers.methods.difference import Difference, axis_of, tasks_of
 from ..trainers.methods.pairs import Change, ImageSlider
-from ..trainers.points import Model, Noise, Pictures, Rollouts, noise_of
+from ..trainers.points import Model, Noise, Pictures, Rollouts, noise_of, planned
 from ..trainers.runs import checked_name
 from ..trainers.settings import (
     DORA,
@@ -34,7 +34,7 @@ from .fields import CATEGORY, Dataset, Encoded, LoraModel, LossMap, inputs, reco
 from .lora import graph_metadata
 from .prompts import Prompts
 from .recipes import AdapterRecipe, NoiseRecipe, OptimizerRecipe, PointRecipe
-from .training import AFTER, CALIBRATE, OFF, TrainingJob, largest, picture_probe, resolution
+from .training import AFTER, CALIBRATE, OFF, TrainingJob, largest, parted, picture_probe, resolution
 from .validation import ValidationRecipe
 
 
@@ -196,17 +196,28 @@ def levels_only(noise: NoiseSettings, why, idle=("weighting", "loss", "noise_off
 
 def trained(cls, job):
     lora, losses, line = job.result()
-    line = f"{line}{job.cost()}{f'; {job.curve.line()}' if job.curve else ''}"
+    line = f"{line}{job.cost(len(losses))}{f'; {job.curve.line()}' if job.curve else ''}"
     host.show(line, job.node_id)
     patched, _ = host.applied(job.model, None, lora)
     return io.NodeOutput(lora, {"loss": losses}, patched, line, ui=ui.PreviewText(line))
+
+
+@dataclasses.dataclass(kw_only=True)
+class DifferenceJob(TrainingJob):
+    """A run whose steps ask the model several times."""
+
+    student: object = None  # counts its forwards
+
+    def cost(self, steps=None) -> str:
+        """One phrase on the forwards spent in so many steps and planned; nothing when the run was only read."""
+        return forwards(self.student, steps or self.run.steps, self.planned()) if self.student else ""
 
 
 # -- differences between prompts ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(kw_only=True)
-class PromptJob(TrainingJob):
+class PromptJob(DifferenceJob):
     """LECO, replacement and text sliders: what is moved is told by prompts."""
 
     rows: tuple[PromptRow, ...]
@@ -261,7 +272,7 @@ class PromptJob(TrainingJob):
             encoder.free()
 
     def method(self, session):
-        tasks = self.tasks()
+        tasks, self.guidance = self.tasks(), host.rollout_guidance(session, self.points.guidance_scale)
         self.student = Model(session.denoiser, session.adapters, self.conds)
         return Difference(self.student, tasks, self.source(session, tasks), self.points.renormalise)
 
@@ -278,16 +289,20 @@ class PromptJob(TrainingJob):
         if self.points.points == "noise":
             points = exams.on_noise(session.denoiser, asked.tasks, self.noise, levels)
         else:
-            guidance = host.rollout_guidance(session, self.points.guidance_scale)
-            points = exams.on_ways(asked.model, asked.tasks, self.points, self.noise, guidance, levels)
+            points = exams.on_ways(asked.model, asked.tasks, self.points, self.noise, self.guidance, levels)
         return exams.point_exam(asked, points, count, self.run.batch, self.place, *about)
+
+    def planned(self):
+        updates = self.run.steps * self.optimizing.accumulate
+        found = planned(self.points, self.tasks(), self.noise, self.guidance, updates, self.run.batch)
+        return {what: count / self.run.steps for what, count in found.items()}
 
     def source(self, session, tasks):
         if self.points.points == "pictures":
             return Pictures(self.student, tasks, self.data, self.noise, session.family.density, self.run.batch)
         if self.points.points == "noise":
             return Noise(self.student, tasks, self.noise)
-        return Rollouts(self.student, tasks, self.points, self.noise, host.rollout_guidance(session, self.points.guidance_scale))
+        return Rollouts(self.student, tasks, self.points, self.noise, self.guidance)
 
     def probe(self, session):
         x0 = session.denoiser.model_space(host.random_latent(self.tasks()[0].shapes[0]))
@@ -301,16 +316,13 @@ class PromptJob(TrainingJob):
         """Along what the first row changes."""
         axis, shape = axis_of(self.rows[0], self.slider), self.shapes(self.rows[0])[-1]
         asking = Model(session.denoiser, session.adapters, self.conds)
-        draw = drawer(asking, shape, axis.unconditional, host.rollout_guidance(session, self.points.guidance_scale), self.run.seed)
+        draw = drawer(asking, shape, axis.unconditional, self.guidance, self.run.seed)
         effect = lambda x0: more_like(asking, x0, axis.toward, axis.away)
         unit = "in the measure's own unit" if axis.reference is None else f"what {axis.reference!r} itself draws"
         return measure(draw, axis.scene, effect, reference=axis.reference, preserve=axis.preserve, unit=unit)
 
     def about(self):
         return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": 0, "dropout": 0.0})
-
-    def cost(self) -> str:
-        return forwards(getattr(self, "student", None), self.run.steps)
 
 
 def drawer(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
@@ -319,50 +331,68 @@ def drawer(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
     return lambda prompt, strength: drawn(model, prompt, unconditional, noise, strength, steps, guidance)
 
 
-def forwards(student, steps) -> str:
-    """One phrase on the forwards spent; nothing when the run was only read."""
-    if student is None:
+def forwards(student, steps, planned=None) -> str:
+    """One phrase on the forwards spent in so many steps, and planned for each; nothing when the run was only read."""
+    if student is None or not steps:
         return ""
-    spent = " + ".join(f"{count / steps:.1f} {what}" for what, count in student.spent.items() if count)
-    return f"; forwards per step: {sum(student.spent.values()) / steps:.1f} ({spent})"
+    more = f", {sum(planned.values()):.1f} planned" if planned else ""
+    return f"; forwards per step: {parted(student.spent, steps)}{more}"
+
+
+def prompt_schema(words, run_name: str, prompts_tip: str, **about):
+    """Of a node that learns from prompts alone; both kinds differ in their words."""
+    return io.Schema(
+        category=CATEGORY,
+        inputs=[
+            io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
+            io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
+            *inputs(words),
+            *run_widgets(500, 2e-4, 4, shown=(), default=run_name),
+            *inputs(PlaceSettings),
+            Prompts.Input("prompts", optional=True, tooltip=prompts_tip),
+            Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
+            *recipes(points=True),
+            *lately(),
+        ],
+        outputs=results(),
+        hidden=HIDDEN,
+        is_output_node=True,
+        **about,
+    )
+
+
+def lately():
+    """Inputs that came after the first release: at the end."""
+    return [looking(), planner.retry_input(), planner.compile_input()]
+
+
+def trained_by_prompts(cls, model, clip, rows, slider, widgets, *, encoded, points, **recipes):
+    return trained(cls, PromptJob(
+        rows=rows, slider=slider, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
+        **common(cls, model, widgets, **recipes),
+    ))  # fmt: skip
 
 
 class TrainLeco(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return prompt_schema(
+            LecoWords,
+            "my_leco",
+            "From Load Prompts, in place of the prompts above; leave target empty then.",
             node_id="TrainyardTrainLeco",
             display_name="Train LECO",
-            category=CATEGORY,
             description="Erase, enhance or replace a concept with prompts alone: no pictures are needed. The LoRA at strength 1 has the effect, "
             "at -1 the opposite.",
             search_aliases=["erase concept", "concept erasing", "replace concept", "ileco", "unlearn"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
-                *inputs(LecoWords),
-                *run_widgets(500, 2e-4, 4, shown=(), default="my_leco"),
-                *inputs(PlaceSettings),
-                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above; leave target empty then."),
-                Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
-                *recipes(points=True),
-                looking(),
-                planner.retry_input(),
-                planner.compile_input(),
-            ],
-            outputs=results(),
-            hidden=HIDDEN,
-            is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, validation=None, **widgets):
         words = record(LecoWords, widgets)
         rows = only(prompts, words.target, widgets["batch"]) or (leco_row(words, widgets["batch"]),)
-        return trained(cls, PromptJob(
-            rows=rows, slider=False, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
-            **common(cls, model, widgets, adapter, optimizer, noise, validation),
-        ))  # fmt: skip
+        return trained_by_prompts(cls, model, clip, rows, False, widgets, encoded=encoded, points=points, adapter=adapter, optimizer=optimizer,
+                                  noise=noise, validation=validation)  # fmt: skip
 
 
 def only(prompts, target: str, batch: int) -> tuple[PromptRow, ...]:
@@ -383,38 +413,22 @@ def leco_row(words: LecoWords, batch: int) -> PromptRow:
 class TrainTextSlider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return prompt_schema(
+            SliderWords,
+            "my_slider",
+            "From Load Prompts, in place of the prompts above (leave target empty); unconditional is the negative end.",
             node_id="TrainyardTrainTextSlider",
             display_name="Train Text Slider",
-            category=CATEGORY,
             description="A slider from prompts alone: at +1 the target becomes more like the positive prompt, at -1 more like the negative one.",
             search_aliases=["concept slider", "attribute slider", "lora slider", "disentangled", "age slider"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
-                io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
-                *inputs(SliderWords),
-                *run_widgets(500, 2e-4, 4, shown=(), default="my_slider"),
-                *inputs(PlaceSettings),
-                Prompts.Input("prompts", optional=True, tooltip="From Load Prompts, in place of the prompts above (leave target empty); unconditional is the negative end."),
-                Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."),
-                *recipes(points=True),
-                looking(),
-                planner.retry_input(),
-                planner.compile_input(),
-            ],
-            outputs=results(),
-            hidden=HIDDEN,
-            is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, validation=None, **widgets):
         words = record(SliderWords, widgets)
         rows = with_two_ends(only(prompts, words.target, widgets["batch"])) or (slider_row(words, widgets["batch"]),)
-        return trained(cls, PromptJob(
-            rows=rows, slider=True, clip=clip, data=encoded, points=points or PointSettings(), place=record(PlaceSettings, widgets),
-            **common(cls, model, widgets, adapter, optimizer, noise, validation),
-        ))  # fmt: skip
+        return trained_by_prompts(cls, model, clip, rows, True, widgets, encoded=encoded, points=points, adapter=adapter, optimizer=optimizer,
+                                  noise=noise, validation=validation)  # fmt: skip
 
 
 def with_two_ends(rows):
@@ -438,7 +452,7 @@ def slider_row(words: SliderWords, batch: int) -> PromptRow:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PairJob(TrainingJob):
+class PairJob(DifferenceJob):
     """Image-pair sliders and ADDifT: what is moved is shown by pictures."""
 
     data: EncodedData
@@ -466,6 +480,10 @@ class PairJob(TrainingJob):
             session.denoiser, session.adapters, self.data, self.noise, session.family.density, self.run.batch, **more
         )
         return self.student
+
+    def planned(self):
+        found = self.student.planned(self.run.steps * self.optimizing.accumulate)
+        return {what: count / self.run.steps for what, count in found.items()}
 
     def exam(self, session, method, data, count):
         return exams.pair_exam(method, data, count, self.looking.settings.levels, self.run.batch)
@@ -495,9 +513,6 @@ class PairJob(TrainingJob):
     def about(self):
         return dict(resolution=resolution(self.data), dataset={"images": len(self.data.items), "dropout": self.data.dropout})
 
-    def cost(self) -> str:
-        return forwards(getattr(self, "student", None), self.run.steps)
-
 
 def refuse_equal(pairs, data):
     """ValueError when no pair shows a difference: the same folder was chosen twice, say."""
@@ -521,9 +536,7 @@ class TrainImageSlider(io.ComfyNode):
                 Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
                 *run_widgets(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
                 *recipes(points=False),
-                looking(),
-                planner.retry_input(),
-                planner.compile_input(),
+                *lately(),
             ],
             outputs=results(),
             hidden=HIDDEN,
@@ -557,9 +570,7 @@ class TrainDifference(io.ComfyNode):
                     tooltip="The change is learnt at plus and minus this strength; strength 1 of the file then has more of it. (0.01 to 10)",
                 ),
                 *recipes(points=False),
-                looking(),
-                planner.retry_input(),
-                planner.compile_input(),
+                *lately(),
             ],
             outputs=results(),
             hidden=HIDDEN,

@@ -95,6 +95,10 @@ class TrainingJob:
         """resolution and dataset, for the metadata."""
         raise NotImplementedError
 
+    def planned(self) -> dict[str, float]:
+        """Forwards that a step is expected to cost, by kind, for methods whose steps ask the model several times."""
+        return {}
+
     def measured(self, session) -> Curve | None:
         """The curve of the adapters as they are now, for methods that have one."""
         return None
@@ -181,8 +185,7 @@ class TrainingJob:
                 method = self.method(session)
                 if not session.family.known:
                     host.check_gradients(session, *self.probe(session))
-                if forecast := planner.settled(session, method, self, checkpointing):
-                    self.foretell(forecast, folder)
+                self.foretell(planner.settled(session, method, self, checkpointing), folder)
                 plan = session.blocks.plan
                 folder.export = lambda step: self.lora(session, step)
                 with board_of(self) as board:
@@ -202,9 +205,14 @@ class TrainingJob:
         logging.info("Trainyard: %s: %s", self.name, text)
 
     def foretell(self, forecast, folder):
-        """Says what the rest of the run will cost."""
+        """Says what the rest of the run will cost: memory and time, where they were measured, and forwards, where they are planned."""
         done = (told(folder.folder / "run.json") or {}).get("step", 0)
-        line = forecast.line(max(0, self.run.steps - done))
+        parts = [forecast.line(max(0, self.run.steps - done))] if forecast else []
+        if found := self.planned():
+            parts.append(f"forwards per step: {parted(found, 1)} planned")
+        if not parts:
+            return
+        line = "; ".join(parts)
         self.live.say(line)
         host.show(line, self.node_id)
         logging.info("Trainyard: %s: %s", self.name, line)
@@ -239,6 +247,12 @@ class Reports:
     def __call__(self, progress):
         for report in self.to:
             getattr(report, "report", report)(progress)
+
+
+def parted(counts, steps) -> str:
+    """4.0 (2.0 frozen + 2.0 student)"""
+    parts = " + ".join(f"{count / steps:.1f} {what}" for what, count in counts.items() if count)
+    return f"{sum(counts.values()) / steps:.1f} ({parts})"
 
 
 def first(values):

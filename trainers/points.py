@@ -178,13 +178,17 @@ class Rollouts:
         self.ways = [[Point(**mapped(point, self.model.here)) for point in way] for way in state["ways"]]
 
 
-def planned(settings: PointSettings, tasks: list[Task], noise: NoiseSettings, guidance: float, updates: int) -> dict[str, float]:
-    """Forwards that so many updates of Rollouts are expected to cost, in the words of Model.spent.
+def planned(settings: PointSettings, tasks: list[Task], noise: NoiseSettings, guidance: float, updates: int, batch: int = 1) -> dict[str, float]:
+    """Forwards that so many updates are expected to cost, in the words of Model.spent. `batch`: of Pictures; other points have that of their
+    task. Pictures and noise are new each time, and so is what the frozen model says there.
 
-    A way costs steps - 1 forwards a sample, twice that under guidance. Of its points, each asked once, those cost the frozen model's
+    Of Rollouts, a way costs steps - 1 forwards a sample, twice that under guidance. Of its points, each asked once, those cost the frozen model's
     answers that are drawn while the way is kept."""
     total = sum(task.weight for task in tasks)
-    mean = lambda count: sum(task.weight * task.batch * count(task) for task in tasks) / total
+    size = lambda task: batch if settings.points == "pictures" else task.batch
+    mean = lambda count: sum(task.weight * size(task) * count(task) for task in tasks) / total
+    if settings.points != "rollout":
+        return {"frozen": updates * mean(lambda task: len(task.asked)), "student": updates * mean(lambda task: len(task.pulls))}
     points = sum(way_levels(settings.sampling_steps, 1, noise.min_time, noise.max_time, torch.Generator().manual_seed(0))[1])
     lives = lifetimes(settings.ways, settings.refresh, updates)
     missed = lambda life: math.prod((1 - 1 / (ways * points)) ** draws for ways, draws in life)

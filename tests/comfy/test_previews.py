@@ -314,6 +314,21 @@ def prompt_job(points="rollout", looking=None, data=None, **run):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("points, steps", [("rollout", 40), ("pictures", 5), ("noise", 5)])
+def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(folders, monkeypatch, points, steps):
+    """Of pictures and noise the plan is what tasks are drawn by chance around; of ways it is what is expected."""
+    shown = []
+    monkeypatch.setattr(host, "show", lambda line, node_id=None: shown.append(line))
+    with torch.inference_mode():
+        a_job = prompt_job(points, data=data() if points == "pictures" else None, steps=steps)
+        a_job.result()
+    spent = sum(a_job.student.spent.values()) / steps
+    planned = sum(a_job.planned().values())
+    assert shown[0].startswith(f"forwards per step: {planned:.1f} (") and shown[0].endswith("student) planned")
+    assert f"{spent:.1f} (" in a_job.cost(steps) and a_job.cost(steps).endswith(f", {planned:.1f} planned")
+    assert planned == pytest.approx(spent, rel=0.25)
+
+
 @pytest.mark.parametrize("points", ["rollout", "pictures", "noise"])
 def test_a_leco_is_measured_at_fixed_points_and_is_the_same_run(folders, points):
     encoded = data() if points == "pictures" else None

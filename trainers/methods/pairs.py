@@ -62,6 +62,10 @@ class Pairs:
         with self.adapters.dropping(rng):
             return self.compared(*drawn)
 
+    def planned(self, updates: int) -> dict[str, float]:
+        """Forwards that so many updates cost."""
+        return {"student": 2.0 * self.batch * updates}
+
     def compared(self, sides, x0, noise, sigma):
         """(sides * B,) of what was drawn."""
         raise NotImplementedError
@@ -93,6 +97,9 @@ class Change(Pairs):
     and on `before` at -m as it errs on `after`. What the model always gets wrong cancels, and only the change is left to learn."""
 
     strength: float = 0.25
+
+    def planned(self, updates):
+        return {"frozen": 2.0 * self.batch * updates, **super().planned(updates)}
 
     def compared(self, sides, x0, noise, sigma):
         order = sorted(range(2), key=lambda i: sides[i][0])
