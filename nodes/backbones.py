@@ -32,6 +32,7 @@ from .families import family_of
 DEPTHS = (1 / 3, 1 / 2)  # of a transformer's blocks (DiNa-LRM's choice, HKUST-C4G/diffusion-rm)
 LORA_RATE = 0.1  # of the score model's learning rate: 1e-4, usual for LoRA, at its default of 1e-3
 FLOOR = 0.1  # level that a clean latent is announced at: below it a model's states say little (LRM and DiNa-LRM score noised latents)
+GRADED = 3  # times the memory of decoding: an SD VAE keeps 2.8 GiB for backward at 512 px, and the host counts 1.1 for decoding
 MIDDLE = 5.0  # of the scales of aesthetic heads, 1 to 10; a score model says how far above it a picture is
 IMAGE_FIRST = ("DoubleStreamBlock",)  # blocks that return (image, text); all others (text, image)
 BLOCK_LISTS = ("blocks", "layers")  # how families call their own list of blocks; refiners and embedders are called otherwise
@@ -264,8 +265,10 @@ def undivided(patcher):
 
 @contextlib.contextmanager
 def standing(patchers, graded: bool):
-    """The models on their devices, ready for gradients where they are wanted."""
-    mm.load_models_gpu(patchers)
+    """The models on their devices, ready for gradients where they are wanted. What is there already stays: asked again, the host would make room
+    for it anew, and a model in training is what it would push out."""
+    if missing := [patcher for patcher in patchers if not patcher.loaded_size()]:
+        mm.load_models_gpu(missing)
     with contextlib.ExitStack() as stack:
         if graded:
             stack.enter_context(host.gradients())
@@ -304,6 +307,11 @@ class PixelLook:
             if self.head is not None:
                 return self.head.to(seen.device)(seen)[:, None].to(x.device)
             return pooled_tokens(seen).to(x.device)
+
+    def room(self, shape) -> float:
+        """Bytes that a look with gradient at latents (B, C, ..., h, w) needs beside the model in training."""
+        models = self.patcher.model_size() + self.sight.patcher.model_size()
+        return models + GRADED * self.vae.memory_used_decode((shape[0], shape[1], *shape[-2:]), self.vae.vae_dtype)
 
     def decoded(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) about 0 to 1, not clamped: the clamp of VAE.decode has no gradient where a picture is white or black."""

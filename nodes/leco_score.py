@@ -29,14 +29,15 @@ from ..trainers.methods.leco_score import (
 from ..trainers.points import Model, noise_of
 from ..trainers.runs import RunFolder
 from ..trainers.score_files import check_fits, identity_of
-from ..trainers.score_watch import ScoreWatch, judged
+from ..trainers.score_watch import ScoreWatch, WatchedScore, judged
 from ..trainers.scorers import TRUNKS, check_rates
 from ..trainers.scorers import ScoreModel as Scores
 from ..trainers.settings import Settings, number
 from . import host, latents, paths, planner
-from .differences import HIDDEN, common, forwards, recipes, run_widgets
+from .differences import HIDDEN, common, forwards, looking, recipes, run_widgets
 from .fields import CATEGORY, Encoded, LoraModel, LossMap, ScoreModel, inputs, record
 from .training import OFF, TrainingJob, first, largest
+from .validation import watching
 
 SignedPrompts = io.Custom("TRAINYARD_SIGNED_PROMPTS")  # tuple of trainers.data.signed_prompts.SignedPrompt
 LecoScoreRecipe = io.Custom("TRAINYARD_LECO_SCORE")
@@ -236,6 +237,12 @@ class ScoreJob(TrainingJob):
     def largest(self):
         return largest(self.data) if self.data else self.shapes()[0]
 
+    def room(self):
+        """Score models that decode have a VAE and a CLIP_VISION there all the time."""
+        judges = [score for score, _ in self.scores] + ([self.held_out] if self.held_out else [])
+        looks = {id(look): look for score in judges for network in score.networks if hasattr(look := pixels_of(network), "room")}
+        return float(sum(look.room((self.run.batch, *self.largest())) for look in looks.values()))
+
     def prepare(self):
         captions = [text for item in self.data.items for text in item.captions] if self.data else []
         for score, _ in (*self.scores, (self.held_out, 0.0)):
@@ -257,9 +264,21 @@ class ScoreJob(TrainingJob):
                   else walking(self.student, self.tasks(), self.settings, self.guidance))  # fmt: skip
         return LecoScore(self.student, scores, places, self.settings)
 
+    def check_held_out(self, data):
+        raise ValueError("Pictures are connected to held_out of Validation and Previews, and LECO-score has no loss of pictures. Disconnect them; a "
+                         "second score model on held_out of Train LECO-Score tells whether pictures become better.")
+
+    def sample_prompts(self):
+        scene = self.scenes()[0]
+        away = self.negative()[scene]
+        return [(scene or "without a prompt", self.conds[scene])], (away, self.conds[away])
+
+    def negative(self) -> dict[str, str]:
+        return {row.prompt: row.negative for row in self.prompts}
+
     def watch(self, session, method):
         self.seen = ScoreWatch(method, self.drawer(), self.scenes(), self.held, self.watching.watch_every, self.watching.patience)
-        return self.seen
+        return WatchedScore(self.seen, watching(self, session, method)) if self.looking else self.seen
 
     def scenes(self) -> list[str]:
         """The prompts that are looked at: those that are to become better come first."""
@@ -267,7 +286,7 @@ class ScoreJob(TrainingJob):
 
     def drawer(self):
         """draw(prompt, strength) from fixed noise, in batches no larger than a step's."""
-        negative = {row.prompt: row.negative for row in self.prompts}
+        negative = self.negative()
         noise = noise_of((PICTURES, *self.shapes()[0]), self.student.denoiser, host.generator(self.run.seed))
         asking = dataclasses.replace(self.student, spent=dict(self.student.spent))  # what is looked at is no cost of the training
 
@@ -317,6 +336,12 @@ class ScoreJob(TrainingJob):
 
     def cost(self) -> str:
         return forwards(self.student, self.run.steps)
+
+
+def pixels_of(network):
+    """What a network looks with, under what remembers for it."""
+    look = getattr(getattr(network, "trunk", network), "look", None)
+    return getattr(look, "look", look)
 
 
 def lent(score: Scores, session) -> Scores:
@@ -378,6 +403,7 @@ class TrainLecoScore(io.ComfyNode):
                 *[recipe for recipe in recipes(points=False) if recipe.id != "noise"],
                 planner.retry_input(),
                 planner.compile_input(),
+                looking(),
             ],
             outputs=[
                 LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),
@@ -392,13 +418,13 @@ class TrainLecoScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, score_model, prompts_text, target, prompts=None, more_scores=None, held_out=None, encoded=None, settings=None,
-                adapter=None, optimizer=None, **widgets):  # fmt: skip
+                adapter=None, optimizer=None, validation=None, **widgets):  # fmt: skip
         chosen, watching = settings or (LecoScoreSettings(), WatchSettings())
         chosen = ORIGINAL if target == ORIGINAL_RECIPE else dataclasses.replace(chosen, target=target)
         job = ScoreJob(
             prompts=rows_of(prompts, prompts_text), scores=((score_model, 1.0), *(more_scores or ())), held_out=held_out, data=encoded, clip=clip,
             settings=chosen, watching=watching, place=record(ScorePlace, widgets),
-            **common(cls, model, widgets, adapter, optimizer, None, both_ways=chosen.slider),
+            **common(cls, model, widgets, adapter, optimizer, None, validation, both_ways=chosen.slider),
         )  # fmt: skip
         return finished(cls, job)
 

@@ -12,7 +12,6 @@ from ..trainers.files import LoraFile, lora_metadata
 from ..trainers.loop import train
 from ..trainers.runs import RunFolder, told
 from ..trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
-from ..trainers.validation import Watch
 from . import host, live, paths, planner
 from .validation import Looking, board_of, watching
 
@@ -61,6 +60,10 @@ class TrainingJob:
     def largest(self) -> tuple[int, ...]:
         """The largest latent (C, ..., h, w) of a step."""
         raise NotImplementedError
+
+    def room(self) -> float:
+        """Bytes that other models need beside this one while it trains."""
+        return 0.0
 
     def prepare(self):
         """Work before the model is loaded for training, such as encoding prompts."""
@@ -132,7 +135,7 @@ class TrainingJob:
         return f"{done}, loss {loss:.4f}, {len(host.bases(lora))} layers in {folder.folder.name}{best}{more}"
 
     def seen_line(self) -> str:
-        return self.watched.line() if isinstance(self.watched, Watch) else ""
+        return getattr(self.watched, "line", str)()
 
     def recipe(self) -> dict:
         records = (self.adapter, self.optimizing, self.noise, self.run, *self.records())
@@ -175,7 +178,7 @@ class TrainingJob:
         return self.attempt(folder, plan)
 
     def attempt(self, folder, checkpointing):
-        self.memory = host.training_memory(self.model, self.largest(), self.run.batch, checkpointing)
+        self.memory = host.training_memory(self.model, self.largest(), self.run.batch, checkpointing) + self.room()
         plan = checkpointing
         try:
             with host.training(

@@ -194,7 +194,10 @@ def test_a_run_under_an_aesthetic_head_decodes_and_leaves_vae_and_clip_vision_al
         base = fingerprint(model)
         with torch.inference_mode(False):
             scores = [backbones.ImageScoreModel(head, sight, "head.pth", vae, "SD3", 16) for head in heads]
-        lora, losses, _ = job(model=model, score=scores[0], held_out=scores[1], settings={"target": "x0"}).result()
+        made = job(model=model, score=scores[0], held_out=scores[1], settings={"target": "x0"})
+        needed = made.room()
+        lora, losses, _ = made.result()
+        assert needed > 2 * (vae.patcher.model_size() + sight.patcher.model_size()) and made.memory > needed > job(model=model).room() == 0
         assert job(model=model, score=scores[0]).fingerprint() != job(model=model, score=scores[1]).fingerprint()
     assert lora and len(losses) == 4 and fingerprint(model) == base
     after = [patcher.model.state_dict() for patcher in (vae.patcher, sight.patcher)]
