@@ -117,7 +117,8 @@ def pooled(state: Tensor) -> Tensor:
 
 
 class Remembered:
-    """A look whose answers are kept, by what it is shown. For frozen models only."""
+    """A look whose answers are kept, by what it is shown. For frozen models only. Each picture is looked at by itself: in a batch the last digits
+    would depend on its company, and a training that goes on after a stop would be another one. A model of real size hardly minds."""
 
     def __init__(self, look):
         self.look, self.known = look, {}
@@ -126,10 +127,10 @@ class Remembered:
         if x.requires_grad and torch.is_grad_enabled():
             return self.look(x, level)
         keys = [print_of(row, at) for row, at in zip(x, level, strict=True)]
-        if missing := [i for i, key in enumerate(keys) if key not in self.known]:
-            with torch.no_grad():
-                found = self.look(x[missing], level[missing]).half().cpu()
-            self.known |= zip([keys[i] for i in missing], found, strict=True)
+        with torch.no_grad():
+            for i, key in enumerate(keys):
+                if key not in self.known:
+                    self.known[key] = self.look(x[i : i + 1], level[i : i + 1])[0].half().cpu()
         return torch.stack([self.known[key] for key in keys]).to(x.device, torch.float32)
 
 

@@ -1,5 +1,6 @@
 """Backbones without ratings, aesthetic heads and students as nodes of ComfyUI, with real (tiny) models."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trainyard.nodes.score_backbones import DistillScoreModel, LoadAestheticHead
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
+from trainyard.trainers import loop
 from trainyard.trainers.clusters import ClusterSettings
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions import EMPTY, CaptionSettings
@@ -26,6 +28,7 @@ from trainyard.trainers.features import MODEL
 from trainyard.trainers.likeness import SimilarSettings
 from trainyard.trainers.methods.pretext import PretextSettings
 from trainyard.trainers.methods.score import ScoreSettings
+from trainyard.trainers.score_files import tensors_of
 from trainyard.trainers.scorers import PRETRAINED, ScorerSettings
 
 SMALL = dict(width=8, depth=1)
@@ -246,6 +249,36 @@ def test_train_score_model_learns_on_the_models_own_states_frozen_or_with_a_lora
     with torch.inference_mode():
         scores = node(score.ScoreImages).execute(loaded, latents={"samples": x}, **score.ScoringSettings().to_dict()).args[0]
     assert len(scores) == 4 and np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_training_on_the_models_states_that_is_interrupted_goes_on_to_the_same_model(places, monkeypatch, rank):
+    """Also where it was stopped right after the first batch had settled how each number is standardised."""
+    given = values(ScorerSettings(backbone=MODEL, rank=rank, **SMALL), ScoreSettings(steps=6, batch=8, members=2, patience=0))
+    model, asked, stops = make("sd3", inference=True), [], []
+
+    def interrupt():
+        asked.append(1)
+        if len(asked) in stops:
+            raise KeyboardInterrupt
+
+    def run():
+        with torch.inference_mode():
+            return node(score.TrainScoreModel).execute(model, rated_latents("sd3"), **given).args[0]
+
+    whole = run()
+    shutil.rmtree(paths.scores_folder())
+    monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)
+    monkeypatch.setattr(host, "interrupted", interrupt)
+    for stop in (2, 4, 7):
+        asked.clear()
+        stops[:] = [stop]
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert not any(m._forward_hooks for m in model.model.modules())
+    stops.clear()
+    ours, theirs = tensors_of(run()), tensors_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), max(float((ours[n] - theirs[n]).abs().max()) for n in theirs)
 
 
 def test_a_score_model_through_the_model_is_learnt_on_with_its_lora_whatever_the_widgets_say(places):
