@@ -278,6 +278,12 @@ class PromptJob(DifferenceJob):
 
     names_worst = False
 
+    def check_held_out(self, data):
+        if self.data is None:
+            raise ValueError("held_out is connected, and this run learns from prompts alone: there is no loss of pictures to measure. Disconnect "
+                             "held_out; fixed points of the model's own are measured.")
+        super().check_held_out(data)
+
     def exam(self, session, method, data, count):
         """At points of the frozen model's own, which stay the same whatever the student learns."""
         asked, levels = exams.asking(method), self.looking.settings.levels

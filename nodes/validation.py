@@ -57,13 +57,9 @@ class Looking:
         """Raises ValueError when the held-out pictures cannot tell anything about this job."""
         if self.held_out is None or not self.settings.every:
             return
-        trained = getattr(job, "data", None)
-        if trained is None:
-            raise ValueError("held_out is connected, and this run learns from prompts alone: there is no loss of pictures to measure. Disconnect "
-                             "held_out; fixed points of the model's own are measured.")
         job.check_held_out(self.held_out)
         host.check_latents(job.model, self.held_out.channels)
-        known = {item.path for item in trained.items if item.path}
+        known = {item.path for item in job.data.items if item.path}
         if both := [item.path for item in self.held_out.items if item.path in known]:
             raise ValueError(f"{len(both)} of the {len(self.held_out)} held-out pictures are also trained on, for example {both[0]}: their loss would "
                              "tell nothing. Part the dataset with Split Dataset and encode both halves.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from .evaluate import drift_of
 from .methods.leco_score import LecoScore, told
 from .scorers import ScoreModel, unit_view
+from .validation import Watch
 
 COLLAPSED = 0.6  # diversity below which pictures of a prompt look alike
 MARGIN = 0.02  # standard deviations by which the held-out score must fall, and the trained one rise
@@ -137,6 +138,69 @@ class ScoreWatch:
     def load_state(self, state: dict) -> None:
         self.looks = [Look(**look) for look in state["looks"]]
         self.previews, self.kept = dict(state["previews"]), state["kept"]
+
+
+@dataclass
+class WatchedScore:
+    """A ScoreWatch and what Validation and Previews asks for beside it: samples, and best weights and early stop by the score of its looks,
+    taken negative, so that lower is better as with a loss."""
+
+    seen: ScoreWatch
+    asked: Watch
+
+    @property
+    def settings(self):
+        return self.asked.settings
+
+    @property
+    def note(self) -> str:
+        return self.seen.note
+
+    @property
+    def enough(self) -> bool:
+        return self.seen.enough or self.asked.enough
+
+    @property
+    def best(self) -> dict | None:
+        return self.seen.best or self.asked.best
+
+    def due(self, step: int, steps: int) -> bool:
+        return self.seen.due(step, steps) or self.asked.draws(step, steps)
+
+    def look(self, step: int, steps: int, params) -> bool:
+        better = False
+        if self.seen.due(step, steps):
+            better = self.seen.look(step, steps, params)
+            if self.settings.every:
+                better = self.asked.keep(figure_of(self.seen.looks[-1]), params)
+        if self.asked.draws(step, steps):
+            self.asked.sample(step)
+        return better
+
+    def finish(self) -> None:
+        """Nothing: the last look was the last thing to do."""
+
+    def line(self) -> str:
+        return self.asked.line()
+
+    def state(self) -> dict:
+        return {**self.asked.state(), **self.seen.state()}
+
+    def load_state(self, state: dict) -> None:
+        """Also of a run that was begun without Validation and Previews: what its looks saw is known."""
+        self.seen.load_state(state)
+        if "key" in state:
+            self.asked.load_state(state)
+        if self.settings.every:
+            self.asked.history = [figure_of(look) for look in self.seen.looks]
+
+
+def figure_of(look: Look) -> dict:
+    """A look as a measurement: the held-out score where there is one, else the trained one."""
+    held = look.held_out is not None
+    loss = -(look.held_out if held else look.score)
+    return {"step": look.step, "loss": loss if math.isfinite(loss) else None, "bins": [], "sigmas": [], "held_out": held, "noun": "scores",
+            "figure": "minus the held-out score" if held else "minus the score", "where": "that is trained"}  # fmt: skip
 
 
 def top_of(looks) -> Look | None:

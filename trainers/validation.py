@@ -147,7 +147,8 @@ def without_gain(history: list[dict], least_gain: float) -> int:
         if not entry["step"]:
             continue
         loss = math.inf if entry["loss"] is None else entry["loss"]
-        low, since = (loss, 0) if loss < low * (1 - least_gain) else (low, since + 1)
+        wanted = low - abs(low) * least_gain if math.isfinite(low) else low  # a score taken negative is below zero
+        low, since = (loss, 0) if loss < wanted else (low, since + 1)
     return since
 
 
@@ -209,11 +210,15 @@ class Watch:
                  "sigmas": self.exams[name].sigmas_of_first(), "held_out": name == "validation", "noun": self.exams[name].noun, "where": self.exams[name].where}  # fmt: skip
         if len(losses) > 1:
             entry |= {"training": finite(float(losses["training"].mean())), "training_bins": [finite(v) for v in losses["training"].mean(0).tolist()]}
+        return self.keep(entry, params)
+
+    def keep(self, entry: dict, params) -> bool:
+        """One more measurement. Whether its weights are to be kept as the best so far."""
         self.history.append(entry)
         self.notice("validation", entry)
         better = best_of(self.history) is entry
         if better and self.settings.best == RESTORE:
-            self.best = {"step": step, "params": [p.detach().to("cpu", copy=True) for p in params]}
+            self.best = {"step": entry["step"], "params": [p.detach().to("cpu", copy=True) for p in params]}
         return better and self.settings.best != OFF
 
     def sample(self, step: int) -> None:
@@ -267,8 +272,9 @@ class Watch:
 
 
 def told(best: dict, last: dict) -> str:
+    figure = last.get("figure", "validation loss")
     if last["loss"] is None:
-        return f"the last validation loss is no number; best {best['loss']:.4f} at step {best['step']}"
+        return f"the last {figure} is no number; best {best['loss']:.4f} at step {best['step']}"
     gap = f", {last['loss'] / last['training'] - 1:+.0%} against training {last.get('noun', Exam.noun)}" if last.get("training") else ""
     here = "" if last is best else f" (best {best['loss']:.4f} at step {best['step']})"
-    return f"validation loss {last['loss']:.4f}{here}{gap}" + ("" if last["held_out"] else f" {last.get('where', Exam.where)}")
+    return f"{figure} {last['loss']:.4f}{here}{gap}" + ("" if last["held_out"] else f" {last.get('where', Exam.where)}")

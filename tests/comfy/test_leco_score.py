@@ -11,9 +11,11 @@ import torch
 from trainyard.nodes import backbones, host, latents, paths
 from trainyard.nodes import leco_score as nodes
 from trainyard.nodes.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
+from trainyard.nodes.validation import Looking
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
+from trainyard.tests.comfy.test_previews import Vae
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.toy import world
 from trainyard.trainers.data.encoded import Encoded
@@ -23,9 +25,11 @@ from trainyard.trainers.heads import Chain, Head
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.points import Model
+from trainyard.trainers.previews import PreviewSettings
 from trainyard.trainers.score_files import write_score_model
 from trainyard.trainers.scorers import PRETRAINED, About, LatentResNet, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import ALGORITHMS, AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+from trainyard.trainers.validation import ValidationSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 ROWS = (SignedPrompt("a cat"), SignedPrompt("an ugly cat", -1.0), SignedPrompt("a dog", 0.0))
@@ -412,3 +416,29 @@ def test_on_the_server_a_score_model_and_prompts_become_a_lora_and_previews(serv
     })  # fmt: skip
     assert run.ok, run.why
     assert "step 2: score" in json.dumps(run.outputs["train"]) and len(run.outputs["image"]["images"]) == 3 * 2
+
+
+def test_validation_and_previews_draws_samples_and_watches_the_held_out_score(folders):
+    """Samples by the ordinary sampler, looks as measurements, and the run that it would have been."""
+    model = make("sd3", inference=True)
+    second = judge(model, seed=2)
+    with torch.inference_mode():
+        plain, losses, _ = job(model=model, held_out=second, name="plain").result()
+        a_job = job(model=model, held_out=second)
+        a_job.looking = Looking(ValidationSettings(every=1), PreviewSettings(preview_every=4, sampling_steps=1, width=64, height=64), vae=Vae())
+        lora, same, line = a_job.result()
+    assert same == losses and all(torch.equal(plain[k], lora[k]) for k in plain)
+    assert [entry["loss"] for entry in a_job.live.validation] == [-look.held_out for look in a_job.seen.looks]
+    assert [sample["step"] for sample in a_job.live.samples] == [4] and "minus the held-out score" in line
+    again = job(model=model, held_out=second)
+    again.looking = a_job.looking
+    with torch.inference_mode():
+        assert again.result()[2].startswith("already trained") and again.previews().shape[0] == a_job.previews().shape[0]
+    assert again.live.validation == a_job.live.validation
+
+
+def test_held_out_pictures_are_refused_where_a_score_is_followed(folders):
+    a_job = job()
+    a_job.looking = Looking(held_out=pictures("sd3"))
+    with pytest.raises(ValueError, match="second score model on held_out of Train LECO-Score tells"):
+        a_job.result()

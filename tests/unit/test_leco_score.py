@@ -22,9 +22,10 @@ from trainyard.trainers.methods.leco_score import (
     walking,
 )
 from trainyard.trainers.points import Model, Pull
-from trainyard.trainers.score_watch import COLLAPSED, Look, ScoreWatch, top_of
+from trainyard.trainers.score_watch import COLLAPSED, Look, ScoreWatch, WatchedScore, top_of
 from trainyard.trainers.scorers import About, ScoreModel
 from trainyard.trainers.settings import RunSettings
+from trainyard.trainers.validation import RESTORE, ValidationSettings, Watch
 
 ROWS = (SignedPrompt("cat"), SignedPrompt("dog", -1.0, "old"), SignedPrompt("young", 0.0))
 PLAIN = dict(anchor=0.0, balance=False, uncertainty=0.0)
@@ -489,3 +490,59 @@ def test_previews_of_a_long_run_are_thinned_evenly():
     for step in range(40):
         watch.keep_previews(step, torch.full((1, *SHAPE), float(step)))
     assert len(watch.previews) <= 16 and {0, 16, 32} <= set(watch.previews)
+
+
+# -- with Validation and Previews ---------------------------------------------------------------------------------------------------------
+
+
+def both(held_out=None, every=2, **settings):
+    """(method, watch) of a run that is also looked at by Validation and Previews, which learns of every look."""
+    method, seen = watched(held_out, every)
+    told = []
+    asked = Watch(ValidationSettings(**{"every": 10, **settings}), notice=lambda kind, entry: told.append(entry))
+    return method, WatchedScore(seen, asked), told
+
+
+def test_every_look_of_a_score_is_a_measurement_of_the_held_out_score_taken_negative():
+    method, watch, told = both(score(Mean(2.0)))
+    go(method, watch, 5)
+    looks = watch.seen.looks
+    assert [entry["step"] for entry in told] == [0, 2, 4, 5]
+    assert [entry["loss"] for entry in told] == [-look.held_out for look in looks]
+    assert all(entry["held_out"] for entry in told) and watch.line().startswith("minus the held-out score -")
+
+
+def test_without_a_held_out_score_the_trained_one_is_watched_and_said_to_be():
+    method, watch, told = both()
+    go(method, watch, 4)
+    assert [entry["loss"] for entry in told] == [-look.score for look in watch.seen.looks]
+    assert watch.line().endswith("that is trained") and not told[0]["held_out"]
+
+
+def test_a_score_run_ends_for_want_of_gain_and_gives_back_its_best_moment():
+    """Held out is the opposite score, and LECO-Score's own patience is long: the first look at trained adapters is the best one."""
+    method, watch, _ = both(score(Mean(-1.0)), patience=2, best=RESTORE)
+    watch.seen.patience = 100
+    losses = go(method, watch, 100)
+    assert len(losses) == 6 and watch.best["step"] == 2
+    other, _, _ = both()
+    go(other, None, 2)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), method.parameters(), strict=True))
+
+
+def test_a_score_run_that_is_looked_at_by_both_is_the_run_that_is_not():
+    (plain, _), (seen, watch, _) = watched(), both(score(Mean(2.0)))
+    assert go(plain, None, 7) == go(seen, watch, 7)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
+
+
+def test_a_score_run_that_was_begun_without_validation_goes_on_with_it_and_the_other_way_round():
+    store = Kept()
+    method, seen = watched(score(Mean(2.0)), 2)
+    go(method, seen, 4, store)
+    method, watch, _ = both(score(Mean(2.0)))
+    go(method, watch, 8, store)
+    assert [entry["step"] for entry in watch.asked.history] == [0, 2, 4, 6, 8]
+    method, seen = watched(score(Mean(2.0)), 2)
+    go(method, seen, 10, store)
+    assert [look.step for look in seen.looks] == [0, 2, 4, 6, 8, 10]
