@@ -210,6 +210,43 @@ def test_two_sets_of_adapters_add_up_and_come_off_one_by_one():
     assert hooks(network) == 0
 
 
+def test_adapters_that_give_way_to_a_guest_are_back_afterwards_and_a_block_computed_again_meets_the_guest():
+    network, x = seeded(nn.Sequential(nn.Linear(6, 5))), torch.randn(2, 6, generator=rng())
+    guest = learnt(network, seed=7)
+    with_guest = network(x)
+    guest.detach()
+    host = learnt(network, seed=1)
+    own = network(x)
+    with host.giving_way(guest):
+        assert torch.allclose(network(x), with_guest)
+        again = host.as_now()
+    assert torch.equal(network(x), own) and hooks(network) == 1 and host.guest is None
+    with again():
+        assert torch.allclose(network(x), with_guest)
+    assert torch.equal(network(x), own) and hooks(network) == 1
+    with pytest.raises(Stop), host.giving_way(guest):
+        raise Stop
+    assert torch.equal(network(x), own) and hooks(network) == 1
+    with host.giving_way(None):
+        assert torch.equal(network(x), network[0](x)) and not torch.equal(network(x), own)
+
+
+def test_what_is_attached_already_stays_so_after_being_attached_inside():
+    network = seeded(ConvNet())
+    adapters = learnt(network, conv=True)
+    with adapters.attached():
+        assert hooks(network) == 3
+    assert hooks(network) == 3
+
+
+def test_adapters_of_some_layers_only():
+    network = seeded(ConvNet())
+    adapters = Adapters(network, settings(conv=True)).only({"emb", "skip"})
+    assert list(adapters.layers) == list(adapters.lows) == ["emb", "skip"]
+    with adapters.attached():
+        assert hooks(network) == 2
+
+
 # -- the file -----------------------------------------------------------------------------------------------------------------
 
 
