@@ -105,16 +105,26 @@ def made(name, layer, settings: AdapterSettings, rule, rng):
 
 @dataclass(frozen=True)
 class Drop:
-    """Leaves out a share of some values and enlarges the rest, the same ones whenever it is asked: a block that is computed again for
-    its gradient must drop what it dropped before."""
+    """Leaves out a share of some values, and a share of whole ranks for each picture, and enlarges the rest, the same ones whenever it is
+    asked: a block that is computed again for its gradient must drop what it dropped before."""
 
     share: float
+    ranks: float
     seed: int
 
-    def __call__(self, inner: Tensor) -> Tensor:
+    def __call__(self, inner: Tensor, axis: int) -> Tensor:
+        """`axis`: that of the ranks; pictures lie along the first."""
         rng = torch.Generator(inner.device).manual_seed(self.seed)
-        kept = torch.rand(inner.shape, generator=rng, device=inner.device) >= self.share
-        return inner * (kept / (1 - self.share)).to(inner.dtype)
+        inner = left(inner, inner.shape, self.share, rng) if self.share else inner
+        whole = [1] * inner.ndim
+        whole[0], whole[axis] = inner.shape[0], inner.shape[axis]
+        return left(inner, whole, self.ranks, rng) if self.ranks else inner
+
+
+def left(inner: Tensor, shape, share: float, rng) -> Tensor:
+    """inner with a share of values of this shape left out, and the same mean."""
+    kept = torch.rand(shape, generator=rng, device=inner.device) >= share
+    return inner * (kept / (1 - share)).to(inner.dtype)
 
 
 class Adapters(nn.Module):
@@ -157,14 +167,14 @@ class Adapters(nn.Module):
         """(whether layer `number` is left out, what leaves out its inner values) in this step."""
         if self.luck is None:
             return False, None
-        seed = (self.luck + number * 0x9E3779B97F4A7C15) % 2**63
-        coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if self.settings.module_dropout else 1.0
-        return coin < self.settings.module_dropout, Drop(self.settings.dropout, seed) if self.settings.dropout else None
+        s, seed = self.settings, (self.luck + number * 0x9E3779B97F4A7C15) % 2**63
+        coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if s.module_dropout else 1.0
+        return coin < s.module_dropout, Drop(s.dropout, s.rank_dropout, seed) if s.dropout or s.rank_dropout else None
 
     @property
     def drops(self) -> bool:
         """Whether a step leaves anything out."""
-        return bool(self.settings.dropout or self.settings.module_dropout)
+        return bool(self.settings.dropout or self.settings.rank_dropout or self.settings.module_dropout)
 
     @contextlib.contextmanager
     def dropping(self, rng: torch.Generator):

@@ -49,7 +49,7 @@ def applied(x: Tensor, weight: Tensor, geometry: dict | None) -> Tensor:
 def through(x: Tensor, down: Tensor, up: Tensor, factor: float, geometry: dict | None, drop: Callable | None = None) -> Tensor:
     """factor * up(down(x)), scaled between the two products, where it is rank wide. `drop` leaves some of the inner values out."""
     inner = applied(x, down, geometry)
-    inner = inner if drop is None else drop(inner)
+    inner = inner if drop is None else drop(inner, -1 if geometry is None else 1)
     return applied(inner if factor == 1 else inner * factor, up, None if geometry is None else {})
 
 

@@ -135,13 +135,16 @@ class AdapterSettings(Settings):
                             step=1.0, advanced=True, later=True)  # fmt: skip
     blocks: str = text("", "Rank, alpha and learning rate by layer name, one rule per line: attn2: rank=8 alpha=4 lr=0.5. rank=0 leaves "
                        "layers out.", advanced=True, later=True, multiline=True)  # fmt: skip
+    rank_dropout: float = number(0.0, 0.0, 0.95, "LoRA and DoRA: share of the ranks left out for each picture at every step, so that no rank "
+                                 "is needed by another.", step=0.05, advanced=True, later=True)  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
         block_rules(self.blocks)
-        if self.dropout and self.algorithm in (LOHA, LOKR):
-            raise ValueError(f"dropout is {self.dropout:g} and algorithm is {self.algorithm}, which has no inner values to leave out. "
-                             "Use module_dropout, or set dropout to 0.")
+        for name in ("dropout", "rank_dropout"):
+            if (share := getattr(self, name)) and self.algorithm in (LOHA, LOKR):
+                raise ValueError(f"{name} is {share:g} and algorithm is {self.algorithm}, which has no inner values to leave out. "
+                                 f"Use module_dropout, or set {name} to 0.")
         if (self.targets == "regex") != bool(self.pattern):
             remedy = "write one, for example attn2|ff" if self.targets == "regex" else "clear it, or set targets to regex"
             raise ValueError(f"targets is {self.targets!r} and pattern is {self.pattern!r}; {remedy}.")

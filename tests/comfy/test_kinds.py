@@ -60,7 +60,7 @@ def test_gradients_equal_finite_differences(algorithm, family, checkpointing):
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux", "sd3"])
-@pytest.mark.parametrize("more", [dict(algorithm="DoRA"), dict(algorithm="LoRA", dropout=0.4, module_dropout=0.2)], ids=["DoRA", "dropout"])
+@pytest.mark.parametrize("more", [dict(algorithm="DoRA"), dict(algorithm="LoRA", dropout=0.4, rank_dropout=0.3, module_dropout=0.2)], ids=["DoRA", "dropout"])
 def test_checkpointed_gradients_are_those_without_checkpointing(more, family):
     found = []
     for checkpointing in ("off", "per block"):

@@ -289,6 +289,33 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean():
     assert seen.mean().item() == pytest.approx(1, abs=0.01)
 
 
+def test_rank_dropout_leaves_out_whole_ranks_for_each_picture_and_keeps_the_mean():
+    """Inner values are all 1. A rank is there for all tokens of a picture or for none, and pictures differ."""
+    network = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    network[0].weight.zero_()
+    adapters = Adapters(network, settings(rank=64, rank_dropout=0.25))
+    low = adapters.low("0")
+    low.down.data, low.up.data = torch.eye(64), torch.eye(64)
+    adapters.attach()
+    with adapters.dropping(rng()), torch.no_grad():
+        seen = network(torch.ones(200, 5, 64))
+    assert {round(v, 4) for v in seen.unique().tolist()} == {0.0, 1.3333} and seen.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(seen, seen[:, :1].expand_as(seen)) and not torch.equal(seen[0], seen[1])
+
+
+def test_rank_dropout_of_a_convolution_is_along_its_channels():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False)).requires_grad_(False)
+    adapters = Adapters(network, settings(rank=3, conv=True, conv_rank=3, rank_dropout=0.5))
+    low = adapters.low("0")
+    low.down.data.fill_(0.1), low.up.data.zero_()
+    low.up.data[:3, :, 0, 0] = torch.eye(3)
+    network[0].weight.zero_(), adapters.attach()
+    with adapters.dropping(rng(4)), torch.no_grad():
+        seen = network(torch.ones(20, 3, 6, 6))[:, :3]
+    there = seen.flatten(2).ne(0)
+    assert torch.equal(there.all(2), there.any(2)) and 0.3 < there.all(2).float().mean() < 0.7
+
+
 def test_module_dropout_leaves_out_whole_layers_and_gradients_still_flow():
     network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200)))
     adapters = shaken(network, rank=1, module_dropout=0.3)
@@ -306,9 +333,10 @@ def test_without_dropout_a_step_draws_nothing():
 
 
 @pytest.mark.parametrize("algorithm", ["LoHa", "LoKr"])
-def test_dropout_of_inner_values_is_refused_where_there_are_none(algorithm):
-    with pytest.raises(ValueError, match=f"dropout is 0.1 and algorithm is {algorithm}.*module_dropout"):
-        AdapterSettings(algorithm=algorithm, dropout=0.1)
+@pytest.mark.parametrize("name", ["dropout", "rank_dropout"])
+def test_dropout_of_inner_values_is_refused_where_there_are_none(algorithm, name):
+    with pytest.raises(ValueError, match=f"{name} is 0.1 and algorithm is {algorithm}.*module_dropout, or set {name} to 0"):
+        AdapterSettings(algorithm=algorithm, **{name: 0.1})
 
 
 # -- starting from a file -----------------------------------------------------------------------------------------------------------

@@ -179,6 +179,7 @@ METHODS = {
     "lora, DoRA": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "DoRA"}),
     "lora, LoHa, module dropout": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "LoHa", "module_dropout": 0.1}),
     "lora, LoKr": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "LoKr", "rank": 2, "factor": 4}),
+    "lora, rank dropout": lambda seed=0: make_lora("flow", seed, adapter={"rank_dropout": 0.3}),
     "lora, dropout, LoRA+": lambda seed=0: make_lora("flow", seed, adapter={"dropout": 0.2, "up_rate": 4.0}),
     "lora, prior by prompts and images": lambda seed=0: make_lora(
         "flow", seed, prior=Prior(PriorSettings(class_prompt="cat", weight=0.5), {"cat": prompts()["cat"]}, dataset(3, seed=9))
@@ -209,6 +210,7 @@ CURVES = {  # fp32 on a CPU, steps 1 to 8 of seed 0; relative tolerance 1e-4
     "lora, DoRA": [5.99861, 7.17466, 5.98825, 6.23682, 4.07751, 6.26159, 3.5771, 6.29029],
     "lora, LoHa, module dropout": [5.99861, 7.2239, 6.09006, 6.46772, 4.31602, 6.70779, 4.1702, 6.98436],
     "lora, LoKr": [5.99861, 7.25067, 6.21451, 6.84863, 4.80868, 7.60216, 4.81094, 8.63576],
+    "lora, rank dropout": [5.99861, 7.2273, 6.1718, 6.57851, 4.35351, 6.9463, 4.11454, 7.18009],
     "lora, dropout, LoRA+": [5.99861, 7.10434, 5.90477, 5.46487, 3.01984, 4.60093, 2.65345, 3.78374],
     "lora, prior by prompts and images": [9.73604, 10.61272, 8.659, 9.31583, 7.12894, 9.28876, 6.49275, 9.48541],
     "leco": [2.77621, 1.11738, 2.46141, 2.16992, 1.17001, 1.94532, 1.54065, 1.26565],
