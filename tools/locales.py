@@ -6,7 +6,7 @@
     .venv/bin/python tools/locales.py fill zh new.json   # puts them where they belong; a key may also be a path that `check` names
 
 When an English text changes, the first command takes its old translation out of the other languages, so that `check` asks for a new
-one; a text that only moved takes its translation along. ComfyUI reads locales/<language>/nodeDefs.json; a text that is not there is
+one; a sentence that only moved takes its translation along. ComfyUI reads locales/<language>/nodeDefs.json; a text that is not there is
 shown as the node has it.
 """
 
@@ -64,17 +64,17 @@ def tree(texts: dict[str, str]) -> dict:
 
 
 def carried(before: dict, now: dict, translated: dict) -> dict:
-    """The translation of `now`, from one of `before`: texts that changed are left out, texts that moved keep their translation."""
+    """The translation of `now`, from one of `before`: texts that changed are left out, sentences that moved keep their translation."""
     old, new, given = flat(before), flat(now), flat(translated)
-    by_text = {kind(path, text): given[path] for path, text in old.items() if path in given}
+    sentences = {text: given[path] for path, text in old.items() if path in given and not is_label(path)}
     kept = {path: given[path] for path, text in new.items() if old.get(path) == text and path in given}
-    moved = {path: by_text[kind(path, text)] for path, text in new.items() if kind(path, text) in by_text}
+    moved = {path: sentences[text] for path, text in new.items() if text in sentences and not is_label(path)}
     return tree(moved | kept)
 
 
-def kind(path: str, text: str) -> tuple[str, str]:
-    """What a translation goes by: a word may be a label in one place and a sentence in another."""
-    return path.rsplit("/", 1)[-1], text
+def is_label(path: str) -> bool:
+    """Whether a text is the name of an input or output: one word of English may need two of another language in two nodes."""
+    return path.endswith("/name")
 
 
 def filled(english: dict, translated: dict, words: dict[str, str]) -> dict:

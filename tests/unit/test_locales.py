@@ -31,7 +31,7 @@ def named(**texts):
     return {"Train": {"inputs": {name: {"name": name, "tooltip": text} for name, text in texts.items()}}}
 
 
-def test_a_text_that_changed_loses_its_translation_and_one_that_moved_takes_it_along():
+def test_a_text_that_changed_loses_its_translation_and_a_sentence_that_moved_takes_it_along():
     before, now = named(model="The model.", steps="How long.", old="Kept."), named(model="Another model.", steps="How long.", new="Kept.")
     translated = named(model="Das Modell.", steps="Wie lange.", old="Behalten.")
     left = locales.flat(locales.carried(before, now, translated))
@@ -40,6 +40,12 @@ def test_a_text_that_changed_loses_its_translation_and_one_that_moved_takes_it_a
         "Train/inputs/new/tooltip": "Behalten.",
     }  # fmt: skip
     assert locales.differences(now, locales.tree(left)) == (["Train/inputs/model/tooltip", "Train/inputs/new/name"], [])
+
+
+def test_a_label_is_not_carried_to_another_node():
+    """`words` may be how many, or which."""
+    before, now = {"Long": named(words="How many.")["Train"]}, {"Match": named(words="Which ones.")["Train"]}
+    assert locales.carried(before, now, {"Long": named(words="Wie viele.")["Train"]}) == {}
 
 
 def test_translations_are_filled_in_by_english_text_or_by_path_and_what_is_there_stays():
