@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 
+from ..trainers.compiled import of_the_compiler, reason, without
 from ..trainers.evaluate import Curve
 from ..trainers.files import LoraFile, lora_metadata
 from ..trainers.loop import train
@@ -165,16 +166,22 @@ class TrainingJob:
         return lora, losses
 
     def attempts(self, folder):
-        """(LoRA, losses). When memory runs out and the user allows it, once more under the plan that needs less, from the last saved step."""
+        """(LoRA, losses). Once more from the last saved step when memory runs out and the user allows it, under the plan that needs less, and
+        when a program for a block cannot be made in the middle of a step, without compiling."""
         try:
             return self.attempt(folder, self.checkpointing)
         except host.OutOfMemory as error:
             if not (self.retry_cheaper and error.cheaper):
                 raise
-            failed, plan = error.plan, error.cheaper
+            plan, why = error.cheaper, f"out of memory with checkpointing {error.plan!r}; once more with {error.cheaper!r}"
+        except Exception as error:
+            if not (self.compile_blocks and of_the_compiler(error)):
+                raise
+            self.compile_blocks, plan, why = False, self.checkpointing, without(reason(error))
+            self.remark = why
         folder.export = self.watched = None  # they hold the failed step
         host.let_go()
-        self.live.say(f"out of memory with checkpointing {failed!r}; once more with {plan!r}")
+        self.live.say(why)
         return self.attempt(folder, plan)
 
     def attempt(self, folder, checkpointing):

@@ -76,13 +76,16 @@ class Compiler:
             self.built[module] = building(module, self.adapters)
         known = self.programs.setdefault((forward, self.built[module], strength, learning), {})
         if shapes not in known and len(known) < SHAPES:
-            known[shapes] = torch.compile(copied(forward), backend=self.backend, dynamic=False)
+            try:
+                known[shapes] = torch.compile(copied(forward), backend=self.backend, dynamic=False)
+            except RuntimeError as error:  # of a Python that torch.compile does not know yet, for example
+                self.give_up(reason(error))
         return known.get(shapes)
 
     def give_up(self, why: str):
         self.trouble = why
         self.programs.clear()
-        self.say(f"Blocks are not compiled: {why}. Training goes on without, with the same result.")
+        self.say(without(why))
 
     @contextlib.contextmanager
     def ready(self):
@@ -91,8 +94,8 @@ class Compiler:
         import torch._dynamo
         import torch._functorch.config
 
-        dynamo = torch._dynamo.config.patch(recompile_limit=64, suppress_errors=False)
-        functorch = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+        dynamo = patched(torch._dynamo.config, recompile_limit=64, suppress_errors=False)
+        functorch = patched(torch._functorch.config, force_non_lazy_backward_lowering=True)
         try:
             with dynamo, functorch, warnings.catch_warnings():
                 for noise in (r"The \.grad attribute of a Tensor that is not a leaf", r"`?torch\.jit\.script_method"):  # of torch about itself
@@ -101,6 +104,15 @@ class Compiler:
         finally:
             self.programs.clear()
             self.built.clear()
+
+
+def without(why: str) -> str:
+    return f"Blocks are not compiled: {why}. Training goes on without, with the same result."
+
+
+def patched(config, **values):
+    """These values of a config of torch while inside; those that this release does not know are left out."""
+    return config.patch({name: value for name, value in values.items() if hasattr(config, name)})
 
 
 def building(module, adapters) -> tuple:
@@ -128,29 +140,29 @@ def copied(function):
 
 def of_the_compiler(error: Exception) -> bool:
     """Whether a program could not be made, in contrast to one that failed at work (out of memory, say)."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    return is_a(error, "TorchDynamoException", "CppCompileError", "InvalidCxxCompiler")
 
-    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
+
+def is_a(error: BaseException, *names: str) -> bool:
+    """By the names of torch's classes: not every release has all of them."""
+    return any(cls.__name__ in names and cls.__module__.startswith("torch.") for cls in type(error).__mro__)
 
 
 def reason(error: Exception) -> str:
     """One phrase for a person."""
-    from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing
-
     causes = []
     while error is not None:
         causes.append(error)
         error = getattr(error, "inner_exception", None) or error.__cause__
-    has = lambda *kinds: any(isinstance(cause, kinds) for cause in causes)
+    has = lambda name: any(is_a(cause, name) for cause in causes)
     words = " ".join(map(str, causes))
-    if has(InvalidCxxCompiler) or "No working C++ compiler" in words:
+    if has("InvalidCxxCompiler") or "No working C++ compiler" in words:
         return "this machine has no C++ compiler that torch finds (g++, clang, or cl on Windows)"
-    if has(TritonMissing) or "working triton" in words.lower():
+    if has("TritonMissing") or "working triton" in words.lower():
         return "the package triton is not there (triton-windows on Windows)"
-    if has(GPUTooOldForTriton):
+    if has("GPUTooOldForTriton"):
         return "triton does not support a GPU as old as this one"
-    if has(CppCompileError):
+    if has("CppCompileError"):
         return "the C++ compiler of this machine failed"
     lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
     return f"torch.compile failed on this model ({type(causes[-1]).__name__}: {lines[0] if lines else 'no more is known'})".rstrip(".")

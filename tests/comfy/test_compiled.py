@@ -83,6 +83,25 @@ def test_where_nothing_can_be_compiled_the_node_says_so_and_the_file_is_the_same
     assert len(told) == 1 and line.endswith(told[0])
 
 
+def test_a_backward_that_fails_to_compile_in_the_middle_of_a_step_costs_that_step_only(folders, monkeypatch):
+    """As with a torch that makes the programs of backward late: the run goes on from the step before, without compiling."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    plain = result(job(name="plain"))[0]
+
+    def nope(graph, inputs):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(compiled, "patched", lambda config, **values: contextlib.nullcontext())
+    monkeypatch.setattr(compiled, "BACKEND", aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=nope))
+    a_job = job(name="late", model=make("sd3", inference=True))
+    a_job.compile_blocks = True
+    lora, losses, line = result(a_job)
+    assert len(losses) == 6 and all(torch.equal(lora[k], plain[k]) for k in plain)
+    assert "this machine has no C++ compiler" in line
+
+
 def no_compiler(graph, inputs):
     from torch._inductor.exc import InvalidCxxCompiler
 
