@@ -75,29 +75,33 @@ def drawings(toy, denoiser, count, seed):
     return Drawn(pictures, x0)
 
 
-def scorer(denoiser, drawn, true, noisy, seed=0, steps=500, batch=32):
-    """A ScoreModel trained on noisy ratings."""
+def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32):
+    """A ScoreModel of as many networks as Train Score Model makes by default, each trained on noisy ratings of all but its share of pictures."""
     import torch
     from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded, sigma_of_level, unit_view
 
     channels = drawn.x0.shape[1]
-    network = seeded(seed, lambda: Scorer(LatentResNet(channels, 24, 1), 1))
     rng = torch.Generator().manual_seed(seed)
     truth = true(drawn.pictures)
     ratings = (truth - truth.mean()) / truth.std()
     ratings = ratings + RATER * torch.randn(ratings.shape, generator=rng)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        pick = torch.randint(len(ratings), (batch,), generator=rng)
-        level = torch.rand(batch, generator=rng) * 0.98 * (torch.rand(batch, generator=rng) < 0.5) * noisy
-        sigma = sigma_of_level(denoiser, level)
-        x = denoiser.noised(drawn.x0[pick], torch.randn(drawn.x0[pick].shape, generator=rng), sigma)
-        loss = (network(*unit_view(denoiser, x, sigma))[:, 0] - ratings[pick]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(), rate.step()
-    return ScoreModel([network.eval().requires_grad_(False)], About(channels=channels, width=24, depth=1, noisy=bool(noisy)))
+    networks = []
+    for member in range(members):
+        network = seeded(seed * 10 + member, lambda: Scorer(LatentResNet(channels, 24, 1), 1))
+        learnt_from = torch.arange(len(ratings))[torch.arange(len(ratings)) % members != member] if members > 1 else torch.arange(len(ratings))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        for _ in range(steps):
+            pick = learnt_from[torch.randint(len(learnt_from), (batch,), generator=rng)]
+            level = torch.rand(batch, generator=rng) * 0.98 * (torch.rand(batch, generator=rng) < 0.5) * noisy
+            sigma = sigma_of_level(denoiser, level)
+            x = denoiser.noised(drawn.x0[pick], torch.randn(drawn.x0[pick].shape, generator=rng), sigma)
+            loss = (network(*unit_view(denoiser, x, sigma))[:, 0] - ratings[pick]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step(), rate.step()
+        networks.append(network.eval().requires_grad_(False))
+    return ScoreModel(networks, About(channels=channels, width=24, depth=1, noisy=bool(noisy)))
 
 
 def agreement(denoiser, score, drawn, true) -> dict:

@@ -121,12 +121,23 @@ def test_direct_align_finds_the_picture_whatever_the_student_says_when_the_step_
         assert zero.tolist() == [0, 0]
 
 
-def test_x0_renoised_is_seen_at_the_levels_asked_for_and_every_draw_counts():
-    method = by_hand({"target": "x0_renoised", "renoise_low": 0.1, "renoise_high": 0.5, "draws": 3}, scores=[(score(Mean(0.0, 1.0)), 1.0)])
+def test_x0_renoised_is_seen_at_the_asked_shares_of_the_steps_own_noise_and_every_draw_counts():
+    """sigma 0.5: shares of 0.2 to 1 are levels of 0.1 to 0.5."""
+    method = by_hand({"target": "x0_renoised", "renoise_low": 0.2, "renoise_high": 1.0, "draws": 3}, scores=[(score(Mean(0.0, 1.0)), 1.0)])
     levels = [-method.loss(rng(i)).item() for i in range(40)]
     assert 0.1 < min(levels) and max(levels) < 0.5 and abs(sum(levels) / 40 - 0.3) < 0.04
     seen = leco_score.renoised(method, method.places.place, torch.ones(1, *SHAPE), rng())
     assert len(seen) == 3 and len({float(sigma) for _, sigma in seen}) == 3
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps"])
+def test_x0_renoised_never_has_more_noise_than_the_step_nor_than_score_models_are_trained_on(prediction):
+    denoiser = Denoiser(Net(), prediction)
+    sigma = leco_score.sigma_of_level(denoiser, torch.tensor([0.3, 0.9, 0.999]))
+    method = type("M", (), {"denoiser": denoiser, "settings": LecoScoreSettings(draws=8)})
+    for _, seen in leco_score.renoised(method, Place(torch.zeros(3, *SHAPE), sigma, sigma / 2, [], ()), torch.ones(3, *SHAPE), rng()):
+        level = leco_score.level_of(denoiser, seen)
+        assert (level <= torch.tensor([0.3, 0.9, leco_score.NOISIEST]) + 1e-4).all() and (level >= 0.79 * torch.tensor([0.3, 0.9, 0.999])).all()
 
 
 def test_draft_lv_takes_its_last_step_anew_for_each_draw():
@@ -367,9 +378,9 @@ def test_bands_of_noise_levels_have_equal_gradients_when_they_are_balanced():
 # -- an anchor that finds its size ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("drift", "anchor"), [(0.9, 15.0), (0.05, 10 / 1.5), (0.3, 10.0)])
+@pytest.mark.parametrize(("drift", "anchor"), [(1.2, 15.0), (0.05, 10 / 1.5), (0.6, 10.0)])
 def test_the_anchor_answers_to_the_drift(drift, anchor):
-    method = walked()
+    method = walked(anchor=10.0)
     for _ in range(10):
         method.updates += 1
         method.remember(torch.tensor(drift))
@@ -377,7 +388,7 @@ def test_the_anchor_answers_to_the_drift(drift, anchor):
 
 
 def test_an_anchor_that_is_not_to_be_adjusted_stays():
-    method = walked(adjust=False)
+    method = walked(anchor=10.0, adjust=False)
     for _ in range(30):
         method.updates += 1
         method.remember(torch.tensor(5.0))

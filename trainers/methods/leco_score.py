@@ -19,6 +19,7 @@ from ..diffusion import mse, per_sample, randn_like, slope
 from ..points import Model, Pull, Rollouts, Task, noise_of, one_of, pick, way_levels
 from ..scorers import ScoreModel, sigma_of_level, unit_view
 from ..settings import NoiseSettings, PointSettings, Settings, choice, number, switch, text
+from .score import NOISIEST
 
 TARGETS = ("x0_renoised", "next_step", "x0", "direct_align", "draft_lv")
 BANDS = 5  # of noise levels, whose gradients are made equally large
@@ -33,28 +34,30 @@ class LecoScoreSettings(Settings):
 
     target: str = choice(
         "x0_renoised", TARGETS,
-        "What the score model sees. x0_renoised: the picture the step leads to, noised again a little. next_step: the state after the step. "
+        "What the score model sees. x0_renoised: the picture the step leads to, noised again. next_step: the state after the step. "
         "x0: the picture itself. direct_align: your own pictures, noised and denoised by one step. draft_lv: the last step only.",
     )  # fmt: skip
     slider: bool = switch(False, "Learn up at strength +1 and down at -1 in one step, so that the strength becomes a signed dial.")
-    anchor: float = number(10.0, 0.0, 100_000.0, "Force that holds each step near what the frozen model says. 0 means none, and nothing then keeps "
+    anchor: float = number(0.5, 0.0, 100_000.0, "Force that holds each step near what the frozen model says. 0 means none, and nothing then keeps "
                            "the score model from being fooled.", step=0.5)  # fmt: skip
     adjust: bool = switch(True, "Raise the anchor while the drift is above drift_high, and lower it while it is below drift_low.")
-    drift_low: float = number(0.1, 0.0, 10.0, "Below this distance from the frozen model's noise or velocity the anchor gives way.", step=0.05,
+    drift_low: float = number(0.4, 0.0, 10.0, "Below this distance from the frozen model's noise or velocity the anchor gives way.", step=0.05,
                               advanced=True)  # fmt: skip
-    drift_high: float = number(0.5, 0.0, 10.0, "Above this distance the anchor grows.", step=0.05, advanced=True)
+    drift_high: float = number(1.0, 0.0, 10.0, "Above this distance the anchor grows.", step=0.05, advanced=True)
     sampling_steps: int = number(20, 2, 1000, "Steps of one way from noise to picture.")
     guidance_scale: float = number(0.0, 0.0, 30.0, "Classifier-free guidance while drawing; 1 halves the cost. 0 means 3, or 1 for models with "
                                    "guidance distilled into them such as Flux.", step=0.5)  # fmt: skip
-    first_step: float = number(0.2, 0.0, 1.0, "Steps are graded from here on: 0 is pure noise, 1 the finished picture.", unit="of the way",
+    first_step: float = number(0.0, 0.0, 1.0, "Steps are graded from here on: 0 is pure noise, 1 the finished picture.", unit="of the way",
                                step=0.05)  # fmt: skip
     last_step: float = number(0.8, 0.0, 1.0, "Steps are graded up to here. Close to 1 only fine detail can change, which is where score models "
                               "are fooled.", unit="of the way", step=0.05)  # fmt: skip
     ways: int = number(4, 1, 4096, "How many ways are kept and learnt from at the same time.", advanced=True)
     refresh: int = number(6, 1, 1_000_000, "After so many updates the oldest way is walked anew by the student as it is now.",
                           unit="updates", advanced=True)  # fmt: skip
-    renoise_low: float = number(0.1, 0.0, 0.99, "x0_renoised: lowest noise level that the score model sees.", step=0.05, advanced=True)
-    renoise_high: float = number(0.5, 0.0, 0.99, "x0_renoised: highest noise level that the score model sees.", step=0.05, advanced=True)
+    renoise_low: float = number(0.8, 0.0, 1.0, "x0_renoised: least noise that the score model sees, as a share of the step's own noise level.",
+                                step=0.05, advanced=True)  # fmt: skip
+    renoise_high: float = number(1.0, 0.0, 1.0, "x0_renoised: most noise that the score model sees, as a share of the step's own noise level.",
+                                 step=0.05, advanced=True)  # fmt: skip
     draws: int = number(2, 1, 64, "x0_renoised, draft_lv: noised copies of each picture that are judged.", advanced=True)
     uncertainty: float = number(1.0, 0.0, 100.0, "Takes off so many standard deviations between the members of a score model, so that what they "
                                 "disagree about is not sought.", step=0.25)  # fmt: skip
@@ -223,6 +226,12 @@ def mixing(denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
 
 
+def level_of(denoiser, sigma: Tensor) -> Tensor:
+    """(B,) share of noise in x, as `unit_view` tells it."""
+    a, b = mixing(denoiser, sigma)
+    return b / (a + b)
+
+
 def stepped(place: Place, x0: Tensor) -> Tensor:
     """The state after an Euler step along what the student says."""
     return place.x + slope(place.x, place.sigma, x0) * per_sample(place.after - place.sigma, place.x)
@@ -237,9 +246,11 @@ def picture(method, place, x0, rng):
 
 
 def renoised(method, place, x0, rng):
-    s = method.settings
-    sigmas = [sigma_of_level(method.denoiser, s.renoise_low + (s.renoise_high - s.renoise_low) * torch.rand(len(x0), generator=rng)).to(x0)
-              for _ in range(s.draws)]  # fmt: skip
+    """The picture under fresh noise, nearly as much as the state had: x0 is a blur where there is much, and no score model has seen blurs
+    under little noise (fixed levels of 0.1 to 0.5 fooled it: benchmarks/README.md)."""
+    s, level = method.settings, level_of(method.denoiser, place.sigma)
+    shares = (s.renoise_low + (s.renoise_high - s.renoise_low) * torch.rand(len(x0), generator=rng).to(x0) for _ in range(s.draws))
+    sigmas = [sigma_of_level(method.denoiser, (share * level).clamp(max=NOISIEST)) for share in shares]
     return [(method.denoiser.noised(x0, randn_like(x0, rng), sigma), sigma) for sigma in sigmas]
 
 
@@ -346,8 +357,7 @@ class LecoScore:
             return reward
         (gradient,) = torch.autograd.grad(reward.sum(), x0, retain_graph=True)
         size = gradient.flatten(1).norm(dim=1) * self.denoiser.native_scale(sigma)
-        a, b = mixing(self.denoiser, sigma)
-        band = (b / (a + b) * BANDS).long().clamp(0, BANDS - 1)
+        band = (level_of(self.denoiser, sigma) * BANDS).long().clamp(0, BANDS - 1)
         here = torch.nn.functional.one_hot(band, BANDS).to(size) * (size > 0).to(size)[:, None]  # (B, BANDS); a capped reward has no gradient
         count = here.sum(0)
         mean = (here * size[:, None]).sum(0) / count.clamp(min=1)
