@@ -14,17 +14,21 @@ import pathlib
 import sys
 import tempfile
 import uuid
+from typing import ClassVar
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 BLUE, GREEN, VIOLET, BROWN = "#3f789e", "#8A8", "#b06fbf", "#a1683b"
 TITLE, PAD, GAP = 30, 20, 30
+SLOT, LINE, LINES = 20, 24, 110  # px of a socket, a widget, a widget of several lines
 CHECKPOINT = {"models": [{"name": "v1-5-pruned-emaonly-fp16.safetensors", "directory": "checkpoints", "url":
               "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors"}]}  # fmt: skip
 
 
 class Flow:
     """One workflow in the making. Columns of nodes inside titled groups; links by `node.output`."""
+
+    schemas: ClassVar[dict] = {}  # of ComfyUI; main() fills it before the first workflow is made
 
     def __init__(self, name: str, note: str, size=(380, 560)):
         self.name, self.nodes, self.groups = name, {}, []
@@ -34,11 +38,13 @@ class Flow:
         self.nodes[key] = dict(kind=kind, at=at, size=size, widgets=widgets or {}, links=links or {}, title=title, properties=properties or {})
 
     def group(self, title, colour, left, top, *columns):
-        """Columns of (key, kind, height, widgets, links[, title]) from left to right, each (width, [nodes]); a frame around them all."""
+        """Columns of (key, kind, height, widgets, links[, title]) from left to right, each (width, [nodes]); a frame around them all.
+        `height` is for what a node shows after a run; no node is lower than its own inputs."""
         x, low = left + PAD, top
         for width, column in columns:
             y = top + 50 + TITLE
             for key, kind, height, *rest in column:
+                height = max(height, least_height(self.schemas[kind]) if kind in self.schemas else 0)
                 self.add(key, kind, (x, y), (width, height), *rest)
                 low, y = max(low, y + height), y + height + TITLE + GAP
             x += width + GAP
@@ -105,6 +111,16 @@ def slots(schema):
     return [entry for entry in found if not entry[3]] + [entry for entry in found if entry[3]]
 
 
+def least_height(schema) -> int:
+    """px that the page gives a node at least: its rows of sockets, then its widgets (litegraph's computeSize)."""
+    from trainyard.tests.workflows.convert import controlled, widgets
+
+    sockets = sum(not widget for *_, widget in slots(schema))
+    rows = max(sockets, len(schema["output_name"]), 1)
+    drawn = sum(LINES if about.get("multiline") else LINE * (1 + controlled(name, kind, about)) for name, kind, about in widgets(schema))
+    return SLOT * rows + drawn + PAD
+
+
 def values(schema, chosen):
     from trainyard.tests.workflows.convert import controlled, widgets
 
@@ -124,11 +140,11 @@ def schemas_of_comfyui():
 
 def main():
     import trainyard_plugin  # noqa: F401 - the alias package
-    from descriptions import FLOWS
+    from descriptions import FLOWS, Flow
     from trainyard.tests.workflows.convert import to_api
 
     wanted = sys.argv[1:]
-    schemas = schemas_of_comfyui()
+    Flow.schemas = schemas = schemas_of_comfyui()
     for make in FLOWS:
         flow = make()
         if wanted and not flow.name.startswith(tuple(wanted)):
