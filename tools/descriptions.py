@@ -34,7 +34,7 @@ def caption_a_folder():
                ("caption", "TrainyardCaptionImages", 460,
                 {"backend": "local model", "model": "florence-community/Florence-2-large-ft", "text": ""},
                 {"dataset": "load.dataset", "prompt": "prompt.prompt"})]),
-        (380, [("edit", "TrainyardEditCaptions", 260, {"edits": "trigger: my_word\nstrip: boilerplate\ndedupe"}, {"dataset": "caption.dataset"}),
+        (380, [("edit", "TrainyardEditCaptions", 340, {"edits": "trigger: my_word\nstrip: boilerplate\ndedupe"}, {"dataset": "caption.dataset"}),
                ("report", "TrainyardCaptionReport", 420, {"trigger": "my_word"}, {"dataset": "edit.dataset"})]),
     )  # fmt: skip
     flow.group(
