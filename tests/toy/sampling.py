@@ -25,17 +25,17 @@ def conditioning(clip, prompts):
     return [[torch.cat([known[p][0] for p in prompts]), {"pooled_output": torch.cat([known[p][1]["pooled_output"] for p in prompts])}]]
 
 
-def noise(seeds, px=shapes.PX):
-    """Start noise, one seed per picture: the same as KSampler's for that seed at batch size 1."""
-    shape = (1, world.CHANNELS, px // 8, px // 8)
+def noise(seeds, px=shapes.PX, width=None):
+    """Start noise, one seed per picture: the same as KSampler's for that seed at batch size 1. Square, or of another width in pixels."""
+    shape = (1, world.CHANNELS, px // 8, (width or px) // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
-def pictures(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None, px=shapes.PX):
-    """(N, px, px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a LoRA) replaces toy.model."""
+def pictures(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None, px=shapes.PX, width=None):
+    """(N, px, width or px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a LoRA) replaces toy.model."""
     import comfy.sample
-    start = noise(seeds, px)
+    start = noise(seeds, px, width)
     positive, negative = conditioning(toy.clip, prompts), conditioning(toy.clip, [negative] * len(prompts))
     latents = comfy.sample.sample(model or toy.model, start, steps, cfg, "euler", "simple", positive, negative, torch.zeros_like(start),
                                   disable_pbar=True, seed=seeds[0])

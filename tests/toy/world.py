@@ -24,25 +24,27 @@ TEXT_SEED = 768
 PADDED = {"context_embedder.weight": CONTEXT, "y_embedder.mlp.0.weight": POOLED}     # stored with CLIP columns, the rest is zero
 
 
-def build(path):
-    """Write the checkpoint to `path` and return the path. The same bytes' worth of weights every time; the folder is made."""
+def build(path, model="transformer"):
+    """Write the checkpoint to `path` and return the path. The same bytes' worth of weights every time; the folder is made.
+
+    `model` "pairs": the transformer that was also shown frames of two shapes (train_pairs.py)."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in checkpoint().items()}, str(path), metadata={"modelspec.title": "Trainyard toy world"})
+    save_file({k: v.contiguous() for k, v in checkpoint(model).items()}, str(path), metadata={"modelspec.title": "Trainyard toy world"})
     return path
 
 
-def checkpoint():
+def checkpoint(model="transformer"):
     """Every tensor of the file, float16, under the names of a single-file SD3."""
-    state = {f"model.diffusion_model.{k}": v for k, v in transformer().items()}
+    state = {f"model.diffusion_model.{k}": v for k, v in transformer(model).items()}
     state |= {f"first_stage_model.{k}": v for k, v in vae().items()}
     state |= {f"text_encoders.clip_l.{k}": v for k, v in text_encoder().items()}
     return {k: v.to(torch.float16) for k, v in state.items()}
 
 
-def transformer():
+def transformer(name="transformer"):
     """The trained MMDiT with its zero columns and position table put back."""
-    state = unpack(load_file(str(WEIGHTS / "transformer.safetensors")))
+    state = unpack(load_file(str(WEIGHTS / f"{name}.safetensors")))
     for name, columns in PADDED.items():
         state[name] = torch.nn.functional.pad(state[name], (0, columns - state[name].shape[1]))
     return state | {"pos_embed": position_table(WIDTH, SIDE)}
