@@ -3,7 +3,8 @@
     nice .venv/bin/python benchmarks/settings.py --json benchmarks/results/settings.json     # about 10 minutes on a quiet core
 
 `real` is SD1.5 at 512 px and SDXL at 1024 px in bf16 on meta tensors: FLOPs and bytes of a real step, without memory, and without seconds.
-`mid` is the same models at a tenth of the width with weights, in fp32 on this machine: the loop behind the node, with seconds. Memory is what
+`mid` is the same models at a tenth of the width with weights, in fp32 on this machine: the loop behind the node, with the seconds of one CPU core (of the process, so
+that other work on the machine counts little). Memory is what
 is born in a step at its worst moment, plus adapters, optimizer state and average; the model's weights are not in it, and no more what waits
 in the CPU's memory. A row that cannot run (a package that is not installed, a setting that needs values) says why.
 """
@@ -17,6 +18,7 @@ import gc
 import json
 import math
 import pathlib
+import time
 from functools import partial
 from unittest import mock
 
@@ -183,7 +185,7 @@ def mid(row: Row, family: str, timed: int) -> Cost:
     shape = shapes.SHAPES[family, "mid"]
     plan = contenders.Plan(shape, row.batch, timed)
     model, said = shapes.make(shape, plan.dtype), []
-    laps, optimizing = contenders.laps_over(model, plan), OptimizerSettings(**row.optimizing)
+    laps, optimizing = own_time(model, timed), OptimizerSettings(**row.optimizing)
     made = []
     original = loop.make_optimizer
     remember = lambda *args: made.append(original(*args)) or made[-1]
@@ -203,6 +205,15 @@ def mid(row: Row, family: str, timed: int) -> Cost:
             raise ValueError(said[0])
         on_device = state_of(made[0])[: None if not row.optimizing.get("ema_on_cpu") else -len(made[0].average)]
         return Cost(laps.cost.flops, laps.cost.peak, size(session.adapters.parameters()) + size(on_device), laps.cost.seconds)
+
+
+def own_time(model, timed):
+    """Laps whose seconds are those that this process itself was at work: others on the machine do not count."""
+    from trainyard.benchmarks.meters import Laps
+
+    laps = Laps(model.model.diffusion_model.parameters(), timed)
+    laps.now = time.process_time
+    return laps
 
 
 @dataclasses.dataclass
@@ -290,7 +301,7 @@ def figures(cost, base) -> list[str]:
     if "error" in cost:
         return ["-", "-", "-"]
     ratio = lambda name: f"{cost[name] / base[name]:.2f}" if base.get(name) else "-"
-    clock = lambda row: min(row["seconds"], default=0)  # other work on the machine only ever adds
+    clock = lambda row: min(row["seconds"], default=0)
     return [ratio("flops"), ratio("memory"), f"{clock(cost) / clock(base):.2f}" if clock(cost) and clock(base) else "-"]
 
 

@@ -32,7 +32,7 @@ def retry_input():
 def compile_input():
     """At the end of a node's inputs, as above."""
     return io.Boolean.Input("compile_blocks", default=False, optional=True, advanced=True, tooltip="Let torch.compile make faster programs of the "
-                            "model's blocks: minutes at the start for less time a step. Where that is impossible, it says so and trains without.")
+                            "model's blocks: minutes at the start, often for less time a step. Where that is impossible, it says so and trains without.")
 
 
 def settled(session, method, job, checkpointing: str) -> Forecast | None:
