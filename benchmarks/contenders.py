@@ -1,4 +1,4 @@
-"""Who is measured: the bare frozen model, ours, and ComfyUI's own Train LoRA, each on one model and one dataset.
+"""Who is measured: the bare frozen model, ours, ComfyUI's own Train LoRA, and two peers (peers/), each on one model and one dataset.
 
 With weights, core is its real node, `TrainLoraNode.execute`, and ours is the session, method and loop that our node runs.
 On meta tensors no node can run (there is no loss to read), so both are their own real parts around one forward of the network:
@@ -8,8 +8,11 @@ ours the adapters, contexts and step, core the weight wrappers, checkpoint patch
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -29,6 +32,7 @@ from ..trainers.optimizers import make_optimizer
 from ..trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 from . import shapes
 from .meters import Laps
+from .peers import diffusers_script, kohya_style
 
 DEFAULT_TARGETS, EVERY_LAYER = "our targets", "all layers"
 
@@ -43,6 +47,11 @@ class Plan:
     dtype: torch.dtype = torch.float32  # of the model
     core_dtype: str = "fp32"  # of core's adapters; ours are always fp32
     device: str = "cpu"
+    clock: Callable[[], float] = time.perf_counter  # of the timed steps
+
+    @property
+    def is_unet(self) -> bool:
+        return "channel_mult" in self.shape.family.config
 
     def adapter(self, targets: str) -> AdapterSettings:
         """Every layer: the linear layers and convolutions that core trains; core also trains norms and biases."""
@@ -149,7 +158,7 @@ def core_laps(plan):
         laps.weights = list(model_wrap.inner_model.diffusion_model.parameters())
         return sample(sampler, model_wrap, *args, **kwargs)
 
-    laps = Laps([], plan.timed, plan.device == "cuda")
+    laps = Laps([], plan.timed, plan.device == "cuda", plan.clock)
     with mock.patch.object(core_nodes, "ProgressBar", Bar), mock.patch.object(core_nodes.TrainSampler, "sample", with_weights):
         with mock.patch.object(core_nodes.comfy.utils, "PROGRESS_BAR_ENABLED", False), contextlib.closing(laps):
             yield laps
@@ -170,13 +179,62 @@ def only(layers):
     return setup
 
 
+def kohya(plan: Plan, checkpointing: bool):
+    """(Cost, trained numbers) of sd-scripts' way in our session and loop."""
+    model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
+    laps = laps_over(model, plan)
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(host.training(model, plan.adapter(DEFAULT_TARGETS)))
+        session.adapters.detach()
+        loras, method = kohya_method(plan, session, data, checkpointing)
+        stack.enter_context(loras.installed())
+        if checkpointing:
+            stack.enter_context(kohya_style.checkpointed(host.block_classes(session.denoiser.model.diffusion_model)))
+        stack.enter_context(contextlib.closing(laps))
+        with contextlib.suppress(Finished):
+            train(Lapped(method, laps), RunSettings(steps=laps.steps + 1, batch=plan.batch), interval=math.inf)
+    return laps.cost, numbers(loras.parameters())
+
+
+def kohya_method(plan, session, data, checkpointing):
+    """(its LoRAs, our method on them). Under its checkpoints captions take a gradient."""
+    loras = kohya_style.Loras(session.denoiser.model.diffusion_model, plan.adapter(DEFAULT_TARGETS)).to(session.denoiser.device)
+    asked = (lambda batch: [kohya_style.asking(cond) for cond in batch.conds]) if checkpointing else None
+    return loras, Lora(session.denoiser, loras, data, density=session.family.density, batch=plan.batch, encode=asked)
+
+
+def script(plan: Plan, targets: tuple, checkpointing: bool):
+    """(Cost, trained numbers) of diffusers' scripts, with the host model's weights."""
+    unet = script_unet(plan)
+    params = diffusers_script.adapted(unet, plan.shape.rank, targets, checkpointing)
+    laps = Laps(unet.parameters(), plan.timed, plan.device == "cuda", plan.clock)
+    step = diffusers_script.Script(unet, params, script_batch(plan, unet))
+    with contextlib.closing(laps):
+        while laps():
+            step()
+    return laps.cost, numbers(params)
+
+
+def script_unet(plan):
+    patcher = shapes.make(plan.shape, plan.dtype)
+    model = patcher.model
+    return diffusers_script.network(model.model_config.unet_config, plan.dtype, patcher.load_device, model.diffusion_model.state_dict())
+
+
+def script_batch(plan, unet):
+    latent, conditioning = shapes.dataset(plan.shape, plan.batch)
+    pooled = [extras["pooled_output"] for _, extras in conditioning if extras]
+    there = lambda parts: torch.cat(parts).to(unet.device, unet.dtype) if parts else None
+    return diffusers_script.batch_of(latent["samples"].to(unet.device), there([cross for cross, _ in conditioning]), there(pooled))
+
+
 def encoded(plan):
     latent, conditioning = shapes.dataset(plan.shape, plan.batch)
     return Encoded.from_core([latent], [conditioning])
 
 
 def laps_over(model, plan):
-    return Laps(model.model.diffusion_model.parameters(), plan.timed, plan.device == "cuda")
+    return Laps(model.model.diffusion_model.parameters(), plan.timed, plan.device == "cuda", plan.clock)
 
 
 def numbers(params) -> int:
@@ -236,6 +294,38 @@ def meta_ours(plan: Plan, targets: str, checkpointing: str):
     return cost, numbers(params)
 
 
+def meta_kohya(plan: Plan, checkpointing: bool):
+    meta = Meta(plan, to_input=checkpointing and not plan.is_unet)
+    with torch.device("meta"):
+        loras = kohya_style.Loras(meta.network, plan.adapter(DEFAULT_TARGETS))
+    params = list(loras.parameters())
+    optimizer = make_optimizer([{"params": params, "lr": 1e-4}], OptimizerSettings())
+    captions = [meta.more[name].requires_grad_() for name in ("context", "y") if checkpointing and name in meta.more]
+
+    def one():
+        step(meta, optimizer, params, OptimizerSettings().clip)
+        for caption in captions:
+            caption.grad = None
+
+    classes = host.block_classes(meta.network) if checkpointing else ()
+    with host.out_of_place(meta.network), kohya_style.checkpointed(classes), loras.installed():
+        return meta.measured(plan, one), numbers(params)
+
+
+def meta_script(plan: Plan, targets: tuple, checkpointing: bool):
+    config = shapes.base_model(plan.shape, plan.dtype, "meta").model_config.unet_config
+    unet = diffusers_script.network(config, plan.dtype, "meta")
+    params = diffusers_script.adapted(unet, plan.shape.rank, targets, checkpointing)
+    x, _, more = shapes.empty_inputs(plan.shape, plan.dtype, plan.batch)
+    pooled = torch.empty(plan.batch, plan.shape.family.pooled, device="meta", dtype=plan.dtype) if plan.shape.family.pooled else None
+    step = diffusers_script.Script(unet, params, diffusers_script.batch_of(x, more["context"], pooled))
+    laps = Laps(unet.parameters(), 0)
+    with contextlib.closing(laps), diffusers_script.attention_of_a_gpu():
+        while laps():
+            step()
+    return laps.cost, numbers(params)
+
+
 def meta_core(plan: Plan, targets: str, depth: int | None, bypass: bool = False, mended: bool = False):
     meta = Meta(plan, to_input=True)
     patcher = CoreModelPatcher(meta.model, torch.device("meta"), torch.device("meta"))
@@ -287,10 +377,10 @@ def step(meta, optimizer, params=(), clip=0.0):
 # -- the table ---------------------------------------------------------------------------------------------------------------
 
 
-def contenders(meta: bool):
-    """name -> function(plan). Names are those of the table and of the claims."""
-    b, o, c = (meta_bare, meta_ours, meta_core) if meta else (bare, ours, core)
-    return {
+def contenders(plan: Plan, meta: bool):
+    """name -> function(plan). Names are those of the table and of the claims. Diffusers' scripts know UNets only, and need two packages."""
+    b, o, c, k, d = (meta_bare, meta_ours, meta_core, meta_kohya, meta_script) if meta else (bare, ours, core, kohya, script)
+    rows = {
         "bare model": b,
         "ours, our targets": partial(o, targets=DEFAULT_TARGETS, checkpointing="off"),
         "ours, our targets, per block": partial(o, targets=DEFAULT_TARGETS, checkpointing="per block"),
@@ -302,4 +392,11 @@ def contenders(meta: bool):
         "core, our targets": partial(c, targets=DEFAULT_TARGETS, depth=1),
         "core, our targets, no checkpointing": partial(c, targets=DEFAULT_TARGETS, depth=None),
         "core, bypass, no checkpointing": partial(c, targets=EVERY_LAYER, depth=None, bypass=True),
+        "kohya-style": partial(k, checkpointing=False),
+        "kohya-style, checkpointing": partial(k, checkpointing=True),
     }
+    if plan.is_unet and all(map(importlib.util.find_spec, ("diffusers", "peft"))):
+        for name, targets in (("diffusers script", diffusers_script.OWN), ("diffusers script, our targets", diffusers_script.SAME)):
+            rows[name] = partial(d, targets=targets, checkpointing=False)
+            rows[f"{name}, checkpointing"] = partial(d, targets=targets, checkpointing=True)
+    return rows

@@ -11,10 +11,10 @@ at the decoded latent; that encoder learnt to name shapes and colours for a minu
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import time
 
@@ -22,6 +22,7 @@ import pack
 import score as common  # benchmarks/score.py: the world and how it is asked
 
 RESULTS = common.ROOT / "benchmarks" / "results" / "2026-11-21-score-pretraining.json"
+PARTS = ("pretraining", "model", "decode")
 PICTURES, LABELS, DRAWS = 400, 64, 5
 STEPS = 300
 TASKS = {
@@ -48,7 +49,7 @@ def timed(make):
 # -- pre-training ------------------------------------------------------------------------------------------------------------------------------
 
 
-def pretraining(toy, schedule, place):
+def pretraining(toy, schedule, place, tasks, steps):
     import torch
     from trainyard.tests.toy import scores as known
     from trainyard.trainers.data.readers import read_folder
@@ -64,20 +65,20 @@ def pretraining(toy, schedule, place):
     z, truth = common.pictures(toy, LABELS * DRAWS, 12)
     others, asked = common.pictures(toy, common.ASKED, 2)
     rows = {}
-    for name, weights in TASKS.items():
-        rows[name] = pretrained_row(views, schedule, weights, (schedule.model_space(z), truth), (schedule.model_space(others), asked))
+    for name in tasks:
+        rows[name] = pretrained_row(views, schedule, TASKS[name], steps, (schedule.model_space(z), truth), (schedule.model_space(others), asked))
         print(name, rows[name], flush=True)
     return rows
 
 
-def pretrained_row(views, schedule, weights, labelled, asked) -> dict:
+def pretrained_row(views, schedule, weights, steps, labelled, asked) -> dict:
     from trainyard.trainers.methods.pretext import PretextSettings
     from trainyard.trainers.pretraining import pretrained
     from trainyard.trainers.scorers import About, ScorerSettings, network_of, seeded
 
     row = {"seconds of one core": 0}
     if weights:
-        settings = PretextSettings(**{**OFF, **weights}, steps=STEPS, batch=32, size=64)
+        settings = PretextSettings(**{**OFF, **weights}, steps=steps, batch=32, size=64)
         made, row["seconds of one core"] = timed(lambda: pretrained(views, schedule, ScorerSettings(**NETWORK), settings, latent_format="SD3"))
         trunk, row["same picture found"] = made.model.networks[0].trunk, made.model.about.metrics["same picture found"]
     else:
@@ -160,7 +161,7 @@ def seeing():
     return eyes
 
 
-def main(names):
+def main(names, tasks, steps):
     import torch
 
     torch.set_num_threads(1)
@@ -170,23 +171,31 @@ def main(names):
     toy = pack.toy_world()
     schedule = Schedule(toy.model)
     parts = {
-        "pretraining": lambda: pretraining(toy, schedule, place),
+        "pretraining": lambda: pretraining(toy, schedule, place, tasks, steps),
         "model": lambda: through(toy, schedule, MODEL),
         "decode": lambda: through(toy, schedule, DECODED, seeing(), noisy=False),
     }
-    about = {"command": "benchmarks/score_pretraining.py", "network": NETWORK, "pretext steps": STEPS, "pictures without ratings": PICTURES}
+    about = {"command": "benchmarks/score_pretraining.py", "network": NETWORK, "pictures without ratings": PICTURES}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             place = pathlib.Path(folder)
             found, seconds = timed(parts[name])
+        key = f"{name}, {steps} steps" if name == "pretraining" else name
         result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # read late: parts may run side by side
-        RESULTS.write_text(json.dumps({**result, **about, name: found, f"{name}, seconds of one core in all": seconds}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**result, **about, key: found, f"{key}, seconds of one core in all": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of pre-training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of pre-training (default: %(default)s)")
+    wanted = parser.parse_args()
+    if unknown := [part for part in wanted.parts if part not in PARTS]:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     pack.boot()
     import torch
 
     with torch.inference_mode(False):
-        main(sys.argv[1:] or ("pretraining", "model", "decode"))
+        main(wanted.parts or PARTS, wanted.tasks, wanted.steps)

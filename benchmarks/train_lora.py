@@ -72,7 +72,7 @@ def measured(plan, meta=False, only=None) -> dict:
     from trainyard.benchmarks.contenders import contenders
 
     rows = {}
-    for name, contender in contenders(meta).items():
+    for name, contender in contenders(plan, meta).items():
         if not only or name in only:
             rows[name] = core_row(contender, plan) if name.startswith("core") else row(*contender(plan))
             gc.collect()

@@ -113,6 +113,7 @@ export class Chart {
     const held = measured('loss'), trained = measured('training');
     const [low, high] = limits([...run.losses, ...held, ...trained].map(([, value]) => value));
     const y = this.y = value => TOP + (this.tall - TOP - BOTTOM) * (1 - (Math.min(Math.max(value, low), high) - low) / (high - low));
+    Object.assign(this.root.dataset, { low, high });
     this.grid(low, high);
     this.rateLine();
     this.line(run.losses, y, BLUE, 1, 0.35);

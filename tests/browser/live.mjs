@@ -219,8 +219,57 @@ async function light() {
   await page.evaluate(() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark'));
 }
 
+/** Train LECO-Score and Train LECO beside each other: losses may lie below zero, and looks at a score have no noise levels. */
+async function scores() {
+  await page.evaluate(async ([plan, names]) => {
+    await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
+    const { graph, canvas } = window.app;
+    const add = (type, pos, values = {}) => {
+      const node = LiteGraph.createNode(type);
+      node.pos = pos;
+      graph.add(node);
+      for (const [key, value] of Object.entries(values)) node.widgets.find(w => w.name === key).value = value;
+      return node;
+    };
+    const link = (from, slot, to, input) => from.connect(slot, to, to.inputs.findIndex(i => i.name === input));
+    const model = add('CheckpointLoaderSimple', [20, 60], { ckpt_name: plan.checkpoint });
+    const judge = add('TrainyardLoadScoreModel', [20, 200], { file: plan.judge });
+    const look = add('TrainyardValidation', [20, 340], { every: plan.every, images: 2, levels: 4, preview_every: plan.preview, prompts: plan.prompts, sampling_steps: 4, guidance: 2.5 });
+    const held = add('TrainyardLecoScoreSettings', [420, 60], { sampling_steps: 4, ways: 1, guidance_scale: 1, watch_every: plan.every });
+    const run = { resolution: 64, steps: plan.steps, learning_rate: 0.002 };
+    const score = add('TrainyardTrainLecoScore', [820, 60], { ...run, prompts_text: 'a circle\na square', run_name: names[0] });
+    const leco = add('TrainyardTrainLeco', [1260, 60], { ...run, target: 'a red circle', unconditional: 'a circle', run_name: names[1] });
+    link(judge, 0, score, 'score_model');
+    link(held, 0, score, 'settings');
+    for (const [slot, input] of [[1, 'clip'], [2, 'vae']]) link(model, slot, look, input);
+    for (const train of [score, leco]) {
+      for (const [slot, input] of [[0, 'model'], [1, 'clip']]) link(model, slot, train, input);
+      link(look, 0, train, 'validation');
+    }
+    canvas.ds.scale = 1;
+    canvas.ds.offset = [-420, 60];
+    canvas.setDirty(true, true);
+  }, [plan, [name('score'), name('leco')]]);
+  await page.waitForTimeout(800);
+  await listen(page);
+  await press(page);
+  seen.scoresKind = await ended(page);
+  seen.scores = await until(charts, all => all.length === 2 && all.every(c => c.status === 'finished' && Number(c.picture) > 0), 60000, 'both charts');
+  seen.told = await page.evaluate(async () => {
+    const told = [];
+    for (const node of window.app.graph.nodes.filter(n => n.type.startsWith('TrainyardTrain')))
+      told.push(await (await window.app.api.fetchApi(`/trainyard/runs/${node.id}?${new URLSearchParams({ workflow: String((window.app.rootGraph ?? window.app.graph).id) })}`)).json());
+    return told;
+  });
+  for (const [index, what] of [[0, 'score'], [1, 'leco']]) {
+    await hover(index, 0.5);
+    await shot(`live_${what}`);
+  }
+  await page.mouse.move(5, 700);
+}
+
 try {
-  const all = { train, reload, finish, again, sidebar, stop, subgraph, light };
+  const all = { train, reload, finish, again, sidebar, stop, subgraph, light, scores };
   for (const part of parts) await all[part]();
 } catch (error) {
   seen.error = String(error.stack ?? error).slice(0, 2000);

@@ -37,6 +37,39 @@ def nodes2(server, driver, plan):
     return driver("live.mjs", server.url, plan, "--nodes2", seconds=1500)
 
 
+def judge(file):
+    """A score model for the toy world's latents that says different things of different pictures, and always something above zero."""
+    import torch
+    from trainyard.trainers.score_files import write_score_model
+    from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
+
+    def drawn():
+        scorer = Scorer(LatentResNet(world.CHANNELS, 8, 1), 1)
+        for block in scorer.trunk.blocks:
+            torch.nn.init.normal_(block.second.weight, std=0.1)
+        torch.nn.init.constant_(scorer.head[1].bias, 3.0)
+        return scorer
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_score_model(file, ScoreModel([seeded(1, drawn)], About(channels=world.CHANNELS, latent_format="SD3", width=8, depth=1)))
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def scores(request, server, driver, tmp_path_factory):
+    """{name of a run: (its chart, what the server told of it)} of Train LECO-Score and Train LECO, with validation."""
+    checkpoint = world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name
+    judge(server.base / "models" / "score_models" / "live_judge.safetensors")
+    plan = {"checkpoint": checkpoint, "judge": "live_judge.safetensors", "steps": 12, "every": EVERY, "preview": 6, "prompts": "a circle",
+            "parts": ["scores"], "shots": str(HERE / "shots")}  # fmt: skip
+    file = tmp_path_factory.mktemp("browser") / "scores.json"
+    file.write_text(json.dumps(plan))
+    found = driver("live.mjs", server.url, file, *(["--nodes2"] if request.param == "nodes2" else []), seconds=900)
+    assert found.get("error") is None, found["error"]
+    assert found["troubles"] == [] and found["scoresKind"] == "execution_success"
+    told = {one["name"]: one for one in found["told"]}
+    return {chart["name"].partition("_")[2]: (chart, told[chart["name"]]) for chart in found["scores"]}
+
+
 @pytest.fixture(params=RENDERERS)
 def seen(request):
     found = request.getfixturevalue(request.param)
@@ -137,3 +170,21 @@ def test_the_chart_works_inside_a_subgraph(seen):
     assert seen["nestedKind"] == "execution_success"
     (chart,) = (c for c in seen["nested"] if c["name"].endswith("nested"))
     assert whole(chart, "nested") and int(chart["step"]) == STEPS
+
+
+@pytest.mark.slow
+def test_the_axis_holds_losses_below_zero_and_every_measurement(scores):
+    assert set(scores) == {"score", "leco"}
+    for chart, told in scores.values():
+        shown = [value for _, value in told["losses"]] + [entry["loss"] for entry in told["validation"]]
+        assert float(chart["low"]) < min(shown) and max(shown) < float(chart["high"]), (chart, told)
+    assert min(value for _, value in scores["score"][1]["losses"]) < 0, "minus a score that is above zero"
+
+
+@pytest.mark.slow
+def test_a_look_at_a_score_has_no_noise_levels_and_the_chart_fits_all_the_same(scores):
+    chart, told = scores["score"]
+    assert len(told["validation"]) == int(chart["measured"]) == 4 and all(entry["bins"] == [] for entry in told["validation"])
+    assert all(entry["bins"] for entry in scores["leco"][1]["validation"])
+    for chart, _ in scores.values():
+        assert (chart["outside"], chart["overlaps"]) == (0, 0) and chart["ink"] > 1000 and chart["plot"] >= 100, chart
