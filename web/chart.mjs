@@ -2,7 +2,7 @@
 import { before, fits, limits, merged, nearest, short, smoothed, ticks, whole } from './curve.mjs';
 import { fileUrl, make } from './runs.mjs';
 
-const LEFT = 50, RIGHT = 10, TOP = 8, BOTTOM = 20; // CSS pixels around the plot
+const LEFT = 50, RIGHT = 10, SECOND = 46, TOP = 8, BOTTOM = 20; // CSS pixels around the plot; SECOND where the right has numbers too
 const BLUE = '#3b82f6', ORANGE = '#f59e0b', GREEN = '#22c55e', GREY = '#94a3b8';
 const STYLE = `
 .trainyard-run { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 0; box-sizing: border-box; padding: 6px; overflow: hidden;
@@ -17,6 +17,9 @@ const STYLE = `
 .trainyard-run .sample img { max-width: 100%; max-height: 100%; object-fit: contain; }
 .trainyard-run [hidden] { display: none; }
 `;
+
+/** What a measurement is of: a loss, of what was held out or of what is fixed, or a figure of another kind that is no loss. */
+const nameOf = entry => entry.figure ?? (entry.held_out ? 'validation' : `fixed ${entry.noun ?? 'pictures'}`);
 
 export class Chart {
   /** says(): whether the node shows the text of its run itself, as it does until the page is loaded anew. */
@@ -59,8 +62,9 @@ export class Chart {
     this.status.title = this.status.textContent;
     this.status.hidden = !trouble && run.status === 'training' && this.says();
     this.status.classList.toggle('bad', run.status === 'failed');
-    const held = run.validation.at(-1)?.held_out, gap = run.validation.some(one => one.training !== undefined);
-    const lines = [[BLUE, 'loss'], [ORANGE, held ? 'validation' : 'fixed pictures', run.validation.length], [GREEN, 'trained pictures', gap], [GREY, 'learning rate', run.rates.length]];
+    const last = run.validation.at(-1), gap = run.validation.some(one => one.training !== undefined);
+    const lines = [[BLUE, 'loss'], ...(last ? [[ORANGE, `${nameOf(last)}${this.apart ? ' (right)' : ''}`]] : []), [GREEN, `trained ${last?.noun ?? 'pictures'}`, gap],
+                   [GREY, 'learning rate', run.rates.length]];
     this.legend.replaceChildren(...lines.filter(([, , shown = true]) => shown).map(([colour, name]) => {
       const mark = make('span', { textContent: name });
       mark.style.setProperty('--mark', colour);
@@ -92,8 +96,11 @@ export class Chart {
   // -- drawing -----------------------------------------------------------------------------------------------------------
 
   get last() { return Math.max(this.run.step, this.run.losses.at(-1)?.[0] ?? 0, 1); }
-  x(step) { return LEFT + (this.width - LEFT - RIGHT) * (step / this.last); }
-  step() { return Math.min(this.last, Math.max(0, (this.pointer.x - LEFT) / (this.width - LEFT - RIGHT) * this.last)); }
+  get apart() { return this.run.validation.some(one => one.figure); } // what is no loss has a scale of its own, on the right
+  get end() { return this.width - (this.apart ? SECOND : RIGHT); }
+  x(step) { return LEFT + (this.end - LEFT) * (step / this.last); }
+  step() { return Math.min(this.last, Math.max(0, (this.pointer.x - LEFT) / (this.end - LEFT) * this.last)); }
+  scale([low, high]) { return value => TOP + (this.tall - TOP - BOTTOM) * (1 - (Math.min(Math.max(value, low), high) - low) / (high - low)); }
 
   draw() {
     const { run, canvas } = this, box = [this.plot.clientWidth, this.plot.clientHeight];
@@ -111,32 +118,38 @@ export class Chart {
     const smooth = this.smooth = smoothed(run.losses);
     const measured = name => run.validation.filter(one => Number.isFinite(one[name])).map(one => [one.step, one[name]]);
     const held = measured('loss'), trained = measured('training');
-    const [low, high] = limits([...run.losses, ...held, ...trained].map(([, value]) => value));
-    const y = this.y = value => TOP + (this.tall - TOP - BOTTOM) * (1 - (Math.min(Math.max(value, low), high) - low) / (high - low));
-    Object.assign(this.root.dataset, { low, high });
-    this.grid(low, high);
+    const values = lines => lines.flat().map(([, value]) => value), seen = values([held, trained]);
+    const range = limits(values(this.apart ? [run.losses] : [run.losses, held, trained]));
+    const beside = this.apart && seen.length ? limits([Math.min(...seen), Math.max(...seen)]) : range;
+    const y = this.scale(range), second = this.scale(beside);
+    Object.assign(this.root.dataset, { range: JSON.stringify(range), beside: JSON.stringify(beside) });
+    this.grid(range, y);
+    if (this.apart && seen.length) this.numbers(beside, second);
     this.rateLine();
     this.line(run.losses, y, BLUE, 1, 0.35);
     this.line(smooth, y, BLUE, 2);
-    this.line(trained, y, GREEN, 1.5, 1, [4, 3]);
-    this.line(held, y, ORANGE, 2, 1, [], true);
+    this.line(trained, second, GREEN, 1.5, 1, [4, 3]);
+    this.line(held, second, ORANGE, 2, 1, [], true);
     if (this.pointer && run.losses.length) this.tell(held);
   }
 
-  grid(low, high) {
+  /** Round numbers for the height that there is. */
+  heights([low, high]) { return ticks(low, high, Math.max(2, Math.floor(this.tall / 40))); }
+
+  grid(range, y) {
     const { pen } = this;
     pen.fillStyle = pen.strokeStyle = this.ink;
     pen.lineWidth = 1;
     pen.textBaseline = 'middle';
     pen.textAlign = 'right';
-    for (const value of ticks(low, high, Math.max(2, Math.floor(this.tall / 40)))) {
+    for (const value of this.heights(range)) {
       pen.globalAlpha = 0.15;
       pen.beginPath();
-      pen.moveTo(LEFT, this.y(value));
-      pen.lineTo(this.width - RIGHT, this.y(value));
+      pen.moveTo(LEFT, y(value));
+      pen.lineTo(this.end, y(value));
       pen.stroke();
       pen.globalAlpha = 0.75;
-      pen.fillText(short(value), LEFT - 6, this.y(value));
+      pen.fillText(short(value), LEFT - 6, y(value));
     }
     pen.textBaseline = 'alphabetic';
     for (const step of ticks(0, this.last, Math.max(2, Math.floor(this.width / 90))).filter(Number.isInteger)) {
@@ -144,6 +157,13 @@ export class Chart {
       pen.fillText(String(step), Math.min(this.x(step), this.width - 2), this.tall - 5);
     }
     pen.globalAlpha = 1;
+  }
+
+  /** The scale on the right. */
+  numbers(range, y) {
+    Object.assign(this.pen, { fillStyle: ORANGE, textBaseline: 'middle', textAlign: 'left' });
+    for (const value of this.heights(range)) this.pen.fillText(short(value), this.end + 6, y(value));
+    this.pen.textBaseline = 'alphabetic';
   }
 
   /** On a scale of its own from 0 to its highest, so that only its shape is told; the value is told under the pointer. */
@@ -175,7 +195,7 @@ export class Chart {
     const [at, loss] = nearest(this.smooth, step), rate = before(run.rates, step) ?? run.rates[0];
     const entry = nearest(run.validation, step), trained = Number.isFinite(entry?.training) ? ` · trained ${short(entry.training)}` : '';
     const lines = [`step ${at} · loss ${short(loss)}${rate ? ` · lr ${short(rate[1])}` : ''}`,
-                   ...(entry && held.length ? [`step ${entry.step} · ${entry.held_out ? 'validation' : 'fixed'} ${short(entry.loss)}${trained}`] : [])];
+                   ...(entry && held.length ? [`step ${entry.step} · ${nameOf(entry)} ${short(entry.loss)}${trained}`] : [])];
     pen.strokeStyle = this.ink;
     pen.globalAlpha = 0.4;
     pen.beginPath();
@@ -184,7 +204,7 @@ export class Chart {
     pen.stroke();
     pen.globalAlpha = 1;
     const bars = entry?.bins?.some(Number.isFinite) ? 46 : 0;
-    const wide = Math.max(...lines.map(line => pen.measureText(line).width), bars ? 130 : 0) + 12, high = lines.length * 13 + 8 + (bars && bars + 14);
+    const wide = Math.max(...lines.map(line => pen.measureText(line).width), bars ? 130 : 0) + 12, high = lines.length * 13 + 8 + (bars && bars + 18);
     const left = this.x(at) + 8 + wide < this.width ? this.x(at) + 8 : Math.max(2, this.x(at) - 8 - wide), top = TOP + 2;
     pen.fillStyle = this.paper;
     pen.globalAlpha = 0.93;

@@ -234,7 +234,7 @@ async function scores() {
     const link = (from, slot, to, input) => from.connect(slot, to, to.inputs.findIndex(i => i.name === input));
     const model = add('CheckpointLoaderSimple', [20, 60], { ckpt_name: plan.checkpoint });
     const judge = add('TrainyardLoadScoreModel', [20, 200], { file: plan.judge });
-    const look = add('TrainyardValidation', [20, 340], { every: plan.every, images: 2, levels: 4, preview_every: plan.preview, prompts: plan.prompts, sampling_steps: 4, guidance: 2.5 });
+    const look = add('TrainyardValidation', [20, 340], { every: plan.every, images: 2, levels: 4, preview_every: plan.preview, prompts: plan.prompts, sampling_steps: 4, guidance: 2.5, width: 64, height: 64 });
     const held = add('TrainyardLecoScoreSettings', [420, 60], { sampling_steps: 4, ways: 1, guidance_scale: 1, watch_every: plan.every });
     const run = { resolution: 64, steps: plan.steps, learning_rate: 0.002 };
     const score = add('TrainyardTrainLecoScore', [820, 60], { ...run, prompts_text: 'a circle\na square', run_name: names[0] });

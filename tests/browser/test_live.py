@@ -176,9 +176,18 @@ def test_the_chart_works_inside_a_subgraph(seen):
 def test_the_axis_holds_losses_below_zero_and_every_measurement(scores):
     assert set(scores) == {"score", "leco"}
     for chart, told in scores.values():
-        shown = [value for _, value in told["losses"]] + [entry["loss"] for entry in told["validation"]]
-        assert float(chart["low"]) < min(shown) and max(shown) < float(chart["high"]), (chart, told)
+        for axis, shown in (("range", [value for _, value in told["losses"]]), ("beside", [entry["loss"] for entry in told["validation"]])):
+            low, high = json.loads(chart[axis])
+            assert low < min(shown) and max(shown) < high, (axis, chart, told)
     assert min(value for _, value in scores["score"][1]["losses"]) < 0, "minus a score that is above zero"
+
+
+@pytest.mark.slow
+def test_a_figure_that_is_no_loss_has_its_own_scale_and_its_own_name(scores):
+    (score, _), (leco, _) = scores["score"], scores["leco"]
+    assert "minus the score (right)" in score["legend"] and score["range"] != score["beside"]
+    assert "fixed points" in leco["legend"] and leco["range"] == leco["beside"]
+    assert not any("fixed pictures" in chart["legend"] for chart in (score, leco)), "neither looks at pictures of a dataset"
 
 
 @pytest.mark.slow
