@@ -1,6 +1,7 @@
-"""The pictures of the dataset workflows, from real runs of their parts on drawn pictures: workflows/02..04.jpg.
+"""The pictures of workflows 01b to 04 and 09 to 12, from real runs of their parts on drawn pictures: workflows/*.jpg.
 
-    .venv/bin/python tools/cards.py
+    .venv/bin/python tools/cards.py                        # all of them
+    .venv/bin/python tools/cards.py 10_leco_score          # one, three minutes on a quiet core
 """
 
 from __future__ import annotations
@@ -145,10 +146,10 @@ def pretraining():
     return bars("64 ratings on what it learnt alone", [(name, max(0.0, row[key])) for name, row in found.items()], "rank correlation with the true score: colourfulness")
 
 
-def through_noise():
-    found = results("2026-11-21-leco-score.json")["table"]["scorers, SRCC with the true score"]
-    rows = [(f"{kind}, {level.replace('level', 'noise')}", row[level]) for level in ("level 0", "level 0.3", "level 0.6") for kind, row in found.items()]
-    return bars("a score that sees through noise", rows, "rank correlation with the true score of the picture behind the noise")
+def followed():
+    import score_card  # imports the benchmark
+
+    return score_card.followed()
 
 
 @functools.lru_cache(maxsize=1)
@@ -207,7 +208,7 @@ def watched():
 
 def main():
     makers = {"02_caption_a_folder": captions, "03_check_and_clean": checked, "04_collage_lora": collages,
-              "01b_lora_with_validation": watched, "09_train_aesthetic_score": rated, "10_leco_score": through_noise,
+              "01b_lora_with_validation": watched, "09_train_aesthetic_score": rated, "10_leco_score": followed,
               "11_pretrain_on_my_art": pretraining, "12_score_and_filter": lambda: rated(keep=True)}
     wanted = sys.argv[1:]
     for name, make in makers.items():
