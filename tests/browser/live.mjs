@@ -261,8 +261,8 @@ async function scores() {
       told.push(await (await window.app.api.fetchApi(`/trainyard/runs/${node.id}?${new URLSearchParams({ workflow: String((window.app.rootGraph ?? window.app.graph).id) })}`)).json());
     return told;
   });
-  for (const [index, what] of [[0, 'score'], [1, 'leco']]) {
-    await hover(index, 0.5);
+  for (const what of ['score', 'leco']) {
+    await hover(seen.scores.findIndex(chart => chart.name === name(what)), 0.5);
     await shot(`live_${what}`);
   }
   await page.mouse.move(5, 700);
