@@ -143,7 +143,8 @@ def samples(job, session) -> Previews | None:
         return None
     prompts, away = looking.asked
     more, other = ([], None) if prompts else job.sample_prompts()
-    shape = latent_shape(job.model, looking.previews, getattr(job, "data", None))
+    trained_at = getattr(getattr(job, "place", None), "resolution", 512)
+    shape = latent_shape(job.model, looking.previews, getattr(job, "data", None), trained_at)
     return Previews(session, looking.previews, [*prompts, *more], away or other, shape, job.store.samples_folder, vae=looking.vae,
                     sampler=looking.sampler, scheduler=looking.scheduler, memory=job.memory) if prompts or more else None  # fmt: skip
 

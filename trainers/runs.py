@@ -154,7 +154,7 @@ def outcome(state: dict) -> dict:
     out = {"loss": sum(losses) / len(losses) if losses else None}
     if seen.get("history"):
         last = seen["history"][-1]
-        out["validation"] = {key: last.get(key) for key in ("step", "loss", "training", "held_out")}
+        out["validation"] = {key: last.get(key) for key in ("step", "loss", "training", "held_out", "noun", "figure")}
     if seen.get("samples"):
         out["sample"] = seen["samples"][-1]["file"]
     return out

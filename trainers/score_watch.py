@@ -200,7 +200,7 @@ def figure_of(look: Look) -> dict:
     held = look.held_out is not None
     loss = -(look.held_out if held else look.score)
     return {"step": look.step, "loss": loss if math.isfinite(loss) else None, "bins": [], "sigmas": [], "held_out": held, "noun": "scores",
-            "figure": "minus the held-out score" if held else "minus the score", "where": "that is trained"}  # fmt: skip
+            "figure": "minus the held-out score" if held else "minus the score", "where": "by the score model that pulls"}  # fmt: skip
 
 
 def top_of(looks) -> Look | None:

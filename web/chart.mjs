@@ -19,7 +19,7 @@ const STYLE = `
 `;
 
 /** What a measurement is of: a loss, of what was held out or of what is fixed, or a figure of another kind that is no loss. */
-const nameOf = entry => entry.figure ?? (entry.held_out ? 'validation' : `fixed ${entry.noun ?? 'pictures'}`);
+export const nameOf = entry => entry.figure ?? (entry.held_out ? 'validation' : `fixed ${entry.noun ?? 'pictures'}`);
 
 export class Chart {
   /** says(): whether the node shows the text of its run itself, as it does until the page is loaded anew. */

@@ -1,5 +1,6 @@
 // The sidebar "Training Runs": what lies in the runs folder and what is at work, from the server's files and memory.
 import { app } from '../../scripts/app.js';
+import { nameOf } from './chart.mjs';
 import { short } from './curve.mjs';
 import { ask, fileUrl, make, onRun } from './runs.mjs';
 
@@ -96,7 +97,8 @@ class Tab {
 
   card(run) {
     const dim = text => make('div', { className: 'dim', textContent: text });
-    const loss = run.loss === null ? '' : ` · loss ${short(run.loss)}`, seen = run.validation?.loss ? ` · ${run.validation.held_out ? 'validation' : 'fixed pictures'} ${short(run.validation.loss)}` : '';
+    const loss = run.loss === null ? '' : ` · loss ${short(run.loss)}`;
+    const seen = Number.isFinite(run.validation?.loss) ? ` · ${nameOf(run.validation)} ${short(run.validation.loss)}` : '';
     const card = make('div', { className: 'card' }, make('div', { className: 'name', textContent: run.name }));
     if (run.sample) {
       const url = fileUrl(run.folder, run.sample);

@@ -398,3 +398,11 @@ def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
         status, body = server.post(f"/trainyard/runs/{name}/delete")
         assert status in (400, 403, 404), (name, status, body)
     assert (secret / "run.json").exists()
+
+
+def test_samples_are_as_large_as_asked_then_as_the_pictures_then_as_what_is_trained():
+    model = make("sd3", inference=True)
+    size = lambda settings, data=None, **more: latent_shape(model, PreviewSettings(**settings), data, **more)[-2:]
+    assert size({"width": 128, "height": 256}, resolution=64) == (32, 16)
+    assert size({}, data("sd3"), resolution=1024) == data("sd3").items[0].shape[-2:]
+    assert size({}, resolution=1024) == (128, 128) and size({}) == (64, 64)

@@ -527,7 +527,7 @@ def test_without_a_held_out_score_the_trained_one_is_watched_and_said_to_be():
     method, watch, told = both()
     go(method, watch, 4)
     assert [entry["loss"] for entry in told] == [-look.score for look in watch.seen.looks]
-    assert watch.line().endswith("that is trained") and not told[0]["held_out"]
+    assert watch.line().endswith("by the score model that pulls") and not told[0]["held_out"]
 
 
 def test_a_score_run_ends_for_want_of_gain_and_gives_back_its_best_moment():
