@@ -1,6 +1,7 @@
-"""ComfyUI's own Train LoRA and ours on the same model, data, rank and dtype, in one run: a table with ratios, and claims.
+"""ComfyUI's own Train LoRA, two peers and ours on the same model, data, rank and dtype, in one run: a table with ratios, and claims.
 
     .venv/bin/python benchmarks/train_lora.py --shapes sd15 sdxl sd3 flux --json benchmarks/results/today.json
+    nice .venv/bin/python benchmarks/train_lora.py --shapes sd15 sdxl --sizes meta mid --peers --process-time --timed 5    # peers/ against ours
     .venv/bin/python benchmarks/train_lora.py --shapes sdxl --real        # real size with random weights, on a CUDA GPU
 
 Sizes: tiny and mid run both trainers on this machine; meta runs their parts at real size without memory (FLOPs and bytes only).
@@ -18,9 +19,12 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
+OURS, PER_BLOCK = "ours, our targets", "ours, our targets, per block"
+PEERS = ("kohya-style", "diffusers script")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +71,13 @@ CLAIMS = (  # "all layers": the layers that core trains
 # -- measuring ---------------------------------------------------------------------------------------------------------------
 
 
-def measured(plan, meta=False, only=None) -> dict:
+def measured(plan, meta=False, only=None, peers=False) -> dict:
     """name -> row. Where core's trainer fails, its row carries the error, and the figures of a second try with our out-of-place blocks."""
     from trainyard.benchmarks.contenders import contenders
 
     rows = {}
     for name, contender in contenders(plan, meta).items():
-        if not only or name in only:
+        if (not only or name in only) and (not peers or name.startswith((*PEERS, OURS))):
             rows[name] = core_row(contender, plan) if name.startswith("core") else row(*contender(plan))
             gc.collect()
     return rows
@@ -151,6 +155,25 @@ def shown(result) -> str:
     return "\n".join(lines)
 
 
+def markdown(results) -> str:
+    """One line per peer: FLOPs and peak bytes at real size, least seconds at a tenth of the width, each as a ratio to ours: those with
+    checkpoints to ours per block."""
+    families = list(dict.fromkeys(result["family"] for result in results))
+    rows = {(result["family"], result["size"]): result["rows"] for result in results}
+    names = list(dict.fromkeys(name for found in rows.values() for name in found if name.startswith(PEERS)))
+    head = ["| | " + " | ".join(f"{family} FLOPs | peak | seconds" for family in families) + " |", "|---" * (1 + 3 * len(families)) + "|"]
+    cells = lambda name, family: [to_ours(rows.get((family, size), {}), name, figure) for size, figure in FIGURES]
+    return "\n".join(head + [f"| {name} | " + " | ".join(c for family in families for c in cells(name, family)) + " |" for name in names])
+
+
+FIGURES = (("meta", flops), ("meta", peak), ("mid", lambda row: min(row["seconds"], default=0)))
+
+
+def to_ours(rows, name, figure) -> str:
+    own = rows.get(PER_BLOCK if name.endswith("checkpointing") else OURS)
+    return f"{figure(rows[name]) / figure(own):.3f}" if own and name in rows and figure(own) else "-"
+
+
 def row_line(name, row, rows) -> str:
     if "error" in row:
         return f"{name:38}{row['error']}"
@@ -174,6 +197,8 @@ def arguments():
     parser.add_argument("--timed", type=int, default=3, help="steps that are timed, after two that carry the meters")
     parser.add_argument("--batch", type=int, default=1, help="core predicts every latent under every caption of a batch")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
+    parser.add_argument("--peers", action="store_true", help="only the peers' rows and ours with the same targets, and their ratios")
+    parser.add_argument("--process-time", action="store_true", help="seconds that this process was at work, on a machine that has other work too")
     parser.add_argument("--json", help="file for the figures")
     return parser.parse_args()
 
@@ -189,20 +214,19 @@ def main():
     from trainyard.benchmarks.contenders import Plan
     from trainyard.benchmarks.shapes import SHAPES
 
-    small, big = dict(batch=asked.batch, timed=asked.timed), dict(batch=asked.batch, dtype=torch.bfloat16, core_dtype="bf16")
+    common = dict(batch=asked.batch, timed=asked.timed, clock=time.process_time if asked.process_time else time.perf_counter)
+    big = dict(dtype=torch.bfloat16, core_dtype="bf16", device="cuda" if cuda else "meta")
     results = []
     for family in asked.shapes:
         for size in ["real"] if cuda else asked.sizes:
             shape = SHAPES[family, "real" if size == "meta" else size]
-            plan = (
-                Plan(shape, **small)
-                if size in ("tiny", "mid")
-                else Plan(shape, **big, timed=asked.timed, device="cuda" if cuda else "meta")
-            )
-            results.append(table(family, size, plan, measured(plan, size == "meta", asked.rows)))
+            plan = Plan(shape, **common, **({} if size in ("tiny", "mid") else big))
+            results.append(table(family, size, plan, measured(plan, size == "meta", asked.rows, asked.peers)))
             print(shown(results[-1]), end="\n\n", flush=True)
             if asked.json:  # after every table, so that a run cut short leaves what it measured
                 pathlib.Path(asked.json).write_text(json.dumps({"machine": machine(cuda), "tables": results}, indent=1) + "\n")
+    if asked.peers:
+        print(markdown(results), end="\n\n")
     if asked.real and not cuda:
         print("--real: no CUDA GPU here. Seconds, device memory and device syncs at real size were NOT measured.")
     print(
