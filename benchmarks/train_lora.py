@@ -224,7 +224,8 @@ def main():
             results.append(table(family, size, plan, measured(plan, size == "meta", asked.rows, asked.peers)))
             print(shown(results[-1]), end="\n\n", flush=True)
             if asked.json:  # after every table, so that a run cut short leaves what it measured
-                pathlib.Path(asked.json).write_text(json.dumps({"machine": machine(cuda), "tables": results}, indent=1) + "\n")
+                about = {"machine": machine(cuda), "seconds": "of the process" if asked.process_time else "of the clock"}
+                pathlib.Path(asked.json).write_text(json.dumps({**about, "tables": results}, indent=1) + "\n")
     if asked.peers:
         print(markdown(results), end="\n\n")
     if asked.real and not cuda:

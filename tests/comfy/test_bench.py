@@ -1,7 +1,7 @@
 """The benchmark's meters on steps whose cost is known by hand, its claims on one shape of realistic proportions, and its peers: they must be
 what they stand for.
 
-Relative differences of the kohya-style LoRA to ours in fp32: losses 0, gradients up to 2e-6.
+Relative differences of the kohya-style LoRA to ours in fp32: none, and 3e-7 in gradients under its re-entrant checkpoints.
 """
 
 import pytest
