@@ -138,6 +138,8 @@ def seeing():
     from trainyard.tests.toy import shapes
 
     eyes, rng = comfy.clip_vision.ClipVisionModel(dict(EYES)), torch.Generator().manual_seed(0)
+    eyes.model.float()  # ComfyUI keeps text and picture encoders in fp16, in which nothing can be learnt
+    eyes.dtype = torch.float32
     for name, weight in eyes.model.named_parameters():
         torch.nn.init.normal_(weight, std=0.05, generator=rng) if weight.ndim > 1 else weight.data.fill_(float("norm" in name and name.endswith("weight")))
     words = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS), "size": tuple(shapes.SIZES)}
@@ -156,7 +158,7 @@ def seeing():
             loss.backward()
             optimizer.step()
             if step % 100 == 99:
-                print("eyes", step + 1, round(float(loss), 3), flush=True)
+                print("eyes", step + 1, round(loss.item(), 3), flush=True)
         eyes.model.requires_grad_(False)
     return eyes
 
