@@ -27,7 +27,7 @@ LEARNT, ASKED = 1500, 300
 KINDS = {
     "latent ResNet": dict(backbone="latent ResNet", width=32, depth=1),
     "latent ResNet, clean only": dict(backbone="latent ResNet", width=32, depth=1, noisy=False),
-    "latent ViT": dict(backbone="latent ViT", width=16, depth=1),
+    "latent ViT": dict(backbone="latent ViT", width=32, depth=1),
 }
 HOW = dict(members=3, steps=1000, batch=32, learning_rate=2e-3)
 
