@@ -247,6 +247,9 @@ class PromptJob(DifferenceJob):
         asked = axis_of(self.rows[0], self.slider).texts if self.calibrate != OFF else ()
         return list(dict.fromkeys([prompt for task in self.tasks() for prompt in task.texts] + list(asked)))
 
+    def side(self):
+        return self.place.resolution
+
     def shapes(self, row):
         return host.latent_shapes(self.model, row.resolution or self.place.resolution, row.dynamic_resolution)
 

@@ -21,6 +21,14 @@ def inputs(record, *, only=(), without=(), optional=False):
     return [widget(f, optional) for f in chosen]
 
 
+def latents_too():
+    """Inputs of image scores that may score latents too: see latents.to_score."""
+    return [
+        io.Model.Input("model", optional=True, tooltip="To score latents too: the model that they belong to. It is not loaded."),
+        io.Vae.Input("vae", optional=True, tooltip="To score latents too: what decodes them. TAESD needs a tenth of the memory."),
+    ]
+
+
 def widget(f, optional=False):
     meta = f.metadata
     about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None)

@@ -27,6 +27,13 @@ def format_name(model) -> str:
     return type(model.model.latent_format).__name__
 
 
+def to_score(model, vae) -> tuple:
+    """(vae, name of the latents, their channels) of an image score that is to score latents too; () of one that is not. ValueError for half of it."""
+    if (model is None) != (vae is None):
+        raise ValueError("To score latents both model and vae are needed, and one of them is connected. Connect the other, or neither to score pictures.")
+    return () if model is None else (vae, format_name(model), model.model.latent_format.latent_channels)
+
+
 def in_model_space(latent: torch.Tensor, name: str) -> torch.Tensor:
     """A latent (B, C, ..., h, w) as a VAE gives it, scaled as models of this format see it. ValueError for a format of no known scale."""
     kind = getattr(comfy.latent_formats, name, None)

@@ -219,8 +219,11 @@ class ScoreJob(TrainingJob):
     def tasks(self):
         return tasks_of(self.prompts, self.shapes(), self.run.batch, self.settings)
 
+    def side(self):
+        return self.place.resolution
+
     def shapes(self):
-        return host.latent_shapes(self.model, self.place.resolution)
+        return host.latent_shapes(self.model, self.side())
 
     def texts(self) -> list[str]:
         return list(dict.fromkeys(["", *(text for row in self.prompts for text in (row.prompt, row.negative))]))

@@ -123,11 +123,11 @@ def jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def latent_shape(model, settings: PreviewSettings, data, resolution: int = 512) -> tuple[int, ...]:
-    """(C, ..., h, w) of the samples: the size that is asked, else the dataset's commonest, else the resolution that is trained at."""
+def latent_shape(model, settings: PreviewSettings, data, side: int) -> tuple[int, ...]:
+    """(C, ..., h, w) of the samples: the size that is asked, else the dataset's commonest, else `side` px."""
     if not settings.width and not settings.height:
         shapes = collections.Counter(item.shape for item in data.items) if data else {}
-        return shapes.most_common(1)[0][0] if shapes else host.latent_shapes(model, resolution)[0]
+        return shapes.most_common(1)[0][0] if shapes else host.latent_shapes(model, side)[0]
     (shape,) = host.latent_shapes(model, 512)
     cells = [max(1, (pixels or settings.width or settings.height) // int(model.model.latent_format.spacial_downscale_ratio) // 2 * 2)
              for pixels in (settings.height, settings.width)]  # fmt: skip

@@ -12,7 +12,7 @@ from ..trainers.features import DECODED
 from ..trainers.scorers import About, ScoreModel
 from ..trainers.settings import fingerprint
 from . import backbones, host, latents, vision, zeroshot
-from .fields import CATEGORY
+from .fields import CATEGORY, latents_too
 from .fields import ScoreModel as ScoreModelType
 
 PERCENT = 100.0  # CLIPScore (Hessel et al. 2021) is told in hundredths
@@ -104,8 +104,7 @@ class PromptMatchScore(io.ComfyNode):
                     default="",
                     tooltip="What pictures are compared with. Empty: each with its own caption, or in Train LECO-Score with its own prompt.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="To score latents too: the model that they belong to. It is not loaded."),
-                io.Vae.Input("vae", optional=True, tooltip="To score latents too: what decodes them. TAESD needs a tenth of the memory."),
+                *latents_too(),
             ],
             outputs=[
                 ScoreModelType.Output("score_model", display_name="score_model", tooltip="For Score Images, Distill Score Model (with words) and, with model "
@@ -115,13 +114,8 @@ class PromptMatchScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_vision, clip, words="", model=None, vae=None):
-        if (model is None) != (vae is None):
-            raise ValueError("To score latents both model and vae are needed, and one of them is connected. Connect the other, or neither to score pictures.")
-        if model is None:
-            return io.NodeOutput(PromptMatch(clip_vision, clip, words))
         with host.gradients():
-            channels = model.model.latent_format.latent_channels
-            return io.NodeOutput(PromptMatch(clip_vision, clip, words, vae, latents.format_name(model), channels))
+            return io.NodeOutput(PromptMatch(clip_vision, clip, words, *latents.to_score(model, vae)))
 
 
 NODES = [PromptMatchScore]

@@ -22,7 +22,7 @@ from ..trainers.scoring import trained
 from ..trainers.settings import fingerprint
 from ..trainers.unfinished import Unfinished
 from . import backbones, host, latents, paths, prompt_match
-from .fields import CATEGORY, Dataset, Encoded, LossMap, ScoreModel, inputs, record
+from .fields import CATEGORY, Dataset, Encoded, LossMap, ScoreModel, inputs, latents_too, record
 
 VERSION = 1  # of pre-training and distillation: raise it when the same inputs would give another model
 PRETEXT_SHOWN = ("backbone", "inpaint", "simclr", "steps", "batch", "size", "seed")
@@ -178,8 +178,7 @@ class LoadAestheticHead(io.ComfyNode):
                     default=paths.NO_POOLER,
                     tooltip="For SigLIP heads: a file in models/clip_vision that holds SigLIP's pooling layer, such as google's own model.safetensors.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="To score latents too: the model that they belong to. It is not loaded."),
-                io.Vae.Input("vae", optional=True, tooltip="To score latents too: what decodes them. TAESD needs a tenth of the memory."),
+                *latents_too(),
             ],
             outputs=[
                 ScoreModel.Output("score_model", display_name="score_model", tooltip="For Score Images, Distill Score Model and, with model and vae, "
@@ -193,14 +192,10 @@ class LoadAestheticHead(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, clip_vision, pooler=paths.NO_POOLER, model=None, vae=None):
-        if (model is None) != (vae is None):
-            raise ValueError("To score latents both model and vae are needed, and one of them is connected. Connect the other, or neither to score pictures.")
+        of_latents = latents.to_score(model, vae)
         with host.gradients():
             head = read_head(paths.head_path(file), paths.pooler_path(pooler))
-            if model is None:
-                return io.NodeOutput(backbones.ImageScoreModel(head, clip_vision, file))
-            channels = model.model.latent_format.latent_channels
-            return io.NodeOutput(backbones.ImageScoreModel(head, clip_vision, file, vae, latents.format_name(model), channels))
+            return io.NodeOutput(backbones.ImageScoreModel(head, clip_vision, file, *of_latents))
 
 
 class DistillScoreModel(io.ComfyNode):

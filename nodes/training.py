@@ -91,6 +91,10 @@ class TrainingJob:
         """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for others."""
         return captions_of(self.data) if getattr(self, "data", None) else ([], None)
 
+    def side(self) -> int:
+        """px: the size of samples where no pictures are trained on that could tell."""
+        return 512
+
     def probe(self, session):
         """(x0, conds) that the gradients of an unknown family are checked on."""
         raise NotImplementedError

@@ -143,8 +143,7 @@ def samples(job, session) -> Previews | None:
         return None
     prompts, away = looking.asked
     more, other = ([], None) if prompts else job.sample_prompts()
-    trained_at = getattr(getattr(job, "place", None), "resolution", 512)
-    shape = latent_shape(job.model, looking.previews, getattr(job, "data", None), trained_at)
+    shape = latent_shape(job.model, looking.previews, getattr(job, "data", None), job.side())
     return Previews(session, looking.previews, [*prompts, *more], away or other, shape, job.store.samples_folder, vae=looking.vae,
                     sampler=looking.sampler, scheduler=looking.scheduler, memory=job.memory) if prompts or more else None  # fmt: skip
 

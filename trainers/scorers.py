@@ -43,11 +43,22 @@ class ScorerSettings(Settings):
                              f"rank to 0, or choose {MODEL!r}.")
 
 
+def mixing(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), each (B,), of x = a * x0 + b * noise."""
+    one, zero = torch.ones(len(sigma), 1, device=sigma.device), torch.zeros(len(sigma), 1, device=sigma.device)
+    return denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
+
+
+def level_of(denoiser: Denoiser, sigma: Tensor) -> Tensor:
+    """(B,) the level of `unit_view`: the share of noise in x."""
+    a, b = mixing(denoiser, sigma)
+    return b / (a + b)
+
+
 def unit_view(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """(x of about unit size, level in [0, 1]) of noised latents of any family: with x = a * x0 + b * noise, x / sqrt(a^2 + b^2) and
     b / (a + b)."""
-    one, zero = torch.ones(len(x), 1, device=x.device), torch.zeros(len(x), 1, device=x.device)
-    a, b = denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
+    a, b = mixing(denoiser, sigma.to(x.device))
     return x / per_sample((a.square() + b.square()).sqrt(), x), b / (a + b)
 
 

@@ -310,7 +310,8 @@ class Watch(NoStore):
             self.end_if_enough()
 
     def state(self, run) -> dict:
-        fixed = {name: value for name, value in self.method.network.state_dict().items() if name in dict(self.method.network.named_buffers())}
+        buffers = dict(self.method.network.named_buffers())
+        fixed = {name: value for name, value in self.method.network.state_dict().items() if name in buffers}
         return {"run": run, "best": self.best, "height": self.height, "since": self.since, "asked": self.asked, "fixed": fixed}
 
     def ask(self, step: int):

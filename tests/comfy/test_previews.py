@@ -101,7 +101,7 @@ def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
     monkeypatch.setattr(Previews, "sampled", lambda self, *rest: latents.append(sampled(self, *rest)) or latents[-1])
     a_job = seen_job(steps=4, learning_rate=1e-2)
     lora, _, _ = result(a_job)
-    p, shape = a_job.looking.previews, latent_shape(a_job.model, a_job.looking.previews, None)
+    p, shape = a_job.looking.previews, latent_shape(a_job.model, a_job.looking.previews, None, a_job.side())
     with torch.inference_mode():
         patched = host.applied(make("sd3", inference=True), None, lora)[0]
         how = dict(steps=p.sampling_steps, guidance=2.0, sampler="euler", scheduler="normal")
@@ -403,6 +403,6 @@ def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
 def test_samples_are_as_large_as_asked_then_as_the_pictures_then_as_what_is_trained():
     model = make("sd3", inference=True)
     size = lambda settings, data=None, **more: latent_shape(model, PreviewSettings(**settings), data, **more)[-2:]
-    assert size({"width": 128, "height": 256}, resolution=64) == (32, 16)
-    assert size({}, data("sd3"), resolution=1024) == data("sd3").items[0].shape[-2:]
-    assert size({}, resolution=1024) == (128, 128) and size({}) == (64, 64)
+    assert size({"width": 128, "height": 256}, side=64) == (32, 16)
+    assert size({}, data("sd3"), side=1024) == data("sd3").items[0].shape[-2:]
+    assert size({}, side=1024) == (128, 128) and size({}, side=job("sd3").side()) == (64, 64)

@@ -16,6 +16,7 @@ from ...trainers.data.buckets import BucketSettings
 from ...trainers.data.captions import CAPTIONS, CaptionSettings
 from ...trainers.data.captions import EMPTY as NO_CAPTIONS
 from ...trainers.data.collage import build_collages
+from ...trainers.data.collage_captions import by_position
 from ...trainers.data.collage_plan import CollageSettings
 from ...trainers.data.encode import encode
 from ...trainers.data.readers import read_folder
@@ -132,7 +133,7 @@ def sides(toy, model, count=36, new=lesson.WORD) -> dict[str, list[bool]]:
     """For every frame asked for by position: `asked half` holds the new shape (None: a known one), the `other half` the known one, and the
     asked half has the asked `colour`."""
     asked = asked_sides(count, new)
-    prompts = ["; ".join(f"{side}: {shapes.caption(**w)}" for side, w in zip(("left", "right"), two, strict=True)) for two in asked]
+    prompts = [by_position(("left", "right"), [shapes.caption(**w) for w in two]) for two in asked]
     found: dict[str, list[bool]] = {"asked half": [], "other half": [], "colour": []}
     for index, (two, pair) in enumerate(zip(asked, halves(toy, model, prompts), strict=True)):
         here, there = (0, 1) if index % 2 else (1, 0)

@@ -275,30 +275,28 @@ def test_dropout_is_of_the_step_alone_and_can_be_had_again():
     assert adapters.strength == 1.0 and adapters.luck is None
 
 
-def test_dropout_leaves_out_its_share_and_keeps_the_mean():
-    """Inner values are all 1: with 0.25 left out, the rest becomes 4 / 3."""
+def ranks_seen(shape, **dropout):
+    """What a layer of zeros says of ones when its adapter passes all 64 ranks on as they are: its inner values, which are all 1."""
     network = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
     network[0].weight.zero_()
-    adapters = Adapters(network, settings(rank=64, dropout=0.25))
+    adapters = Adapters(network, settings(rank=64, **dropout))
     low = adapters.low("0")
     low.down.data, low.up.data = torch.eye(64), torch.eye(64)
     adapters.attach()
     with adapters.dropping(rng()), torch.no_grad():
-        seen = network(torch.ones(1000, 64))
+        return network(torch.ones(*shape, 64))
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+    """With 0.25 left out, the rest becomes 4 / 3."""
+    seen = ranks_seen((1000,), dropout=0.25)
     assert {round(v, 4) for v in seen.unique().tolist()} == {0.0, 1.3333}
     assert seen.mean().item() == pytest.approx(1, abs=0.01)
 
 
 def test_rank_dropout_leaves_out_whole_ranks_for_each_picture_and_keeps_the_mean():
-    """Inner values are all 1. A rank is there for all tokens of a picture or for none, and pictures differ."""
-    network = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
-    network[0].weight.zero_()
-    adapters = Adapters(network, settings(rank=64, rank_dropout=0.25))
-    low = adapters.low("0")
-    low.down.data, low.up.data = torch.eye(64), torch.eye(64)
-    adapters.attach()
-    with adapters.dropping(rng()), torch.no_grad():
-        seen = network(torch.ones(200, 5, 64))
+    """A rank is there for all tokens of a picture or for none, and pictures differ."""
+    seen = ranks_seen((200, 5), rank_dropout=0.25)
     assert {round(v, 4) for v in seen.unique().tolist()} == {0.0, 1.3333} and seen.mean().item() == pytest.approx(1, abs=0.02)
     assert torch.equal(seen, seen[:, :1].expand_as(seen)) and not torch.equal(seen[0], seen[1])
 

@@ -17,7 +17,7 @@ from ..data.encoded import Deck, Encoded
 from ..data.signed_prompts import SignedPrompt
 from ..diffusion import mse, per_sample, randn_like, slope
 from ..points import Model, Pull, Rollouts, Task, noise_of, one_of, pick, way_levels
-from ..scorers import ScoreModel, sigma_of_level, unit_view
+from ..scorers import ScoreModel, level_of, mixing, sigma_of_level, unit_view
 from ..settings import NoiseSettings, PointSettings, Settings, choice, number, switch, text
 from .score import NOISIEST
 
@@ -218,18 +218,6 @@ def frozen(model: Model, x, sigma, conds) -> Tensor:
 
 
 # -- what is judged -------------------------------------------------------------------------------------------------------------------
-
-
-def mixing(denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b), each (B,), of x = a * x0 + b * noise."""
-    one, zero = torch.ones(len(sigma), 1, device=sigma.device), torch.zeros(len(sigma), 1, device=sigma.device)
-    return denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
-
-
-def level_of(denoiser, sigma: Tensor) -> Tensor:
-    """(B,) share of noise in x, as `unit_view` tells it."""
-    a, b = mixing(denoiser, sigma)
-    return b / (a + b)
 
 
 def stepped(place: Place, x0: Tensor) -> Tensor:
