@@ -180,13 +180,19 @@ def said(rng, attributes):
 
 
 @torch.no_grad()
-def encode_texts(texts):
-    """(N, 77, 768) hidden states and (N, 768) pooled, float16, by the host's tokenizer and CLIP with the seeded weights."""
+def encode_texts(texts, length=77):
+    """(N, length, 768) hidden states and (N, 768) pooled, float16, by the host's tokenizer and CLIP with the seeded weights. The encoder
+    looks back only, so padding that is cut off changes nothing before it; ValueError for a text that is longer."""
     import comfy.sd1_clip
     from comfy.text_encoders.sd3_clip import sd3_clip
     clip, tokenizer = sd3_clip(clip_l=True, clip_g=False, t5=False)(dtype=torch.float32), comfy.sd1_clip.SDTokenizer()
     clip.load_state_dict({f"clip_l.{k}": v.half().float() for k, v in world.text_encoder().items()})
-    out = [clip.encode_token_weights({"l": tokenizer.tokenize_with_weights(t), "g": [], "t5xxl": []}) for t in texts]
+    places = clip.clip_l.transformer.text_model.embeddings.position_embedding
+    places.weight = torch.nn.Parameter(places.weight[:length], requires_grad=False)
+    told = [tokenizer.tokenize_with_weights(t) for t in texts]
+    if long := [t for t, (tokens, *_) in zip(texts, told, strict=True) if tokens[length - 1][0] != tokens[-1][0]]:
+        raise ValueError(f"{long[0]!r} needs more than {length} tokens.")
+    out = [clip.encode_token_weights({"l": [part[:length] for part in parts], "g": [], "t5xxl": []}) for parts in told]
     return torch.cat([o[0][..., :world.CLIP] for o in out]).half(), torch.cat([o[1][..., :world.CLIP] for o in out]).half()
 
 
@@ -241,50 +247,61 @@ def texts():
     return torch.load(path)
 
 
-def train_dit(steps=17000, short=15600, batch=64, rate=1.5e-3, seed=3, pictures=6000):
-    """Flow matching: x = (1 - sigma) x0 + sigma noise, the model answers noise - x0. Writes the averaged weights: WORK/dit.safetensors.
+def flow_loss(model, x0, noise, sigma, context, pooled):
+    """Flow matching: x = (1 - sigma) x0 + sigma noise, the model answers noise - x0. Mean square of what it is off by."""
+    s = sigma.view(-1, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = model((1 - s) * x0 + s * noise, sigma * 1000, context=context.float(), y=pooled.float())
+    return (answer.float() - (noise - x0)).square().mean()
 
-    The first `short` steps see 12 of the 77 text tokens (a caption needs 10, the rest is padding): the same lesson at a third of the time.
-    """
-    rng, start = torch.Generator().manual_seed(seed), time.time()
-    attributes, index, latents, context, pooled = training_set(pictures, seed)
-    print(f"data ready: {len(latents)} latents std {latents.std():.3f}, {len(context)} captions, {time.time() - start:.0f} s", flush=True)
-    model = blank_transformer(rng)
+
+def learn(name, model, losses, steps, rate, seed):
+    """Trains on the mean of losses(step, rng), a list, and writes the averaged weights: WORK/{name}.safetensors. A stopped run goes on."""
     weights, mean = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
-    opt, start, recent, before = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01), time.time(), [], kept("dit")
+    opt, start, recent, before = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01), time.time(), [], kept(name)
     if before:
         model.load_state_dict(before["weights"])
         opt.load_state_dict(before["opt"])
         mean = before["mean"]
     for step in range(before["step"] if before else 0, steps):
-        rng = step_rng(seed, step)
-        pick = torch.randint(len(latents), (batch,), generator=rng)
-        words = torch.tensor([index[said(rng, attributes[i])] for i in pick.tolist()])
-        x0, noise, sigma = latents[pick], torch.randn((batch, *latents.shape[1:]), generator=rng), sigmas(rng, batch)
-        s = sigma.view(-1, 1, 1, 1)
-        text = context[words, :12 if step < short else 77].float()
-        with torch.autocast("cpu", torch.bfloat16):
-            answer = model((1 - s) * x0 + s * noise, sigma * 1000, context=text, y=pooled[words].float())
-        loss = (answer.float() - (noise - x0)).square().mean()
+        parts = losses(step, step_rng(seed, step))
         for group in opt.param_groups:
             group["lr"] = rate * pace(step, steps, 200)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
+        for loss in parts:
+            (loss / len(parts)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         torch._foreach_lerp_(mean, [p.detach() for p in weights], 1 - min(0.998, (step + 1) / (step + 10)))
-        recent.append(loss.item())
+        recent.append([loss.item() for loss in parts])
         if step % 200 == 199 or step == steps - 1:
-            print(f"dit {step + 1:5d}  loss {sum(recent) / len(recent):.4f}  {time.time() - start:.0f} s", flush=True)
+            shown = "  ".join(f"{sum(part) / len(part):.4f}" for part in zip(*recent, strict=True))
+            print(f"{name} {step + 1:5d}  loss {shown}  {time.time() - start:.0f} s", flush=True)
             recent.clear()
-            keep("dit", step=step + 1, weights=model.state_dict(), opt=opt.state_dict(), mean=mean)
-            save_file(dict(zip([k for k, _ in model.named_parameters()], mean, strict=True)), str(WORK / "dit.safetensors"))
+            keep(name, step=step + 1, weights=model.state_dict(), opt=opt.state_dict(), mean=mean)
+            save_file(dict(zip([k for k, _ in model.named_parameters()], mean, strict=True)), str(WORK / f"{name}.safetensors"))
 
 
-def pack():
+def train_dit(steps=17000, short=15600, batch=64, rate=1.5e-3, seed=3, pictures=6000):
+    """The first `short` steps see 12 of the 77 text tokens (a caption needs 10, the rest is padding): the same lesson at a third of the time."""
+    rng, start = torch.Generator().manual_seed(seed), time.time()
+    attributes, index, latents, context, pooled = training_set(pictures, seed)
+    print(f"data ready: {len(latents)} latents std {latents.std():.3f}, {len(context)} captions, {time.time() - start:.0f} s", flush=True)
+    model = blank_transformer(rng)
+
+    def losses(step, rng):
+        pick = torch.randint(len(latents), (batch,), generator=rng)
+        words = torch.tensor([index[said(rng, attributes[i])] for i in pick.tolist()])
+        x0, noise, sigma = latents[pick], torch.randn((batch, *latents.shape[1:]), generator=rng), sigmas(rng, batch)
+        return [flow_loss(model, x0, noise, sigma, context[words, :12 if step < short else 77], pooled[words])]
+
+    learn("dit", model, losses, steps, rate, seed)
+
+
+def pack(files=(("vae", "vae"), ("dit", "transformer"))):
     """Write the 8-bit files that the repository keeps, and say how large they are."""
     world.WEIGHTS.mkdir(exist_ok=True)
-    for source, target in (("vae", "vae"), ("dit", "transformer")):
+    for source, target in files:
         path = world.WEIGHTS / f"{target}.safetensors"
         save_file({k: v.contiguous() for k, v in world.pack(load_file(str(WORK / f"{source}.safetensors"))).items()}, str(path))
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
