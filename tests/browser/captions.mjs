@@ -1,7 +1,7 @@
 // The caption grid as a person uses it. Prints one JSON object of what was seen; test_captions.py judges it.
 //   CHROMIUM=... node captions.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { ended, listen, open, press } from './page.mjs';
+import { ended, listen, open, press, tell } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -224,13 +224,7 @@ async function light() {
   await page.evaluate(() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark'));
 }
 
-try {
+await tell(seen, browser, async () => {
   const all = { edit, wheel, filter, revert, reload, many, subgraph, anew, light };
   for (const part of parts) await all[part]();
-} catch (error) {
-  seen.error = String(error.stack ?? error).slice(0, 2000);
-  await shot('captions_error');
-} finally {
-  await browser.close();
-}
-console.log(JSON.stringify(seen));
+}, () => shot('captions_error'));

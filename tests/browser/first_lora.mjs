@@ -1,7 +1,7 @@
 // The bundled workflow as a person meets it. Prints one JSON object of what was seen; test_first_lora.py judges it.
 //   CHROMIUM=... node first_lora.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { command, ended, fit, listen, missing, open, openTemplate, overlaps, press, set, toApi } from './page.mjs';
+import { command, ended, fit, listen, missing, open, openTemplate, overlaps, press, set, tell, toApi } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -66,13 +66,7 @@ async function help() {
   await shot('help');
 }
 
-try {
+await tell(seen, browser, async () => {
   await look();
   if (!nodes2) { await train(); await interrupt(); await help(); }
-} catch (error) {
-  seen.error = String(error.stack ?? error).slice(0, 2000);
-  await shot('error');
-} finally {
-  await browser.close();
-}
-console.log(JSON.stringify(seen));
+}, () => shot('error'));

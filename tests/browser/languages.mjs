@@ -1,7 +1,7 @@
 // Train LoRA on a page in another language: its title, its labels, a tooltip. Prints one JSON object; test_languages.py judges it.
 //   CHROMIUM=... node languages.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { open, settings } from './page.mjs';
+import { open, settings, tell } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -33,16 +33,12 @@ async function hover(page) {
 
 await settings(url, { 'Comfy.Locale': plan.language, 'LiteGraph.Node.TooltipDelay': 50 });
 const { browser, page, troubles, shot } = await open(url, { nodes2, shots: plan.shots, viewport: { width: 1300, height: 900 } });
-try {
+seen.troubles = troubles;
+await tell(seen, browser, async () => {
   seen.node = await add(page);
   await page.waitForTimeout(1500);
   await hover(page);
   await page.getByText(plan.tooltip, { exact: true }).first().waitFor({ timeout: 10000 }).then(() => { seen.tooltip = true; }, () => { seen.tooltip = false; });
   await shot(`language_${plan.language}`);
-} catch (error) {
-  seen.error = String(error.stack ?? error).slice(0, 2000);
-} finally {
-  await browser.close();
-  await settings(url, { 'Comfy.Locale': 'en', 'LiteGraph.Node.TooltipDelay': 500 });
-}
-console.log(JSON.stringify({ ...seen, troubles }));
+});
+await settings(url, { 'Comfy.Locale': 'en', 'LiteGraph.Node.TooltipDelay': 500 });

@@ -1,7 +1,7 @@
 // The live chart and the sidebar of runs as a person meets them. Prints one JSON object of what was seen; test_live.py judges it.
 //   CHROMIUM=... node live.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { command, ended, listen, open, press } from './page.mjs';
+import { command, ended, listen, open, press, tell } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -15,15 +15,7 @@ const name = part => `${nodes2 ? 'n' : 'c'}_${part}`;
 /** Checkpoint, pictures and one Train node for each of the names, with Validation and Previews, at 100 % zoom. */
 const build = (names, steps, rare = {}) => page.evaluate(async ([plan, names, steps]) => {
   await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
-  const { graph, canvas } = window.app;
-  const add = (type, pos, values = {}) => {
-    const node = LiteGraph.createNode(type);
-    node.pos = pos;
-    graph.add(node);
-    for (const [key, value] of Object.entries(values)) node.widgets.find(w => w.name === key).value = value;
-    return node;
-  };
-  const link = (from, slot, to, input) => from.connect(slot, to, to.inputs.findIndex(i => i.name === input));
+  const { canvas } = window.app, { add, link } = window.kit;
   const model = add('CheckpointLoaderSimple', [20, 60], { ckpt_name: plan.checkpoint });
   const data = add('TrainyardLoadDataset', [20, 200], { folder: plan.folder });
   const encoded = add('TrainyardEncodeDataset', [440, 60], { resolution: 64, step: 8 });
@@ -223,15 +215,7 @@ async function light() {
 async function scores() {
   await page.evaluate(async ([plan, names]) => {
     await window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
-    const { graph, canvas } = window.app;
-    const add = (type, pos, values = {}) => {
-      const node = LiteGraph.createNode(type);
-      node.pos = pos;
-      graph.add(node);
-      for (const [key, value] of Object.entries(values)) node.widgets.find(w => w.name === key).value = value;
-      return node;
-    };
-    const link = (from, slot, to, input) => from.connect(slot, to, to.inputs.findIndex(i => i.name === input));
+    const { canvas } = window.app, { add, link } = window.kit;
     const model = add('CheckpointLoaderSimple', [20, 60], { ckpt_name: plan.checkpoint });
     const judge = add('TrainyardLoadScoreModel', [20, 200], { file: plan.judge });
     const look = add('TrainyardValidation', [20, 340], { every: plan.every, images: 2, levels: 4, preview_every: plan.preview, prompts: plan.prompts, sampling_steps: 4, guidance: 2.5, width: 64, height: 64 });
@@ -268,13 +252,7 @@ async function scores() {
   await page.mouse.move(5, 700);
 }
 
-try {
+await tell(seen, browser, async () => {
   const all = { train, reload, finish, again, sidebar, stop, subgraph, light, scores };
   for (const part of parts) await all[part]();
-} catch (error) {
-  seen.error = String(error.stack ?? error).slice(0, 2000);
-  await shot('live_error');
-} finally {
-  await browser.close();
-}
-console.log(JSON.stringify(seen));
+}, () => shot('live_error'));

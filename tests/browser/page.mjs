@@ -14,6 +14,7 @@ export async function open(url, { nodes2 = false, shots = 'shots', viewport = { 
                         'Comfy.Workflow.ShowMissingModelsWarning': false });
   const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, headless: true, args: FLAGS });
   const page = await browser.newPage({ viewport });
+  await page.addInitScript(kit);
   const troubles = watch(page);
   await page.goto(url, { waitUntil: 'domcontentloaded' });
   await page.waitForFunction(() => window.app?.extensionManager && window.app?.graph && window.LiteGraph, null, { timeout: 90000 });
@@ -34,6 +35,31 @@ function watch(page) {
   page.on('pageerror', error => troubles.push(`pageerror: ${String(error).slice(0, 400)}`));
   page.on('console', message => /Error loading extension/.test(message.text()) && troubles.push(message.text().slice(0, 400)));
   return troubles;
+}
+
+/** In the page: kit.add makes a node with these widgets, kit.link connects an output to a named input. */
+function kit() {
+  const add = (type, pos, values = {}) => {
+    const node = LiteGraph.createNode(type);
+    node.pos = pos;
+    window.app.graph.add(node);
+    for (const [key, value] of Object.entries(values)) node.widgets.find(w => w.name === key).value = value;
+    return node;
+  };
+  window.kit = { add, link: (from, slot, to, input) => from.connect(slot, to, to.inputs.findIndex(i => i.name === input)) };
+}
+
+/** Does what a script is for and prints what was seen, in the last line, also where it failed: `failed` then takes a picture. */
+export async function tell(seen, browser, act, failed = () => {}) {
+  try {
+    await act();
+  } catch (error) {
+    seen.error = String(error.stack ?? error).slice(0, 2000);
+    await failed();
+  } finally {
+    await browser.close();
+  }
+  console.log(JSON.stringify(seen));
 }
 
 export const command = (page, id) => page.evaluate(name => window.app.extensionManager.command.execute(name), id);

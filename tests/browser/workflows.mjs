@@ -1,7 +1,7 @@
 // Every bundled workflow as the page opens it. Prints one JSON object of what was seen; test_workflow_pages.py judges it.
 //   CHROMIUM=... node workflows.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { fit, missing, open, overlaps, toApi } from './page.mjs';
+import { fit, missing, open, overlaps, tell, toApi } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -23,7 +23,7 @@ const spilling = () => page.evaluate(() => [...document.querySelectorAll('[data-
 const grown = () => page.evaluate(() => window.app.graph.nodes.filter(n => n.type.startsWith('Trainyard') && n.computeSize()[1] > n.size[1] + 1)
   .map(n => `${n.id} ${n.title}: ${Math.round(n.size[1])} < ${Math.round(n.computeSize()[1])}`));
 
-try {
+await tell(seen, browser, async () => {
   for (const name of plan.workflows) {
     const workflow = await (await fetch(`${url}/api/workflow_templates/${plan.pack}/${name}.json`)).json();
     await load(workflow);
@@ -37,10 +37,4 @@ try {
     await load(workflow);
     seen.older[name] = { now, then: await widgets() };
   }
-} catch (error) {
-  seen.error = String(error.stack ?? error).slice(0, 2000);
-  await shot('error');
-} finally {
-  await browser.close();
-}
-console.log(JSON.stringify(seen));
+}, () => shot('error'));
