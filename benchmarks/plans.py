@@ -4,13 +4,15 @@
     .venv/bin/python benchmarks/plans.py --shapes sdxl --real         # real size with random weights, on a CUDA GPU
 
 Our targets, AdamW. `forecast` is what the planner says before the run, from a forward pass that keeps nothing; on a CPU the copies that wait
-beside the device are not counted as the device's. meta: real size without memory, where `per block + CPU` has no bytes but the forecast's.
+beside the device are not counted as the device's. meta: real size without memory, where plans with copies have no bytes but the forecast's.
+`away` in the file: bytes of weights that `offloaded blocks` takes off the device beside that.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import pathlib
@@ -25,7 +27,7 @@ def rows_of(plan, meta):
     """name -> row, core's first."""
     from trainyard.benchmarks import contenders
     from trainyard.benchmarks.train_lora import core_row, row
-    from trainyard.trainers.plan import PER_BLOCK_CPU, PLANS
+    from trainyard.trainers.plan import OFFLOADED, PER_BLOCK, PLANS
 
     core = contenders.meta_core if meta else contenders.core
     ours = contenders.meta_ours if meta else contenders.ours
@@ -37,18 +39,19 @@ def rows_of(plan, meta):
     count = counted(plan, meta)
     moments = 2 * count.adapters  # of the optimizer: born in the first step, and the ledger keeps the second
     for name in PLANS:
-        if meta and name == PER_BLOCK_CPU:  # a copy of a tensor without values has no values either
-            rows[name] = {**rows[PLANS[1]], "peak": count.peak(name) - moments, "saved": 0}
+        if meta and name in PLANS[2:]:  # a copy of a tensor without values has no values either
+            rows[name] = {**rows[PER_BLOCK], "peak": count.peak(name) - moments, "saved": 0}
         else:
             with beside_the_device():
                 rows[name] = row(*ours(plan, targets=targets, checkpointing=name))
-        rows[name]["forecast"] = count.peak(name) - moments
+        rows[name] |= {"forecast": count.peak(name) - moments, "away": count.weights if name == OFFLOADED else 0}
         gc.collect()
     return rows
 
 
 def counted(plan, meta):
     """trainers.plan.Measured of one step."""
+    import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
     from trainyard.trainers.methods.lora import Lora
@@ -62,13 +65,20 @@ def counted(plan, meta):
         with host.out_of_place(it.network), host.checkpointed(host.block_classes(it.network), adapters, blocks), adapters.attached():
             with host.in_training(), host.differentiable_rope(), blocks.tally:
                 it.loss()
-        return blocks.tally.measured(bytes_of(adapters))
+        return weighed(blocks.tally.measured(bytes_of(adapters)), it.network, torch.device("meta"))
     with host.training(shapes.make(plan.shape, plan.dtype), adapter) as session:
         method = Lora(session.denoiser, session.adapters, contenders.encoded(plan), density=session.family.density, batch=plan.batch)
         session.blocks.tally = tally = Tally([*session.denoiser.model.parameters(), *method.parameters()])
         with tally:
             method.loss(host.generator(0))
-        return tally.measured(bytes_of(session.adapters))
+        return weighed(tally.measured(bytes_of(session.adapters)), session.denoiser.model.diffusion_model, session.denoiser.device)
+
+
+def weighed(measured, network, device):
+    from trainyard.nodes import host
+
+    weights, heaviest = host.block_weights(network, device)
+    return dataclasses.replace(measured, weights=weights, heaviest=heaviest)
 
 
 def bytes_of(module) -> int:

@@ -6,7 +6,7 @@ where the true score of every picture is known.
 
 pretraining: 400 pictures without ratings; then ridge regression from the features on 64 ratings, asked about 300 other pictures, mean of five
 draws of the 64. model: a score on the frozen states of the toy's own transformer. decode: a score on a small CLIP_VISION that looks
-at the decoded latent; that encoder learnt to name shapes and colours for a minute and was never told a score.
+at the decoded latent; that encoder learnt to tell how pictures are drawn (tests/toy/train_eyes.py) and was never told a score.
 """
 
 from __future__ import annotations
@@ -36,9 +36,6 @@ TASKS = {
 }
 OFF = dict(inpaint=0.0, simclr=0.0)
 NETWORK = dict(width=24, depth=1)
-EYES = dict(model_type="clip_vision_model", hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, hidden_act="quick_gelu",
-            num_channels=3, patch_size=8, image_size=64, projection_dim=128)  # fmt: skip
-LESSON = 500
 
 
 def timed(make):
@@ -130,36 +127,14 @@ def rated(data, scores):
 
 
 def seeing():
-    """A CLIP_VISION of ComfyUI's own class that learnt to name drawn shapes, colours and sizes."""
+    """The toy world's CLIP_VISION, in ComfyUI's own class."""
     import comfy.clip_vision
-    import numpy as np
-    import torch
-    from trainyard.nodes import host
-    from trainyard.tests.toy import shapes
+    from trainyard.tests.toy import world
 
-    eyes, rng = comfy.clip_vision.ClipVisionModel(dict(EYES)), torch.Generator().manual_seed(0)
-    eyes.model.float()  # ComfyUI keeps text and picture encoders in fp16, in which nothing can be learnt
-    eyes.dtype = torch.float32
-    for name, weight in eyes.model.named_parameters():
-        torch.nn.init.normal_(weight, std=0.05, generator=rng) if weight.ndim > 1 else weight.data.fill_(float("norm" in name and name.endswith("weight")))
-    words = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS), "size": tuple(shapes.SIZES)}
-    heads = torch.nn.ModuleDict({key: torch.nn.Linear(EYES["projection_dim"], len(names)) for key, names in words.items()})
-    optimizer = torch.optim.AdamW([*eyes.model.parameters(), *heads.parameters()], 1e-3)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (eyes.image_mean, eyes.image_std))
-    with host.gradients(), host.in_training(), host.out_of_place(eyes.model):
-        eyes.model.requires_grad_(True)
-        for step in range(LESSON):
-            drawn = [shapes.sample(rng, shape=shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))]) for _ in range(32)]
-            pixels = torch.stack([torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).movedim(-1, 0) for picture, *_ in drawn])
-            seen = eyes.model(pixel_values=(pixels - mean) / std, intermediate_output=-2)[2]
-            loss = sum(torch.nn.functional.cross_entropy(heads[key](seen), torch.tensor([names.index(about[key]) for *_, about in drawn]))
-                       for key, names in words.items())  # fmt: skip
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if step % 100 == 99:
-                print("eyes", step + 1, round(loss.item(), 3), flush=True)
-        eyes.model.requires_grad_(False)
+    eyes = comfy.clip_vision.ClipVisionModel({"model_type": "clip_vision_model", **world.EYES})
+    missing, _ = eyes.load_sd(world.eyes())
+    if missing:
+        raise ValueError(f"The stored encoder lacks {missing[0]} and {len(missing) - 1} more.")
     return eyes
 
 

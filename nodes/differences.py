@@ -241,7 +241,9 @@ class PromptJob(DifferenceJob):
         self.tasks()
 
     def tasks(self):
-        return tasks_of(self.rows, self.shapes, self.slider, self.place.preserve_weight)
+        """Each row with its own batch times the node's, which may be left open until the run begins."""
+        rows = [dataclasses.replace(row, batch=row.batch * max(1, self.run.batch)) for row in self.rows]
+        return tasks_of(rows, self.shapes, self.slider, self.place.preserve_weight)
 
     def texts(self) -> list[str]:
         asked = axis_of(self.rows[0], self.slider).texts if self.calibrate != OFF else ()
@@ -399,23 +401,22 @@ class TrainLeco(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, validation=None, **widgets):
         words = record(LecoWords, widgets)
-        rows = only(prompts, words.target, widgets["batch"]) or (leco_row(words, widgets["batch"]),)
+        rows = only(prompts, words.target) or (leco_row(words),)
         return trained_by_prompts(cls, model, clip, rows, False, widgets, encoded=encoded, points=points, adapter=adapter, optimizer=optimizer,
                                   noise=noise, validation=validation)  # fmt: skip
 
 
-def only(prompts, target: str, batch: int) -> tuple[PromptRow, ...]:
-    """The rows of Load Prompts, if any, each with its own batch times the node's. ValueError when the node's own prompts are written too:
-    nobody would learn them."""
+def only(prompts, target: str) -> tuple[PromptRow, ...]:
+    """The rows of Load Prompts, if any. ValueError when the node's own prompts are written too: nobody would learn them."""
     if prompts and target.strip():
         raise ValueError(f"target is {target!r}, and prompts are connected too. Clear target, or disconnect prompts.")
-    return tuple(dataclasses.replace(row, batch=row.batch * batch) for row in prompts or ())
+    return tuple(prompts or ())
 
 
-def leco_row(words: LecoWords, batch: int) -> PromptRow:
+def leco_row(words: LecoWords) -> PromptRow:
     return PromptRow(
         words.target, words.positive or None, words.unconditional, words.neutral or None, words.action, words.guidance,
-        batch=batch, preserve=several(words.preserve, ";"),
+        preserve=several(words.preserve, ";"),
     )  # fmt: skip
 
 
@@ -435,7 +436,7 @@ class TrainTextSlider(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, prompts=None, encoded=None, adapter=None, optimizer=None, noise=None, points=None, validation=None, **widgets):
         words = record(SliderWords, widgets)
-        rows = with_two_ends(only(prompts, words.target, widgets["batch"])) or (slider_row(words, widgets["batch"]),)
+        rows = with_two_ends(only(prompts, words.target)) or (slider_row(words),)
         return trained_by_prompts(cls, model, clip, rows, True, widgets, encoded=encoded, points=points, adapter=adapter, optimizer=optimizer,
                                   noise=noise, validation=validation)  # fmt: skip
 
@@ -448,12 +449,12 @@ def with_two_ends(rows):
     return rows
 
 
-def slider_row(words: SliderWords, batch: int) -> PromptRow:
+def slider_row(words: SliderWords) -> PromptRow:
     if (words.positive or words.target) == words.negative:
         raise ValueError(f"positive and negative are both {words.negative!r}: between them lies no direction to learn. Change one of them.")
     return PromptRow(
         words.target, words.positive or None, words.negative, None, "enhance", words.guidance,
-        batch=batch, preserve=several(words.preserve, ";"), attributes=several(words.attributes, ";,"),
+        preserve=several(words.preserve, ";"), attributes=several(words.attributes, ";,"),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from ..trainers.adapters import Adapters, by_base, kohya
 from ..trainers.compiled import Compiler
 from ..trainers.data.encoded import split_conditioning
 from ..trainers.files import LoraFile
-from ..trainers.plan import AUTO, OFF, PER_BLOCK, PER_BLOCK_CPU, cheaper
+from ..trainers.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, cheaper
 from ..trainers.points import Model, NoAdapters
 from ..trainers.recompute import Blocks, checkpointed
 from ..trainers.settings import AdapterSettings
@@ -40,7 +40,8 @@ from .families import Family, family_of
 from .outofplace import out_of_place
 
 KEY = "trainyard"
-CHECKPOINTING = (OFF, PER_BLOCK, PER_BLOCK_CPU, AUTO)
+EVERYTHING = 1e32  # bytes: what the host says where it means all
+CHECKPOINTING = (OFF, PER_BLOCK, PER_BLOCK_CPU, OFFLOADED, AUTO)
 
 
 # -- leaving inference mode ----------------------------------------------------------------------------------------------
@@ -258,6 +259,7 @@ class Session:
     text_keys: dict = field(default_factory=dict)
     text_known: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
     blocks: Blocks = field(default_factory=Blocks)  # how the model's blocks keep what backward needs; may change between two steps
+    away: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
 
     def tensors(self):
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
@@ -295,6 +297,8 @@ def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, check
             session.blocks.compiler = stack.enter_context(compiler(adapters, compiling).ready())
         stack.enter_context(checkpointed(block_classes(network), adapters, session.blocks))
         session.denoiser = ComfyDenoiser(patcher, session.family)
+        if checkpointing == OFFLOADED:
+            offload(session)
         yield session
 
 
@@ -702,7 +706,7 @@ def difference(loss, params, direction, step):
 def training_memory(model, area, batch: int, checkpointing: str) -> float:
     """A rough first figure, in bytes, of what a step needs beside the weights: the host's own estimate for sampling, times what
     autograd keeps. The host offloads weights when it does not fit. `area`: the largest latent (C, ..., h, w)."""
-    kept = {OFF: 12.0, PER_BLOCK: 3.0, PER_BLOCK_CPU: 2.0, AUTO: 2.0}[checkpointing]
+    kept = {OFF: 12.0, PER_BLOCK: 3.0, PER_BLOCK_CPU: 2.0, OFFLOADED: 2.0, AUTO: 2.0}[checkpointing]
     return kept * model.model.memory_required([batch, *area])
 
 
@@ -739,6 +743,21 @@ def measured_peak() -> int:
 def free_memory(session: Session) -> int:
     """Bytes that the device of a session could still give."""
     return int(mm.get_free_memory(session.denoiser.device))
+
+
+def block_weights(network, device) -> tuple[int, int]:
+    """(bytes of the blocks' weights that lie on the device, those of the block that has most)."""
+    classes = tuple(block_classes(network))
+    here = lambda block: sum(p.nbytes for p in block.parameters() if p.device == device)
+    sizes = [here(module) for module in network.modules() if isinstance(module, classes)]
+    return sum(sizes), max(sizes, default=0)
+
+
+def offload(session: Session, count: float = EVERYTHING):
+    """At least so many bytes of the model's weights leave the device, or all of them. The host fetches each again when its layer is called, and
+    under checkpointing nothing keeps it longer than its block."""
+    patcher = session.denoiser.patcher
+    session.away += patcher.partially_unload(patcher.offload_device, count)
 
 
 class Gauge:

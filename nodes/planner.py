@@ -6,21 +6,22 @@ import contextlib
 import logging
 import math
 import time
+from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..trainers import plan
 from ..trainers.loop import load_method_state, method_state, own_chance, step_rng
-from ..trainers.plan import AUTO, Forecast, Measured
+from ..trainers.plan import AUTO, OFF, OFFLOADED, PLANS, ROOM, Measured, cheaper, chosen, forecast, largest_batch, split
 from ..trainers.recompute import Tally
 from . import host
 
-WAYS = "'per block' needs much less memory and half as much time again; 'per block + CPU' still less. 'auto' measures a step and chooses."
+WAYS = ("'per block' needs much less memory and half as much time again; 'per block + CPU' still less; 'offloaded blocks' least, and the model's weights "
+        "travel for every block. 'auto' measures a step and chooses; where nothing else fits, it splits the batch.")
 SHORT = 50  # runs of fewer steps are not measured first: they would be half done by then
 
 
 def checkpointing_input(**more):
-    return io.Combo.Input("checkpointing", options=list(host.CHECKPOINTING), default=plan.OFF, tooltip=WAYS, **more)
+    return io.Combo.Input("checkpointing", options=list(host.CHECKPOINTING), default=OFF, tooltip=WAYS, **more)
 
 
 def retry_input():
@@ -35,23 +36,48 @@ def compile_input():
                             "model's blocks: minutes at the start, often for less time a step. Where that is impossible, it says so and trains without.")
 
 
-def settled(session, method, job, checkpointing: str) -> Forecast | None:
-    """Chooses the plan where that is left open, and gives what is to be expected; None for short runs with a plan of their own.
-    Nothing that the run depends on is changed: parameters, draw order and the chance of others are as before."""
-    if checkpointing != AUTO and job.run.steps < SHORT:
-        return None
+def prepared(session, job, checkpointing: str):
+    """(method, what is to be expected). The plan is chosen where that is left open, and the batch, where it is left open or fits under no plan.
+    None in place of a forecast for short runs that leave nothing open. Nothing else that the run depends on is changed: parameters,
+    draw order and the chance of others are as before."""
+    method = job.method(session)
+    if not (checkpointing == AUTO or job.chooses_batch or job.run.steps >= SHORT):
+        return method, None
     with untouched(method):
         measured = counted(session, method, job)
-        if measured is None:
-            return None
-        plans = offered(session) if checkpointing == AUTO else (checkpointing,)
-        session.blocks.plan = plan.chosen(measured, host.free_memory(session), plans)
-        return tried(session, method, job, measured, plans)
+    if measured is None:
+        return method, None
+    plans, free = offered(session.denoiser.device) if checkpointing == AUTO else (checkpointing,), host.free_memory(session)
+    plan = session.blocks.plan = chosen(measured, free, plans)
+    batch = sized(measured, free, plan, job, session.denoiser.device)
+    method, measured = resized(session, method, job, measured, batch)
+    if plan == OFFLOADED and checkpointing == AUTO:
+        host.offload(session, measured.peak(OFFLOADED) - ROOM * free)
+    return tried(session, method, job, measured, plans)
 
 
-def offered(session) -> tuple[str, ...]:
+def resized(session, method, job, measured, batch: int):
+    """(method, measured) with that batch."""
+    before = job.run.batch
+    if batch == before:
+        return method, measured
+    job.take(batch, job.optimizing.accumulate * (before // batch if job.may_split else 1))
+    return job.method(session), replace(measured.scaled(batch / before), accumulated=job.optimizing.accumulate > 1)
+
+
+def sized(measured, free, plan, job, device) -> int:
+    """The batch. One that is left open is as large as fits under the plan of a single picture, where that makes a device busier. One that is asked
+    for is split where no plan has room for it: it makes the same steps of other pictures, so it comes last."""
+    if job.chooses_batch:
+        return largest_batch(measured, free, plan) if offered(device) == PLANS else 1
+    if job.may_split and job.checkpointing == AUTO and not measured.fits(plan, free):
+        return split(measured, free, plan, job.run.batch)
+    return job.run.batch
+
+
+def offered(device) -> tuple[str, ...]:
     """Plans that make a difference on this device."""
-    return plan.PLANS if session.denoiser.device.type != "cpu" else plan.PLANS[:2]
+    return PLANS if device.type != "cpu" else PLANS[:2]
 
 
 @contextlib.contextmanager
@@ -80,26 +106,34 @@ def counted(session, method, job) -> Measured | None:
         session.blocks.tally = None
     asked = math.prod(job.largest()) * job.run.batch
     adapters = sum(p.numel() * p.element_size() for p in method.parameters())
-    return tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.widest)))
+    weights, heaviest = host.block_weights(session.denoiser.model.diffusion_model, session.denoiser.device)
+    measured = tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.widest)))
+    return replace(measured, weights=weights, heaviest=heaviest, accumulated=job.optimizing.accumulate > 1)
 
 
-def tried(session, method, job, measured, plans) -> Forecast:
-    """A real step under the plan; when it does not fit after all, under the next of these plans."""
+def tried(session, method, job, measured, plans):
+    """(method, forecast) after a real step under the plan. When it does not fit after all: a batch that is the planner's own is halved, else the
+    next of these plans has to do."""
     while True:
-        free, further = host.free_memory(session), None
+        free, plan = host.free_memory(session), session.blocks.plan
         try:
-            if session.blocks.compiler:
-                one_step(session, method, job)  # in which programs are made
-            seconds, peak = one_step(session, method, job)
+            with untouched(method):
+                if session.blocks.compiler:
+                    one_step(session, method, job)  # in which programs are made
+                seconds, peak = one_step(session, method, job)
+            extra = max(0, peak - (measured.peak(plan) - 2 * measured.adapters)) if peak else 0  # the optimizer has no numbers of its own yet
+            return method, forecast(measured, plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra, session.away)
         except Exception as error:
-            further = plan.cheaper(session.blocks.plan, plans)
-            if further is None or not host.out_of_memory(error):
+            halved, further = job.chooses_batch and job.run.batch // 2, cheaper(plan, plans)
+            if not (halved or further) or not host.out_of_memory(error):
                 raise
-        if further is None:
-            extra = max(0, peak - measured.peak(session.blocks.plan)) if peak else 0
-            return plan.forecast(measured, session.blocks.plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra)
-        session.blocks.plan = further
         host.let_go()
+        if halved:
+            method, measured = resized(session, method, job, measured, halved)
+            continue
+        session.blocks.plan = further
+        if further == OFFLOADED:
+            host.offload(session)
 
 
 def one_step(session, method, job) -> tuple[float, int]:

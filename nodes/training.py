@@ -45,6 +45,8 @@ class TrainingJob:
     retry_cheaper: bool = False  # when memory runs out
     compile_blocks: bool = False
     remark: str = ""  # what the person should know at the end, too
+    chooses_batch: bool = False  # it is left open, and the run has not begun
+    may_split: bool = False  # what is asked for need not go through the model at once
     kind = ""  # of the method and its version: part of the fingerprint
 
     def check(self):
@@ -155,7 +157,19 @@ class TrainingJob:
             self.kind, *self.parts(), host.model_identity(self.model), clip, self.adapter, self.optimizing, self.noise, run
         )
 
+    def sized(self, folder):
+        """Batch and accumulate as an earlier part of the run had them; a batch that is left open is one picture until it is chosen."""
+        begun = folder.begun()
+        self.chooses_batch = not begun and self.run.batch == 0
+        self.may_split = not begun and not self.chooses_batch
+        self.take(folder.sizes.get("batch", self.run.batch or 1), folder.sizes.get("accumulate", self.optimizing.accumulate))
+
+    def take(self, batch: int, accumulate: int):
+        self.run = dataclasses.replace(self.run, batch=batch)
+        self.optimizing = dataclasses.replace(self.optimizing, accumulate=accumulate)
+
     def trained(self, folder):
+        self.sized(folder)
         self.prepare()
         if self.looking:
             self.looking.encode()
@@ -196,10 +210,12 @@ class TrainingJob:
                 self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=checkpointing, memory=self.memory,
                 compiling=self.tell if self.compile_blocks else None,
             ) as session:
-                method = self.method(session)
                 if not session.family.known:
                     host.check_gradients(session, *self.probe(session))
-                self.foretell(planner.settled(session, method, self, checkpointing), folder)
+                method, forecast = planner.prepared(session, self, checkpointing)
+                self.foretell(forecast, folder)
+                folder.sizes = {"batch": self.run.batch, "accumulate": self.optimizing.accumulate}
+                self.chooses_batch = self.may_split = False
                 plan = session.blocks.plan
                 folder.export = lambda step: self.lora(session, step)
                 with board_of(self) as board:

@@ -183,6 +183,8 @@ class Job:
         self.name = checked_name(self.args.name)
         self.records = {record: settings(self.args, record) for record in RECORDS}
         self.run, self.adapter, self.optimizing, self.noise, self.captions, self.buckets = self.records.values()
+        if not self.run.batch:
+            raise ValueError("batch is 0, which leaves it to the planner of the ComfyUI nodes. Give --batch 1 or more here.")
         if self.args.out.exists() and not self.args.out.is_dir():
             raise ValueError(f"{self.args.out} is a file. Give --out a folder.")
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .compiled import Compiler
-from .plan import OFF, PER_BLOCK, PER_BLOCK_CPU, Block, Measured
+from .plan import OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, Block, Measured
 
 SMALL = 64 * 1024  # bytes; less is not worth a trip
 
@@ -56,7 +56,7 @@ def recomputing(forward, adapters, blocks: Blocks):
             with again():
                 return call(module, *args, **kwargs)
 
-        with Offload() if blocks.plan == PER_BLOCK_CPU else contextlib.nullcontext():
+        with Offload() if blocks.plan in (PER_BLOCK_CPU, OFFLOADED) else contextlib.nullcontext():
             return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     return run
@@ -137,6 +137,7 @@ class Dropped(RuntimeError):
 
 @dataclass
 class Call:
+    before: int = 0  # of what was kept outside, when the call began
     inputs: int = 0
     inside: int = 0
     seen: Living = field(default_factory=Living)
@@ -149,7 +150,7 @@ class Tally(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, weights):
         super().__init__(self.pack, self.unpack)
         self.weights = {key_of(w) for w in weights}
-        self.all, self.given = Living(), Living()
+        self.all, self.given, self.apart = Living(), Living(), Living()  # apart: kept by what is no block
         self.total = self.outside = self.largest = 0
         self.calls: list[Call] = []
         self.now: Call | None = None
@@ -162,8 +163,12 @@ class Tally(torch.autograd.graph.saved_tensors_hooks):
             self.all.remember(tensor, key, size)
             self.total += size
             self.largest = max(self.largest, size)
-            self.outside += size if self.now is None else 0
-        if self.now is not None and key not in self.now.seen and key not in self.given:
+        if self.now is None and key not in self.apart:
+            self.apart.remember(tensor, key, size)
+            self.outside += size
+            if call := self.given.get(key):  # it stays, whether the block is given it or not
+                call.inputs -= size
+        if self.now is not None and key not in self.now.seen and key not in self.given and key not in self.apart:
             self.now.seen.remember(tensor, key, size)
             self.now.inside += size
         return None
@@ -177,13 +182,12 @@ class Tally(torch.autograd.graph.saved_tensors_hooks):
         if self.now is not None:  # a block within a block is part of it
             yield
             return
-        self.now = Call()
+        self.now = Call(self.outside)
         for tensor in tensors:
             key = key_of(tensor)
-            if key not in self.given and key not in self.weights:
-                size = tensor.untyped_storage().nbytes()
-                self.given.remember(tensor, key, size)
-                self.now.inputs += size
+            if key not in self.given and key not in self.apart and key not in self.weights:
+                self.given.remember(tensor, key, self.now)
+                self.now.inputs += tensor.untyped_storage().nbytes()
         self.calls.append(self.now)
         try:
             yield
@@ -191,4 +195,6 @@ class Tally(torch.autograd.graph.saved_tensors_hooks):
             self.now = None
 
     def measured(self, adapters: int) -> Measured:
-        return Measured(self.total, self.outside, tuple(Block(c.inputs, c.inside) for c in self.calls), self.largest, adapters)
+        before = [0, *(call.before for call in self.calls)]
+        blocks = tuple(Block(call.inputs, call.inside, call.before - b) for b, call in zip(before[:-1], self.calls, strict=True))
+        return Measured(self.total, self.outside, blocks, self.largest, adapters)

@@ -51,6 +51,7 @@ class RunFolder:
     ending: dict = field(default_factory=dict)  # what decides which weights the run ends with: ValidationSettings.ending()
     graph: dict = field(default_factory=dict)  # "workflow" and "prompt" as JSON texts
     why: str = ""  # of the save at work, for the export
+    sizes: dict = field(default_factory=dict)  # what a run that goes on must take from its beginning: "batch" and "accumulate"
 
     @property
     def folder(self) -> Path:
@@ -97,6 +98,13 @@ class RunFolder:
         self.saved = state["step"]
         return state
 
+    def begun(self) -> bool:
+        """Whether there is something to go on from; `sizes` are those of its beginning then."""
+        if not self.state_path.exists():
+            return False
+        self.sizes = self.read().get("sizes", {})
+        return True
+
     def read(self) -> dict:
         try:
             return read_tree(self.state_path)
@@ -105,7 +113,7 @@ class RunFolder:
 
     def save(self, state, why):
         self.why = why
-        write_tree(self.state_path, {**state, "fingerprint": self.fingerprint})
+        write_tree(self.state_path, {**state, "fingerprint": self.fingerprint, "sizes": self.sizes})
         self.saved = state["step"]
         if why in ("step", "stopped", "finished") and state["step"] and self.export:
             lora = self.export(state.get("delivered", state["step"]))
@@ -113,7 +121,7 @@ class RunFolder:
                 write_lora(self.lora_path(self.steps if why == "finished" else state["step"]), lora)
         self.write_seen(state.get("watch") or {})
         about = {"name": self.name, "fingerprint": self.fingerprint, "step": state["step"], "steps": self.steps, "why": why, "ending": self.ending,
-                 "early": why == "finished" and state["step"] < self.steps, **outcome(state), **self.recipe}  # fmt: skip
+                 "early": why == "finished" and state["step"] < self.steps, **outcome(state), **self.recipe, **self.sizes}  # fmt: skip
         write_json(self.folder / "run.json", about)
 
     def write_seen(self, seen: dict):

@@ -288,7 +288,7 @@ class RunSettings(Settings):
 
     steps: int = number(1000, 1, 10_000_000, "Optimizer steps of the whole run.", unit="optimizer steps")
     learning_rate: float = number(1e-4, 1e-9, 10.0, "Learning rate. 1e-4 suits AdamW; Prodigy wants 1.", step=1e-6)
-    batch: int = number(1, 1, 1024, "Images per step.", unit="images")
+    batch: int = number(1, 0, 1024, "Images per step. 0: as many as memory allows, at most 8, found out when the run begins.", unit="images")
     seed: int = number(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
     save_every: int = number(
         250, 0, 1_000_000, "Save a LoRA and the resume state every so many steps. 0 saves at the end only.", unit="optimizer steps"

@@ -1,5 +1,7 @@
 """Plans of keeping activations on ComfyUI's own classes: the same gradients, the choice by free memory, and a second try."""
 
+import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -7,9 +9,9 @@ from trainyard.nodes import host, planner
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
-from trainyard.tests.comfy.test_train_node import fail_at, job, result, state
+from trainyard.tests.comfy.test_train_node import data, fail_at, job, result, state
 from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.plan import AUTO, OFF, PER_BLOCK, PER_BLOCK_CPU, PLANS
+from trainyard.trainers.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, PLANS, ROOM
 from trainyard.trainers.recompute import Offload
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "chroma", "qwen", "wan", "lumina2")
@@ -31,7 +33,7 @@ def test_every_plan_gives_the_same_gradients_bit_for_bit_and_leaves_the_model_as
                 loss = problem.loss().mean()
             loss.backward()
             found[plan] = [p.grad for p in session.adapters.parameters()]
-    for plan in (PER_BLOCK, PER_BLOCK_CPU):
+    for plan in PLANS[1:]:
         assert all(equal(got, wanted) for got, wanted in zip(found[plan], found[OFF], strict=True)), plan
     assert fingerprint(model) == before
     assert left_behind(model) == []
@@ -52,7 +54,7 @@ def test_strength_minus_one_has_other_gradients():
     assert not torch.allclose(*grads)
 
 
-@pytest.mark.parametrize("checkpointing", [AUTO, PER_BLOCK_CPU])
+@pytest.mark.parametrize("checkpointing", [AUTO, PER_BLOCK_CPU, OFFLOADED])
 def test_a_run_under_another_plan_gives_the_same_file(folders, checkpointing):
     plain = result(job(name="plain"))[0]
     other = result(job(name="other", model=make("sd3", inference=True), checkpointing=checkpointing))[0]
@@ -67,11 +69,13 @@ def planned(monkeypatch, free, checkpointing=AUTO, device=None, **run):
     monkeypatch.setattr(host, "free_memory", lambda session: int(free))
     a_job = job(steps=run.pop("steps", 60), checkpointing=checkpointing, encoded=run.pop("encoded", None), **run)
     if device:
-        monkeypatch.setattr(planner, "offered", lambda session: PLANS)
+        monkeypatch.setattr(planner, "offered", lambda device: PLANS)
+    a_job.chooses_batch, a_job.may_split = a_job.run.batch == 0, a_job.run.batch > 0
+    a_job.take(a_job.run.batch or 1, 1)
     with torch.inference_mode(), host.training(a_job.model, a_job.adapter, checkpointing=checkpointing) as session:
-        method = a_job.method(session)
-        forecast = planner.settled(session, method, a_job, checkpointing)
+        method, forecast = planner.prepared(session, a_job, checkpointing)
         assert all(p.grad is None for p in method.parameters())
+        assert method.batch == a_job.run.batch
         return forecast, session.blocks.plan
 
 
@@ -84,7 +88,7 @@ def test_auto_keeps_everything_where_there_is_room(monkeypatch, folders):
 def test_auto_checkpoints_where_there_is_less_and_goes_to_the_cpu_where_there_is_least(monkeypatch, folders):
     full, _ = planned(monkeypatch, 100 * GIB)
     assert planned(monkeypatch, full.peak)[1] == PER_BLOCK
-    assert planned(monkeypatch, 1000, device="cuda")[1] == PER_BLOCK_CPU
+    assert planned(monkeypatch, 1000, device="cuda")[1] == OFFLOADED
 
 
 def test_on_the_cpu_alone_nothing_is_sent_to_the_cpu(monkeypatch, folders):
@@ -118,7 +122,7 @@ def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, f
 
     monkeypatch.setattr(planner, "one_step", one_step)
     assert planned(monkeypatch, 100 * GIB, device="cuda")[1] == PER_BLOCK_CPU
-    assert calls == list(PLANS)
+    assert calls == list(PLANS[:3])
 
 
 def test_a_run_that_was_measured_first_is_the_same_run(folders, monkeypatch):
@@ -164,15 +168,126 @@ def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch,
             return loss.detach()
 
         method.loss = looking_back
-        assert planner.settled(session, method, a_job, OFF) is None
+        monkeypatch.setattr(a_job, "method", lambda session: method)
+        assert planner.prepared(session, a_job, OFF) == (method, None)
         assert session.blocks.tally is None
+
+
+# -- weights that travel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterwards(family):
+    """On the CPU the way is short, but layers are told to fetch their weights as anywhere."""
+    model = as_loader_gives(family)
+    with torch.inference_mode(), host.training(model, ADAPTERS.get(family, RANK_4), checkpointing=OFFLOADED) as session:
+        network = session.denoiser.model.diffusion_model
+        weights, heaviest = host.block_weights(network, session.denoiser.device)
+        assert 0 < heaviest <= weights <= session.away
+        layers = [m for block in network.modules() if type(block) in host.block_classes(network) for m in block.modules() if hasattr(m, "comfy_cast_weights")]
+        assert layers and all(m.comfy_cast_weights for m in layers if any(True for _ in m.parameters(recurse=False)))
+        there = model.model.model_loaded_weight_memory
+    with torch.inference_mode():
+        host.mm.load_models_gpu([model], force_full_load=True)
+    assert model.model.model_loaded_weight_memory >= there + weights
+
+
+def test_only_as_many_weights_leave_as_are_missing(monkeypatch, folders):
+    full, _ = planned(monkeypatch, 100 * GIB, checkpointing=OFFLOADED)
+    monkeypatch.setattr(planner, "chosen", lambda measured, free, plans: OFFLOADED)
+    forecast, plan = planned(monkeypatch, full.peak / ROOM - 1000, device="cuda")
+    assert (plan, forecast.plan) == (OFFLOADED, OFFLOADED)
+    assert 900 <= forecast.away < full.away / 2
+    assert "GiB of weights wait in the CPU's memory" in forecast.line(60)
+
+
+def test_a_lora_that_is_active_in_the_model_stays_in_force_while_the_weights_travel(folders):
+    """Its patches are merged into weights that are there, and applied at each fetch to those that are not."""
+    before, made = result(job(name="active", steps=3))[0], {}
+    for checkpointing in (PER_BLOCK, OFFLOADED):
+        patched, _ = host.applied(make("sd3", inference=True), None, before)
+        made[checkpointing] = result(job(name=f"on top {checkpointing}", model=patched, checkpointing=checkpointing))[1]
+    plain = result(job(name="plain"))[1]
+    assert made[PER_BLOCK] == pytest.approx(made[OFFLOADED], rel=1e-5)
+    assert made[PER_BLOCK] != pytest.approx(plain, rel=1e-5)
+
+
+# -- the batch -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_is_left_open_is_as_large_as_fits(monkeypatch, folders):
+    one = planned(monkeypatch, 100 * GIB, batch=1, device="cuda")[0]
+    eight = planned(monkeypatch, 100 * GIB, batch=0, device="cuda", encoded=data(count=9))[0]
+    assert (eight.batch, eight.plan, eight.room >= 8) == (8, OFF, True)
+    some, plan = planned(monkeypatch, 2.5 * one.peak, batch=0, device="cuda")
+    assert 1 < some.batch < 8 and plan == OFF and some.fits
+    assert f"off, batch {some.batch}: " in some.line(60)
+
+
+def test_on_the_cpu_an_open_batch_is_one_picture_because_more_would_only_take_longer(monkeypatch, folders):
+    assert planned(monkeypatch, 100 * GIB, batch=0)[0].batch == 1
+
+
+def test_a_batch_that_fits_under_no_plan_is_split_and_the_steps_stay_as_large(monkeypatch, folders):
+    least = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PER_BLOCK)[0]
+    monkeypatch.setattr(planner, "offered", lambda device: PLANS[:2])
+    monkeypatch.setattr(host, "free_memory", lambda session: int(least.peak * 1.6))
+    split = job(steps=60, batch=4, checkpointing=AUTO, encoded=data(count=4), name="split")
+    whole = job(steps=60, batch=1, checkpointing=PER_BLOCK, encoded=data(count=4), name="whole")
+    whole.optimizing = dataclasses.replace(whole.optimizing, accumulate=4)
+    a, losses, _ = result(split)
+    b, wanted, _ = result(whole)
+    assert (split.run.batch, split.optimizing.accumulate) == (1, 4)
+    assert losses == wanted
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    about = state("split")
+    assert (about["RunSettings"]["batch"], about["batch"], about["accumulate"]) == (4, 1, 4), "what was asked, and what was done"
+
+
+def test_a_batch_is_not_split_where_the_plan_is_the_users_own(monkeypatch, folders):
+    forecast, _ = planned(monkeypatch, 1000, batch=4, checkpointing=PER_BLOCK)
+    assert (forecast.batch, forecast.fits) == (4, False)
+
+
+def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
+    """Whatever memory there is by then."""
+    monkeypatch.setattr(planner, "offered", lambda device: PLANS)
+    open_one = lambda name: job(name=name, steps=6, batch=0, encoded=data(count=4))
+    one = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=OFF)[0]
+    monkeypatch.setattr(host, "free_memory", lambda session: int(2.6 * one.peak))
+    whole = open_one("whole")
+    wanted = result(whole)[0]
+    assert whole.run.batch > 1
+    fail_at(monkeypatch, whole.run.batch + 4, KeyboardInterrupt)  # predictions while measuring are counted, too
+    with pytest.raises(KeyboardInterrupt):
+        result(open_one("stopped"))
+    assert 0 < state("stopped")["step"] < 6
+    monkeypatch.setattr(host, "free_memory", lambda session: 100 * GIB)
+    again = open_one("stopped")
+    got = result(again)[0]
+    assert again.run.batch == whole.run.batch
+    assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+
+
+def test_a_chosen_batch_that_does_not_fit_after_all_is_halved(monkeypatch, folders):
+    original = planner.one_step
+
+    def one_step(session, method, job):
+        if method.batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(session, method, job)
+
+    monkeypatch.setattr(planner, "one_step", one_step)
+    forecast, plan = planned(monkeypatch, 100 * GIB, batch=0, device="cuda", encoded=data(count=9))
+    assert (forecast.batch, plan) == (2, OFF)
 
 
 # -- a second try ------------------------------------------------------------------------------------------------------------
 
 
 def test_out_of_memory_says_what_was_needed_and_names_the_next_plan(folders, monkeypatch):
-    for plan, said in ((OFF, "set checkpointing to 'per block';"), (PER_BLOCK, "set checkpointing to 'per block + CPU'"), (PER_BLOCK_CPU, "smaller resolution")):
+    advice = {plan: f"set checkpointing to {further!r}" for plan, further in pairwise(PLANS)} | {OFFLOADED: "smaller resolution"}
+    for plan, said in advice.items():
         monkeypatch.undo()
         fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
         with pytest.raises(host.OutOfMemory, match="GiB were in use.*The run is saved and continues") as caught:

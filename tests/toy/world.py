@@ -21,6 +21,9 @@ CHANNELS, PATCH, SIDE = 16, 2, 64       # latent channels; px of latent per toke
 CONTEXT, POOLED, CLIP = 4096, 2048, 768
 VAE_SCALE, VAE_SHIFT = 1.5305, 0.0609   # SD3's latent format; with them inside the VAE, model-space latents are the encoder's output
 TEXT_SEED = 768
+EYES = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, hidden_act="quick_gelu", num_channels=3,
+            patch_size=8, image_size=64, projection_dim=128, layer_norm_eps=1e-5)       # a CLIP_VISION of ComfyUI's own kind, 0.7 M
+LIGHT = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's mean and spread of red, green and blue
 PADDED = {"context_embedder.weight": CONTEXT, "y_embedder.mlp.0.weight": POOLED}     # stored with CLIP columns, the rest is zero
 
 
@@ -54,6 +57,12 @@ def vae():
     """The trained TAESD with the two numbers that make it answer in SD3's latent space."""
     state = unpack(load_file(str(WEIGHTS / "vae.safetensors")))
     return state | {"vae_scale": torch.tensor(VAE_SCALE), "vae_shift": torch.tensor(VAE_SHIFT)}
+
+
+def eyes():
+    """The trained CLIP_VISION (train_eyes.py) under the names of a CLIP: it tells how a picture of the world was drawn."""
+    state = unpack(load_file(str(WEIGHTS / "eyes.safetensors")))
+    return {name.removeprefix("eyes."): weight for name, weight in state.items() if name.startswith("eyes.")}
 
 
 # --- 8-bit storage

@@ -148,6 +148,7 @@ def test_settings_arrive_where_they_belong(files):
     (["--model", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--targets", "regex", "--pattern", "nothing_like_this"], "No layer matches"),
     (["--out", __file__], "is a file. Give --out a folder"),
+    (["--batch", "0"], "batch is 0, which leaves it to the planner"),
 ])  # fmt: skip
 def test_a_mistake_is_one_plain_line(files, capsys, change, says):
     assert cli.main(["lora", *files, *FAST, *change]) == 2
