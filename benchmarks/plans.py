@@ -40,7 +40,7 @@ def rows_of(plan, meta):
     moments = 2 * count.adapters  # of the optimizer: born in the first step, and the ledger keeps the second
     for name in PLANS:
         if meta and name in PLANS[2:]:  # a copy of a tensor without values has no values either
-            rows[name] = {**rows[PER_BLOCK], "peak": count.peak(name) - moments, "saved": 0}
+            rows[name] = {**rows[PER_BLOCK], "peak": count.peak(name) - moments, "saved": 0, "counted": False}
         else:
             with beside_the_device():
                 rows[name] = row(*ours(plan, targets=targets, checkpointing=name))
@@ -119,7 +119,7 @@ def line(name, row, core) -> str:
     against = lambda figure: f"{figure(row) / figure(core):.2f}" if "flops" in core else "-"
     slower = f"{seconds / statistics.median(core['seconds']):.2f}" if seconds and core.get("seconds") else "-"
     told = row.get("forecast")
-    off = f"{told / peak(row) - 1:+.0%}" if told else "-"
+    off = f"{told / peak(row) - 1:+.0%}" if told and row.get("counted", True) else "-"
     return (f"{name + ('*' if 'alone' in row else ''):28}{flops(row) / 1e9:11.2f}{against(flops):>7}{peak(row) / 2**20:10.1f}{against(peak):>7}"
             f"{f'{told / 2**20:.1f}' if told else '-':>10}{off:>8}{f'{seconds:.3f}' if seconds else '-':>10}{slower:>7}")  # fmt: skip
 

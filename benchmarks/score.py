@@ -22,7 +22,8 @@ import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-score.json"
-LEVELS = (0.0, 0.3, 0.6, 0.9)
+UNIT = 0.674  # where noise has a standard deviation of 0.9 in a latent of unit size: b / sqrt(a^2 + b^2) with a = 1 - level, b = level
+LEVELS = (0.0, 0.3, 0.6, UNIT, 0.9)
 LEARNT, ASKED = 1500, 300
 KINDS = {
     "latent ResNet": dict(backbone="latent ResNet", width=32, depth=1),
@@ -32,16 +33,16 @@ KINDS = {
 HOW = dict(members=3, steps=1000, batch=32, learning_rate=2e-3)
 
 
-def pictures(toy, count, seed):
+def pictures(toy, count, seed, px=64):
     """Latents and true scores, drawn once and kept beside the tests' small models: measuring shapes takes longer than learning them."""
     import torch
     from trainyard.tests.comfy.tiny import cache_folder
     from trainyard.tests.toy import scores as known
 
-    path = cache_folder() / f"known_scores_{count}_{seed}.pt"
+    path = cache_folder() / f"known_scores_{count}_{seed}{'' if px == 64 else f'_{px}'}.pt"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(known.latents(toy, count, seed), path)
+        torch.save(known.latents(toy, count, seed, px), path)
     return torch.load(path)
 
 
@@ -99,7 +100,7 @@ def figures(schedule, kind, data, x0, scores) -> dict:
             "seconds of one core": round(time.process_time() - start), "threads": torch.get_num_threads()}
 
 
-def main(names, kinds):
+def main(names, kinds, px):
     import torch
 
     torch.set_num_threads(1)
@@ -108,18 +109,23 @@ def main(names, kinds):
 
     toy = pack.toy_world()
     schedule = Schedule(toy.model)
-    z, truth = pictures(toy, LEARNT, 3)
-    others, asked_truth = pictures(toy, ASKED, 2)
+    z, truth = pictures(toy, LEARNT, 3, px)
+    others, asked_truth = pictures(toy, ASKED, 2, px)
     x0, crowd = schedule.model_space(others), schedule.model_space(z)
+    for name in names:
+        kept(px, name, "oracle", {"SRCC by noise": oracle(schedule, x0, asked_truth[name], crowd, truth[name])})
+        for kind in kinds:
+            kept(px, name, kind, figures(schedule, kind, known.encoded(z, truth[name]), x0, asked_truth[name]))
+
+
+def kept(px, name, kind, row):
+    """Into the file, which is read late: parts may run side by side."""
+    print(f"{px} px", name, kind, row["SRCC by noise"], flush=True)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     result |= {"command": "benchmarks/score.py", "settings": HOW, "kinds": KINDS, "learnt": LEARNT, "asked": ASKED}
-    for name in names:
-        result[name] = result.get(name, {}) | {"oracle": {"SRCC by noise": oracle(schedule, x0, asked_truth[name], crowd, truth[name])}}
-        print(name, "oracle", result[name]["oracle"]["SRCC by noise"], flush=True)
-        for kind in kinds:
-            row = result[name][kind] = figures(schedule, kind, known.encoded(z, truth[name]), x0, asked_truth[name])
-            print(name, kind, row["SRCC by noise"], row["seconds of one core"], "s", flush=True)
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    table = result if px == 64 else result.setdefault(f"{px} px", {})
+    table.setdefault(name, {})[kind] = row
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -127,10 +133,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*")
     parser.add_argument("--kind", action="append", choices=KINDS)
+    parser.add_argument("--px", type=int, default=64, help="width and height of the pictures; larger ones show the same (default: %(default)s)")
     asked_for = parser.parse_args()
     pack.boot()
     import torch
     from trainyard.tests.toy.scores import SCORES
 
     with torch.inference_mode(False):
-        main(asked_for.names or SCORES, asked_for.kind or KINDS)
+        main(asked_for.names or SCORES, asked_for.kind or KINDS, asked_for.px)

@@ -126,23 +126,12 @@ def rated(data, scores):
     return replace(data, items=[replace(item, score=score) for item, score in zip(data.items, scores, strict=True)])
 
 
-def seeing():
-    """The toy world's CLIP_VISION, in ComfyUI's own class."""
-    import comfy.clip_vision
-    from trainyard.tests.toy import world
-
-    eyes = comfy.clip_vision.ClipVisionModel({"model_type": "clip_vision_model", **world.EYES})
-    missing, _ = eyes.load_sd(world.eyes())
-    if missing:
-        raise ValueError(f"The stored encoder lacks {missing[0]} and {len(missing) - 1} more.")
-    return eyes
-
-
 def main(names, tasks, steps):
     import torch
 
     torch.set_num_threads(1)
     from trainyard.nodes.latents import Schedule
+    from trainyard.tests.toy import sampling
     from trainyard.trainers.features import DECODED, MODEL
 
     toy = pack.toy_world()
@@ -150,7 +139,7 @@ def main(names, tasks, steps):
     parts = {
         "pretraining": lambda: pretraining(toy, schedule, place, tasks, steps),
         "model": lambda: through(toy, schedule, MODEL),
-        "decode": lambda: through(toy, schedule, DECODED, seeing(), noisy=False),
+        "decode": lambda: through(toy, schedule, DECODED, sampling.clip_vision(), noisy=False),
     }
     about = {"command": "benchmarks/score_pretraining.py", "network": NETWORK, "pictures without ratings": PICTURES}
     for name in names:

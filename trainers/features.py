@@ -106,10 +106,10 @@ def as_the_model_sees(denoiser: Denoiser, x: Tensor, level: Tensor, floor: float
 
 
 def pooled(state: Tensor) -> Tensor:
-    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, 2 C): mean and maximum over the places, each of mean 0 and variance 1 over C,
-    because stages differ in size by magnitudes. The mean alone tells colours and little of shapes."""
-    places = state.transpose(1, 2) if state.ndim == 3 else state.flatten(2)
-    parts = places.mean(2).float(), places.amax(2).float()
+    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, 3 C): mean, maximum and spread over the places, each of mean 0 and variance 1 over
+    C, because stages differ in size by magnitudes. The mean alone tells colours and little of shapes."""
+    places = (state.transpose(1, 2) if state.ndim == 3 else state.flatten(2)).float()
+    parts = places.mean(2), places.amax(2), places.std(2, correction=0)
     return torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], 1)
 
 

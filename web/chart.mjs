@@ -119,8 +119,8 @@ export class Chart {
     const measured = name => run.validation.filter(one => Number.isFinite(one[name])).map(one => [one.step, one[name]]);
     const held = measured('loss'), trained = measured('training');
     const values = lines => lines.flat().map(([, value]) => value), seen = values([held, trained]);
-    const range = limits(values(this.apart ? [run.losses] : [run.losses, held, trained]));
-    const beside = this.apart && seen.length ? limits([Math.min(...seen), Math.max(...seen)]) : range;
+    const range = limits(values([run.losses]), this.apart ? [] : seen);
+    const beside = this.apart && seen.length ? limits([], seen) : range;
     const y = this.scale(range), second = this.scale(beside);
     Object.assign(this.root.dataset, { range: JSON.stringify(range), beside: JSON.stringify(beside) });
     this.grid(range, y);

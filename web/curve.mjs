@@ -36,11 +36,12 @@ export function smoothed(points) {
   });
 }
 
-/** A range that shows the run and not its one worst step; never empty. */
-export function limits(values) {
+/** A range that shows the run and not its one worst step, and all of `few` values; never empty. */
+export function limits(values, few = []) {
   const ordered = values.filter(Number.isFinite).sort((a, b) => a - b);
-  if (!ordered.length) return [0, 1];
-  const low = ordered[Math.floor(0.005 * (ordered.length - 1))], high = ordered[Math.ceil(0.98 * (ordered.length - 1))];
+  const ends = ordered.length ? [ordered[Math.floor(0.005 * (ordered.length - 1))], ordered[Math.ceil(0.98 * (ordered.length - 1))]] : [];
+  if (!ends.length && !few.length) return [0, 1];
+  const low = Math.min(...ends, ...few), high = Math.max(...ends, ...few);
   const pad = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
   return [low - pad, high + pad];
 }

@@ -39,6 +39,13 @@ test('one wild step does not flatten the chart, and a constant has a range', () 
   assert.deepEqual(limits([]), [0, 1]);
 });
 
+test('a first measurement far above the losses is not cut off', () => {
+  const losses = Array.from({ length: 200 }, () => 1);
+  assert.ok(limits([...losses, 9], [9, 2])[1] > 9);
+  const [low, high] = limits([], [3, 5]);
+  assert.ok(low < 3 && high > 5);
+});
+
 test('ticks are round and inside', () => {
   assert.deepEqual(ticks(0, 100, 5), [0, 20, 40, 60, 80, 100]);
   assert.deepEqual(ticks(0.12, 0.31, 4).map(v => Number(v.toFixed(3))), [0.15, 0.2, 0.25, 0.3]);

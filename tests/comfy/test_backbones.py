@@ -74,7 +74,7 @@ def test_a_unet_is_seen_stage_by_stage_down_to_the_middle_and_no_further():
         seen = look(sample("sd15"), torch.tensor([0.1, 0.5]))
     finally:
         handle.remove()
-    assert seen.shape == (2, 2 * (32 + 64 + 64)), "mean and maximum of both stages and the middle"
+    assert seen.shape == (2, 3 * (32 + 64 + 64)), "mean, maximum and spread of both stages and the middle"
     assert not up, "the way up is not walked"
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 import types
 
 import comfy.model_management as mm
@@ -195,13 +196,8 @@ def widgets():
     return {**ValidationSettings().to_dict(), **PreviewSettings().to_dict(), "sampler": "euler", "scheduler": "normal"}
 
 
-def test_tensorboard_asked_for_and_missing_is_told_before_any_training(folders):
-    try:
-        import tensorboard  # noqa: F401
-
-        pytest.skip("tensorboard is installed")
-    except ImportError:
-        pass
+def test_tensorboard_asked_for_and_missing_is_told_before_any_training(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     a_job = seen_job(look=looking(tensorboard=True))
     with pytest.raises(RuntimeError, match="Run: pip install tensorboard"):
         result(a_job)

@@ -86,3 +86,18 @@ def test_a_batch_of_prompts_equals_the_prompts_alone(built):
     together = sampling.pictures(built[0], prompts, seeds, steps=4)
     apart = torch.cat([sampling.pictures(built[0], [p], [s], steps=4) for p, s in zip(prompts, seeds, strict=True)])
     assert (together - apart).abs().max() < 1e-3
+
+
+def test_the_clip_vision_tells_shapes_apart_that_it_never_saw_like_this(comfy):
+    """By its embeddings alone: each picture's nearest among 300 others, at any place and angle and in any colour, shows the same shape."""
+    from trainyard.tests.toy.train_eyes import drawn
+
+    eyes, rng = sampling.clip_vision(), torch.Generator().manual_seed(77)
+    made = [drawn(rng)[:2] for _ in range(360)]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in made])).float() / 255
+    with torch.no_grad():
+        seen = torch.cat([eyes.encode_image(some)["image_embeds"].float().cpu() for some in pixels.split(60)])
+    seen, kinds = torch.nn.functional.normalize(seen - seen.mean(0), dim=1), torch.tensor([kind for _, kind in made])
+    nearest = (seen[300:] @ seen[:300].T).topk(5).indices
+    right = (kinds[:300][nearest].mode(1).values == kinds[300:]).float().mean()
+    assert right > 0.8, right

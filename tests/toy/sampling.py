@@ -19,6 +19,16 @@ def load(path):
     return SimpleNamespace(model=model, clip=clip, vae=vae)
 
 
+def clip_vision():
+    """The toy world's CLIP_VISION in ComfyUI's own class; its weights are in no checkpoint, and ComfyUI's loader knows real sizes only."""
+    import comfy.clip_vision
+    eyes = comfy.clip_vision.ClipVisionModel({"model_type": "clip_vision_model", **world.EYES})
+    missing, unknown = eyes.load_sd(world.eyes())
+    if missing or unknown:
+        raise ValueError(f"The stored encoder and ComfyUI's do not fit: {[*missing, *unknown][:3]}.")
+    return eyes
+
+
 def conditioning(clip, prompts):
     """CONDITIONING of several prompts as one batch, in their order."""
     known = {p: clip.encode_from_tokens_scheduled(clip.tokenize(p))[0] for p in dict.fromkeys(prompts)}

@@ -17,8 +17,8 @@ from .measure import measure
 SCORES = ("brightness", "colourfulness", "roundness")
 
 
-def drawn(rng):
-    """One picture by chance."""
+def drawn(rng, px=shapes.PX):
+    """One picture by chance; all sizes show the same."""
     one = lambda low, high: low + (high - low) * torch.rand((), generator=rng).item()
     shape, radius = shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))], one(11, 19)
     ground = one(16, 243)
@@ -26,7 +26,7 @@ def drawn(rng):
     while np.linalg.norm(np.array(colour) - ground) < 90:  # the shape must be seen
         colour = tuple(round(one(20, 240)) for _ in range(3))
     centre = shapes.inside(shape, radius, [one(-shapes.DRIFT_PX, shapes.DRIFT_PX) for _ in range(2)])
-    return shapes.draw(shape, colour, ground=(round(ground),) * 3, radius=radius, centre=centre, degrees=one(-30, 30))
+    return shapes.draw(shape, colour, ground=(round(ground),) * 3, radius=radius, centre=centre, degrees=one(-30, 30), px=px)
 
 
 def brightness(picture) -> float:
@@ -44,14 +44,15 @@ def roundness(seen) -> float:
     return 1 - float(np.linalg.norm(seen.waves)) - seen.hole / 2
 
 
-def latents(toy, count, seed):
-    """(latents (N, C, h, w) as the VAE gives them, {score: [N]}) of drawn pictures; those whose decoded shape cannot be read are drawn anew."""
+def latents(toy, count, seed, px=shapes.PX):
+    """(latents (N, C, px / 8, px / 8) as the VAE gives them, {score: [N]}) of drawn pictures; those whose decoded shape cannot be read are drawn
+    anew. Large ones are measured at 64 px."""
     rng, found, scores = torch.Generator().manual_seed(seed), [], {name: [] for name in SCORES}
     while len(found) < count:
-        pixels = torch.stack([torch.from_numpy(np.asarray(drawn(rng), dtype=np.float32) / 255) for _ in range(64)])
+        pixels = torch.stack([torch.from_numpy(np.asarray(drawn(rng, px), dtype=np.float32) / 255) for _ in range(64)])
         with torch.inference_mode():
             z = toy.vae.encode(pixels)
-            decoded = toy.vae.decode(z).clamp(0, 1).cpu().numpy()
+            decoded = reduced(toy.vae.decode(z).clamp(0, 1).cpu()).numpy()
         for latent, picture in zip(z.float().cpu(), decoded, strict=True):
             seen = measure(picture) if len(found) < count else None
             if seen is None or not any(seen.waves):
@@ -61,6 +62,11 @@ def latents(toy, count, seed):
                 scores[name].append(score)
     with torch.inference_mode(False):
         return torch.stack(found).clone(), scores
+
+
+def reduced(pictures):
+    """(N, H, W, 3) at 64 px, each pixel the mean of those it covers."""
+    return torch.nn.functional.adaptive_avg_pool2d(pictures.movedim(-1, 1), shapes.PX).movedim(1, -1)
 
 
 def encoded(z, scores) -> Encoded:

@@ -412,8 +412,7 @@ def test_measurements_are_written_by_noise_level_and_what_is_no_number_is_not():
     assert writer.written == [("loss/validation", 0.5, 7), ("loss/fixed training pictures", 0.4, 7), ("loss by noise level/0.1", 0.25, 7)]
 
 
-def test_event_files_are_written_where_tensorboard_is_installed(tmp_path):
-    pytest.importorskip("tensorboard")
+def test_event_files_are_what_tensorboard_reads(tmp_path):
     board = board_in(tmp_path, 0)
     board.report(Progress(2, 2, [1.0, 0.5], 1e-4, 0.0))
     board.close()
