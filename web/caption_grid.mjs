@@ -1,5 +1,7 @@
 // The caption grid: pictures with captions to type into. Draws what `Edits` holds and keeps no state of its own but the view.
 import { matches, pattern, replacement } from './caption_edits.mjs';
+import { make } from './runs.mjs';
+import { word } from './words.mjs';
 
 const PAGE = 100; // cards are made as they are scrolled to
 
@@ -38,17 +40,6 @@ const STYLE = `
 .trainyard-captions [hidden] { display: none; }
 `;
 
-/** An element; keys that begin with `on` are listeners. */
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
-    else element[name] = value;
-  }
-  element.append(...children);
-  return element;
-}
-
 /** An <input type=button>: with a <button> focused the page would take Ctrl+Z as undo of the whole graph. */
 const button = (value, title, onclick) => make('input', { type: 'button', value, title, onclick });
 
@@ -62,16 +53,16 @@ export class Grid {
 
   build() {
     const refilter = () => this.filter();
-    this.search = make('input', { type: 'search', className: 'grow', placeholder: 'Filter: words of a name or caption, -word', title: 'Ctrl+F', oninput: refilter });
-    this.kind = make('select', { title: 'Which pictures are shown', onchange: refilter }, ...['all', 'edited', 'without caption'].map(name => new Option(name)));
-    this.find = make('input', { type: 'text', className: 'grow', placeholder: 'Find', oninput: () => this.tell() });
-    this.with = make('input', { type: 'text', className: 'grow', placeholder: 'Replace with' });
+    this.search = make('input', { type: 'search', className: 'grow', placeholder: word('Filter: words of a name or caption, -word'), title: 'Ctrl+F', oninput: refilter });
+    this.kind = make('select', { title: word('Which pictures are shown'), onchange: refilter }, ...['all', 'edited', 'without caption'].map(name => new Option(word(name), name)));
+    this.find = make('input', { type: 'text', className: 'grow', placeholder: word('Find'), oninput: () => this.tell() });
+    this.with = make('input', { type: 'text', className: 'grow', placeholder: word('Replace with') });
     this.cased = make('input', { type: 'checkbox', onchange: () => this.tell() });
     this.regex = make('input', { type: 'checkbox', onchange: () => this.tell() });
-    this.replaceButton = button('Replace', 'Replace in all captions that are shown', () => this.replace());
-    this.undoButton = button('Undo', 'Ctrl+Z', () => this.undo());
-    this.redoButton = button('Redo', 'Ctrl+Shift+Z', () => this.redo());
-    this.revertButton = button('Revert all', 'Take back every edit of this dataset', () => this.revert(this.list ?? []));
+    this.replaceButton = button(word('Replace'), word('Replace in all captions that are shown'), () => this.replace());
+    this.undoButton = button(word('Undo'), 'Ctrl+Z', () => this.undo());
+    this.redoButton = button(word('Redo'), 'Ctrl+Shift+Z', () => this.redo());
+    this.revertButton = button(word('Revert all'), word('Take back every edit of this dataset'), () => this.revert(this.list ?? []));
     this.line = make('div', { className: 'line' });
     this.line.setAttribute('role', 'status');
     this.cards = make('div', { className: 'cards' });
@@ -79,8 +70,8 @@ export class Grid {
     this.root = make('div', { className: 'trainyard-captions' },
       make('style', { textContent: STYLE }),
       make('div', { className: 'bar' }, this.search, this.kind, this.undoButton, this.redoButton, this.revertButton),
-      make('div', { className: 'bar' }, this.find, this.with, make('label', { title: 'Distinguish capital letters' }, this.cased, 'Aa'),
-           make('label', { title: 'Regular expression; $1 is its first group' }, this.regex, '.*'), this.replaceButton),
+      make('div', { className: 'bar' }, this.find, this.with, make('label', { title: word('Distinguish capital letters') }, this.cased, 'Aa'),
+           make('label', { title: word('Regular expression; $1 is its first group') }, this.regex, '.*'), this.replaceButton),
       this.line, this.cards);
     this.listen();
   }
@@ -134,7 +125,7 @@ export class Grid {
     this.shown = (this.list ?? []).filter(card => wanted(card) && matches(card, this.edits.of(card), this.search.value));
     this.cards.replaceChildren(this.end);
     this.cards.scrollTop = 0;
-    if (!this.shown.length) this.cards.prepend(make('div', { className: 'empty', textContent: this.list ? 'No picture matches the filter.' : 'Run to see the pictures.' }));
+    if (!this.shown.length) this.cards.prepend(make('div', { className: 'empty', textContent: word(this.list ? 'No picture matches the filter.' : 'Run to see the pictures.') }));
     this.more();
     this.refresh();
   }
@@ -153,13 +144,13 @@ export class Grid {
     const element = make('div', { className: 'card' });
     const picture = card.thumb
       ? make('img', { loading: 'lazy', decoding: 'async', src: this.url(card.thumb), alt: card.name, draggable: false })
-      : make('span', { textContent: card.why || 'no picture' });
-    const revert = button('Revert', `Back to: ${card.captions.join(' | ') || '(no caption)'}`, () => this.revert([card]));
+      : make('span', { textContent: card.why || word('no picture') });
+    const revert = button(word('Revert'), word('Back to: {0}', card.captions.join(' | ') || word('(no caption)')), () => this.revert([card]));
     revert.tabIndex = -1;
     element.append(make('div', { className: 'picture', title: card.name }, picture),
                    make('div', { className: 'head' }, make('span', { textContent: card.name, title: card.name }), revert));
     const areas = this.edits.of(card).map((_, i) => make('textarea', {
-      spellcheck: true, placeholder: 'no caption', ariaLabel: `Caption of ${card.name}`, oninput: () => this.typed(card, i) }));
+      spellcheck: true, placeholder: word('no caption'), ariaLabel: word('Caption of {0}', card.name), oninput: () => this.typed(card, i) }));
     element.append(...areas);
     this.made.set(card, element);
     this.update(card, element);
@@ -182,16 +173,20 @@ export class Grid {
   /** The line of counts, and which buttons can be pressed. */
   tell() {
     const { list, shown, edits } = this, changed = (list ?? []).filter(card => edits.changed(card)).length;
-    let text = list ? `${shown.length === list.length ? list.length : `${shown.length} of ${list.length}`} pictures · ${changed} edited` : '';
+    let text = '';
+    if (list) {
+      const count = shown.length === list.length ? word('{0} pictures', list.length) : word('{0} of {1} pictures', shown.length, list.length);
+      text = `${count} · ${word('{0} edited', changed)}`;
+    }
     const kept = Object.keys(edits.values).length;
-    if (!list && kept) text = `${kept} edited captions are kept in the workflow`;
-    let bad = edits.error && `The kept edits are no JSON (${edits.error}). Take them back with Revert all.`;
+    if (!list && kept) text = word('{0} edited captions are kept in the workflow', kept);
+    let bad = edits.error && word('The kept edits are no JSON ({0}). Take them back with Revert all.', edits.error);
     if (list && this.find.value && !bad) {
       try {
         const found = pattern(this.find.value, this.options());
-        text += ` · found in ${shown.filter(card => edits.of(card).some(c => c.search(found) >= 0)).length}`;
+        text += ` · ${word('found in {0}', shown.filter(card => edits.of(card).some(c => c.search(found) >= 0)).length)}`;
       } catch (error) {
-        bad = `The pattern is wrong: ${error.message}`;
+        bad = word('The pattern is wrong: {0}', error.message);
       }
     }
     const more = this.about.split('\n').slice(1).join(' · ');
@@ -221,7 +216,7 @@ export class Grid {
     if (this.replaceButton.disabled) return;
     const count = this.edits.replace(this.shown, pattern(this.find.value, this.options()), replacement(this.with.value, this.regex.checked));
     this.refresh();
-    this.line.textContent = `Replaced in ${count} of ${this.shown.length} pictures · ${this.line.textContent}`;
+    this.line.textContent = `${word('Replaced in {0} of {1} pictures', count, this.shown.length)} · ${this.line.textContent}`;
   }
 
   revert(cards) {

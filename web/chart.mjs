@@ -1,6 +1,7 @@
 // The chart of one run, drawn from what the server told: loss, validation, learning rate; noise levels under the pointer.
 import { before, fits, limits, merged, nearest, short, smoothed, ticks, whole } from './curve.mjs';
 import { fileUrl, make } from './runs.mjs';
+import { word } from './words.mjs';
 
 const LEFT = 50, RIGHT = 10, SECOND = 46, TOP = 8, BOTTOM = 20; // CSS pixels around the plot; SECOND where the right has numbers too
 const BLUE = '#3b82f6', ORANGE = '#f59e0b', GREEN = '#22c55e', GREY = '#94a3b8';
@@ -19,7 +20,7 @@ const STYLE = `
 `;
 
 /** What a measurement is of: a loss, of what was held out or of what is fixed, or a figure of another kind that is no loss. */
-export const nameOf = entry => entry.figure ?? (entry.held_out ? 'validation' : `fixed ${entry.noun ?? 'pictures'}`);
+export const nameOf = entry => word(entry.figure ?? (entry.held_out ? 'validation' : `fixed ${entry.noun ?? 'pictures'}`));
 
 export class Chart {
   /** says(): whether the node shows the text of its run itself, as it does until the page is loaded anew. */
@@ -32,8 +33,8 @@ export class Chart {
     this.canvas = make('canvas', { onpointermove: event => this.point({ x: event.offsetX, y: event.offsetY }), onpointerleave: () => this.point(null) });
     this.plot = make('div', { className: 'plot' }, this.canvas);
     this.legend = make('div', { className: 'legend' });
-    this.image = make('img', { alt: 'samples', draggable: false });
-    this.sample = make('div', { className: 'sample', hidden: true, title: 'Samples; click to open', onclick: () => open(this.image.src, '_blank') }, this.image);
+    this.image = make('img', { alt: word('samples'), draggable: false });
+    this.sample = make('div', { className: 'sample', hidden: true, title: word('The last samples; click to open'), onclick: () => open(this.image.src, '_blank') }, this.image);
     this.root = make('div', { className: 'trainyard-run' }, make('style', { textContent: STYLE }), this.status, this.plot, this.legend, this.sample);
     for (const kind of ['pointerdown', 'mousedown', 'dblclick']) this.sample.addEventListener(kind, event => event.button === 1 || event.stopPropagation());
     this.sizes = new ResizeObserver(() => this.draw());
@@ -63,8 +64,8 @@ export class Chart {
     this.status.hidden = !trouble && run.status === 'training' && this.says();
     this.status.classList.toggle('bad', run.status === 'failed');
     const last = run.validation.at(-1), gap = run.validation.some(one => one.training !== undefined);
-    const lines = [[BLUE, 'loss'], ...(last ? [[ORANGE, `${nameOf(last)}${this.apart ? ' (right)' : ''}`]] : []), [GREEN, `trained ${last?.noun ?? 'pictures'}`, gap],
-                   [GREY, 'learning rate', run.rates.length]];
+    const lines = [[BLUE, word('loss')], ...(last ? [[ORANGE, this.apart ? word('{0} (right)', nameOf(last)) : nameOf(last)]] : []),
+                   [GREEN, word(`trained ${last?.noun ?? 'pictures'}`), gap], [GREY, word('learning rate'), run.rates.length]];
     this.legend.replaceChildren(...lines.filter(([, , shown = true]) => shown).map(([colour, name]) => {
       const mark = make('span', { textContent: name });
       mark.style.setProperty('--mark', colour);
@@ -193,9 +194,9 @@ export class Chart {
   tell(held) {
     const { pen, run } = this, step = Math.round(this.step());
     const [at, loss] = nearest(this.smooth, step), rate = before(run.rates, step) ?? run.rates[0];
-    const entry = nearest(run.validation, step), trained = Number.isFinite(entry?.training) ? ` · trained ${short(entry.training)}` : '';
-    const lines = [`step ${at} · loss ${short(loss)}${rate ? ` · lr ${short(rate[1])}` : ''}`,
-                   ...(entry && held.length ? [`step ${entry.step} · ${nameOf(entry)} ${short(entry.loss)}${trained}`] : [])];
+    const entry = nearest(run.validation, step), trained = Number.isFinite(entry?.training) ? ` · ${word('trained')} ${short(entry.training)}` : '';
+    const lines = [`${word('step {0}', at)} · ${word('loss')} ${short(loss)}${rate ? ` · lr ${short(rate[1])}` : ''}`,
+                   ...(entry && held.length ? [`${word('step {0}', entry.step)} · ${nameOf(entry)} ${short(entry.loss)}${trained}`] : [])];
     pen.strokeStyle = this.ink;
     pen.globalAlpha = 0.4;
     pen.beginPath();
@@ -230,7 +231,7 @@ export class Chart {
     entry.bins.forEach((value, i) => bar(value, i, ORANGE, 0.9, 1.5));
     Object.assign(pen, { fillStyle: this.ink, globalAlpha: 0.75, textAlign: 'left' });
     const ends = [entry.sigmas[0], entry.sigmas.at(-1)].map(sigma => Number(sigma.toPrecision(2)));
-    pen.fillText(`loss at noise ${ends[0]} to ${ends[1]}`, left, top + high + 8);
+    pen.fillText(word('loss at noise {0} to {1}', ...ends), left, top + high + 8);
     pen.globalAlpha = 1;
   }
 }

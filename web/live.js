@@ -3,6 +3,7 @@ import { app } from '../../scripts/app.js';
 import { Chart } from './chart.mjs';
 import { after } from './outputs.mjs';
 import { ask, eachNode, nodeOf, onRun, workflowId } from './runs.mjs';
+import { learnt } from './words.mjs';
 
 const trains = node => node?.comfyClass?.startsWith('TrainyardTrain');
 const charts = new WeakMap(); // node -> its Chart
@@ -44,7 +45,8 @@ async function recall(node, id) {
 
 app.registerExtension({
   name: 'Trainyard.Live',
-  setup() {
+  async setup() {
+    await learnt();
     onRun(news => {
       const node = nodeOf(news.node);
       if (!trains(node) || (news.workflow && news.workflow !== workflowId())) return;

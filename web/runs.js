@@ -3,6 +3,7 @@ import { app } from '../../scripts/app.js';
 import { nameOf } from './chart.mjs';
 import { short } from './curve.mjs';
 import { ask, fileUrl, make, onRun } from './runs.mjs';
+import { learnt, word } from './words.mjs';
 
 const STYLE = `
 .trainyard-runs { min-height: 100%; font: 13px/1.4 system-ui, sans-serif; color: var(--input-text, #ddd); }
@@ -34,7 +35,7 @@ const say = (severity, summary, detail) => app.extensionManager.toast.add({ seve
 
 async function openGraph(run) {
   const { workflow } = await ask(`/${encodeURIComponent(run.folder)}/graph`);
-  if (!workflow) throw new Error('This run was queued without its workflow, so there is none to open.');
+  if (!workflow) throw new Error(word('This run was queued without its workflow, so there is none to open.'));
   await app.loadGraphData(workflow, true, true, run.name);
 }
 
@@ -55,15 +56,15 @@ async function useLora(run) {
   widget.value = run.file;
   app.canvas.selectNode?.(node);
   await navigator.clipboard?.writeText(run.file).catch(() => {});
-  say('success', 'Load LoRA File added', `${run.file} (copied)`);
+  say('success', word('Load LoRA File added'), word('{0} (copied)', run.file));
 }
 
 async function remove(run) {
-  const message = `Delete the run ${run.folder} with its ${size(run.bytes)}: its LoRAs, its samples and the state it could be continued from?`;
-  const sure = await (app.extensionManager.dialog?.confirm?.({ title: 'Delete this run?', message, type: 'delete', itemList: [] }) ?? confirm(message));
+  const message = word('Delete the run {0} with its {1}: its LoRAs, its samples and the state it could be continued from?', run.folder, size(run.bytes));
+  const sure = await (app.extensionManager.dialog?.confirm?.({ title: word('Delete this run?'), message, type: 'delete', itemList: [] }) ?? confirm(message));
   if (!sure) return;
   const { freed } = await ask(`/${encodeURIComponent(run.folder)}/delete`, { method: 'POST' });
-  say('success', 'Deleted', `${run.folder}: ${size(freed)} are free again`);
+  say('success', word('Deleted'), word('{0}: {1} are free again', run.folder, size(freed)));
 }
 
 // -- the tab --------------------------------------------------------------------------------------------------------------
@@ -71,9 +72,9 @@ async function remove(run) {
 class Tab {
   constructor(element) {
     this.list = make('div', { className: 'list' });
-    const again = make('button', { textContent: 'Refresh', title: 'Look into the runs folder again', onclick: () => this.load() });
+    const again = make('button', { textContent: word('Refresh'), title: word('Look into the runs folder again'), onclick: () => this.load() });
     this.root = make('div', { className: 'trainyard-runs' }, make('style', { textContent: STYLE }),
-                     make('header', {}, make('span', { textContent: 'Training Runs' }), again), this.list);
+                     make('header', {}, make('span', { textContent: word('Training Runs') }), again), this.list);
     Object.assign(element.style, { height: '100%', overflowY: 'auto' });
     element.replaceChildren(this.root);
     this.cards = new Map(); // what a run told -> its card, which stays as it is while nothing changes
@@ -84,7 +85,7 @@ class Tab {
     try {
       const runs = await ask();
       this.cards = new Map(runs.map(run => [JSON.stringify(run), this.cards.get(JSON.stringify(run)) ?? this.card(run)]));
-      this.list.replaceChildren(...(runs.length ? this.cards.values() : [make('div', { className: 'empty', textContent: 'No runs yet. A Train node makes one.' })]));
+      this.list.replaceChildren(...(runs.length ? this.cards.values() : [make('div', { className: 'empty', textContent: word('No runs yet. A Train node makes one.') })]));
     } catch (error) {
       this.list.replaceChildren(make('div', { className: 'empty failed', textContent: String(error.message ?? error) }));
     }
@@ -97,14 +98,14 @@ class Tab {
 
   card(run) {
     const dim = text => make('div', { className: 'dim', textContent: text });
-    const loss = run.loss === null ? '' : ` · loss ${short(run.loss)}`;
+    const loss = run.loss === null ? '' : ` · ${word('loss')} ${short(run.loss)}`;
     const seen = Number.isFinite(run.validation?.loss) ? ` · ${nameOf(run.validation)} ${short(run.validation.loss)}` : '';
     const card = make('div', { className: 'card' }, make('div', { className: 'name', textContent: run.name }));
     if (run.sample) {
       const url = fileUrl(run.folder, run.sample);
-      card.append(make('img', { src: url, alt: 'samples', title: 'The last samples; click to open', onclick: () => open(url, '_blank') }));
+      card.append(make('img', { src: url, alt: word('samples'), title: word('The last samples; click to open'), onclick: () => open(url, '_blank') }));
     }
-    const done = make('div', {}, make('span', { className: run.status === 'training' ? 'training' : '', textContent: run.status }), ` · step ${run.step} of ${run.steps}`);
+    const done = make('div', {}, make('span', { className: run.status === 'training' ? 'training' : '', textContent: word(run.status) }), ` · ${word('step {0} of {1}', run.step, run.steps)}`);
     const bar = make('div', { className: 'bar' }, make('div'));
     bar.firstChild.style.width = `${Math.min(100, 100 * run.step / Math.max(1, run.steps))}%`;
     const when = run.changed ? ` · ${new Date(1000 * run.changed).toLocaleString()}` : '';
@@ -114,7 +115,7 @@ class Tab {
   }
 
   acts(run) {
-    const act = (label, title, work) => make('button', { textContent: label, title, onclick: () => this.does(work, run) });
+    const act = (label, title, work) => make('button', { textContent: word(label), title: word(title), onclick: () => this.does(work, run) });
     const busy = run.status === 'training';
     return make('div', { className: 'acts' }, ...[
       busy && act('Stop', 'Cancel the prompt; the last complete step is saved', stop),
@@ -138,9 +139,10 @@ class Tab {
 let tab = null;
 app.registerExtension({
   name: 'Trainyard.Runs',
-  setup() {
+  async setup() {
+    await learnt();
     app.extensionManager.registerSidebarTab({
-      id: 'trainyard-runs', icon: 'pi pi-chart-line', title: 'Training Runs', tooltip: 'Training Runs (Trainyard)', type: 'custom',
+      id: 'trainyard-runs', icon: 'pi pi-chart-line', title: word('Training Runs'), tooltip: `${word('Training Runs')} (Trainyard)`, type: 'custom',
       render: element => { tab = new Tab(element); },
     });
     onRun(() => tab?.root.isConnected && tab.soon());

@@ -1,5 +1,6 @@
 // What the page knows of runs: the server's events and routes, and where a node is whose run they tell of. Nothing is kept here.
 import { app } from '../../scripts/app.js';
+import { word } from './words.mjs';
 
 export const EVENT = 'trainyard.run'; // nodes/live.py has the same
 
@@ -10,7 +11,7 @@ export const onRun = act => app.api.addEventListener(EVENT, event => act(event.d
 export async function ask(path = '', options = {}) {
   const answer = await app.api.fetchApi(`/trainyard/runs${path}`, options);
   const body = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(body.error ?? `The server answered ${answer.status}.`);
+  if (!answer.ok) throw new Error(body.error ?? word('The server answered {0}.', answer.status));
   return body;
 }
 

@@ -1,4 +1,4 @@
-// Train LoRA on a page in another language: its title, its labels, a tooltip. Prints one JSON object; test_languages.py judges it.
+// Train LoRA on a page in another language: its title, its labels, a tooltip; the sidebar of runs. Prints one JSON object; test_languages.py judges it.
 //   CHROMIUM=... node languages.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
 import { open, settings, tell } from './page.mjs';
@@ -40,5 +40,10 @@ await tell(seen, browser, async () => {
   await hover(page);
   await page.getByText(plan.tooltip, { exact: true }).first().waitFor({ timeout: 10000 }).then(() => { seen.tooltip = true; }, () => { seen.tooltip = false; });
   await shot(`language_${plan.language}`);
+  await page.locator('.trainyard-runs-tab-button').click();
+  const runs = page.locator('.trainyard-runs');
+  await runs.waitFor();
+  seen.sidebar = { title: await runs.locator('header span').innerText(), again: await runs.locator('header button').innerText() };
+  await shot(`language_${plan.language}_runs`);
 });
 await settings(url, { 'Comfy.Locale': 'en', 'LiteGraph.Node.TooltipDelay': 500 });

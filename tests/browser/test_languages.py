@@ -1,4 +1,4 @@
-"""A person with another language sees Train LoRA in it: title, labels, outputs and a tooltip, in both renderers.
+"""A person with another language sees Train LoRA in it: title, labels, outputs and a tooltip, and the sidebar of runs, in both renderers.
 
 Screenshots go to tests/browser/shots; they show letters only where the machine has a font for them.
 """
@@ -31,4 +31,6 @@ def test_the_page_shows_a_node_in_the_persons_language(server, driver, tmp_path,
     assert {name: seen["node"]["inputs"].get(name) for name in inputs} == inputs
     assert list(seen["node"]["outputs"].values()) == [about["name"] for about in texts["outputs"].values()]
     assert seen["tooltip"], f"no tooltip {rank['tooltip']!r} over the widget rank"
+    words = json.loads((locales.LOCALES / language / "main.json").read_text("utf-8"))["trainyard"]
+    assert seen["sidebar"] == {"title": words["Training Runs"], "again": words["Refresh"]}
     assert seen["troubles"] == []

@@ -1,6 +1,7 @@
 """Texts for translators: every one of a node is found, and a translation's gaps are named."""
 
 import json
+import re
 
 import pytest
 from trainyard.tools import locales
@@ -67,3 +68,40 @@ def test_a_translation_of_a_text_that_no_node_says_is_refused():
 def test_a_translation_has_every_text_of_the_english_one(file):
     english = json.loads((locales.LOCALES / "en" / "nodeDefs.json").read_text("utf-8"))
     assert locales.differences(english, json.loads(file.read_text("utf-8"))) == ([], [])
+
+
+# -- the page's own words ---------------------------------------------------------------------------------------------------
+
+WEB = locales.ROOT / "web"
+WORD = re.compile(r"\bword\('([^']+)'")
+ACT = re.compile(r"\bact\('([^']+)', '([^']+)'")
+CHOSEN = (  # where the word depends on the run: its status, what was measured, which cards are shown
+    *("training", "stopped", "finished", "failed"),
+    *(f"{how} {noun}" for how, nouns in (("fixed", ("pictures", "pairs", "points")), ("trained", ("pictures", "pairs", "points", "scores"))) for noun in nouns),
+    *("minus the score", "minus the held-out score", "validation", "all", "edited", "without caption"),
+    *("No picture matches the filter.", "Run to see the pictures."),
+)
+
+
+def page_words() -> set[str]:
+    found = set(CHOSEN)
+    for file in (*WEB.glob("*.js"), *WEB.glob("*.mjs")):
+        text = file.read_text("utf-8")
+        found |= set(WORD.findall(text)) | {part for pair in ACT.findall(text) for part in pair}
+    return found
+
+
+@pytest.mark.parametrize("language", locales.languages())
+def test_every_word_of_the_page_is_translated_and_no_other(language):
+    given = json.loads((locales.LOCALES / language / "main.json").read_text("utf-8"))["trainyard"]
+    assert (sorted(page_words() - given.keys()), sorted(given.keys() - page_words())) == ([], [])
+    places = lambda text: sorted(re.findall(r"\{\d\}", text))
+    assert {english: text for english, text in given.items() if places(english) != places(text)} == {}
+
+
+def test_the_words_that_depend_on_the_run_are_those_that_the_server_sends():
+    """Each is somewhere in the code as it is written here."""
+    code = "\n".join(file.read_text("utf-8") for folder in ("nodes", "trainers", "web") for file in (locales.ROOT / folder).rglob("*.*") if file.suffix in (".py", ".js", ".mjs"))
+    nouns = {word.split()[-1] for word in CHOSEN if word.startswith(("fixed ", "trained "))}
+    spoken = {word for word in CHOSEN if not word.startswith(("fixed ", "trained "))} | nouns
+    assert [word for word in sorted(spoken) if not re.search(rf"""['"]{re.escape(word)}['"]""", code)] == []
