@@ -746,11 +746,11 @@ def free_memory(session: Session) -> int:
 
 
 def block_weights(network, device) -> tuple[int, int]:
-    """(bytes of the blocks' weights that lie on the device, those of the block that has most)."""
+    """(bytes of the blocks' weights that lie on the device, all of the block that has most)."""
     classes = tuple(block_classes(network))
-    here = lambda block: sum(p.nbytes for p in block.parameters() if p.device == device)
-    sizes = [here(module) for module in network.modules() if isinstance(module, classes)]
-    return sum(sizes), max(sizes, default=0)
+    blocks = [list(module.parameters()) for module in network.modules() if isinstance(module, classes)]
+    here = sum(p.nbytes for block in blocks for p in block if p.device == device)
+    return here, max((sum(p.nbytes for p in block) for block in blocks), default=0)
 
 
 def offload(session: Session, count: float = EVERYTHING):

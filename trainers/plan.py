@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 OFF, PER_BLOCK, PER_BLOCK_CPU, OFFLOADED, AUTO = "off", "per block", "per block + CPU", "offloaded blocks", "auto"
 PLANS = (OFF, PER_BLOCK, PER_BLOCK_CPU, OFFLOADED)  # fastest first, each needing less of the device's memory than the one before
 ROOM = 0.9  # of the free memory may be planned with: kernels take workspaces, and allocators leave gaps
-MOST = 8  # pictures in a batch that is chosen: more of them learn little more in a step, and a step takes as much longer
+MOST = 8  # pictures in a batch that is chosen; more is a decision about the training and not about memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Measured:
     adapters: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
     accumulated: bool = False  # gradients of the batch before are there all the time
     weights: int = 0  # bytes of the blocks' weights that lie on the device
-    heaviest: int = 0  # those of the block that has most
+    heaviest: int = 0  # bytes of the weights of the block that has most, wherever they lie
 
     def scaled(self, factor: float) -> Measured:
         """The same for a batch or a picture that is `factor` times as large."""

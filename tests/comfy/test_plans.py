@@ -184,6 +184,7 @@ def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterward
         network = session.denoiser.model.diffusion_model
         weights, heaviest = host.block_weights(network, session.denoiser.device)
         assert 0 < heaviest <= weights <= session.away
+        assert host.block_weights(network, torch.device("meta")) == (0, heaviest), "what is elsewhere comes back for its block all the same"
         layers = [m for block in network.modules() if type(block) in host.block_classes(network) for m in block.modules() if hasattr(m, "comfy_cast_weights")]
         assert layers and all(m.comfy_cast_weights for m in layers if any(True for _ in m.parameters(recurse=False)))
         there = model.model.model_loaded_weight_memory
