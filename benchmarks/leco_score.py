@@ -339,6 +339,7 @@ def main():
     parser.add_argument("--only", nargs="*", default=(), help="rows: recipes of the table, up, down or slider")
     parser.add_argument("--steps", type=int, default=RUN["steps"])
     parser.add_argument("--rate", type=float, default=RUN["learning_rate"])
+    parser.add_argument("--seed", type=int, default=RUN["seed"])
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)")
     asked = parser.parse_args()
     if unknown := [part for part in asked.parts if part not in PARTS]:
@@ -347,12 +348,13 @@ def main():
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    run = dict(steps=asked.steps, learning_rate=asked.rate)
+    run = dict(steps=asked.steps, learning_rate=asked.rate, seed=asked.seed)
+    seed = f", seed {asked.seed}" if asked.seed != RUN["seed"] else ""
     with torch.inference_mode():
         toy = pack.toy_world()
         for part in asked.parts or PARTS:
             found = table if part == "table" else red
-            found(toy, lambda rows, part=part: keep(asked.json, part, rows), asked.only, **run)
+            found(toy, lambda rows, part=part: keep(asked.json, part + seed, rows), asked.only, **run)
 
 
 if __name__ == "__main__":
