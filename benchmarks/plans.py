@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import json
 import pathlib
@@ -54,6 +53,7 @@ def counted(plan, meta):
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
+    from trainyard.nodes.planner import weighed
     from trainyard.trainers.methods.lora import Lora
     from trainyard.trainers.recompute import Tally
 
@@ -72,13 +72,6 @@ def counted(plan, meta):
         with tally:
             method.loss(host.generator(0))
         return weighed(tally.measured(bytes_of(session.adapters)), session.denoiser.model.diffusion_model, session.denoiser.device)
-
-
-def weighed(measured, network, device):
-    from trainyard.nodes import host
-
-    weights, heaviest = host.block_weights(network, device)
-    return dataclasses.replace(measured, weights=weights, heaviest=heaviest)
 
 
 def bytes_of(module) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..trainers.loop import load_method_state, method_state, own_chance, step_rng
-from ..trainers.plan import AUTO, OFF, OFFLOADED, PLANS, ROOM, Measured, cheaper, chosen, forecast, largest_batch, split
+from ..trainers.plan import AUTO, OFF, OFFLOADED, PLANS, Measured, cheaper, chosen, forecast, largest_batch, split
 from ..trainers.recompute import Tally
 from . import host
 
@@ -52,7 +52,7 @@ def prepared(session, job, checkpointing: str):
     batch = sized(measured, free, plan, job, session.denoiser.device)
     method, measured = resized(session, method, job, measured, batch)
     if plan == OFFLOADED and checkpointing == AUTO:
-        host.offload(session, measured.peak(OFFLOADED) - ROOM * free)
+        host.offload(session, measured.missing(plan, free))
     return tried(session, method, job, measured, plans)
 
 
@@ -106,9 +106,15 @@ def counted(session, method, job) -> Measured | None:
         session.blocks.tally = None
     asked = math.prod(job.largest()) * job.run.batch
     adapters = sum(p.numel() * p.element_size() for p in method.parameters())
-    weights, heaviest = host.block_weights(session.denoiser.model.diffusion_model, session.denoiser.device)
     measured = tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.widest)))
-    return replace(measured, weights=weights, heaviest=heaviest, accumulated=job.optimizing.accumulate > 1)
+    measured = weighed(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
+    return replace(measured, accumulated=job.optimizing.accumulate > 1)
+
+
+def weighed(measured, network, device) -> Measured:
+    """With the weights that could leave the device."""
+    weights, heaviest = host.block_weights(network, device)
+    return replace(measured, weights=weights, heaviest=heaviest)
 
 
 def tried(session, method, job, measured, plans):

@@ -7,6 +7,7 @@ Chen et al. 2016), or computed again from inputs that wait in the CPU's memory (
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -55,10 +56,6 @@ class Measured:
             found.append((min(self.total, outside + given + block.inside), 1 - number / len(self.blocks)))
         return [(min(self.total, self.outside + given), 0.0), *found, (0, 1.0)]
 
-    def kept(self, plan: str) -> int:
-        """Bytes kept for backward at its worst moment."""
-        return max(kept for kept, _ in self.moments(plan))
-
     def peak(self, plan: str) -> int:
         """Bytes beside the weights at the worst moment of a step."""
         made = lambda share: self.adapters * (1 if self.accumulated else share)
@@ -68,8 +65,12 @@ class Measured:
         """Those of them that are the same for every batch and moment: the optimizer's numbers, and the weights of a block that were away."""
         return 2 * self.adapters + (self.heaviest if plan == OFFLOADED else 0)
 
+    def missing(self, plan: str, free: int) -> int:
+        """Bytes that must become free beside those that are, before the plan fits."""
+        return max(0, math.ceil(self.peak(plan) / ROOM - free))
+
     def fits(self, plan: str, free: int) -> bool:
-        return self.peak(plan) <= ROOM * (free + (self.weights if plan == OFFLOADED else 0))
+        return self.missing(plan, free) <= (self.weights if plan == OFFLOADED else 0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@ import { app } from '../../scripts/app.js';
 import { Edits } from './caption_edits.mjs';
 import { Grid } from './caption_grid.mjs';
 import { after, showOutputs } from './outputs.mjs';
-import { learnt } from './words.mjs';
 
 const SIZE = [760, 700], LEAST_HEIGHT = 320;
 const SETTLED_MS = 600; // after the last change the workflow takes note, so that it is kept through a reload and the graph's own undo
@@ -40,8 +39,6 @@ showOutputs('Trainyard.Captions', ['TrainyardEditCaptionsByHand'], node => {
     if (cards && cards !== grid.list) grid.show(cards, output.trainyard_about?.[0]);
   };
 });
-
-app.registerExtension({ name: 'Trainyard.Words', setup: learnt });
 
 // Nodes 2.0 hands the wheel to the canvas before an element that has no focus sees it. Over our panes it scrolls; with Ctrl it zooms.
 addEventListener('wheel', event => {

@@ -1,5 +1,6 @@
 // What a node's last execution left on the page, wherever the node is: in a subgraph, in a workflow that comes back from another tab.
 import { app } from '../../scripts/app.js';
+import { learnt } from './words.mjs';
 
 /** Calls act(...) after the node's own method of this name. */
 export function after(node, name, act) {
@@ -17,6 +18,7 @@ export function showOutputs(name, classes, furnish) {
   const recall = node => shows.get(node)?.(remembered(node));
   app.registerExtension({
     name,
+    setup: learnt,
     nodeCreated(node) {
       if (!classes.includes(node.comfyClass)) return;
       const show = furnish(node);

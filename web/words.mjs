@@ -10,7 +10,9 @@ export const learnt = () => (asked ??= learn());
 
 async function learn() {
   try {
-    const answer = await app.api.fetchApi('/i18n'), language = app.extensionManager.setting.get('Comfy.Locale');
+    const language = app.extensionManager.setting.get('Comfy.Locale');
+    if (language === 'en') return; // the server's texts are those of every pack: not asked for without need
+    const answer = await app.api.fetchApi('/i18n');
     Object.assign(known, (await answer.json())[language]?.trainyard);
   } catch (error) {
     console.warn('Trainyard: the page stays English,', error);

@@ -2,8 +2,7 @@
 
     python -m tests.toy.train_eyes train pack check      # stopped runs go on from TOY_WORK, by default /tmp/toy_world
 
-It stands in for the encoders that nobody can download here: what a score learns from its embeddings is what it would learn from CLIP's, as far
-as the world is as small as the encoder. Shapes lie at any angle and place, in any colour on any ground, and it is asked for all of that, never
+It stands in for the encoders that nobody can download here. Shapes lie at any angle and place, in any colour on any ground, and it is asked for all of that, never
 for a score. Run from the root of the repository, like train_world.
 """
 import os
@@ -17,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from . import shapes, world
-from .train_world import WORK, learn, pack
+from .train_world import WORK, learn, pack, pixels
 
 NUMBERS = ("red", "green", "blue", "ground red", "ground green", "ground blue", "radius", "x", "y")
-POOL = 20000        # pictures drawn once; each is seen mirrored and turned by quarters, too
+POOL = 20000        # pictures drawn once; each is seen mirrored, too
 
 
 def drawn(rng):
@@ -42,9 +41,8 @@ def pool(count, seed):
     if not path.exists():
         rng = torch.Generator().manual_seed(seed)
         made = [drawn(rng) for _ in range(count)]
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, *_ in made])).movedim(-1, 1).contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((pixels, torch.tensor([kind for _, kind, _ in made]), torch.tensor([numbers for *_, numbers in made])), path)
+        torch.save((pixels([picture for picture, *_ in made]), torch.tensor([kind for _, kind, _ in made]), torch.tensor([numbers for *_, numbers in made])), path)
     return torch.load(path)
 
 
@@ -58,29 +56,29 @@ class Telling(torch.nn.Module):
         width = world.EYES["projection_dim"]
         self.shape, self.numbers = torch.nn.Linear(width, len(shapes.SHAPES)), torch.nn.Linear(width, len(NUMBERS))
 
-    def forward(self, pixels):
+    def forward(self, pictures):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in world.LIGHT)
         with torch.autocast("cpu", torch.bfloat16):
-            seen = self.eyes(pixel_values=(pixels.float() / 255 - mean) / std).image_embeds
+            seen = self.eyes(pixel_values=(pictures.float() / 255 - mean) / std).image_embeds
             seen = F.layer_norm(seen.float(), seen.shape[1:])
             return self.shape(seen).float(), self.numbers(seen).float()
 
 
-def turned(rng, pixels, numbers):
+def mirrored(rng, pictures, numbers):
     """The same pictures, mirrored by chance, with their new places."""
     x, y = (-1.0 if torch.rand((), generator=rng) < 0.5 else 1.0 for _ in range(2))
     flips = [axis for axis, sign in ((-1, x), (-2, y)) if sign < 0]
-    return pixels.flip(flips), numbers * torch.tensor([1.0] * 7 + [x, y])
+    return pictures.flip(flips), numbers * torch.tensor([1.0] * 7 + [x, y])
 
 
 def train(steps=6000, batch=64, rate=1e-3, seed=21):
     start = time.time()
-    pixels, kinds, numbers = pool(POOL, seed)
+    pictures, kinds, numbers = pool(POOL, seed)
     print(f"data ready, {time.time() - start:.0f} s", flush=True)
 
     def losses(step, rng):
-        pick = torch.randint(len(pixels), (batch,), generator=rng)
-        looked, told = turned(rng, pixels[pick], numbers[pick])
+        pick = torch.randint(len(pictures), (batch,), generator=rng)
+        looked, told = mirrored(rng, pictures[pick], numbers[pick])
         shape, said = model(looked)
         return [F.cross_entropy(shape, kinds[pick]) + (said - told).square().mean()]
 
@@ -90,11 +88,11 @@ def train(steps=6000, batch=64, rate=1e-3, seed=21):
 
 def check():
     """Of 2000 new pictures: the share of shapes named, and how much of the numbers' variance is told."""
-    pixels, kinds, numbers = pool(2000, 22)
+    pictures, kinds, numbers = pool(2000, 22)
     model = Telling()
     model.load_state_dict(world.unpack(load_file(str(world.WEIGHTS / "eyes.safetensors"))))
     with torch.no_grad():
-        parts = [model(some) for some in pixels.split(200)]
+        parts = [model(some) for some in pictures.split(200)]
     shape, said = (torch.cat(some) for some in zip(*parts, strict=True))
     told = 1 - (said - numbers).square().mean(0) / numbers.var(0)
     print(f"shape {(shape.argmax(1) == kinds).float().mean():.3f}", {name: round(value.item(), 3) for name, value in zip(NUMBERS, told, strict=True)})
