@@ -19,10 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import trainyard_plugin  # noqa: E402, F401 - makes the pack importable as `trainyard`
 from trainyard.tests.drawn import texture  # noqa: E402
-from trainyard.trainers.data.duplicates import DuplicateSettings, deduplicate  # noqa: E402
-from trainyard.trainers.data.looking import Looking  # noqa: E402
-from trainyard.trainers.data.quality import QualitySettings, acted, check  # noqa: E402
-from trainyard.trainers.data.quality_report import report, sheet  # noqa: E402
+from trainyard.trainers.data.quality.duplicates import DuplicateSettings, deduplicate  # noqa: E402
+from trainyard.trainers.data.quality.quality import QualitySettings, acted, check  # noqa: E402
+from trainyard.trainers.data.quality.quality_report import report, sheet  # noqa: E402
+from trainyard.trainers.data.quality.thumbnails import Looking  # noqa: E402
 from trainyard.trainers.data.readers import read_folder  # noqa: E402
 
 

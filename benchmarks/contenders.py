@@ -23,7 +23,7 @@ import torch
 from comfy.model_patcher import CoreModelPatcher
 
 from ..nodes import host
-from ..trainers.adapters import Adapters, select
+from ..trainers.adapters.adapters import Adapters, select
 from ..trainers.data.encoded import Encoded
 from ..trainers.diffusion import denoising_loss, randn_like, random_sigma
 from ..trainers.loop import train
@@ -68,11 +68,11 @@ def bare(plan: Plan):
     """Forward and backward of the frozen model, with a gradient to its input and nothing else."""
     model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
     laps = laps_over(model, plan)
-    with host.training(model, plan.adapter(DEFAULT_TARGETS)) as session, session.adapters.at(0.0), contextlib.closing(laps):
+    with host.session.training(model, plan.adapter(DEFAULT_TARGETS)) as session, session.adapters.at(0.0), contextlib.closing(laps):
         denoiser = session.denoiser
         for step in range(laps.steps):
             laps()
-            rng = host.generator(step)
+            rng = host.progress.generator(step)
             batch = data.batch(range(plan.batch), rng)
             x0 = denoiser.model_space(batch.x0).requires_grad_()
             sigma = random_sigma(denoiser, session.family.density, x0, rng)
@@ -84,7 +84,7 @@ def ours(plan: Plan, targets: str, checkpointing: str):
     """(Cost, trained numbers) of the loop behind our Train LoRA node."""
     model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
     laps = laps_over(model, plan)
-    with host.training(model, plan.adapter(targets), checkpointing=checkpointing) as session, contextlib.closing(laps):
+    with host.session.training(model, plan.adapter(targets), checkpointing=checkpointing) as session, contextlib.closing(laps):
         method = Lora(session.denoiser, session.adapters, data, density=session.family.density, batch=plan.batch)
         run = RunSettings(steps=laps.steps + 1, batch=plan.batch)
         with contextlib.suppress(Finished):
@@ -184,12 +184,12 @@ def kohya(plan: Plan, checkpointing: bool):
     model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
     laps = laps_over(model, plan)
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(host.training(model, plan.adapter(DEFAULT_TARGETS)))
+        session = stack.enter_context(host.session.training(model, plan.adapter(DEFAULT_TARGETS)))
         session.adapters.detach()
         loras, method = kohya_method(plan, session, data, checkpointing)
         stack.enter_context(loras.installed())
         if checkpointing:
-            stack.enter_context(kohya_style.checkpointed(host.block_classes(session.denoiser.model.diffusion_model)))
+            stack.enter_context(kohya_style.checkpointed(host.context.block_classes(session.denoiser.model.diffusion_model)))
         stack.enter_context(contextlib.closing(laps))
         with contextlib.suppress(Finished):
             train(Lapped(method, laps), RunSettings(steps=laps.steps + 1, batch=plan.batch), interval=math.inf)
@@ -269,7 +269,7 @@ class Meta:
 
     def measured(self, plan, step):
         laps = Laps(self.network.parameters(), 0)
-        with contextlib.closing(laps), host.in_training(), host.differentiable_rope():
+        with contextlib.closing(laps), host.context.in_training(), host.context.differentiable_rope():
             for _ in range(laps.steps):
                 laps()
                 step()
@@ -288,7 +288,7 @@ def meta_ours(plan: Plan, targets: str, checkpointing: str):
     adapters = Adapters(meta.network, plan.adapter(targets)).to("meta")
     params = list(adapters.parameters())
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], OptimizerSettings())
-    classes = host.block_classes(meta.network) if checkpointing == "per block" else ()
+    classes = host.context.block_classes(meta.network) if checkpointing == "per block" else ()
     with host.out_of_place(meta.network), host.checkpointed(classes, adapters), adapters.attached():
         cost = meta.measured(plan, lambda: step(meta, optimizer, params, OptimizerSettings().clip))
     return cost, numbers(params)
@@ -307,7 +307,7 @@ def meta_kohya(plan: Plan, checkpointing: bool):
         for caption in captions:
             caption.grad = None
 
-    classes = host.block_classes(meta.network) if checkpointing else ()
+    classes = host.context.block_classes(meta.network) if checkpointing else ()
     with host.out_of_place(meta.network), kohya_style.checkpointed(classes), loras.installed():
         return meta.measured(plan, one), numbers(params)
 

@@ -143,8 +143,8 @@ def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
     with torch.inference_mode():
         vae = comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")), output_clip=False)[2]
     rows = []
-    with host.gradients():
-        encoder = host.PictureEncoder(vae)
+    with host.context.gradients():
+        encoder = host.encoders.PictureEncoder(vae)
         for size in sizes:
             pictures = torch.rand(8, size, size, 3, generator=torch.Generator().manual_seed(0))
             alone = torch.cat([encoder.encode(picture[None])[0] for picture in pictures])

@@ -78,7 +78,7 @@ def drawings(toy, denoiser, count, seed):
 def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32):
     """A ScoreModel of as many networks as Train Score Model makes by default, each trained on noisy ratings of all but its share of pictures."""
     import torch
-    from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded, sigma_of_level, unit_view
+    from trainyard.trainers.scores.networks import About, LatentResNet, ScoreModel, Scorer, seeded, sigma_of_level, unit_view
 
     channels = drawn.x0.shape[1]
     rng = torch.Generator().manual_seed(seed)
@@ -107,8 +107,8 @@ def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32)
 def agreement(denoiser, score, drawn, true) -> dict:
     """Spearman's correlation with the true score on pictures that the scorer never saw, clean and noised."""
     import torch
-    from trainyard.trainers.evaluate import spearman
-    from trainyard.trainers.scorers import sigma_of_level, unit_view
+    from trainyard.trainers.monitor.strength_curve import spearman
+    from trainyard.trainers.scores.networks import sigma_of_level, unit_view
 
     found, rng = {}, torch.Generator().manual_seed(9)
     for level in (0.0, 0.3, 0.6, 0.9):
@@ -148,7 +148,7 @@ class Judge:
     def draw(self, strength, first_seed=700_000):
         import torch
         from trainyard.tests.toy import sampling
-        from trainyard.trainers.evaluate import drawn
+        from trainyard.trainers.monitor.strength_curve import drawn
 
         parts = []
         for number, scene in enumerate(self.scenes):
@@ -173,8 +173,8 @@ class Judge:
         return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb))))
 
     def verdict(self, strength=1.0) -> dict:
-        from trainyard.trainers.evaluate import drift_of
-        from trainyard.trainers.score_watch import judged, mean_distance
+        from trainyard.trainers.monitor.score_monitor import judged, mean_distance
+        from trainyard.trainers.monitor.strength_curve import drift_of
 
         after = self.draw(strength)
         gain = lambda of: float(of(after).mean() - of(self.before).mean())
@@ -227,13 +227,13 @@ def learnt(toy, drawn, true, settings, scores, rows, look, **run):
     from trainyard.trainers.data.encoded import Encoded
     from trainyard.trainers.loop import train
     from trainyard.trainers.methods.leco_score import Injected, LecoScore, tasks_of, walking
-    from trainyard.trainers.points import Model
+    from trainyard.trainers.methods.rollouts import Model
     from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 
     texts = list(dict.fromkeys(["", *(row.prompt for row in rows), *scenes("judged")]))
-    conds = dict(zip(texts, host.TextEncoder(toy.clip).encode(texts), strict=True))
+    conds = dict(zip(texts, host.encoders.TextEncoder(toy.clip).encode(texts), strict=True))
     run = RunSettings(**{**RUN, **run})
-    with host.training(toy.model, AdapterSettings(rank=RANK), seed=run.seed) as session:
+    with host.session.training(toy.model, AdapterSettings(rank=RANK), seed=run.seed) as session:
         model = Model(session.denoiser, session.adapters, conds)
         judge = Judge(toy, model, true, scores, drawn, scenes("judged"))
         start = time.process_time()
@@ -252,10 +252,11 @@ def learnt(toy, drawn, true, settings, scores, rows, look, **run):
 
 def prepared(toy):
     """(denoiser, pictures to learn from, pictures to be measured on)."""
-    from trainyard.nodes import host, latents
+    from trainyard.nodes import host
+    from trainyard.nodes.scores import latents
 
     denoiser = latents.Schedule(toy.model)
-    with host.gradients():
+    with host.context.gradients():
         return denoiser, drawings(toy, denoiser, DRAWN, 1), drawings(toy, denoiser, UNSEEN, 2)
 
 
@@ -266,7 +267,7 @@ def table(toy, kept, only=(), **run):
 
     denoiser, drawn, unseen = prepared(toy)
     true = TRUE["colourfulness"]
-    with host.gradients():
+    with host.context.gradients():
         known = {noisy: scorer(denoiser, drawn, true, noisy) for noisy in (True, False)}
         found = {"scorers, SRCC with the true score": {("noise-conditioned" if n else "clean only"): agreement(denoiser, s, unseen, true) for n, s in known.items()}}
     shown("scorers", found["scorers, SRCC with the true score"])
@@ -292,7 +293,7 @@ def red(toy, kept, only=(), **run):
 
     denoiser, drawn, unseen = prepared(toy)
     true = TRUE["redness"]
-    with host.gradients():
+    with host.context.gradients():
         score = scorer(denoiser, drawn, true, True)
         kept({"scorer, SRCC with the true score": agreement(denoiser, score, unseen, true), "settings": {**RUN, **run, "rank": RANK, "rater noise": RATER}})
 

@@ -26,7 +26,7 @@ def rows_of(plan, meta):
     """name -> row, core's first."""
     from trainyard.benchmarks import contenders
     from trainyard.benchmarks.train_lora import core_row, row
-    from trainyard.trainers.plan import OFFLOADED, PER_BLOCK, PLANS
+    from trainyard.trainers.memory.plan import OFFLOADED, PER_BLOCK, PLANS
 
     core = contenders.meta_core if meta else contenders.core
     ours = contenders.meta_ours if meta else contenders.ours
@@ -49,28 +49,28 @@ def rows_of(plan, meta):
 
 
 def counted(plan, meta):
-    """trainers.plan.Measured of one step."""
+    """trainers.memory.plan.Measured of one step."""
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
-    from trainyard.nodes.planner import weighed
+    from trainyard.nodes.train.planner import weighed
+    from trainyard.trainers.memory.checkpointing import Tally
     from trainyard.trainers.methods.lora import Lora
-    from trainyard.trainers.recompute import Tally
 
     adapter = plan.adapter(contenders.DEFAULT_TARGETS)
     if meta:
         it = contenders.Meta(plan, to_input=False)
         adapters, blocks = contenders.Adapters(it.network, adapter).to("meta"), host.Blocks()
         blocks.tally = Tally([*it.network.parameters(), *adapters.parameters()])
-        with host.out_of_place(it.network), host.checkpointed(host.block_classes(it.network), adapters, blocks), adapters.attached():
-            with host.in_training(), host.differentiable_rope(), blocks.tally:
+        with host.out_of_place(it.network), host.checkpointed(host.context.block_classes(it.network), adapters, blocks), adapters.attached():
+            with host.context.in_training(), host.context.differentiable_rope(), blocks.tally:
                 it.loss()
         return weighed(blocks.tally.measured(bytes_of(adapters)), it.network, torch.device("meta"))
-    with host.training(shapes.make(plan.shape, plan.dtype), adapter) as session:
+    with host.session.training(shapes.make(plan.shape, plan.dtype), adapter) as session:
         method = Lora(session.denoiser, session.adapters, contenders.encoded(plan), density=session.family.density, batch=plan.batch)
         session.blocks.tally = tally = Tally([*session.denoiser.model.parameters(), *method.parameters()])
         with tally:
-            method.loss(host.generator(0))
+            method.loss(host.progress.generator(0))
         return weighed(tally.measured(bytes_of(session.adapters)), session.denoiser.model.diffusion_model, session.denoiser.device)
 
 
@@ -82,7 +82,7 @@ def bytes_of(module) -> int:
 def beside_the_device():
     """Copies that wait in the CPU's memory are not in the ledger of the device, also where the device is the CPU."""
     from torch.utils._python_dispatch import _disable_current_modes
-    from trainyard.trainers.recompute import Waiting
+    from trainyard.trainers.memory.checkpointing import Waiting
 
     original = Waiting.__init__
 

@@ -51,18 +51,18 @@ def pictures_of(toy, folder):
     from trainyard.nodes import host
     from trainyard.tests.toy import lesson
     from trainyard.trainers.data.buckets import BucketSettings
-    from trainyard.trainers.data.captions import CaptionSettings
+    from trainyard.trainers.data.captions.variants import CaptionSettings
     from trainyard.trainers.data.encode import encode
     from trainyard.trainers.data.readers import read_folder
 
-    with host.gradients():
-        return encode(read_folder(folder), CaptionSettings(dropout=0.1), BucketSettings(**lesson.ENCODE), False, host.PictureEncoder(toy.vae),
-                      host.TextEncoder(toy.clip), pathlib.Path(folder).parent / "cache")
+    with host.context.gradients():
+        return encode(read_folder(folder), CaptionSettings(dropout=0.1), BucketSettings(**lesson.ENCODE), False, host.encoders.PictureEncoder(toy.vae),
+                      host.encoders.TextEncoder(toy.clip), pathlib.Path(folder).parent / "cache")
 
 
 def prior_of(toy, kind, weight, folder):
     """What the Prior Preservation node would give."""
-    from trainyard.nodes.prior import encoded_prompts
+    from trainyard.nodes.train.prior import encoded_prompts
     from trainyard.tests.toy import lesson
     from trainyard.trainers.methods.prior import Prior, PriorSettings
 
@@ -89,11 +89,11 @@ def trained(toy, prior, steps, seed, folder):
 
     data = pictures_of(toy, lesson.pictures(folder / "stars"))
     run = RunSettings(steps=steps, learning_rate=lesson.TRAIN["learning_rate"], batch=lesson.TRAIN["batch"], seed=seed)
-    with torch_inference(), host.training(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session:
+    with torch_inference(), host.session.training(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session:
         method = Lora(session.denoiser, session.adapters, data, density=session.family.density, batch=run.batch, prior=prior)
         losses = train(method, run, OptimizerSettings(schedule=lesson.SCHEDULE))
         lora = LoraFile(session.tensors()[0])
-    return host.applied(toy.model, None, lora)[0], losses
+    return host.lora_keys.applied(toy.model, None, lora)[0], losses
 
 
 def torch_inference():

@@ -49,8 +49,8 @@ def pictures(toy, count, seed, px=64):
 def noised(schedule, x0, level, seed=7):
     """(x, levels) as a scorer sees them."""
     import torch
-    from trainyard.trainers.methods.score import seen
-    from trainyard.trainers.scorers import sigma_of_level
+    from trainyard.trainers.scores.networks import sigma_of_level
+    from trainyard.trainers.scores.objective import seen
 
     levels = torch.full((len(x0),), level)
     return seen(schedule, x0, sigma_of_level(schedule, levels), levels > 0, torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def noised(schedule, x0, level, seed=7):
 def asked(model, schedule, x0, scores) -> dict:
     """SRCC by level of noise, with its interval."""
     import torch
-    from trainyard.trainers.metrics import interval, srcc
+    from trainyard.trainers.scores.metrics import interval, srcc
 
     found = {}
     with torch.no_grad():
@@ -73,7 +73,7 @@ def asked(model, schedule, x0, scores) -> dict:
 
 def oracle(schedule, x0, scores, known, known_scores) -> dict:
     import torch
-    from trainyard.trainers.metrics import srcc
+    from trainyard.trainers.scores.metrics import srcc
 
     found = {}
     truth = torch.tensor(known_scores)
@@ -89,9 +89,9 @@ def oracle(schedule, x0, scores, known, known_scores) -> dict:
 
 def figures(schedule, kind, data, x0, scores) -> dict:
     import torch
-    from trainyard.trainers.methods.score import ScoreSettings
-    from trainyard.trainers.scorers import ScorerSettings
-    from trainyard.trainers.scoring import trained
+    from trainyard.trainers.scores.networks import ScorerSettings
+    from trainyard.trainers.scores.objective import ScoreSettings
+    from trainyard.trainers.scores.training import trained
 
     start = time.process_time()
     made = trained(data, schedule, ScorerSettings(**KINDS[kind]), ScoreSettings(**HOW), latent_format="SD3")
@@ -104,7 +104,7 @@ def main(names, kinds, px):
     import torch
 
     torch.set_num_threads(1)
-    from trainyard.nodes.latents import Schedule
+    from trainyard.nodes.scores.latents import Schedule
     from trainyard.tests.toy import scores as known
 
     toy = pack.toy_world()

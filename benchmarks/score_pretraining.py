@@ -58,7 +58,7 @@ def pretraining(toy, schedule, place, tasks, steps):
         known.drawn(rng).save(folder / f"{number:03d}.png")
     from trainyard.nodes import host
 
-    views = encode_views(read_folder(folder), (TURNED, SHUFFLED, GREY), size=64, crops=4, seed=0, vae=host.PictureEncoder(toy.vae), cache_dir=place / "cache")
+    views = encode_views(read_folder(folder), (TURNED, SHUFFLED, GREY), size=64, crops=4, seed=0, vae=host.encoders.PictureEncoder(toy.vae), cache_dir=place / "cache")
     z, truth = common.pictures(toy, LABELS * DRAWS, 12)
     others, asked = common.pictures(toy, common.ASKED, 2)
     rows = {}
@@ -69,9 +69,9 @@ def pretraining(toy, schedule, place, tasks, steps):
 
 
 def pretrained_row(views, schedule, weights, steps, labelled, asked) -> dict:
-    from trainyard.trainers.methods.pretext import PretextSettings
-    from trainyard.trainers.pretraining import pretrained
-    from trainyard.trainers.scorers import About, ScorerSettings, network_of, seeded
+    from trainyard.trainers.scores.networks import About, ScorerSettings, network_of, seeded
+    from trainyard.trainers.scores.pretext import PretextSettings
+    from trainyard.trainers.scores.pretraining import pretrained
 
     row = {"seconds of one core": 0}
     if weights:
@@ -86,8 +86,8 @@ def pretrained_row(views, schedule, weights, steps, labelled, asked) -> dict:
 def probe(trunk, labelled, asked, name) -> float:
     import numpy as np
     import torch
-    from trainyard.trainers.metrics import srcc
-    from trainyard.trainers.pretraining import ridge
+    from trainyard.trainers.scores.metrics import srcc
+    from trainyard.trainers.scores.pretraining import ridge
 
     with torch.no_grad():
         rows, others = (torch.cat([trunk(part, torch.zeros(len(part))) for part in x.split(100)]) for x in (labelled[0], asked[0]))
@@ -100,12 +100,12 @@ def probe(trunk, labelled, asked, name) -> float:
 
 
 def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
-    from trainyard.nodes import backbones
+    from trainyard.nodes.scores import backbones
     from trainyard.tests.toy import scores as known
-    from trainyard.trainers.features import remembered
-    from trainyard.trainers.methods.score import ScoreSettings
-    from trainyard.trainers.scorers import ScorerSettings
-    from trainyard.trainers.scoring import trained
+    from trainyard.trainers.scores.backbones import remembered
+    from trainyard.trainers.scores.networks import ScorerSettings
+    from trainyard.trainers.scores.objective import ScoreSettings
+    from trainyard.trainers.scores.training import trained
 
     z, truth = common.pictures(toy, common.LEARNT, 1)
     others, asked = common.pictures(toy, common.ASKED, 2)
@@ -130,9 +130,9 @@ def main(names, tasks, steps):
     import torch
 
     torch.set_num_threads(1)
-    from trainyard.nodes.latents import Schedule
+    from trainyard.nodes.scores.latents import Schedule
     from trainyard.tests.toy import sampling
-    from trainyard.trainers.features import DECODED, MODEL
+    from trainyard.trainers.scores.backbones import DECODED, MODEL
 
     toy = pack.toy_world()
     schedule = Schedule(toy.model)

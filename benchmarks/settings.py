@@ -103,8 +103,8 @@ def real(row: Row, family: str) -> Cost:
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
+    from trainyard.trainers.memory.plan import OFF, PER_BLOCK_CPU
     from trainyard.trainers.optimizers import make_optimizer
-    from trainyard.trainers.plan import OFF, PER_BLOCK_CPU
     from trainyard.trainers.settings import OptimizerSettings
 
     refuse_on_meta(row)
@@ -115,7 +115,7 @@ def real(row: Row, family: str) -> Cost:
     params = list(adapters.parameters())
     optimizing = OptimizerSettings(**row.optimizing)
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], optimizing)
-    classes = host.block_classes(it.network) if row.checkpointing != OFF else ()
+    classes = host.context.block_classes(it.network) if row.checkpointing != OFF else ()
     with host.out_of_place(it.network), host.checkpointed(classes, adapters), adapters.attached():
         cost = it.measured(plan, lambda: steps(it, optimizer, params, optimizing))
     away = row.checkpointing == PER_BLOCK_CPU  # a copy of a tensor without values has none either: what the planner would say
@@ -133,16 +133,16 @@ def refuse_on_meta(row):
 
 
 def counted(plan, row):
-    """trainers.plan.Measured, from which the bytes of activations that wait in the CPU's memory are told."""
+    """trainers.memory.plan.Measured, from which the bytes of activations that wait in the CPU's memory are told."""
     from trainyard.benchmarks import contenders
     from trainyard.nodes import host
-    from trainyard.trainers.recompute import Tally
+    from trainyard.trainers.memory.checkpointing import Tally
 
     it = contenders.Meta(plan, to_input=False)
     adapters, blocks = contenders.Adapters(it.network, adapter_of(row, plan.shape)).to("meta"), host.Blocks()
     blocks.tally = Tally([*it.network.parameters(), *adapters.parameters()])
-    with host.out_of_place(it.network), host.checkpointed(host.block_classes(it.network), adapters, blocks), adapters.attached():
-        with host.in_training(), host.differentiable_rope(), blocks.tally:
+    with host.out_of_place(it.network), host.checkpointed(host.context.block_classes(it.network), adapters, blocks), adapters.attached():
+        with host.context.in_training(), host.context.differentiable_rope(), blocks.tally:
             it.loss()
     return blocks.tally.measured(size(adapters.parameters()))
 
@@ -190,12 +190,12 @@ def mid(row: Row, family: str, timed: int) -> Cost:
     original = loop.make_optimizer
     remember = lambda *args: made.append(original(*args)) or made[-1]
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(host.training(model, adapter_of(row, shape), checkpointing=row.checkpointing, compiling=said.append if row.compiled else None))
+        session = stack.enter_context(host.session.training(model, adapter_of(row, shape), checkpointing=row.checkpointing, compiling=said.append if row.compiled else None))
         stack.enter_context(contextlib.closing(laps))
         stack.enter_context(mock.patch.object(loop, "make_optimizer", remember))
         method = Lora(session.denoiser, session.adapters, data_of(row, plan), NoiseSettings(**row.noise), session.family.density, row.batch, prior=prior_of(row, plan))
         if row.compiled:
-            method.loss(host.generator(0)).mean().backward()  # programs are made
+            method.loss(host.progress.generator(0)).mean().backward()  # programs are made
         if row.exam:
             return examined(session, method, laps, plan)
         run = RunSettings(steps=laps.steps + 1, batch=row.batch)
@@ -240,7 +240,7 @@ class Stepped:
 def examined(session, method, laps, plan) -> Cost:
     """A measurement of 8 pictures at 8 levels; the laps are measurements."""
     from trainyard.benchmarks import contenders
-    from trainyard.trainers.validation import Exam, picked
+    from trainyard.trainers.monitor.validation import Exam, picked
 
     data = contenders.encoded(dataclasses.replace(plan, batch=8))
     exam = Exam(session.denoiser, data, picked(data, 8), method.density, batch=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 from comfy_api.latest import io
 
 Dataset = io.Custom("TRAINYARD_DATASET")
 Encoded = io.Custom("TRAINYARD_ENCODED")
-ScoreModel = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scorers.ScoreModel
+ScoreModel = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scores.networks.ScoreModel
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
 CATEGORY = "model/training/trainyard"
@@ -62,3 +63,9 @@ def record(kind, values):
     """The settings record of these widget values; re-checked here, because links bypass widget limits."""
     names = {f.name for f in fields(kind)}
     return kind(**{k: v for k, v in values.items() if k in names})
+
+
+def graph_metadata(hidden) -> dict[str, str]:
+    """The graph that made a file, under the keys ComfyUI reads when a file is dropped on it."""
+    graph = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {k: json.dumps(v, sort_keys=True) for k, v in graph.items() if v is not None}

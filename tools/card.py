@@ -37,7 +37,7 @@ def rounded(picture):
 
 
 def chart(draw, values):
-    from trainyard.trainers.plots import smoothed
+    from trainyard.trainers.monitor.plots import smoothed
 
     left, top, right, bottom = CHART
     high, low = max(smoothed(values)), min(values)

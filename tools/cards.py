@@ -44,7 +44,7 @@ def drawings(folder, count=6, px=256, caption="this image shows {}, watermark"):
 
 
 def captions():
-    from trainyard.trainers.data.edits import apply, parse
+    from trainyard.trainers.data.captions.edits import apply, parse
     from trainyard.trainers.data.readers import read_folder
     from trainyard.trainers.data.sheets import thumbnail
 
@@ -70,8 +70,8 @@ def wrapped(text, colour, width=30):
 
 def checked():
     from trainyard.tests import drawn
-    from trainyard.trainers.data.quality import QualitySettings, check
-    from trainyard.trainers.data.quality_report import sheet
+    from trainyard.trainers.data.quality.quality import QualitySettings, check
+    from trainyard.trainers.data.quality.quality_report import sheet
     from trainyard.trainers.data.readers import read_folder
 
     page, _ = card("what is wrong, with its figure")
@@ -93,8 +93,8 @@ def checked():
 
 
 def collages():
-    from trainyard.trainers.data.collage import build_collages
-    from trainyard.trainers.data.collage_plan import CollageSettings
+    from trainyard.trainers.data.collage.collage import build_collages
+    from trainyard.trainers.data.collage.plan import CollageSettings
     from trainyard.trainers.data.readers import read_folder
     from trainyard.trainers.data.records import open_image, open_mask
 
@@ -162,9 +162,9 @@ def taste():
     from trainyard.tests.toy import sampling, shapes, world
     from trainyard.tests.unit.toy import Denoiser
     from trainyard.trainers.data.encoded import Encoded
-    from trainyard.trainers.methods.score import ScoreSettings
-    from trainyard.trainers.scorers import ScorerSettings
-    from trainyard.trainers.scoring import trained
+    from trainyard.trainers.scores.networks import ScorerSettings
+    from trainyard.trainers.scores.objective import ScoreSettings
+    from trainyard.trainers.scores.training import trained
 
     boot.boot()
     torch.set_num_threads(1)

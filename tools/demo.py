@@ -100,7 +100,7 @@ def embedded(lesson, world, exam):
 def sampled(checkpoint, lora, lesson, exam):
     """(pictures without, pictures with) a LoRA file, by the embedded engine."""
     from trainyard.tests.toy import shapes
-    from trainyard.trainers.adapters import Adapters
+    from trainyard.trainers.adapters.adapters import Adapters
     from trainyard.trainers.engines import diffusers
     from trainyard.trainers.files import read_safetensors
     from trainyard.trainers.settings import AdapterSettings
@@ -130,7 +130,7 @@ def main():
     pack()
     from trainyard.tests.toy import lesson, shapes, world
     from trainyard.tools import env
-    from trainyard.trainers.plots import sheet
+    from trainyard.trainers.monitor.plots import sheet
 
     begin = time.monotonic()
     OUT.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from workflows import BLUE, BROWN, CHECKPOINT, GREEN, VIOLET, Flow
+from flow import BLUE, BROWN, CHECKPOINT, GREEN, VIOLET, Flow
 
 LOAD = {"folder": "input/my_pictures"}
 

@@ -43,7 +43,7 @@ def measured():
     with torch.inference_mode():
         toy = pack.toy_world()
         denoiser, learnt_from, _ = benchmark.prepared(toy)
-        with host.gradients():
+        with host.context.gradients():
             score = benchmark.scorer(denoiser, learnt_from, true, True)
         prompts = [SignedPrompt(scene) for scene in benchmark.scenes("trained")]
         found = benchmark.learnt(toy, learnt_from, true, LecoScoreSettings(), [(score, 1.0)], prompts, look)
@@ -56,7 +56,7 @@ def look(judge):
     """(the first picture of each prompt, the mean true score of all of them) at each strength."""
     from trainyard.nodes import host
 
-    judge.model.conds.update(zip(ASKED, host.TextEncoder(judge.toy.clip).encode(ASKED), strict=True))
+    judge.model.conds.update(zip(ASKED, host.encoders.TextEncoder(judge.toy.clip).encode(ASKED), strict=True))
     judge.scenes = ASKED
     return {"columns": [column(judge, judge.pictures(judge.draw(strength))) for strength in STRENGTHS]}
 

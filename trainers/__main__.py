@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from .adapters import Adapters
+from .adapters.adapters import Adapters
 from .data.buckets import BucketSettings
-from .data.captions import CAPTIONS, CaptionSettings
+from .data.captions.variants import CAPTIONS, CaptionSettings
 from .data.encode import encode
 from .data.readers import read_folder, require_captions
 from .files import LoraFile, lora_metadata, write_lora
 from .loop import train
 from .methods.lora import Lora
-from .plots import loss_plot, sheet
+from .monitor.plots import loss_plot, sheet
 from .runs import RunFolder, checked_name
 from .settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
 

@@ -2,7 +2,7 @@
 import { app } from '../../scripts/app.js';
 import { word } from './words.mjs';
 
-export const EVENT = 'trainyard.run'; // nodes/live.py has the same
+export const EVENT = 'trainyard.run'; // nodes/page/live.py has the same
 
 /** Calls act(news) for every event of a run. */
 export const onRun = act => app.api.addEventListener(EVENT, event => act(event.detail));

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ...trainers.adapters import select
-from ...trainers.kinds import is_linear
+from ...trainers.adapters.adapters import select
+from ...trainers.adapters.layers import is_linear
 
 
 class Linear(nn.Linear):

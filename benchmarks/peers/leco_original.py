@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ...trainers.diffusion import guided, native_error, per_sample, slope
-from ...trainers.points import Model, Task, noise_of, one_of, pick
+from ...trainers.methods.rollouts import Model, Task, noise_of, one_of, pick
 
 STEPS = 50
 GUIDANCE = 3.0

@@ -40,8 +40,8 @@ def nodes2(server, driver, plan):
 def judge(file):
     """A score model for the toy world's latents that says different things of different pictures, and always something above zero."""
     import torch
-    from trainyard.trainers.score_files import write_score_model
-    from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, seeded
+    from trainyard.trainers.scores.files import write_score_model
+    from trainyard.trainers.scores.networks import About, LatentResNet, ScoreModel, Scorer, seeded
 
     def drawn():
         scorer = Scorer(LatentResNet(world.CHANNELS, 8, 1), 1)
@@ -89,7 +89,7 @@ def test_the_arithmetic_of_the_chart_keeps_its_promises():
 
 
 def test_the_page_and_the_server_call_the_event_alike():
-    named = [re.search(r"EVENT = ['\"](.+?)['\"]", (HERE.parents[1] / file).read_text())[1] for file in ("nodes/live.py", "web/runs.mjs")]
+    named = [re.search(r"EVENT = ['\"](.+?)['\"]", (HERE.parents[1] / file).read_text())[1] for file in ("nodes/page/live.py", "web/runs.mjs")]
     assert named == ["trainyard.run"] * 2
 
 

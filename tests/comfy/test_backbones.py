@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import backbones, host, latents, vision
+from trainyard.nodes import host
+from trainyard.nodes.data import vision
+from trainyard.nodes.scores import backbones, latents
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import TABLE, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.drawn import texture
-from trainyard.trainers.features import DECODED, MODEL, Standard, looking_past, remembered
-from trainyard.trainers.heads import Chain, Head
-from trainyard.trainers.score_files import read_score_model, write_score_model
-from trainyard.trainers.scorers import About, ScoreModel, Scorer, seeded
+from trainyard.trainers.scores.aesthetic_heads import Chain, Head
+from trainyard.trainers.scores.backbones import DECODED, MODEL, Standard, looking_past, remembered
+from trainyard.trainers.scores.files import read_score_model, write_score_model
+from trainyard.trainers.scores.networks import About, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import AdapterSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
@@ -40,7 +42,7 @@ def sample(family, batch=2, seed=0):
 
 def slope(function, x, step=2e-2):
     """(by autograd, by central differences) of the sum along the direction in which it rises most."""
-    with host.gradients():
+    with host.context.gradients():
         x = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(function(x).sum(), x)
     direction = grad / grad.norm()
@@ -112,7 +114,7 @@ def test_every_other_family_can_be_looked_through_too(family):
 def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
     model = make(family, inference=True)
     before = weights(model)
-    with host.gradients():
+    with host.context.gradients():
         network = Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1)
         ups = [low.up for low in network.trunk.adapters.lows.values()]
         optimizer = torch.optim.Adam(network.parameters(), 1e-2)
@@ -130,7 +132,7 @@ def test_the_model_in_a_training_session_is_looked_at_where_it_is():
     """A clone must not be loaded in its place: that would take the session's adapters off."""
     model = make("sd3", inference=True)
     network = Scorer(backbones.trunk_maker(model)(about(model)), 1)
-    with host.training(model, AdapterSettings(rank=4)) as session:
+    with host.session.training(model, AdapterSettings(rank=4)) as session:
         attached = len(session.adapters._hooks)
         network(sample("sd3"), torch.tensor([0.2, 0.4]))
         hooks = sum(len(m._forward_hooks) for m in session.denoiser.model.modules())
@@ -138,14 +140,14 @@ def test_the_model_in_a_training_session_is_looked_at_where_it_is():
         session.denoiser.denoise(sample("sd3"), torch.tensor([0.5, 0.5]), [backbones.no_text(session.denoiser.model.diffusion_model)] * 2)
 
 
-@pytest.mark.parametrize("checkpointing", host.CHECKPOINTING[:2])
+@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING[:2])
 def test_adapters_in_training_are_not_looked_through(checkpointing):
     """A scorer that saw its own pupil's change would be fooled by it."""
     model, x, level = make("sd3", inference=True), sample("sd3"), torch.tensor([0.2, 0.4])
     score = ScoreModel([Scorer(backbones.trunk_maker(model)(about(model)), 1)], About())
     with torch.no_grad():
         clean = score.value(x, level)
-    with host.training(model, AdapterSettings(rank=4), checkpointing=checkpointing) as session, torch.no_grad():
+    with host.session.training(model, AdapterSettings(rank=4), checkpointing=checkpointing) as session, torch.no_grad():
         for low in session.adapters.lows.values():
             low.up.normal_()
         assert not torch.allclose(score.value(x, level), clean, atol=1e-3)
@@ -161,7 +163,7 @@ def test_adapters_in_training_are_not_looked_through(checkpointing):
 def test_blocks_that_are_computed_again_give_the_lora_the_same_gradients(family, monkeypatch):
     """A look with a LoRA keeps each block's input only; its adapters are off the network when backward asks again."""
     model, found = make(family, inference=True), []
-    with host.gradients():
+    with host.context.gradients():
         network = seeded(0, lambda: Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1))
         for low in network.trunk.adapters.lows.values():
             torch.nn.init.normal_(low.up, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -202,13 +204,13 @@ def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
     score.networks[0].requires_grad_(False)
 
     def judged():
-        with host.gradients():
+        with host.context.gradients():
             at = x.clone().requires_grad_()
             said = score.value(at, level)
             return said.detach(), torch.autograd.grad(said.sum(), at)[0]
 
     alone = judged()
-    with host.training(model, AdapterSettings(rank=4), checkpointing="per block") as session:
+    with host.session.training(model, AdapterSettings(rank=4), checkpointing="per block") as session:
         for low in session.adapters.lows.values():
             torch.nn.init.normal_(low.up)
         with looking_past(score, session.adapters):
@@ -327,7 +329,7 @@ def test_small_numbers_count_as_much_as_large_ones_from_the_first_batch_on():
 def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
     from trainyard.tests.comfy.families import cond
     from trainyard.trainers.data.encoded import Encoded
-    from trainyard.trainers.methods.score import seen
+    from trainyard.trainers.scores.objective import seen
 
     model = make("sd3")
     data = Encoded.from_core([{"samples": sample("sd3", 4)}], [cond("sd3")])

@@ -100,7 +100,7 @@ def test_a_claim_can_be_missed(value, holds):
 
 def pull(method, parts):
     """(loss, the gradient in one row) of the first step."""
-    loss = method.loss(host.generator(0)).mean()
+    loss = method.loss(host.progress.generator(0)).mean()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in parts])
 
@@ -110,10 +110,10 @@ def pull(method, parts):
 def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
     """The same weights, picture, caption and noise; our adapters are not at zero, so that both matrices get a gradient."""
     plan = Plan(SHAPES[family, "tiny"])
-    with host.training(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:
+    with host.session.training(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:
         own, data, network = session.adapters, contenders.encoded(plan), session.denoiser.model.diffusion_model
         for name in own.layers:
-            torch.nn.init.normal_(own.low(name).up, std=0.1, generator=host.generator(1))
+            torch.nn.init.normal_(own.low(name).up, std=0.1, generator=host.progress.generator(1))
         ours = contenders.Lora(session.denoiser, own, data, density=session.family.density)
         loss, gradient = pull(ours, [p for name in own.layers for p in (own.low(name).down, own.low(name).up)])
         own.detach()
@@ -122,7 +122,7 @@ def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
         for lora, low in zip(loras.values(), own.lows.values(), strict=True):
             lora.down.weight.data.copy_(low.down)
             lora.up.weight.data.copy_(low.up)
-        classes = host.block_classes(network) if checkpointing else ()
+        classes = host.context.block_classes(network) if checkpointing else ()
         with kohya_style.checkpointed(classes), loras.installed():
             theirs, their_gradient = pull(method, [p for lora in loras.values() for p in (lora.down.weight, lora.up.weight)])
         assert not [name for name, layer in loras.layers.items() if "forward" in vars(layer)], "every layer has its forward back"
@@ -147,8 +147,8 @@ def test_the_scripts_network_answers_as_the_hosts(family):
     shape = SHAPES[family, "tiny"]
     model = make(shape).model
     unet = diffusers_script.network(model.model_config.unet_config, torch.float32, "cpu", model.diffusion_model.state_dict())
-    x, t = torch.randn(1, *shape.family.latent, generator=host.generator(2)), torch.tensor([400])
-    context, extras = caption(shape, host.generator(3))
+    x, t = torch.randn(1, *shape.family.latent, generator=host.progress.generator(2)), torch.tensor([400])
+    context, extras = caption(shape, host.progress.generator(3))
     batch = diffusers_script.batch_of(x, context, extras.get("pooled_output"))
     side = 8 * shape.family.latent[-1]
     y = model.encode_adm(device="cpu", height=side, width=side, **extras) if extras else None

@@ -9,7 +9,8 @@ import types
 import comfy.model_management as mm
 import pytest
 import torch
-from trainyard.nodes import captioning, paths, seeing
+from trainyard.nodes import paths
+from trainyard.nodes.data import captioning, loaded_models
 from trainyard.tests import tiny_vlm
 from trainyard.tests.comfy import tiny
 from trainyard.trainers.captioners import Said, vlm
@@ -77,7 +78,7 @@ def test_a_local_model_writes_what_it_sees_without_any_connection(machine, colou
 def test_while_it_works_the_model_is_in_the_hosts_list_can_be_evicted_and_comes_back(colour_blip):
     captioner = vlm.load(colour_blip, CaptionerSettings(), PromptSettings())
     mine = lambda: [m for m in mm.current_loaded_models if m.model is holder.patcher]
-    with seeing.held(captioner) as holder:
+    with loaded_models.held(captioner) as holder:
         assert holder.caption(tiny_vlm.plain_picture("red"), "") == Said("red sky")
         assert len(mine()) == 1 and holder.patcher.current_loaded_device() == mm.get_torch_device()
         mm.unload_all_models()
@@ -89,7 +90,7 @@ def test_while_it_works_the_model_is_in_the_hosts_list_can_be_evicted_and_comes_
 
 def test_the_model_leaves_the_hosts_list_after_an_interrupt_too(colour_blip):
     captioner = vlm.load(colour_blip, CaptionerSettings(), PromptSettings(), check_interrupt=mm.throw_exception_if_processing_interrupted)
-    with pytest.raises(mm.InterruptProcessingException), seeing.held(captioner) as holder:
+    with pytest.raises(mm.InterruptProcessingException), loaded_models.held(captioner) as holder:
         holder.load()
         mm.interrupt_current_processing()
         holder.caption(tiny_vlm.plain_picture("red"), "")
@@ -163,8 +164,8 @@ def test_the_loaded_clip_describes_pictures_through_the_hosts_own_generate(machi
 
 
 def test_the_loaded_clip_sees_the_picture_and_not_only_the_question(qwen3_vl):
-    tokens = [seeing.tokens_of(qwen3_vl, "What?", seeing.pixels(tiny_vlm.plain_picture(c, (64, 64)))) for c in ("red", "blue")]
-    pictures = [[t["data"] for t in seeing.flat(each) if seeing.is_picture(t)] for each in tokens]
+    tokens = [loaded_models.tokens_of(qwen3_vl, "What?", loaded_models.pixels(tiny_vlm.plain_picture(c, (64, 64)))) for c in ("red", "blue")]
+    pictures = [[t["data"] for t in loaded_models.flat(each) if loaded_models.is_picture(t)] for each in tokens]
     assert [len(p) for p in pictures] == [1, 1] and not torch.equal(pictures[0][0], pictures[1][0])
     with torch.inference_mode():
         states = [qwen3_vl.encode_from_tokens(t) for t in tokens]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from PIL import Image
-from trainyard.nodes.tokens import TokenCounter
+from trainyard.nodes.data.token_counter import TokenCounter
 
 NAMES = "abc"
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from PIL import Image
-from trainyard.nodes.collage import BuildCollages
-from trainyard.trainers.data.collage_plan import CollageSettings
+from trainyard.nodes.data.collage import BuildCollages
+from trainyard.trainers.data.collage.plan import CollageSettings
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import open_mask
 
@@ -55,7 +55,7 @@ def test_the_node_shows_at_most_ten_widgets():
 
 
 def test_a_cancelled_build_keeps_what_it_has_drawn(dataset, folders, monkeypatch):
-    from trainyard.nodes import collage as room
+    from trainyard.nodes.data import collage as room
 
     calls = []
 
@@ -64,7 +64,7 @@ def test_a_cancelled_build_keeps_what_it_has_drawn(dataset, folders, monkeypatch
         if len(calls) == 3:
             raise InterruptedError
 
-    monkeypatch.setattr(room.host, "interrupted", cancel)
+    monkeypatch.setattr(room.session.progress, "interrupted", cancel)
     with pytest.raises(InterruptedError):
         node().execute(dataset, **widgets(trim=False))
     drawn = {file: file.stat().st_mtime_ns for file in (folders / "datasets").rglob("*.png")}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import dataset as nodes
 from trainyard.nodes import paths
+from trainyard.nodes.data import dataset as nodes
 from trainyard.trainers.data.readers import read_folder
 
 KIT = {"class_type": "KitImages", "inputs": {"seed": 3, "count": 3, "width": 48, "height": 32}}

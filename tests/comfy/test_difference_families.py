@@ -10,9 +10,9 @@ from trainyard.tests.comfy.families import FAMILIES, cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.loop import step_rng
-from trainyard.trainers.methods.difference import Difference, keep, leco, text_slider
-from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.points import Model, Rollouts, Task
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.methods.prompts import Difference, keep, leco, text_slider
+from trainyard.trainers.methods.rollouts import Model, Rollouts, Task
 from trainyard.trainers.settings import NoiseSettings, PointSettings
 
 PROMPTS = ("", "cat", "old cat", "young cat")
@@ -50,7 +50,7 @@ KINDS = {"leco and text slider": rollout_kind, "image slider": pair_kind(ImageSl
 
 def stepped(kind, family, model, checkpointing):
     """(losses, gradient) of the first step of a run."""
-    with torch.inference_mode(), host.training(model, RANK_4, checkpointing=checkpointing) as session:
+    with torch.inference_mode(), host.session.training(model, RANK_4, checkpointing=checkpointing) as session:
         shake(session.adapters, size=0.02)
         losses = KINDS[kind](session, family).loss(step_rng(0, 0))
         losses.sum().backward()

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from trainyard.nodes import differences, host, paths
+from trainyard.nodes import host, paths
+from trainyard.nodes.train import image_pairs, widgets
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.trainers.data.encoded import Encoded
-from trainyard.trainers.methods.pairs import Change, ImageSlider
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
 
@@ -21,7 +22,7 @@ def pairs(family, count=2):
 
 
 def pair_job(method, family="sd3", name="pairs", calibrate="off", **run):
-    return differences.PairJob(
+    return image_pairs.PairJob(
         model=make(family, inference=True), data=pairs(family), method_of=method, strength=0.25, adapter=AdapterSettings(rank=4),
         run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
         noise=NoiseSettings(), name=name, checkpointing="off", graph={}, node_id=None, calibrate=calibrate,
@@ -62,26 +63,26 @@ def test_pictures_that_are_no_pairs_are_refused_before_the_long_work(folders):
 @pytest.mark.parametrize(("family", "resolution", "shape"), [("sd15", 64, (4, 8, 8)), ("sd3", 80, (16, 10, 10)), ("flux", 64, (16, 8, 8))])
 def test_latent_shapes_are_the_models_own(family, resolution, shape):
     model = make(family)
-    assert host.latent_shapes(model, resolution) == (shape,)
-    sizes = {s[-2:] for s in host.latent_shapes(model, 256, dynamic=True)}
+    assert host.checks.latent_shapes(model, resolution) == (shape,)
+    sizes = {s[-2:] for s in host.checks.latent_shapes(model, 256, dynamic=True)}
     assert sizes == {(h, w) for h in (16, 24, 32) for w in (16, 24, 32)}
 
 
 def test_a_text_encoder_that_is_trained_is_refused():
     with pytest.raises(ValueError, match="Switch it off in Adapter Settings"):
-        differences.odd(AdapterSettings(text_encoder=True))
+        widgets.odd(AdapterSettings(text_encoder=True))
 
 
 def test_adapters_that_are_not_odd_in_strength_are_refused_for_sliders_with_the_reason():
     with pytest.raises(ValueError, match="algorithm is DoRA, whose effect at -1 is not the opposite of that at \\+1"):
-        differences.odd(AdapterSettings(algorithm="DoRA"))
+        widgets.odd(AdapterSettings(algorithm="DoRA"))
     for algorithm in ("LoRA", "LoHa", "LoKr"):
-        assert differences.odd(AdapterSettings(algorithm=algorithm)).algorithm == algorithm
+        assert widgets.odd(AdapterSettings(algorithm=algorithm)).algorithm == algorithm
 
 
 @pytest.mark.parametrize("idle", [dict(weighting="min-SNR"), dict(loss="Huber"), dict(noise_offset=0.1), dict(pyramid_levels=4), dict(perturbation=0.1)])
 def test_noise_settings_that_would_do_nothing_are_refused(idle):
     (name, value), = idle.items()
     with pytest.raises(ValueError, match=f"{name} is {value} in Noise and Loss Settings, and it does nothing here: because"):
-        differences.levels_only(differences.NoiseSettings(**idle), "because")
-    differences.levels_only(differences.NoiseSettings(min_time=0.2, density="uniform"), "because")
+        widgets.levels_only(NoiseSettings(**idle), "because")
+    widgets.levels_only(NoiseSettings(min_time=0.2, density="uniform"), "because")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import encode as encode_nodes
 from trainyard.nodes import host
+from trainyard.nodes.data import encode as encode_nodes
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.tests.fakes_data import captioned, picture
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions import CaptionSettings
+from trainyard.trainers.data.captions.variants import CaptionSettings
 from trainyard.trainers.data.encode import encode
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.readers import read_folder
@@ -50,10 +50,10 @@ def test_a_picture_has_one_scale_whichever_way_it_comes(vae, folder, tmp_path):
         core = Encoded.from_core([latent], [[[torch.zeros(1, 4, 4096), {}]]])
         sizes = BucketSettings(resolution=64, step=8, min_side=64, max_side=64)
         empty = CaptionSettings(caption_mode="empty (unconditional)")
-        ours = lambda: encode(read_folder(folder), empty, sizes, False, host.PictureEncoder(vae), NoText(), tmp_path / "cache")
-        with host.training(make("sd3", inference=True), AdapterSettings(rank=4)) as session:
+        ours = lambda: encode(read_folder(folder), empty, sizes, False, host.encoders.PictureEncoder(vae), NoText(), tmp_path / "cache")
+        with host.session.training(make("sd3", inference=True), AdapterSettings(rank=4)) as session:
             x0 = [session.denoiser.model_space(data.batch([0], torch.Generator().manual_seed(0)).x0) for data in (core, ours(), ours())]
-            wanted = session.denoiser.model.process_latent_in(host.ordinary(latent["samples"]))
+            wanted = session.denoiser.model.process_latent_in(host.context.ordinary(latent["samples"]))
     assert torch.equal(x0[1], x0[2]), "read back from disk"
     assert torch.equal(x0[0], wanted), "the host's own scaling"
     assert torch.allclose(x0[0], x0[1], atol=1e-6)
@@ -75,8 +75,8 @@ def test_a_gaussian_vae_shows_its_mean_and_spread(kl_vae):
     pixels = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = kl_vae.encode(pixels)
-    with host.gradients():
-        mean, std = host.PictureEncoder(kl_vae).encode(pixels)
+    with host.context.gradients():
+        mean, std = host.encoders.PictureEncoder(kl_vae).encode(pixels)
     assert torch.allclose(mean, wanted, atol=1e-5), "the mean is what ComfyUI encodes"
     assert std.shape == mean.shape
     assert bool((std > 0).all())
@@ -84,27 +84,27 @@ def test_a_gaussian_vae_shows_its_mean_and_spread(kl_vae):
 
 
 def test_a_vae_without_posterior_gives_its_latent_alone(vae):
-    with host.gradients():
-        mean, std = host.PictureEncoder(vae).encode(torch.rand(1, 64, 64, 3))
+    with host.context.gradients():
+        mean, std = host.encoders.PictureEncoder(vae).encode(torch.rand(1, 64, 64, 3))
     assert std is None
     assert mean.shape == (1, 16, 8, 8)
 
 
 def test_moments_by_hand():
     """mean 1, log-variance 2: std e."""
-    mean, std = host.posterior(torch.zeros(1, 1, 2, 2), [torch.cat([torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0)], 1)])
+    mean, std = host.encoders.posterior(torch.zeros(1, 1, 2, 2), [torch.cat([torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0)], 1)])
     assert mean.unique().tolist() == [1.0]
     assert float(std.mean()) == pytest.approx(np.e)
 
 
 def test_another_vae_or_another_patch_has_another_identity(vae, kl_vae):
-    assert host.PictureEncoder(vae).identity != host.PictureEncoder(kl_vae).identity
+    assert host.encoders.PictureEncoder(vae).identity != host.encoders.PictureEncoder(kl_vae).identity
     model = make("sd3")
-    plain = host.model_identity(model)
+    plain = host.identity.model_identity(model)
     patched = model.clone()
     patched.add_patches({"diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": (torch.ones(512, 128),)}, 0.5)
-    assert host.model_identity(model.clone()) == plain
-    assert host.model_identity(patched) != plain
+    assert host.identity.model_identity(model.clone()) == plain
+    assert host.identity.model_identity(patched) != plain
 
 
 def test_a_baked_in_lora_does_not_change_the_identity_of_the_clean_model():
@@ -112,12 +112,12 @@ def test_a_baked_in_lora_does_not_change_the_identity_of_the_clean_model():
     import comfy.model_management as mm
 
     model = make("sd3")
-    plain = host.model_identity(model)
+    plain = host.identity.model_identity(model)
     patched = model.clone()
     key = next(k for k, v in model.model.state_dict().items() if k.endswith("mlp.fc1.weight"))
     patched.add_patches({key: (torch.ones_like(model.model.state_dict()[key]),)}, 0.5)
     mm.load_models_gpu([patched])
-    assert host.model_identity(model) == plain
+    assert host.identity.model_identity(model) == plain
     mm.load_models_gpu([model])
 
 
@@ -125,11 +125,11 @@ def test_memory_that_the_host_never_filled_is_no_part_of_an_identity():
     """CLIP-L of SD1.5 has no projection in its file: the tensor holds whatever lay in memory, and differs from load to load."""
     with torch.inference_mode():
         clip = comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")))[1]
-        before = host.TextEncoder(clip).identity
+        before = host.encoders.TextEncoder(clip).identity
         clip.cond_stage_model.clip_l.transformer.text_projection.weight.fill_(7.0)
-        assert host.TextEncoder(clip).identity == before
+        assert host.encoders.TextEncoder(clip).identity == before
         clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[3].mlp.fc1.bias.fill_(7.0)
-        assert host.TextEncoder(clip).identity != before
+        assert host.encoders.TextEncoder(clip).identity != before
 
 
 # -- the nodes ----------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Stopped:
 
     def __init__(self, monkeypatch, error, sd15):
         self.calls, self.seen = 0, set()
-        original = host.PictureEncoder.encode
+        original = host.encoders.PictureEncoder.encode
 
         def encode(encoder, images):
             self.calls += 1
@@ -185,12 +185,12 @@ class Stopped:
                 raise error
             return original(encoder, images)
 
-        monkeypatch.setattr(host.PictureEncoder, "encode", encode)
+        monkeypatch.setattr(host.encoders.PictureEncoder, "encode", encode)
 
 
 def test_vae_and_text_encoder_are_out_of_memory_after_encoding(sd15, pictures, monkeypatch):
-    during, original = set(), host.PictureEncoder.encode
-    monkeypatch.setattr(host.PictureEncoder, "encode", lambda *args: (original(*args), during.update(on_device(sd15)))[0])
+    during, original = set(), host.encoders.PictureEncoder.encode
+    monkeypatch.setattr(host.encoders.PictureEncoder, "encode", lambda *args: (original(*args), during.update(on_device(sd15)))[0])
     assert len(encode_with(sd15, pictures)) == 5
     assert len(during) == 2, "both are loaded while it encodes, or the next line proves nothing"
     assert not on_device(sd15)
@@ -207,7 +207,7 @@ def test_vae_and_text_encoder_are_out_of_memory_after_an_interrupt_or_an_error(s
 
 def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest(sd15, pictures, monkeypatch):
     """the host's own flag is set after the 2nd picture: it is written, the 3rd is not begun, and 3 are left"""
-    calls, original = [], host.PictureEncoder.encode
+    calls, original = [], host.encoders.PictureEncoder.encode
 
     def encode(encoder, images):
         calls.append(images.shape)
@@ -216,7 +216,7 @@ def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest
             mm.interrupt_current_processing()
         return latent
 
-    monkeypatch.setattr(host.PictureEncoder, "encode", encode)
+    monkeypatch.setattr(host.encoders.PictureEncoder, "encode", encode)
     with pytest.raises(mm.InterruptProcessingException):
         encode_with(sd15, pictures)
     assert len(calls) == 2 and not mm.processing_interrupted()
@@ -284,7 +284,7 @@ def test_the_bucket_node_shows_its_page_on_the_server_and_prompts_from_before_it
 
 
 def test_the_ground_beneath_transparent_pictures_is_a_colour():
-    from trainyard.nodes.encode import colour
+    from trainyard.nodes.data.encode import colour
 
     assert colour("#102030") == (16, 32, 48) and colour(" white ") == (255, 255, 255)
     with pytest.raises(ValueError, match="ground is 'no colour'; write a colour such as #ffffff"):

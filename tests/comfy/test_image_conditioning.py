@@ -8,8 +8,8 @@ import torch
 from comfy.ldm.flux.redux import ReduxImageEncoder
 from PIL import Image
 from trainyard.nodes import host
-from trainyard.nodes import image_conditioning as nodes
-from trainyard.nodes.image_conditioning import CaptionsFromImages, ImageConditioning, slot_of
+from trainyard.nodes.scores import image_conditioning as nodes
+from trainyard.nodes.scores.image_conditioning import CaptionsFromImages, ImageConditioning, slot_of
 from trainyard.tests.comfy import families
 from trainyard.tests.comfy.families import HEADS_OF_32, SD2, Family, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint
@@ -145,7 +145,7 @@ def test_a_lora_learns_from_pictures_without_captions(coloured):
     vision = Vision(1280)
     told = run(CaptionsFromImages, model=model, clip=Clip("sdxl"), clip_vision=vision, dataset=dataset, encoded=encoded, **WIDGETS)
     assert told.dropout == 0.1 and told.fingerprint != encoded.fingerprint
-    with torch.inference_mode(), host.training(model, RANK_4) as session:
+    with torch.inference_mode(), host.session.training(model, RANK_4) as session:
         loss = Lora(session.denoiser, session.adapters, told, NoiseSettings(), session.family.density, batch=2).loss(step_rng(0, 0))
         loss.sum().backward()
         assert loss.isfinite().all()

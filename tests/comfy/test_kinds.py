@@ -33,14 +33,14 @@ def answers(session, problem, strengths=(0.0, 1.0, -1.0)):
 @pytest.mark.parametrize("algorithm", NEW)
 def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_minus_one(algorithm, family, tmp_path):
     model = as_loader_gives(family)
-    with torch.inference_mode(), host.training(model, settings(family, algorithm)) as session:
+    with torch.inference_mode(), host.session.training(model, settings(family, algorithm)) as session:
         shake(session.adapters, size=0.05 if algorithm == "DoRA" else 0.15)
         problem = Problem(session, family)
         said = answers(session, problem)
         tensors, _ = session.tensors()
     path = tmp_path / "lora.safetensors"
     write_lora(path, LoraFile(tensors))
-    assert host.unknown_keys(model, None, LoraFile(tensors)) == []
+    assert host.lora_keys.unknown_keys(model, None, LoraFile(tensors)) == []
     for strength in (1.0, -1.0):
         got, wanted = loaded_output(model, path, strength, problem), said[strength]
         error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
@@ -53,9 +53,9 @@ def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_mi
 @pytest.mark.parametrize("algorithm", ["LoHa", "LoKr"])
 def test_gradients_equal_finite_differences(algorithm, family, checkpointing):
     """DoRA is left out: its gradient takes the norm as a constant, and finite differences do not."""
-    with torch.inference_mode(), host.training(as_loader_gives(family), settings(family, algorithm), checkpointing=checkpointing) as session:
+    with torch.inference_mode(), host.session.training(as_loader_gives(family), settings(family, algorithm), checkpointing=checkpointing) as session:
         problem = Problem(session, family)
-        error = host.check_gradients(session, problem.x0, problem.conds)
+        error = host.checks.check_gradients(session, problem.x0, problem.conds)
     assert error < 2e-3, f"{error:.1e}"
 
 
@@ -64,10 +64,10 @@ def test_gradients_equal_finite_differences(algorithm, family, checkpointing):
 def test_checkpointed_gradients_are_those_without_checkpointing(more, family):
     found = []
     for checkpointing in ("off", "per block"):
-        with torch.inference_mode(), host.training(as_loader_gives(family), settings(family, **more), checkpointing=checkpointing) as session:
+        with torch.inference_mode(), host.session.training(as_loader_gives(family), settings(family, **more), checkpointing=checkpointing) as session:
             shake(session.adapters)
             problem = Problem(session, family)
-            with session.adapters.dropping(host.generator(5)):
+            with session.adapters.dropping(host.progress.generator(5)):
                 loss = problem.loss().mean()
             loss.backward()  # outside: what was left out must be remembered
             found.append(torch.cat([p.grad.flatten() for p in session.adapters.parameters() if p.grad is not None]))
@@ -78,11 +78,11 @@ def test_checkpointed_gradients_are_those_without_checkpointing(more, family):
 
 
 def trained_file(model, family, algorithm="LoRA", seed=0, start=None, **more):
-    with torch.inference_mode(), host.training(model, settings(family, algorithm, **more), seed=seed) as session:
+    with torch.inference_mode(), host.session.training(model, settings(family, algorithm, **more), seed=seed) as session:
         if start is None:
             shake(session.adapters, seed, 0.05)
         else:
-            host.start_from(session, start)
+            host.session.start_from(session, start)
         return LoraFile(session.tensors()[0])
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_started_from_comes_out_as_it_went_in(family, algorithm):
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[k], second[k], rtol=1e-4, atol=1e-5) for k in first)
     if family == "flux":
-        with torch.inference_mode(), host.training(model, settings(family, algorithm)) as session:
+        with torch.inference_mode(), host.session.training(model, settings(family, algorithm)) as session:
             names = {key: f"diffusion_model.{name}" for name, key in session.keys.items()}
         renamed = LoraFile({k.replace(k.split(".")[0], names[k.split(".")[0]]): v for k, v in first.items()})
         assert trained_file(model, family, algorithm, seed=1, start=renamed).keys() == first.keys()
@@ -115,15 +115,15 @@ def test_training_goes_on_top_of_a_lora_that_is_on_the_model(family, algorithm, 
     model = as_loader_gives(family)
     before = weights_of(model)
     first = trained_file(model, family)
-    patched, _ = host.applied(model, None, first)
-    with torch.inference_mode(), host.training(patched, settings(family, algorithm), seed=3) as session:
+    patched, _ = host.lora_keys.applied(model, None, first)
+    with torch.inference_mode(), host.session.training(patched, settings(family, algorithm), seed=3) as session:
         problem = Problem(session, family)
         start = answers(session, problem, (0.0, 1.0))
         assert torch.allclose(start[0.0], start[1.0], rtol=1e-5, atol=1e-5), "a fresh adapter starts from the model with the LoRA"
         shake(session.adapters, 7, 0.05)
         trained = answers(session, problem, (1.0,))[1.0]
         second = LoraFile(session.tensors()[0])
-    with torch.inference_mode(), host.training(model, settings(family, "LoRA")) as session:
+    with torch.inference_mode(), host.session.training(model, settings(family, "LoRA")) as session:
         alone = answers(session, Problem(session, family), (0.0,))[0.0]
     assert not torch.allclose(alone, start[0.0], rtol=1e-3, atol=1e-3), "the first LoRA must do something"
     write_lora(tmp_path / "second.safetensors", second)
@@ -134,7 +134,7 @@ def test_training_goes_on_top_of_a_lora_that_is_on_the_model(family, algorithm, 
 
 
 def test_what_is_started_from_is_part_of_the_run():
-    from trainyard.nodes.train_lora import Job
+    from trainyard.nodes.train.train_lora import Job
 
     parts = lambda start: Job.parts(types.SimpleNamespace(data=types.SimpleNamespace(fingerprint="x"), start=start, prior=None))
     one, same, other = (LoraFile({"a.lora_up.weight": torch.full((1,), value)}) for value in (1.0, 1.0, 2.0))
@@ -146,8 +146,8 @@ def test_two_steps_of_real_training_move_every_kind():
     from trainyard.trainers.data.encoded import Encoded
 
     for algorithm in NEW:
-        with torch.inference_mode(), host.training(as_loader_gives("sd3"), settings("sd3", algorithm)) as session:
-            draw = host.generator(0)
+        with torch.inference_mode(), host.session.training(as_loader_gives("sd3"), settings("sd3", algorithm)) as session:
+            draw = host.progress.generator(0)
             latents = [{"samples": torch.randn(1, 16, 16, 16, generator=draw)} for _ in range(2)]
             data = Encoded.from_core(latents, [[[torch.randn(1, 7, 64, generator=draw), {"pooled_output": torch.randn(1, 32, generator=draw)}]]])
             train(Lora(session.denoiser, session.adapters, data), RunSettings(steps=2, learning_rate=1e-2), OptimizerSettings())

@@ -8,10 +8,11 @@ import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
-from trainyard.nodes import backbones, host, latents, paths
-from trainyard.nodes import leco_score as nodes
-from trainyard.nodes.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
-from trainyard.nodes.validation import Looking
+from trainyard.nodes import host, paths
+from trainyard.nodes.scores import backbones, latents
+from trainyard.nodes.train import leco_score as nodes
+from trainyard.nodes.train.leco_score import LecoScoreOptions, LoadSignedPrompts, ScoreJob, ScoreMixer, TrainLecoScore, WatchSettings
+from trainyard.nodes.train.validation import Looking
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
@@ -20,16 +21,16 @@ from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.toy import world
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.signed_prompts import SignedPrompt
-from trainyard.trainers.features import MODEL
-from trainyard.trainers.heads import Chain, Head
 from trainyard.trainers.loop import step_rng
 from trainyard.trainers.methods.leco_score import TARGETS, Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
-from trainyard.trainers.points import Model
-from trainyard.trainers.previews import PreviewSettings
-from trainyard.trainers.score_files import write_score_model
-from trainyard.trainers.scorers import PRETRAINED, About, LatentResNet, ScoreModel, Scorer, seeded
+from trainyard.trainers.methods.rollouts import Model
+from trainyard.trainers.monitor.previews import PreviewSettings
+from trainyard.trainers.monitor.validation import ValidationSettings
+from trainyard.trainers.scores.aesthetic_heads import Chain, Head
+from trainyard.trainers.scores.backbones import MODEL
+from trainyard.trainers.scores.files import write_score_model
+from trainyard.trainers.scores.networks import PRETRAINED, About, LatentResNet, ScoreModel, Scorer, seeded
 from trainyard.trainers.settings import ALGORITHMS, AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
-from trainyard.trainers.validation import ValidationSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 ROWS = (SignedPrompt("a cat"), SignedPrompt("an ugly cat", -1.0), SignedPrompt("a dog", 0.0))
@@ -91,7 +92,7 @@ def job(family="sd3", model=None, score=None, name="score", settings=None, held_
 def method_of(session, family, model, target):
     settings = LecoScoreSettings(**{**QUICK, "target": target, "balance": False, "adjust": False, "anchor": 2.0})
     clip = Clip(family)
-    student = Model(session.denoiser, session.adapters, {text: host.conditioning(clip, text) for text in ("", *(row.prompt for row in ROWS))})
+    student = Model(session.denoiser, session.adapters, {text: host.encoders.conditioning(clip, text) for text in ("", *(row.prompt for row in ROWS))})
     scores = [(nodes.lent(judge(model), session), 1.0)]
     if target == "direct_align":
         return LecoScore(student, scores, Injected(student, pictures(family), settings, 2), settings)
@@ -104,15 +105,15 @@ def test_gradients_through_the_step_are_those_of_finite_differences_and_the_base
     """One graded place, judged again and again; draft_lv's start is a state of the way and has no gradient."""
     model = make(family, inference=True)
     before = fingerprint(model)
-    with torch.inference_mode(), host.training(model, RANK_4) as session:
+    with torch.inference_mode(), host.session.training(model, RANK_4) as session:
         shake(session.adapters, size=0.02)
         method = method_of(session, family, model, target)
         place = method.places.draw(step_rng(0, 0))
         method.places = type("Given", (), {"draw": lambda self, rng: place})()
         loss = lambda: method.loss(step_rng(0, 1)).sum()
         params = method.parameters()
-        size, direction = host.gradient(loss, params)
-        errors = [abs(host.difference(loss, params, direction, step) / size - 1) for step in (3e-2, 1e-2, 3e-3)]
+        size, direction = host.checks.gradient(loss, params)
+        errors = [abs(host.checks.difference(loss, params, direction, step) / size - 1) for step in (3e-2, 1e-2, 3e-3)]
         assert session.adapters.strength == 1.0
     assert min(errors) < 0.03, f"{family}, {target}: off by {min(errors):.1%}"
     assert fingerprint(model) == before, "the base weights have changed"
@@ -124,7 +125,7 @@ def test_recomputed_blocks_give_the_same_step(family, target):
     found = []
     for checkpointing in ("off", "per block"):
         model = make(family, inference=True)
-        with torch.inference_mode(), host.training(model, RANK_4, checkpointing=checkpointing) as session:
+        with torch.inference_mode(), host.session.training(model, RANK_4, checkpointing=checkpointing) as session:
             shake(session.adapters, size=0.02)
             loss = method_of(session, family, model, target).loss(step_rng(0, 0))
             loss.sum().backward()
@@ -140,7 +141,7 @@ def test_a_score_model_made_under_inference_mode_is_lent_and_comes_back_as_it_wa
         model = make("sd15", inference=True)
         score = judge(model)
         before = [p.clone() for p in score.networks[0].parameters()]
-        with host.training(model, RANK_4) as session:
+        with host.session.training(model, RANK_4) as session:
             borrowed = nodes.lent(score, session)
             x = torch.randn(1, 4, 8, 8, requires_grad=True)
             borrowed.value(x, torch.tensor([0.3])).sum().backward()
@@ -162,7 +163,7 @@ def test_a_score_model_that_looks_through_the_model_in_training_sees_it_as_it_wa
         model = make(family, inference=True)
         score = looking(model)
         before = fingerprint(model)
-        with host.training(model, RANK_4) as session:
+        with host.session.training(model, RANK_4) as session:
             judge_ = nodes.lent(score, session)
             x, level = torch.randn(latent_shape(family)), torch.tensor([0.3])
             plain = judge_.value(x, level)
@@ -302,7 +303,7 @@ def train_node(model, **changes):
 def test_the_node_gives_a_lora_its_losses_the_model_a_report_and_previews_and_reads_them_again(folders):
     model = make("sd3", inference=True)
     lora, losses, patched, report, previews = train_node(model)
-    assert len(losses["loss"]) == 3 and patched is not model and len(patched.patches) == len(host.bases(lora))
+    assert len(losses["loss"]) == 3 and patched is not model and len(patched.patches) == len(host.lora_keys.bases(lora))
     assert "3 steps" in report and "step 2: score" in report and "score by strength, in standard deviations of the ratings" in report
     assert previews["samples"].shape == (3 * 2, 16, 8, 8), "steps 0, 2 and 3 of two prompts"
     again, _, _, text, shown = train_node(model)
@@ -375,7 +376,7 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(folders, monkeypatch
     made = job()
     change(made)
     monkeypatch.setattr(host, "training", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(host, "TextEncoder", lambda *_: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(host.encoders, "TextEncoder", lambda *_: pytest.fail("the text encoder was loaded"))
     with pytest.raises(ValueError, match=says):
         made.result()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from trainyard.nodes import host
 from trainyard.tests.comfy.families import cond, latent_shape, make
-from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.diffusion import denoising_loss, loss_weight
 from trainyard.trainers.engines import diffusers as engine_module
 from trainyard.trainers.engines import single_file
@@ -126,7 +126,7 @@ def test_a_tiny_model_has_the_same_loss_and_gradient_in_both_engines(family):
     model = make(family)
     mine, conds = twin(family, model), conds_of(family)
     latent = torch.randn(latent_shape(family, 2), generator=torch.Generator().manual_seed(1))
-    with host.training(model, AdapterSettings(rank=2)) as session:
+    with host.session.training(model, AdapterSettings(rank=2)) as session:
         theirs = session.denoiser
         assert theirs.flow == mine.flow
         assert relative(mine.model_space(latent), theirs.model_space(latent)) < 1e-6
@@ -156,7 +156,7 @@ def test_a_lora_of_the_embedded_engine_does_the_same_in_comfyui(family, caplog):
         mine = denoiser.denoise(x, sigma, conds)
         with adapters.at(0):
             base = denoiser.denoise(x, sigma, conds)
-    with host.training(patched, AdapterSettings(rank=2)) as session, torch.no_grad():
+    with host.session.training(patched, AdapterSettings(rank=2)) as session, torch.no_grad():
         theirs = session.denoiser.denoise(x, sigma, conds)
     print(f"{family}: change {(mine - base).abs().max():.3g}, apart by {relative(mine, theirs):.1e}")
     assert (mine - base).abs().max() > 1e-3
@@ -206,7 +206,7 @@ def test_both_engines_read_the_same_tokens(toy):
 
 def test_both_engines_give_the_same_conditionings(toy):
     for caption, mine in zip(CAPTIONS, toy.engine.text.encode(CAPTIONS), strict=True):
-        theirs = host.conditioning(toy.clip, caption)
+        theirs = host.encoders.conditioning(toy.clip, caption)
         assert mine["cross_attn"].shape == theirs["cross_attn"].shape
         for key in ("cross_attn", "pooled_output"):
             print(key, (mine[key] - theirs[key]).abs().max().item())
@@ -231,12 +231,12 @@ def test_the_toy_checkpoint_has_the_same_loss_in_both_engines(toy):
     captions = [caption for _, caption, *_ in drawn]
     mine = toy.engine.text.encode(captions)
     with torch.inference_mode():
-        theirs = [host.conditioning(toy.clip, c) for c in captions]
+        theirs = [host.encoders.conditioning(toy.clip, c) for c in captions]
         latent = toy.vae.encode(images)
-    with host.training(toy.model, AdapterSettings(rank=4)) as session:
+    with host.session.training(toy.model, AdapterSettings(rank=4)) as session:
         for u in LEVELS[True]:
             here, _, _ = loss_and_pull(toy.engine.denoiser, toy.engine.vae.encode(images)[0], u, mine)
-            there, _, _ = loss_and_pull(session.denoiser, *host.ordinary([latent]), u, host.ordinary(theirs))
+            there, _, _ = loss_and_pull(session.denoiser, *host.context.ordinary([latent]), u, host.context.ordinary(theirs))
             print(f"u {u}: losses {here.tolist()} apart by {relative(here, there):.1e}")
             assert relative(here, there) < 1e-4
 
@@ -260,7 +260,7 @@ def test_a_text_encoder_lora_of_the_embedded_engine_does_the_same_in_comfyui(toy
     (base,) = toy.engine.text.encode(CAPTIONS[:1])
     with text.attached():
         (mine,) = toy.engine.text.encode(CAPTIONS[:1])
-    theirs = host.conditioning(clip, CAPTIONS[0])
+    theirs = host.encoders.conditioning(clip, CAPTIONS[0])
     change = (mine["cross_attn"] - base["cross_attn"]).abs().max()
     assert change > 0.01 and (mine["cross_attn"] - theirs["cross_attn"]).abs().max() < 0.02 * change
 

@@ -5,14 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from trainyard.nodes import host, planner
+from trainyard.nodes import host
+from trainyard.nodes.train import planner
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
 from trainyard.tests.comfy.test_train_node import data, fail_at, job, result, state
-from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, PLANS, ROOM
-from trainyard.trainers.recompute import Offload
+from trainyard.trainers.memory.checkpointing import Offload
+from trainyard.trainers.memory.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, PLANS, ROOM
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "chroma", "qwen", "wan", "lumina2")
 GIB = 2**30
@@ -22,11 +23,11 @@ GIB = 2**30
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_plan_gives_the_same_gradients_bit_for_bit_and_leaves_the_model_as_it_was(family, strength, monkeypatch):
     """Small inputs are sent to the CPU too here. The strength in backward is another one than in forward."""
-    monkeypatch.setattr("trainyard.trainers.recompute.SMALL", 0)
+    monkeypatch.setattr("trainyard.trainers.memory.checkpointing.SMALL", 0)
     model, found = as_loader_gives(family), {}
     before = fingerprint(model)
     for plan in PLANS:
-        with torch.inference_mode(), host.training(model, ADAPTERS.get(family, RANK_4), checkpointing=plan) as session:
+        with torch.inference_mode(), host.session.training(model, ADAPTERS.get(family, RANK_4), checkpointing=plan) as session:
             shake(session.adapters)
             problem = Problem(session, family)
             with session.adapters.at(strength):
@@ -46,7 +47,7 @@ def equal(a, b):
 
 def test_strength_minus_one_has_other_gradients():
     grads = []
-    with torch.inference_mode(), host.training(as_loader_gives("sd3"), RANK_4, checkpointing=PER_BLOCK_CPU) as session:
+    with torch.inference_mode(), host.session.training(as_loader_gives("sd3"), RANK_4, checkpointing=PER_BLOCK_CPU) as session:
         shake(session.adapters)
         for strength in (1.0, -1.0):
             with session.adapters.at(strength):
@@ -66,13 +67,13 @@ def test_a_run_under_another_plan_gives_the_same_file(folders, checkpointing):
 
 def planned(monkeypatch, free, checkpointing=AUTO, device=None, **run):
     """(forecast, plan) of a run on a device with so many free bytes."""
-    monkeypatch.setattr(host, "free_memory", lambda session: int(free))
+    monkeypatch.setattr(host.memory, "free_memory", lambda session: int(free))
     a_job = job(steps=run.pop("steps", 60), checkpointing=checkpointing, encoded=run.pop("encoded", None), **run)
     if device:
         monkeypatch.setattr(planner, "offered", lambda device: PLANS)
     a_job.chooses_batch, a_job.may_split = a_job.run.batch == 0, a_job.run.batch > 0
     a_job.take(a_job.run.batch or 1, 1)
-    with torch.inference_mode(), host.training(a_job.model, a_job.adapter, checkpointing=checkpointing) as session:
+    with torch.inference_mode(), host.session.training(a_job.model, a_job.adapter, checkpointing=checkpointing) as session:
         method, forecast = planner.prepared(session, a_job, checkpointing)
         assert all(p.grad is None for p in method.parameters())
         assert method.batch == a_job.run.batch
@@ -141,7 +142,7 @@ def test_measuring_is_no_cost_of_a_difference_and_changes_none(folders, monkeypa
         blind = blind_job.result()[0]
         monkeypatch.setattr(planner, "SHORT", 1)
         lines = []
-        monkeypatch.setattr(host, "show", lambda line, node_id=None: lines.append(line))
+        monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: lines.append(line))
         seen_job = pair_job(method, name="seen")
         seen = seen_job.result()[0]
     assert "GiB free" in lines[0]
@@ -151,14 +152,14 @@ def test_measuring_is_no_cost_of_a_difference_and_changes_none(folders, monkeypa
 
 def test_the_forecast_is_shown_before_the_first_step(folders, monkeypatch):
     shown = []
-    monkeypatch.setattr(host, "show", lambda line, node_id=None: shown.append(line))
+    monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: shown.append(line))
     result(job(steps=60, checkpointing=AUTO))
     assert "GiB free" in shown[0] and "a step" in shown[0] and "until" in shown[0]
 
 
 def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch, folders):
     a_job = job(steps=60)
-    with torch.inference_mode(), host.training(a_job.model, a_job.adapter) as session:
+    with torch.inference_mode(), host.session.training(a_job.model, a_job.adapter) as session:
         method = a_job.method(session)
         plain = method.loss
 
@@ -180,16 +181,16 @@ def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch,
 def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterwards(family):
     """On the CPU the way is short, but layers are told to fetch their weights as anywhere."""
     model = as_loader_gives(family)
-    with torch.inference_mode(), host.training(model, ADAPTERS.get(family, RANK_4), checkpointing=OFFLOADED) as session:
+    with torch.inference_mode(), host.session.training(model, ADAPTERS.get(family, RANK_4), checkpointing=OFFLOADED) as session:
         network = session.denoiser.model.diffusion_model
-        weights, heaviest = host.block_weights(network, session.denoiser.device)
+        weights, heaviest = host.memory.block_weights(network, session.denoiser.device)
         assert 0 < heaviest <= weights <= session.away
-        assert host.block_weights(network, torch.device("meta")) == (0, heaviest), "what is elsewhere comes back for its block all the same"
-        layers = [m for block in network.modules() if type(block) in host.block_classes(network) for m in block.modules() if hasattr(m, "comfy_cast_weights")]
+        assert host.memory.block_weights(network, torch.device("meta")) == (0, heaviest), "what is elsewhere comes back for its block all the same"
+        layers = [m for block in network.modules() if type(block) in host.context.block_classes(network) for m in block.modules() if hasattr(m, "comfy_cast_weights")]
         assert layers and all(m.comfy_cast_weights for m in layers if any(True for _ in m.parameters(recurse=False)))
         there = model.model.model_loaded_weight_memory
     with torch.inference_mode():
-        host.mm.load_models_gpu([model], force_full_load=True)
+        host.session.mm.load_models_gpu([model], force_full_load=True)
     assert model.model.model_loaded_weight_memory >= there + weights
 
 
@@ -206,7 +207,7 @@ def test_a_lora_that_is_active_in_the_model_stays_in_force_while_the_weights_tra
     """Its patches are merged into weights that are there, and applied at each fetch to those that are not."""
     before, made = result(job(name="active", steps=3))[0], {}
     for checkpointing in (PER_BLOCK, OFFLOADED):
-        patched, _ = host.applied(make("sd3", inference=True), None, before)
+        patched, _ = host.lora_keys.applied(make("sd3", inference=True), None, before)
         made[checkpointing] = result(job(name=f"on top {checkpointing}", model=patched, checkpointing=checkpointing))[1]
     plain = result(job(name="plain"))[1]
     assert made[PER_BLOCK] == pytest.approx(made[OFFLOADED], rel=1e-5)
@@ -232,7 +233,7 @@ def test_on_the_cpu_an_open_batch_is_one_picture_because_more_would_only_take_lo
 def test_a_batch_that_fits_under_no_plan_is_split_and_the_steps_stay_as_large(monkeypatch, folders):
     least = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PER_BLOCK)[0]
     monkeypatch.setattr(planner, "offered", lambda device: PLANS[:2])
-    monkeypatch.setattr(host, "free_memory", lambda session: int(least.peak * 1.6))
+    monkeypatch.setattr(host.memory, "free_memory", lambda session: int(least.peak * 1.6))
     split = job(steps=60, batch=4, checkpointing=AUTO, encoded=data(count=4), name="split")
     whole = job(steps=60, batch=1, checkpointing=PER_BLOCK, encoded=data(count=4), name="whole")
     whole.optimizing = dataclasses.replace(whole.optimizing, accumulate=4)
@@ -255,7 +256,7 @@ def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
     monkeypatch.setattr(planner, "offered", lambda device: PLANS)
     open_one = lambda name: job(name=name, steps=6, batch=0, encoded=data(count=4))
     one = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=OFF)[0]
-    monkeypatch.setattr(host, "free_memory", lambda session: int(2.6 * one.peak))
+    monkeypatch.setattr(host.memory, "free_memory", lambda session: int(2.6 * one.peak))
     whole = open_one("whole")
     wanted = result(whole)[0]
     assert whole.run.batch > 1
@@ -263,7 +264,7 @@ def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
     with pytest.raises(KeyboardInterrupt):
         result(open_one("stopped"))
     assert 0 < state("stopped")["step"] < 6
-    monkeypatch.setattr(host, "free_memory", lambda session: 100 * GIB)
+    monkeypatch.setattr(host.memory, "free_memory", lambda session: 100 * GIB)
     again = open_one("stopped")
     got = result(again)[0]
     assert again.run.batch == whole.run.batch
@@ -291,7 +292,7 @@ def test_out_of_memory_says_what_was_needed_and_names_the_next_plan(folders, mon
     for plan, said in advice.items():
         monkeypatch.undo()
         fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
-        with pytest.raises(host.OutOfMemory, match="GiB were in use.*The run is saved and continues") as caught:
+        with pytest.raises(host.memory.OutOfMemory, match="GiB were in use.*The run is saved and continues") as caught:
             result(job(checkpointing=plan, name=f"oom {plan.replace(' + ', ' ')}"))
         assert said in str(caught.value)
 
@@ -300,7 +301,7 @@ def test_a_run_that_may_try_again_ends_as_if_nothing_had_happened(folders, monke
     whole = result(job(name="whole"))[0]
     fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
     plans = []
-    original = host.training
+    original = host.session.training
     monkeypatch.setattr(host, "training", lambda *a, **k: plans.append(k["checkpointing"]) or original(*a, **k))
     a_job = job()
     a_job.retry_cheaper = True
@@ -311,7 +312,7 @@ def test_a_run_that_may_try_again_ends_as_if_nothing_had_happened(folders, monke
 
 
 def test_a_second_failure_is_told_and_the_run_is_kept(folders, monkeypatch):
-    original, calls = host.ComfyDenoiser.denoise, []
+    original, calls = host.denoiser.ComfyDenoiser.denoise, []
 
     def denoise(self, x, sigma, conds):
         calls.append(1)
@@ -319,17 +320,17 @@ def test_a_second_failure_is_told_and_the_run_is_kept(folders, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, x, sigma, conds)
 
-    monkeypatch.setattr(host.ComfyDenoiser, "denoise", denoise)
+    monkeypatch.setattr(host.denoiser.ComfyDenoiser, "denoise", denoise)
     a_job = job()
     a_job.retry_cheaper = True
-    with pytest.raises(host.OutOfMemory, match="per block \\+ CPU"):
+    with pytest.raises(host.memory.OutOfMemory, match="per block \\+ CPU"):
         result(a_job)
     assert state()["step"] == 3
 
 
 def test_memory_of_the_machine_itself_counts_as_memory_too():
-    assert host.out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not host.out_of_memory(RuntimeError("shapes do not fit"))
+    assert host.memory.out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not host.memory.out_of_memory(RuntimeError("shapes do not fit"))
 
 
 def test_a_failure_of_another_kind_is_not_tried_again(folders, monkeypatch):

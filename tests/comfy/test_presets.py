@@ -1,9 +1,9 @@
 """The settings nodes as ComfyUI runs them: presets give what Train LoRA takes, and prompts saved before a setting existed still run."""
 
 import pytest
-from trainyard.nodes import presets, prior, recipes
-from trainyard.nodes.presets import PresetRecipe
-from trainyard.nodes.recipes import Adapter, NoiseAndLoss, Optimizer
+from trainyard.nodes.train import presets, prior, settings_nodes
+from trainyard.nodes.train.presets import PresetRecipe
+from trainyard.nodes.train.settings_nodes import Adapter, NoiseAndLoss, Optimizer
 from trainyard.tests.comfy.test_train_node import job, result
 from trainyard.trainers.presets import FAMILIES
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings
@@ -32,6 +32,6 @@ def test_settings_that_came_later_may_be_absent_from_a_saved_prompt(node, record
 
 
 def test_every_node_has_a_schema():
-    for module in (presets, prior, recipes):
+    for module in (presets, prior, settings_nodes):
         for node in module.NODES:
             assert node.GET_SCHEMA().node_id.startswith("Trainyard")

@@ -10,9 +10,12 @@ import comfy.model_management as mm
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import differences, host, live, paths, run_routes
-from trainyard.nodes.previews import Previews, latent_shape, lent
-from trainyard.nodes.validation import Looking, Validation
+from trainyard.nodes import host, paths
+from trainyard.nodes.page import live, run_routes
+from trainyard.nodes.train import leco
+from trainyard.nodes.train.previews import Previews, latent_shape, lent
+from trainyard.nodes.train.validation import Looking, Validation
+from trainyard.nodes.train.widgets import PlaceSettings
 from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
 from trainyard.tests.comfy.test_differences import pair_job, pairs
@@ -20,10 +23,10 @@ from trainyard.tests.comfy.test_train_node import data, job, result, state
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.prompts import PromptRow
 from trainyard.trainers.loop import Progress
-from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.previews import PreviewSettings
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.monitor.previews import PreviewSettings
+from trainyard.trainers.monitor.validation import RESTORE, Exam, ValidationSettings
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
-from trainyard.trainers.validation import RESTORE, Exam, ValidationSettings
 
 SMALL = dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0)
 
@@ -104,10 +107,10 @@ def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
     lora, _, _ = result(a_job)
     p, shape = a_job.looking.previews, latent_shape(a_job.model, a_job.looking.previews, None, a_job.side())
     with torch.inference_mode():
-        patched = host.applied(make("sd3", inference=True), None, lora)[0]
+        patched = host.lora_keys.applied(make("sd3", inference=True), None, lora)[0]
         how = dict(steps=p.sampling_steps, guidance=2.0, sampler="euler", scheduler="normal")
-        from_file = host.sampled(patched, cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
-        base = host.sampled(make("sd3", inference=True), cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
+        from_file = host.sampling.sampled(patched, cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
+        base = host.sampling.sampled(make("sd3", inference=True), cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
     assert torch.allclose(latents[0], base, atol=1e-5), "the base column"
     assert not torch.allclose(from_file, base, atol=1e-3), "the LoRA does nothing, and the test proves nothing"
     assert torch.allclose(latents[-1], from_file, atol=1e-4), (latents[-1] - from_file).abs().max()
@@ -115,7 +118,7 @@ def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
 
 def test_after_the_sampler_the_model_is_ready_for_the_next_step(comfy):
     model = make("sd3", inference=True)
-    with torch.inference_mode(), host.training(model, AdapterSettings(rank=4)) as session:
+    with torch.inference_mode(), host.session.training(model, AdapterSettings(rank=4)) as session:
         patcher = session.denoiser.patcher
         with pytest.raises(ZeroDivisionError), lent(session, 0.0):
             assert not mm.in_training and not torch.is_grad_enabled()
@@ -289,7 +292,7 @@ def test_held_out_pictures_that_are_no_pairs_are_refused(folders):
         a_job.result()
 
 
-class Prompted(differences.PromptJob):
+class Prompted(leco.PromptJob):
     """Train LECO with prompts that are encoded already."""
 
     def check(self): ...
@@ -304,7 +307,7 @@ class Prompted(differences.PromptJob):
 def prompt_job(points="rollout", looking=None, data=None, **run):
     return Prompted(
         model=make("sd3", inference=True), rows=(PromptRow("cat", None, "", None, "erase", 1.0, preserve=("dog",)),), slider=False, data=data,
-        points=PointSettings(points=points, sampling_steps=4, ways=2), place=differences.PlaceSettings(resolution=128), adapter=AdapterSettings(rank=4),
+        points=PointSettings(points=points, sampling_steps=4, ways=2), place=PlaceSettings(resolution=128), adapter=AdapterSettings(rank=4),
         run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
         noise=NoiseSettings(), name=f"leco {points} {bool(looking)}", checkpointing="off", graph={}, node_id=None, looking=looking,
     )  # fmt: skip
@@ -314,7 +317,7 @@ def prompt_job(points="rollout", looking=None, data=None, **run):
 def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(folders, monkeypatch, points, steps):
     """Of pictures and noise the plan is what tasks are drawn by chance around; of ways it is what is expected."""
     shown = []
-    monkeypatch.setattr(host, "show", lambda line, node_id=None: shown.append(line))
+    monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: shown.append(line))
     with torch.inference_mode():
         a_job = prompt_job(points, data=data() if points == "pictures" else None, steps=steps)
         a_job.result()

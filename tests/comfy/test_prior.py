@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainyard.nodes.prior import PriorPreservation
+from trainyard.nodes.train.prior import PriorPreservation
 from trainyard.tests.comfy.families import cond
 from trainyard.tests.comfy.test_train_node import data, job, result
 from trainyard.trainers.methods.prior import Prior, PriorSettings

@@ -4,10 +4,12 @@ import comfy.sd
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import backbones, host, vision, zeroshot
-from trainyard.nodes.prompt_match import PERCENT, PromptMatch, PromptMatchScore
-from trainyard.nodes.score import ScoreImages, ScoringSettings
-from trainyard.nodes.score_backbones import taught_by
+from trainyard.nodes import host
+from trainyard.nodes.data import vision, zeroshot
+from trainyard.nodes.scores import backbones
+from trainyard.nodes.scores.prompt_match import PERCENT, PromptMatch, PromptMatchScore
+from trainyard.nodes.scores.score import ScoreImages, ScoringSettings
+from trainyard.nodes.scores.score_backbones import taught_by
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_backbones import slope, unchanged, weights
@@ -16,7 +18,7 @@ from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
 from trainyard.tests.comfy.test_zeroshot import COLOURS, clip_l, eyes, plain  # noqa: F401 - fixtures
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.methods.leco_score import told
-from trainyard.trainers.score_files import write_score_model
+from trainyard.trainers.scores.files import write_score_model
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_leco_score_learns_from_good_words_against_bad_ones(folders, clip_l, eye
         before = fingerprint(model)
         score = node(PromptMatchScore).execute(eyes, clip_l, "", model, vae).args[0]
         own = zeroshot.text_features
-        monkeypatch.setattr(zeroshot, "text_features", lambda *args: own(*args) if not host.mm.in_training else pytest.fail("read too late"))
+        monkeypatch.setattr(zeroshot, "text_features", lambda *args: own(*args) if not host.session.mm.in_training else pytest.fail("read too late"))
         words = {"relative": 0.2, "good_words": "beautiful", "bad_words": "ugly"}
         data = pictures("sd3") if target == "direct_align" else None
         made = job(model=model, score=score, held_out=score, rows=ROWS[:1], data=data, settings={"target": target, **words})

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from trainyard.nodes import vision
-from trainyard.nodes.quality import CheckDataset, DeduplicateDataset
+from trainyard.nodes.data import vision
+from trainyard.nodes.data.quality import CheckDataset, DeduplicateDataset
 from trainyard.tests.drawn import jpeg, softened, texture
-from trainyard.trainers.data.duplicates import DuplicateSettings
-from trainyard.trainers.data.quality import QualitySettings
+from trainyard.trainers.data.quality.duplicates import DuplicateSettings
+from trainyard.trainers.data.quality.quality import QualitySettings
 from trainyard.trainers.data.readers import read_folder
 
 TINY = dict(model_type="clip_vision_model", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, hidden_act="quick_gelu",
@@ -92,12 +92,12 @@ def test_a_clip_counts_tokens_without_loading_weights(dataset):
 
 
 def test_a_cancelled_check_ends_with_the_interrupt(dataset, monkeypatch):
-    from trainyard.nodes import quality
+    from trainyard.nodes.data import quality
 
     def cancel():
         raise InterruptedError
 
-    monkeypatch.setattr(quality.host, "interrupted", cancel)
+    monkeypatch.setattr(quality.session.progress, "interrupted", cancel)
     with pytest.raises(InterruptedError):
         node(CheckDataset).execute(dataset, **QualitySettings(**SMALL).to_dict())
 

@@ -10,26 +10,27 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from trainyard.nodes import host, paths, score, score_backbones
-from trainyard.nodes.encode import EncodeDataset
-from trainyard.nodes.features import ClusterImages, ExtractFeatures, SimilarImages
-from trainyard.nodes.score_backbones import DistillScoreModel, LoadAestheticHead, PretrainScoreBackbone
+from trainyard.nodes import host, paths
+from trainyard.nodes.data.encode import EncodeDataset
+from trainyard.nodes.scores import score, score_backbones
+from trainyard.nodes.scores.features import ClusterImages, ExtractFeatures, SimilarImages
+from trainyard.nodes.scores.score_backbones import DistillScoreModel, LoadAestheticHead, PretrainScoreBackbone
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.trainers import loop
-from trainyard.trainers.clusters import ClusterSettings
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.sets import joined
-from trainyard.trainers.features import MODEL
-from trainyard.trainers.likeness import SimilarSettings
-from trainyard.trainers.methods.pretext import PretextSettings
-from trainyard.trainers.methods.score import ScoreSettings
-from trainyard.trainers.score_files import tensors_of
-from trainyard.trainers.scorers import PRETRAINED, ScorerSettings
+from trainyard.trainers.data.similarity.clusters import ClusterSettings
+from trainyard.trainers.data.similarity.similar import SimilarSettings
+from trainyard.trainers.scores.backbones import MODEL
+from trainyard.trainers.scores.files import tensors_of
+from trainyard.trainers.scores.networks import PRETRAINED, ScorerSettings
+from trainyard.trainers.scores.objective import ScoreSettings
+from trainyard.trainers.scores.pretext import PretextSettings
 
 SMALL = dict(width=8, depth=1)
 SHADES = 32
@@ -79,7 +80,7 @@ def values(*records, **changed):
 
 
 def hash_of(patcher):
-    return host.identity(patcher), {name: value.double().sum().item() for name, value in patcher.model.state_dict().items()}
+    return host.identity.identity(patcher), {name: value.double().sum().item() for name, value in patcher.model.state_dict().items()}
 
 
 PRETEXT = values(ScorerSettings(**SMALL), PretextSettings(steps=6, batch=8, size=64, crops=2, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0))
@@ -128,7 +129,7 @@ def test_an_aesthetic_head_rates_pictures_and_with_model_and_vae_their_latents(p
     with torch.inference_mode():
         out = node(score.ScoreImages).execute(whole, dataset=dataset, **score.ScoringSettings().to_dict()).args
     assert out[0] == pytest.approx(ratings)
-    with host.gradients():
+    with host.context.gradients():
         x = torch.randn(1, 16, 8, 8, requires_grad=True)
         (grad,) = torch.autograd.grad(whole.value(x, torch.zeros(1)).sum(), x)
     assert float(grad.norm()) > 0
@@ -269,7 +270,7 @@ def test_a_training_on_the_models_states_that_is_interrupted_goes_on_to_the_same
     whole = run()
     shutil.rmtree(paths.scores_folder())
     monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)
-    monkeypatch.setattr(host, "interrupted", interrupt)
+    monkeypatch.setattr(host.progress, "interrupted", interrupt)
     for stop in (2, 4, 7):
         asked.clear()
         stops[:] = [stop]

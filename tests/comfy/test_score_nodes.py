@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import host, latents, paths
-from trainyard.nodes.encode import EncodeDataset
-from trainyard.nodes.score import (
+from trainyard.nodes import host, paths
+from trainyard.nodes.data.encode import EncodeDataset
+from trainyard.nodes.scores import latents
+from trainyard.nodes.scores.score import (
     LoadRatedPictures,
     LoadScoreModel,
     RankAndFilter,
@@ -16,19 +17,18 @@ from trainyard.nodes.score import (
     ScoringSettings,
     TrainScoreModel,
 )
-from trainyard.nodes.train_lora import training_data
+from trainyard.nodes.train.train_lora import training_data
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.trainers import loop
-from trainyard.trainers.adapters import AdapterSettings
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
 from trainyard.trainers.data.ratings import RankSettings
 from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.methods.score import ScoreSettings
-from trainyard.trainers.score_files import tensors_of
-from trainyard.trainers.scorers import About, ScoreModel, ScorerSettings, network_of, unit_view
-from trainyard.trainers.settings import fingerprint
+from trainyard.trainers.scores.files import tensors_of
+from trainyard.trainers.scores.networks import About, ScoreModel, ScorerSettings, network_of, unit_view
+from trainyard.trainers.scores.objective import ScoreSettings
+from trainyard.trainers.settings import AdapterSettings, fingerprint
 
 TINY = dict(steps=80, batch=16, members=2, learning_rate=3e-3, check_every=20, width=8, depth=1, noisy=True)
 SHADES = 32
@@ -80,9 +80,9 @@ def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
     """Trained without CLIP on brightness, saved, loaded, and asked about pictures that it never saw."""
     data = encoded(vae)
     model = make("sd3", inference=True)
-    before = fingerprint(host.model_identity(model))
+    before = fingerprint(host.identity.model_identity(model))
     score_model, report, losses = train(data, model)
-    assert fingerprint(host.model_identity(model)) == before and host.PictureEncoder(vae).identity
+    assert fingerprint(host.identity.model_identity(model)) == before and host.encoders.PictureEncoder(vae).identity
     assert score_model.about.trained, report
     assert score_model.about.latent_format == "SD3" and score_model.about.channels == 16 and score_model.about.resolution == 64
     assert report.startswith(f"Trained on {SHADES} rated pictures: SRCC 0.") and len(losses["loss"]) == 80
@@ -109,7 +109,7 @@ def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
 
 def test_images_and_latents_of_the_graph_are_scored_alike(vae, places):
     score_model = train(encoded(vae))[0]
-    images = torch.rand(3, 64, 64, 3, generator=host.generator(0)).mul(255).round().div(255)
+    images = torch.rand(3, 64, 64, 3, generator=host.progress.generator(0)).mul(255).round().div(255)
     with torch.inference_mode():
         by_image = node(ScoreImages).execute(score_model, images=images, vae=vae, **ScoringSettings().to_dict()).args
         latent = {"samples": vae.encode(images)}
@@ -121,10 +121,10 @@ def test_images_and_latents_of_the_graph_are_scored_alike(vae, places):
 def test_an_unchanged_graph_never_trains_twice_not_even_after_a_restart(vae, places, monkeypatch):
     data = encoded(vae)
     first, words, losses = train(data, steps=10)
-    monkeypatch.setattr("trainyard.nodes.score.learnt", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("trainyard.nodes.scores.score.learnt", lambda *_: pytest.fail("trained again"))
     again, told, same_losses = train(data, steps=10)
     assert again.about == first.about and told.startswith(words) and same_losses == losses
-    x, level = torch.randn(2, 16, 8, 8, generator=host.generator(0)), torch.rand(2, generator=host.generator(1))
+    x, level = torch.randn(2, 16, 8, 8, generator=host.progress.generator(0)), torch.rand(2, generator=host.progress.generator(1))
     assert torch.equal(again.value(x, level), first.value(x, level))
 
 
@@ -143,8 +143,8 @@ def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_sa
             raise Interrupted
 
     monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)
-    monkeypatch.setattr(host, "interrupted", interrupt)
-    monkeypatch.setattr(host, "show", lambda line, node_id=None: shown.append(line))
+    monkeypatch.setattr(host.progress, "interrupted", interrupt)
+    monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: shown.append(line))
     with pytest.raises(Interrupted):
         train(data, steps=40)
     assert shown[-1].startswith("stopped; all up to network 2, step ") and shown[-1].endswith("is saved, Run goes on from there")
@@ -156,7 +156,7 @@ def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_sa
 
 def test_what_cannot_be_told_from_chance_is_said_and_not_saved(vae, places):
     data = encoded(vae)
-    order = torch.randperm(SHADES, generator=host.generator(3)).tolist()
+    order = torch.randperm(SHADES, generator=host.progress.generator(3)).tolist()
     items = [type(item)(**{**vars(item), "score": float(order[i])}) for i, item in enumerate(data.items)]
     score_model, report, _ = train(type(data)(items, data.store, data.channels, "shuffled"), steps=30)
     assert not score_model.about.trained and report.startswith("NOT TRAINED: SRCC is ")
@@ -193,8 +193,8 @@ def test_a_lora_refuses_pictures_that_were_encoded_without_clip(vae, places):
     assert not data.items[0].captions and data.empty is None
     with pytest.raises(ValueError, match="encoded without CLIP, which is enough for score models and for nothing else.*Connect CLIP"):
         training_data([data], None, None).require_conditionings()
-    with host.training(make("sd3"), AdapterSettings(rank=1)) as session, pytest.raises(ValueError, match="encoded without CLIP"):
-        Lora(session.denoiser, session.adapters, data).loss(host.generator(0))
+    with host.session.training(make("sd3"), AdapterSettings(rank=1)) as session, pytest.raises(ValueError, match="encoded without CLIP"):
+        Lora(session.denoiser, session.adapters, data).loss(host.progress.generator(0))
 
 
 def test_captions_without_clip_are_still_refused(vae, places):
@@ -208,9 +208,9 @@ def test_the_schedule_alone_says_what_the_loaded_model_says(family):
     """Scale, noise and levels of a MODEL that is not loaded equal those of the denoiser that trains."""
     model = make(family)
     schedule = latents.Schedule(model)
-    latent = torch.randn((1, *make_shape(model)), generator=host.generator(0))
+    latent = torch.randn((1, *make_shape(model)), generator=host.progress.generator(0))
     u = torch.tensor([0.3])
-    with host.training(model, AdapterSettings(rank=1)) as session:
+    with host.session.training(model, AdapterSettings(rank=1)) as session:
         denoiser = session.denoiser
         x0, sigma = denoiser.model_space(latent), denoiser.sigma_at(u)
         x = denoiser.noised(x0, torch.ones_like(x0), sigma)

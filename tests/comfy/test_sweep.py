@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from trainyard.nodes import host
-from trainyard.nodes.sweep import Sweep, SweepSettings, calibrated, rows_of
+from trainyard.nodes.train.sweep import Sweep, SweepSettings, calibrated, rows_of
 from trainyard.tests.toy import sampling, world
-from trainyard.trainers.adapters import Adapters
-from trainyard.trainers.evaluate import Curve
+from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.files import LoraFile, rescaled
-from trainyard.trainers.plots import sweep_sheet
+from trainyard.trainers.monitor.plots import sweep_sheet
+from trainyard.trainers.monitor.strength_curve import Curve
 from trainyard.trainers.settings import AdapterSettings
 
 
@@ -21,11 +21,11 @@ def toy(comfy, tmp_path_factory):
 
 def random_lora(model, size=0.03):
     network = model.model.diffusion_model
-    made = Adapters(network, AdapterSettings(rank=2), host.generator(1))
+    made = Adapters(network, AdapterSettings(rank=2), host.progress.generator(1))
     with torch.no_grad():
         for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=host.generator(len(p))) * size)
-    return LoraFile(made.tensors(host.unet_keys(model.model, made.layers).__getitem__)[0], {"ss_steps": "3"}, 3)
+            p.copy_(torch.randn(p.shape, generator=host.progress.generator(len(p))) * size)
+    return LoraFile(made.tensors(host.lora_keys.unet_keys(model.model, made.layers).__getitem__)[0], {"ss_steps": "3"}, 3)
 
 
 def swept(toy, lora, strengths="-2, 0, 1, 2", **rest):

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from trainyard.nodes import host, paths
-from trainyard.nodes.train_lora import Job, training_data
+from trainyard.nodes.train.train_lora import Job, training_data
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.loop import Diverged
@@ -54,7 +54,7 @@ def state(name="test"):
 
 def fail_at(monkeypatch, step, make_error):
     """The model raises at its step-th prediction."""
-    original, calls = host.ComfyDenoiser.denoise, []
+    original, calls = host.denoiser.ComfyDenoiser.denoise, []
 
     def denoise(self, x, sigma, conds):
         calls.append(1)
@@ -62,7 +62,7 @@ def fail_at(monkeypatch, step, make_error):
             raise make_error()
         return original(self, x, sigma, conds)
 
-    monkeypatch.setattr(host.ComfyDenoiser, "denoise", denoise)
+    monkeypatch.setattr(host.denoiser.ComfyDenoiser, "denoise", denoise)
 
 
 def test_the_loss_falls_on_a_set_that_can_be_learnt_by_heart(folders):
@@ -135,8 +135,8 @@ def test_a_full_disk_leaves_the_older_file_whole_and_says_what_is_missing(folder
 
 def test_an_unknown_family_is_checked_first_and_then_trained(folders, monkeypatch):
     checked = []
-    original = host.check_gradients
-    monkeypatch.setattr(host, "check_gradients", lambda *args: checked.append(original(*args)))
+    original = host.checks.check_gradients
+    monkeypatch.setattr(host.checks, "check_gradients", lambda *args: checked.append(original(*args)))
     lora, _, _ = result(job("anima", steps=2))
     assert len(checked) == 1
     assert lora
@@ -146,7 +146,7 @@ def test_a_failed_self_check_trains_nothing(folders, monkeypatch):
     def refuse(*_):
         raise RuntimeError("its gradients are off by 40%")
 
-    monkeypatch.setattr(host, "check_gradients", refuse)
+    monkeypatch.setattr(host.checks, "check_gradients", refuse)
     with pytest.raises(RuntimeError, match="gradients are off"):
         result(job("anima"))
     assert not list(paths.runs_folder().glob("*/*.safetensors"))
@@ -169,7 +169,7 @@ def test_an_error_where_the_mask_is_0_does_not_count(folders, mask, counts):
 
     def loss(moved):
         encoded = data(count=1, mask=left if mask else None)
-        with torch.inference_mode(), host.training(make(FAMILY, inference=True), AdapterSettings(rank=4)) as session:
+        with torch.inference_mode(), host.session.training(make(FAMILY, inference=True), AdapterSettings(rank=4)) as session:
             ask = session.denoiser.denoise
             session.denoiser.denoise = lambda x, sigma, conds: ask(x, sigma, conds) + moved * (1 - left)
             method = Lora(session.denoiser, session.adapters, encoded)
@@ -193,6 +193,6 @@ def test_the_text_encoder_without_clip_is_refused(folders):
 def test_the_input_model_carries_no_patches_afterwards_and_the_output_does(folders):
     a_job = job(steps=2)
     lora, _, _ = result(a_job)
-    patched, _ = host.applied(a_job.model, None, lora)
+    patched, _ = host.lora_keys.applied(a_job.model, None, lora)
     assert not a_job.model.patches
-    assert len(patched.patches) == len(host.bases(lora))
+    assert len(patched.patches) == len(host.lora_keys.bases(lora))

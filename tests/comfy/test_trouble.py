@@ -14,8 +14,9 @@ import warnings
 import comfy.model_management as mm
 import pytest
 import torch
-from trainyard.nodes import paths, planner
-from trainyard.nodes.previews import Previews
+from trainyard.nodes import paths
+from trainyard.nodes.train import planner
+from trainyard.nodes.train.previews import Previews
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.server import Server
 from trainyard.tests.comfy.test_host import fingerprint, left_behind

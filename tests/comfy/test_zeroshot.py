@@ -11,7 +11,7 @@ import comfy.sd
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes import captioning, captioning_tagger, seeing, vision, zeroshot
+from trainyard.nodes.data import captioning, captioning_tagger, loaded_models, vision, zeroshot
 from trainyard.tests import tiny_tagger
 from trainyard.tests.comfy import tiny
 from trainyard.trainers.captioners import taggers
@@ -188,7 +188,7 @@ def test_a_tagger_fills_tags_and_captions_by_the_connected_settings(machine, tag
 def test_the_network_is_in_the_hosts_list_while_it_works_and_gone_afterwards(tmp_path):
     pytest.importorskip("timm")
     folder = tiny_tagger.timm_folder(tmp_path / "tiny")
-    with torch.inference_mode(), seeing.held(taggers.load(folder)) as held:
+    with torch.inference_mode(), loaded_models.held(taggers.load(folder)) as held:
         assert "blue" in held.caption(tiny_tagger.drawn("blue"), "").tags
         mm.unload_all_models()  # another node needs the memory
         assert "red" in held.caption(tiny_tagger.drawn("red"), "").tags

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions import CAPTIONS, CaptionSettings
-from ...trainers.data.captions import EMPTY as NO_CAPTIONS
-from ...trainers.data.collage import build_collages
-from ...trainers.data.collage_captions import by_position
-from ...trainers.data.collage_plan import CollageSettings
+from ...trainers.data.captions.variants import CAPTIONS, CaptionSettings
+from ...trainers.data.captions.variants import EMPTY as NO_CAPTIONS
+from ...trainers.data.collage.captions import by_position
+from ...trainers.data.collage.collage import build_collages
+from ...trainers.data.collage.plan import CollageSettings
 from ...trainers.data.encode import encode
 from ...trainers.data.readers import read_folder
 from ...trainers.data.records import Dataset
@@ -95,20 +95,20 @@ def taught(toy, dataset: Dataset, folder, *, steps: int, seed: int, empty=False,
     from ...nodes import host
 
     captions = CaptionSettings(caption_mode=NO_CAPTIONS if empty else CAPTIONS, dropout=0.0 if empty else 0.1)
-    doors = host.PictureEncoder(toy.vae), host.TextEncoder(toy.clip)
-    with torch.inference_mode(), host.gradients():
+    doors = host.encoders.PictureEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
+    with torch.inference_mode(), host.context.gradients():
         data = encode(dataset, captions, BucketSettings(**ENCODE), False, *doors, Path(folder) / "cache")
     sizes = {item.bucket[0] * item.bucket[1] for item in data.items}
     batch = PIXELS // max(sizes)
     mean = sum(item.bucket[0] * item.bucket[1] * item.repeats for item in data.items) / sum(item.repeats for item in data.items)
     steps = round(steps * PIXELS / (batch * mean))
     run = RunSettings(steps=steps, learning_rate=lesson.TRAIN["learning_rate"], batch=batch, seed=seed, save_every=0)
-    with torch.inference_mode(), host.training(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session:
+    with torch.inference_mode(), host.session.training(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session:
         method = Lora(session.denoiser, session.adapters, data, density=session.family.density, batch=batch)
         losses = train(method, run, OptimizerSettings(schedule=lesson.SCHEDULE), report=report)
         lora = LoraFile(session.tensors()[0])
     with torch.inference_mode():
-        return Taught(host.applied(toy.model, None, lora)[0], lora, losses, round(steps * batch * mean))
+        return Taught(host.lora_keys.applied(toy.model, None, lora)[0], lora, losses, round(steps * batch * mean))
 
 
 # -- exams, on seeds that no training saw --------------------------------------------------------------------------------------------------

@@ -23,15 +23,15 @@ import torch
 
 from ...nodes import host
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions import CaptionSettings
+from ...trainers.data.captions.variants import CaptionSettings
 from ...trainers.data.encode import encode
 from ...trainers.data.pairs import paired
 from ...trainers.data.readers import read_folder
 from ...trainers.files import LoraFile
 from ...trainers.loop import NoStore, train
-from ...trainers.methods.difference import Difference, keep, leco, replace, text_slider
-from ...trainers.methods.pairs import Change, ImageSlider
-from ...trainers.points import Model, Rollouts, Task, planned
+from ...trainers.methods.image_pairs import Change, ImageSlider
+from ...trainers.methods.prompts import Difference, keep, leco, replace, text_slider
+from ...trainers.methods.rollouts import Model, Rollouts, Task, planned
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 from . import sampling, shapes, world
 from .measure import measure
@@ -108,7 +108,7 @@ def learn(toy, lesson: Lesson) -> Taught:
     """Trained through the door that the nodes use."""
     start = time.process_time()
     adapter = AdapterSettings(rank=lesson.rank, targets=lesson.targets)
-    with host.training(toy.model, adapter, seed=lesson.run.seed) as session:
+    with host.session.training(toy.model, adapter, seed=lesson.run.seed) as session:
         method = lesson.make(toy, session, lesson)
         store = Snapshots(session, method)
         losses = train(method, lesson.run, OptimizerSettings(schedule=lesson.schedule), store=store)
@@ -126,10 +126,10 @@ def from_prompts(tasks, original=None):
     def make(toy, session, lesson):
         mine = [dataclasses.replace(task, shapes=(LATENT,), batch=lesson.run.batch) for task in tasks]
         texts = list(dict.fromkeys(text for task in mine for text in task.texts))
-        model = Model(session.denoiser, session.adapters, dict(zip(texts, host.TextEncoder(toy.clip).encode(texts), strict=True)))
+        model = Model(session.denoiser, session.adapters, dict(zip(texts, host.encoders.TextEncoder(toy.clip).encode(texts), strict=True)))
         if original:
             return original(model, mine)
-        guidance = host.rollout_guidance(session, lesson.points.guidance_scale)
+        guidance = host.session.rollout_guidance(session, lesson.points.guidance_scale)
         return Difference(model, mine, Rollouts(model, mine, lesson.points, lesson.noise, guidance), lesson.points.renormalise)
 
     return make
@@ -155,7 +155,7 @@ def encoded(toy, pairs):
                 (sides[side] / f"{number}.txt").write_text(caption, encoding="utf-8")
         data = paired(read_folder(sides["plus"]), read_folder(sides["minus"]))
         buckets = BucketSettings(resolution=shapes.PX, step=8, min_side=shapes.PX, max_side=shapes.PX)
-        doors = host.PictureEncoder(toy.vae), host.TextEncoder(toy.clip)
+        doors = host.encoders.PictureEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
         made = encode(data, CaptionSettings(dropout=0.0), buckets, False, *doors, Path(place) / "cache")
         return in_memory(made)
 
@@ -178,7 +178,7 @@ def look(toy, lora, wanted, strength=1.0, first_seed=FIRST_SEED, steps=12, cfg=2
     question = (*prompts, first_seed, steps, cfg)
     if lora is None and question in known:
         return known[question]
-    model = toy.model if lora is None else host.applied(toy.model, None, lora, strength)[0]
+    model = toy.model if lora is None else host.lora_keys.applied(toy.model, None, lora, strength)[0]
     pictures = sampling.pictures(toy, prompts, list(range(first_seed, first_seed + len(wanted))), steps, cfg, model=model)
     seen = [measure(picture) for picture in pictures]
     if lora is None:

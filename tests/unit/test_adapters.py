@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 from trainyard.tests.unit.toy import Net, Stop, rng
-from trainyard.trainers.adapters import Adapters, adaptable, kohya, select
-from trainyard.trainers.kinds import scale_of
+from trainyard.trainers.adapters.adapters import Adapters, adaptable, kohya, select
+from trainyard.trainers.adapters.layers import scale_of
 from trainyard.trainers.settings import AdapterSettings
 
 

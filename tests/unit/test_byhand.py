@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from trainyard.trainers.data import byhand, sidecars
+from trainyard.trainers.data.captions import manual_edits, sidecars
 from trainyard.trainers.data.readers import read_folder
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -34,7 +34,7 @@ def written(folder, captions, **about):
     """What is written when the pictures of these names get these captions."""
     data = read_folder(folder, **about)
     edits = {record.id: captions[Path(record.path).stem] for record in data if Path(record.path).stem in captions}
-    return sidecars.write(byhand.put(data, edits), edits, [folder.parent], now=NOW)
+    return sidecars.write(manual_edits.put(data, edits), edits, [folder.parent], now=NOW)
 
 
 # -- what the grid wrote -----------------------------------------------------------------------------------------------------------
@@ -42,21 +42,21 @@ def written(folder, captions, **about):
 
 def test_edits_replace_captions_by_the_pictures_bytes(folder):
     data = read_folder(folder)
-    edits = byhand.parse(json.dumps({data[0].id: " a green ball ", data[2].id: ["one", "two", "one", ""], data[1].id: ""}))
+    edits = manual_edits.parse(json.dumps({data[0].id: " a green ball ", data[2].id: ["one", "two", "one", ""], data[1].id: ""}))
     (folder / "a.png").rename(folder / "z.png")
-    assert [r.captions for r in byhand.put(read_folder(folder), edits)] == [(), ("one", "two"), ("a green ball",)]
+    assert [r.captions for r in manual_edits.put(read_folder(folder), edits)] == [(), ("one", "two"), ("a green ball",)]
     assert data[0].captions == ("a rëd ball",)
 
 
 def test_nothing_written_changes_nothing(folder):
     data = read_folder(folder)
-    assert byhand.put(data, byhand.parse(" \n")) == data
+    assert manual_edits.put(data, manual_edits.parse(" \n")) == data
 
 
 def test_edits_of_pictures_that_are_gone_are_told_and_not_fatal(folder):
     data = read_folder(folder)
-    edits = byhand.parse(json.dumps({data[0].id: "new", data[1].id: "a blue ball", "f" * 40: "gone"}))
-    assert byhand.about(data, byhand.put(data, edits), edits).splitlines() == [
+    edits = manual_edits.parse(json.dumps({data[0].id: "new", data[1].id: "a blue ball", "f" * 40: "gone"}))
+    assert manual_edits.about(data, manual_edits.put(data, edits), edits).splitlines() == [
         "1 of 3 captions edited by hand",
         "1 edits are of pictures that are not in this dataset (ffffffffff); they are kept in case those come back.",
     ]
@@ -77,14 +77,14 @@ def test_edits_of_pictures_that_are_gone_are_told_and_not_fatal(folder):
 )
 def test_what_the_grid_would_not_write_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        byhand.parse(text)
+        manual_edits.parse(text)
 
 
 # -- what the grid is drawn from -----------------------------------------------------------------------------------------------------
 
 
 def test_each_picture_has_a_card_with_a_small_picture(folder, tmp_path):
-    cards = byhand.cards(read_folder(folder), tmp_path / "thumbs")
+    cards = manual_edits.cards(read_folder(folder), tmp_path / "thumbs")
     assert [(card.name, card.captions, card.why) for card in cards] == [("a.png", ("a rëd ball",), ""), ("b.png", ("a blue ball",), ""), ("c.png", (), "")]
     with Image.open(tmp_path / "thumbs" / cards[0].thumb) as thumb:
         assert thumb.size == (256, 171)
@@ -93,28 +93,28 @@ def test_each_picture_has_a_card_with_a_small_picture(folder, tmp_path):
 
 def test_thumbnails_are_made_once_and_another_crop_has_its_own(folder, tmp_path):
     data = read_folder(folder)
-    first = byhand.cards(data, tmp_path / "thumbs")
+    first = manual_edits.cards(data, tmp_path / "thumbs")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "thumbs").iterdir()}
-    assert byhand.cards(data, tmp_path / "thumbs") == first
+    assert manual_edits.cards(data, tmp_path / "thumbs") == first
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "thumbs").iterdir()} == made
     cropped = dataclasses.replace(data[0], crop=(0, 0, 100, 100))
-    assert byhand.card(cropped, tmp_path / "thumbs").thumb != first[0].thumb
+    assert manual_edits.card(cropped, tmp_path / "thumbs").thumb != first[0].thumb
 
 
 def test_a_picture_that_cannot_be_opened_has_a_card_that_says_why(folder, tmp_path):
     data = read_folder(folder)
     (folder / "b.png").unlink()
-    cards = byhand.cards(data, tmp_path / "thumbs")
+    cards = manual_edits.cards(data, tmp_path / "thumbs")
     assert [bool(card.thumb) for card in cards] == [True, False, True]
     assert "Load the dataset again" in cards[1].why
 
 
 def test_progress_is_told_and_an_interrupt_goes_through(folder, tmp_path):
     seen = []
-    byhand.cards(read_folder(folder), tmp_path / "thumbs", report=lambda *step: seen.append(step))
+    manual_edits.cards(read_folder(folder), tmp_path / "thumbs", report=lambda *step: seen.append(step))
     assert seen == [(1, 3, "a.png"), (2, 3, "b.png"), (3, 3, "c.png")]
     with pytest.raises(KeyboardInterrupt):
-        byhand.cards(read_folder(folder), tmp_path / "others", check_interrupt=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        manual_edits.cards(read_folder(folder), tmp_path / "others", check_interrupt=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
 # -- what reaches the files ------------------------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ def test_two_pictures_with_one_caption_file_must_agree(folder):
     data = read_folder(folder)
     edits = {data[0].id: ("other",)}
     with pytest.raises(ValueError, match="a.png and .*a.webp share the caption file a.txt"):
-        sidecars.write(byhand.put(data, edits), edits, [folder.parent])
+        sidecars.write(manual_edits.put(data, edits), edits, [folder.parent])
     both = edits | {data[1].id: ("other",)}
-    assert len(sidecars.write(byhand.put(data, both), both, [folder.parent])) == 1
+    assert len(sidecars.write(manual_edits.put(data, both), both, [folder.parent])) == 1
 
 
 def test_pictures_outside_the_roots_are_refused_before_anything_is_written(folder, tmp_path):
@@ -170,9 +170,9 @@ def test_pictures_outside_the_roots_are_refused_before_anything_is_written(folde
     data = read_folder(folder.parent / "link")
     edits = {data[0].id: ("new",)}
     with pytest.raises(ValueError, match="lies outside .*Turn save_to_files off"):
-        sidecars.write(byhand.put(data, edits), edits, [folder.parent])
+        sidecars.write(manual_edits.put(data, edits), edits, [folder.parent])
     with pytest.raises(ValueError, match="was made by Trainyard"):
-        sidecars.write(byhand.put(data, edits), edits, [tmp_path], [elsewhere])
+        sidecars.write(manual_edits.put(data, edits), edits, [tmp_path], [elsewhere])
     assert [file.name for file in elsewhere.iterdir()] == ["x.png"]
 
 

@@ -1,6 +1,6 @@
 """The figures of a caption report, worked by hand."""
 
-from trainyard.trainers.data.caption_report import as_text, report
+from trainyard.trainers.data.captions.caption_report import as_text, report
 from trainyard.trainers.data.records import Dataset, Record
 
 

@@ -1,7 +1,7 @@
 """Captions become the texts that are encoded."""
 
 import pytest
-from trainyard.trainers.data.captions import EMPTY, CaptionSettings, record_rng, variants
+from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings, record_rng, variants
 from trainyard.trainers.data.records import Record
 
 TAGS = "a, b, c, d, e"

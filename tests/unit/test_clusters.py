@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from trainyard.trainers.clusters import AGGLOMERATIVE, METHODS, ClusterSettings, clustered, cut, distances, merges, silhouettes
+from trainyard.trainers.data.similarity.clusters import (
+    AGGLOMERATIVE,
+    METHODS,
+    ClusterSettings,
+    clustered,
+    cut,
+    distances,
+    merges,
+    silhouettes,
+)
 
 
 def blobs(sizes=(12, 8, 5), spread=0.05, seed=0):

@@ -13,10 +13,10 @@ from PIL import Image
 from trainyard.tests.fakes_data import Cut, FakeVae, encoded
 from trainyard.tests.unit.toy import rng
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions import CaptionSettings
-from trainyard.trainers.data.collage import Source, build_collages, collage_sheet, whole_repeats, without_bars
-from trainyard.trainers.data.collage_captions import collage_captions, common_trigger, positions
-from trainyard.trainers.data.collage_plan import Cell, Collage, CollagePlan, CollageSettings, plan, validate
+from trainyard.trainers.data.captions.variants import CaptionSettings
+from trainyard.trainers.data.collage.captions import collage_captions, common_trigger, positions
+from trainyard.trainers.data.collage.collage import Source, build_collages, collage_sheet, whole_repeats, without_bars
+from trainyard.trainers.data.collage.plan import Cell, Collage, CollagePlan, CollageSettings, plan, validate
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import Dataset, Record, open_image, open_mask
 from trainyard.trainers.diffusion import Density
@@ -361,7 +361,7 @@ def test_a_picture_at_its_own_size_is_copied_pixel_by_pixel(tmp_path):
 
 
 def test_an_unchanged_request_draws_nothing_and_changed_captions_keep_the_frames(tmp_path, monkeypatch):
-    from trainyard.trainers.data import collage as room
+    from trainyard.trainers.data.collage import collage as room
 
     dataset = pictures(tmp_path / "in", [(64, 128)] * 6, [f"number {i}" for i in range(6)])
     settings = CollageSettings(**SMALL | dict(contrast="warn"))
@@ -401,7 +401,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
 
 
 def test_nothing_of_the_users_is_touched_and_one_picture_is_open_at_a_time(tmp_path, monkeypatch):
-    from trainyard.trainers.data import collage as room
+    from trainyard.trainers.data.collage import collage as room
 
     dataset = pictures(tmp_path / "in", [(64, 128)] * 6)
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "in").iterdir()}
@@ -596,7 +596,7 @@ def test_a_single_plain_line_is_no_bar():
 
 
 def test_a_source_remembers_the_crop_in_the_whole_picture():
-    from trainyard.trainers.data.collage import looked_at
+    from trainyard.trainers.data.collage.collage import looked_at
 
     record = Record(id="x", path="x.png", size=(100, 100), crop=(10, 20, 90, 100))
     assert looked_at(record, box=[0, 5, 80, 75], dE=None) == Source(replace(record, crop=(10, 25, 90, 95)), None, untrimmed=(80, 80))

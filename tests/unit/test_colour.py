@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from trainyard.trainers.data.colour import RIM, ciede2000, contrast, main_colours, otsu, rgb_to_lab, shrunk_and_grown
+from trainyard.trainers.data.quality.colour import RIM, ciede2000, contrast, main_colours, otsu, rgb_to_lab, shrunk_and_grown
 
 # Sharma, Wu and Dalal, "The CIEDE2000 color-difference formula", 2005, table 1
 SHARMA = """

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from torch import nn
-from trainyard.trainers import compiled
-from trainyard.trainers.adapters import Adapters
-from trainyard.trainers.compiled import TOLERANCE, Compiler, copied
-from trainyard.trainers.plan import OFF, PER_BLOCK, PER_BLOCK_CPU
-from trainyard.trainers.recompute import Blocks, checkpointed
+from trainyard.trainers.adapters.adapters import Adapters
+from trainyard.trainers.memory import compile
+from trainyard.trainers.memory.checkpointing import Blocks, checkpointed
+from trainyard.trainers.memory.compile import TOLERANCE, Compiler, copied
+from trainyard.trainers.memory.plan import OFF, PER_BLOCK, PER_BLOCK_CPU
 from trainyard.trainers.settings import AdapterSettings
 
 RANK_2 = AdapterSettings(rank=2, targets="all linear")
@@ -116,7 +116,7 @@ def test_blocks_with_and_without_an_adapter_share_no_program():
 
 def test_each_shape_has_its_program_up_to_a_limit_and_backward_finds_the_one_of_its_forward(monkeypatch):
     """Two shapes in one step, computed again in backward: a program for all shapes would keep other tensors than the first one did."""
-    monkeypatch.setattr(compiled, "SHAPES", 2)
+    monkeypatch.setattr(compile, "SHAPES", 2)
     net = Net()
     adapters = shaken(net)
     compiler = Compiler(adapters, placeless, backend="aot_eager")

@@ -8,9 +8,9 @@ import torch
 from trainyard.tests.unit.toy import SHAPE, WORDS, Denoiser, Net, pairs, prompts, rng, shaken
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.diffusion import Density
-from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
-from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.points import Model, Noise, Pictures, Point, Rollouts, Task, lifetimes, planned, way_levels
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.methods.prompts import Difference, keep, leco, replace, text_slider
+from trainyard.trainers.methods.rollouts import Model, Noise, Pictures, Point, Rollouts, Task, lifetimes, planned, way_levels
 from trainyard.trainers.settings import NoiseSettings, PointSettings
 
 
@@ -133,7 +133,7 @@ def test_the_strength_comes_back_after_an_error():
 
 def test_renormalised_goals_are_as_strong_as_the_models_own_answer():
     from trainyard.trainers.diffusion import slope
-    from trainyard.trainers.methods.difference import as_strong_as
+    from trainyard.trainers.methods.prompts import as_strong_as
 
     x, sigma, answer = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8]), torch.randn(2, *SHAPE, generator=rng(2))
     point = Point(0, x, sigma)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from trainyard.tests.drawn import BICUBIC, jpeg, softened, texture
-from trainyard.trainers.data import duplicates
-from trainyard.trainers.data.diversity import kernel_of, sampled, vendi, vendi_of_features
-from trainyard.trainers.data.duplicates import (
+from trainyard.trainers.data.quality import duplicates
+from trainyard.trainers.data.quality.duplicates import (
     ADD,
     FLAG,
     DuplicateSettings,
@@ -23,8 +22,9 @@ from trainyard.trainers.data.duplicates import (
     popcount,
     tiles,
 )
-from trainyard.trainers.data.looking import Looking
+from trainyard.trainers.data.quality.thumbnails import Looking
 from trainyard.trainers.data.readers import read_folder
+from trainyard.trainers.data.similarity.diversity import kernel_of, sampled, vendi, vendi_of_features
 
 CHANGES = {
     "jpeg 40": lambda picture: jpeg(picture, 40),

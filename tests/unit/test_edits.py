@@ -5,8 +5,8 @@ import random
 from collections import Counter
 
 import pytest
-from trainyard.trainers.data import edits
-from trainyard.trainers.data.edits import OPERATIONS, apply, parse, preview, split
+from trainyard.trainers.data.captions import edits
+from trainyard.trainers.data.captions.edits import OPERATIONS, apply, parse, preview, split
 from trainyard.trainers.data.records import Dataset, Record
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from trainyard.tests.fakes_data import FakeVae, captioned, encoded, picture
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import Memory, size
-from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
 from trainyard.trainers.data.encoded import Deck, Encoded, EncodedItem
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import Dataset

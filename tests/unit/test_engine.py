@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from trainyard.tests import fakes_engine as fakes
-from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.diffusion import denoising_loss, slope
 from trainyard.trainers.engines import text as words

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, Denoiser, Net, adapters, prompts, rng
-from trainyard.trainers.evaluate import Axis, Curve, along, drawn, drift_of, measure, more_like, ranks, spearman
-from trainyard.trainers.points import Model, noise_of
+from trainyard.trainers.methods.rollouts import Model, noise_of
+from trainyard.trainers.monitor.strength_curve import Axis, Curve, along, drawn, drift_of, measure, more_like, ranks, spearman
 
 
 def model():

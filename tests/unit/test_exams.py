@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, dataset, pairs, prompts, shaken
-from trainyard.trainers import exams
 from trainyard.trainers.diffusion import Density
 from trainyard.trainers.loop import train
-from trainyard.trainers.methods.difference import Difference, keep, leco, text_slider
-from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.methods.prompts import Difference, keep, leco, text_slider
+from trainyard.trainers.methods.rollouts import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.monitor import fixed_batches
+from trainyard.trainers.monitor.validation import RESTORE, ValidationSettings, Watch
 from trainyard.trainers.settings import NoiseSettings, PointSettings, RunSettings
-from trainyard.trainers.validation import RESTORE, ValidationSettings, Watch
 
 PLAIN, BAND = NoiseSettings(), NoiseSettings(min_time=0.3, max_time=0.8)
 SETTINGS = PointSettings(sampling_steps=5, ways=3, refresh=4)
@@ -44,17 +44,17 @@ def moving(kind="rollout", noise=PLAIN):
 
 
 def exam_of(method, kind="rollout", rows=4, batch=3, noise=PLAIN, levels=4):
-    asked = exams.asking(method)
+    asked = fixed_batches.asking(method)
     points = {
-        "rollout": lambda: exams.on_ways(asked.model, asked.tasks, SETTINGS, noise, 2.0, levels),
-        "pictures": lambda: exams.on_pictures(method.model.denoiser, asked.tasks, dataset(), Density(), noise, levels, range(rows)),
-        "noise": lambda: exams.on_noise(method.model.denoiser, asked.tasks, noise, levels),
+        "rollout": lambda: fixed_batches.on_ways(asked.model, asked.tasks, SETTINGS, noise, 2.0, levels),
+        "pictures": lambda: fixed_batches.on_pictures(method.model.denoiser, asked.tasks, dataset(), Density(), noise, levels, range(rows)),
+        "noise": lambda: fixed_batches.on_noise(method.model.denoiser, asked.tasks, noise, levels),
     }[kind]()
-    return exams.point_exam(asked, points, rows, batch, kind)
+    return fixed_batches.point_exam(asked, points, rows, batch, kind)
 
 
 def pair_exam(method, count=2, levels=4, batch=3, data=None):
-    return exams.pair_exam(method, data or method.data, count, levels, batch)
+    return fixed_batches.pair_exam(method, data or method.data, count, levels, batch)
 
 
 KINDS = ("rollout", "pictures", "noise")
@@ -118,9 +118,9 @@ def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
     for level, sigma in enumerate(exam.sigmas_of_first()):
         both = []
         for strength, index in pair.at.items():
-            batch = method.data.batch([index], exams.chance("pair", pair.name))
+            batch = method.data.batch([index], fixed_batches.chance("pair", pair.name))
             x0 = method.denoiser.model_space(batch.x0)
-            noise = exams.randn_like(x0, exams.chance("noise", pair.name, level))
+            noise = fixed_batches.randn_like(x0, fixed_batches.chance("noise", pair.name, level))
             sigma = torch.tensor([float(sigma)])
             with torch.no_grad(), method.adapters.at(strength):
                 answer = method.denoiser.denoise(method.denoiser.noised(x0, noise, sigma), sigma, batch.conds)
@@ -136,7 +136,7 @@ def test_a_perfect_student_has_no_loss_at_its_points():
         for p in m.adapters.parameters():
             p.zero_()
     method = Difference(m, [Task(keep("cat"), "cat", "", 1.0, (SHAPE,), 1)], None)
-    exam = exams.point_exam(exams.asking(method), exams.on_ways(m, method.tasks, SETTINGS, NoiseSettings(), 1.0, 4), 2, 2)
+    exam = fixed_batches.point_exam(fixed_batches.asking(method), fixed_batches.on_ways(m, method.tasks, SETTINGS, NoiseSettings(), 1.0, 4), 2, 2)
     assert exam.losses().abs().max() < 1e-8
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from trainyard.trainers.heads import Chain, Head, check_width, read_head, read_pooler
+from trainyard.trainers.scores.aesthetic_heads import Chain, Head, check_width, read_head, read_pooler
 
 SIZES = (768, 1024, 128, 64, 16, 1)
 

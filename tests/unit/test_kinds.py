@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainyard.tests.unit.test_adapters import ConvNet, seeded, settings
 from trainyard.tests.unit.toy import Net, rng
-from trainyard.trainers.adapters import Adapters, by_base
-from trainyard.trainers.kinds import Hada, Low, split
+from trainyard.trainers.adapters.adapters import Adapters, by_base
+from trainyard.trainers.adapters.layers import Hada, Low, split
 from trainyard.trainers.loop import parameter_groups
 from trainyard.trainers.optimizers import make_optimizer
 from trainyard.trainers.settings import ALGORITHMS, AdapterSettings, OptimizerSettings, block_rules

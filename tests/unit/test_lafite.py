@@ -3,7 +3,7 @@
 import pytest
 import torch
 from trainyard.tests.unit.toy import rng
-from trainyard.trainers.lafite import perturbed
+from trainyard.trainers.data.feature_noise import perturbed
 
 
 def test_the_embedding_keeps_its_length_and_turns_by_alpha():

@@ -21,11 +21,11 @@ from trainyard.trainers.methods.leco_score import (
     tasks_of,
     walking,
 )
-from trainyard.trainers.points import Model, Pull
-from trainyard.trainers.score_watch import COLLAPSED, Look, ScoreWatch, WatchedScore, top_of
-from trainyard.trainers.scorers import About, ScoreModel
+from trainyard.trainers.methods.rollouts import Model, Pull
+from trainyard.trainers.monitor.score_monitor import COLLAPSED, Look, ScoreWatch, WatchedScore, top_of
+from trainyard.trainers.monitor.validation import RESTORE, ValidationSettings, Watch
+from trainyard.trainers.scores.networks import About, ScoreModel
 from trainyard.trainers.settings import RunSettings
-from trainyard.trainers.validation import RESTORE, ValidationSettings, Watch
 
 ROWS = (SignedPrompt("cat"), SignedPrompt("dog", -1.0, "old"), SignedPrompt("young", 0.0))
 PLAIN = dict(anchor=0.0, balance=False, uncertainty=0.0)

@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 from trainyard.tests.fakes_data import picture
-from trainyard.trainers.clusters import ClusterSettings, clustered
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.likeness import (
+from trainyard.trainers.data.similarity.clusters import ClusterSettings, clustered
+from trainyard.trainers.data.similarity.similar import (
     Features,
     asked_for,
     found_in,
     group_sheet,
     group_words,
     grouped,
-    seen_by,
     similar,
     similar_sheet,
     similar_words,
     unit_rows,
 )
-from trainyard.trainers.scorers import About, ScoreModel, network_of
+from trainyard.trainers.scores.backbones import seen_by
+from trainyard.trainers.scores.networks import About, ScoreModel, network_of
 
 
 @pytest.fixture

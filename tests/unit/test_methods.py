@@ -17,22 +17,22 @@ import torch
 from torch import nn
 from trainyard.tests.unit.test_kinds import merge
 from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, pairs, prompts, rng
-from trainyard.trainers.adapters import Adapters, by_base
+from trainyard.trainers.adapters.adapters import Adapters, by_base
 from trainyard.trainers.data.cache import Memory
 from trainyard.trainers.data.signed_prompts import SignedPrompt
 from trainyard.trainers.data.views import CROP, GREY, SHUFFLED, TURNED, View, Views
 from trainyard.trainers.diffusion import Density, denoising_loss
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import step_rng, train
-from trainyard.trainers.methods.difference import Difference, keep, leco, replace, text_slider
+from trainyard.trainers.methods.image_pairs import Change, ImageSlider
 from trainyard.trainers.methods.leco_score import Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
 from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.methods.pairs import Change, ImageSlider
-from trainyard.trainers.methods.pretext import Pretext, PretextSettings, heads_for
 from trainyard.trainers.methods.prior import Prior, PriorSettings
-from trainyard.trainers.methods.score import Score, ScoreSettings, targets
-from trainyard.trainers.points import Model, Noise, Pictures, Rollouts, Task
-from trainyard.trainers.scorers import About, LatentResNet, ScoreModel, Scorer, network_of, outputs_of, seeded
+from trainyard.trainers.methods.prompts import Difference, keep, leco, replace, text_slider
+from trainyard.trainers.methods.rollouts import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.scores.networks import About, LatentResNet, ScoreModel, Scorer, network_of, outputs_of, seeded
+from trainyard.trainers.scores.objective import Score, ScoreSettings, targets
+from trainyard.trainers.scores.pretext import Pretext, PretextSettings, heads_for
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 TESTS = Path(__file__).resolve().parents[1]

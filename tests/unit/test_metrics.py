@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from trainyard.trainers.metrics import (
+from trainyard.trainers.scores.metrics import (
     accuracy,
     auroc,
     f1,

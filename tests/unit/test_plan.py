@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from trainyard.trainers.plan import (
+from trainyard.trainers.memory.checkpointing import Blocks, Dropped, Offload, Tally, checkpointed
+from trainyard.trainers.memory.plan import (
     OFF,
     OFFLOADED,
     PER_BLOCK,
@@ -22,7 +23,6 @@ from trainyard.trainers.plan import (
     largest_batch,
     split,
 )
-from trainyard.trainers.recompute import Blocks, Dropped, Offload, Tally, checkpointed
 
 MIB = 2**20
 FOUR = Measured(total=440 * MIB, outside=20 * MIB, blocks=(Block(10 * MIB, 100 * MIB, 20 * MIB), *[Block(10 * MIB, 100 * MIB)] * 3), largest=10 * MIB, adapters=MIB)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from PIL import Image, ImageDraw
-from trainyard.trainers.plots import LEFT, PAPER, RIGHT, SMOOTH, TOP, limits, loss_plot, sheet, smoothed, ticks
+from trainyard.trainers.monitor.plots import LEFT, PAPER, RIGHT, SMOOTH, TOP, limits, loss_plot, sheet, smoothed, ticks
 
 
 def colour(text):

@@ -13,11 +13,11 @@ from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.sets import joined
 from trainyard.trainers.data.views import CROP, GREY, ORDERS, SHUFFLED, TURNED, Draft, drawn, encode_views, shuffled
 from trainyard.trainers.loop import step_rng
-from trainyard.trainers.methods.pretext import HIDDEN, Pretext, PretextSettings, felt, heads_for, hidden_error, hiding, nt_xent
-from trainyard.trainers.pretraining import PRETRAINED, out_of_fold, pretrained, retrieved
-from trainyard.trainers.score_files import read_score_model, tensors_of, write_score_model
-from trainyard.trainers.scorers import TRUNKS, ScorerSettings
-from trainyard.trainers.unfinished import Unfinished
+from trainyard.trainers.scores.files import read_score_model, tensors_of, write_score_model
+from trainyard.trainers.scores.networks import PRETRAINED, TRUNKS, ScorerSettings
+from trainyard.trainers.scores.pretext import HIDDEN, Pretext, PretextSettings, felt, heads_for, hidden_error, hiding, nt_xent
+from trainyard.trainers.scores.pretraining import out_of_fold, pretrained, retrieved
+from trainyard.trainers.scores.resume import Unfinished
 
 ALL = dict(inpaint=1.0, simclr=0.5, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0)
 

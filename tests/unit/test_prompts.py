@@ -2,7 +2,7 @@
 
 import pytest
 from trainyard.trainers.data.prompts import PromptRow, read_prompt_file, read_prompts
-from trainyard.trainers.methods.difference import tasks_of
+from trainyard.trainers.methods.prompts import tasks_of
 
 SAME = {
     "text": "# a comment\nred car -> blue car | guidance: 2 | weight: 0.5\n\ncat | action: erase\n",

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from trainyard.tests.drawn import barred, enlarged, jpeg, softened, texture
-from trainyard.trainers.data.looking import Looking
-from trainyard.trainers.data.quality import QualitySettings, acted, as_json, check
-from trainyard.trainers.data.quality_report import report, sheet
+from trainyard.trainers.data.quality.quality import QualitySettings, acted, as_json, check
+from trainyard.trainers.data.quality.quality_report import report, sheet
+from trainyard.trainers.data.quality.thumbnails import Looking
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import Dataset
 from trainyard.trainers.data.sheets import BAD
@@ -249,7 +249,7 @@ def test_the_sheet_frames_the_worst_in_red_first(tmp_path):
 
 
 def test_a_mistake_of_our_own_is_never_taken_for_a_bad_picture(tmp_path, monkeypatch):
-    from trainyard.trainers.data import quality
+    from trainyard.trainers.data.quality import quality
 
     dataset = messy(tmp_path)
 

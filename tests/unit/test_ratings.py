@@ -3,9 +3,9 @@
 import pytest
 from trainyard.tests.fakes_data import FakeVae, encoded, picture
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions import EMPTY, CaptionSettings
+from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
 from trainyard.trainers.data.encode import encode
-from trainyard.trainers.data.looking import Looking
+from trainyard.trainers.data.quality.thumbnails import Looking
 from trainyard.trainers.data.ratings import RankSettings, check_ratings, groups_of, ranked, read_pairs, read_rated, scored
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import Dataset, Record

@@ -10,7 +10,9 @@ import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, Stop, dataset, rng
 from trainyard.trainers import loop
-from trainyard.trainers.methods.score import (
+from trainyard.trainers.scores.files import tensors_of
+from trainyard.trainers.scores.networks import BINS, About, ScoreModel, ScorerSettings, network_of, seeded
+from trainyard.trainers.scores.objective import (
     LOSSES,
     NOISIEST,
     Score,
@@ -23,10 +25,8 @@ from trainyard.trainers.methods.score import (
     square,
     targets,
 )
-from trainyard.trainers.score_files import tensors_of
-from trainyard.trainers.scorers import BINS, About, ScoreModel, ScorerSettings, network_of, seeded
-from trainyard.trainers.scoring import Member, fold_groups, rated_by, task_of, trained
-from trainyard.trainers.unfinished import Unfinished
+from trainyard.trainers.scores.resume import Unfinished
+from trainyard.trainers.scores.training import Member, fold_groups, rated_by, task_of, trained
 
 TINY = ScorerSettings(width=8, depth=1)
 QUICK = ScoreSettings(steps=60, batch=16, members=2, learning_rate=5e-3, check_every=20)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, rng
 from trainyard.trainers.files import read_safetensors, write_safetensors
-from trainyard.trainers.score_files import about_in, check_fits, read_score_model, same, write_score_model
-from trainyard.trainers.scorers import (
+from trainyard.trainers.scores.files import about_in, check_fits, read_score_model, same, write_score_model
+from trainyard.trainers.scores.networks import (
     BINS,
     TASKS,
     TRUNKS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from trainyard.trainers.data.looking import Looking
+from trainyard.trainers.data.quality.thumbnails import Looking
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import Dataset, Record, sha1
 from trainyard.trainers.data.sets import SplitSettings, joined, parsed_weights, similar, split, twice

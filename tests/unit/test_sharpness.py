@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from trainyard.tests.drawn import BICUBIC, BILINEAR, LANCZOS, barred, enlarged, grey, jpeg, softened, texture
-from trainyard.trainers.data.bars import bars
-from trainyard.trainers.data.sharpness import WINDOWS, detailed_windows, enlargement, fine_share, tile_sharpness
+from trainyard.trainers.data.quality.bars import bars
+from trainyard.trainers.data.quality.sharpness import WINDOWS, detailed_windows, enlargement, fine_share, tile_sharpness
 
 SLOPES = (0.8, 1.0, 1.2)  # from gravel to clouds
 

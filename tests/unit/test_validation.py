@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, Net, Perfect, Stop, adapters, dataset, folder
-from trainyard.trainers.board import Board, board_in
 from trainyard.trainers.diffusion import Density, fixed_sigmas, random_sigma
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import Progress, train
 from trainyard.trainers.methods.lora import Lora
+from trainyard.trainers.monitor.tensorboard import Board, board_in
+from trainyard.trainers.monitor.validation import RESTORE, Exam, ValidationSettings, Watch, best_of, picked, relative, without_gain
 from trainyard.trainers.runs import RunFolder, deleted, listed
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
-from trainyard.trainers.validation import RESTORE, Exam, ValidationSettings, Watch, best_of, picked, relative, without_gain
 
 
 def made(seed=0):

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 from torch import nn
-from trainyard.trainers.adapters import Adapters
+from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.data.encoded import Encoded
 from trainyard.trainers.diffusion import per_sample
 from trainyard.trainers.files import LoraFile

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from trainyard.tests.toy import shapes
 from trainyard.tests.workflows.convert import DRAWN, to_api
-from trainyard.trainers.score_files import write_score_model
-from trainyard.trainers.scorers import About, ScoreModel, network_of
+from trainyard.trainers.scores.files import write_score_model
+from trainyard.trainers.scores.networks import About, ScoreModel, network_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..settings import fingerprint
 from .buckets import BucketSettings, Placement, fit, placements
 from .cache import Cache
-from .captions import CAPTIONS, EMPTY, CaptionSettings, record_rng, variants
+from .captions.variants import CAPTIONS, EMPTY, CaptionSettings, record_rng, variants
 from .encoded import Encoded, EncodedItem, latent_mask
 from .readers import require_captions
 from .records import WHITE, Dataset, Record, open_image, open_mask

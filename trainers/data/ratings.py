@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ..settings import Settings, choice, number, switch
 from .encoded import Encoded
-from .looking import Looking
 from .metadata import Names, count, finite, present, read_text, short, some
+from .quality.thumbnails import Looking
 from .readers import existing, images_in, printable, read_folder, subfolders
 from .records import Dataset, Record
 from .sets import similar

@@ -13,9 +13,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..settings import Settings, choice, number, switch
-from .duplicates import FLAG, DuplicateSettings, deduplicate
-from .looking import Looking
 from .metadata import MOST_REPEATS, shown
+from .quality.duplicates import FLAG, DuplicateSettings, deduplicate
+from .quality.thumbnails import Looking
 from .records import Dataset, Record
 
 PICTURE, FILE_NAME, FOLDER, MARKED = "picture", "file name", "folder", "as marked"

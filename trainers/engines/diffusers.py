@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapters, kohya
+from ..adapters.adapters import Adapters, kohya
 from ..diffusion import Density, per_sample, shifted, trajectory
 from . import single_file
 from . import text as words

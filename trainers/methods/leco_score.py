@@ -16,10 +16,10 @@ from torch import Tensor
 from ..data.encoded import Deck, Encoded
 from ..data.signed_prompts import SignedPrompt
 from ..diffusion import mse, per_sample, randn_like, slope
-from ..points import Model, Pull, Rollouts, Task, noise_of, one_of, pick, way_levels
-from ..scorers import ScoreModel, level_of, mixing, sigma_of_level, unit_view
+from ..scores.networks import ScoreModel, level_of, mixing, sigma_of_level, unit_view
+from ..scores.objective import NOISIEST
 from ..settings import NoiseSettings, PointSettings, Settings, choice, number, switch, text
-from .score import NOISIEST
+from .rollouts import Model, Pull, Rollouts, Task, noise_of, one_of, pick, way_levels
 
 TARGETS = ("x0_renoised", "next_step", "x0", "direct_align", "draft_lv")
 BANDS = 5  # of noise levels, whose gradients are made equally large

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..adapters import Adapters
+from ..adapters.adapters import Adapters
 from ..data.encoded import Batch, Deck, Encoded
 from ..diffusion import Denoiser, Density, denoising_loss, density_for, loss_weight, noise_like, randn_like, random_sigma
 from ..settings import NoiseSettings

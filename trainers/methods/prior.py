@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.captions import CaptionSettings, texts_of
+from ..data.captions.variants import CaptionSettings, texts_of
 from ..data.encoded import Deck, Encoded
 from ..diffusion import native_error
 from ..settings import Settings, number, text

@@ -1,0 +1,29 @@
+"""Which tags Caption Images keeps from a tagger, and which words from CLIP."""
+
+from comfy_api.latest import io
+
+from ...trainers.captioners.tags import TaggerSettings
+from ..fields import CATEGORY, inputs, record
+
+TaggerRecipe = io.Custom("TRAINYARD_TAGGER")
+
+
+class Tagger(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardTagger",
+            display_name="Tagger Settings",
+            category=f"{CATEGORY}/settings",
+            description="Which tags a picture keeps, in which order and spelling. Connect it to Caption Images; without it the defaults hold.",
+            search_aliases=["wd14", "wd tagger", "danbooru tags", "booru", "e621", "tag threshold", "mcut", "autotag"],
+            inputs=inputs(TaggerSettings),
+            outputs=[TaggerRecipe.Output("tagger", display_name="tagger", tooltip="For the tagger input of Caption Images.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(TaggerSettings, widgets))
+
+
+NODES = [Tagger]

@@ -1,0 +1,45 @@
+"""What a CLIP_VISION sees: one row of features per picture. The only place that asks one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .. import host
+
+BATCH = 8
+SIDE = 384  # px, for encoders that take any size
+
+
+def features(clip_vision, pictures, check_interrupt=host.progress.interrupted) -> np.ndarray:
+    """(n, d) float32 of unit length for PIL pictures of any size, in batches; the middle square of each is seen, as the host does.
+    ValueError for features that are no numbers."""
+    parts = []
+    for start in range(0, len(pictures), BATCH):
+        check_interrupt()
+        parts.append(seen(clip_vision, pictures[start : start + BATCH]))
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def seen(clip_vision, pictures) -> np.ndarray:
+    side = getattr(clip_vision, "image_size", 0)
+    side = side if isinstance(side, int) and side > 0 else SIDE
+    squares = [ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC) for picture in pictures]
+    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).float() / 255
+    with torch.no_grad():
+        found = embedding(clip_vision.encode_image(pixels)).float().cpu()
+    if not torch.isfinite(found).all():
+        raise ValueError("The clip_vision gives features that are no numbers (NaN). Load it again, or choose another CLIP vision file.")
+    return torch.nn.functional.normalize(found, dim=-1).numpy()
+
+
+def embedding(output) -> torch.Tensor:
+    """(B, d). CLIP and DINO pool by themselves; of SigLIP the host keeps all tokens, whose mean stands for the picture."""
+    pooled = output["image_embeds"]
+    return pooled.mean(1) if pooled.ndim == 3 else pooled
+
+
+def looker(clip_vision):
+    """features(pictures) for trainers.data, or None when nothing is connected."""
+    return None if clip_vision is None else lambda pictures: features(clip_vision, pictures)

@@ -1,0 +1,16 @@
+"""ComfyUI, as the trainers see it: the only door to comfy.* for training. Used as `host.memory.free_memory(...)`."""
+
+from . import (  # noqa: F401 - the room's modules
+    checks,
+    context,
+    denoiser,
+    encoders,
+    families,
+    identity,
+    lora_keys,
+    memory,
+    outofplace,
+    progress,
+    sampling,
+    session,
+)

@@ -1,0 +1,70 @@
+"""What the person sees while it runs, and the host's interrupt."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import comfy.lora
+import comfy.model_management as mm
+import torch
+
+
+class Report:
+    """Progress of a run, in ComfyUI's own bar and as a text line in the node; raises the host's interrupt."""
+
+    def __init__(self, steps: int, node_id=None):
+        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+        self.node_id = node_id
+
+    def __call__(self, progress):
+        mm.throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(progress.step, progress.steps)
+        self.say(progress.line())
+
+    def say(self, line: str):
+        show(line, self.node_id)
+
+
+def show(line: str, node_id=None):
+    """A line of text in the node, which stays there until the next one."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(line, node_id, server.client_id)
+    logging.debug("Trainyard: %s", line)
+
+
+class Steps:
+    """Progress of a job that counts things: report(done, total, what)."""
+
+    def __init__(self, node_id=None):
+        self.report = Report(1, node_id)
+        self.last = 0.0
+
+    def __call__(self, done, total, what=""):
+        now = time.monotonic()
+        if now - self.last > 0.4 or done == total:
+            self.last = now
+            self.report.bar.update_absolute(done, total)
+            self.report.say(f"{done}/{total} {what}")
+
+
+def interrupted():
+    """Raise the host's interrupt if the user pressed Cancel."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def generator(seed: int):
+    return torch.Generator().manual_seed(seed)
+
+
+def say_once(line: str, said=set()):  # noqa: B006 - the set is the memory
+    if line not in said:
+        said.add(line)
+        logging.info("Trainyard: %s", line)
+
+
+def warn(line: str):
+    logging.warning("Trainyard: %s", line)

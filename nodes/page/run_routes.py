@@ -1,0 +1,85 @@
+"""What the page asks the server about runs: the chart of a node, all runs on the disk, the graph of one, and its deletion."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from ...trainers import runs
+from .. import paths
+from . import live
+
+PREFIX = "/trainyard/runs"
+
+
+def listing() -> list[dict]:
+    """Every run on the disk, the newest first, with what is going on now; runs that have not saved anything yet come before them."""
+    found = [summary(about) for about in runs.listed(paths.runs_folder())]
+    known = {about["folder"] for about in found}
+    fresh = [dict(now_of(one), model="", bytes=0, changed=None, lora=None, file=None, sample=None, validation=None) for one in live.RUNS.values()
+             if one.status == live.TRAINING and one.folder not in known]  # fmt: skip
+    return live.plain([*reversed(fresh), *found])
+
+
+def summary(about: dict) -> dict:
+    """One run as the sidebar shows it."""
+    kept = {key: about.get(key) for key in ("folder", "name", "step", "steps", "loss", "model", "validation", "sample", "bytes", "changed", "lora")}
+    work = live.at_work(about["folder"])
+    kept["file"] = str(Path("trainyard", about["folder"], about["lora"])) if about["lora"] else None  # as LoRA loaders list it
+    ended = "finished early" if about.get("early") else "finished"
+    return {**kept, "status": ended if about["why"] == "finished" else "stopped", **(now_of(work) if work else {})}
+
+
+def now_of(one: live.Live) -> dict:
+    """What a run at work says of itself."""
+    recent = one.losses[-20:]
+    sample = {"sample": one.samples[-1]["file"]} if one.samples else {}
+    return {"folder": one.folder, "name": one.name, "step": len(one.losses), "steps": one.steps, "status": one.status, "prompt": one.prompt,
+            "loss": sum(recent) / len(recent) if recent else None, "text": one.text, **sample}  # fmt: skip
+
+
+def graph_of(folder: str) -> dict:
+    """The workflow and the prompt of a run. Raises ValueError when it has none."""
+    file = runs.run_folder(paths.runs_folder(), folder) / "graph.json"
+    if not file.is_file():
+        raise ValueError(f"Run {folder!r} was queued without its workflow, so there is none to open.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def delete(folder: str) -> dict:
+    """Delete a run that is not at work. Raises ValueError for everything else."""
+    if live.at_work(folder):
+        raise ValueError(f"Run {folder!r} is training. Stop it first.")
+    return {"freed": runs.deleted(paths.runs_folder(), folder)}
+
+
+def register(routes) -> None:
+    """Add the routes to the host's table."""
+    from aiohttp import web
+
+    async def answered(act, *given):
+        """The act's result as JSON, off the event loop; what is wrong with the question as a 400."""
+        try:
+            return web.json_response(await asyncio.to_thread(act, *given))
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        except OSError as error:
+            return web.json_response({"error": f"{error.strerror}: {error.filename}"}, status=500)
+
+    @routes.get(PREFIX)
+    async def everything(_):
+        return await answered(listing)
+
+    @routes.get(f"{PREFIX}/{{node}}")
+    async def one(request):
+        found = live.last_of(request.match_info["node"], request.query.get("workflow", ""))
+        return web.json_response(found.whole() if found else {})
+
+    @routes.get(f"{PREFIX}/{{folder}}/graph")
+    async def graph(request):
+        return await answered(graph_of, request.match_info["folder"])
+
+    @routes.post(f"{PREFIX}/{{folder}}/delete")
+    async def gone(request):
+        return await answered(delete, request.match_info["folder"])

@@ -1,0 +1,233 @@
+"""Pictures in the place of captions, where a model has a place for them: SDXL, unCLIP, Stable Cascade and Flux with Redux."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import comfy.model_base
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ...trainers.data.encoded import Encoded as EncodedData
+from ...trainers.data.feature_noise import LafiteSettings, perturbed
+from ...trainers.data.records import open_image
+from ...trainers.settings import fingerprint
+from .. import host
+from ..fields import CATEGORY, Dataset, Encoded, inputs, record
+
+FAMILIES = "SDXL (with CLIP-ViT-bigG), SD 2.1 unCLIP, Stable Cascade stage C, and Flux.1 (with a Redux style model)"
+EMPTY = "image/empty"
+
+
+# -- where an embedding goes -----------------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What the host's models read off a CLIP_VISION_OUTPUT."""
+
+    def __init__(self, **found):
+        self.__dict__.update(found)
+
+
+class Pooled:
+    """SDXL: in the place of the pooled text vector of CLIP-G."""
+
+    reads, kind = "image_embeds", "CLIP-ViT-bigG-14"
+
+    def __init__(self, model):
+        self.width = 1280
+
+    def __call__(self, cond: dict, embedding) -> dict:
+        return {**cond, "pooled_output": embedding}
+
+
+class Unclip:
+    """SD 2.1 unCLIP: its own entry for image embeddings, without further noise."""
+
+    reads, kind = "image_embeds", "the CLIP vision model of its checkpoint"
+
+    def __init__(self, model):
+        self.width = model.noise_augmentor.time_embed.dim
+
+    def __call__(self, cond: dict, embedding) -> dict:
+        return {**cond, "unclip_conditioning": [{"clip_vision_output": Seen(image_embeds=embedding), "strength": 1.0, "noise_augmentation": 0.0}]}
+
+
+class Cascade(Unclip):
+    """Stable Cascade stage C: its entry clip_img, which the host fills from the same list."""
+
+    kind = "CLIP-ViT-L-14"
+
+    def __init__(self, model):
+        self.width = 768
+
+
+class Redux:
+    """Flux: tokens of the style model after those of the text."""
+
+    reads, kind = "last_hidden_state", "SigLIP so400m patch 14"
+
+    def __init__(self, model, style_model):
+        if style_model is None:
+            raise ValueError("Flux takes pictures through a Redux style model, and none is connected. Load one with Load Style Model.")
+        self.style, self.width = style_model, style_model.model.redux_dim
+
+    def __call__(self, cond: dict, embedding) -> dict:
+        with torch.no_grad():
+            tokens = host.context.ordinary(self.style.get_cond(Seen(last_hidden_state=embedding)))
+        return {**cond, "cross_attn": torch.cat([cond["cross_attn"], tokens.to(cond["cross_attn"])], 1)}
+
+
+def slot_of(model, style_model=None):
+    """What puts an embedding into a conditioning of this MODEL. ValueError, naming the families that can, for one with no place for it."""
+    network = model.model
+    if type(network) is comfy.model_base.Flux:  # its descendants were never trained with Redux
+        return Redux(network, style_model)
+    if style_model is not None:
+        raise ValueError(f"A style model is connected, and only Flux.1 reads one: this MODEL is {type(model.model.model_config).__name__}. Disconnect it.")
+    for kind, slot in ((comfy.model_base.SDXL, Pooled), (comfy.model_base.SD21UNCLIP, Unclip), (comfy.model_base.StableCascade_C, Cascade)):
+        if isinstance(network, kind):
+            return slot(network)
+    raise ValueError(f"This MODEL ({type(model.model.model_config).__name__}) has no place for an image embedding: its text tokens are no CLIP "
+                     f"embeddings of a whole text. Models that have: {FAMILIES}. For others choose the caption mode 'empty (unconditional)' in Encode "
+                     "Dataset.")
+
+
+def embedding_of(clip_vision, pixels, slot) -> torch.Tensor:
+    """(1, D) or tokens (1, T, D) of one picture (1, H, W, 3), as an ordinary tensor. ValueError for another CLIP_VISION than the slot wants."""
+    with torch.no_grad():
+        found = clip_vision.encode_image(pixels)[slot.reads].float().cpu()
+    if found.shape[-1] != slot.width or found.ndim != (3 if slot.reads == "last_hidden_state" else 2):
+        raise ValueError(f"This clip_vision gives {found.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load {slot.kind}.")
+    return host.context.ordinary(found)
+
+
+def pixels_of(picture) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def empty_conditioning(clip) -> dict:
+    """The empty text's conditioning."""
+    encoder = host.encoders.TextEncoder(clip)
+    try:
+        return host.context.ordinary(encoder.encode([""])[0])
+    finally:
+        encoder.free()
+
+
+# -- the nodes ---------------------------------------------------------------------------------------------------------------------------
+
+
+SOCKETS = [
+    io.Model.Input("model", tooltip=f"Decides where the embedding goes. Models that have a place for it: {FAMILIES}."),
+    io.Clip.Input("clip", tooltip="The text encoder of the model; only the empty text is encoded."),
+    io.ClipVision.Input("clip_vision", tooltip="The image encoder that the model's family was made with."),
+]
+STYLE = io.StyleModel.Input("style_model", optional=True, tooltip="For Flux.1: the Redux style model.")
+
+
+class ImageConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardImageConditioning",
+            display_name="Image Conditioning",
+            category=CATEGORY,
+            description="A picture in the place of a prompt: its CLIP embedding as CONDITIONING, for models trained by Captions from Images, and for "
+            "variations of pictures.",
+            search_aliases=["revision", "unclip", "redux", "lafite", "picture prompt"],
+            inputs=[
+                *SOCKETS,
+                io.Image.Input("images", tooltip="One picture, or several whose embeddings are averaged."),
+                *inputs(LafiteSettings, only=("alpha", "seed")),
+                STYLE,
+            ],
+            outputs=[io.Conditioning.Output("conditioning", display_name="conditioning", tooltip="For positive of a sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, clip_vision, images, style_model=None, **widgets):
+        settings, slot = record(LafiteSettings, widgets), slot_of(model, style_model)
+        with host.context.gradients():
+            seen = torch.stack([embedding_of(clip_vision, image[None], slot) for image in images]).mean(0)
+            cond = slot(empty_conditioning(clip), perturbed(seen, settings.alpha, host.progress.generator(settings.seed)))
+        return io.NodeOutput([[cond["cross_attn"], {key: value for key, value in cond.items() if key != "cross_attn"}]])
+
+
+class CaptionsFromImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardCaptionsFromImages",
+            display_name="Captions from Images",
+            category=CATEGORY,
+            description="Training without captions that still learns to follow prompts: each encoded picture gets its own CLIP embedding with noise as "
+            "its caption.",
+            search_aliases=["lafite", "language free training", "no captions", "clip image embedding"],
+            inputs=[
+                *SOCKETS,
+                Dataset.Input("dataset", tooltip="The pictures that were encoded."),
+                Encoded.Input("encoded", tooltip="From Encode Dataset; its captions are replaced."),
+                *inputs(LafiteSettings),
+                STYLE,
+            ],
+            outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="The same latents under embeddings of their pictures, for Train LoRA.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, clip_vision, dataset, encoded, style_model=None, **widgets):
+        settings, slot = record(LafiteSettings, widgets), slot_of(model, style_model)
+        with host.context.gradients():
+            return io.NodeOutput(captioned_by_images(encoded, dataset, clip, clip_vision, slot, settings, host.progress.Steps(cls.hidden.unique_id)))
+
+
+def captioned_by_images(encoded: EncodedData, dataset, clip, clip_vision, slot, settings: LafiteSettings, report) -> EncodedData:
+    """ValueError when a picture that was encoded is not in the dataset."""
+    pictures = {one.id: one for one in dataset.records}
+    if missing := [item.path or item.id for item in encoded.items if item.id not in pictures]:
+        raise ValueError(f"{len(missing)} encoded pictures are not in the dataset, for example {missing[0]}. Connect the dataset that was encoded.")
+    seen = []
+    for done, item in enumerate(encoded.items):
+        host.progress.interrupted()
+        report(done, len(encoded), "pictures seen")
+        seen.append(embedding_of(clip_vision, pixels_of(open_image(pictures[item.id])), slot))
+    keys = [tuple(f"image/{number}/{variant}" for variant in range(settings.variants)) for number in range(len(encoded))]
+    items = [dataclasses.replace(item, caption_keys=k, captions=("",) * len(k)) for item, k in zip(encoded.items, keys, strict=True)]
+    key = fingerprint("captions from images 1", encoded.fingerprint, settings, host.identity.identity(clip_vision.patcher), type(slot).__name__,
+                      host.identity.identity(clip.patcher, clip.layer_idx), style_of(slot))  # fmt: skip
+    store = ImageCaptions(seen, [item.id for item in encoded.items], slot, empty_conditioning(clip), settings, encoded.store)
+    return dataclasses.replace(encoded, items=items, store=store, fingerprint=key, empty=EMPTY, dropout=settings.drop)
+
+
+def style_of(slot) -> list:
+    """Some numbers of a style model, by which two can be told apart."""
+    style = getattr(slot, "style", None)
+    return [] if style is None else [float(p.double().abs().sum()) for p in style.model.parameters()]
+
+
+@dataclasses.dataclass
+class ImageCaptions:
+    """A store of conditionings that are made when they are asked for, image/number/variant, before those of another store: the tokens of
+    Redux would take 12 MB each."""
+
+    seen: list[torch.Tensor]
+    ids: list[str]
+    slot: object
+    empty: dict
+    settings: LafiteSettings
+    rest: object
+
+    def load(self, key: str):
+        if key == EMPTY:
+            return self.empty
+        if not key.startswith("image/"):
+            return self.rest.load(key)
+        _, number, variant = key.split("/")
+        chance = fingerprint(self.settings.seed, self.ids[int(number)], int(variant))  # a picture's own, whatever stands before it
+        rng = host.progress.generator(int(chance[:15], 16))
+        return self.slot(self.empty, perturbed(self.seen[int(number)], self.settings.alpha, rng))
+
+
+NODES = [ImageConditioning, CaptionsFromImages]

@@ -1,0 +1,148 @@
+"""LoRA files: save, load, apply, and the plot of a run."""
+
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ...trainers.files import LoraFile, read_safetensors, write_lora
+from ...trainers.monitor.plots import loss_plot
+from .. import host, paths
+from ..fields import CATEGORY, LoraModel, LossMap, graph_metadata
+
+
+class SaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardSaveLora",
+            display_name="Save LoRA (Trainyard)",
+            category=CATEGORY,
+            description="Write a trained LoRA to output/loras with kohya keys and full metadata, then read it back and compare. "
+            "Drop the file on ComfyUI to get its training graph back.",
+            search_aliases=["export lora", "save lora", "safetensors"],
+            inputs=[
+                LoraModel.Input("lora", tooltip="The LORA_MODEL of a Train node."),
+                io.String.Input(
+                    "name",
+                    default="my_lora",
+                    tooltip="File name in output/loras; folder/name makes a folder. An existing file is never overwritten.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL."
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Optional: the CLIP for the same check, when the text encoder was trained."),
+            ],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, lora, name, model=None, clip=None):
+        lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
+        if model is not None:
+            host.lora_keys.check_loads(model, clip, lora)
+        path = paths.lora_to_write(name, lambda there: holds(there, lora))
+        saved_before = path.exists()
+        if not saved_before:
+            write_lora(path, lora, graph_metadata(cls.hidden))
+        if not holds(path, lora):
+            raise RuntimeError(f"{path} does not hold what was written; the disk may be failing. Save it elsewhere.")
+        how = "was saved before" if saved_before else "read back and equal"
+        line = f"{path.name}: {len(host.lora_keys.bases(lora))} layers, {path.stat().st_size / 2**20:.1f} MiB, {how}"
+        host.progress.show(line, cls.hidden.unique_id)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(line))
+
+
+def holds(path, lora) -> bool:
+    """True if the file holds these very tensors."""
+    there, _ = read_safetensors(path)
+    return there.keys() == lora.keys() and all(torch.equal(there[k], lora[k].cpu()) for k in there)
+
+
+
+
+class LoadLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardLoadLora",
+            display_name="Load LoRA File (Trainyard)",
+            category=CATEGORY,
+            description="A LoRA file as LORA_MODEL, with its metadata: to apply it, or to look into it.",
+            search_aliases=["open lora", "lora metadata"],
+            inputs=[io.Combo.Input("file", options=paths.lora_names(), tooltip="A LoRA from models/loras or output/loras.")],
+            outputs=[
+                LoraModel.Output("lora", display_name="lora", tooltip="For Apply LoRA and Save LoRA."),
+                io.String.Output("about", display_name="about", tooltip="The file's metadata, one entry per line."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        about = paths.lora_path(file).stat()
+        return (file, about.st_mtime_ns, about.st_size)
+
+    @classmethod
+    def execute(cls, file):
+        tensors, metadata = read_safetensors(paths.lora_path(file))
+        about = "\n".join(f"{k}: {v}" for k, v in sorted(metadata.items()) if k not in ("workflow", "prompt"))
+        return io.NodeOutput(LoraFile(tensors, metadata, int(metadata.get("ss_steps", 0) or 0)), about)
+
+
+class ApplyLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardApplyLora",
+            display_name="Apply LoRA (Trainyard)",
+            category=CATEGORY,
+            description="MODEL and CLIP with a LoRA applied. The inputs are not changed.",
+            search_aliases=["lora loader", "use lora", "lora strength"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the LoRA was trained on, or a relative of it."),
+                LoraModel.Input("lora", tooltip="A LORA_MODEL of a Train node or of Load LoRA File."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="1 is as trained, 0 is off, below 0 is the opposite. (-20 to 20)",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The CLIP, when the LoRA holds text-encoder layers."),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="A clone with the LoRA as patches."),
+                io.Clip.Output("clip", display_name="clip", tooltip="The same for the CLIP, when one was given."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, lora, strength, clip=None):
+        return io.NodeOutput(*host.lora_keys.applied(model, clip, lora, strength))
+
+
+class LossPlot(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardLossPlot",
+            display_name="Loss Plot (Trainyard)",
+            category=CATEGORY,
+            description="The loss of a run as a picture, raw and smoothed.",
+            search_aliases=["loss graph", "training curve"],
+            inputs=[LossMap.Input("losses", tooltip="The LOSS_MAP of a Train node.")],
+            outputs=[io.Image.Output("plot", display_name="plot", tooltip="960 x 540 px.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, losses):
+        picture = np.asarray(loss_plot(losses["loss"]), dtype=np.float32) / 255
+        image = torch.from_numpy(picture)[None]
+        return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [SaveLora, LoadLora, ApplyLora, LossPlot]

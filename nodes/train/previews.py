@@ -1,0 +1,134 @@
+"""Samples of a run that is at work: the live adapter through the host's ordinary sampler, decoded and written to the run's folder."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import types
+from pathlib import Path
+
+import comfy.model_management as mm
+import numpy as np
+import torch
+from PIL import Image
+
+from ...trainers.files import write_bytes
+from ...trainers.monitor.previews import PreviewSettings, sample_sheet
+from .. import host
+
+
+@contextlib.contextmanager
+def lent(session, memory: float):
+    """The patcher of the training model, for the ordinary sampler. Sampling clears `current_patcher`, and a VAE may push the model out:
+    on every way out it is loaded and ready for the next step again."""
+    patcher = session.denoiser.patcher
+    before, mm.in_training = mm.in_training, False
+    try:
+        with torch.no_grad():
+            yield patcher
+    finally:
+        mm.in_training = before
+        mm.load_models_gpu([patcher], memory_required=memory)
+        patcher.pre_run()
+        patcher.inject_model()
+        host.context.materialise(patcher.model)
+
+
+def conditioning_of(cond: dict) -> list:
+    return [[cond["cross_attn"], {k: v for k, v in cond.items() if k != "cross_attn"}]]
+
+
+class Previews:
+    """draw(step) for a Watch. `prompts`: [(text, conditioning dict)]; `away`: the same for the negative prompt, None for guidance 1."""
+
+    def __init__(self, session, settings: PreviewSettings, prompts, away, shape, folder: Path, *, vae=None, sampler="euler", scheduler="normal", memory=0.0):
+        self.session, self.settings, self.prompts, self.away, self.shape = session, settings, prompts, away, shape
+        self.folder, self.vae, self.sampler, self.scheduler, self.memory = Path(folder), vae, sampler, scheduler, memory
+        self.pictures = [(label, cond, settings.preview_seed + i) for label, cond in prompts for i in range(settings.pictures)]
+
+    @property
+    def guidance(self) -> float:
+        asked = self.settings.guidance or (1.0 if self.session.family.distilled else 5.0)
+        return asked if self.away is not None else 1.0
+
+    def draw(self, step: int) -> dict:
+        """Draws, writes samples/step000100.jpg, and tells of it."""
+        base = self.base()
+        now = self.drawn(self.settings.strength)
+        titles = ["before training", f"step {step}"]
+        rows = [(f"{label}  ·  seed {seed}", pair) for (label, _, seed), *pair in zip(self.pictures, base, now, strict=True)]
+        file = self.folder / f"step{step:06d}.jpg"
+        write_bytes(file, jpeg(sample_sheet(rows, titles)))
+        return {"step": step, "file": f"{self.folder.name}/{file.name}"}
+
+    def base(self) -> list[Image.Image]:
+        """What the model draws without the adapter: drawn once, read from the run's folder afterwards."""
+        files = [self.folder / f"base_{i:02d}.png" for i in range(len(self.pictures))]
+        if not all(file.exists() for file in files):
+            for file, picture in zip(files, self.drawn(0.0), strict=True):
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG")
+                write_bytes(file, buffer.getvalue())
+        return [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in files]
+
+    def drawn(self, strength: float) -> list[Image.Image]:
+        with lent(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
+            for adapters in (self.session.adapters, self.session.text_adapters):
+                if adapters is not None:
+                    stack.enter_context(adapters.at(strength))
+            latents = [self.sampled(patcher, label, cond, seed) for label, cond, seed in self.pictures]
+            return [self.decoded(latent) for latent in latents]
+
+    def sampled(self, patcher, label, cond, seed):
+        host.progress.interrupted()
+        cond = self.told(label, cond)
+        away = cond if self.away is None else self.told(*self.away)
+        return host.sampling.sampled(
+            patcher, conditioning_of(cond), conditioning_of(away), self.shape, [seed], steps=self.settings.sampling_steps,
+            guidance=self.guidance, sampler=self.sampler, scheduler=self.scheduler,
+        )  # fmt: skip
+
+    def told(self, text: str, cond: dict) -> dict:
+        """The conditioning of now: while the text encoder learns, it is encoded anew each time."""
+        if self.session.encode is None:
+            return cond
+        return self.session.encode(types.SimpleNamespace(captions=[text], conds=[cond]))[0]
+
+    def decoded(self, latent) -> Image.Image:
+        return from_vae(self.vae, latent) if self.vae is not None else in_rough(self.session.denoiser.patcher.model, latent)
+
+
+def from_vae(vae, latent) -> Image.Image:
+    pixels = vae.decode(latent)
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0]  # the first frame, where there are several
+    return Image.fromarray((pixels[..., :3].float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
+
+
+def in_rough(model, latent) -> Image.Image:
+    """The latents' own colours, as the host's fast preview shows them: no VAE is connected."""
+    import latent_preview
+
+    shape = model.latent_format
+    if shape.latent_rgb_factors is None:
+        raise ValueError("No VAE is connected, and this model's latents have no known colours. Connect VAE to Validation and Previews.")
+    previewer = latent_preview.Latent2RGBPreviewer(shape.latent_rgb_factors, shape.latent_rgb_factors_bias, shape.latent_rgb_factors_reshape)
+    picture = previewer.decode_latent_to_preview(model.process_latent_in(latent))
+    return picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.BICUBIC)
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def latent_shape(model, settings: PreviewSettings, data, side: int) -> tuple[int, ...]:
+    """(C, ..., h, w) of the samples: the size that is asked, else the dataset's commonest, else `side` px."""
+    if not settings.width and not settings.height:
+        shapes = collections.Counter(item.shape for item in data.items) if data else {}
+        return shapes.most_common(1)[0][0] if shapes else host.checks.latent_shapes(model, side)[0]
+    (shape,) = host.checks.latent_shapes(model, 512)
+    cells = [max(1, (pixels or settings.width or settings.height) // int(model.model.latent_format.spacial_downscale_ratio) // 2 * 2)
+             for pixels in (settings.height, settings.width)]  # fmt: skip
+    return (*shape[:-2], *cells)

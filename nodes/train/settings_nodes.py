@@ -1,0 +1,89 @@
+"""Optional settings nodes: what the Train nodes leave out."""
+
+from comfy_api.latest import io
+
+from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
+from ..fields import CATEGORY, inputs, record
+
+AdapterRecipe = io.Custom("TRAINYARD_ADAPTER")
+OptimizerRecipe = io.Custom("TRAINYARD_OPTIMIZER")
+NoiseRecipe = io.Custom("TRAINYARD_NOISE")
+PointRecipe = io.Custom("TRAINYARD_POINTS")
+
+
+class Adapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardAdapter",
+            display_name="Adapter Settings",
+            category=f"{CATEGORY}/settings",
+            description="Which kind of adapter is trained, on which layers, and how strongly it counts. Connect it to a Train node; without it "
+            "the defaults hold.",
+            search_aliases=["lora settings", "alpha", "target modules", "locon", "rslora", "text encoder lora", "network dim", "dora", "loha", "lokr",
+                            "lycoris", "lora plus", "block weight", "network dropout"],
+            inputs=inputs(AdapterSettings, without=("rank",)),
+            outputs=[AdapterRecipe.Output("adapter", display_name="adapter", tooltip="For the adapter input of a Train node.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(AdapterSettings, widgets))
+
+
+class Optimizer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardOptimizer",
+            display_name="Optimizer Settings",
+            category=f"{CATEGORY}/settings",
+            description="How a gradient becomes a change: optimizer, schedule, warmup, clipping, accumulation.",
+            search_aliases=["adamw", "prodigy", "lion", "schedule free", "scheduler", "warmup", "gradient accumulation", "8bit", "ema"],
+            inputs=inputs(OptimizerSettings),
+            outputs=[OptimizerRecipe.Output("optimizer", display_name="optimizer", tooltip="For the optimizer input of a Train node.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(OptimizerSettings, widgets))
+
+
+class NoiseAndLoss(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardNoiseAndLoss",
+            display_name="Noise and Loss Settings",
+            category=f"{CATEGORY}/settings",
+            description="Which noise levels are trained how often, what the noise is like, and how errors count.",
+            search_aliases=["min snr", "timestep sampling", "logit normal", "flux shift", "timestep range", "loss weighting", "huber",
+                            "noise offset", "multires noise", "pyramid noise", "debiased", "p2", "input perturbation"],
+            inputs=inputs(NoiseSettings),
+            outputs=[NoiseRecipe.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(NoiseSettings, widgets))
+
+
+class Points(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardPoints",
+            display_name="Point Settings",
+            category=f"{CATEGORY}/settings",
+            description="Where LECO and text sliders learn: on ways from noise that the model walks, on noised pictures, or on pure noise.",
+            search_aliases=["rollout", "partial denoising", "on-policy", "leco speed", "ilecos", "max denoising steps"],
+            inputs=inputs(PointSettings),
+            outputs=[PointRecipe.Output("points", display_name="points", tooltip="For the points input of Train LECO and Train Text Slider.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets):
+        return io.NodeOutput(record(PointSettings, widgets))
+
+
+NODES = [Adapter, Optimizer, NoiseAndLoss, Points]

@@ -1,0 +1,451 @@
+"""Collages made: pictures cropped, put into frames with their loss masks and captions, and kept on disk.
+
+A frame's file name is a hash of everything that went into it, so an unchanged request draws nothing, and one that was interrupted
+goes on where it stopped. One source picture is open at a time. Sources are never touched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ...files import write_bytes
+from ...settings import fingerprint
+from ..quality.bars import bars
+from ..quality.colour import contrast
+from ..records import Dataset, Record, open_image, open_mask, sha1
+from ..sheets import EDGE, WARN, Tile, contact_sheet, thumbnail
+from .captions import collage_captions, common_trigger
+from .plan import DROP, EMPTY, OFF, SINGLE, Cell, Collage, CollagePlan, CollageSettings, plan
+
+VERSION = 1  # in every key: raise it when the same inputs would give other frames
+LATENT = 8  # px of a latent cell, for the feather
+DECODED = (OSError, ValueError, SyntaxError, MemoryError)
+FULL = 0.97  # a frame filled this far counts as full
+SPARSE = 0.75  # a frame filled less is flagged
+SHOWN = 24  # collages on the sheet
+LISTED = 40  # pictures of one kind in the report
+EDGES = "#5a5a5a"  # around a frame on the sheet, whose ground is nearly that of the page
+SHAPES = ((1, 1), (9, 7), (7, 9), (3, 2), (2, 3), (7, 4), (4, 7), (12, 5), (5, 12))  # frames to suggest, of one area
+LONGEST, LONG = {"l": 75, "g": 75, "h": 75}, 512  # tokens read at once by CLIP's encoders, and that T5 and its kin were trained with
+REPEATS = 24  # at most this many repeats to reach the share of originals
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture of the dataset as it goes into frames: bars cut off, contrast known."""
+
+    record: Record
+    dE: float | None = None
+    untrimmed: tuple[int, int] | None = None  # its size with the bars that were cut off
+
+    @property
+    def name(self) -> str:
+        return Path(self.record.path).name
+
+
+@dataclass(frozen=True)
+class Built:
+    """`dataset`: the collages, then the pictures that are also shown alone. `report`: what was done to every picture, as text."""
+
+    dataset: Dataset
+    collages: tuple[Record, ...]
+    report: str
+
+
+def build_collages(
+    dataset: Dataset,
+    settings: CollageSettings,
+    folder,
+    report: Callable[[int, int, str], None] | None = None,
+    check_interrupt: Callable[[], None] | None = None,
+    tokens: Callable[[str], dict[str, int]] | None = None,
+) -> Built:
+    """The collages of a dataset, as files below folder. Records of other splits than train go through untouched.
+
+    report(done, total, text); check_interrupt() raises to stop, losing nothing; tokens(text) -> {encoder: count}."""
+    work = Work(report or (lambda *_: None), check_interrupt or (lambda: None))
+    training = [record for record in dataset if record.split == "train"]
+    if not training:
+        raise ValueError(f"The dataset has {len(dataset)} pictures, none of them for training. Load a folder with pictures first.")
+    sources, lost = survey(training, settings, Path(folder) / "survey.json", work)
+    made = plan([source.record.frame for source in sources], settings)
+    if not made.collages:
+        raise ValueError(nothing_fits(made, sources, lost, settings))
+    place = Path(folder) / fingerprint(VERSION, dataset.fingerprint(), drawing(settings))
+    frames = drawn(made, sources, settings, place, work)
+    trigger = settings.trigger.strip() or common_trigger([told(source.record) for source in sources])
+    records = collage_records(frames, sources, settings, trigger)
+    alone, often = mixed_in(records, sources, made, settings)
+    records = tuple(replace(record, repeats=record.repeats * often) for record in records)
+    write_provenance(place / "collages.json", frames, records, sources, made, settings)
+    others = tuple(record for record in dataset if record.split != "train")
+    gone = [*lost, *((sources[i].record.path, f"it {why}") for i, why in made.excluded if not alone)]
+    result = Dataset((*records, *alone, *others), (*dataset.skipped, *gone))
+    return Built(result, records, about(made, sources, lost, records, alone, settings, place, tokens))
+
+
+@dataclass(frozen=True)
+class Work:
+    """The counter that the screen sees, and the way out."""
+
+    report: Callable[[int, int, str], None]
+    check_interrupt: Callable[[], None]
+
+    def through(self, things: Sequence, name: Callable):
+        """Yields the things; before each one the run may be stopped, after each one the screen is told."""
+        for done, thing in enumerate(things, 1):
+            self.check_interrupt()
+            yield thing
+            self.report(done, len(things), name(thing))
+
+
+def drawing(settings: CollageSettings) -> dict:
+    """The settings that change pixels; with other captions or another mix the frames stay."""
+    return {name: value for name, value in settings.to_dict().items() if name not in ("captions", "trigger", "mix")}
+
+
+# -- looking at the pictures -------------------------------------------------------------------------------------------------
+
+
+def survey(records, settings: CollageSettings, file: Path, work: Work) -> tuple[list[Source], list[tuple[str, str]]]:
+    """The pictures with their bars cut off and their contrast, and [(path, why)] of those that cannot be used. What was seen is kept."""
+    if not settings.trim and settings.contrast == OFF:
+        return [Source(record) for record in records], []
+    seen = read_json(file)
+    known = len(seen)
+    sources, lost = [], []
+    try:
+        for record in work.through(records, lambda record: f"looking at {Path(record.path).name}"):
+            key = fingerprint(VERSION, record.id, record.crop, record.mask_id, settings.trim, settings.ground)
+            if key not in seen:
+                try:
+                    seen[key] = look(record, settings)
+                except DECODED as error:
+                    lost.append((record.path, f"it cannot be opened: {error}"))
+                    continue
+            source = looked_at(record, **seen[key])
+            if settings.contrast == DROP and source.dE is not None and source.dE < settings.min_contrast:
+                lost.append((record.path, f"its subject hardly differs from its background (dE {source.dE:.1f} < {settings.min_contrast:g})"))
+            else:
+                sources.append(source)
+    finally:
+        if len(seen) > known:
+            write_bytes(file, json.dumps(seen).encode())
+    return sources, lost
+
+
+def look(record: Record, settings: CollageSettings) -> dict:
+    """{"box": what is left without bars, or None, "dE": contrast of subject and background, or None}"""
+    picture, mask = open_image(record, settings.ground_rgb), open_mask(record)
+    box = without_bars(picture) if settings.trim else None
+    if box:
+        picture, mask = picture.crop(box), mask and mask.crop(box)
+    found = contrast(picture, mask)
+    return {"box": box, "dE": None if found is None else round(found.dE, 2)}
+
+
+def looked_at(record: Record, box, dE) -> Source:
+    if box is None:
+        return Source(record, dE)
+    left, top = record.crop[:2] if record.crop else (0, 0)
+    crop = box[0] + left, box[1] + top, box[2] + left, box[3] + top
+    return Source(replace(record, crop=crop), dE, untrimmed=record.frame)
+
+
+def without_bars(picture: Image.Image) -> tuple[int, int, int, int] | None:
+    """The box inside plain bars at the edges, or None when there are none, or when hardly anything would be left.
+
+    A single line is no bar. A bar's last line may be blurred into the picture, and goes too."""
+    rows = np.asarray(picture.convert("RGB"))
+    lines = rows.swapaxes(0, 1)
+    sides = zip(bars(rows), (lines, rows, lines[::-1], rows[::-1]), strict=True)
+    left, top, right, bottom = (depth + blurred(inwards, depth) if depth > 1 else 0 for depth, inwards in sides)
+    box = left, top, picture.width - right, picture.height - bottom
+    if not any((left, top, right, bottom)) or box[2] - box[0] < picture.width / 4 or box[3] - box[1] < picture.height / 4:
+        return None
+    return box
+
+
+def blurred(lines, depth: int) -> bool:
+    """Whether the first line after a bar lies nearer to the bar's colour than half of the way to the line after it."""
+    colour = np.median(lines[0], axis=0)
+    here, after = (np.abs(lines[min(depth + i, len(lines) - 1)] - colour).mean() for i in (0, 1))
+    return bool(here < after / 2)
+
+
+
+# -- drawing the frames ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A collage on disk. The same frame planned twice is one file that is seen twice."""
+
+    collage: Collage
+    picture: Path
+    mask: Path
+    id: str
+    mask_id: str
+    times: int
+
+
+def drawn(made: CollagePlan, sources, settings: CollageSettings, place: Path, work: Work) -> list[Frame]:
+    """Every frame of the plan as a PNG and its mask; what is there already is not drawn again."""
+    wanted = Counter()
+    collages = {}
+    for collage in made.collages:
+        key = frame_key(collage, sources, settings)
+        wanted[key] += 1
+        collages[key] = collage
+    return [frame_file(key, collages[key], wanted[key], sources, settings, place)
+            for key in work.through(list(collages), lambda key: f"collage of {names(collages[key], sources)}")]
+
+
+def frame_file(key, collage, times, sources, settings, place: Path) -> Frame:
+    picture, mask = place / f"{key}.png", place / f"{key}.mask.png"
+    if not (picture.is_file() and mask.is_file()):
+        for file, image in zip((mask, picture), draw(collage, sources, settings), strict=True):
+            write_bytes(file, png(image))
+    return Frame(collage, picture, mask, sha1(picture.read_bytes()), sha1(mask.read_bytes()), times)
+
+
+def frame_key(collage: Collage, sources, settings: CollageSettings) -> str:
+    cells = []
+    for cell in collage.cells:
+        record = sources[cell.source].record
+        cells.append([record.id, record.crop, record.mask_id, record.mask == record.path, cell.box, cell.place])
+    return fingerprint(VERSION, collage.frame, cells, settings.ground_rgb, settings.feather)
+
+
+def draw(collage: Collage, sources, settings: CollageSettings) -> tuple[Image.Image, Image.Image]:
+    """(mask, picture) of a frame: the mask is white where a picture is learnt and black on the ground."""
+    picture = Image.new("RGB", collage.frame, settings.ground_rgb)
+    mask = Image.new("L", collage.frame, 0)
+    for cell in collage.cells:
+        record = sources[cell.source].record
+        part = scaled(open_image(record, settings.ground_rgb), cell, Image.Resampling.LANCZOS)
+        picture.paste(part, cell.place[:2])
+        mask.paste(feathered(cell_mask(record, cell), cell, collage.frame, settings.feather), cell.place[:2])
+    return mask, picture
+
+
+def scaled(picture: Image.Image, cell: Cell, how) -> Image.Image:
+    return picture.resize(cell.size, how, box=cell.box)
+
+
+def cell_mask(record: Record, cell: Cell) -> Image.Image:
+    mask = open_mask(record)
+    return Image.new("L", cell.size, 255) if mask is None else scaled(mask, cell, Image.Resampling.BILINEAR)
+
+
+def feathered(mask: Image.Image, cell: Cell, frame, cells: int) -> Image.Image:
+    """The mask, rising in even steps over so many latent cells from each border that is not the frame's own."""
+    if not cells:
+        return mask
+    left, top, right, bottom = cell.place
+    x = ramp(right - left, cells, left > 0, right < frame[0])
+    y = ramp(bottom - top, cells, top > 0, bottom < frame[1])
+    return Image.fromarray(np.rint(np.asarray(mask) * np.minimum(x[None], y[:, None])).astype(np.uint8))
+
+
+def ramp(length: int, cells: int, at_start: bool, at_end: bool) -> np.ndarray:
+    """(length,) from 1 / (cells + 1) at a border to 1 inside."""
+    steps = (np.arange(length) // LATENT + 1) / (cells + 1)
+    values = np.ones(length)
+    if at_start:
+        values = np.minimum(values, steps)
+    return np.minimum(values, steps[::-1]) if at_end else values
+
+
+def png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG", compress_level=3)
+    return data.getvalue()
+
+
+# -- records -----------------------------------------------------------------------------------------------------------------
+
+
+def told(record: Record) -> tuple[str, ...]:
+    """The captions of a picture; its tags where it has no caption."""
+    return record.captions or ((", ".join(record.tags),) if record.tags else ())
+
+
+def collage_records(frames: list[Frame], sources, settings: CollageSettings, trigger: str) -> tuple[Record, ...]:
+    records = []
+    for frame in frames:
+        captions = collage_captions(frame.collage, [told(sources[cell.source].record) for cell in frame.collage.cells],
+                                    settings.captions, trigger)
+        records.append(Record(
+            id=frame.id, path=str(frame.picture), size=frame.collage.frame, bucket=frame.collage.frame, captions=captions,
+            mask=str(frame.mask), mask_id=frame.mask_id, repeats=frame.times, flags=flags(frame.collage, sources, settings),
+        ))  # fmt: skip
+    return tuple(records)
+
+
+def flags(collage: Collage, sources, settings: CollageSettings) -> tuple[str, ...]:
+    """What a person should know about this collage: little of the frame filled, pictures of low contrast."""
+    found = [f"fill ({collage.fill:.2f} < {SPARSE})"] if collage.fill < SPARSE else []
+    weak = (sources[cell.source] for cell in collage.cells if low(sources[cell.source], settings))
+    return (*found, *(f"contrast (dE {source.dE:.1f} < {settings.min_contrast:g}, {source.name})" for source in weak))
+
+
+def low(source: Source, settings: CollageSettings) -> bool:
+    return settings.contrast != OFF and source.dE is not None and source.dE < settings.min_contrast
+
+
+def mixed_in(records, sources, made: CollagePlan, settings: CollageSettings) -> tuple[tuple[Record, ...], int]:
+    """(the pictures that are also shown alone, how often every collage is shown): whole repeats that come near the wanted share.
+
+    Pictures that fit in no frame come on top; were they counted, a few collages would have to make up for many of them."""
+    if not settings.mix:
+        return (), 1
+    framed = made.uses()
+    alone = sum(source.record.repeats for i, source in enumerate(sources) if i in framed)
+    times, often = whole_repeats(alone, sum(record.repeats for record in records), settings.mix)
+    captions = {"captions": ("",)} if settings.captions == EMPTY else {}
+    return tuple(replace(s.record, repeats=s.record.repeats * times, **captions) for s in sources), often
+
+
+def whole_repeats(alone: int, together: int, share: float) -> tuple[int, int]:
+    """(a, t), small, so that a * alone is about `share` of a * alone + t * together."""
+    def off(pair):
+        return abs(pair[0] * alone / (pair[0] * alone + pair[1] * together) - share)
+
+    pairs = sorted(((a, t) for a in range(1, REPEATS + 1) for t in range(1, REPEATS + 1)), key=lambda pair: (sum(pair), pair))
+    return next((pair for pair in pairs if off(pair) <= 0.02), min(pairs, key=lambda pair: (round(off(pair), 3), sum(pair))))
+
+
+# -- what is said about it ---------------------------------------------------------------------------------------------------
+
+
+def write_provenance(file: Path, frames: list[Frame], records, sources, made: CollagePlan, settings: CollageSettings):
+    """Which picture is where in which frame, beside the frames."""
+    listed = []
+    for frame, record in zip(frames, records, strict=True):
+        cells = [{**provenance(sources[cell.source]), "box": cell.box, "scale": cell.scale, "place": cell.place, "crop": cell.crop}
+                 for cell in frame.collage.cells]
+        listed.append({"file": frame.picture.name, "mask": frame.mask.name, "id": frame.id, "frame": frame.collage.frame,
+                       "layout": frame.collage.layout, "fill": frame.collage.fill, "captions": record.captions, "repeats": record.repeats,
+                       "flags": record.flags, "cells": cells})
+    left_out = [{**provenance(sources[i]), "why": why} for i, why in made.excluded]
+    text = json.dumps({"version": VERSION, "settings": settings.to_dict(), "collages": listed, "left_out": left_out}, indent=1)
+    if not file.is_file() or file.read_bytes() != text.encode():
+        write_bytes(file, text.encode())
+
+
+def provenance(source: Source) -> dict:
+    return {"id": source.record.id, "path": source.record.path, "picture_crop": source.record.crop, "contrast_dE": source.dE}
+
+
+def about(made: CollagePlan, sources, lost, records, alone, settings: CollageSettings, place: Path, tokens) -> str:
+    """The report: counts first, then every picture that something was done to."""
+    used = len(sources) - len(made.excluded)
+    together, single = sum(r.repeats for r in records), sum(r.repeats for r in alone)
+    crops = made.crops
+    full = sum(collage.fill >= FULL for collage in made.collages) / len(made.collages)
+    lines = [
+        f"{len(made.collages)} collages of {used} pictures, each used {times(settings.uses)}; "
+        f"{len(sources) - used} fit in no frame, {len(lost)} cannot be used.",
+        f"Frames: {', '.join(f'{count} of {name}' for name, count in kinds(made).most_common())}.",
+        f"Fill {made.fill:.2f} on average, {full:.0%} of the frames at least {FULL:.0%} full. "
+        f"Cut off {sum(crops) / len(crops):.1%} on average, {crops[-1]:.1%} at most.",
+        f"An epoch shows {together} collages" + (f" and {single} pictures alone ({single / (single + together):.0%})." if alone else "."),
+    ]
+    lines += suggestion(made, settings)
+    where = "shown alone only" if alone else "left out"
+    lines += listed(where, [f"{sources[i].name} {why}" for i, why in made.excluded])
+    lines += listed("left out", [f"{Path(path).name}: {why}" for path, why in lost])
+    lines += listed("bars cut off", [f"{s.name}, {sides(s.untrimmed)} to {sides(s.record.frame)}" for s in sources if s.untrimmed])
+    lines += listed("contrast", [f"{s.name} (dE {s.dE:.1f} < {settings.min_contrast:g})" for s in sources if low(s, settings)])
+    return "\n".join([*lines, *long_captions(records, tokens), f"Files: {place} (collages.json lists every picture)"])
+
+
+def listed(what: str, lines: list[str]) -> list[str]:
+    """The lines, each with its kind in front; of many of a kind the first ones and how many more there are."""
+    more = [f"- {what}: {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return [f"- {what}: {line}" for line in lines[:LISTED]] + more
+
+
+def sides(size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def kinds(made: CollagePlan) -> Counter:
+    return Counter(f"{c.frame[0]}x{c.frame[1]} with {len(c.cells)} ({c.layout})" for c in made.collages)
+
+
+def suggestion(made: CollagePlan, settings: CollageSettings) -> list[str]:
+    """Other frames of the same area, when many pictures had to stay alone and would not have to in those."""
+    lonely = sum(len(collage.cells) == 1 for collage in made.collages) / len(made.collages)
+    if settings.frames or settings.layout == SINGLE or lonely < 0.25:
+        return []
+    frames = ", ".join(f"{w}x{h}" for w, h in shapes_like((settings.width, settings.height), settings.step))
+    sample = made.sizes[:300]
+    other = plan(sample, replace(settings, frames=frames))
+    if not other.collages or sum(len(c.cells) == 1 for c in other.collages) / len(other.collages) > lonely - 0.1:
+        return []
+    return [f"{lonely:.0%} of the frames hold a single picture, because no others fit beside it. With frames set to {frames}, "
+            f"the fill would be {other.fill:.2f} with {len(sample) * settings.uses / len(other.collages):.1f} pictures per frame."]
+
+
+def shapes_like(frame, step: int) -> list[tuple[int, int]]:
+    """Frames of about the same area, from square to 12:5, on the grid."""
+    side, grid = (frame[0] * frame[1]) ** 0.5, max(step, 64 if min(frame) >= 512 else step)
+    sizes = [(round(side * (a / b) ** 0.5 / grid) * grid, round(side * (b / a) ** 0.5 / grid) * grid) for a, b in SHAPES]
+    return [size for size in dict.fromkeys(sizes) if min(size) >= 64]
+
+
+def long_captions(records, tokens) -> list[str]:
+    """Warnings for captions that are longer than a text encoder reads at once."""
+    if tokens is None:
+        return []
+    counts: dict[str, list[int]] = {}
+    for text in {caption for record in records for caption in record.captions}:
+        for encoder, count in tokens(text).items():
+            counts.setdefault(encoder, []).append(count)
+    over = {encoder: [count for count in found if count > LONGEST.get(encoder, LONG)] for encoder, found in sorted(counts.items())}
+    return [f"- captions: {len(found)} of {len(counts[encoder])} have more than the {LONGEST.get(encoder, LONG)} tokens that {encoder} reads "
+            f"at once; the longest has {max(found)}." for encoder, found in over.items() if found]
+
+
+def nothing_fits(made: CollagePlan, sources, lost, settings: CollageSettings) -> str:
+    frames = ", ".join(f"{w}x{h}" for w, h in settings.frame_list)
+    reasons = [f"{sources[i].name} {why}" for i, why in made.excluded[:3]] + [f"{Path(path).name}: {why}" for path, why in lost[:3]]
+    return (f"None of the {len(sources) + len(lost)} pictures can stand in a frame of {frames}: {'; '.join(reasons)}. "
+            "Choose smaller frames, a larger max_crop or max_upscale, or another layout.")
+
+
+def names(collage: Collage, sources) -> str:
+    return ", ".join(sources[cell.source].name for cell in collage.cells)
+
+
+def collage_sheet(built: Built, limit: int = SHOWN) -> Image.Image:
+    """A contact sheet of the first collages, flagged ones first."""
+    shown = sorted(built.collages, key=lambda record: not record.flags)[:limit]
+    tiles = []
+    for record in shown:
+        size = f"{record.size[0]}x{record.size[1]}, seen {times(record.repeats)}"
+        caption = record.captions[0] if record.captions else ""
+        tiles.append(Tile(ImageOps.expand(thumbnail(record, 254), 1, EDGES), (*record.flags[:1], size, caption), WARN if record.flags else EDGE))
+    return contact_sheet(tiles, cell=256, title=f"{len(built.collages)} collages" + (f", {limit} shown" if len(built.collages) > limit else ""))
+
+
+def read_json(file: Path) -> dict:
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,506 @@
+"""Which pictures share a frame and where they stand in it: sizes in, a plan out, before any picture is opened.
+
+A pattern is learnt relative to the frame that the model sees, so every picture spans its frame from end to end along one axis
+and is neither stretched nor enlarged. All sizes and boxes are in pixels; sizes are (width, height), boxes (left, top, right, bottom).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import re
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+
+from ...settings import Settings, choice, number, switch, text
+
+AUTO, COLUMNS, ROWS, SINGLE, GRID = LAYOUTS = ("auto", "columns", "rows", "single", "grid")
+POSITIONAL, JOINED, SHARED, EMPTY = CAPTIONS = ("positional", "joined", "shared + differences", "empty")
+OFF, WARN, DROP = ("off", "warn", "drop")
+SMALLER = 0.75  # frames below this share of the largest one that a picture can span are for smaller pictures
+SAMPLE = 24  # how many middle partners are tried for a frame of three
+CLOSE = 0.03  # a crop that is not worth a longer search
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollageSettings(Settings):
+    """How pictures are put together in frames."""
+
+    width: int = number(1024, 64, 8192, "Width of a frame: the size that the model is trained at.", unit="px", step=8)
+    height: int = number(1024, 64, 8192, "Height of a frame.", unit="px", step=8)
+    frames: str = text("", "Several frame sizes instead, such as 1024x1024, 832x1216: every group of pictures takes the one it fills best.")
+    layout: str = choice(AUTO, LAYOUTS, "auto: upright pictures stand side by side in full height, wide ones lie on top of each other in full "
+                         "width. grid: one picture spans the frame and the others are stacked beside it.")  # fmt: skip
+    per_frame: int = number(3, 2, 4, "At most so many pictures in one frame; fewer where fewer fill it.", unit="pictures")
+    uses: int = number(2, 1, 64, "Every picture is used exactly so often, each time with other neighbours where there are any.")
+    max_crop: float = number(0.12, 0.0, 0.5, "Largest share of a picture that may be cut off so that it fits.", step=0.01)
+    captions: str = choice(POSITIONAL, CAPTIONS, "positional: left: ...; right: .... joined: one after the other. shared + differences: common "
+                           "tags once, then what is left by position. empty: no text.")  # fmt: skip
+    mix: float = number(0.3, 0.0, 0.9, "Share of an epoch that shows the pictures alone, as they are. 0 shows collages only.", step=0.05)
+    seed: int = number(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same collages.")
+    max_upscale: float = number(1.0, 1.0, 4.0, "How far small pictures may be enlarged. 1 leaves them out instead: enlarging adds no detail.",
+                                step=0.05, advanced=True)  # fmt: skip
+    ground: str = text("#181818", "Colour of what no picture covers, as #rrggbb. It is masked: not learnt.", advanced=True)
+    gutter: int = number(0, 0, 512, "Ground between neighbours; a multiple of snap.", unit="px", step=8, advanced=True)
+    snap: str = choice(AUTO, (AUTO, "8", "16"), "Borders lie on multiples of this many px, so that no latent cell shows two pictures. 16 suits "
+                       "every model; auto is 16, or 8 where a frame is no multiple of 16.", advanced=True)  # fmt: skip
+    feather: int = number(0, 0, 8, "The mask rises over so many latent cells from a border inside the frame. 0 learns up to the border.",
+                          unit="latent cells", advanced=True)  # fmt: skip
+    contrast: str = choice(WARN, (OFF, WARN, DROP), "What to do with pictures whose subject hardly differs from its background.", advanced=True)
+    min_contrast: float = number(12.0, 0.0, 100.0, "With contrast: the least difference of colour (CIEDE2000). Skin on beige has about 9, "
+                                 "on white 21.", step=0.5, advanced=True)  # fmt: skip
+    trim: bool = switch(True, "Cut off plain bars at the edges of a picture first.", advanced=True)
+    trigger: str = text("", "A word that goes first once, and not again in every position. Empty: the tag that all captions begin with.",
+                        advanced=True)  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.frame_list, self.step, self.ground_rgb  # each raises for values that make no sense
+        if self.gutter % self.step:
+            raise ValueError(f"gutter is {self.gutter} px and borders lie on multiples of {self.step} px. "
+                             f"Choose a gutter of {-(-self.gutter // self.step) * self.step} px, or another snap.")
+
+    @property
+    def frame_list(self) -> tuple[tuple[int, int], ...]:
+        """The frame sizes, largest first."""
+        named = [part.strip() for part in re.split(r"[,;\n]", self.frames) if part.strip()]
+        sizes = {frame_size(part) for part in named} or {(self.width, self.height)}
+        return tuple(sorted(sizes, key=lambda size: (-size[0] * size[1], size)))
+
+    @property
+    def step(self) -> int:
+        """Pixels that borders are snapped to."""
+        sides = [side for frame in self.frame_list for side in frame]
+        step = int(self.snap) if self.snap != AUTO else 16 if all(side % 16 == 0 for side in sides) else 8
+        if wrong := next((frame for frame in self.frame_list if frame[0] % step or frame[1] % step), None):
+            near = "x".join(str(max(1, round(side / step)) * step) for side in wrong)
+            raise ValueError(f"The frame {wrong[0]}x{wrong[1]} is no multiple of {step} px in both sides. Use {near}.")
+        return step
+
+    @property
+    def ground_rgb(self) -> tuple[int, int, int]:
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.ground):
+            raise ValueError(f"ground is {self.ground!r}; write a colour as #rrggbb, for example #181818.")
+        return tuple(int(self.ground[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def frame_size(words: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})\s*[x×*]\s*(\d{1,5})", words)
+    if not match or not all(64 <= int(side) <= 8192 for side in match.groups()):
+        raise ValueError(f"frames has {words!r}; write sizes of 64 to 8192 px as 1024x1024, 832x1216.")
+    return int(match[1]), int(match[2])
+
+
+# -- what a plan is ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture in a frame: `box` is cut out of it, scaled, and put at `place`."""
+
+    source: int  # index into the sizes that were planned
+    box: tuple[float, float, float, float]  # in the picture; fractions of a pixel keep the shape exact
+    scale: float
+    place: tuple[int, int, int, int]  # in the frame
+    crop: float  # share of the picture that is cut off
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.place[2] - self.place[0], self.place[3] - self.place[1]
+
+
+@dataclass(frozen=True)
+class Collage:
+    frame: tuple[int, int]
+    layout: str  # columns, rows, single or grid
+    cells: tuple[Cell, ...]
+
+    @property
+    def fill(self) -> float:
+        """Share of the frame that pictures cover."""
+        return sum(w * h for w, h in (cell.size for cell in self.cells)) / (self.frame[0] * self.frame[1])
+
+
+@dataclass(frozen=True)
+class CollagePlan:
+    collages: tuple[Collage, ...]
+    sizes: tuple[tuple[int, int], ...]
+    excluded: tuple[tuple[int, str], ...] = ()  # (index, why)
+
+    def uses(self) -> Counter:
+        return Counter(cell.source for collage in self.collages for cell in collage.cells)
+
+    @property
+    def fill(self) -> float:
+        return sum(collage.fill for collage in self.collages) / max(1, len(self.collages))
+
+    @property
+    def crops(self) -> list[float]:
+        return sorted(cell.crop for collage in self.collages for cell in collage.cells)
+
+
+# -- one picture in one frame ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Columns lie along x and span y; rows lie along y and span x. Everything below speaks of `along` and `across`."""
+
+    name: str
+    along: int  # 0: x, 1: y
+
+    def split(self, size):
+        """(along, across)"""
+        return size[self.along], size[1 - self.along]
+
+    def joined(self, along, across):
+        """(x, y)"""
+        return (along, across) if self.along == 0 else (across, along)
+
+
+X, Y = Axis(COLUMNS, 0), Axis(ROWS, 1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long a picture may be along the axis when it spans the other one: uncut, and at least and at most, on the grid."""
+
+    source: int
+    natural: float
+    low: int
+    high: int
+
+
+def fit(source: int, size, frame, axis: Axis, settings: CollageSettings, step: int) -> Fit | str:
+    """The Fit of a picture that spans the frame across the axis, or why it cannot."""
+    along, across = axis.split(size)
+    space, span = axis.split(frame)
+    scale = span / across
+    if scale > settings.max_upscale + ROUNDING:
+        side = ("height", "width")[axis.along]
+        return f"is {size[0]}x{size[1]} px and would be enlarged {scale:.2f} times to span the {side} of {frame[0]}x{frame[1]}"
+    natural, keep = along * scale, 1 - settings.max_crop
+    low = math.ceil(natural * keep / step - ROUNDING) * step
+    high = math.floor(min(natural / keep, along * settings.max_upscale) / step + ROUNDING) * step
+    if max(low, step) > min(high, space):
+        loss = 1 - space / natural if natural > space else 1.0 - (natural // step * step) / natural
+        return f"is {size[0]}x{size[1]} px and would lose {loss:.0%} in {frame[0]}x{frame[1]}"
+    return Fit(source, natural, max(low, step), min(high, space))
+
+
+def axes(size, settings: CollageSettings) -> tuple[Axis, ...]:
+    """Along which axes a picture of this size may stand."""
+    if settings.layout in (COLUMNS, ROWS):
+        return (X,) if settings.layout == COLUMNS else (Y,)
+    if settings.layout == SINGLE or size[0] == size[1]:
+        return X, Y
+    return (X,) if size[0] < size[1] else (Y,)
+
+
+def cell(it: Fit, size, frame, axis: Axis, start: int, length: int, offset: int = 0) -> Cell:
+    """The picture from start to start + length along the axis, spanning the frame across it from offset on; cut at its middle."""
+    along, across = axis.split(size)
+    span = axis.split(frame)[1]
+    scale = max(span / across, length / along)
+    cut = length / scale, span / scale
+    left, top = axis.joined(*(int((side - part) / 2 + ROUNDING) for side, part in zip((along, across), cut, strict=True)))
+    width, height = axis.joined(*cut)  # the box begins on a whole pixel: at scale 1 nothing is resampled
+    (x, y), (w, h) = axis.joined(start, offset), axis.joined(length, span)
+    crop = 1 - width * height / (size[0] * size[1])
+    return Cell(it.source, (left, top, left + width, top + height), scale, (x, y, x + w, y + h), max(0.0, round(crop, 9)))
+
+
+# -- several pictures along one axis -----------------------------------------------------------------------------------------
+
+
+def lengths(fits, space: int, step: int) -> list[int]:
+    """Lengths on the grid, within each picture's limits, that fill the space if they can; near the uncut lengths."""
+    sizes = [min(max(int(it.natural / step) * step, it.low), it.high) for it in fits]
+    if sum(it.high for it in fits) < space and sum(sizes) <= space:
+        return sizes  # the ground shows in any case: nothing is gained by cutting more
+    while (gap := space - sum(sizes)) != 0:
+        turn = step if gap > 0 else -step
+        free = [i for i, it in enumerate(fits) if it.low <= sizes[i] + turn <= it.high]
+        if not free:
+            return sizes
+        worst = min(free, key=lambda i: abs(math.log((sizes[i] + turn) / fits[i].natural)))
+        sizes[worst] += turn
+    return sizes
+
+
+def row(fits, sizes, frame, axis: Axis, settings, step, offset=0) -> list[Cell]:
+    """Cells side by side along the axis, centred in the space that is left over."""
+    space = axis.split(frame)[0]
+    given = lengths(fits, space - settings.gutter * (len(fits) - 1), step)
+    at = (space - sum(given) - settings.gutter * (len(fits) - 1)) // 2 // step * step
+    cells = []
+    for it, length in zip(fits, given, strict=True):
+        cells.append(cell(it, sizes[it.source], frame, axis, at, length, offset))
+        at += length + settings.gutter
+    return cells
+
+
+# -- the search --------------------------------------------------------------------------------------------------------------
+
+
+class Room:
+    """The pictures that are still to be placed and can stand in one frame along one axis, sorted by their uncut length."""
+
+    def __init__(self, frame, axis: Axis, fits: dict[int, Fit], rank: list[int]):
+        self.frame, self.axis, self.fits, self.rank = frame, axis, fits, rank
+        self.order = sorted((it.natural, rank[source], source) for source, it in fits.items())
+
+    def remove(self, source: int):
+        if source in self.fits:
+            it = self.fits.pop(source)
+            del self.order[bisect_left(self.order, (it.natural, self.rank[source], source))]
+
+    def near(self, target: float, luck: int, without, count: int) -> list[Fit]:
+        """Up to 2 * count pictures whose uncut lengths are next to the target."""
+        at = bisect_left(self.order, (target, luck))
+        around = self.order[max(0, at - count) : at + count]
+        return [self.fits[source] for _, _, source in around if source not in without]
+
+    def spread(self, luck: int, count: int) -> list[Fit]:
+        """About `count` pictures of all lengths."""
+        stride = max(1, len(self.order) // count)
+        return [self.fits[source] for _, _, source in self.order[luck % stride :: stride]]
+
+
+class Planner:
+    """Best-fit decreasing: the longest picture that is needed most often takes the neighbours that fill its frame best."""
+
+    def __init__(self, sizes, settings: CollageSettings):
+        self.sizes, self.settings, self.step = sizes, settings, settings.step
+        self.luck = random.Random(settings.seed)
+        self.rank = list(range(len(sizes)))
+        self.luck.shuffle(self.rank)
+        self.rooms, self.homes, self.excluded = self.survey()
+        self.left = {source: settings.uses for source in self.homes}
+        self.pairs, self.orders = Counter(), set()
+
+    def survey(self):
+        """(rooms by frame and axis, the rooms' keys that each picture may anchor, [(picture, why it is left out)])"""
+        fits, homes, excluded = {}, {}, []
+        for source, size in enumerate(self.sizes):
+            why = []
+            for frame in self.settings.frame_list:
+                for axis in axes(size, self.settings):
+                    it = fit(source, size, frame, axis, self.settings, self.step)
+                    if isinstance(it, str):
+                        why.append(it)
+                    else:
+                        fits.setdefault((frame, axis), {})[source] = it
+                        homes.setdefault(source, []).append((frame, axis))
+            if source not in homes:
+                excluded.append((source, why[-1]))  # the smallest frame says it best
+        homes = {source: [key for key in keys if area(key[0]) >= SMALLER * area(keys[0][0])] for source, keys in homes.items()}
+        return {key: Room(*key, members, self.rank) for key, members in fits.items()}, homes, excluded
+
+    def collages(self):
+        """Yields one collage after the other until every picture has been used as often as it must."""
+        queue = [self.entry(source) for source in self.left]
+        heapq.heapify(queue)
+        while queue:
+            entry = heapq.heappop(queue)
+            source = entry[-1]
+            if entry != self.entry(source):
+                if self.left[source]:
+                    heapq.heappush(queue, self.entry(source))
+                continue
+            collage = self.around(source)
+            for used in (cell.source for cell in collage.cells):
+                self.spend(used)
+            yield collage
+            if self.left[source]:
+                heapq.heappush(queue, self.entry(source))
+
+    def entry(self, source):
+        """What comes first: often needed, then long."""
+        frame, axis = self.homes[source][0]
+        along, across = axis.split(self.sizes[source])
+        return -self.left[source], -along / across, self.rank[source], source
+
+    def spend(self, source):
+        self.left[source] -= 1
+        if not self.left[source]:
+            for room in self.rooms.values():
+                room.remove(source)
+
+    def around(self, source) -> Collage:
+        """The best collage with this picture in it."""
+        rooms = [self.rooms[key] for key in self.homes[source]]
+        if self.settings.layout == GRID:
+            grids = filter(None, (self.grid(room, room.fits[source]) for room in rooms))
+            if best := next(grids, None):
+                return self.remembered(best)
+        best = None
+        for room in rooms:
+            found = min((self.score(group, room), group) for group in self.groups(room, room.fits[source]))
+            if best is None or found[0] < best[0]:
+                best = (*found, room)
+        _, group, room = best
+        return self.remembered(self.placed(room, [room.fits[i] for i in group]))
+
+    def groups(self, room: Room, anchor: Fit):
+        """Candidates: the picture alone, and with the neighbours that come near to filling the frame. As tuples of sources."""
+        yield (anchor.source,)
+        if self.settings.layout == SINGLE:
+            return
+        space, gutter = room.axis.split(room.frame)[0], self.settings.gutter
+        rest, luck, mine = space - gutter - anchor.natural, self.luck.randrange(len(self.sizes)), anchor.source
+        good = False
+        for second in room.near(rest, luck, (mine,), 6):
+            good = good or (abs(second.natural - rest) < CLOSE * space and not self.pairs[pair(mine, second.source)])
+            yield mine, second.source
+        if good or self.settings.per_frame < 3:
+            return
+        some = [it for it in room.spread(luck, SAMPLE) if it.source != mine and it.low <= rest]
+        for second in some:
+            for third in room.near(rest - gutter - second.natural, luck, (mine, second.source), 2):
+                yield mine, second.source, third.source
+        if self.settings.per_frame < 4:
+            return
+        for second, third in combinations(some[::3], 2):
+            for fourth in room.near(rest - 2 * gutter - second.natural - third.natural, luck, (mine, second.source, third.source), 1):
+                yield mine, second.source, third.source, fourth.source
+
+    def score(self, group, room: Room):
+        """Less is better: ground that shows, being alone, neighbours that have met before, what is cut off. What is too long comes last."""
+        fits = [room.fits[source] for source in group]
+        space = room.axis.split(room.frame)[0] - self.settings.gutter * (len(group) - 1)
+        natural = sum(it.natural for it in fits)
+        if sum(it.low for it in fits) > space:
+            return 2.0, False, 0, 0.0, 0
+        filled = sum(it.high for it in fits) >= space
+        bare = 0.0 if filled else max(0.0, 1 - natural / space)
+        crop = abs(natural - space) / max(natural, space) if filled else 0.0
+        met = sum(self.pairs[pair(a, b)] for a, b in combinations(group, 2))
+        return round(bare, 2), len(group) == 1, met, round(crop, 3), -area(room.frame)
+
+    def placed(self, room: Room, fits) -> Collage:
+        self.luck.shuffle(fits)
+        if tuple(it.source for it in fits) in self.orders:
+            fits.reverse()
+        self.orders.add(tuple(it.source for it in fits))
+        cells = row(fits, self.sizes, room.frame, room.axis, self.settings, self.step)
+        return Collage(room.frame, room.axis.name if len(cells) > 1 else SINGLE, tuple(cells))
+
+    def grid(self, room: Room, anchor: Fit) -> Collage | None:
+        """The picture spans the frame, and two or three others fill what is left beside it, stacked. None if nothing fits exactly."""
+        space, span = room.axis.split(room.frame)
+        other, gutter = (Y, X)[room.axis.along], self.settings.gutter
+        some = [s for s in self.left if self.left[s] and s != anchor.source]
+        some = sorted(self.luck.sample(some, min(len(some), SAMPLE)))
+        best = None
+        for length in range(anchor.low, anchor.high + 1, self.step):
+            frame = room.axis.joined(space - length - gutter, span)
+            if min(frame) < self.step:
+                continue
+            found = (fit(s, self.sizes[s], frame, other, self.settings, self.step) for s in some)
+            inner = Room(frame, other, {it.source: it for it in found if isinstance(it, Fit)}, self.rank)
+            for group in self.stacks(inner):
+                score = self.score(group, inner)
+                total = (score[2], score[3] + abs(length - anchor.natural) / anchor.natural, length, group)
+                if score[0] == 0.0 and (best is None or total < best[0]):
+                    best = total, length, inner, group
+        return None if best is None else self.grid_of(room, anchor, *best[1:])
+
+    def stacks(self, inner: Room):
+        gutter, space = self.settings.gutter, inner.axis.split(inner.frame)[0]
+        for first in list(inner.fits.values()):
+            for second in inner.near(space - gutter - first.natural, 0, (first.source,), 1):
+                yield first.source, second.source
+        if self.settings.per_frame < 4:
+            return
+        for first, second in combinations(list(inner.fits.values())[::2], 2):
+            for third in inner.near(space - 2 * gutter - first.natural - second.natural, 0, (first.source, second.source), 1):
+                yield first.source, second.source, third.source
+
+    def grid_of(self, room, anchor, length, inner, group) -> Collage:
+        first = self.luck.random() < 0.5
+        rest = room.axis.split(room.frame)[0] - length
+        one = cell(anchor, self.sizes[anchor.source], room.frame, room.axis, 0 if first else rest, length)
+        offset = length + self.settings.gutter if first else 0
+        stack = row([inner.fits[i] for i in group], self.sizes, inner.frame, inner.axis, self.settings, self.step, offset=offset)
+        return Collage(room.frame, GRID, (one, *stack))
+
+    def remembered(self, collage: Collage) -> Collage:
+        self.pairs.update(pair(a.source, b.source) for a, b in combinations(collage.cells, 2))
+        return collage
+
+
+def pair(a: int, b: int) -> tuple[int, int]:
+    return (a, b) if a < b else (b, a)
+
+
+def area(size) -> int:
+    return size[0] * size[1]
+
+
+def plan(sizes, settings: CollageSettings) -> CollagePlan:
+    """The collages of pictures of these sizes: each used exactly settings.uses times, or left out with the reason."""
+    sizes = tuple(tuple(size) for size in sizes)
+    planner = Planner(sizes, settings)
+    made = CollagePlan(tuple(planner.collages()), sizes, tuple(planner.excluded))
+    validate(made, settings)
+    return made
+
+
+# -- the rules, checked ------------------------------------------------------------------------------------------------------
+
+
+def validate(made: CollagePlan, settings: CollageSettings) -> None:
+    """ValueError for a plan that breaks a rule of collage training; says which collage and how."""
+    for number_, collage in enumerate(made.collages, 1):
+        if wrong := fault(collage, made.sizes, settings):
+            raise ValueError(f"Collage {number_} ({collage.layout}, {collage.frame[0]}x{collage.frame[1]}): {wrong}")
+    left_out = {source for source, _ in made.excluded}
+    uses = made.uses()
+    uneven = {source: uses[source] for source in range(len(made.sizes)) if source not in left_out and uses[source] != settings.uses}
+    if uneven or left_out & uses.keys():
+        raise ValueError(f"Every picture must be used {settings.uses} times; {uneven or 'one that is left out'} is not.")
+
+
+def fault(collage: Collage, sizes, settings: CollageSettings) -> str | None:
+    """What is wrong with one collage, or None."""
+    if not collage.cells:
+        return "it has no pictures."
+    if len({cell.source for cell in collage.cells}) < len(collage.cells):
+        return "it shows one picture twice."
+    spanning = [spans(cell, collage.frame) for cell in collage.cells]
+    if not any(spanning):
+        return "no picture spans the frame from end to end, so none is learnt relative to it. Use the layout auto, columns or rows."
+    if not all(spanning) and not (collage.layout == GRID and settings.layout == GRID):
+        return "a picture spans neither the width nor the height. Only the layout grid allows that."
+    for a, b in combinations(collage.cells, 2):
+        if min(a.place[2], b.place[2]) > max(a.place[0], b.place[0]) and min(a.place[3], b.place[3]) > max(a.place[1], b.place[1]):
+            return "two pictures overlap."
+    return next(filter(None, (cell_fault(cell, collage.frame, sizes[cell.source], settings) for cell in collage.cells)), None)
+
+
+def spans(cell: Cell, frame) -> bool:
+    return cell.size[0] == frame[0] or cell.size[1] == frame[1]
+
+
+def cell_fault(cell: Cell, frame, size, settings: CollageSettings) -> str | None:
+    left, top, right, bottom = cell.place
+    x0, y0, x1, y1 = cell.box
+    stretch = max(abs((x1 - x0) * cell.scale - (right - left)), abs((y1 - y0) * cell.scale - (bottom - top)))
+    if not (0 <= left < right <= frame[0] and 0 <= top < bottom <= frame[1]):
+        return f"a picture stands outside at {cell.place}."
+    if any(edge % settings.step for edge in cell.place):
+        return f"a border at {cell.place} is no multiple of {settings.step} px."
+    if min(x0, y0) < -ROUNDING or x1 > size[0] + ROUNDING or y1 > size[1] + ROUNDING:
+        return f"a picture of {size[0]}x{size[1]} px has no part {cell.box}."
+    if stretch > 1:
+        return f"a picture is stretched by {stretch:.1f} px."
+    if cell.scale > settings.max_upscale + ROUNDING:
+        return f"a picture is enlarged {cell.scale:.2f} times, more than {settings.max_upscale:g}."
+    if cell.crop > settings.max_crop + ROUNDING:
+        return f"{cell.crop:.0%} of a picture is cut off, more than {settings.max_crop:.0%}."
+    return None

@@ -1,0 +1,117 @@
+"""A difference learnt from pictures: image-pair sliders, and ADDifT, which learns what changed between before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..adapters.adapters import Adapters
+from ..data.encoded import Batch, Deck, Encoded
+from ..data.pairs import Pair, pairs_of
+from ..diffusion import Denoiser, Density, density_for, loss_weight, native_error, noise_like, random_sigma
+from ..settings import NoiseSettings
+from .rollouts import one_of
+
+
+@dataclass
+class Pairs:
+    """What both kinds share: pairs of encoded pictures, drawn with the same flip, noise and noise level on every side."""
+
+    denoiser: Denoiser
+    adapters: Adapters
+    data: Encoded
+    noise: NoiseSettings = NoiseSettings()
+    density: Density = Density()
+    batch: int = 1
+    deck: Deck = field(init=False)
+
+    def __post_init__(self):
+        self.items: list[Pair] = pairs_of(self.data)
+        self.deck = Deck(self, self.batch)
+        self.density = density_for(self.noise, self.density)
+        self.spent = {"frozen": 0, "student": 0}
+
+    def parameters(self):
+        return list(self.adapters.parameters())
+
+    def state(self):
+        return {"deck": self.deck.state(), "spent": dict(self.spent)}
+
+    def load_state(self, state):
+        self.deck.load_state(state["deck"])
+        self.spent = dict(state["spent"])
+
+    def sides(self, pairs, rng) -> list[tuple[float, Batch]]:
+        """[(strength, batch)]: the pictures at one randomly chosen size of strength, all with the same luck."""
+        size = one_of(pairs[0].sizes, rng)
+        seed = int(torch.randint(2**62, (1,), generator=rng))
+        strengths = [strength for strength in pairs[0].strengths if abs(strength) == size]
+        return [(s, self.data.batch([pair.at[s] for pair in pairs], torch.Generator().manual_seed(seed))) for s in strengths]
+
+    def drawn(self, rng):
+        """(sides, x0 of each side, noise, sigma): noise and sigma are the same for every side."""
+        sides = self.sides([self.items[i] for i in self.deck.draw(rng)], rng)
+        x0 = [self.denoiser.model_space(batch.x0) for _, batch in sides]
+        sigma = random_sigma(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
+        return sides, x0, noise_like(x0[0], rng, self.noise), sigma
+
+    def loss(self, rng):
+        """(sides * B,)"""
+        drawn = self.drawn(rng)
+        with self.adapters.dropping(rng):
+            return self.compared(*drawn)
+
+    def planned(self, updates: int) -> dict[str, float]:
+        """Forwards that so many updates cost."""
+        return {"student": 2.0 * self.batch * updates}
+
+    def compared(self, sides, x0, noise, sigma):
+        """(sides * B,) of what was drawn."""
+        raise NotImplementedError
+
+    def student(self, x, sigma, batch, strength):
+        self.spent["student"] += len(x)
+        with self.adapters.at(strength):
+            return self.denoiser.denoise(x, sigma, batch.conds)
+
+    def weighted(self, x0_hat, goal, sigma, batch):
+        mask = None if batch.mask is None else batch.mask.to(goal)
+        return loss_weight(self.denoiser, sigma, self.noise) * native_error(self.denoiser, x0_hat, goal, sigma, mask, self.noise)
+
+
+class ImageSlider(Pairs):
+    """The picture of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual sliders)."""
+
+    def compared(self, sides, x0, noise, sigma):
+        return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
+
+    def side(self, x0, noise, sigma, strength, batch):
+        answer = self.student(self.denoiser.noised(x0, noise, sigma), sigma, batch, strength)
+        return self.weighted(answer, x0, sigma, batch)
+
+
+@dataclass
+class Change(Pairs):
+    """ADDifT (hako-mikan 2025): with the same noise on both, the student on `after` at +m should err as the frozen model errs on `before`,
+    and on `before` at -m as it errs on `after`. What the model always gets wrong cancels, and only the change is left to learn."""
+
+    strength: float = 0.25
+
+    def planned(self, updates):
+        return {"frozen": 2.0 * self.batch * updates, **super().planned(updates)}
+
+    def compared(self, sides, x0, noise, sigma):
+        order = sorted(range(2), key=lambda i: sides[i][0])
+        ((_, before), (_, after)), (b, a) = [sides[i] for i in order], [x0[i] for i in order]
+        seen_b, seen_a = self.denoiser.noised(b, noise, sigma), self.denoiser.noised(a, noise, sigma)
+        error_b, error_a = self.frozen(seen_b, sigma, before) - b, self.frozen(seen_a, sigma, after) - a
+        forth = self.weighted(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
+        back = self.weighted(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
+        return torch.cat([forth, back])
+
+    @torch.no_grad()
+    def frozen(self, x, sigma, batch):
+        self.spent["frozen"] += len(x)
+        with self.adapters.at(0):
+            return self.denoiser.denoise(x, sigma, batch.conds)
