@@ -1,4 +1,5 @@
-"""Trainyard: training inside the graph. Nothing of ComfyUI is imported here, so that tests and tools can load the pack anywhere."""
+"""Trainyard: training inside the graph. Nothing of ComfyUI is imported here, so that tests and tools can load the pack
+anywhere."""
 
 WEB_DIRECTORY = "./web"
 

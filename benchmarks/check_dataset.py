@@ -1,8 +1,10 @@
-"""How fast Check Dataset is: noise-textured pictures are drawn, half as PNG and half as JPEG, and checked with everything on.
+"""How fast Check Dataset is: noise-textured pictures are drawn, half as PNG and half as JPEG, and checked with
+everything on.
 
     python benchmarks/check_dataset.py --pictures 300 --size 1024 --threads 2
 
-Prints seconds, pictures/s, processor seconds (what counts on a busy machine) and the peak memory of the process; drawing and reading the folder are not counted. Needs no ComfyUI.
+Prints seconds, pictures/s, processor seconds (what counts on a busy machine) and the peak memory of the process;
+drawing and reading the folder are not counted. Needs no ComfyUI.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import trainyard_plugin  # noqa: E402, F401 - makes the pack importable as `trainyard`
 from trainyard.tests.drawn import texture  # noqa: E402
 from trainyard.trainers.data.quality.duplicates import DuplicateSettings, deduplicate  # noqa: E402
-from trainyard.trainers.data.quality.quality import QualitySettings, acted, check  # noqa: E402
-from trainyard.trainers.data.quality.quality_report import report, sheet  # noqa: E402
-from trainyard.trainers.data.quality.thumbnails import Looking  # noqa: E402
+from trainyard.trainers.data.quality.quality import QualitySettings, apply_quality_actions, check_dataset_quality  # noqa: E402
+from trainyard.trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report  # noqa: E402
+from trainyard.trainers.data.quality.thumbnails import ScanOptions  # noqa: E402
 from trainyard.trainers.data.readers import read_folder  # noqa: E402
 
 
@@ -52,9 +54,15 @@ def measured(pictures: int, size: int, threads: int) -> dict:
         draw(pathlib.Path(folder), pictures, size)
         dataset = read_folder(folder)
         before, settings = peak_mib(), QualitySettings(resolution=1024, on_warn="flag")
-        looking = Looking(threads=threads)
-        found, seconds, cpu = timed(lambda: check(dataset, settings, looking=looking))
-        _, drawing, _ = timed(lambda: (acted(dataset, found, settings), report(found, settings), sheet(found)))
+        looking = ScanOptions(threads=threads)
+        found, seconds, cpu = timed(lambda: check_dataset_quality(dataset, settings, looking=looking))
+        _, drawing, _ = timed(
+            lambda: (
+                apply_quality_actions(dataset, found, settings),
+                format_quality_report(found, settings),
+                draw_quality_sheet(found),
+            )
+        )
         peak = peak_mib()
         _, comparing, _ = timed(lambda: deduplicate(dataset, DuplicateSettings(), looking))
     return {

@@ -1,8 +1,9 @@
-"""Who is measured: the bare frozen model, ours, ComfyUI's own Train LoRA, and two peers (peers/), each on one model and one dataset.
+"""Who is measured: the bare frozen model, ours, ComfyUI's own Train LoRA, and two peers (peers/), each on one model and
+one dataset.
 
-With weights, core is its real node, `TrainLoraNode.execute`, and ours is the session, method and loop that our node runs.
-On meta tensors no node can run (there is no loss to read), so both are their own real parts around one forward of the network:
-ours the adapters, contexts and step, core the weight wrappers, checkpoint patch and optimizer of its node.
+With weights, core is its real node, `TrainLoraNode.execute`, and ours is the session, method and loop that our node
+runs. On meta tensors no node can run (there is no loss to read), so both are their own real parts around one forward of
+the network: ours the adapters, contexts and step, core the weight wrappers, checkpoint patch and optimizer of its node.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import torch
 from comfy.model_patcher import CoreModelPatcher
 
 from ..nodes import host
-from ..trainers.adapters.adapters import Adapters, select
-from ..trainers.data.encoded import Encoded
-from ..trainers.diffusion import denoising_loss, randn_like, random_sigma
+from ..trainers.adapters.adapters import Adapters, select_target_layers
+from ..trainers.data.encoded import EncodedDataset
+from ..trainers.diffusion import cpu_randn_like, denoising_loss, sample_sigmas
 from ..trainers.loop import train
-from ..trainers.methods.lora import Lora
+from ..trainers.methods.lora import LoraTraining
 from ..trainers.optimizers import make_optimizer
 from ..trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 from . import shapes
@@ -61,22 +62,26 @@ class Plan:
         return AdapterSettings(rank=rank, targets="all linear", conv=True, conv_rank=rank)
 
 
-# -- with weights ------------------------------------------------------------------------------------------------------------
+# -- with weights ------------------------------------------------------------------------------------------------------
 
 
 def bare(plan: Plan):
     """Forward and backward of the frozen model, with a gradient to its input and nothing else."""
     model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
     laps = laps_over(model, plan)
-    with host.session.training(model, plan.adapter(DEFAULT_TARGETS)) as session, session.adapters.at(0.0), contextlib.closing(laps):
+    with (
+        host.session.open_training_session(model, plan.adapter(DEFAULT_TARGETS)) as session,
+        session.adapters.at(0.0),
+        contextlib.closing(laps),
+    ):
         denoiser = session.denoiser
         for step in range(laps.steps):
             laps()
-            rng = host.progress.generator(step)
+            rng = host.progress.make_generator(step)
             batch = data.batch(range(plan.batch), rng)
             x0 = denoiser.model_space(batch.x0).requires_grad_()
-            sigma = random_sigma(denoiser, session.family.density, x0, rng)
-            denoising_loss(denoiser, x0, randn_like(x0, rng), sigma, batch.conds).mean().backward()
+            sigma = sample_sigmas(denoiser, session.family.density, x0, rng)
+            denoising_loss(denoiser, x0, cpu_randn_like(x0, rng), sigma, batch.conds).mean().backward()
     return laps.cost, 0
 
 
@@ -84,8 +89,13 @@ def ours(plan: Plan, targets: str, checkpointing: str):
     """(Cost, trained numbers) of the loop behind our Train LoRA node."""
     model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
     laps = laps_over(model, plan)
-    with host.session.training(model, plan.adapter(targets), checkpointing=checkpointing) as session, contextlib.closing(laps):
-        method = Lora(session.denoiser, session.adapters, data, density=session.family.density, batch=plan.batch)
+    with (
+        host.session.open_training_session(model, plan.adapter(targets), checkpointing=checkpointing) as session,
+        contextlib.closing(laps),
+    ):
+        method = LoraTraining(
+            session.denoiser, session.adapters, data, density=session.family.density, batch=plan.batch
+        )
         run = RunSettings(steps=laps.steps + 1, batch=plan.batch)
         with contextlib.suppress(Finished):
             train(Lapped(method, laps), run, interval=math.inf)
@@ -100,7 +110,7 @@ class Finished(Exception):
 class Lapped:
     """A method whose steps begin a new lap, until there is none left."""
 
-    method: Lora
+    method: LoraTraining
     laps: Laps
 
     def parameters(self):
@@ -113,8 +123,8 @@ class Lapped:
 
 
 def core(plan: Plan, targets: str, depth: int | None, bypass: bool = False, mended: bool = False):
-    """(Cost, trained numbers) of ComfyUI's node. `depth`: its checkpoint_depth (1 by default), None for no checkpointing.
-    `mended`: with our out-of-place blocks, without which some models do not train in core at all."""
+    """(Cost, trained numbers) of ComfyUI's node. `depth`: its checkpoint_depth (1 by default), None for no
+    checkpointing. `mended`: with our out-of-place blocks, without which some models do not train in core at all."""
     model = shapes.make(plan.shape, plan.dtype)
     latent, conditioning = shapes.dataset(plan.shape, plan.batch)
     with contextlib.ExitStack() as stack:
@@ -123,10 +133,12 @@ def core(plan: Plan, targets: str, depth: int | None, bypass: bool = False, mend
         if mended:
             stack.enter_context(host.out_of_place(model.model.diffusion_model))
         if targets != EVERY_LAYER:
-            layers = select(model.model.diffusion_model, plan.adapter(targets))
+            layers = select_target_layers(model.model.diffusion_model, plan.adapter(targets))
             stack.enter_context(mock.patch.object(core_nodes, "_setup_lora_adapters", only(layers)))
         laps = stack.enter_context(core_laps(plan))
-        result = core_nodes.TrainLoraNode.execute(**core_inputs(plan, model, latent, conditioning, laps.steps, depth, bypass))
+        result = core_nodes.TrainLoraNode.execute(
+            **core_inputs(plan, model, latent, conditioning, laps.steps, depth, bypass)
+        )
     return laps.cost, numbers(result.args[0].values())
 
 
@@ -159,18 +171,24 @@ def core_laps(plan):
         return sample(sampler, model_wrap, *args, **kwargs)
 
     laps = Laps([], plan.timed, plan.device == "cuda", plan.clock)
-    with mock.patch.object(core_nodes, "ProgressBar", Bar), mock.patch.object(core_nodes.TrainSampler, "sample", with_weights):
+    with (
+        mock.patch.object(core_nodes, "ProgressBar", Bar),
+        mock.patch.object(core_nodes.TrainSampler, "sample", with_weights),
+    ):
         with mock.patch.object(core_nodes.comfy.utils, "PROGRESS_BAR_ENABLED", False), contextlib.closing(laps):
             yield laps
 
 
 def only(layers):
-    """Core's own adapters on these layers of the network alone, in place of every module's weights, norms and biases."""
+    """Core's own adapters on these layers of the network alone, in place of every module's weights, norms and
+    biases."""
 
     def setup(patcher, existing, algorithm, dtype, rank):
         trained, adapters = {}, []
         for name, layer in layers.items():
-            adapter, params = core_nodes._create_weight_adapter(layer, f"diffusion_model.{name}", existing, algorithm, dtype, rank)
+            adapter, params = core_nodes._create_weight_adapter(
+                layer, f"diffusion_model.{name}", existing, algorithm, dtype, rank
+            )
             patcher.add_weight_wrapper(f"diffusion_model.{name}.weight", adapter)
             trained |= params
             adapters.append(adapter)
@@ -184,12 +202,14 @@ def kohya(plan: Plan, checkpointing: bool):
     model, data = shapes.make(plan.shape, plan.dtype), encoded(plan)
     laps = laps_over(model, plan)
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(host.session.training(model, plan.adapter(DEFAULT_TARGETS)))
+        session = stack.enter_context(host.session.open_training_session(model, plan.adapter(DEFAULT_TARGETS)))
         session.adapters.detach()
         loras, method = kohya_method(plan, session, data, checkpointing)
         stack.enter_context(loras.installed())
         if checkpointing:
-            stack.enter_context(kohya_style.checkpointed(host.context.block_classes(session.denoiser.model.diffusion_model)))
+            stack.enter_context(
+                kohya_style.checkpointed(host.context.find_block_classes(session.denoiser.model.diffusion_model))
+            )
         stack.enter_context(contextlib.closing(laps))
         with contextlib.suppress(Finished):
             train(Lapped(method, laps), RunSettings(steps=laps.steps + 1, batch=plan.batch), interval=math.inf)
@@ -198,9 +218,13 @@ def kohya(plan: Plan, checkpointing: bool):
 
 def kohya_method(plan, session, data, checkpointing):
     """(its LoRAs, our method on them). Under its checkpoints captions take a gradient."""
-    loras = kohya_style.Loras(session.denoiser.model.diffusion_model, plan.adapter(DEFAULT_TARGETS)).to(session.denoiser.device)
+    loras = kohya_style.Loras(session.denoiser.model.diffusion_model, plan.adapter(DEFAULT_TARGETS)).to(
+        session.denoiser.device
+    )
     asked = (lambda batch: [kohya_style.asking(cond) for cond in batch.conds]) if checkpointing else None
-    return loras, Lora(session.denoiser, loras, data, density=session.family.density, batch=plan.batch, encode=asked)
+    return loras, LoraTraining(
+        session.denoiser, loras, data, density=session.family.density, batch=plan.batch, encode=asked
+    )
 
 
 def script(plan: Plan, targets: tuple, checkpointing: bool):
@@ -218,19 +242,23 @@ def script(plan: Plan, targets: tuple, checkpointing: bool):
 def script_unet(plan):
     patcher = shapes.make(plan.shape, plan.dtype)
     model = patcher.model
-    return diffusers_script.network(model.model_config.unet_config, plan.dtype, patcher.load_device, model.diffusion_model.state_dict())
+    return diffusers_script.network(
+        model.model_config.unet_config, plan.dtype, patcher.load_device, model.diffusion_model.state_dict()
+    )
 
 
 def script_batch(plan, unet):
     latent, conditioning = shapes.dataset(plan.shape, plan.batch)
     pooled = [extras["pooled_output"] for _, extras in conditioning if extras]
     there = lambda parts: torch.cat(parts).to(unet.device, unet.dtype) if parts else None
-    return diffusers_script.batch_of(latent["samples"].to(unet.device), there([cross for cross, _ in conditioning]), there(pooled))
+    return diffusers_script.batch_of(
+        latent["samples"].to(unet.device), there([cross for cross, _ in conditioning]), there(pooled)
+    )
 
 
 def encoded(plan):
     latent, conditioning = shapes.dataset(plan.shape, plan.batch)
-    return Encoded.from_core([latent], [conditioning])
+    return EncodedDataset.from_core([latent], [conditioning])
 
 
 def laps_over(model, plan):
@@ -241,11 +269,12 @@ def numbers(params) -> int:
     return sum(p.numel() for p in params)
 
 
-# -- without weights ---------------------------------------------------------------------------------------------------------
+# -- without weights ---------------------------------------------------------------------------------------------------
 
 
 def flash(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **_):
-    """The GPU's attention kernel on meta tensors; torch's own choice there would be one that writes out the whole (T, T) matrix."""
+    """The GPU's attention kernel on meta tensors; torch's own choice there would be one that writes out the whole (T,
+    T) matrix."""
     assert mask is None, "no mask in these models"
     if not skip_reshape:
         q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
@@ -254,7 +283,8 @@ def flash(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=Fal
 
 
 class Meta:
-    """One forward of a network without values, as a method; `loss` has a gradient to the input when `to_input` is set."""
+    """One forward of a network without values, as a method; `loss` has a gradient to the input when `to_input` is
+    set."""
 
     def __init__(self, plan: Plan, to_input: bool):
         model = shapes.base_model(plan.shape, plan.dtype, "meta")
@@ -269,7 +299,7 @@ class Meta:
 
     def measured(self, plan, step):
         laps = Laps(self.network.parameters(), 0)
-        with contextlib.closing(laps), host.context.in_training(), host.context.differentiable_rope():
+        with contextlib.closing(laps), host.context.set_training_flag(), host.context.use_differentiable_rope():
             for _ in range(laps.steps):
                 laps()
                 step()
@@ -288,7 +318,7 @@ def meta_ours(plan: Plan, targets: str, checkpointing: str):
     adapters = Adapters(meta.network, plan.adapter(targets)).to("meta")
     params = list(adapters.parameters())
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], OptimizerSettings())
-    classes = host.context.block_classes(meta.network) if checkpointing == "per block" else ()
+    classes = host.context.find_block_classes(meta.network) if checkpointing == "per block" else ()
     with host.out_of_place(meta.network), host.checkpointed(classes, adapters), adapters.attached():
         cost = meta.measured(plan, lambda: step(meta, optimizer, params, OptimizerSettings().clip))
     return cost, numbers(params)
@@ -307,7 +337,7 @@ def meta_kohya(plan: Plan, checkpointing: bool):
         for caption in captions:
             caption.grad = None
 
-    classes = host.context.block_classes(meta.network) if checkpointing else ()
+    classes = host.context.find_block_classes(meta.network) if checkpointing else ()
     with host.out_of_place(meta.network), kohya_style.checkpointed(classes), loras.installed():
         return meta.measured(plan, one), numbers(params)
 
@@ -317,7 +347,11 @@ def meta_script(plan: Plan, targets: tuple, checkpointing: bool):
     unet = diffusers_script.network(config, plan.dtype, "meta")
     params = diffusers_script.adapted(unet, plan.shape.rank, targets, checkpointing)
     x, _, more = shapes.empty_inputs(plan.shape, plan.dtype, plan.batch)
-    pooled = torch.empty(plan.batch, plan.shape.family.pooled, device="meta", dtype=plan.dtype) if plan.shape.family.pooled else None
+    pooled = (
+        torch.empty(plan.batch, plan.shape.family.pooled, device="meta", dtype=plan.dtype)
+        if plan.shape.family.pooled
+        else None
+    )
     step = diffusers_script.Script(unet, params, diffusers_script.batch_of(x, more["context"], pooled))
     laps = Laps(unet.parameters(), 0)
     with contextlib.closing(laps), diffusers_script.attention_of_a_gpu():
@@ -354,7 +388,7 @@ def core_adapters(plan, patcher, targets, dtype, bypass):
         return trained, manager
     setup = core_nodes._setup_lora_adapters
     if targets != EVERY_LAYER:
-        setup = only(select(patcher.model.diffusion_model, plan.adapter(targets)))
+        setup = only(select_target_layers(patcher.model.diffusion_model, plan.adapter(targets)))
     return setup(patcher, {}, "LoRA", dtype, plan.shape.rank)[0], None
 
 
@@ -374,12 +408,15 @@ def step(meta, optimizer, params=(), clip=0.0):
     optimizer.zero_grad()
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def contenders(plan: Plan, meta: bool):
-    """name -> function(plan). Names are those of the table and of the claims. Diffusers' scripts know UNets only, and need two packages."""
-    b, o, c, k, d = (meta_bare, meta_ours, meta_core, meta_kohya, meta_script) if meta else (bare, ours, core, kohya, script)
+    """name -> function(plan). Names are those of the table and of the claims. Diffusers' scripts know UNets only, and
+    need two packages."""
+    b, o, c, k, d = (
+        (meta_bare, meta_ours, meta_core, meta_kohya, meta_script) if meta else (bare, ours, core, kohya, script)
+    )
     rows = {
         "bare model": b,
         "ours, our targets": partial(o, targets=DEFAULT_TARGETS, checkpointing="off"),
@@ -396,7 +433,10 @@ def contenders(plan: Plan, meta: bool):
         "kohya-style, checkpointing": partial(k, checkpointing=True),
     }
     if plan.is_unet and all(map(importlib.util.find_spec, ("diffusers", "peft"))):
-        for name, targets in (("diffusers script", diffusers_script.OWN), ("diffusers script, our targets", diffusers_script.SAME)):
+        for name, targets in (
+            ("diffusers script", diffusers_script.OWN),
+            ("diffusers script, our targets", diffusers_script.SAME),
+        ):
             rows[name] = partial(d, targets=targets, checkpointing=False)
             rows[f"{name}, checkpointing"] = partial(d, targets=targets, checkpointing=True)
     return rows

@@ -1,8 +1,10 @@
-"""LECO, sliders, replacement and ADDifT measured in pixels on the toy world, and the effect of LECO over forwards spent, ours and the original's.
+"""LECO, sliders, replacement and ADDifT measured in pixels on the toy world, and the effect of LECO over forwards
+spent, ours and the original's.
 
-    .venv/bin/python benchmarks/differences.py                       # everything, about 20 minutes on one quiet core
-    .venv/bin/python benchmarks/differences.py erase "text slider"   # some of it; the file keeps what it has of the others
-    .venv/bin/python benchmarks/differences.py curve                 # effect over forwards, against benchmarks/peers/leco_original.py
+.venv/bin/python benchmarks/differences.py                       # everything, about 20 minutes on one quiet core
+.venv/bin/python benchmarks/differences.py erase "text slider"   # some of it; the file keeps what it has of the others
+.venv/bin/python benchmarks/differences.py curve                 # effect over forwards, against
+benchmarks/peers/leco_original.py
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ LEVELS = (0.5, 0.8, 0.9)
 CURVES = ("ours", "original")
 
 
-# -- one kind ------------------------------------------------------------------------------------------------------------------
+# -- one kind ----------------------------------------------------------------------------------------------------------
 
 
 def figures(toy, name) -> dict:
@@ -41,9 +43,13 @@ def figures(toy, name) -> dict:
         "settings": settings_of(lesson),
         "seconds of one core": round(taught.seconds, 1),
         "seconds of the exam": round(time.process_time() - start, 1),
-        "forwards per update": {kind: round(count / steps, 2) for kind, count in spent.items()} | {"all": round(sum(spent.values()) / steps, 2)},
+        "forwards per update": {kind: round(count / steps, 2) for kind, count in spent.items()}
+        | {"all": round(sum(spent.values()) / steps, 2)},
         "planned": taught.planned and {kind: round(count / steps, 2) for kind, count in taught.planned.items()},
-        "loss, first and last tenth": [round(mean(taught.losses[: steps // 10]), 4), round(mean(taught.losses[-steps // 10 :]), 4)],
+        "loss, first and last tenth": [
+            round(mean(taught.losses[: steps // 10]), 4),
+            round(mean(taught.losses[-steps // 10 :]), 4),
+        ],
         "marks": marks,
     }
 
@@ -57,7 +63,7 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-# -- effect over forwards ----------------------------------------------------------------------------------------------------------
+# -- effect over forwards ----------------------------------------------------------------------------------------------
 
 
 def curves(toy) -> dict:
@@ -67,7 +73,10 @@ def curves(toy) -> dict:
     for level in LEVELS:
         costs = {name: cost_of(points, level) for name, points in found.items()}
         known = all(costs.values())
-        ratios[f"{level:.0%}"] = {**costs, "original / ours": round(costs["original"] / costs["ours"], 2) if known else None}
+        ratios[f"{level:.0%}"] = {
+            **costs,
+            "original / ours": round(costs["original"] / costs["ours"], 2) if known else None,
+        }
     return {"curves": found, "forwards at effect": ratios}
 
 
@@ -86,7 +95,8 @@ def curve(toy, name) -> list[dict]:
 
 
 def cost_of(rows, level) -> float | None:
-    """Forwards at which the share of erased first reaches a level, by straight lines between the checkpoints; None if it never does."""
+    """Forwards at which the share of erased first reaches a level, by straight lines between the checkpoints; None if
+    it never does."""
     for before, after in zip(rows, rows[1:], strict=False):
         if after["erased"] >= level:
             part = (level - before["erased"]) / (after["erased"] - before["erased"])
@@ -94,7 +104,7 @@ def cost_of(rows, level) -> float | None:
     return None
 
 
-# -- on the screen and in the file -------------------------------------------------------------------------------------------------
+# -- on the screen and in the file -------------------------------------------------------------------------------------
 
 
 def shown(name, found):
@@ -110,7 +120,9 @@ def shown(name, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help=f"some of: {', '.join(KINDS)}")
-    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)"
+    )
     asked = parser.parse_args()
     if unknown := [kind for kind in asked.kinds if kind not in KINDS]:
         parser.error(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")

@@ -1,11 +1,14 @@
-"""A folder of pictures made ready for training, by ComfyUI's own nodes and by ours, on real servers: images/s and peak memory.
+"""A folder of pictures made ready for training, by ComfyUI's own nodes and by ours, on real servers: images/s and peak
+memory.
 
-    .venv/bin/python benchmarks/encode_dataset.py                                                  # about five minutes on two quiet cores
-    .venv/bin/python benchmarks/encode_dataset.py --counts 40 120 --json benchmarks/results/today-datasets.json
+    .venv/bin/python benchmarks/encode_dataset.py                                                  # about five minutes
+    on two quiet cores .venv/bin/python benchmarks/encode_dataset.py --counts 40 120 --json
+    benchmarks/results/today-datasets.json
 
-Every row is a server of its own with the same small checkpoint (tests/comfy/tiny.py), warmed up with two pictures; then the clock and the
-peak of its resident memory start. Core: load the folder, resize, crop, Make Training Dataset, Save Training Dataset. Ours: Load Dataset,
-Encode Dataset, to the same size. `again` repeats ours with another dropout, so that all is found on disk. Check Dataset has no counterpart.
+Every row is a server of its own with the same small checkpoint (tests/comfy/tiny.py), warmed up with two pictures; then
+the clock and the peak of its resident memory start. Core: load the folder, resize, crop, Make Training Dataset, Save
+Training Dataset. Ours: Load Dataset, Encode Dataset, to the same size. `again` repeats ours with another dropout, so
+that all is found on disk. Check Dataset has no counterpart.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MIB = 2**20
 
 
-# -- the pictures ------------------------------------------------------------------------------------------------------------
+# -- the pictures ------------------------------------------------------------------------------------------------------
 
 
 def photographs(folder: pathlib.Path, count: int, side: int) -> None:
@@ -35,13 +38,17 @@ def photographs(folder: pathlib.Path, count: int, side: int) -> None:
     folder.mkdir(parents=True)
     for index in range(count):
         rng = np.random.default_rng(index)
-        clouds = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        clouds = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         grain = rng.normal(0, 8, (side, side, 1))
-        Image.fromarray((np.asarray(clouds) + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{index:04d}.jpg", quality=90)
+        Image.fromarray((np.asarray(clouds) + grain).clip(0, 255).astype(np.uint8)).save(
+            folder / f"{index:04d}.jpg", quality=90
+        )
         (folder / f"{index:04d}.txt").write_text(f"a cloud, number {index}", encoding="utf-8")
 
 
-# -- what is run -------------------------------------------------------------------------------------------------------------
+# -- what is run -------------------------------------------------------------------------------------------------------
 
 
 def node(kind, **inputs):
@@ -54,8 +61,16 @@ def core(folder, size, **_):
         "load": node("LoadImageTextDataSetFromFolder", folder=folder),
         "resize": node("ResizeImagesByShorterEdge", images=["load", 0], shorter_edge=size),
         "crop": node("CenterCropImages", images=["resize", 0], width=size, height=size),
-        "encode": node("MakeTrainingDataset", images=["crop", 0], vae=["model", 2], clip=["model", 1], texts=["load", 1]),
-        "end": node("SaveTrainingDataset", latents=["encode", 0], conditioning=["encode", 1], folder_name=f"core_{folder}", shard_size=1000),
+        "encode": node(
+            "MakeTrainingDataset", images=["crop", 0], vae=["model", 2], clip=["model", 1], texts=["load", 1]
+        ),
+        "end": node(
+            "SaveTrainingDataset",
+            latents=["encode", 0],
+            conditioning=["encode", 1],
+            folder_name=f"core_{folder}",
+            shard_size=1000,
+        ),
     }
 
 
@@ -79,7 +94,9 @@ def checked(folder, size, schemas, **_):
 
 def filled(schemas, kind, **given) -> dict:
     """The node's inputs, with its own default where nothing is given."""
-    about = {name: info[1] if len(info) > 1 else {} for name, info in schemas[kind]["input"].get("required", {}).items()}
+    about = {
+        name: info[1] if len(info) > 1 else {} for name, info in schemas[kind]["input"].get("required", {}).items()
+    }
     defaults = {name: facts["default"] if "default" in facts else facts["options"][0] for name, facts in about.items()
                 if name not in given and ("default" in facts or facts.get("options"))}  # fmt: skip
     return defaults | given
@@ -88,7 +105,7 @@ def filled(schemas, kind, **given) -> dict:
 ROWS = {"core": core, "ours": ours, "check": checked}
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------------
+# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def measured(name: str, count: int, base: pathlib.Path, size: int, side: int) -> list[dict]:
@@ -128,13 +145,15 @@ def status(place: pathlib.Path, name: str) -> int:
 
 
 def cpu_seconds(place: pathlib.Path) -> float:
-    """What the process has worked so far, on all its threads; other work on the machine does not count, as it does in seconds."""
+    """What the process has worked so far, on all its threads; other work on the machine does not count, as it does in
+    seconds."""
     fields = (place / "stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
-    """Seconds per picture and how far latents move, when the VAE gets several pictures at once: why Encode Dataset gives it one."""
+    """Seconds per picture and how far latents move, when the VAE gets several pictures at once: why Encode Dataset
+    gives it one."""
     import comfy.sd
     import torch
     from trainyard.nodes import host
@@ -143,8 +162,8 @@ def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
     with torch.inference_mode():
         vae = comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")), output_clip=False)[2]
     rows = []
-    with host.context.gradients():
-        encoder = host.encoders.PictureEncoder(vae)
+    with host.context.enable_gradients():
+        encoder = host.encoders.VaeEncoder(vae)
         for size in sizes:
             pictures = torch.rand(8, size, size, 3, generator=torch.Generator().manual_seed(0))
             alone = torch.cat([encoder.encode(picture[None])[0] for picture in pictures])
@@ -159,7 +178,7 @@ def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
     return rows
 
 
-# -- showing -----------------------------------------------------------------------------------------------------------------
+# -- showing -----------------------------------------------------------------------------------------------------------
 
 
 def ratios(rows) -> dict:
@@ -179,15 +198,23 @@ def ratios(rows) -> dict:
 
 def shown(result) -> str:
     lines = [f"{'':14}{'pictures':>9}{'seconds':>9}{'images/s':>10}{'cpu s':>8}{'idle MiB':>10}{'rise MiB':>10}"]
-    lines += [f"{r['row']:14}{r['count']:9}{r['seconds']:9.1f}{r['per_second']:10.2f}{r['cpu_seconds']:8.1f}{r['idle_mib']:10}{r['rise_mib']:10}" for r in result["rows"]]
+    lines += [
+        f"{r['row']:14}{r['count']:9}{r['seconds']:9.1f}{r['per_second']:10.2f}{r['cpu_seconds']:8.1f}{r['idle_mib']:10}{r['rise_mib']:10}"
+        for r in result["rows"]
+    ]
     lines += [f"  {name}: {value}" for name, value in result["ratios"].items()]
-    lines += [f"  VAE, {r['size']} px, batch {r['batch']}: {r['seconds']:.4f} s a picture, latents moved by {r['moved']:.1e}" for r in result["batching"]]
+    lines += [
+        f"  VAE, {r['size']} px, batch {r['batch']}: {r['seconds']:.4f} s a picture, latents moved by {r['moved']:.1e}"
+        for r in result["batching"]
+    ]
     return "\n".join(lines)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[40, 120], help="pictures; memory per picture needs two counts")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[40, 120], help="pictures; memory per picture needs two counts"
+    )
     parser.add_argument("--side", type=int, default=1024, help="px of the pictures")
     parser.add_argument("--size", type=int, default=128, help="px they are encoded at")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "batching"], default=[*ROWS, "batching"])

@@ -1,12 +1,14 @@
-"""LECO-score on the toy world, where the true score of a picture is known: how much better pictures really become, and what it costs them.
+"""LECO-score on the toy world, where the true score of a picture is known: how much better pictures really become, and
+what it costs them.
 
     .venv/bin/python benchmarks/leco_score.py                 # everything, about 15 minutes on one quiet core
     .venv/bin/python benchmarks/leco_score.py table           # the recipes beside each other, for colourfulness
     .venv/bin/python benchmarks/leco_score.py red             # a scorer for red: up, down, and as a slider
 
-A latent ResNet learns from drawn pictures whose ratings are the true score plus the noise of a rater, so it can be fooled. Gains are in
-standard deviations of the true score over drawn pictures; damage is the Frechet distance between pictures before and after, in the 24
-main directions of drawn pictures' latents. Prompts and noise of the pictures that are judged were not trained on.
+A latent ResNet learns from drawn pictures whose ratings are the true score plus the noise of a rater, so it can be
+fooled. Gains are in standard deviations of the true score over drawn pictures; damage is the Frechet distance between
+pictures before and after, in the 24 main directions of drawn pictures' latents. Prompts and noise of the pictures that
+are judged were not trained on.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ RUN = dict(steps=120, learning_rate=1e-3, batch=4, seed=1, save_every=0)
 RANK = 8
 
 
-# -- true scores: pictures (B, H, W, 3) in 0..1 -> (B,) -----------------------------------------------------------------------------------
+# -- true scores: pictures (B, H, W, 3) in 0..1 -> (B,) ----------------------------------------------------------------
 
 
 def redness(pictures):
@@ -52,7 +54,7 @@ def colourfulness(pictures):
 TRUE = {"redness": redness, "colourfulness": colourfulness}
 
 
-# -- what is drawn, and a scorer that learnt from it ---------------------------------------------------------------------------------------
+# -- what is drawn, and a scorer that learnt from it -------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -76,9 +78,18 @@ def drawings(toy, denoiser, count, seed):
 
 
 def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32):
-    """A ScoreModel of as many networks as Train Score Model makes by default, each trained on noisy ratings of all but its share of pictures."""
+    """A ScoreModel of as many networks as Train Score Model makes by default, each trained on noisy ratings of all but
+    its share of pictures."""
     import torch
-    from trainyard.trainers.scores.networks import About, LatentResNet, ScoreModel, Scorer, seeded, sigma_of_level, unit_view
+    from trainyard.trainers.scores.networks import (
+        LatentResNet,
+        ScoreModelInfo,
+        Scorer,
+        ScorerEnsemble,
+        call_with_seed,
+        level_to_sigma,
+        to_scorer_input,
+    )
 
     channels = drawn.x0.shape[1]
     rng = torch.Generator().manual_seed(seed)
@@ -87,40 +98,44 @@ def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32)
     ratings = ratings + RATER * torch.randn(ratings.shape, generator=rng)
     networks = []
     for member in range(members):
-        network = seeded(seed * 10 + member, lambda: Scorer(LatentResNet(channels, 24, 1), 1))
-        learnt_from = torch.arange(len(ratings))[torch.arange(len(ratings)) % members != member] if members > 1 else torch.arange(len(ratings))
+        network = call_with_seed(seed * 10 + member, lambda: Scorer(LatentResNet(channels, 24, 1), 1))
+        learnt_from = (
+            torch.arange(len(ratings))[torch.arange(len(ratings)) % members != member]
+            if members > 1
+            else torch.arange(len(ratings))
+        )
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for _ in range(steps):
             pick = learnt_from[torch.randint(len(learnt_from), (batch,), generator=rng)]
             level = torch.rand(batch, generator=rng) * 0.98 * (torch.rand(batch, generator=rng) < 0.5) * noisy
-            sigma = sigma_of_level(denoiser, level)
+            sigma = level_to_sigma(denoiser, level)
             x = denoiser.noised(drawn.x0[pick], torch.randn(drawn.x0[pick].shape, generator=rng), sigma)
-            loss = (network(*unit_view(denoiser, x, sigma))[:, 0] - ratings[pick]).square().mean()
+            loss = (network(*to_scorer_input(denoiser, x, sigma))[:, 0] - ratings[pick]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step(), rate.step()
         networks.append(network.eval().requires_grad_(False))
-    return ScoreModel(networks, About(channels=channels, width=24, depth=1, noisy=bool(noisy)))
+    return ScorerEnsemble(networks, ScoreModelInfo(channels=channels, width=24, depth=1, noisy=bool(noisy)))
 
 
 def agreement(denoiser, score, drawn, true) -> dict:
     """Spearman's correlation with the true score on pictures that the scorer never saw, clean and noised."""
     import torch
-    from trainyard.trainers.monitor.strength_curve import spearman
-    from trainyard.trainers.scores.networks import sigma_of_level, unit_view
+    from trainyard.trainers.monitor.strength_curve import spearman_correlation
+    from trainyard.trainers.scores.networks import level_to_sigma, to_scorer_input
 
     found, rng = {}, torch.Generator().manual_seed(9)
     for level in (0.0, 0.3, 0.6, 0.9):
-        sigma = sigma_of_level(denoiser, torch.full((len(drawn.x0),), level))
+        sigma = level_to_sigma(denoiser, torch.full((len(drawn.x0),), level))
         x = denoiser.noised(drawn.x0, torch.randn(drawn.x0.shape, generator=rng), sigma)
         with torch.no_grad():
-            said = score.value(*unit_view(denoiser, x, sigma))
-        found[f"level {level:g}"] = round(spearman(true(drawn.pictures).tolist(), said.tolist()), 3)
+            said = score.value(*to_scorer_input(denoiser, x, sigma))
+        found[f"level {level:g}"] = round(spearman_correlation(true(drawn.pictures).tolist(), said.tolist()), 3)
     return found
 
 
-# -- judging -------------------------------------------------------------------------------------------------------------------------------
+# -- judging -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -148,13 +163,13 @@ class Judge:
     def draw(self, strength, first_seed=700_000):
         import torch
         from trainyard.tests.toy import sampling
-        from trainyard.trainers.monitor.strength_curve import drawn
+        from trainyard.trainers.monitor.strength_curve import sample_from_noise
 
         parts = []
         for number, scene in enumerate(self.scenes):
             each = JUDGED // len(self.scenes)
             noise = sampling.noise([first_seed + number * each + i for i in range(each)])
-            parts.append(drawn(self.model, scene, "", noise, strength, 8, 2.0))
+            parts.append(sample_from_noise(self.model, scene, "", noise, strength, 8, 2.0))
         return torch.cat(parts)
 
     def pictures(self, x0):
@@ -173,8 +188,8 @@ class Judge:
         return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * np.real(sqrtm(ca @ cb))))
 
     def verdict(self, strength=1.0) -> dict:
-        from trainyard.trainers.monitor.score_monitor import judged, mean_distance
-        from trainyard.trainers.monitor.strength_curve import drift_of
+        from trainyard.trainers.monitor.score_monitor import mean_distance, score_latents
+        from trainyard.trainers.monitor.strength_curve import relative_drift
 
         after = self.draw(strength)
         gain = lambda of: float(of(after).mean() - of(self.before).mean())
@@ -182,22 +197,22 @@ class Judge:
         within = [sum(mean_distance(part) for part in side.split(each)) for side in (self.before, after)]
         return {
             "true gain": round(gain(lambda x: self.true(self.pictures(x)) / self.unit), 3),
-            "gain as the scorer says": round(gain(lambda x: judged(self.model.denoiser, self.scores, x)), 3),
+            "gain as the scorer says": round(gain(lambda x: score_latents(self.model.denoiser, self.scores, x)), 3),
             "frechet": round(self.frechet(self.before, after), 3),
-            "drift": round(drift_of([(self.before, after)]), 3),
+            "drift": round(relative_drift([(self.before, after)]), 3),
             "diversity": round(within[1] / within[0], 3),
         }
 
 
-# -- recipes -------------------------------------------------------------------------------------------------------------------------------
+# -- recipes -----------------------------------------------------------------------------------------------------------
 
 
 def recipes():
-    from trainyard.trainers.methods.leco_score import ORIGINAL, LecoScoreSettings
+    from trainyard.trainers.methods.leco_score import ORIGINAL_LECO_SCORE, LecoScoreSettings
 
     free = dict(anchor=0.0, adjust=False)
     return {
-        "original": ORIGINAL,
+        "original": ORIGINAL_LECO_SCORE,
         "next_step, anchored": LecoScoreSettings(target="next_step"),
         "x0_renoised, anchored (default)": LecoScoreSettings(),
         "x0, anchored": LecoScoreSettings(target="x0"),
@@ -224,29 +239,39 @@ def learnt(toy, drawn, true, settings, scores, rows, look, **run):
     """look(judge) of a trained recipe, with its cost."""
     from trainyard.nodes import host
     from trainyard.tests.toy.differences import LATENT
-    from trainyard.trainers.data.encoded import Encoded
+    from trainyard.trainers.data.encoded import EncodedDataset
     from trainyard.trainers.loop import train
-    from trainyard.trainers.methods.leco_score import Injected, LecoScore, tasks_of, walking
-    from trainyard.trainers.methods.rollouts import Model
+    from trainyard.trainers.methods.leco_score import (
+        LecoScoreTraining,
+        NoisedImageStates,
+        build_score_tasks,
+        make_rollout_states,
+    )
+    from trainyard.trainers.methods.rollouts import StudentTeacherModel
     from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 
     texts = list(dict.fromkeys(["", *(row.prompt for row in rows), *scenes("judged")]))
     conds = dict(zip(texts, host.encoders.TextEncoder(toy.clip).encode(texts), strict=True))
     run = RunSettings(**{**RUN, **run})
-    with host.session.training(toy.model, AdapterSettings(rank=RANK), seed=run.seed) as session:
-        model = Model(session.denoiser, session.adapters, conds)
+    with host.session.open_training_session(toy.model, AdapterSettings(rank=RANK), seed=run.seed) as session:
+        model = StudentTeacherModel(session.denoiser, session.adapters, conds)
         judge = Judge(toy, model, true, scores, drawn, scenes("judged"))
         start = time.process_time()
         if settings.target == "direct_align":
             latent = toy.model.model.process_latent_out(drawn.x0[:300]).clone()
-            data = Encoded.from_core([{"samples": latent}], [[[conds[""]["cross_attn"], {k: v for k, v in conds[""].items() if k != "cross_attn"}]]])
-            places = Injected(model, data, settings, run.batch)
+            data = EncodedDataset.from_core(
+                [{"samples": latent}],
+                [[[conds[""]["cross_attn"], {k: v for k, v in conds[""].items() if k != "cross_attn"}]]],
+            )
+            places = NoisedImageStates(model, data, settings, run.batch)
         else:
-            places = walking(model, tasks_of(rows, [LATENT], run.batch, settings), settings, 2.0)
-        method = LecoScore(model, scores, places, settings)
+            places = make_rollout_states(model, build_score_tasks(rows, [LATENT], run.batch, settings), settings, 2.0)
+        method = LecoScoreTraining(model, scores, places, settings)
         train(method, run, OptimizerSettings())
-        cost = {"seconds of one core": round(time.process_time() - start, 1), "forwards per update": round(sum(model.spent.values()) / run.steps, 1),
-                "anchor at the end": round(float(method.anchor), 3), "step drift at the end": round(float(method.drift), 3)}  # fmt: skip
+        cost = {"seconds of one core": round(time.process_time() - start, 1), "forwards per "
+                                                                              "update": round(sum(model.spent.values()) / run.steps, 1),
+                "anchor at the end": round(float(method.anchor), 3), "step drift at the "
+                                                                     "end": round(float(method.drift), 3)}  # fmt: skip
         return {**look(judge), **cost}
 
 
@@ -255,8 +280,8 @@ def prepared(toy):
     from trainyard.nodes import host
     from trainyard.nodes.scores import latents
 
-    denoiser = latents.Schedule(toy.model)
-    with host.context.gradients():
+    denoiser = latents.NoiseSchedule(toy.model)
+    with host.context.enable_gradients():
         return denoiser, drawings(toy, denoiser, DRAWN, 1), drawings(toy, denoiser, UNSEEN, 2)
 
 
@@ -267,9 +292,14 @@ def table(toy, kept, only=(), **run):
 
     denoiser, drawn, unseen = prepared(toy)
     true = TRUE["colourfulness"]
-    with host.context.gradients():
+    with host.context.enable_gradients():
         known = {noisy: scorer(denoiser, drawn, true, noisy) for noisy in (True, False)}
-        found = {"scorers, SRCC with the true score": {("noise-conditioned" if n else "clean only"): agreement(denoiser, s, unseen, true) for n, s in known.items()}}
+        found = {
+            "scorers, SRCC with the true score": {
+                ("noise-conditioned" if n else "clean only"): agreement(denoiser, s, unseen, true)
+                for n, s in known.items()
+            }
+        }
     shown("scorers", found["scorers, SRCC with the true score"])
     settled = {**RUN, **run, "rank": RANK, "rater noise": RATER}
     kept({**found, "settings": settled})
@@ -285,7 +315,8 @@ def table(toy, kept, only=(), **run):
 
 
 def red(toy, kept, only=(), **run):
-    """Share of pictures whose shape is red, and redness, with the score going up, going down, and with the slider at several strengths."""
+    """Share of pictures whose shape is red, and redness, with the score going up, going down, and with the slider at
+    several strengths."""
     from trainyard.nodes import host
     from trainyard.tests.toy.measure import measure
     from trainyard.trainers.data.signed_prompts import SignedPrompt
@@ -293,9 +324,14 @@ def red(toy, kept, only=(), **run):
 
     denoiser, drawn, unseen = prepared(toy)
     true = TRUE["redness"]
-    with host.context.gradients():
+    with host.context.enable_gradients():
         score = scorer(denoiser, drawn, true, True)
-        kept({"scorer, SRCC with the true score": agreement(denoiser, score, unseen, true), "settings": {**RUN, **run, "rank": RANK, "rater noise": RATER}})
+        kept(
+            {
+                "scorer, SRCC with the true score": agreement(denoiser, score, unseen, true),
+                "settings": {**RUN, **run, "rank": RANK, "rater noise": RATER},
+            }
+        )
 
     def looked(judge, strength):
         pictures = judge.pictures(judge.draw(strength))
@@ -317,7 +353,7 @@ def red(toy, kept, only=(), **run):
         kept({name: row})
 
 
-# -- on the screen and in the file -----------------------------------------------------------------------------------------------------------
+# -- on the screen and in the file -------------------------------------------------------------------------------------
 
 
 def shown(name, found):
@@ -341,7 +377,9 @@ def main():
     parser.add_argument("--steps", type=int, default=RUN["steps"])
     parser.add_argument("--rate", type=float, default=RUN["learning_rate"])
     parser.add_argument("--seed", type=int, default=RUN["seed"])
-    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)"
+    )
     asked = parser.parse_args()
     if unknown := [part for part in asked.parts if part not in PARTS]:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")

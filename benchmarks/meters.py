@@ -1,7 +1,8 @@
 """What one training step costs: FLOPs, bytes saved for backward, peak bytes, reads of device results, seconds.
 
-`Laps` follows the steps of a run, whoever runs it: the runner calls it at the start of every step. Meters disturb a step (torch's FLOP
-counter keeps activations alive, all of them take time), so each step carries one kind, and the timed steps carry none.
+`Laps` follows the steps of a run, whoever runs it: the runner calls it at the start of every step. Meters disturb a
+step (torch's FLOP counter keeps activations alive, all of them take time), so each step carries one kind, and the timed
+steps carry none.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ATEN = torch.ops.aten
-READS = {getattr(torch.Tensor, name) for name in "item tolist cpu numpy nonzero __bool__ __float__ __int__ __index__".split()}
+READS = {
+    getattr(torch.Tensor, name) for name in "item tolist cpu numpy nonzero __bool__ __float__ __int__ __index__".split()
+}
 
 
-# -- FLOPs -----------------------------------------------------------------------------------------------------------------
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
 
 
 def attention_matmul(query, key):
@@ -51,7 +54,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
-# -- bytes -----------------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 
 
 def tensors(tree):
@@ -63,10 +66,12 @@ def key_of(tensor):
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that were born while it is on: `live` now, `peak` at most, on every device and on none (meta).
+    """Bytes of the storages that were born while it is on: `live` now, `peak` at most, on every device and on none
+    (meta).
 
-    Weights, adapters and optimizer state that existed before are not in it; neither is what a kernel allocates for itself.
-    `derived` holds storages computed from the given weights: on a GPU those live there, so reading one waits for it."""
+    Weights, adapters and optimizer state that existed before are not in it; neither is what a kernel allocates for
+    itself. `derived` holds storages computed from the given weights: on a GPU those live there, so reading one waits
+    for it."""
 
     def __init__(self, weights):
         super().__init__()
@@ -97,7 +102,8 @@ class Ledger(TorchDispatchMode):
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps for backward, each storage once, without those older than the ledger (weights, adapters).
+    """Bytes that autograd keeps for backward, each storage once, without those older than the ledger (weights,
+    adapters).
 
     What torch's checkpoint keeps or computes again does not pass here: with checkpointing, look at the peak."""
 
@@ -129,7 +135,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# -- a lap per step ----------------------------------------------------------------------------------------------------------
+# -- a lap per step ----------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""What every benchmark script begins with: `import pack`, then pack.boot() before anything of the pack or of ComfyUI is imported."""
+"""What every benchmark script begins with: `import pack`, then pack.boot() before anything of the pack or of ComfyUI is
+imported."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def boot(cuda: bool = False):
     if "trainyard" not in sys.modules:
         package = types.ModuleType("trainyard")
         package.__path__ = [str(ROOT)]
-        sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
+        sys.path[:] = [
+            p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT
+        ]  # our `nodes` would hide ComfyUI's
         sys.modules["trainyard"] = package
     from trainyard.tests.comfy import boot as comfy
 

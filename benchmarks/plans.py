@@ -1,11 +1,13 @@
-"""Every plan of keeping activations against ComfyUI's own Train LoRA, in one run: FLOPs, bytes, seconds, and how far the forecast is off.
+"""Every plan of keeping activations against ComfyUI's own Train LoRA, in one run: FLOPs, bytes, seconds, and how far
+the forecast is off.
 
     .venv/bin/python benchmarks/plans.py --shapes sd15 sdxl --json benchmarks/results/plans.json
     .venv/bin/python benchmarks/plans.py --shapes sdxl --real         # real size with random weights, on a CUDA GPU
 
-Our targets, AdamW. `forecast` is what the planner says before the run, from a forward pass that keeps nothing; on a CPU the copies that wait
-beside the device are not counted as the device's. meta: real size without memory, where plans with copies have no bytes but the forecast's.
-`away` in the file: bytes of weights that `offloaded blocks` takes off the device beside that.
+Our targets, AdamW. `forecast` is what the planner says before the run, from a forward pass that keeps nothing; on a CPU
+the copies that wait beside the device are not counted as the device's. meta: real size without memory, where plans with
+copies have no bytes but the forecast's. `away` in the file: bytes of weights that `offloaded blocks` takes off the
+device beside that.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def rows_of(plan, meta):
     """name -> row, core's first."""
     from trainyard.benchmarks import contenders
     from trainyard.benchmarks.train_lora import core_row, row
-    from trainyard.trainers.memory.plan import OFFLOADED, PER_BLOCK, PLANS
+    from trainyard.trainers.memory.plan import CHECKPOINTING_PLANS, PLAN_OFFLOADED, PLAN_PER_BLOCK
 
     core = contenders.meta_core if meta else contenders.core
     ours = contenders.meta_ours if meta else contenders.ours
@@ -37,13 +39,13 @@ def rows_of(plan, meta):
         gc.collect()
     count = counted(plan, meta)
     moments = 2 * count.adapters  # of the optimizer: born in the first step, and the ledger keeps the second
-    for name in PLANS:
-        if meta and name in PLANS[2:]:  # a copy of a tensor without values has no values either
-            rows[name] = {**rows[PER_BLOCK], "peak": count.peak(name) - moments, "saved": 0, "counted": False}
+    for name in CHECKPOINTING_PLANS:
+        if meta and name in CHECKPOINTING_PLANS[2:]:  # a copy of a tensor without values has no values either
+            rows[name] = {**rows[PLAN_PER_BLOCK], "peak": count.peak(name) - moments, "saved": 0, "counted": False}
         else:
             with beside_the_device():
                 rows[name] = row(*ours(plan, targets=targets, checkpointing=name))
-        rows[name] |= {"forecast": count.peak(name) - moments, "away": count.weights if name == OFFLOADED else 0}
+        rows[name] |= {"forecast": count.peak(name) - moments, "away": count.weights if name == PLAN_OFFLOADED else 0}
         gc.collect()
     return rows
 
@@ -53,25 +55,37 @@ def counted(plan, meta):
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
-    from trainyard.nodes.train.planner import weighed
-    from trainyard.trainers.memory.checkpointing import Tally
-    from trainyard.trainers.methods.lora import Lora
+    from trainyard.nodes.train.planner import add_block_weights
+    from trainyard.trainers.memory.checkpointing import ActivationCounter
+    from trainyard.trainers.methods.lora import LoraTraining
 
     adapter = plan.adapter(contenders.DEFAULT_TARGETS)
     if meta:
         it = contenders.Meta(plan, to_input=False)
         adapters, blocks = contenders.Adapters(it.network, adapter).to("meta"), host.Blocks()
-        blocks.tally = Tally([*it.network.parameters(), *adapters.parameters()])
-        with host.out_of_place(it.network), host.checkpointed(host.context.block_classes(it.network), adapters, blocks), adapters.attached():
-            with host.context.in_training(), host.context.differentiable_rope(), blocks.tally:
+        blocks.tally = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
+        with (
+            host.out_of_place(it.network),
+            host.checkpointed(host.context.find_block_classes(it.network), adapters, blocks),
+            adapters.attached(),
+        ):
+            with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.tally:
                 it.loss()
-        return weighed(blocks.tally.measured(bytes_of(adapters)), it.network, torch.device("meta"))
-    with host.session.training(shapes.make(plan.shape, plan.dtype), adapter) as session:
-        method = Lora(session.denoiser, session.adapters, contenders.encoded(plan), density=session.family.density, batch=plan.batch)
-        session.blocks.tally = tally = Tally([*session.denoiser.model.parameters(), *method.parameters()])
+        return add_block_weights(blocks.tally.measured(bytes_of(adapters)), it.network, torch.device("meta"))
+    with host.session.open_training_session(shapes.make(plan.shape, plan.dtype), adapter) as session:
+        method = LoraTraining(
+            session.denoiser,
+            session.adapters,
+            contenders.encoded(plan),
+            density=session.family.density,
+            batch=plan.batch,
+        )
+        session.blocks.tally = tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
         with tally:
-            method.loss(host.progress.generator(0))
-        return weighed(tally.measured(bytes_of(session.adapters)), session.denoiser.model.diffusion_model, session.denoiser.device)
+            method.loss(host.progress.make_generator(0))
+        return add_block_weights(
+            tally.measured(bytes_of(session.adapters)), session.denoiser.model.diffusion_model, session.denoiser.device
+        )
 
 
 def bytes_of(module) -> int:
@@ -82,24 +96,30 @@ def bytes_of(module) -> int:
 def beside_the_device():
     """Copies that wait in the CPU's memory are not in the ledger of the device, also where the device is the CPU."""
     from torch.utils._python_dispatch import _disable_current_modes
-    from trainyard.trainers.memory.checkpointing import Waiting
+    from trainyard.trainers.memory.checkpointing import OffloadedTensor
 
-    original = Waiting.__init__
+    original = OffloadedTensor.__init__
 
     def unseen(self, tensor):
         with _disable_current_modes():
             original(self, tensor)
 
-    Waiting.__init__ = unseen
+    OffloadedTensor.__init__ = unseen
     try:
         yield
     finally:
-        Waiting.__init__ = original
+        OffloadedTensor.__init__ = original
 
 
 def shown(family, size, plan, rows) -> str:
-    head = f"{family} {size}: {plan.shape.about}; rank {plan.shape.rank}, batch {plan.batch}, {str(plan.dtype).removeprefix('torch.')}"
-    lines = [head, f"{'':28}{'GFLOP':>11}{'/core':>7}{'peak MiB':>10}{'/core':>7}{'forecast':>10}{'off by':>8}{'s median':>10}{'/core':>7}"]
+    head = (
+        f"{family} {size}: {plan.shape.about}; rank {plan.shape.rank}, batch {plan.batch}, "
+        f"{str(plan.dtype).removeprefix('torch.')}"
+    )
+    lines = [
+        head,
+        f"{'':28}{'GFLOP':>11}{'/core':>7}{'peak MiB':>10}{'/core':>7}{'forecast':>10}{'off by':>8}{'s median':>10}{'/core':>7}",
+    ]
     return "\n".join([*lines, *(line(name, row, rows["core, default"]) for name, row in rows.items())])
 
 
@@ -148,10 +168,21 @@ def main():
             more = {} if small else dict(dtype=torch.bfloat16, core_dtype="bf16", device="cuda" if cuda else "meta")
             plan = Plan(shape, batch=asked.batch, timed=asked.timed, **more)
             rows = rows_of(plan, size == "meta")
-            tables.append({"family": family, "size": size, "about": shape.about, "rank": shape.rank, "batch": asked.batch, "rows": rows})
+            tables.append(
+                {
+                    "family": family,
+                    "size": size,
+                    "about": shape.about,
+                    "rank": shape.rank,
+                    "batch": asked.batch,
+                    "rows": rows,
+                }
+            )
             print(shown(family, size, plan, rows), end="\n\n", flush=True)
             if asked.json:
-                pathlib.Path(asked.json).write_text(json.dumps({"machine": train_lora.machine(cuda), "tables": tables}, indent=1) + "\n")
+                pathlib.Path(asked.json).write_text(
+                    json.dumps({"machine": train_lora.machine(cuda), "tables": tables}, indent=1) + "\n"
+                )
     if asked.real and not cuda:
         print("--real: no CUDA GPU here. Seconds, device memory and transfers at real size were NOT measured.")
 

@@ -1,11 +1,13 @@
-"""Does a LoRA that learns one new shape forget the shapes that the model knew? With and without prior preservation, on the toy world.
+"""Does a LoRA that learns one new shape forget the shapes that the model knew? With and without prior preservation, on
+the toy world.
 
     .venv/bin/python benchmarks/prior.py --json benchmarks/results/prior.json      # about 15 minutes on a quiet core
 
-Every row trains on the same 48 stars with the recipe of tests/toy/lesson.py. *class prompts*: no pictures, only the words for what is to be
-kept, with the frozen model as teacher. *class images*: 48 drawn circles and squares. `learnt`: share of 18 prompts for a star that show one;
-`kept`: share of prompts for circles and squares that show what was asked (triangles and crosses, which no row names, are `unnamed`). All
-prompts and seeds of the exam are new to the training; pictures are measured by geometry.
+Every row trains on the same 48 stars with the recipe of tests/toy/lesson.py. *class prompts*: no pictures, only the
+words for what is to be kept, with the frozen model as teacher. *class images*: 48 drawn circles and squares. `learnt`:
+share of 18 prompts for a star that show one; `kept`: share of prompts for circles and squares that show what was asked
+(triangles and crosses, which no row names, are `unnamed`). All prompts and seeds of the exam are new to the training;
+pictures are measured by geometry.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ import pack
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT, UNNAMED = ("circle", "square"), ("triangle", "cross")
-PROMPTS = "a {small|large} {circle|square}\na {red|yellow|green|cyan|blue|purple} {circle|square} on a {white|grey|black} ground"
+PROMPTS = (
+    "a {small|large} {circle|square}\na {red|yellow|green|cyan|blue|purple} {circle|square} on a "
+    "{white|grey|black} ground"
+)
 ROWS = {"without": None, "class prompts": "prompts", "class images": "images", "class prompts and images": "both"}
 FIRST_SEED = 700_000
 
@@ -34,16 +39,24 @@ def questions(names):
     from trainyard.tests.toy import shapes
 
     grounds = tuple(shapes.GROUNDS)
-    return [dict(shape=name, colour=colour, size="large", ground=grounds[(at + turn) % 3])
-            for name in names for at, colour in enumerate(shapes.COLOURS) for turn in (0, 1)]
+    return [
+        dict(shape=name, colour=colour, size="large", ground=grounds[(at + turn) % 3])
+        for name in names
+        for at, colour in enumerate(shapes.COLOURS)
+        for turn in (0, 1)
+    ]
 
 
 def exam(toy, model=None) -> dict[str, float]:
     from trainyard.tests.toy import lesson, sampling
 
     share = lambda wanted, key: sampling.accuracy(toy, wanted, FIRST_SEED, batch=24, model=model)[key]
-    return {"learnt": share(lesson.EXAM, "shape"), "kept": share(questions(KEPT), "shape"), "kept, all asked": share(questions(KEPT), "all"),
-            "unnamed": share(questions(UNNAMED), "shape")}
+    return {
+        "learnt": share(lesson.EXAM, "shape"),
+        "kept": share(questions(KEPT), "shape"),
+        "kept, all asked": share(questions(KEPT), "all"),
+        "unnamed": share(questions(UNNAMED), "shape"),
+    }
 
 
 def pictures_of(toy, folder):
@@ -52,30 +65,37 @@ def pictures_of(toy, folder):
     from trainyard.tests.toy import lesson
     from trainyard.trainers.data.buckets import BucketSettings
     from trainyard.trainers.data.captions.variants import CaptionSettings
-    from trainyard.trainers.data.encode import encode
+    from trainyard.trainers.data.encode import encode_dataset
     from trainyard.trainers.data.readers import read_folder
 
-    with host.context.gradients():
-        return encode(read_folder(folder), CaptionSettings(dropout=0.1), BucketSettings(**lesson.ENCODE), False, host.encoders.PictureEncoder(toy.vae),
-                      host.encoders.TextEncoder(toy.clip), pathlib.Path(folder).parent / "cache")
+    with host.context.enable_gradients():
+        return encode_dataset(
+            read_folder(folder),
+            CaptionSettings(dropout=0.1),
+            BucketSettings(**lesson.ENCODE),
+            False,
+            host.encoders.VaeEncoder(toy.vae),
+            host.encoders.TextEncoder(toy.clip),
+            pathlib.Path(folder).parent / "cache",
+        )
 
 
 def prior_of(toy, kind, weight, folder):
     """What the Prior Preservation node would give."""
-    from trainyard.nodes.train.prior import encoded_prompts
+    from trainyard.nodes.train.prior import encode_class_prompts
     from trainyard.tests.toy import lesson
-    from trainyard.trainers.methods.prior import Prior, PriorSettings
+    from trainyard.trainers.methods.prior import PriorData, PriorSettings
 
     if kind is None:
         return None
     settings = PriorSettings(weight=weight, class_prompt=PROMPTS if kind in ("prompts", "both") else "")
-    conds, source = encoded_prompts(toy.clip, settings.prompts())
+    conds, source = encode_class_prompts(toy.clip, settings.prompts())
     data = None
     if kind in ("images", "both"):
         for name in KEPT:
             lesson.pictures(folder / "class", count=24, seed=5, shape=name)
         data = pictures_of(toy, folder / "class")
-    return Prior(settings, conds, data, source)
+    return PriorData(settings, conds, data, source)
 
 
 def trained(toy, prior, steps, seed, folder):
@@ -84,16 +104,21 @@ def trained(toy, prior, steps, seed, folder):
     from trainyard.tests.toy import lesson
     from trainyard.trainers.files import LoraFile
     from trainyard.trainers.loop import train
-    from trainyard.trainers.methods.lora import Lora
+    from trainyard.trainers.methods.lora import LoraTraining
     from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 
     data = pictures_of(toy, lesson.pictures(folder / "stars"))
     run = RunSettings(steps=steps, learning_rate=lesson.TRAIN["learning_rate"], batch=lesson.TRAIN["batch"], seed=seed)
-    with torch_inference(), host.session.training(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session:
-        method = Lora(session.denoiser, session.adapters, data, density=session.family.density, batch=run.batch, prior=prior)
+    with (
+        torch_inference(),
+        host.session.open_training_session(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session,
+    ):
+        method = LoraTraining(
+            session.denoiser, session.adapters, data, density=session.family.density, batch=run.batch, prior=prior
+        )
         losses = train(method, run, OptimizerSettings(schedule=lesson.SCHEDULE))
         lora = LoraFile(session.tensors()[0])
-    return host.lora_keys.applied(toy.model, None, lora)[0], losses
+    return host.lora_keys.apply_lora(toy.model, None, lora)[0], losses
 
 
 def torch_inference():
@@ -124,13 +149,22 @@ def main():
         print(rows[-1], flush=True)
         for row in asked.rows:
             begin = time.process_time()
-            model, losses = trained(toy, prior_of(toy, ROWS[row], asked.weight, folder), asked.steps, asked.seed, folder)
+            model, losses = trained(
+                toy, prior_of(toy, ROWS[row], asked.weight, folder), asked.steps, asked.seed, folder
+            )
             spent = time.process_time() - begin
             rows.append({"row": row, **exam(toy, model), "cpu seconds per step": round(spent / asked.steps, 3)})
             print(rows[-1], flush=True)
             if asked.json:  # after every row, so that a run cut short leaves what it measured
-                found = {"date": f"{datetime.date.today()}", "python": platform.python_version(), "torch": torch.__version__,
-                         "steps": asked.steps, "seed": asked.seed, "weight": asked.weight, "rows": rows}
+                found = {
+                    "date": f"{datetime.date.today()}",
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "steps": asked.steps,
+                    "seed": asked.seed,
+                    "weight": asked.weight,
+                    "rows": rows,
+                }
                 pathlib.Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,13 +1,15 @@
-"""Score models on the toy world, where the true score of every picture is known: how well each backbone orders pictures that it never saw,
-clean and at rising noise, beside the same network trained on clean latents only and an oracle.
+"""Score models on the toy world, where the true score of every picture is known: how well each backbone orders pictures
+that it never saw, clean and at rising noise, beside the same network trained on clean latents only and an oracle.
 
     .venv/bin/python benchmarks/score.py                        # everything, about 15 minutes on one core
-    .venv/bin/python benchmarks/score.py brightness --kind "latent ViT"   # some of it; the file keeps what it has of the others
+    .venv/bin/python benchmarks/score.py brightness --kind "latent ViT"   # some of it; the file keeps what it has of
+    the others
 
-1500 drawn pictures are learnt from, 300 others are asked about. The oracle knows the true scores of the same 1500 pictures and how noise
-is made: it says the mean score of all of them, each weighted by how likely it is to have become the noised latent at hand (Bayes' rule).
-At little noise that is one neighbour and a scorer that generalises does better;
-at much noise it is near the best that can be known.
+1500 drawn pictures are learnt from, 300 others are asked about. The oracle knows the true scores of the same 1500
+pictures and how noise
+is made: it says the mean score of all of them, each weighted by how likely it is to have become the noised latent at
+hand (Bayes' rule). At little noise that is one neighbour and a scorer that generalises does better; at much noise it is
+near the best that can be known.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-score.json"
-UNIT = 0.674  # where noise has a standard deviation of 0.9 in a latent of unit size: b / sqrt(a^2 + b^2) with a = 1 - level, b = level
+# where noise has a standard deviation of 0.9 in a latent of unit size: b / sqrt(a^2 + b^2) with a = 1 - level, b =
+# level
+UNIT = 0.674
 LEVELS = (0.0, 0.3, 0.6, UNIT, 0.9)
 LEARNT, ASKED = 1500, 300
 KINDS = {
@@ -34,7 +38,8 @@ HOW = dict(members=3, steps=1000, batch=32, learning_rate=2e-3)
 
 
 def pictures(toy, count, seed, px=64):
-    """Latents and true scores, drawn once and kept beside the tests' small models: measuring shapes takes longer than learning them."""
+    """Latents and true scores, drawn once and kept beside the tests' small models: measuring shapes takes longer than
+    learning them."""
     import torch
     from trainyard.tests.comfy.tiny import cache_folder
     from trainyard.tests.toy import scores as known
@@ -49,24 +54,26 @@ def pictures(toy, count, seed, px=64):
 def noised(schedule, x0, level, seed=7):
     """(x, levels) as a scorer sees them."""
     import torch
-    from trainyard.trainers.scores.networks import sigma_of_level
-    from trainyard.trainers.scores.objective import seen
+    from trainyard.trainers.scores.networks import level_to_sigma
+    from trainyard.trainers.scores.objective import noised_scorer_input
 
     levels = torch.full((len(x0),), level)
-    return seen(schedule, x0, sigma_of_level(schedule, levels), levels > 0, torch.Generator().manual_seed(seed))
+    return noised_scorer_input(
+        schedule, x0, level_to_sigma(schedule, levels), levels > 0, torch.Generator().manual_seed(seed)
+    )
 
 
 def asked(model, schedule, x0, scores) -> dict:
     """SRCC by level of noise, with its interval."""
     import torch
-    from trainyard.trainers.scores.metrics import interval, srcc
+    from trainyard.trainers.scores.metrics import bootstrap_interval, srcc
 
     found = {}
     with torch.no_grad():
         for level in LEVELS:
             x, levels = noised(schedule, x0, level)
             said = torch.cat([model.value(a, b) for a, b in zip(x.split(50), levels.split(50), strict=True)])
-            figure = interval(srcc, said.numpy(), scores)
+            figure = bootstrap_interval(srcc, said.numpy(), scores)
             found[str(level)] = [round(v, 3) for v in (figure.value, figure.low, figure.high)]
     return found
 
@@ -91,24 +98,29 @@ def figures(schedule, kind, data, x0, scores) -> dict:
     import torch
     from trainyard.trainers.scores.networks import ScorerSettings
     from trainyard.trainers.scores.objective import ScoreSettings
-    from trainyard.trainers.scores.training import trained
+    from trainyard.trainers.scores.training import train_score_model
 
     start = time.process_time()
-    made = trained(data, schedule, ScorerSettings(**KINDS[kind]), ScoreSettings(**HOW), latent_format="SD3")
+    made = train_score_model(data, schedule, ScorerSettings(**KINDS[kind]), ScoreSettings(**HOW), latent_format="SD3")
     size = sum(p.numel() for p in made.model.networks[0].parameters())
-    return {"SRCC by noise": asked(made.model, schedule, x0, scores), "folds": made.model.about.metrics, "parameters": size,
-            "seconds of one core": round(time.process_time() - start), "threads": torch.get_num_threads()}
+    return {
+        "SRCC by noise": asked(made.model, schedule, x0, scores),
+        "folds": made.model.about.metrics,
+        "parameters": size,
+        "seconds of one core": round(time.process_time() - start),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main(names, kinds, px):
     import torch
 
     torch.set_num_threads(1)
-    from trainyard.nodes.scores.latents import Schedule
+    from trainyard.nodes.scores.latents import NoiseSchedule
     from trainyard.tests.toy import scores as known
 
     toy = pack.toy_world()
-    schedule = Schedule(toy.model)
+    schedule = NoiseSchedule(toy.model)
     z, truth = pictures(toy, LEARNT, 3, px)
     others, asked_truth = pictures(toy, ASKED, 2, px)
     x0, crowd = schedule.model_space(others), schedule.model_space(z)
@@ -133,7 +145,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*")
     parser.add_argument("--kind", action="append", choices=KINDS)
-    parser.add_argument("--px", type=int, default=64, help="width and height of the pictures; larger ones show the same (default: %(default)s)")
+    parser.add_argument(
+        "--px",
+        type=int,
+        default=64,
+        help="width and height of the pictures; larger ones show the same (default: %(default)s)",
+    )
     asked_for = parser.parse_args()
     pack.boot()
     import torch

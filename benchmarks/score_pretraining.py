@@ -1,12 +1,13 @@
-"""What a latent backbone learns from pictures without ratings, and how far a score gets by looking through models that exist, on the toy world,
-where the true score of every picture is known.
+"""What a latent backbone learns from pictures without ratings, and how far a score gets by looking through models that
+exist, on the toy world, where the true score of every picture is known.
 
     .venv/bin/python benchmarks/score_pretraining.py                 # all three parts
     .venv/bin/python benchmarks/score_pretraining.py pretraining     # or some of: pretraining, model, decode
 
-pretraining: 400 pictures without ratings; then ridge regression from the features on 64 ratings, asked about 300 other pictures, mean of five
-draws of the 64. model: a score on the frozen states of the toy's own transformer. decode: a score on a small CLIP_VISION that looks
-at the decoded latent; that encoder learnt to tell how pictures are drawn (tests/toy/train_eyes.py) and was never told a score.
+pretraining: 400 pictures without ratings; then ridge regression from the features on 64 ratings, asked about 300 other
+pictures, mean of five draws of the 64. model: a score on the frozen states of the toy's own transformer. decode: a
+score on a small CLIP_VISION that looks at the decoded latent; that encoder learnt to tell how pictures are drawn
+(tests/toy/train_eyes.py) and was never told a score.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def timed(make):
     return make(), round(time.process_time() - start)
 
 
-# -- pre-training ------------------------------------------------------------------------------------------------------------------------------
+# -- pre-training ------------------------------------------------------------------------------------------------------
 
 
 def pretraining(toy, schedule, place, tasks, steps):
     import torch
     from trainyard.tests.toy import scores as known
     from trainyard.trainers.data.readers import read_folder
-    from trainyard.trainers.data.views import GREY, SHUFFLED, TURNED, encode_views
+    from trainyard.trainers.data.views import GREY_VIEW, ROTATED_VIEW, SHUFFLED_VIEW, encode_views
 
     rng, folder = torch.Generator().manual_seed(11), place / "pictures"
     folder.mkdir()
@@ -58,28 +59,40 @@ def pretraining(toy, schedule, place, tasks, steps):
         known.drawn(rng).save(folder / f"{number:03d}.png")
     from trainyard.nodes import host
 
-    views = encode_views(read_folder(folder), (TURNED, SHUFFLED, GREY), size=64, crops=4, seed=0, vae=host.encoders.PictureEncoder(toy.vae), cache_dir=place / "cache")
+    views = encode_views(
+        read_folder(folder),
+        (ROTATED_VIEW, SHUFFLED_VIEW, GREY_VIEW),
+        size=64,
+        crops=4,
+        seed=0,
+        vae=host.encoders.VaeEncoder(toy.vae),
+        cache_dir=place / "cache",
+    )
     z, truth = common.pictures(toy, LABELS * DRAWS, 12)
     others, asked = common.pictures(toy, common.ASKED, 2)
     rows = {}
     for name in tasks:
-        rows[name] = pretrained_row(views, schedule, TASKS[name], steps, (schedule.model_space(z), truth), (schedule.model_space(others), asked))
+        rows[name] = pretrained_row(
+            views, schedule, TASKS[name], steps, (schedule.model_space(z), truth), (schedule.model_space(others), asked)
+        )
         print(name, rows[name], flush=True)
     return rows
 
 
 def pretrained_row(views, schedule, weights, steps, labelled, asked) -> dict:
-    from trainyard.trainers.scores.networks import About, ScorerSettings, network_of, seeded
+    from trainyard.trainers.scores.networks import ScoreModelInfo, ScorerSettings, build_scorer, call_with_seed
     from trainyard.trainers.scores.pretext import PretextSettings
-    from trainyard.trainers.scores.pretraining import pretrained
+    from trainyard.trainers.scores.pretraining import pretrain_backbone
 
     row = {"seconds of one core": 0}
     if weights:
         settings = PretextSettings(**{**OFF, **weights}, steps=steps, batch=32, size=64)
-        made, row["seconds of one core"] = timed(lambda: pretrained(views, schedule, ScorerSettings(**NETWORK), settings, latent_format="SD3"))
+        made, row["seconds of one core"] = timed(
+            lambda: pretrain_backbone(views, schedule, ScorerSettings(**NETWORK), settings, latent_format="SD3")
+        )
         trunk, row["same picture found"] = made.model.networks[0].trunk, made.model.about.metrics["same picture found"]
     else:
-        trunk = seeded(0, lambda: network_of(About(channels=16, **NETWORK))).trunk
+        trunk = call_with_seed(0, lambda: build_scorer(ScoreModelInfo(channels=16, **NETWORK))).trunk
     return row | {f"SRCC of {name} from {LABELS} ratings": probe(trunk, labelled, asked, name) for name in asked[1]}
 
 
@@ -87,32 +100,39 @@ def probe(trunk, labelled, asked, name) -> float:
     import numpy as np
     import torch
     from trainyard.trainers.scores.metrics import srcc
-    from trainyard.trainers.scores.pretraining import ridge
+    from trainyard.trainers.scores.pretraining import ridge_regression
 
     with torch.no_grad():
-        rows, others = (torch.cat([trunk(part, torch.zeros(len(part))) for part in x.split(100)]) for x in (labelled[0], asked[0]))
+        rows, others = (
+            torch.cat([trunk(part, torch.zeros(len(part))) for part in x.split(100)]) for x in (labelled[0], asked[0])
+        )
     truth = torch.tensor(labelled[1][name])
-    said = [ridge(rows[at : at + LABELS], truth[at : at + LABELS, None], others)[:, 0] for at in range(0, LABELS * DRAWS, LABELS)]
+    said = [
+        ridge_regression(rows[at : at + LABELS], truth[at : at + LABELS, None], others)[:, 0]
+        for at in range(0, LABELS * DRAWS, LABELS)
+    ]
     return round(float(np.mean([srcc(s.numpy(), np.array(asked[1][name])) for s in said])), 3)
 
 
-# -- through models that exist --------------------------------------------------------------------------------------------------------------------
+# -- through models that exist -----------------------------------------------------------------------------------------
 
 
 def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
     from trainyard.nodes.scores import backbones
     from trainyard.tests.toy import scores as known
-    from trainyard.trainers.scores.backbones import remembered
+    from trainyard.trainers.scores.backbones import cache_frozen_features
     from trainyard.trainers.scores.networks import ScorerSettings
     from trainyard.trainers.scores.objective import ScoreSettings
-    from trainyard.trainers.scores.training import trained
+    from trainyard.trainers.scores.training import train_score_model
 
     z, truth = common.pictures(toy, common.LEARNT, 1)
     others, asked = common.pictures(toy, common.ASKED, 2)
-    rows, trunk = {}, backbones.trunk_maker(toy.model, toy.vae, clip_vision)
-    data, few, trunk = remembered(known.encoded(z, truth[known.SCORES[0]]), schedule, trunk)  # the same pictures under every score
+    rows, trunk = {}, backbones.make_trunk_factory(toy.model, toy.vae, clip_vision)
+    data, few, trunk = cache_frozen_features(
+        known.encoded(z, truth[known.SCORES[0]]), schedule, trunk
+    )  # the same pictures under every score
     for name in known.SCORES:
-        made, seconds = timed(lambda name=name: trained(rated(data, truth[name]), few, ScorerSettings(backbone=backbone, width=64, noisy=noisy),
+        made, seconds = timed(lambda name=name: train_score_model(rated(data, truth[name]), few, ScorerSettings(backbone=backbone, width=64, noisy=noisy),
                                                         ScoreSettings(**common.HOW), latent_format="SD3", trunk=trunk))  # fmt: skip
         found = common.asked(made.model, schedule, schedule.model_space(others), asked[name])
         rows[name] = {"SRCC by noise": found if noisy else {"0.0": found["0.0"]}, "seconds of one core": seconds}
@@ -130,16 +150,16 @@ def main(names, tasks, steps):
     import torch
 
     torch.set_num_threads(1)
-    from trainyard.nodes.scores.latents import Schedule
+    from trainyard.nodes.scores.latents import NoiseSchedule
     from trainyard.tests.toy import sampling
-    from trainyard.trainers.scores.backbones import DECODED, MODEL
+    from trainyard.trainers.scores.backbones import DECODED_IMAGE, MODEL_FEATURES
 
     toy = pack.toy_world()
-    schedule = Schedule(toy.model)
+    schedule = NoiseSchedule(toy.model)
     parts = {
         "pretraining": lambda: pretraining(toy, schedule, place, tasks, steps),
-        "model": lambda: through(toy, schedule, MODEL),
-        "decode": lambda: through(toy, schedule, DECODED, sampling.clip_vision(), noisy=False),
+        "model": lambda: through(toy, schedule, MODEL_FEATURES),
+        "decode": lambda: through(toy, schedule, DECODED_IMAGE, sampling.clip_vision(), noisy=False),
     }
     about = {"command": "benchmarks/score_pretraining.py", "network": NETWORK, "pictures without ratings": PICTURES}
     for name in names:
@@ -148,7 +168,9 @@ def main(names, tasks, steps):
             found, seconds = timed(parts[name])
         key = f"{name}, {steps} steps" if name == "pretraining" else name
         result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # read late: parts may run side by side
-        RESULTS.write_text(json.dumps({**result, **about, key: found, f"{key}, seconds of one core in all": seconds}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({**result, **about, key: found, f"{key}, seconds of one core in all": seconds}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

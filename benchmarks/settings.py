@@ -1,12 +1,15 @@
-"""What each setting of Train LoRA does to a step: FLOPs, memory beside the weights, and seconds, as ratios to the defaults.
+"""What each setting of Train LoRA does to a step: FLOPs, memory beside the weights, and seconds, as ratios to the
+defaults.
 
-    nice .venv/bin/python benchmarks/settings.py --json benchmarks/results/settings.json     # about 10 minutes on a quiet core
+    nice .venv/bin/python benchmarks/settings.py --json benchmarks/results/settings.json     # about 10 minutes on a
+    quiet core
 
-`real` is SD1.5 at 512 px and SDXL at 1024 px in bf16 on meta tensors: FLOPs and bytes of a real step, without memory, and without seconds.
-`mid` is the same models at a tenth of the width with weights, in fp32 on this machine: the loop behind the node, with the seconds of one CPU core (of the process, so
-that other work on the machine counts little). Memory is what
-is born in a step at its worst moment, plus adapters, optimizer state and average; the model's weights are not in it, and no more what waits
-in the CPU's memory. A row that cannot run (a package that is not installed, a setting that needs values) says why.
+`real` is SD1.5 at 512 px and SDXL at 1024 px in bf16 on meta tensors: FLOPs and bytes of a real step, without memory,
+and without seconds. `mid` is the same models at a tenth of the width with weights, in fp32 on this machine: the loop
+behind the node, with the seconds of one CPU core (of the process, so that other work on the machine counts little).
+Memory is what is born in a step at its worst moment, plus adapters, optimizer state and average; the model's weights
+are not in it, and no more what waits in the CPU's memory. A row that cannot run (a package that is not installed, a
+setting that needs values) says why.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ ROWS = {
     "the model in fp32": Row(full=True),
     "masks": Row(masked=True),
     "prior preservation by prompts": Row(prior=True),
-    "loss Huber, noise_offset, pyramid_levels 6": Row(noise={"loss": "Huber", "noise_offset": 0.05, "pyramid_levels": 6}),
+    "loss Huber, noise_offset, pyramid_levels "
+    "6": Row(noise={"loss": "Huber", "noise_offset": 0.05, "pyramid_levels": 6}),
     "compile_blocks": Row(compiled=True),
     "one validation: 8 pictures, 8 levels": Row(exam=True),
 }  # fmt: skip
@@ -96,14 +100,14 @@ def adapter_of(row, shape):
     return AdapterSettings(**{"rank": rank, "conv_rank": max(1, shape.rank // 2), **row.adapter})
 
 
-# -- real size, without values ---------------------------------------------------------------------------------------------------
+# -- real size, without values -----------------------------------------------------------------------------------------
 
 
 def real(row: Row, family: str) -> Cost:
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
-    from trainyard.trainers.memory.plan import OFF, PER_BLOCK_CPU
+    from trainyard.trainers.memory.plan import PLAN_OFF, PLAN_PER_BLOCK_CPU
     from trainyard.trainers.optimizers import make_optimizer
     from trainyard.trainers.settings import OptimizerSettings
 
@@ -115,11 +119,13 @@ def real(row: Row, family: str) -> Cost:
     params = list(adapters.parameters())
     optimizing = OptimizerSettings(**row.optimizing)
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], optimizing)
-    classes = host.context.block_classes(it.network) if row.checkpointing != OFF else ()
+    classes = host.context.find_block_classes(it.network) if row.checkpointing != PLAN_OFF else ()
     with host.out_of_place(it.network), host.checkpointed(classes, adapters), adapters.attached():
         cost = it.measured(plan, lambda: steps(it, optimizer, params, optimizing))
-    away = row.checkpointing == PER_BLOCK_CPU  # a copy of a tensor without values has none either: what the planner would say
-    peak = counted(plan, row).peak(PER_BLOCK_CPU) - 2 * size(params) if away else cost.peak
+    away = (
+        row.checkpointing == PLAN_PER_BLOCK_CPU
+    )  # a copy of a tensor without values has none either: what the planner would say
+    peak = counted(plan, row).peak(PLAN_PER_BLOCK_CPU) - 2 * size(params) if away else cost.peak
     return Cost(cost.flops, peak, size(params) + size(state_of(optimizer)))
 
 
@@ -136,13 +142,17 @@ def counted(plan, row):
     """trainers.memory.plan.Measured, from which the bytes of activations that wait in the CPU's memory are told."""
     from trainyard.benchmarks import contenders
     from trainyard.nodes import host
-    from trainyard.trainers.memory.checkpointing import Tally
+    from trainyard.trainers.memory.checkpointing import ActivationCounter
 
     it = contenders.Meta(plan, to_input=False)
     adapters, blocks = contenders.Adapters(it.network, adapter_of(row, plan.shape)).to("meta"), host.Blocks()
-    blocks.tally = Tally([*it.network.parameters(), *adapters.parameters()])
-    with host.out_of_place(it.network), host.checkpointed(host.context.block_classes(it.network), adapters, blocks), adapters.attached():
-        with host.context.in_training(), host.context.differentiable_rope(), blocks.tally:
+    blocks.tally = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
+    with (
+        host.out_of_place(it.network),
+        host.checkpointed(host.context.find_block_classes(it.network), adapters, blocks),
+        adapters.attached(),
+    ):
+        with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.tally:
             it.loss()
     return blocks.tally.measured(size(adapters.parameters()))
 
@@ -170,14 +180,14 @@ def state_of(optimizer) -> list:
     return [*found, *getattr(optimizer, "average", [])]
 
 
-# -- mid size, the real loop -----------------------------------------------------------------------------------------------------
+# -- mid size, the real loop -------------------------------------------------------------------------------------------
 
 
 def mid(row: Row, family: str, timed: int) -> Cost:
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
     from trainyard.trainers import loop
-    from trainyard.trainers.methods.lora import Lora
+    from trainyard.trainers.methods.lora import LoraTraining
     from trainyard.trainers.settings import NoiseSettings, OptimizerSettings, RunSettings
 
     if row.full:
@@ -190,12 +200,27 @@ def mid(row: Row, family: str, timed: int) -> Cost:
     original = loop.make_optimizer
     remember = lambda *args: made.append(original(*args)) or made[-1]
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(host.session.training(model, adapter_of(row, shape), checkpointing=row.checkpointing, compiling=said.append if row.compiled else None))
+        session = stack.enter_context(
+            host.session.open_training_session(
+                model,
+                adapter_of(row, shape),
+                checkpointing=row.checkpointing,
+                compiling=said.append if row.compiled else None,
+            )
+        )
         stack.enter_context(contextlib.closing(laps))
         stack.enter_context(mock.patch.object(loop, "make_optimizer", remember))
-        method = Lora(session.denoiser, session.adapters, data_of(row, plan), NoiseSettings(**row.noise), session.family.density, row.batch, prior=prior_of(row, plan))
+        method = LoraTraining(
+            session.denoiser,
+            session.adapters,
+            data_of(row, plan),
+            NoiseSettings(**row.noise),
+            session.family.density,
+            row.batch,
+            prior=prior_of(row, plan),
+        )
         if row.compiled:
-            method.loss(host.progress.generator(0)).mean().backward()  # programs are made
+            method.loss(host.progress.make_generator(0)).mean().backward()  # programs are made
         if row.exam:
             return examined(session, method, laps, plan)
         run = RunSettings(steps=laps.steps + 1, batch=row.batch)
@@ -204,7 +229,9 @@ def mid(row: Row, family: str, timed: int) -> Cost:
         if said:
             raise ValueError(said[0])
         on_device = state_of(made[0])[: None if not row.optimizing.get("ema_on_cpu") else -len(made[0].average)]
-        return Cost(laps.cost.flops, laps.cost.peak, size(session.adapters.parameters()) + size(on_device), laps.cost.seconds)
+        return Cost(
+            laps.cost.flops, laps.cost.peak, size(session.adapters.parameters()) + size(on_device), laps.cost.seconds
+        )
 
 
 def own_time(model, timed):
@@ -240,10 +267,10 @@ class Stepped:
 def examined(session, method, laps, plan) -> Cost:
     """A measurement of 8 pictures at 8 levels; the laps are measurements."""
     from trainyard.benchmarks import contenders
-    from trainyard.trainers.monitor.validation import Exam, picked
+    from trainyard.trainers.monitor.validation import ImageValidationLoss, pick_validation_images
 
     data = contenders.encoded(dataclasses.replace(plan, batch=8))
-    exam = Exam(session.denoiser, data, picked(data, 8), method.density, batch=1)
+    exam = ImageValidationLoss(session.denoiser, data, pick_validation_images(data, 8), method.density, batch=1)
     while laps():
         exam.losses()
     return Cost(laps.cost.flops, laps.cost.peak, 0, laps.cost.seconds)
@@ -274,16 +301,16 @@ class With:
 
 def prior_of(row, plan):
     from trainyard.benchmarks import shapes
-    from trainyard.trainers.methods.prior import Prior, PriorSettings
+    from trainyard.trainers.methods.prior import PriorData, PriorSettings
 
     if not row.prior:
         return None
     _, conditioning = shapes.dataset(plan.shape, 1)
     ((tensor, extras),) = conditioning
-    return Prior(PriorSettings(class_prompt="a class"), {"a class": {"cross_attn": tensor, **extras}}, None)
+    return PriorData(PriorSettings(class_prompt="a class"), {"a class": {"cross_attn": tensor, **extras}}, None)
 
 
-# -- the table -------------------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def measured(ask) -> dict:
@@ -308,14 +335,24 @@ def figures(cost, base) -> list[str]:
 def markdown(tables) -> str:
     """One line per setting: FLOPs and memory at real size, seconds at mid size, each as a ratio to the defaults."""
     families = list(tables)
-    head = "| setting | " + " | ".join(f"{f} FLOPs | {f} memory | {f} mid memory | {f} mid seconds" for f in families) + " |"
+    head = (
+        "| setting | "
+        + " | ".join(f"{f} FLOPs | {f} memory | {f} mid memory | {f} mid seconds" for f in families)
+        + " |"
+    )
     lines = [head, "|---" * (1 + 4 * len(families)) + "|"]
-    lines += [f"| {name} | " + " | ".join(cell for sizes in tables.values() for cell in cells(name, sizes)) + " |" for name in ROWS]
+    lines += [
+        f"| {name} | " + " | ".join(cell for sizes in tables.values() for cell in cells(name, sizes)) + " |"
+        for name in ROWS
+    ]
     return "\n".join(lines)
 
 
 def cells(name, sizes) -> list[str]:
-    big, small = (figures(sizes[where].get(name, {"error": "not measured"}), sizes[where].get(DEFAULT, {})) for where in ("real", "mid"))
+    big, small = (
+        figures(sizes[where].get(name, {"error": "not measured"}), sizes[where].get(DEFAULT, {}))
+        for where in ("real", "mid")
+    )
     return [big[0] if big[0] != "-" else f"{small[0]}*" if small[0] != "-" else "-", big[1], small[1], small[2]]
 
 
@@ -323,7 +360,14 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
     parser.add_argument("--sizes", nargs="+", choices=("mid", "real"), default=["real", "mid"])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME", help="only these rows; the defaults come along")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        default=list(ROWS),
+        metavar="NAME",
+        help="only these rows; the defaults come along",
+    )
     parser.add_argument("--timed", type=int, default=3, help="steps that are timed, after two that carry the meters")
     parser.add_argument("--json", help="file for the figures; rows that it already holds are kept")
     return parser.parse_args()
@@ -342,12 +386,25 @@ def main():
         sizes = tables.setdefault(family, {"real": {}, "mid": {}})
         for where in asked.sizes:
             for name in dict.fromkeys([DEFAULT, *asked.rows]):
-                ask = partial(real, ROWS[name], family) if where == "real" else partial(mid, ROWS[name], family, asked.timed)
+                ask = (
+                    partial(real, ROWS[name], family)
+                    if where == "real"
+                    else partial(mid, ROWS[name], family, asked.timed)
+                )
                 cost = sizes[where][name] = measured(ask)
-                print(f"{family} {where} {name}: {cost.get('error') or ' '.join(figures(cost, sizes[where][DEFAULT]))}", flush=True)
+                print(
+                    f"{family} {where} {name}: {cost.get('error') or ' '.join(figures(cost, sizes[where][DEFAULT]))}",
+                    flush=True,
+                )
                 if file:
-                    file.write_text(json.dumps({"machine": train_lora.machine(False), "tables": tables}, indent=1) + "\n")
-    print("\n" + markdown(tables) + "\n\nFLOPs with * are those of the mid size. Ratios to the defaults; a dash: see the file for why.")
+                    file.write_text(
+                        json.dumps({"machine": train_lora.machine(False), "tables": tables}, indent=1) + "\n"
+                    )
+    print(
+        "\n"
+        + markdown(tables)
+        + "\n\nFLOPs with * are those of the mid size. Ratios to the defaults; a dash: see the file for why."
+    )
 
 
 if __name__ == "__main__":

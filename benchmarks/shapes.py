@@ -1,9 +1,12 @@
-"""The models and data that are measured, as rows: ComfyUI's own classes with random weights, from toy size to real size.
+"""The models and data that are measured, as rows: ComfyUI's own classes with random weights, from toy size to real
+size.
 
 tiny: wiring only. Widths are so small that an adapter is no longer small beside its layer.
-mid:  the true pattern of layers at 1/k of the width, of the tokens and of the rank, so that weights, activations, attention and
+mid:  the true pattern of layers at 1/k of the width, of the tokens and of the rank, so that weights, activations,
+attention and
       adapters keep their proportions; the transformers also have fewer blocks, which changes no ratio.
-real: sizes of the published checkpoints. On meta tensors anywhere (FLOPs and bytes without memory), with weights on a GPU.
+real: sizes of the published checkpoints. On meta tensors anywhere (FLOPs and bytes without memory), with weights on a
+GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class Shape:
         return bool(self.family.config.get("guidance_embed"))
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def sd15(channels, heads, context):
@@ -64,16 +67,19 @@ SHAPES = {
     ("sd3", "mid"): Shape(Family("SD3", sd3(4, 768, 384, 64), 768, 384, (16, 52, 52)), 3, 26,
                           "a sixth of SD3 medium at 1024 px: width 256, 4 of 24 blocks, 676 image tokens"),
     ("flux", "mid"): Shape(Family("Flux", flux(hidden_size=256, num_heads=2, depth=4, depth_single_blocks=8, context_in_dim=336, vec_in_dim=64),
-                                  336, 64, (16, 36, 36)), 2, 43, "a twelfth of Flux.1-dev at 1024 px: width 256, 4 + 8 of 19 + 38 blocks, 324 image tokens"),
+                                  336, 64, (16, 36, 36)), 2, 43, "a twelfth of Flux.1-dev at 1024 px: width 256, 4 + 8 "
+                                                                 "of 19 + 38 blocks, 324 image tokens"),
     ("sd15", "real"): Shape(Family("SD15", sd15(320, 8, 768), 768, latent=(4, 64, 64)), 16, 77, "SD1.5 at 512 px"),
     ("sdxl", "real"): Shape(Family("SDXL", sdxl(320, 2048, ADM), 2048, 1280, (4, 128, 128)), 16, 77, "SDXL at 1024 px"),
-    ("sd3", "real"): Shape(Family("SD3", sd3(24, 4096, 2048, 192), 4096, 2048, (16, 128, 128)), 16, 154, "SD3 medium at 1024 px"),
+    ("sd3", "real"): Shape(Family("SD3", sd3(24, 4096, 2048, 192), 4096, 2048, (16, 128, 128)), 16, 154, "SD3 medium "
+                                                                                                         "at 1024 px"),
     ("flux", "real"): Shape(Family("Flux", flux(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, context_in_dim=4096,
-                                                vec_in_dim=768), 4096, 768, (16, 128, 128)), 16, 512, "Flux.1-dev at 1024 px"),
+                                                vec_in_dim=768), 4096, 768, (16, 128, 128)), 16, 512, "Flux.1-dev at "
+                                                                                                      "1024 px"),
 }  # fmt: skip
 
 
-# -- models and data -----------------------------------------------------------------------------------------------------------
+# -- models and data ---------------------------------------------------------------------------------------------------
 
 
 def base_model(shape: Shape, dtype, device):
@@ -87,8 +93,8 @@ def base_model(shape: Shape, dtype, device):
 
 
 def make(shape: Shape, dtype=torch.float32, disable_dynamic=False):
-    """A loaded MODEL with random weights. Its attention is torch's for every contender: ComfyUI takes that by itself on a GPU, and
-    something else on the CPU."""
+    """A loaded MODEL with random weights. Its attention is torch's for every contender: ComfyUI takes that by itself on
+    a GPU, and something else on the CPU."""
     from comfy import model_management as mm
     from comfy.ldm.modules.attention import attention_pytorch
     from comfy.model_patcher import CoreModelPatcher

@@ -1,10 +1,13 @@
-"""ComfyUI's own Train LoRA, two peers and ours on the same model, data, rank and dtype, in one run: a table with ratios, and claims.
+"""ComfyUI's own Train LoRA, two peers and ours on the same model, data, rank and dtype, in one run: a table with
+ratios, and claims.
 
     .venv/bin/python benchmarks/train_lora.py --shapes sd15 sdxl sd3 flux --json benchmarks/results/today.json
-    nice .venv/bin/python benchmarks/train_lora.py --shapes sd15 sdxl --sizes meta mid --peers --process-time --timed 5    # peers/ against ours
-    .venv/bin/python benchmarks/train_lora.py --shapes sdxl --real        # real size with random weights, on a CUDA GPU
+    nice .venv/bin/python benchmarks/train_lora.py --shapes sd15 sdxl --sizes meta mid --peers --process-time --timed 5
+    # peers/ against ours .venv/bin/python benchmarks/train_lora.py --shapes sdxl --real        # real size with random
+    weights, on a CUDA GPU
 
-Sizes: tiny and mid run both trainers on this machine; meta runs their parts at real size without memory (FLOPs and bytes only).
+Sizes: tiny and mid run both trainers on this machine; meta runs their parts at real size without memory (FLOPs and
+bytes only).
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ class Claim:
 
 
 def claim(what, figure, above, below, **limit) -> Claim:
-    return Claim(f"{what}: {above} / {below}", lambda rows: figure(rows[above]) / figure(rows[below]), (above, below), **limit)
+    return Claim(
+        f"{what}: {above} / {below}", lambda rows: figure(rows[above]) / figure(rows[below]), (above, below), **limit
+    )
 
 
 def flops(row):
@@ -68,11 +73,12 @@ CLAIMS = (  # "all layers": the layers that core trains
 )
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------------
+# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def measured(plan, meta=False, only=None, peers=False) -> dict:
-    """name -> row. Where core's trainer fails, its row carries the error, and the figures of a second try with our out-of-place blocks."""
+    """name -> row. Where core's trainer fails, its row carries the error, and the figures of a second try with our
+    out-of-place blocks."""
     from trainyard.benchmarks.contenders import contenders
 
     rows = {}
@@ -116,7 +122,10 @@ def judged(rows) -> list[dict]:
             value = claim.value(rows)
             verdict = {"claim": claim.text, "value": round(value, 4), "limit": claim.limit, "holds": claim.holds(value)}
             free = claim.at_least is not None and "bare model" in rows
-            result.append(verdict | ({"ceiling": round(flops(rows[claim.rows[0]]) / flops(rows["bare model"]), 4)} if free else {}))
+            result.append(
+                verdict
+                | ({"ceiling": round(flops(rows[claim.rows[0]]) / flops(rows["bare model"]), 4)} if free else {})
+            )
     return result
 
 
@@ -129,7 +138,9 @@ def machine(cuda) -> dict:
         if os.path.exists("/proc/cpuinfo")
         else [platform.processor()]
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(), "cpu": cpu[0], "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if cuda else None, "torch": torch.__version__, "comfyui": comfyui_version.__version__,
@@ -137,12 +148,15 @@ def machine(cuda) -> dict:
     }  # fmt: skip
 
 
-# -- showing -----------------------------------------------------------------------------------------------------------------
+# -- showing -----------------------------------------------------------------------------------------------------------
 
 
 def shown(result) -> str:
     rows = result["rows"]
-    head = f"{result['family']} {result['size']}: {result['about']}; rank {result['rank']}, batch {result['batch']}, {result['dtype']}"
+    head = (
+        f"{result['family']} {result['size']}: {result['about']}; rank {result['rank']}, batch {result['batch']}, "
+        f"{result['dtype']}"
+    )
     lines = [
         head,
         f"{'':38}{'GFLOP':>10}{'/bare':>7}{'saved MiB':>11}{'peak MiB':>10}{'/core':>7}{'s median':>10}{'s min':>8}{'reads':>7}{'trained':>10}",
@@ -150,20 +164,33 @@ def shown(result) -> str:
     lines += [row_line(name, row, rows) for name, row in rows.items()]
     lines += [f"  core alone fails ({name}): {row['alone']}" for name, row in rows.items() if "alone" in row]
     for claim in result["claims"]:
-        ceiling = f"; an adapter that costs nothing would reach {claim['ceiling']:.3f}" if "ceiling" in claim and not claim["holds"] else ""
-        lines.append(f"  {'PASS' if claim['holds'] else 'MISSED':7}{claim['claim']}: {claim['value']:.3f} ({claim['limit']}{ceiling})")
+        ceiling = (
+            f"; an adapter that costs nothing would reach {claim['ceiling']:.3f}"
+            if "ceiling" in claim and not claim["holds"]
+            else ""
+        )
+        lines.append(
+            f"  {'PASS' if claim['holds'] else 'MISSED':7}{claim['claim']}: {claim['value']:.3f} "
+            f"({claim['limit']}{ceiling})"
+        )
     return "\n".join(lines)
 
 
 def markdown(results) -> str:
-    """One line per peer: FLOPs and peak bytes at real size, least seconds at a tenth of the width, each as a ratio to ours: those with
-    checkpoints to ours per block."""
+    """One line per peer: FLOPs and peak bytes at real size, least seconds at a tenth of the width, each as a ratio to
+    ours: those with checkpoints to ours per block."""
     families = list(dict.fromkeys(result["family"] for result in results))
     rows = {(result["family"], result["size"]): result["rows"] for result in results}
     names = list(dict.fromkeys(name for found in rows.values() for name in found if name.startswith(PEERS)))
-    head = ["| | " + " | ".join(f"{family} FLOPs | peak | seconds" for family in families) + " |", "|---" * (1 + 3 * len(families)) + "|"]
+    head = [
+        "| | " + " | ".join(f"{family} FLOPs | peak | seconds" for family in families) + " |",
+        "|---" * (1 + 3 * len(families)) + "|",
+    ]
     cells = lambda name, family: [to_ours(rows.get((family, size), {}), name, figure) for size, figure in FIGURES]
-    return "\n".join(head + [f"| {name} | " + " | ".join(c for family in families for c in cells(name, family)) + " |" for name in names])
+    return "\n".join(
+        head
+        + [f"| {name} | " + " | ".join(c for family in families for c in cells(name, family)) + " |" for name in names]
+    )
 
 
 FIGURES = (("meta", flops), ("meta", peak), ("mid", lambda row: min(row["seconds"], default=0)))
@@ -179,7 +206,9 @@ def row_line(name, row, rows) -> str:
         return f"{name:38}{row['error']}"
     seconds = row["seconds"]
     clock = f"{statistics.median(seconds):10.3f}{min(seconds):8.3f}" if seconds else f"{'-':>10}{'-':>8}"
-    of_bare, of_core = (against(rows, reference, figure, row) for reference, figure in (("bare model", flops), ("core, default", peak)))
+    of_bare, of_core = (
+        against(rows, reference, figure, row) for reference, figure in (("bare model", flops), ("core, default", peak))
+    )
     mark = "*" if "alone" in row else ""
     return (f"{name + mark:38}{row['flops'] / 1e9:10.2f}{of_bare:>7}{row['saved'] / 2**20:11.1f}{peak(row) / 2**20:10.1f}{of_core:>7}"
             f"{clock}{row['reads']:7}{row['trained']:10}")  # fmt: skip
@@ -195,10 +224,18 @@ def arguments():
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "mid", "meta"), default=["tiny", "mid", "meta"])
     parser.add_argument("--real", action="store_true", help="real size with random weights; needs a CUDA GPU")
     parser.add_argument("--timed", type=int, default=3, help="steps that are timed, after two that carry the meters")
-    parser.add_argument("--batch", type=int, default=1, help="core predicts every latent under every caption of a batch")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="core predicts every latent under every caption of a batch"
+    )
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
-    parser.add_argument("--peers", action="store_true", help="only the peers' rows and ours with the same targets, and their ratios")
-    parser.add_argument("--process-time", action="store_true", help="seconds that this process was at work, on a machine that has other work too")
+    parser.add_argument(
+        "--peers", action="store_true", help="only the peers' rows and ours with the same targets, and their ratios"
+    )
+    parser.add_argument(
+        "--process-time",
+        action="store_true",
+        help="seconds that this process was at work, on a machine that has other work too",
+    )
     parser.add_argument("--json", help="file for the figures")
     return parser.parse_args()
 
@@ -214,7 +251,9 @@ def main():
     from trainyard.benchmarks.contenders import Plan
     from trainyard.benchmarks.shapes import SHAPES
 
-    common = dict(batch=asked.batch, timed=asked.timed, clock=time.process_time if asked.process_time else time.perf_counter)
+    common = dict(
+        batch=asked.batch, timed=asked.timed, clock=time.process_time if asked.process_time else time.perf_counter
+    )
     big = dict(dtype=torch.bfloat16, core_dtype="bf16", device="cuda" if cuda else "meta")
     results = []
     for family in asked.shapes:
@@ -224,14 +263,18 @@ def main():
             results.append(table(family, size, plan, measured(plan, size == "meta", asked.rows, asked.peers)))
             print(shown(results[-1]), end="\n\n", flush=True)
             if asked.json:  # after every table, so that a run cut short leaves what it measured
-                about = {"machine": machine(cuda), "seconds": "of the process" if asked.process_time else "of the clock"}
+                about = {
+                    "machine": machine(cuda),
+                    "seconds": "of the process" if asked.process_time else "of the clock",
+                }
                 pathlib.Path(asked.json).write_text(json.dumps({**about, "tables": results}, indent=1) + "\n")
     if asked.peers:
         print(markdown(results), end="\n\n")
     if asked.real and not cuda:
         print("--real: no CUDA GPU here. Seconds, device memory and device syncs at real size were NOT measured.")
     print(
-        "* core's row needs our out-of-place blocks to run at all. Bytes: storages born in the step (meta: sizes that a GPU would allocate)."
+        "* core's row needs our out-of-place blocks to run at all. Bytes: storages born in the step (meta: sizes that "
+        "a GPU would allocate)."
     )
 
 

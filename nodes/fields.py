@@ -7,32 +7,36 @@ from dataclasses import fields
 
 from comfy_api.latest import io
 
-Dataset = io.Custom("TRAINYARD_DATASET")
-Encoded = io.Custom("TRAINYARD_ENCODED")
-ScoreModel = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scores.networks.ScoreModel
-LoraModel = io.Custom("LORA_MODEL")
-LossMap = io.Custom("LOSS_MAP")
+DatasetType = io.Custom("TRAINYARD_DATASET")
+EncodedType = io.Custom("TRAINYARD_ENCODED")
+ScoreModelType = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scores.networks.ScoreModel
+LoraModelType = io.Custom("LORA_MODEL")
+LossMapType = io.Custom("LOSS_MAP")
 CATEGORY = "model/training/trainyard"
 
 
-def inputs(record, *, only=(), without=(), optional=False):
-    """The record's fields as inputs, in its own order; `only` keeps the named ones, `without` leaves some out. `optional`: prompts that
-    were saved before the fields existed still run, with the defaults."""
+def settings_inputs(record, *, only=(), without=(), optional=False):
+    """The record's fields as inputs, in its own order; `only` keeps the named ones, `without` leaves some out.
+    `optional`: prompts that were saved before the fields existed still run, with the defaults."""
     chosen = [f for f in fields(record) if (f.name in only if only else f.name not in without)]
-    return [widget(f, optional) for f in chosen]
+    return [make_settings_widget(f, optional) for f in chosen]
 
 
-def latents_too():
+def latent_score_inputs():
     """Inputs of image scores that may score latents too: see latents.to_score."""
     return [
-        io.Model.Input("model", optional=True, tooltip="To score latents too: the model that they belong to. It is not loaded."),
-        io.Vae.Input("vae", optional=True, tooltip="To score latents too: what decodes them. TAESD needs a tenth of the memory."),
+        io.Model.Input(
+            "model", optional=True, tooltip="To score latents too: the model that they belong to. It is not loaded."
+        ),
+        io.Vae.Input(
+            "vae", optional=True, tooltip="To score latents too: what decodes them. TAESD needs a tenth of the memory."
+        ),
     ]
 
 
-def widget(f, optional=False):
+def make_settings_widget(f, optional=False):
     meta = f.metadata
-    about = dict(default=f.default, tooltip=tooltip(meta), advanced=meta.get("advanced") or None)
+    about = dict(default=f.default, tooltip=format_tooltip(meta), advanced=meta.get("advanced") or None)
     about["optional"] = optional or meta.get("later", False)
     if "options" in meta:
         return io.Combo.Input(f.name, options=list(meta["options"]), **about)
@@ -46,20 +50,20 @@ def widget(f, optional=False):
     return io.Float.Input(f.name, min=meta["lo"], max=meta["hi"], step=meta["step"] or 0.01, round=False, **about)
 
 
-def tooltip(meta):
+def format_tooltip(meta):
     """The hint, with the unit and the range that a person would ask for."""
     if "lo" not in meta:
         return meta["hint"]
     unit = f" {meta['unit']}" if meta.get("unit") else ""
-    return f"{meta['hint']} ({plain(meta['lo'])} to {plain(meta['hi'])}{unit})"
+    return f"{meta['hint']} ({format_range_number(meta['lo'])} to {format_range_number(meta['hi'])}{unit})"
 
 
-def plain(number) -> str:
+def format_range_number(number) -> str:
     """As a person writes it: 1000000 and not 1e+06, 10 and not 10.0."""
     return f"{number:g}" if isinstance(number, float) else str(number)
 
 
-def record(kind, values):
+def settings_from_widgets(kind, values):
     """The settings record of these widget values; re-checked here, because links bypass widget limits."""
     names = {f.name for f in fields(kind)}
     return kind(**{k: v for k, v in values.items() if k in names})

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import folder_paths
 
-NONE = "(no folder yet)"
+NO_DATASET_FOLDER = "(no folder yet)"
 NO_MASKS = "(none)"
-DEPTH = 3
-NOT_PICTURES = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
+MAX_FOLDER_DEPTH = 3
+NON_IMAGE_FOLDERS = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
 
 
-def roots() -> dict[str, Path]:
+def dataset_roots() -> dict[str, Path]:
     """Where datasets may lie, by the first part of their name."""
     return {
         "input": Path(folder_paths.get_input_directory()),
@@ -28,82 +28,96 @@ def saved_datasets_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "datasets"
 
 
-def dataset_folders() -> list[str]:
+def list_dataset_folders() -> list[str]:
     """Folders below input/, datasets/ and output/datasets/, as input/name, datasets/name or output/name, sorted."""
-    found = [f"{name}/{sub}" for name, root in roots().items() for sub in subfolders(root)]
-    return found or [NONE]
+    found = [f"{name}/{sub}" for name, root in dataset_roots().items() for sub in list_nested_folders(root)]
+    return found or [NO_DATASET_FOLDER]
 
 
-def subfolders(root: Path) -> list[str]:
+def list_nested_folders(root: Path) -> list[str]:
     """Relative paths of folders, at most DEPTH deep, without hidden ones."""
     out = []
     for folder, names, _ in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith(".") and n not in NOT_PICTURES)
+        names[:] = sorted(n for n in names if not n.startswith(".") and n not in NON_IMAGE_FOLDERS)
         relative = Path(folder).relative_to(root)
         if relative.parts:
             out.append(relative.as_posix())
-        if len(relative.parts) >= DEPTH:
+        if len(relative.parts) >= MAX_FOLDER_DEPTH:
             names.clear()
     return sorted(out)
 
 
-def dataset_folder(choice: str) -> Path:
+def resolve_dataset_folder(choice: str) -> Path:
     """The folder behind a choice of `dataset_folders`. Raises ValueError when it is below none of the roots."""
-    if choice == NONE:
-        raise ValueError("There is no dataset folder yet. Put a folder with pictures into ComfyUI's input folder, then press R to refresh.")
+    if choice == NO_DATASET_FOLDER:
+        raise ValueError(
+            "There is no dataset folder yet. Put a folder with pictures into ComfyUI's input folder, then press R to "
+            "refresh."
+        )
     name, _, rest = choice.replace("\\", "/").partition("/")
-    if name not in roots():
-        raise ValueError(f"The dataset folder is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots())}.")
-    return inside(roots()[name], rest, choice)
+    if name not in dataset_roots():
+        raise ValueError(
+            f"The dataset folder is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in dataset_roots())}."
+        )
+    return resolve_inside_root(dataset_roots()[name], rest, choice)
 
 
-PLACES = ("output/datasets", "input")  # where datasets are saved
+DATASET_SAVE_PLACES = ("output/datasets", "input")  # where datasets are saved
 
 
-def dataset_to_write(place: str, name: str) -> Path:
+def new_dataset_folder(place: str, name: str) -> Path:
     """The folder of this name below output/datasets or input. Raises ValueError for a bad name."""
-    if place not in PLACES:
-        raise ValueError(f"place is {place!r}; choose {' or '.join(PLACES)}.")
-    root = saved_datasets_folder() if place == PLACES[0] else roots()["input"]
-    plain = plain_name(name, "dataset")
-    if plain.count("/") >= DEPTH or any(part.startswith(".") for part in plain.split("/")):
-        raise ValueError(f"The dataset's name is {name!r}, where Load Dataset would not find it; use a plain name such as my_set, or folder/my_set.")
-    return inside(root, plain, name)
+    if place not in DATASET_SAVE_PLACES:
+        raise ValueError(f"place is {place!r}; choose {' or '.join(DATASET_SAVE_PLACES)}.")
+    root = saved_datasets_folder() if place == DATASET_SAVE_PLACES[0] else dataset_roots()["input"]
+    plain = validate_path_name(name, "dataset")
+    if plain.count("/") >= MAX_FOLDER_DEPTH or any(part.startswith(".") for part in plain.split("/")):
+        raise ValueError(
+            f"The dataset's name is {name!r}, where Load Dataset would not find it; use a plain name such as my_set, "
+            "or folder/my_set."
+        )
+    return resolve_inside_root(root, plain, name)
 
 
-def file_in(folder: Path, name: str) -> Path | None:
-    """The file of this name in the folder, None for no name. Raises ValueError when it lies elsewhere or does not exist."""
+def resolve_file_in_folder(folder: Path, name: str) -> Path | None:
+    """The file of this name in the folder, None for no name. Raises ValueError when it lies elsewhere or does not
+    exist."""
     if not name.strip():
         return None
-    file = inside(folder, name.strip().replace("\\", "/"), name)
+    file = resolve_inside_root(folder, name.strip().replace("\\", "/"), name)
     if not file.is_file():
-        raise ValueError(f"There is no file {name!r} in {folder}. Write the name of a .csv, .json or .jsonl file that lies there, or nothing.")
+        raise ValueError(
+            f"There is no file {name!r} in {folder}. Write the name of a .csv, .json or .jsonl file that lies there, "
+            "or nothing."
+        )
     return file
 
 
-def mask_folders() -> list[str]:
-    return [NO_MASKS, *(name for name in dataset_folders() if name != NONE)]
+def list_mask_folders() -> list[str]:
+    return [NO_MASKS, *(name for name in list_dataset_folders() if name != NO_DATASET_FOLDER)]
 
 
-def mask_folder(choice: str) -> Path | None:
+def resolve_mask_folder(choice: str) -> Path | None:
     """The folder behind a choice of `mask_folders`; None for no masks."""
-    return None if choice == NO_MASKS else dataset_folder(choice)
+    return None if choice == NO_MASKS else resolve_dataset_folder(choice)
 
 
-def pictures_folder() -> Path:
+def image_cache_folder() -> Path:
     """Pictures that came from the graph, called after their content."""
     return cache_folder() / "pictures"
 
 
-def plain_name(name: str, what: str) -> str:
+def validate_path_name(name: str, what: str) -> str:
     """The name with / between its parts. Raises ValueError unless every file system takes it."""
     plain = name.strip().replace("\\", "/").strip("/")
-    if not plain or any(part in ("", ".", "..") or part != part.strip(" ") or set(part) & set('<>:"|?*\0') for part in plain.split("/")):
+    if not plain or any(
+        part in ("", ".", "..") or part != part.strip(" ") or set(part) & set('<>:"|?*\0') for part in plain.split("/")
+    ):
         raise ValueError(f"The {what}'s name is {name!r}; use a plain name such as my_style, or folder/my_style.")
     return plain
 
 
-def inside(root: Path, relative: str, shown: str) -> Path:
+def resolve_inside_root(root: Path, relative: str, shown: str) -> Path:
     """root/relative, which must lie below root, links followed. Raises ValueError otherwise."""
     path = root / relative
     if not folder_paths.is_within_directory(str(root), str(path)):
@@ -130,10 +144,12 @@ def runs_folder() -> Path:
     return loras_folder() / "trainyard"
 
 
-def lora_to_write(name: str, is_the_same) -> Path:
-    """name.safetensors in output/loras, else name_2, name_3 ...: the first that does not exist, or that `is_the_same(path)` already.
-    Raises ValueError for a bad name."""
-    return free_file(loras_folder(), plain_name(name.strip().removesuffix(".safetensors"), "LoRA"), name, is_the_same)
+def new_lora_path(name: str, is_the_same) -> Path:
+    """name.safetensors in output/loras, else name_2, name_3 ...: the first that does not exist, or that
+    `is_the_same(path)` already. Raises ValueError for a bad name."""
+    return first_free_path(
+        loras_folder(), validate_path_name(name.strip().removesuffix(".safetensors"), "LoRA"), name, is_the_same
+    )
 
 
 def lora_names() -> list[str]:
@@ -141,42 +157,57 @@ def lora_names() -> list[str]:
 
 
 def lora_path(name: str) -> Path:
-    """The file behind a name of `lora_names`. Raises ValueError when there is none, or when it is no safetensors file."""
+    """The file behind a name of `lora_names`. Raises ValueError when there is none, or when it is no safetensors
+    file."""
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise ValueError(f"There is no LoRA named {name!r} in {', '.join(folder_paths.get_folder_paths('loras'))}.")
     if not path.endswith((".safetensors", ".sft")):
-        raise ValueError(f"{name!r} is no .safetensors file; other formats can run code when they are opened and are refused.")
+        raise ValueError(
+            f"{name!r} is no .safetensors file; other formats can run code when they are opened and are refused."
+        )
     return Path(path)
 
 
-# -- captioners ----------------------------------------------------------------------------------------------------------------------
+# -- captioners --------------------------------------------------------------------------------------------------------
 
-CAPTIONER_KINDS = ("VLM", "LLM", "LLavacheckpoints", "florence2", "wd14_tagger", "captioners")  # where other packs keep theirs, then ours
-BLIND = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "clipseg")  # they see, and say nothing
+CAPTIONER_FOLDERS = (
+    "VLM",
+    "LLM",
+    "LLavacheckpoints",
+    "florence2",
+    "wd14_tagger",
+    "captioners",
+)  # where other packs keep theirs, then ours
+NON_CAPTIONING_MODELS = ("clip", "siglip", "siglip2", "chinese_clip", "altclip", "clipseg")  # they see, and say nothing
 
 
 def captioner_roots() -> list[tuple[str, Path]]:
-    """(kind, folder) of everywhere a captioner may lie, in the order of search; extra_model_paths.yaml may name more."""
+    """(kind, folder) of everywhere a captioner may lie, in the order of search; extra_model_paths.yaml may name
+    more."""
     out = []
-    for kind in CAPTIONER_KINDS:
+    for kind in CAPTIONER_FOLDERS:
         registered = folder_paths.folder_names_and_paths.get(kind, ((), None))[0]
-        out += [(kind, Path(folder)) for folder in dict.fromkeys((*registered, os.path.join(folder_paths.models_dir, kind)))]
+        out += [
+            (kind, Path(folder)) for folder in dict.fromkeys((*registered, os.path.join(folder_paths.models_dir, kind)))
+        ]
     return out
 
 
-def captioners_folder() -> Path:
+def captioner_download_folder() -> Path:
     """Where downloads go."""
     return Path(folder_paths.models_dir) / "captioners"
 
 
 def captioner_names() -> list[str]:
     """Captioners on this machine: kind/name or kind/owner/name below models/, owner/name in Hugging Face's cache."""
-    found = [f"{kind}/{sub}" for kind, root in captioner_roots() if root.is_dir() for sub in captioners_in(root)]
+    found = [
+        f"{kind}/{sub}" for kind, root in captioner_roots() if root.is_dir() for sub in find_captioners_below(root)
+    ]
     return list(dict.fromkeys([*found, *(repo for repo, _ in hub_snapshots())]))
 
 
-def captioners_in(root: Path) -> list[str]:
+def find_captioners_below(root: Path) -> list[str]:
     near = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     far = [sub for folder in near if not is_captioner(folder) for sub in sorted(folder.iterdir()) if sub.is_dir()]
     return [folder.relative_to(root).as_posix() for folder in [*near, *far] if is_captioner(folder)]
@@ -195,10 +226,10 @@ def is_captioner(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     sees = isinstance(config, dict) and {"vision_config", "vit_config", "encoder"} & set(config)
-    return bool(sees) and config.get("model_type") not in BLIND
+    return bool(sees) and config.get("model_type") not in NON_CAPTIONING_MODELS
 
 
-def hub_cache() -> Path:
+def hub_cache_folder() -> Path:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
 
@@ -206,75 +237,89 @@ def hub_cache() -> Path:
 def hub_snapshots() -> list[tuple[str, Path]]:
     """(owner/name, folder) of captioners in Hugging Face's cache, the newest snapshot of each."""
     out = []
-    for folder in sorted(hub_cache().glob("models--*--*/snapshots")):
-        snapshots = [s for s in sorted(folder.iterdir(), key=lambda s: s.stat().st_mtime, reverse=True) if is_captioner(s)]
+    for folder in sorted(hub_cache_folder().glob("models--*--*/snapshots")):
+        snapshots = [
+            s for s in sorted(folder.iterdir(), key=lambda s: s.stat().st_mtime, reverse=True) if is_captioner(s)
+        ]
         if snapshots:
             out.append((folder.parent.name.removeprefix("models--").replace("--", "/"), snapshots[0]))
     return out
 
 
-def captioner_model(choice: str) -> Path | None:
-    """The folder behind kind/name or owner/name, or None when it is not on this machine. Raises ValueError for a name that leaves its root."""
+def resolve_captioner_folder(choice: str) -> Path | None:
+    """The folder behind kind/name or owner/name, or None when it is not on this machine. Raises ValueError for a name
+    that leaves its root."""
     kind, _, rest = choice.replace("\\", "/").partition("/")
     for root in [root for each, root in captioner_roots() if each == kind and rest]:
-        if is_captioner(folder := inside(root, rest, choice)):
+        if is_captioner(folder := resolve_inside_root(root, rest, choice)):
             return folder
-    if kind in CAPTIONER_KINDS or not rest:
+    if kind in CAPTIONER_FOLDERS or not rest:
         return None
-    wanted = [inside(root, name, choice) for _, root in captioner_roots() for name in (Path(rest).name, f"{kind}/{rest}")]
-    return next((folder for folder in [*wanted, *(path for repo, path in hub_snapshots() if repo == f"{kind}/{rest}")] if is_captioner(folder)), None)
+    wanted = [
+        resolve_inside_root(root, name, choice)
+        for _, root in captioner_roots()
+        for name in (Path(rest).name, f"{kind}/{rest}")
+    ]
+    return next(
+        (
+            folder
+            for folder in [*wanted, *(path for repo, path in hub_snapshots() if repo == f"{kind}/{rest}")]
+            if is_captioner(folder)
+        ),
+        None,
+    )
 
 
-def captioner_to_download(repo: str) -> Path:
+def new_captioner_folder(repo: str) -> Path:
     """Where a repository goes. Raises ValueError when the name is none."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.split("/")[0] in CAPTIONER_KINDS:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.split("/")[0] in CAPTIONER_FOLDERS:
         raise ValueError(f"{repo!r} names no repository to download; it must look like owner/name.")
-    captioners_folder().mkdir(parents=True, exist_ok=True)
-    return inside(captioners_folder(), repo.split("/")[1], repo)
+    captioner_download_folder().mkdir(parents=True, exist_ok=True)
+    return resolve_inside_root(captioner_download_folder(), repo.split("/")[1], repo)
 
 
-# -- prompt files ---------------------------------------------------------------------------------------------------------------
+# -- prompt files ------------------------------------------------------------------------------------------------------
 
-NO_FILE = "(the text below)"
+NO_PROMPT_FILE = "(the text below)"
 
 
-def prompt_files() -> list[str]:
+def list_prompt_files() -> list[str]:
     """Prompt files in input/ and datasets/, as input/name, after the choice of none."""
-    from ..trainers.data.prompts import ENDINGS
+    from ..trainers.data.prompts import PROMPT_FILE_FORMATS
 
     found = [
         f"{name}/{file.relative_to(root).as_posix()}"
-        for name, root in roots().items()
-        for folder in (root, *(root / sub for sub in subfolders(root)))
+        for name, root in dataset_roots().items()
+        for folder in (root, *(root / sub for sub in list_nested_folders(root)))
         for file in sorted(folder.glob("*"))
-        if file.suffix.lower() in ENDINGS and file.is_file() and not beside_a_picture(file)
+        if file.suffix.lower() in PROMPT_FILE_FORMATS and file.is_file() and not is_caption_file(file)
     ]
-    return [NO_FILE, *found]
+    return [NO_PROMPT_FILE, *found]
 
 
-def beside_a_picture(file: Path) -> bool:
+def is_caption_file(file: Path) -> bool:
     """Whether it is the caption of a picture, which no one would look for here."""
     return any(file.with_suffix(ending).exists() for ending in (".png", ".jpg", ".jpeg", ".webp"))
 
 
-def prompt_file(choice: str) -> Path:
+def resolve_prompt_file(choice: str) -> Path:
     """The file behind a choice of `prompt_files`. Raises ValueError when it is not there or lies elsewhere."""
     name, _, rest = choice.replace("\\", "/").partition("/")
-    if name not in roots():
-        raise ValueError(f"The file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots())}.")
-    path = inside(roots()[name], rest, choice)
+    if name not in dataset_roots():
+        raise ValueError(f"The file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in dataset_roots())}.")
+    path = resolve_inside_root(dataset_roots()[name], rest, choice)
     if not path.is_file():
         raise ValueError(f"There is no file {choice!r}. Put it into ComfyUI's input folder, then press R to refresh.")
     return path
 
 
-def state_of(path: Path) -> str:
+def file_change_stamp(path: Path) -> str:
     """Changes when the file does."""
     stat = path.stat()
     return f"{stat.st_size}/{stat.st_mtime_ns}"
 
 
-# -- score models -----------------------------------------------------------------------------------------------------------------
+# -- score models ------------------------------------------------------------------------------------------------------
 
 SCORE_MODELS = "score_models"
 NO_SCORE_MODEL = "(no score model yet)"
@@ -290,7 +335,9 @@ def score_model_folders() -> list[Path]:
 
 def score_model_names() -> list[str]:
     score_model_folders()
-    return sorted(n for n in folder_paths.get_filename_list(SCORE_MODELS) if n.endswith(".safetensors")) or [NO_SCORE_MODEL]
+    return sorted(n for n in folder_paths.get_filename_list(SCORE_MODELS) if n.endswith(".safetensors")) or [
+        NO_SCORE_MODEL
+    ]
 
 
 def score_model_path(name: str) -> Path:
@@ -298,71 +345,87 @@ def score_model_path(name: str) -> Path:
     folders = score_model_folders()
     path = None if name == NO_SCORE_MODEL else folder_paths.get_full_path(SCORE_MODELS, name)
     if path is None or not path.endswith(".safetensors"):
-        raise ValueError(f"There is no score model named {name!r} in {', '.join(map(str, folders))}. Train one and save it with Save Score Model.")
+        raise ValueError(
+            f"There is no score model named {name!r} in {', '.join(map(str, folders))}. Train one and save it with "
+            "Save Score Model."
+        )
     return Path(path)
 
 
-def score_model_to_write(name: str, is_the_same) -> Path:
-    """name.safetensors in models/score_models, else name_2, name_3 ...: the first that does not exist, or that `is_the_same(path)` already."""
-    return free_file(score_model_folders()[0], plain_name(name.strip().removesuffix(".safetensors"), "score model"), name, is_the_same)
+def new_score_model_path(name: str, is_the_same) -> Path:
+    """name.safetensors in models/score_models, else name_2, name_3 ...: the first that does not exist, or that
+    `is_the_same(path)` already."""
+    return first_free_path(
+        score_model_folders()[0],
+        validate_path_name(name.strip().removesuffix(".safetensors"), "score model"),
+        name,
+        is_the_same,
+    )
 
 
-def free_file(root: Path, plain: str, name: str, is_the_same) -> Path:
-    path, count = inside(root, f"{plain}.safetensors", name), 2
+def first_free_path(root: Path, plain: str, name: str, is_the_same) -> Path:
+    path, count = resolve_inside_root(root, f"{plain}.safetensors", name), 2
     while path.exists() and not is_the_same(path):
-        path = inside(root, f"{plain}_{count}.safetensors", name)
+        path = resolve_inside_root(root, f"{plain}_{count}.safetensors", name)
         count += 1
     return path
 
 
-def scores_folder() -> Path:
+def score_cache_folder() -> Path:
     """Score models that were trained before, called after everything that made them."""
     return cache_folder() / "score_models"
 
 
-def pair_files() -> list[str]:
+def list_pair_files() -> list[str]:
     """Tables in input/ and datasets/ that may hold pairs of pictures, as input/name, after the choice of none."""
-    return [NO_PAIRS, *(
-        f"{name}/{file.relative_to(root).as_posix()}"
-        for name, root in roots().items()
-        for folder in (root, *(root / sub for sub in subfolders(root)))
-        for file in sorted(folder.glob("*"))
-        if file.suffix.lower() in (".csv", ".tsv") and file.is_file()
-    )]  # fmt: skip
+    return [
+        NO_PAIRS,
+        *(
+            f"{name}/{file.relative_to(root).as_posix()}"
+            for name, root in dataset_roots().items()
+            for folder in (root, *(root / sub for sub in list_nested_folders(root)))
+            for file in sorted(folder.glob("*"))
+            if file.suffix.lower() in (".csv", ".tsv") and file.is_file()
+        ),
+    ]
 
 
-def pair_file(choice: str) -> Path | None:
+def resolve_pair_file(choice: str) -> Path | None:
     """The file behind a choice of `pair_files`; None for none."""
-    return None if choice == NO_PAIRS else prompt_file(choice)
+    return None if choice == NO_PAIRS else resolve_prompt_file(choice)
 
 
-# -- aesthetic heads ------------------------------------------------------------------------------------------------------------------------
+# -- aesthetic heads ---------------------------------------------------------------------------------------------------
 
 AESTHETIC_HEADS = "aesthetic_heads"
-HEAD_ENDINGS = {".safetensors", ".pth", ".pt", ".ckpt"}
+HEAD_EXTENSIONS = {".safetensors", ".pth", ".pt", ".ckpt"}
 NO_HEAD = "(no head yet)"
 NO_POOLER = "(none)"
 
 
-def head_folders() -> list[Path]:
+def aesthetic_head_folders() -> list[Path]:
     """models/aesthetic_heads, after what extra_model_paths.yaml names for it."""
     own = os.path.join(folder_paths.models_dir, AESTHETIC_HEADS)
-    named, _ = folder_paths.folder_names_and_paths.setdefault(AESTHETIC_HEADS, ([own], set(HEAD_ENDINGS)))
+    named, _ = folder_paths.folder_names_and_paths.setdefault(AESTHETIC_HEADS, ([own], set(HEAD_EXTENSIONS)))
     return [Path(folder) for folder in named]
 
 
-def head_names() -> list[str]:
-    head_folders()
-    return sorted(n for n in folder_paths.get_filename_list(AESTHETIC_HEADS) if Path(n).suffix in HEAD_ENDINGS) or [NO_HEAD]
+def aesthetic_head_names() -> list[str]:
+    aesthetic_head_folders()
+    return sorted(n for n in folder_paths.get_filename_list(AESTHETIC_HEADS) if Path(n).suffix in HEAD_EXTENSIONS) or [
+        NO_HEAD
+    ]
 
 
-def head_path(name: str) -> Path:
+def aesthetic_head_path(name: str) -> Path:
     """The file behind a name of `head_names`. Raises ValueError when there is none."""
-    folders = head_folders()
+    folders = aesthetic_head_folders()
     path = None if name == NO_HEAD else folder_paths.get_full_path(AESTHETIC_HEADS, name)
-    if path is None or Path(path).suffix not in HEAD_ENDINGS:
-        raise ValueError(f"There is no aesthetic head named {name!r} in {', '.join(map(str, folders))}. Put a head there, such as LAION's "
-                         "sac+logos+ava1-l14-linearMSE.pth (4 MB) for CLIP ViT-L/14, then press R to refresh.")
+    if path is None or Path(path).suffix not in HEAD_EXTENSIONS:
+        raise ValueError(
+            f"There is no aesthetic head named {name!r} in {', '.join(map(str, folders))}. Put a head there, such as "
+            "LAION's sac+logos+ava1-l14-linearMSE.pth (4 MB) for CLIP ViT-L/14, then press R to refresh."
+        )
     return Path(path)
 
 
@@ -377,5 +440,8 @@ def pooler_path(name: str) -> Path | None:
         return None
     path = folder_paths.get_full_path("clip_vision", name)
     if path is None or not path.endswith(".safetensors"):
-        raise ValueError(f"There is no file {name!r} in {', '.join(folder_paths.get_folder_paths('clip_vision'))}. Press R to refresh.")
+        raise ValueError(
+            f"There is no file {name!r} in {', '.join(folder_paths.get_folder_paths('clip_vision'))}. Press R to "
+            "refresh."
+        )
     return Path(path)

@@ -1,7 +1,8 @@
-"""Marks, skipped groups and fixtures for every test: ComfyUI in this process (`comfy`, `folders`) and a real server (`server`).
+"""Marks, skipped groups and fixtures for every test: ComfyUI in this process (`comfy`, `folders`) and a real server
+(`server`).
 
-Groups by folder: unit/ and toy/ need nothing; comfy/ and workflows/ need ComfyUI; browser/ needs Chromium and Node as well.
-A group that cannot run here is not collected, and says so in one loud line at the end.
+Groups by folder: unit/ and toy/ need nothing; comfy/ and workflows/ need ComfyUI; browser/ needs Chromium and Node as
+well. A group that cannot run here is not collected, and says so in one loud line at the end.
 """
 
 import importlib.util
@@ -23,7 +24,11 @@ def no_comfyui():
     if place is None:
         return "ComfyUI not found (set COMFYUI_PATH to its folder)"
     missing = [name for name in HOST_PACKAGES if importlib.util.find_spec(name) is None]
-    return f"ComfyUI at {place} needs {', '.join(missing)}, not visible here (run `make env`, then .venv/bin/pytest)" if missing else ""
+    return (
+        f"ComfyUI at {place} needs {', '.join(missing)}, not visible here (run `make env`, then .venv/bin/pytest)"
+        if missing
+        else ""
+    )
 
 
 def no_browser():
@@ -35,7 +40,9 @@ def no_browser():
 
 def chromium():
     """Path of a Chromium, or None."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
 
 
 GROUPS = {"comfy": ("comfy", no_comfyui), "workflows": ("comfy", no_comfyui), "browser": ("browser", no_browser)}
@@ -44,7 +51,9 @@ SKIPPED = {}  # group -> why
 
 def group_of(path):
     """Name of the folder below tests/ that a file lies in."""
-    parts = pathlib.Path(path).resolve().relative_to(TESTS).parts if TESTS in pathlib.Path(path).resolve().parents else ()
+    parts = (
+        pathlib.Path(path).resolve().relative_to(TESTS).parts if TESTS in pathlib.Path(path).resolve().parents else ()
+    )
     return parts[0] if parts else ""
 
 

@@ -1,4 +1,5 @@
-"""Pictures drawn from a seed whose faults are known: textures with the spectrum of photos, softened, enlarged, framed."""
+"""Pictures drawn from a seed whose faults are known: textures with the spectrum of photos, softened, enlarged,
+framed."""
 
 import io
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions.variants import CaptionSettings
-from trainyard.trainers.data.encode import encode
+from trainyard.trainers.data.encode import encode_dataset
 from trainyard.trainers.data.readers import read_folder
 
 
@@ -43,7 +43,12 @@ class FakeText:
         return [self.cond(float(len(text))) for text in texts]
 
     def cond(self, value):
-        return {"cross_attn": torch.full((1, 3, 4), value), "pooled_output": torch.ones(1, 2).half(), "mask": None, **self.extras}
+        return {
+            "cross_attn": torch.full((1, 3, 4), value),
+            "pooled_output": torch.ones(1, 2).half(),
+            "mask": None,
+            **self.extras,
+        }
 
 
 def picture(path, size=(16, 16), seed=0):
@@ -67,4 +72,13 @@ def encoded(root, dataset=None, folder="in", captions=None, buckets=None, flip=F
     """The pictures in root/in, encoded with small buckets into root/cache."""
     dataset = read_folder(root / folder) if dataset is None else dataset
     buckets = buckets or BucketSettings(resolution=16, step=8)
-    return encode(dataset, captions or CaptionSettings(), buckets, flip, vae or FakeVae(), text or FakeText(), root / "cache", **rest)
+    return encode_dataset(
+        dataset,
+        captions or CaptionSettings(),
+        buckets,
+        flip,
+        vae or FakeVae(),
+        text or FakeText(),
+        root / "cache",
+        **rest,
+    )

@@ -1,4 +1,5 @@
-"""Diffusers folders and SD3-shaped files of a few thousand random numbers, with a vocabulary of letters: no network, no weights."""
+"""Diffusers folders and SD3-shaped files of a few thousand random numbers, with a vocabulary of letters: no network, no
+weights."""
 
 import gzip
 import json
@@ -14,7 +15,7 @@ VOCABULARY = 2 * 256 + len(MERGES) + 2
 
 def vocabulary(folder):
     """CLIP's packed list of merges, but a short one."""
-    path = folder / words.VOCABULARY
+    path = folder / words.CLIP_VOCABULARY_NAME
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("\n".join(["#version", *MERGES]))
     return path
@@ -44,7 +45,7 @@ def save_clip(folder, number="", width=32, seed=1, projected=False):
     drawn(kind(clip_config(width)), seed).save_pretrained(folder / f"text_encoder{number}")
     tokenizer = folder / f"tokenizer{number}"
     tokenizer.mkdir()
-    words.write_vocabulary(vocabulary(folder), tokenizer)
+    words.write_clip_vocabulary(vocabulary(folder), tokenizer)
 
 
 def save_t5(folder, number, width=64):
@@ -55,7 +56,9 @@ def save_t5(folder, number, width=64):
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder / f"tokenizer{number}")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(
+        folder / f"tokenizer{number}"
+    )
     config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
     drawn(T5EncoderModel(config), 4).save_pretrained(folder / f"text_encoder{number}")
 
@@ -90,7 +93,9 @@ def sd15(folder):
 
 
 def sdxl(folder, **scheduler):
-    added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8)
+    added = dict(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8
+    )
     unet(cross_attention_dim=64, **added).save_pretrained(folder / "unet")
     save_clip(folder)
     save_clip(folder, "_2", seed=2, projected=True)
@@ -136,7 +141,7 @@ def folder(family, path):
     return path
 
 
-# -- an SD3-shaped single file, in ComfyUI's names -------------------------------------------------------------------------------
+# -- an SD3-shaped single file, in ComfyUI's names ---------------------------------------------------------------------
 
 
 def sd3_tensors(seed=0, clip=True, vae=True):
@@ -145,7 +150,10 @@ def sd3_tensors(seed=0, clip=True, vae=True):
     table = {f"model.diffusion_model.{k}": s for k, s in mmdit_table().items()}
     table |= {f"text_encoders.clip_l.transformer.text_model.{k}": s for k, s in clip_table().items()} if clip else {}
     table |= {f"first_stage_model.{k}": s for k, s in taesd_table().items()} if vae else {}
-    tensors = {k: torch.randn(s, generator=rng) * (1 / math.sqrt(math.prod(s[1:])) if len(s) > 1 else 0.05) for k, s in table.items()}
+    tensors = {
+        k: torch.randn(s, generator=rng) * (1 / math.sqrt(math.prod(s[1:])) if len(s) > 1 else 0.05)
+        for k, s in table.items()
+    }
     for k in tensors:
         if "norm" in k and k.endswith("weight"):
             tensors[k] += 1.0
@@ -170,14 +178,23 @@ def mmdit_table(depth=2, grid=8):
     for i in range(depth):
         for side in ("x_block", "context_block"):
             name, last = f"joint_blocks.{i}.{side}", side == "context_block" and i == depth - 1
-            table |= linear(f"{name}.attn.qkv", 3 * w, w) | linear(f"{name}.adaLN_modulation.1", (2 if last else 6) * w, w)
+            table |= linear(f"{name}.attn.qkv", 3 * w, w) | linear(
+                f"{name}.adaLN_modulation.1", (2 if last else 6) * w, w
+            )
             if not last:
-                table |= linear(f"{name}.attn.proj", w, w) | linear(f"{name}.mlp.fc1", 4 * w, w) | linear(f"{name}.mlp.fc2", w, 4 * w)
+                table |= (
+                    linear(f"{name}.attn.proj", w, w)
+                    | linear(f"{name}.mlp.fc1", 4 * w, w)
+                    | linear(f"{name}.mlp.fc2", w, 4 * w)
+                )
     return table | linear("final_layer.linear", 64, w) | linear("final_layer.adaLN_modulation.1", 2 * w, w)
 
 
 def clip_table(width=64, layers=2):
-    table = {"embeddings.token_embedding.weight": (VOCABULARY, width), "embeddings.position_embedding.weight": (77, width)}
+    table = {
+        "embeddings.token_embedding.weight": (VOCABULARY, width),
+        "embeddings.position_embedding.weight": (77, width),
+    }
     for i in range(layers):
         name = f"encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -189,7 +206,10 @@ def clip_table(width=64, layers=2):
 
 def taesd_table(channels=16):
     """TAESD counts its layers in a row: three halvings, three doublings, blocks of three convolutions between."""
-    kinds = {"encoder": "i bdbbbdbbbdbbb o", "decoder": ".i.bbb.dbbb.dbbb.db o"}  # i, o ends; b block; d halving; . no weights
+    kinds = {
+        "encoder": "i bdbbbdbbbdbbb o",
+        "decoder": ".i.bbb.dbbb.dbbb.db o",
+    }  # i, o ends; b block; d halving; . no weights
     table = {}
     for side, row in kinds.items():
         for index, kind in enumerate(row.replace(" ", "")):
@@ -200,7 +220,9 @@ def taesd_table(channels=16):
 
 def taesd_layer(name, kind, inputs, outputs):
     if kind == "b":
-        return {f"{name}.conv.{i}.{end}": s for i in (0, 2, 4) for end, s in (("weight", (64, 64, 3, 3)), ("bias", (64,)))}
+        return {
+            f"{name}.conv.{i}.{end}": s for i in (0, 2, 4) for end, s in (("weight", (64, 64, 3, 3)), ("bias", (64,)))
+        }
     if kind == "d":
         return {f"{name}.weight": (64, 64, 3, 3)}
     sizes = {"i": (64, inputs, 3, 3), "o": (outputs, 64, 3, 3)}

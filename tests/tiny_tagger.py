@@ -1,6 +1,7 @@
 """Taggers small enough to be trained while a test runs: they know three colours, two characters and two ratings.
 
-The pictures are prepared here once more, slowly and literally, so that a mistake in the tagger's own preparation is not learnt with it.
+The pictures are prepared here once more, slowly and literally, so that a mistake in the tagger's own preparation is not
+learnt with it.
 """
 
 import csv
@@ -13,7 +14,16 @@ from torch import nn
 
 SIZE = 32
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220)}
-TAGS = [("bright", 9), ("dark", 9), ("red", 0), ("green", 0), ("blue", 0), ("red_square", 0), ("rosa_(toy_story)", 4), ("bluebell_(toy)", 4)]
+TAGS = [
+    ("bright", 9),
+    ("dark", 9),
+    ("red", 0),
+    ("green", 0),
+    ("blue", 0),
+    ("red_square", 0),
+    ("rosa_(toy_story)", 4),
+    ("bluebell_(toy)", 4),
+]
 
 
 def drawn(colour, shift=0, size=(48, 32), ground=(255, 255, 255)):
@@ -25,7 +35,9 @@ def drawn(colour, shift=0, size=(48, 32), ground=(255, 255, 255)):
 
 def truth(colour):
     """What the tags of such a picture are, 1 or 0 each."""
-    told = {"bright", colour, {"red": "rosa_(toy_story)", "blue": "bluebell_(toy)"}.get(colour)} | ({"red_square"} if colour == "red" else set())
+    told = {"bright", colour, {"red": "rosa_(toy_story)", "blue": "bluebell_(toy)"}.get(colour)} | (
+        {"red_square"} if colour == "red" else set()
+    )
     return [float(name in told) for name, _ in TAGS]
 
 
@@ -80,7 +92,9 @@ def timm_folder(folder):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=len(TAGS), **shape)
     taught(network, lambda pixels: (pixels / 255 - 0.5) / 0.5, steps=60, rate=5e-3)
     folder.mkdir(parents=True)
-    cfg = dict(input_size=(3, SIZE, SIZE), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
+    cfg = dict(
+        input_size=(3, SIZE, SIZE), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0
+    )
     network.pretrained_cfg = network.default_cfg = {**network.pretrained_cfg, **cfg}
     timm.models.save_for_hf(network, folder, model_args=shape, safe_serialization=True)
     write_tags(folder)
@@ -93,7 +107,9 @@ def onnx_folder(folder, sigmoid=True):
     from onnx import TensorProto, helper, numpy_helper
 
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, len(TAGS)))
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, len(TAGS))
+    )
     taught(network, lambda pixels: pixels / 255, steps=250, rate=3e-2)
     tensors = [numpy_helper.from_array(p.detach().numpy(), name) for name, p in network.named_parameters()]
     tensors.append(numpy_helper.from_array(np.float32([1 / 255]), "unit"))
@@ -114,6 +130,8 @@ def onnx_folder(folder, sigmoid=True):
         [helper.make_tensor_value_info(out, TensorProto.FLOAT, ["batch", len(TAGS)])], tensors,
     )  # fmt: skip
     folder.mkdir(parents=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(folder / "model.onnx"))
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(folder / "model.onnx")
+    )
     write_tags(folder)
     return pathlib.Path(folder)

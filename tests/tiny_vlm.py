@@ -1,9 +1,11 @@
-"""Small vision-language models that transformers' real classes accept, built from configs on the spot: no weights, no network.
+"""Small vision-language models that transformers' real classes accept, built from configs on the spot: no weights, no
+network.
 
     folder = tiny_vlm.build("llava", tmp_path)     # a folder as a person would download it
 
-Their tokenizer knows the 256 bytes and a few marks, so that any text is spoken; random weights say noise, which proves the wiring.
-`taught_blip` is the exception: it learns to tell three colours apart in seconds, so that a caption has a meaning.
+Their tokenizer knows the 256 bytes and a few marks, so that any text is spoken; random weights say noise, which proves
+the wiring. `taught_blip` is the exception: it learns to tell three colours apart in seconds, so that a caption has a
+meaning.
 """
 
 import pathlib
@@ -13,10 +15,20 @@ from PIL import Image
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048)
-EYES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+)
+EYES = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+)
 
 
 def tokenizer(*marks, template=None, **names):
@@ -42,7 +54,9 @@ def ends(words):
 def eyes_processor(kind="CLIPImageProcessor", **more):
     import transformers
 
-    return getattr(transformers, kind)(**(more or dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})))
+    return getattr(transformers, kind)(
+        **(more or dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}))
+    )
 
 
 def saved(folder, model, processor):
@@ -78,13 +92,19 @@ def qwen25_vl(folder):
     words = tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", template=template)
     ids = {f"{name}_token_id": words.convert_tokens_to_ids(mark) for name, mark in
            dict(image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>").items()}  # fmt: skip
-    text = dict(vocab_size=len(words), **TEXT, **ends(words), rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
+    text = dict(
+        vocab_size=len(words), **TEXT, **ends(words), rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}
+    )
     eyes = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=14, spatial_merge_size=2,
                 fullatt_block_indexes=[1])  # fmt: skip
     model = t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **ids))
     images = eyes_processor("Qwen2VLImageProcessor", min_pixels=28 * 28, max_pixels=56 * 56)
     video = t.Qwen2VLVideoProcessor()
-    return saved(folder, model, t.Qwen2_5_VLProcessor(image_processor=images, tokenizer=words, video_processor=video, chat_template=template))
+    return saved(
+        folder,
+        model,
+        t.Qwen2_5_VLProcessor(image_processor=images, tokenizer=words, video_processor=video, chat_template=template),
+    )
 
 
 def qwen3_vl(folder):
@@ -94,21 +114,42 @@ def qwen3_vl(folder):
     words = tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", template=template)
     ids = {f"{name}_token_id": words.convert_tokens_to_ids(mark) for name, mark in
            dict(image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>").items()}  # fmt: skip
-    text = dict(vocab_size=len(words), **TEXT, head_dim=16, **ends(words), rope_scaling={"rope_type": "default", "mrope_section": [2, 3, 3]})
+    text = dict(
+        vocab_size=len(words),
+        **TEXT,
+        head_dim=16,
+        **ends(words),
+        rope_scaling={"rope_type": "default", "mrope_section": [2, 3, 3]},
+    )
     eyes = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=16, spatial_merge_size=2,
                 num_position_embeddings=16, deepstack_visual_indexes=[0])  # fmt: skip
     model = t.Qwen3VLForConditionalGeneration(t.Qwen3VLConfig(text_config=text, vision_config=eyes, **ids))
-    images = eyes_processor("Qwen2VLImageProcessor", patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64})
+    images = eyes_processor(
+        "Qwen2VLImageProcessor", patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    )
     video = t.Qwen3VLVideoProcessor()
-    return saved(folder, model, t.Qwen3VLProcessor(image_processor=images, tokenizer=words, video_processor=video, chat_template=template))
+    return saved(
+        folder,
+        model,
+        t.Qwen3VLProcessor(image_processor=images, tokenizer=words, video_processor=video, chat_template=template),
+    )
 
 
 def gemma3(folder):
     import transformers as t
 
     template = TEMPLATE.replace("IMAGE", "<start_of_image>")
-    words = tokenizer("<start_of_image>", "<end_of_image>", "<image_soft_token>", template=template,
-                      extra_special_tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"})
+    words = tokenizer(
+        "<start_of_image>",
+        "<end_of_image>",
+        "<image_soft_token>",
+        template=template,
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+    )
     config = t.Gemma3Config(
         text_config=dict(vocab_size=len(words), **TEXT, head_dim=16, sliding_window=64, **ends(words)),
         vision_config=t.SiglipVisionConfig(**EYES, vision_use_head=False).to_dict(), mm_tokens_per_image=4,
@@ -130,7 +171,12 @@ def smolvlm(folder):
         text_config=t.LlamaConfig(vocab_size=len(words), **TEXT, **ends(words)), vision_config=EYES, scale_factor=2,
         image_token_id=words.convert_tokens_to_ids("<image>"), pad_token_id=words.pad_token_id,
     )  # fmt: skip
-    images = eyes_processor("Idefics3ImageProcessor", do_image_splitting=False, size={"longest_edge": 28}, max_image_size={"longest_edge": 28})
+    images = eyes_processor(
+        "Idefics3ImageProcessor",
+        do_image_splitting=False,
+        size={"longest_edge": 28},
+        max_image_size={"longest_edge": 28},
+    )
     processor = t.Idefics3Processor(image_processor=images, tokenizer=words, image_seq_len=1, chat_template=template)
     return saved(folder, t.Idefics3ForConditionalGeneration(config), processor)
 
@@ -139,9 +185,18 @@ def internvl(folder):
     import transformers as t
 
     template = TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>")
-    marks = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>")
+    marks = dict(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
+    )
     words = tokenizer(*marks.values(), template=template, extra_special_tokens=marks)
-    eyes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[28, 28], patch_size=[7, 7])
+    eyes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[28, 28],
+        patch_size=[7, 7],
+    )
     text = t.Qwen2Config(vocab_size=len(words), **TEXT, **ends(words))
     config = t.InternVLConfig(vision_config=eyes, text_config=text, image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
                               downsample_ratio=0.5)  # fmt: skip
@@ -162,7 +217,11 @@ def paligemma(folder):
     )  # fmt: skip
     images = eyes_processor("SiglipImageProcessor", size={"height": 28, "width": 28})
     images.image_seq_length = 4
-    return saved(folder, t.PaliGemmaForConditionalGeneration(config), t.PaliGemmaProcessor(image_processor=images, tokenizer=words))
+    return saved(
+        folder,
+        t.PaliGemmaForConditionalGeneration(config),
+        t.PaliGemmaProcessor(image_processor=images, tokenizer=words),
+    )
 
 
 def florence2(folder):
@@ -175,10 +234,19 @@ def florence2(folder):
     text = dict(model_type="bart", vocab_size=len(words), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
                 decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=512,
                 decoder_start_token_id=words.eos_token_id, forced_eos_token_id=words.eos_token_id, **ends(words))  # fmt: skip
-    config = t.Florence2Config(vision_config=eyes, text_config=text, image_token_id=words.convert_tokens_to_ids("<image>"), is_encoder_decoder=True)
+    config = t.Florence2Config(
+        vision_config=eyes,
+        text_config=text,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        is_encoder_decoder=True,
+    )
     images = eyes_processor("CLIPImageProcessor", size={"height": 56, "width": 56}, do_center_crop=False)
     images.image_seq_length = 50
-    return saved(folder, t.Florence2ForConditionalGeneration(config), t.Florence2Processor(image_processor=images, tokenizer=words, num_additional_image_tokens=1))
+    return saved(
+        folder,
+        t.Florence2ForConditionalGeneration(config),
+        t.Florence2Processor(image_processor=images, tokenizer=words, num_additional_image_tokens=1),
+    )
 
 
 def blip(folder, words=None, model=None):
@@ -208,7 +276,9 @@ def wordpieces(vocabulary):
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "vocab.txt"
         file.write_text("\n".join([*marks, *vocabulary]))
-        made = transformers.BertTokenizerFast.from_pretrained(folder, local_files_only=True, additional_special_tokens=["[DEC]"])
+        made = transformers.BertTokenizerFast.from_pretrained(
+            folder, local_files_only=True, additional_special_tokens=["[DEC]"]
+        )
     return made
 
 
@@ -228,11 +298,22 @@ def blip2(folder):
     words = tokenizer("<image>")
     text = t.OPTConfig(vocab_size=len(words), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32,
                        max_position_embeddings=256, **ends(words))  # fmt: skip
-    former = t.Blip2QFormerConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, encoder_hidden_size=32)
+    former = t.Blip2QFormerConfig(
+        vocab_size=30,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        encoder_hidden_size=32,
+    )
     config = t.Blip2Config(vision_config=t.Blip2VisionConfig(**EYES).to_dict(), qformer_config=former.to_dict(), text_config=text.to_dict(),
                            num_query_tokens=4, image_token_index=words.convert_tokens_to_ids("<image>"))  # fmt: skip
     images = eyes_processor("BlipImageProcessor", size={"height": 28, "width": 28})
-    return saved(folder, t.Blip2ForConditionalGeneration(config), t.Blip2Processor(image_processor=images, tokenizer=words, num_query_tokens=4))
+    return saved(
+        folder,
+        t.Blip2ForConditionalGeneration(config),
+        t.Blip2Processor(image_processor=images, tokenizer=words, num_query_tokens=4),
+    )
 
 
 KINDS = dict(blip=blip, git=git, blip2=blip2, florence2=florence2, llava=llava, old_llava=old_llava, qwen25_vl=qwen25_vl, qwen3_vl=qwen3_vl,

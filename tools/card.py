@@ -20,14 +20,17 @@ def cells():
     step = SHEET_CELL + SHEET_GAP
     left = sheet.width - SHOWN * step
     at = lambda row, column: (left + column * step, SHEET_TOP + row * step)
-    return [[sheet.crop((*at(r, c), at(r, c)[0] + SHEET_CELL, at(r, c)[1] + SHEET_CELL)) for c in range(4)] for r in range(2)]
+    return [
+        [sheet.crop((*at(r, c), at(r, c)[0] + SHEET_CELL, at(r, c)[1] + SHEET_CELL)) for c in range(4)]
+        for r in range(2)
+    ]
 
 
 def losses():
-    from trainyard.trainers.files import read_tree
+    from trainyard.trainers.files import read_state_tree
 
     states = (OUT / "comfyui" / "output" / "loras" / "trainyard").glob("stars-*/resume.state")
-    return read_tree(max(states, key=lambda f: f.stat().st_mtime))["losses"].tolist()
+    return read_state_tree(max(states, key=lambda f: f.stat().st_mtime))["losses"].tolist()
 
 
 def rounded(picture):
@@ -37,15 +40,15 @@ def rounded(picture):
 
 
 def chart(draw, values):
-    from trainyard.trainers.monitor.plots import smoothed
+    from trainyard.trainers.monitor.plots import exponential_moving_average
 
     left, top, right, bottom = CHART
-    high, low = max(smoothed(values)), min(values)
+    high, low = max(exponential_moving_average(values)), min(values)
     x = lambda i: left + (right - left) * i / (len(values) - 1)
     y = lambda v: bottom - (bottom - top) * (min(v, high) - low) / (high - low)
     for i in range(5):
         draw.line([(left, top + (bottom - top) * i / 4), (right, top + (bottom - top) * i / 4)], fill=GRID)
-    for curve, colour, width in ((values, RAW, 1), (smoothed(values), SMOOTH, 4)):
+    for curve, colour, width in ((values, RAW, 1), (exponential_moving_average(values), SMOOTH, 4)):
         draw.line([(x(i), y(v)) for i, v in enumerate(curve)], fill=colour, width=width, joint="curve")
 
 
@@ -53,7 +56,9 @@ def main():
     pack()
     card = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw, text = ImageDraw.Draw(card), lambda size: ImageFont.load_default(size=size)
-    draw.text((754, 68), "a shape it has never seen", fill=INK, font=text(24), anchor="rm")  # the page's badge covers the left corner
+    draw.text(
+        (754, 68), "a shape it has never seen", fill=INK, font=text(24), anchor="rm"
+    )  # the page's badge covers the left corner
     for row, (pictures, label, colour) in enumerate(zip(cells(), ("without", "with LoRA"), (DIM, INK), strict=True)):
         top = TOP + row * (CELL + GAP)
         draw.text((98, top + CELL / 2), label, fill=colour, font=text(19), anchor="rm")

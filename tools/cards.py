@@ -1,7 +1,7 @@
 """The pictures of workflows 01b to 04 and 09 to 12, from real runs of their parts on drawn pictures: workflows/*.jpg.
 
-    .venv/bin/python tools/cards.py                        # all of them
-    .venv/bin/python tools/cards.py 10_leco_score          # one, three minutes on a quiet core
+.venv/bin/python tools/cards.py                        # all of them
+.venv/bin/python tools/cards.py 10_leco_score          # one, three minutes on a quiet core
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 import trainyard_plugin  # noqa: E402, F401, I001 - the alias package
 
 SIDE, PAPER, INK, DIM, EDGE, BLUE = 768, "#17191f", "#ececec", "#9096a3", "#2b2e36", "#5b9bf5"
-COLOURS, SHAPES = ("red", "blue", "green", "yellow", "purple", "cyan"), ("circle", "square", "triangle", "cross", "star", "ring")
+COLOURS, SHAPES = (
+    ("red", "blue", "green", "yellow", "purple", "cyan"),
+    ("circle", "square", "triangle", "cross", "star", "ring"),
+)
 
 
 def card(headline):
@@ -44,19 +47,19 @@ def drawings(folder, count=6, px=256, caption="this image shows {}, watermark"):
 
 
 def captions():
-    from trainyard.trainers.data.captions.edits import apply, parse
+    from trainyard.trainers.data.captions.edits import apply_edits, parse_edits
     from trainyard.trainers.data.readers import read_folder
-    from trainyard.trainers.data.sheets import thumbnail
+    from trainyard.trainers.data.sheets import make_thumbnail
 
     page, draw = card("captions, edited by rule")
     with tempfile.TemporaryDirectory() as where:
         drawings(pathlib.Path(where))
         dataset = read_folder(where)
-        after = apply(dataset, parse("strip: boilerplate\nremove: watermark\ntrigger: my_word"))
+        after = apply_edits(dataset, parse_edits("strip: boilerplate\nremove: watermark\ntrigger: my_word"))
         for index, (old, new) in enumerate(zip(dataset, after, strict=True)):
             left, top = 32 + index % 3 * 240, 112 + index // 3 * 320
             draw.rounded_rectangle([left, top, left + 224, top + 300], 10, fill="#20232b", outline=EDGE)
-            page.paste(thumbnail(old, 180), (left + 22, top + 16))
+            page.paste(make_thumbnail(old, 180), (left + 22, top + 16))
             for line, (text, colour) in enumerate(wrapped(old.captions[0], DIM) + wrapped(new.captions[0], BLUE)):
                 draw.text((left + 14, top + 206 + 21 * line), text, fill=colour, font=font(14))
     return page
@@ -70,8 +73,8 @@ def wrapped(text, colour, width=30):
 
 def checked():
     from trainyard.tests import drawn
-    from trainyard.trainers.data.quality.quality import QualitySettings, check
-    from trainyard.trainers.data.quality.quality_report import sheet
+    from trainyard.trainers.data.quality.quality import QualitySettings, check_dataset_quality
+    from trainyard.trainers.data.quality.quality_report import draw_quality_sheet
     from trainyard.trainers.data.readers import read_folder
 
     page, _ = card("what is wrong, with its figure")
@@ -85,8 +88,8 @@ def checked():
         for name, picture in made.items():
             picture.save(folder / f"{name}.png")
             (folder / f"{name}.txt").write_text(f"a texture called {name}")
-        found = check(read_folder(folder), QualitySettings(resolution=768))
-        shown = sheet(found)
+        found = check_dataset_quality(read_folder(folder), QualitySettings(resolution=768))
+        shown = draw_quality_sheet(found)
     shown.thumbnail((SIDE - 40, SIDE - 120))
     page.paste(shown, ((SIDE - shown.width) // 2, 104))
     return page
@@ -107,8 +110,12 @@ def collages():
             wide = i in (1, 4)
             box = (0, 128, 512, 384) if wide else (128, 0, 384, 512) if i else (156, 0, 356, 512)
             Image.open(file).crop(box).save(file)
-        built = build_collages(read_folder(folder), CollageSettings(width=512, height=512, uses=1, mix=0.0), pathlib.Path(where) / "out")
-        shown = sorted(built.dataset, key=lambda record: open_mask(record).reduce(512).getpixel((0, 0)) if record.mask else 256)[:3]
+        built = build_collages(
+            read_folder(folder), CollageSettings(width=512, height=512, uses=1, mix=0.0), pathlib.Path(where) / "out"
+        )
+        shown = sorted(
+            built.dataset, key=lambda record: open_mask(record).reduce(512).getpixel((0, 0)) if record.mask else 256
+        )[:3]
         for index, record in enumerate(shown):
             left, top = 32 + index % 2 * 360, 112 + index // 2 * 330
             page.paste(open_image(record).resize((280, 280)), (left, top))
@@ -143,7 +150,11 @@ def results(name):
 def pretraining():
     found = results("2026-11-21-score-pretraining.json")["pretraining"]
     key = "SRCC of colourfulness from 64 ratings"
-    return bars("64 ratings on what it learnt alone", [(name, max(0.0, row[key])) for name, row in found.items()], "rank correlation with the true score: colourfulness")
+    return bars(
+        "64 ratings on what it learnt alone",
+        [(name, max(0.0, row[key])) for name, row in found.items()],
+        "rank correlation with the true score: colourfulness",
+    )
 
 
 def followed():
@@ -161,10 +172,10 @@ def taste():
     from trainyard.tests.comfy import boot
     from trainyard.tests.toy import sampling, shapes, world
     from trainyard.tests.unit.toy import Denoiser
-    from trainyard.trainers.data.encoded import Encoded
+    from trainyard.trainers.data.encoded import EncodedDataset
     from trainyard.trainers.scores.networks import ScorerSettings
     from trainyard.trainers.scores.objective import ScoreSettings
-    from trainyard.trainers.scores.training import trained
+    from trainyard.trainers.scores.training import train_score_model
 
     boot.boot()
     torch.set_num_threads(1)
@@ -172,26 +183,37 @@ def taste():
     drawn = [shapes.sample(rng) for _ in range(92)]
     with tempfile.TemporaryDirectory() as where, torch.inference_mode():
         toy = sampling.load(world.build(pathlib.Path(where) / "toy.safetensors"))
-        pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p, *_ in drawn]) / 255.0
+        pixels = (
+            torch.stack(
+                [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(64, 64, 3) for p, *_ in drawn]
+            )
+            / 255.0
+        )
         latents = toy.vae.encode(pixels)
     with torch.inference_mode(False):
         latents = latents.clone()
-    data = Encoded.from_core([{"samples": latents[:80]}], [[[torch.zeros(1, 1, 4), {}]]])
-    data.items = [dataclasses.replace(item, score=about["radius"] / 2) for item, (*_, about) in zip(data.items, drawn, strict=False)]
+    data = EncodedDataset.from_core([{"samples": latents[:80]}], [[[torch.zeros(1, 1, 4), {}]]])
+    data.items = [
+        dataclasses.replace(item, score=about["radius"] / 2)
+        for item, (*_, about) in zip(data.items, drawn, strict=False)
+    ]
     settings = ScoreSettings(steps=120, members=2, batch=16)
-    done = trained(data, Denoiser(None, "flow"), ScorerSettings(width=16, depth=1), settings)
+    done = train_score_model(data, Denoiser(None, "flow"), ScorerSettings(width=16, depth=1), settings)
     said, _ = done.model.ratings(latents[80:])
     return [(picture, float(rating)) for (picture, *_), rating in zip(drawn[80:], said, strict=True)]
 
 
 def rated(keep=False):
-    from trainyard.trainers.data.sheets import BAD, GOOD, Tile, contact_sheet
+    from trainyard.trainers.data.sheets import BAD_COLOUR, GOOD_COLOUR, SheetTile, draw_contact_sheet
 
     seen = sorted(taste(), key=lambda one: -one[1])
     half = len(seen) // 2
-    tiles = [Tile(p.resize((192, 192)), (f"{r:.2f}",), GOOD if i < half else BAD) for i, (p, r) in enumerate(seen)]
+    tiles = [
+        SheetTile(p.resize((192, 192)), (f"{r:.2f}",), GOOD_COLOUR if i < half else BAD_COLOUR)
+        for i, (p, r) in enumerate(seen)
+    ]
     page, _ = card("rated, and the best half kept" if keep else "taught to like what is large")
-    sheet = contact_sheet(tiles[:half] if keep else tiles, columns=3 if keep else 4)
+    sheet = draw_contact_sheet(tiles[:half] if keep else tiles, columns=3 if keep else 4)
     sheet.thumbnail((SIDE - 40, SIDE - 130))
     page.paste(sheet, ((SIDE - sheet.width) // 2, 108))
     return page
@@ -207,9 +229,16 @@ def watched():
 
 
 def main():
-    makers = {"02_caption_a_folder": captions, "03_check_and_clean": checked, "04_collage_lora": collages,
-              "01b_lora_with_validation": watched, "09_train_aesthetic_score": rated, "10_leco_score": followed,
-              "11_pretrain_on_my_art": pretraining, "12_score_and_filter": lambda: rated(keep=True)}
+    makers = {
+        "02_caption_a_folder": captions,
+        "03_check_and_clean": checked,
+        "04_collage_lora": collages,
+        "01b_lora_with_validation": watched,
+        "09_train_aesthetic_score": rated,
+        "10_leco_score": followed,
+        "11_pretrain_on_my_art": pretraining,
+        "12_score_and_filter": lambda: rated(keep=True),
+    }
     wanted = sys.argv[1:]
     for name, make in makers.items():
         if wanted and not name.startswith(tuple(wanted)):

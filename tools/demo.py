@@ -1,7 +1,7 @@
 """make demo: a small model that has never seen a star learns to draw one, in a few minutes on two cores.
 
-Inside a real headless ComfyUI when one is found, with the embedded engine otherwise. Leaves in demo-out/: lora.safetensors, loss.png
-and before_after.png. Run again to see that nothing is trained twice.
+Inside a real headless ComfyUI when one is found, with the embedded engine otherwise. Leaves in demo-out/:
+lora.safetensors, loss.png and before_after.png. Run again to see that nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -88,7 +88,14 @@ def embedded(lesson, world, exam):
     if not checkpoint.exists():
         print("Making the toy checkpoint ...", flush=True)
         world.build(checkpoint)
-    options = {"--model": checkpoint, "--images": folder, "--out": OUT / "run", "--name": "stars", "--dropout": 0.1, "--schedule": lesson.SCHEDULE}
+    options = {
+        "--model": checkpoint,
+        "--images": folder,
+        "--out": OUT / "run",
+        "--name": "stars",
+        "--dropout": 0.1,
+        "--schedule": lesson.SCHEDULE,
+    }
     options |= {f"--{k.replace('_', '-')}": v for k, v in {**lesson.TRAIN, **lesson.ENCODE}.items()}
     if code := command_line(["lora", *[str(part) for pair in options.items() for part in pair]]):
         raise SystemExit(code)
@@ -105,7 +112,7 @@ def sampled(checkpoint, lora, lesson, exam):
     from trainyard.trainers.files import read_safetensors
     from trainyard.trainers.settings import AdapterSettings
 
-    engine = diffusers.load(checkpoint)
+    engine = diffusers.load_engine(checkpoint)
     adapters = Adapters(engine.network, AdapterSettings(rank=lesson.TRAIN["rank"]))
     engine.load_lora(read_safetensors(lora)[0], adapters)
     bar, without, learnt = Bar(), [], []
@@ -130,13 +137,15 @@ def main():
     pack()
     from trainyard.tests.toy import lesson, shapes, world
     from trainyard.tools import env
-    from trainyard.trainers.monitor.plots import sheet
+    from trainyard.trainers.monitor.plots import draw_image_grid
 
     begin = time.monotonic()
     OUT.mkdir(exist_ok=True)
     place = env.find_comfyui()
     print(
-        f"Training inside ComfyUI at {place}" if place else "ComfyUI was not found: training with the embedded engine (diffusers)",
+        f"Training inside ComfyUI at {place}"
+        if place
+        else "ComfyUI was not found: training with the embedded engine (diffusers)",
         flush=True,
     )
     exam = lesson.EXAM[::2]
@@ -144,10 +153,17 @@ def main():
     before, after = lesson.marks(without, exam), lesson.marks(learnt, exam)
     shown = exam[:8]
     labels = [f"{w['colour']} on {w['ground']}" for w in shown]
-    sheet([without[: len(shown)], learnt[: len(shown)]], ["without", "with LoRA"], labels, cell=128).save(OUT / "before_after.png")
+    draw_image_grid([without[: len(shown)], learnt[: len(shown)]], ["without", "with LoRA"], labels, cell=128).save(
+        OUT / "before_after.png"
+    )
     print(f"\nAsked {len(exam)} times for {shapes.caption(lesson.WORD)!r}, on seeds that were not trained:")
-    print(f"  without the LoRA {before['shape']:.0%} are stars; with it {after['shape']:.0%} (colour right {after['colour']:.0%})")
-    print(f"  {OUT.relative_to(ROOT)}/before_after.png  loss.png  lora.safetensors   ({time.monotonic() - begin:.0f} s)")
+    print(
+        f"  without the LoRA {before['shape']:.0%} are stars; with it {after['shape']:.0%} (colour right "
+        f"{after['colour']:.0%})"
+    )
+    print(
+        f"  {OUT.relative_to(ROOT)}/before_after.png  loss.png  lora.safetensors   ({time.monotonic() - begin:.0f} s)"
+    )
     if after["shape"] <= before["shape"]:
         raise SystemExit("The LoRA has not learnt the star; something is wrong.")
 

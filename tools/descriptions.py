@@ -34,7 +34,8 @@ def caption_a_folder():
                ("caption", "TrainyardCaptionImages", 460,
                 {"backend": "local model", "model": "florence-community/Florence-2-large-ft", "text": ""},
                 {"dataset": "load.dataset", "prompt": "prompt.prompt"})]),
-        (380, [("edit", "TrainyardEditCaptions", 340, {"edits": "trigger: my_word\nstrip: boilerplate\ndedupe"}, {"dataset": "caption.dataset"}),
+        (380, [("edit", "TrainyardEditCaptions", 340, {"edits": "trigger: my_word\nstrip: "
+                                                                "boilerplate\ndedupe"}, {"dataset": "caption.dataset"}),
                ("report", "TrainyardCaptionReport", 420, {"trigger": "my_word"}, {"dataset": "edit.dataset"})]),
     )  # fmt: skip
     flow.group(
@@ -89,7 +90,8 @@ Several pictures in one frame, each from edge to edge, so that patterns are lear
     flow.group("1 · Pictures to collages", BLUE, 430, -80,
         (340, [("load", "TrainyardLoadDataset", 280, LOAD), ("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
                ("told", "PreviewAny", 260, {}, {"source": "collage.report"}, "What was built")]),
-        (380, [("collage", "TrainyardBuildCollages", 720, {"frames": "512x512, 576x448, 448x576, 768x320, 320x768"}, {"dataset": "load.dataset"})]))  # fmt: skip
+        (380, [("collage", "TrainyardBuildCollages", 720, {"frames": "512x512, 576x448, 448x576, 768x320, "
+                                                                     "320x768"}, {"dataset": "load.dataset"})]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Train", GREEN, 1250, -80,
         (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},
@@ -118,7 +120,7 @@ def look(flow, title, left, top, model, trained, prompt="my_word, a photo"):
                ("save_with", "SaveImage", 300, {"filename_prefix": f"{name}_with"}, {"images": "decode_with.IMAGE"}, "With")]))  # fmt: skip
 
 
-# -- sliders and LECO -------------------------------------------------------------------------------------------------------------
+# -- sliders and LECO --------------------------------------------------------------------------------------------------
 
 TWICE = """
 
@@ -163,11 +165,16 @@ No pictures are needed: the model is taught by its own answers to prompts.
     flow.group("1 · Model", BLUE, 430, -80, (320, [checkpoint(), ("points", "TrainyardPoints", 180)]))
     flow.group("2 · Train", GREEN, 820, -80,
         (380, [("train", "TrainyardTrainLeco", 960,
-                {"target": "a painting by Van Gogh", "unconditional": "a painting", "preserve": "a painting by Monet; a photo of a village at night",
+                {"target": "a painting by Van Gogh", "unconditional": "a painting", "preserve": "a painting by Monet; "
+                                                                                                "a photo of a village "
+                                                                                                "at night",
                  "run_name": "my_leco"}, {"model": "model.MODEL", "clip": "model.CLIP", "points": "points.points"})]),
         (360, [keep("my_leco"), losses()]))  # fmt: skip
-    sweep(flow, "3 · Look: with and without the concept", 1650, {"strengths": "-1, 0, 0.5, 1"}, "a painting by Van Gogh, a village at night",
-          toward=("a painting, a village at night", "Toward (+1)"), away=("a painting by Van Gogh, a village at night", "Away (-1)"),
+    sweep(flow, "3 · Look: with and without the concept", 1650, {"strengths": "-1, 0, 0.5, 1"}, "a painting by Van "
+                                                                                                "Gogh, a village at "
+                                                                                                "night",
+          toward=("a painting, a village at night", "Toward (+1)"), away=("a painting by Van Gogh, a village at "
+                                                                          "night", "Away (-1)"),
           preserve=("a painting by Monet, a garden", "Must stay"))  # fmt: skip
     return flow
 
@@ -200,8 +207,10 @@ No pictures are needed. At +1 the target becomes more like *positive*, at -1 mor
         (380, [("train", "TrainyardTrainTextSlider", 940, {"run_name": "my_age_slider"},
                 {"model": "model.MODEL", "clip": "model.CLIP", "prompts": "rows.prompts"})]),
         (360, [losses()]))  # fmt: skip
-    sweep(flow, "3 · Look, bring to scale, save", 1730, {"strengths": "-2, -1, 0, 1, 2"}, "photo of a person", keep("my_age_slider", "sweep.lora"),
-          toward=("photo of a very old person, wrinkles", "Toward (+1)"), away=("photo of a very young person, smooth skin", "Away (-1)"))  # fmt: skip
+    sweep(flow, "3 · Look, bring to scale, save", 1730, {"strengths": "-2, -1, 0, 1, 2"}, "photo of a "
+                                                                                          "person", keep("my_age_slider", "sweep.lora"),
+          toward=("photo of a very old person, wrinkles", "Toward (+1)"), away=("photo of a very young person, smooth "
+                                                                                "skin", "Away (-1)"))  # fmt: skip
     return flow
 
 
@@ -217,7 +226,9 @@ def difference():
 4. **Look.** Strength 1 shows more of the change than was trained: choose the strength you like on the sheet. To make it strength 1 of the file, put its effect into *asked_effect* and connect *lora* of *Strength Sweep* to *Save LoRA*.
 
 512 px suits SD 1.5. For SDXL set 1024 in *Encode Dataset* and in *Strength Sweep*.""" + TWICE, (380, 800))  # fmt: skip
-    from_pairs(flow, "TrainyardTrainDifference", "my_difference", ("after", "After the change"), ("before", "Before it"))
+    from_pairs(
+        flow, "TrainyardTrainDifference", "my_difference", ("after", "After the change"), ("before", "Before it")
+    )
     sweep(flow, "3 · Look: a little of it, and more", 2040, {"strengths": "-1, -0.5, 0, 0.5, 1"}, "a photo of a person")
     return flow
 
@@ -259,7 +270,7 @@ def sweep(flow, title, left, widgets, prompt, *more, **asked):
                ("told", "PreviewAny", 160, {}, {"source": "sweep.report"}, "In words")]))  # fmt: skip
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------------------
+# -- scores ------------------------------------------------------------------------------------------------------------
 
 RATED = {"folder": "input/my_ratings", "ratings": "folder names"}
 
@@ -282,10 +293,12 @@ Samples and figures lie in the run's folder in *output/loras/trainyard*; the *Tr
         (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},
                 {"dataset": "split.train", "vae": "model.VAE", "clip": "model.CLIP"}),
                ("encode_held_out", "TrainyardEncodeDataset", 420, {"resolution": 512},
-                {"dataset": "split.validation", "vae": "model.VAE", "clip": "model.CLIP"}, "Encode what is held out")]))  # fmt: skip
+                {"dataset": "split.validation", "vae": "model.VAE", "clip": "model.CLIP"}, "Encode what is held "
+                                                                                           "out")]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Watch and train", GREEN, 1220, -80,
-        (380, [("watch", "TrainyardValidation", 720, {"prompts": "my_word, a photo"}, {"held_out": "encode_held_out.encoded", "vae": "model.VAE", "clip": "model.CLIP"})]),
+        (380, [("watch", "TrainyardValidation", 720, {"prompts": "my_word, a "
+                                                                 "photo"}, {"held_out": "encode_held_out.encoded", "vae": "model.VAE", "clip": "model.CLIP"})]),
         (420, [("train", "TrainyardTrainLora", 1120, {"run_name": "my_watched_lora"},
                 {"model": "model.MODEL", "encoded": "encode.encoded", "validation": "watch.validation"})]),
         (360, [("save", "TrainyardSaveLora", 130, {"name": "my_watched_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
@@ -312,7 +325,8 @@ def train_score():
     flow.group("2 · Train", GREEN, 1220, -80,
         (380, [("train", "TrainyardTrainScoreModel", 420, {}, {"model": "model.MODEL", "encoded": "encode.encoded"}),
                ("save", "TrainyardSaveScoreModel", 100, {"name": "my_taste"}, {"score_model": "train.score_model"})]),
-        (360, [("told", "PreviewAny", 300, {}, {"source": "train.report"}, "How good it is"), ("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
+        (360, [("told", "PreviewAny", 300, {}, {"source": "train.report"}, "How good it "
+                                                                           "is"), ("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
     flow.group("3 · Look", VIOLET, 2050, -80,
         (420, [("score", "TrainyardScoreImages", 620, {}, {"score_model": "train.score_model", "dataset": "load.dataset", "vae": "model.VAE"})]))  # fmt: skip
     return flow
@@ -333,7 +347,8 @@ No pictures and no captions: the LoRA learns to draw what a score model rates hi
     flow.group("1 · Model, score, prompts", BLUE, 430, -80,
         (360, [("model", "CheckpointLoaderSimple", 100, {"ckpt_name": CHECKPOINT["models"][0]["name"]}),
                ("score", "TrainyardLoadScoreModel", 120, {"file": "my_taste.safetensors"}, {"model": "model.MODEL"}),
-               ("prompts", "TrainyardLoadSignedPrompts", 240, {"text": "1 | a beautiful landscape\n1 | a portrait of a person\n0 | a street at night"})]))  # fmt: skip
+               ("prompts", "TrainyardLoadSignedPrompts", 240, {"text": "1 | a beautiful landscape\n1 | a portrait of a "
+                                                                       "person\n0 | a street at night"})]))  # fmt: skip
     flow.nodes["model"]["properties"] = CHECKPOINT
     flow.group("2 · Train", GREEN, 870, -80,
         (360, [("settings", "TrainyardLecoScoreSettings", 480)]),
@@ -394,5 +409,17 @@ def score_and_filter():
     return flow
 
 
-FLOWS = [caption_a_folder, check_and_clean, collage_lora, image_pair_slider, leco, text_slider, difference,
-         lora_with_validation, train_score, leco_score, pretrain, score_and_filter]
+FLOWS = [
+    caption_a_folder,
+    check_and_clean,
+    collage_lora,
+    image_pair_slider,
+    leco,
+    text_slider,
+    difference,
+    lora_with_validation,
+    train_score,
+    leco_score,
+    pretrain,
+    score_and_filter,
+]

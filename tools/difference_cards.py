@@ -1,7 +1,8 @@
-"""The cards of workflows 05 to 08 and the pictures of their help pages: each workflow's own graph, run on the toy world in a real ComfyUI.
+"""The cards of workflows 05 to 08 and the pictures of their help pages: each workflow's own graph, run on the toy world
+in a real ComfyUI.
 
-    .venv/bin/python tools/difference_cards.py              # all of them, about ten minutes on two cores
-    .venv/bin/python tools/difference_cards.py 06_leco
+.venv/bin/python tools/difference_cards.py              # all of them, about ten minutes on two cores
+.venv/bin/python tools/difference_cards.py 06_leco
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from PIL import Image, ImageDraw, ImageFont
 INK, DIM, PAPER, GRID, LINE = "#ececec", "#9096a3", "#17191f", "#2b2e36", "#5b9bf5"
 SIDE, CELL, GAP, LEFT, TOP = 768, 112, 12, 134, 108
 CHART = (668, 736)  # top and bottom, px
-QUICK = {"steps": 200, "learning_rate": 1e-3, "rank": 8, "batch": 4}  # as benchmarks/differences.py trains the toy world
+QUICK = {
+    "steps": 200,
+    "learning_rate": 1e-3,
+    "rank": 8,
+    "batch": 4,
+}  # as benchmarks/differences.py trains the toy world
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is asked of a workflow in the toy world: `said` goes to nodes by class, `pairs` to folders, `asked` are the rows."""
+    """What is asked of a workflow in the toy world: `said` goes to nodes by class, `pairs` to folders, `asked` are the
+    rows."""
 
     title: str
     asked: tuple[str, ...]
@@ -35,29 +42,51 @@ class Card:
 
 
 KINDS = ("a large green circle on a white ground", "a large blue cross on a grey ground")
-SIZES = ("a green circle on a white ground", "a blue cross on a grey ground", "a yellow square on a black ground", "a purple triangle on a white ground")
+SIZES = (
+    "a green circle on a white ground",
+    "a blue cross on a grey ground",
+    "a yellow square on a black ground",
+    "a purple triangle on a white ground",
+)
 ROWS = "".join(
     f"a {colour} {shape} | positive: a large {colour} {shape} | negative: a small {colour} {shape} | guidance: 1\n"
     for colour, shape in (("red", "circle"), ("yellow", "square"), ("green", "triangle"), ("blue", "cross"))
 )
 CARDS = {
-    "05_image_pair_slider": Card("size, learnt from five pairs of pictures", SIZES, {"TrainyardTrainImageSlider": QUICK}, {"more": "large", "less": "small"}),
+    "05_image_pair_slider": Card("size, learnt from five pairs of "
+                                 "pictures", SIZES, {"TrainyardTrainImageSlider": QUICK}, {"more": "large", "less": "small"}),
     "06_leco": Card(
         "without red: no pictures, prompts alone",
-        ("a large red circle on a white ground", "a large red circle on a black ground", "a small red circle on a grey ground", *KINDS),
+        ("a large red circle on a white ground", "a large red circle on a black ground", "a small red circle on a grey "
+                                                                                         "ground", *KINDS),
         {"TrainyardTrainLeco": QUICK | {"steps": 300, "target": "a red circle", "unconditional": "a circle", "guidance": 2.0,
                                         "preserve": "a blue circle; a green circle; a yellow circle"}},
         area=False,
     ),
-    "07_text_slider": Card("size, learnt from prompts alone", SIZES, {"TrainyardTrainTextSlider": QUICK, "TrainyardLoadPrompts": {"text": ROWS}}),
-    "08_difference": Card("one pair, one minute: from small to large", SIZES, {"TrainyardTrainDifference": QUICK | {"steps": 100, "batch": 1}},
+    "07_text_slider": Card("size, learnt from prompts "
+                           "alone", SIZES, {"TrainyardTrainTextSlider": QUICK, "TrainyardLoadPrompts": {"text": ROWS}}),
+    "08_difference": Card("one pair, one minute: from small to "
+                          "large", SIZES, {"TrainyardTrainDifference": QUICK | {"steps": 100, "batch": 1}},
                           {"after": "large", "before": "small"}),
 }  # fmt: skip
 SMALL = {
-    "TrainyardEncodeDataset": {"resolution": 64, "step": 8, "min_side": 64, "max_side": 64, "trigger": "", "dropout": 0.0},
+    "TrainyardEncodeDataset": {
+        "resolution": 64,
+        "step": 8,
+        "min_side": 64,
+        "max_side": 64,
+        "trigger": "",
+        "dropout": 0.0,
+    },
     "TrainyardTrainLeco": {"resolution": 64},
     "TrainyardTrainTextSlider": {"resolution": 64},
-    "TrainyardStrengthSweep": {"resolution": 64, "pictures": 1, "guidance": 2.0, "scheduler": "simple", "asked_effect": 0.0},
+    "TrainyardStrengthSweep": {
+        "resolution": 64,
+        "pictures": 1,
+        "guidance": 2.0,
+        "scheduler": "simple",
+        "asked_effect": 0.0,
+    },
 }
 
 
@@ -74,14 +103,21 @@ def draw_pairs(card, folder):
         for i in range(count):
             wanted = shapes.SEEN[i % 4], colours[i], grounds[i % 3]
             shapes.draw(wanted[0], wanted[1], size, wanted[2]).save(folder / name / f"{i}.png")
-            (folder / name / f"{i}.txt").write_text(shapes.caption(wanted[0], wanted[1], ground=wanted[2]), encoding="utf-8")
+            (folder / name / f"{i}.txt").write_text(
+                shapes.caption(wanted[0], wanted[1], ground=wanted[2]), encoding="utf-8"
+            )
 
 
 def graph(name, card, checkpoint):
-    """The workflow's prompt, in the toy world: one Strength Sweep for each row of the card, its pictures saved as row<i>."""
+    """The workflow's prompt, in the toy world: one Strength Sweep for each row of the card, its pictures saved as
+    row<i>."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in prompt.values():
-        node["inputs"] |= {"ckpt_name": checkpoint} if node["class_type"] == "CheckpointLoaderSimple" else SMALL.get(node["class_type"], {})
+        node["inputs"] |= (
+            {"ckpt_name": checkpoint}
+            if node["class_type"] == "CheckpointLoaderSimple"
+            else SMALL.get(node["class_type"], {})
+        )
         card.change(node)
     (sweep,) = [key for key, node in prompt.items() if node["class_type"] == "TrainyardStrengthSweep"]
     ask = prompt[sweep]["inputs"]["positive"][0]
@@ -92,7 +128,10 @@ def graph(name, card, checkpoint):
         prompt[f"sweep{i}"]["inputs"] |= {"positive": [f"ask{i}", 0], "seed": 40 + i}
         for unused in ("toward", "away", "preserve"):
             prompt[f"sweep{i}"]["inputs"].pop(unused, None)
-        prompt[f"row{i}"] = {"class_type": "SaveImage", "inputs": {"images": [f"sweep{i}", 1], "filename_prefix": f"{name}/row{i}"}}
+        prompt[f"row{i}"] = {
+            "class_type": "SaveImage",
+            "inputs": {"images": [f"sweep{i}", 1], "filename_prefix": f"{name}/row{i}"},
+        }
     prompt[ask]["inputs"]["text"] = card.asked[0]
     return prompt, prompt[sweep]["inputs"]["strengths"]
 
@@ -105,14 +144,20 @@ def rows(server, name, card, checkpoint):
     if not run.ok:
         raise SystemExit(f"{name} failed: {run.why}")
     print(name, [output["text"] for output in run.outputs.values() if "text" in output], flush=True)
-    read = lambda i: [Image.open(server.output(name, file["filename"])).convert("RGB") for file in run.outputs[f"row{i}"]["images"]]
+    read = lambda i: [
+        Image.open(server.output(name, file["filename"])).convert("RGB") for file in run.outputs[f"row{i}"]["images"]
+    ]
     return sorted({float(s) for s in strengths.split(",")}), [read(i) for i in range(len(card.asked))]
 
 
 def drawn(card, strengths, pictures):
     image = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw, font = ImageDraw.Draw(image), lambda size: ImageFont.load_default(size=size)
-    cell = min(CELL, (SIDE - LEFT - 20 - GAP * (len(strengths) - 1)) // len(strengths), (620 - TOP if card.area else 690 - TOP) // len(pictures) - GAP)
+    cell = min(
+        CELL,
+        (SIDE - LEFT - 20 - GAP * (len(strengths) - 1)) // len(strengths),
+        (620 - TOP if card.area else 690 - TOP) // len(pictures) - GAP,
+    )
     step = (SIDE - LEFT - 20 - cell) / (len(strengths) - 1)
     x = lambda column: LEFT + column * step
     draw.text((754, 62), card.title, fill=INK, font=font(24), anchor="rm")  # the page's badge covers the left corner
@@ -120,12 +165,20 @@ def drawn(card, strengths, pictures):
     ImageDraw.Draw(mask).rounded_rectangle([0, 0, cell - 1, cell - 1], 8, fill=255)
     for row, (found, words) in enumerate(zip(pictures, card.asked, strict=True)):
         top = TOP + row * (cell + GAP)
-        draw.multiline_text((LEFT - 12, top + cell / 2), folded(words), fill=DIM, font=font(14), anchor="rm", align="right")
+        draw.multiline_text(
+            (LEFT - 12, top + cell / 2), folded(words), fill=DIM, font=font(14), anchor="rm", align="right"
+        )
         for column, picture in enumerate(found):
             image.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (round(x(column)), top), mask)
     bottom = TOP + len(pictures) * (cell + GAP)
     for column, strength in enumerate(strengths):
-        draw.text((x(column) + cell / 2, bottom + 12), f"{strength:+g}" if strength else "0", fill=INK, font=font(19), anchor="mm")
+        draw.text(
+            (x(column) + cell / 2, bottom + 12),
+            f"{strength:+g}" if strength else "0",
+            fill=INK,
+            font=font(19),
+            anchor="mm",
+        )
     if card.area:
         chart(draw, [x(column) + cell / 2 for column in range(len(strengths))], areas(pictures), font(15))
     return image
@@ -169,9 +222,9 @@ def main():
             strengths, pictures = rows(server, name, card, checkpoint.name)
             image = drawn(card, strengths, pictures)
             image.save(ROOT / "workflows" / f"{name}.jpg", quality=90)
-            image.crop((0, TOP - 8, SIDE, SIDE)).resize((SIDE // 2, (SIDE - TOP + 8) // 2), Image.Resampling.LANCZOS).save(
-                ROOT / "web" / "docs" / f"{name[3:]}.jpg", quality=88
-            )
+            image.crop((0, TOP - 8, SIDE, SIDE)).resize(
+                (SIDE // 2, (SIDE - TOP + 8) // 2), Image.Resampling.LANCZOS
+            ).save(ROOT / "web" / "docs" / f"{name[3:]}.jpg", quality=88)
 
 
 if __name__ == "__main__":

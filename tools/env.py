@@ -27,7 +27,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 VOCABULARY = "open_clip_torch"  # only its CLIP vocabulary file is read; what it depends on could replace a CPU torch
 
 
-# -- ComfyUI and its Python ------------------------------------------------------------------------------------------
+# -- ComfyUI and its Python --------------------------------------------------------------------------------------------
 def is_comfyui(folder):
     return (folder / "main.py").is_file() and (folder / "comfy" / "cli_args.py").is_file()
 
@@ -38,7 +38,9 @@ def find_comfyui():
     if named:
         folder = pathlib.Path(named).expanduser().absolute()
         if not is_comfyui(folder):
-            raise SystemExit(f"COMFYUI_PATH={named} holds no ComfyUI (no main.py and comfy/ in it). Correct it or unset it.")
+            raise SystemExit(
+                f"COMFYUI_PATH={named} holds no ComfyUI (no main.py and comfy/ in it). Correct it or unset it."
+            )
         return folder
     places = (ROOT.parents[1], ROOT.resolve().parents[1], pathlib.Path.home() / "comfy" / "ComfyUI")
     return next((place for place in places if is_comfyui(place)), None)
@@ -60,18 +62,28 @@ def host_python(comfyui):
         if python_of(folder).is_file():
             return python_of(folder)
     beside = pathlib.Path(sys.executable)
-    needed = "import importlib.util as u, json; print(json.dumps(all(u.find_spec(n) for n in ('torch', 'transformers', 'aiohttp'))))"
-    inside = VENV.resolve() in pathlib.Path(sys.prefix).resolve().parents or pathlib.Path(sys.prefix).resolve() == VENV.resolve()
+    needed = (
+        "import importlib.util as u, json; print(json.dumps(all(u.find_spec(n) for n in ('torch', "
+        "'transformers', "
+        "'aiohttp'))))"
+    )
+    inside = (
+        VENV.resolve() in pathlib.Path(sys.prefix).resolve().parents
+        or pathlib.Path(sys.prefix).resolve() == VENV.resolve()
+    )
     return beside if not inside and answer(beside, needed) else None
 
 
 def package_folders(python):
     """The folders a Python imports installed packages from."""
-    code = "import json, sys; print(json.dumps([p for p in sys.path if p.rstrip('/\\\\').endswith(('site-packages', 'dist-packages'))]))"
+    code = (
+        "import json, sys; print(json.dumps([p for p in sys.path if p.rstrip('/\\\\').endswith(('site-packages', "
+        "'dist-packages'))]))"
+    )
     return answer(python, code) or []
 
 
-# -- the environment -------------------------------------------------------------------------------------------------
+# -- the environment ---------------------------------------------------------------------------------------------------
 def requirements(host):
     names = ["requirements.txt", "requirements-dev.txt"] + ([] if host else ["requirements-standalone.txt"])
     return [ROOT / name for name in names]
@@ -112,11 +124,15 @@ def make_venv(python):
         call(python, "-m", "venv", VENV)
     except subprocess.CalledProcessError:
         shutil.rmtree(VENV, ignore_errors=True)
-        raise SystemExit(f"[env] {python} cannot make a virtual environment. On Debian or Ubuntu: apt install python3-venv") from None
+        raise SystemExit(
+            f"[env] {python} cannot make a virtual environment. On Debian or Ubuntu: apt install python3-venv"
+        ) from None
 
 
 def site_packages():
-    return pathlib.Path(answer(python_of(VENV), "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))"))
+    return pathlib.Path(
+        answer(python_of(VENV), "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))")
+    )
 
 
 def layer(host):
@@ -137,7 +153,9 @@ def install_torch():
         listed = re.findall(r"\d[\w.]*\+cpu", pip("index", "versions", "torch", quiet_failure=True).stdout)
         if listed and not pip("install", f"torch=={listed[0]}", quiet_failure=True).returncode:
             return
-        if not pip("install", "--timeout", 10, "--retries", 0, "--index-url", CPU_INDEX, "torch", quiet_failure=True).returncode:
+        if not pip(
+            "install", "--timeout", 10, "--retries", 0, "--index-url", CPU_INDEX, "torch", quiet_failure=True
+        ).returncode:
             return
         say("no CPU build of torch can be reached: installing the full one (several GB)")
     pip("install", "torch")
@@ -175,7 +193,10 @@ def ensure():
 def no_host(comfyui):
     if comfyui is None:
         return "ComfyUI not found (set COMFYUI_PATH to its folder)"
-    return f"ComfyUI at {comfyui} has no environment that can run it (no .venv or venv inside, and this Python lacks its packages)"
+    return (
+        f"ComfyUI at {comfyui} has no environment that can run it (no .venv or venv inside, and this Python lacks "
+        "its packages)"
+    )
 
 
 def where():

@@ -28,11 +28,19 @@ class Flow:
         self.add("note", "MarkdownNote", (0, -80), size, {"": note})
 
     def add(self, key, kind, at, size, widgets=None, links=None, title=None, properties=None):
-        self.nodes[key] = dict(kind=kind, at=at, size=size, widgets=widgets or {}, links=links or {}, title=title, properties=properties or {})
+        self.nodes[key] = dict(
+            kind=kind,
+            at=at,
+            size=size,
+            widgets=widgets or {},
+            links=links or {},
+            title=title,
+            properties=properties or {},
+        )
 
     def group(self, title, colour, left, top, *columns):
-        """Columns of (key, kind, height, widgets, links[, title]) from left to right, each (width, [nodes]); a frame around them all.
-        `height` is for what a node shows after a run; no node is lower than its own inputs."""
+        """Columns of (key, kind, height, widgets, links[, title]) from left to right, each (width, [nodes]); a frame
+        around them all. `height` is for what a node shows after a run; no node is lower than its own inputs."""
         x, low = left + PAD, top
         for width, column in columns:
             y = top + 50 + TITLE
@@ -41,7 +49,9 @@ class Flow:
                 self.add(key, kind, (x, y), (width, height), *rest)
                 low, y = max(low, y + height), y + height + TITLE + GAP
             x += width + GAP
-        self.groups.append(dict(title=title, colour=colour, bounding=[left, top, x - left - GAP + PAD, low - top + PAD]))
+        self.groups.append(
+            dict(title=title, colour=colour, bounding=[left, top, x - left - GAP + PAD, low - top + PAD])
+        )
         return left, low + PAD
 
     def build(self, schemas):
@@ -57,7 +67,14 @@ class Flow:
         for number, source, slot, *_ in links:
             next(n for n in built if n["id"] == source)["outputs"][slot]["links"].append(number)
         groups = [
-            {"id": i, "title": g["title"], "bounding": g["bounding"], "color": g["colour"], "font_size": 24, "flags": {}}
+            {
+                "id": i,
+                "title": g["title"],
+                "bounding": g["bounding"],
+                "color": g["colour"],
+                "font_size": 24,
+                "flags": {},
+            }
             for i, g in enumerate(self.groups, 1)
         ]
         return {
@@ -67,17 +84,46 @@ class Flow:
         }  # fmt: skip
 
     def node(self, number, order, node, schema, numbers, schemas, links):
-        made = {"id": number, "type": node["kind"], "pos": list(node["at"]), "size": list(node["size"]), "flags": {}, "order": order, "mode": 0}
+        made = {
+            "id": number,
+            "type": node["kind"],
+            "pos": list(node["at"]),
+            "size": list(node["size"]),
+            "flags": {},
+            "order": order,
+            "mode": 0,
+        }
         if schema is None:
-            return made | {"inputs": [], "outputs": [], "properties": {}, "widgets_values": list(node["widgets"].values())}
-        inputs = [self.slot(number, index, *entry, node, numbers, schemas, links) for index, entry in enumerate(slots(schema))]
+            return made | {
+                "inputs": [],
+                "outputs": [],
+                "properties": {},
+                "widgets_values": list(node["widgets"].values()),
+            }
+        inputs = [
+            self.slot(number, index, *entry, node, numbers, schemas, links) for index, entry in enumerate(slots(schema))
+        ]
         unknown = (set(node["widgets"]) | set(node["links"])) - {slot["name"] for slot in inputs}
         if unknown:
-            raise ValueError(f"{self.name}: {node['kind']} has no input {', '.join(sorted(unknown))}; it has {', '.join(s['name'] for s in inputs)}.")
-        outputs = [{"name": n, "type": t, "links": []} for n, t in zip(schema["output_name"], schema["output"], strict=True)]
+            raise ValueError(
+                f"{self.name}: {node['kind']} has no input {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(s['name'] for s in inputs)}."
+            )
+        outputs = [
+            {"name": n, "type": t, "links": []} for n, t in zip(schema["output_name"], schema["output"], strict=True)
+        ]
         title = {"title": node["title"]} if node["title"] else {}
         properties = {"Node name for S&R": node["kind"], **node["properties"]}
-        return made | {"inputs": inputs, "outputs": outputs, "properties": properties, "widgets_values": values(schema, node["widgets"])} | title
+        return (
+            made
+            | {
+                "inputs": inputs,
+                "outputs": outputs,
+                "properties": properties,
+                "widgets_values": values(schema, node["widgets"]),
+            }
+            | title
+        )
 
     def slot(self, number, index, name, kind, optional, widget, node, numbers, schemas, links):
         link = None
@@ -110,7 +156,10 @@ def least_height(schema) -> int:
 
     sockets = sum(not widget for *_, widget in slots(schema))
     rows = max(sockets, len(schema["output_name"]), 1)
-    drawn = sum(LINES if about.get("multiline") else LINE * (1 + controlled(name, kind, about)) for name, kind, about in widgets(schema))
+    drawn = sum(
+        LINES if about.get("multiline") else LINE * (1 + controlled(name, kind, about))
+        for name, kind, about in widgets(schema)
+    )
     return SLOT * rows + drawn + PAD
 
 

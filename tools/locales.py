@@ -2,12 +2,13 @@
 
     .venv/bin/python tools/locales.py                    # writes locales/en/nodeDefs.json from the nodes themselves
     .venv/bin/python tools/locales.py check              # names every text that another language lacks, or has too much
-    .venv/bin/python tools/locales.py todo zh > new.json # the English texts that Chinese lacks, to be filled in: {English: ""}
-    .venv/bin/python tools/locales.py fill zh new.json   # puts them where they belong; a key may also be a path that `check` names
+    .venv/bin/python tools/locales.py todo zh > new.json # the English texts that Chinese lacks, to be filled in:
+    {English: ""} .venv/bin/python tools/locales.py fill zh new.json   # puts them where they belong; a key may also be
+    a path that `check` names
 
-When an English text changes, the first command takes its old translation out of the other languages, so that `check` asks for a new
-one; a sentence that only moved takes its translation along. ComfyUI reads locales/<language>/nodeDefs.json; a text that is not there is
-shown as the node has it.
+When an English text changes, the first command takes its old translation out of the other languages, so that `check`
+asks for a new one; a sentence that only moved takes its translation along. ComfyUI reads
+locales/<language>/nodeDefs.json; a text that is not there is shown as the node has it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,16 @@ def texts(schema: dict) -> dict:
             about = about[0] if about else {}
             inputs[name] = {"name": about.get("display_name") or name, "tooltip": about.get("tooltip", "")}
     tips = schema.get("output_tooltips") or [""] * len(schema["output_name"])
-    outputs = {str(i): {"name": name, "tooltip": tip or ""} for i, (name, tip) in enumerate(zip(schema["output_name"], tips, strict=True))}
-    return {"display_name": schema["display_name"], "description": schema["description"], "inputs": inputs, "outputs": outputs}
+    outputs = {
+        str(i): {"name": name, "tooltip": tip or ""}
+        for i, (name, tip) in enumerate(zip(schema["output_name"], tips, strict=True))
+    }
+    return {
+        "display_name": schema["display_name"],
+        "description": schema["description"],
+        "inputs": inputs,
+        "outputs": outputs,
+    }
 
 
 def flat(tree: dict, prefix: tuple = ()) -> dict[str, str]:
@@ -64,7 +73,8 @@ def tree(texts: dict[str, str]) -> dict:
 
 
 def carried(before: dict, now: dict, translated: dict) -> dict:
-    """The translation of `now`, from one of `before`: texts that changed are left out, sentences that moved keep their translation."""
+    """The translation of `now`, from one of `before`: texts that changed are left out, sentences that moved keep their
+    translation."""
     old, new, given = flat(before), flat(now), flat(translated)
     sentences = {text: given[path] for path, text in old.items() if path in given and not is_label(path)}
     kept = {path: given[path] for path, text in new.items() if old.get(path) == text and path in given}
@@ -73,7 +83,8 @@ def carried(before: dict, now: dict, translated: dict) -> dict:
 
 
 def is_label(path: str) -> bool:
-    """Whether a text is the name of an input or output: one word of English may need two of another language in two nodes."""
+    """Whether a text is the name of an input or output: one word of English may need two of another language in two
+    nodes."""
     return path.endswith("/name")
 
 
@@ -82,7 +93,10 @@ def filled(english: dict, translated: dict, words: dict[str, str]) -> dict:
     wanted, given = flat(english), flat(translated)
     unknown = sorted(key for key in words if key not in wanted and key not in wanted.values())
     if unknown:
-        raise KeyError(f"{len(unknown)} keys are no English text and no path, the first: {unknown[0]!r}. Run `todo` again, the nodes changed.")
+        raise KeyError(
+            f"{len(unknown)} keys are no English text and no path, the first: {unknown[0]!r}. Run `todo` again, the "
+            "nodes changed."
+        )
     new = {path: words[text] for path, text in wanted.items() if words.get(text) and path not in given}
     named = {path: words[path] for path in wanted if words.get(path)}
     return tree(given | new | named)
@@ -99,7 +113,10 @@ def english() -> dict:
     boot.boot()
     from trainyard.nodes import TrainyardExtension
 
-    return {cls.GET_SCHEMA().node_id: texts(vars_of(cls.GET_NODE_INFO_V1())) for cls in asyncio.run(TrainyardExtension().get_node_list())}
+    return {
+        cls.GET_SCHEMA().node_id: texts(vars_of(cls.GET_NODE_INFO_V1()))
+        for cls in asyncio.run(TrainyardExtension().get_node_list())
+    }
 
 
 def vars_of(info) -> dict:

@@ -1,9 +1,11 @@
-"""The card of workflow 10: what Train LECO-Score's defaults do to the pictures of the toy world, trained as benchmarks/leco_score.py trains them.
+"""The card of workflow 10: what Train LECO-Score's defaults do to the pictures of the toy world, trained as
+benchmarks/leco_score.py trains them.
 
     .venv/bin/python tools/cards.py 10_leco_score          # three minutes on a quiet core
 
-The score model learns redness from drawn pictures that a noisy rater judged; the curve is the redness that is really there. The first
-picture of each prompt is shown, whatever it is. Sizes were not named in the prompts of the training, and no noise of it is used again.
+The score model learns redness from drawn pictures that a noisy rater judged; the curve is the redness that is really
+there. The first picture of each prompt is shown, whatever it is. Sizes were not named in the prompts of the training,
+and no noise of it is used again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ import leco_score as benchmark  # noqa: E402
 import pack  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ASKED = ["a large circle on a white ground", "a small square on a grey ground", "a large triangle on a black ground", "a small cross on a white ground"]
+ASKED = [
+    "a large circle on a white ground",
+    "a small square on a grey ground",
+    "a large triangle on a black ground",
+    "a small cross on a white ground",
+]
 
 
 def followed():
@@ -31,7 +38,8 @@ def followed():
 
 
 def measured():
-    """(a row of PIL pictures for each prompt, the mean true score at each strength in standard deviations of drawn pictures)."""
+    """(a row of PIL pictures for each prompt, the mean true score at each strength in standard deviations of drawn
+    pictures)."""
     pack.boot()
     import torch
     from trainyard.nodes import host
@@ -43,7 +51,7 @@ def measured():
     with torch.inference_mode():
         toy = pack.toy_world()
         denoiser, learnt_from, _ = benchmark.prepared(toy)
-        with host.context.gradients():
+        with host.context.enable_gradients():
             score = benchmark.scorer(denoiser, learnt_from, true, True)
         prompts = [SignedPrompt(scene) for scene in benchmark.scenes("trained")]
         found = benchmark.learnt(toy, learnt_from, true, LecoScoreSettings(), [(score, 1.0)], prompts, look)
@@ -62,7 +70,9 @@ def look(judge):
 
 
 def column(judge, pictures):
-    firsts = [Image.fromarray((p.clamp(0, 1) * 255).round().byte().numpy()) for p in pictures[:: len(pictures) // len(ASKED)]]
+    firsts = [
+        Image.fromarray((p.clamp(0, 1) * 255).round().byte().numpy()) for p in pictures[:: len(pictures) // len(ASKED)]
+    ]
     return firsts, float(judge.true(pictures).mean() / judge.unit)
 
 
@@ -71,11 +81,18 @@ def chart(draw, values):
     font, (top, bottom) = ImageFont.load_default, CHART
     low, high = min(*values, 0.0), max(*values, 0.0)
     y = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
-    places = [(LEFT + CELL / 2 + i * (SIDE - LEFT - 20 - CELL) / (len(values) - 1), y(value)) for i, value in enumerate(values)]
+    places = [
+        (LEFT + CELL / 2 + i * (SIDE - LEFT - 20 - CELL) / (len(values) - 1), y(value))
+        for i, value in enumerate(values)
+    ]
     draw.line([(places[0][0], y(0)), (places[-1][0], y(0))], fill=GRID, width=2)
     draw.line(places, fill=LINE, width=4, joint="curve")
     for (x, height), value in zip(places, values, strict=True):
         draw.ellipse([x - 5, height - 5, x + 5, height + 5], fill=LINE)
-        draw.text((x, height - 16), f"{value:+.1f}" if abs(value) >= 0.05 else "0", fill=INK, font=font(size=15), anchor="mm")
+        draw.text(
+            (x, height - 16), f"{value:+.1f}" if abs(value) >= 0.05 else "0", fill=INK, font=font(size=15), anchor="mm"
+        )
     words = f"true redness\nof {benchmark.JUDGED} pictures,\nin standard\ndeviations"
-    draw.multiline_text((LEFT - 12, (top + bottom) / 2), words, fill=DIM, font=font(size=14), anchor="rm", align="right")
+    draw.multiline_text(
+        (LEFT - 12, (top + bottom) / 2), words, fill=DIM, font=font(size=14), anchor="rm", align="right"
+    )

@@ -3,8 +3,9 @@
     .venv/bin/python tools/workflows.py            # all that are described here
     .venv/bin/python tools/workflows.py 03         # those whose name begins so
 
-A description names nodes, their place, the widgets that differ from the default and what is connected to what. The schemas come from a
-real ComfyUI server, so a widget that was added later is in the right position after running this again.
+A description names nodes, their place, the widgets that differ from the default and what is connected to what. The
+schemas come from a real ComfyUI server, so a widget that was added later is in the right position after running this
+again.
 """
 
 from __future__ import annotations
@@ -16,14 +17,6 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-
-
-
-
-
-
-
-
 
 
 def schemas_of_comfyui():
@@ -46,7 +39,9 @@ def main():
         if wanted and not flow.name.startswith(tuple(wanted)):
             continue
         workflow = flow.build(schemas)
-        (ROOT / "workflows" / f"{flow.name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (ROOT / "workflows" / f"{flow.name}.json").write_text(
+            json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         twin = ROOT / "workflows" / "api" / f"{flow.name}.json"
         twin.write_text(json.dumps(to_api(workflow, schemas), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{flow.name}: {len(workflow['nodes'])} nodes")

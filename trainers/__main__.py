@@ -17,38 +17,51 @@ import torch
 
 from .adapters.adapters import Adapters
 from .data.buckets import BucketSettings
-from .data.captions.variants import CAPTIONS, CaptionSettings
-from .data.encode import encode
+from .data.captions.variants import CAPTION_MODE_TEXT, CaptionSettings
+from .data.encode import encode_dataset
 from .data.readers import read_folder, require_captions
 from .files import LoraFile, lora_metadata, write_lora
 from .loop import train
-from .methods.lora import Lora
-from .monitor.plots import loss_plot, sheet
-from .runs import RunFolder, checked_name
-from .settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
+from .methods.lora import LoraTraining
+from .monitor.plots import draw_image_grid, draw_loss_plot
+from .runs import RunFolder, check_run_name
+from .settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, compute_fingerprint
 
-RECORDS = (RunSettings, AdapterSettings, OptimizerSettings, NoiseSettings, CaptionSettings, BucketSettings)
-MISTAKE, STOPPED = 2, 130  # exit codes
-
-
-# -- the command line, made from the settings records ------------------------------------------------------------------------------
+SETTINGS_RECORDS = (RunSettings, AdapterSettings, OptimizerSettings, NoiseSettings, CaptionSettings, BucketSettings)
+EXIT_MISTAKE, EXIT_STOPPED = 2, 130  # exit codes
 
 
-class Parser(argparse.ArgumentParser):
+# -- the command line, made from the settings records ------------------------------------------------------------------
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message):
-        self.exit(MISTAKE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def parser() -> Parser:
-    top = Parser(prog="python -m trainers", description="Train small models on image datasets, without ComfyUI.", allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, metavar="METHOD", parser_class=Parser)
+def make_argument_parser() -> OneLineErrorParser:
+    top = OneLineErrorParser(
+        prog="python -m trainers",
+        description="Train small models on image datasets, without ComfyUI.",
+        allow_abbrev=False,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="METHOD", parser_class=OneLineErrorParser)
     lora = commands.add_parser("lora", help="train a LoRA on pictures and their captions", allow_abbrev=False)
     files = lora.add_argument_group("files")
-    files.add_argument("--model", required=True, type=Path, help="a diffusers folder, or an SD3-shaped .safetensors checkpoint")
-    files.add_argument("--images", required=True, type=Path, help="folder of images with captions of the same name beside them")
-    files.add_argument("--out", required=True, type=Path, help="folder for the LoRA, the loss plot, the samples and what a resume needs")
+    files.add_argument(
+        "--model", required=True, type=Path, help="a diffusers folder, or an SD3-shaped .safetensors checkpoint"
+    )
+    files.add_argument(
+        "--images", required=True, type=Path, help="folder of images with captions of the same name beside them"
+    )
+    files.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="folder for the LoRA, the loss plot, the samples and what a resume needs",
+    )
     files.add_argument("--name", default="lora", help="name of the run and of its files (default: %(default)s)")
     files.add_argument("--caption-extension", default=".txt", help="(default: %(default)s)")
     files.add_argument("--alpha-mask", action="store_true", help="the images' transparency says where the loss counts")
@@ -57,62 +70,80 @@ def parser() -> Parser:
     files.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     samples = lora.add_argument_group("samples", "A sheet of the model without and with the LoRA, on the same seeds.")
     samples.add_argument("--samples", nargs="*", default=[], metavar="PROMPT")
-    samples.add_argument("--sample-seeds", type=whole, default=3, help="pictures per prompt (default: %(default)s)")
-    samples.add_argument("--sample-steps", type=whole, default=20, help="(default: %(default)s)")
-    samples.add_argument("--sample-size", type=whole, default=0, help="pixels (default: the size that most images are trained at)")
-    samples.add_argument("--sample-cfg", type=number, default=None, help="guidance (default: what suits the model)")
-    for record in RECORDS:
-        add_settings(lora.add_argument_group(record.__name__, record.__doc__.splitlines()[0]), record)
+    samples.add_argument(
+        "--sample-seeds", type=parse_whole_number, default=3, help="pictures per prompt (default: %(default)s)"
+    )
+    samples.add_argument("--sample-steps", type=parse_whole_number, default=20, help="(default: %(default)s)")
+    samples.add_argument(
+        "--sample-size",
+        type=parse_whole_number,
+        default=0,
+        help="pixels (default: the size that most images are trained at)",
+    )
+    samples.add_argument(
+        "--sample-cfg", type=parse_number, default=None, help="guidance (default: what suits the model)"
+    )
+    for record in SETTINGS_RECORDS:
+        add_settings_arguments(lora.add_argument_group(record.__name__, record.__doc__.splitlines()[0]), record)
     return top
 
 
-def add_settings(group, record):
+def add_settings_arguments(group, record):
     for f in dataclasses.fields(record):
         meta, default = f.metadata, f.default
-        about = meta["hint"] + (f" Unit: {meta['unit']}." if meta.get("unit") else "") + (f" (default: {default})" if default != "" else "")
-        name = option(record, f.name)
+        about = (
+            meta["hint"]
+            + (f" Unit: {meta['unit']}." if meta.get("unit") else "")
+            + (f" (default: {default})" if default != "" else "")
+        )
+        name = settings_option_name(record, f.name)
         options = dict(dest=name, default=default, help=about.replace("%", "%%"))
         if meta.get("switch"):
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(option_flag(name), action=argparse.BooleanOptionalAction, **options)
         elif "options" in meta:
-            group.add_argument(flag(name), choices=meta["options"], **options)
+            group.add_argument(option_flag(name), choices=meta["options"], **options)
         elif meta.get("text"):
-            group.add_argument(flag(name), **options)
+            group.add_argument(option_flag(name), **options)
         else:
-            group.add_argument(flag(name), type=whole if isinstance(default, int) else number, metavar="N", **options)
+            group.add_argument(
+                option_flag(name),
+                type=parse_whole_number if isinstance(default, int) else parse_number,
+                metavar="N",
+                **options,
+            )
 
 
-def option(record, name) -> str:
+def settings_option_name(record, name) -> str:
     """The field's name on the command line; captions were first to have a dropout."""
     return "adapter_dropout" if record is AdapterSettings and name == "dropout" else name
 
 
-def flag(name):
+def option_flag(name):
     return "--" + name.replace("_", "-")
 
 
-def whole(text):
+def parse_whole_number(text):
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
 
 
-def number(text):
+def parse_number(text):
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
-def settings(args, record):
-    return record(**{f.name: getattr(args, option(record, f.name)) for f in dataclasses.fields(record)})
+def settings_from_arguments(args, record):
+    return record(**{f.name: getattr(args, settings_option_name(record, f.name)) for f in dataclasses.fields(record)})
 
 
-# -- what the person sees, and Ctrl-C ----------------------------------------------------------------------------------------------
+# -- what the person sees, and Ctrl-C ----------------------------------------------------------------------------------
 
 
-class Screen:
+class ConsoleOutput:
     """One line that is written over on a terminal, and a line every ten seconds elsewhere."""
 
     def __init__(self, stream=None):
@@ -142,8 +173,9 @@ class Screen:
         self.width = 0
 
 
-class Stop:
-    """Ctrl-C asks to stop after the step that is under way; a second one stops at once. The previous handler comes back."""
+class InterruptHandler:
+    """Ctrl-C asks to stop after the step that is under way; a second one stops at once. The previous handler comes
+    back."""
 
     def __enter__(self):
         self.asked = False
@@ -167,24 +199,26 @@ class Stop:
             signal.signal(signal.SIGINT, self.before)
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Job:
+class CommandLineJob:
     """One LoRA run: the settings, and the files it reads and writes."""
 
     args: argparse.Namespace
-    screen: Screen
-    stop: Stop
+    screen: ConsoleOutput
+    stop: InterruptHandler
     records: dict = field(init=False)
 
     def __post_init__(self):
-        self.name = checked_name(self.args.name)
-        self.records = {record: settings(self.args, record) for record in RECORDS}
+        self.name = check_run_name(self.args.name)
+        self.records = {record: settings_from_arguments(self.args, record) for record in SETTINGS_RECORDS}
         self.run, self.adapter, self.optimizing, self.noise, self.captions, self.buckets = self.records.values()
         if not self.run.batch:
-            raise ValueError("batch is 0, which leaves it to the planner of the ComfyUI nodes. Give --batch 1 or more here.")
+            raise ValueError(
+                "batch is 0, which leaves it to the planner of the ComfyUI nodes. Give --batch 1 or more here."
+            )
         if self.args.out.exists() and not self.args.out.is_dir():
             raise ValueError(f"{self.args.out} is a file. Give --out a folder.")
 
@@ -196,7 +230,9 @@ class Job:
         adapters = Adapters(engine.network, self.adapter, rng).to(engine.denoiser.device)
         text = self.text_adapters(engine, rng)
         data = self.encoded(dataset, engine)
-        folder = RunFolder(self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.recipe(data), self.run.steps)
+        folder = RunFolder(
+            self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.recipe(data), self.run.steps
+        )
         folder.export = lambda step: self.lora(engine, adapters, text, data, step)
         done = folder.finished()
         lora, losses = done or self.trained(engine, adapters, text, data, folder)
@@ -208,30 +244,41 @@ class Job:
 
     def dataset(self):
         progress = lambda done, total, name: (self.stop.check(), self.screen.line(f"reading {done}/{total} {name}"))
-        dataset = read_folder(self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress)
+        dataset = read_folder(
+            self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress
+        )
         self.screen.say(f"{len(dataset)} images in {self.args.images}")
         for path, reason in dataset.skipped:
             self.screen.say(f"  left out: {reason if path in reason else f'{path}: {reason}'}")
-        if self.captions.caption_mode == CAPTIONS and not self.captions.trigger.strip():
+        if self.captions.caption_mode == CAPTION_MODE_TEXT and not self.captions.trigger.strip():
             require_captions(dataset)  # before the model is loaded
         return dataset
 
     def engine(self):
-        from .engines.diffusers import load
+        from .engines.diffusers import load_engine
 
-        engine = load(self.args.model, self.args.device)
+        engine = load_engine(self.args.model, self.args.device)
         self.screen.say(f"{self.args.model.name}: {engine.family.architecture} on {engine.denoiser.device}")
         return engine
 
     def encoded(self, dataset, engine):
         report = lambda done, total, what: self.screen.line(f"encoding {done}/{total} {what}")
-        return encode(
-            dataset, self.captions, self.buckets, self.args.flip, engine.vae, engine.text, self.args.out / ".cache",
-            report, self.stop.check, seed=self.run.seed,
-        )  # fmt: skip
+        return encode_dataset(
+            dataset,
+            self.captions,
+            self.buckets,
+            self.args.flip,
+            engine.vae,
+            engine.text,
+            self.args.out / ".cache",
+            report,
+            self.stop.check,
+            seed=self.run.seed,
+        )
 
     def text_adapters(self, engine, rng):
-        """Adapters of the text encoders, when they are trained; the model's own choice of layers holds for them as far as it can."""
+        """Adapters of the text encoders, when they are trained; the model's own choice of layers holds for them as far
+        as it can."""
         if not self.adapter.text_encoder:
             return None
         targets = "attention+mlp" if self.adapter.targets in ("regex", "all linear") else self.adapter.targets
@@ -242,7 +289,9 @@ class Job:
         """Of all that changes the result but the number of steps, so that a run can be continued to more."""
         run = {k: v for k, v in self.run.to_dict().items() if k not in ("steps", "save_every")}
         text = engine.text.identity if self.adapter.text_encoder else ""
-        return fingerprint("lora cli 1", data.fingerprint, engine.identity, text, self.adapter, self.optimizing, self.noise, run)
+        return compute_fingerprint(
+            "lora cli 1", data.fingerprint, engine.identity, text, self.adapter, self.optimizing, self.noise, run
+        )
 
     def recipe(self, data) -> dict:
         names = {"model": str(self.args.model), "images": str(self.args.images), "count": len(data)}
@@ -250,15 +299,17 @@ class Job:
 
     def trained(self, engine, adapters, text, data, folder):
         encode_text = engine.encode if text is not None else None
-        method = Lora(engine.denoiser, adapters, data, self.noise, engine.family.density, self.run.batch, text, encode_text)
-        with adapters.attached(), learning_text(engine, text):
+        method = LoraTraining(
+            engine.denoiser, adapters, data, self.noise, engine.family.density, self.run.batch, text, encode_text
+        )
+        with adapters.attached(), attach_trained_text(engine, text):
             losses = train(method, self.run, self.optimizing, report=self.report, store=folder)
         return folder.export(self.run.steps), losses
 
     def sample_size(self, engine, data) -> tuple[int, int]:
         """Pixels (width, height), in whole tokens of two latent cells."""
         unit = engine.vae.factor * 2
-        wanted = (self.args.sample_size,) * 2 if self.args.sample_size else usual_bucket(data)
+        wanted = (self.args.sample_size,) * 2 if self.args.sample_size else most_common_bucket(data)
         return tuple(max(unit, side // unit * unit) for side in wanted)
 
     def report(self, progress):
@@ -269,43 +320,61 @@ class Job:
         tensors, _ = engine.lora_tensors(adapters, text)
         family = engine.family
         about = lora_metadata(
-            title=self.name, base=family.base, architecture=family.architecture, prediction=engine.prediction,
-            adapter=self.adapter, optimizing=self.optimizing, noise=self.noise, run=self.run,
-            resolution=f"{self.buckets.resolution}x{self.buckets.resolution}", steps=step,
+            title=self.name,
+            base=family.base,
+            architecture=family.architecture,
+            prediction=engine.prediction,
+            adapter=self.adapter,
+            optimizing=self.optimizing,
+            noise=self.noise,
+            run=self.run,
+            resolution=f"{self.buckets.resolution}x{self.buckets.resolution}",
+            steps=step,
             dataset={"images": len(data), "dropout": self.captions.dropout},
-        )  # fmt: skip
+        )
         return LoraFile(tensors, about, step)
 
     def write(self, lora, losses):
         path = self.args.out / f"{self.name}.safetensors"
         write_lora(path, lora)
-        loss_plot(losses, self.args.out / f"{self.name}-loss.png", title=f"{self.name}: training loss")
+        draw_loss_plot(losses, self.args.out / f"{self.name}-loss.png", title=f"{self.name}: training loss")
         last = losses[-20:]
-        self.screen.say(f"{path}: {lora.steps} steps, loss {sum(last) / len(last):.4f}; the curve is in {self.name}-loss.png")
+        self.screen.say(
+            f"{path}: {lora.steps} steps, loss {sum(last) / len(last):.4f}; the curve is in {self.name}-loss.png"
+        )
 
     def sheet(self, engine, adapters, text, lora, data):
         """Rows: prompt without and with the LoRA. Columns: seeds."""
-        engine.load_lora(lora, adapters, text)  # this process may not have trained it, and some optimizers deliver another point
+        engine.load_lora(
+            lora, adapters, text
+        )  # this process may not have trained it, and some optimizers deliver another point
         size = self.sample_size(engine, data)
         seeds = range(self.args.sample_seeds)
         columns: list = []
         for seed in seeds:
             self.screen.line(f"sampling seed {seed + 1}/{len(seeds)}")
             self.stop.check()
-            look = lambda s=seed: engine.sample(self.args.samples, s, size, self.args.sample_steps, self.args.sample_cfg)
+            look = lambda s=seed: engine.sample(
+                self.args.samples, s, size, self.args.sample_steps, self.args.sample_cfg
+            )
             before = look()
-            with adapters.attached(), learning_text(engine, text):
+            with adapters.attached(), attach_trained_text(engine, text):
                 columns.append((before, look()))
-        rows = [[picture(column[with_lora][i]) for column in columns] for i in range(len(self.args.samples)) for with_lora in (0, 1)]
-        labels = [f"{short(p)}{how}" for p in self.args.samples for how in ("", " + LoRA")]
+        rows = [
+            [sample_to_pil(column[with_lora][i]) for column in columns]
+            for i in range(len(self.args.samples))
+            for with_lora in (0, 1)
+        ]
+        labels = [f"{shorten_prompt(p)}{how}" for p in self.args.samples for how in ("", " + LoRA")]
         path = self.args.out / f"{self.name}-samples.png"
-        sheet(rows, labels, [f"seed {s}" for s in seeds]).save(path)
+        draw_image_grid(rows, labels, [f"seed {s}" for s in seeds]).save(path)
         self.screen.say(f"{path}: without and with the LoRA")
 
 
 @contextlib.contextmanager
-def learning_text(engine, text):
-    """The text encoders on their device with their adapters attached, while inside; nothing when they are not trained."""
+def attach_trained_text(engine, text):
+    """The text encoders on their device with their adapters attached, while inside; nothing when they are not
+    trained."""
     if text is None:
         yield
         return
@@ -313,42 +382,42 @@ def learning_text(engine, text):
         yield
 
 
-def usual_bucket(data) -> tuple[int, int]:
+def most_common_bucket(data) -> tuple[int, int]:
     """The size that most pictures are trained at, pixels (width, height)."""
     return Counter(item.bucket for item in data.items).most_common(1)[0][0]
 
 
-def picture(tensor):
+def sample_to_pil(tensor):
     """(H, W, 3) in 0..1 -> PIL"""
     from PIL import Image
 
     return Image.fromarray((tensor * 255).round().to(torch.uint8).numpy())
 
 
-def short(text, most=36):
+def shorten_prompt(text, most=36):
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-# -- main --------------------------------------------------------------------------------------------------------------------------
+# -- main --------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None) -> int:
     """0 done, 2 a mistake that was explained in one line, 130 stopped by Ctrl-C with everything saved."""
-    args = parser().parse_args(argv)
-    screen = Screen()
+    args = make_argument_parser().parse_args(argv)
+    screen = ConsoleOutput()
     try:
-        with Stop() as stop:
-            Job(args, screen, stop)()
+        with InterruptHandler() as stop:
+            CommandLineJob(args, screen, stop)()
     except KeyboardInterrupt:
         screen.say(f"Stopped. What was done is kept in {args.out}; the same command continues from there.")
-        return STOPPED
+        return EXIT_STOPPED
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
         hint = " (--debug shows where)" if type(error) is RuntimeError else ""
         screen.end()
         print(f"python -m trainers: {' '.join(str(error).split())}{hint}", file=sys.stderr)
-        return MISTAKE
+        return EXIT_MISTAKE
     return 0
 
 

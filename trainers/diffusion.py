@@ -1,7 +1,7 @@
 """The arithmetic of noise that every method shares, in one convention.
 
-x = noised(x0, noise, sigma); a model answers denoise(x, sigma, conds) -> x0; slope = (x - x0) / sigma is the noise of eps
-models and the velocity of flow models (Karras et al. 2022, eq. 4), so one loss serves both.
+x = noised(x0, noise, sigma); a model answers denoise(x, sigma, conds) -> x0; slope = (x - x0) / sigma is the noise of
+eps models and the velocity of flow models (Karras et al. 2022, eq. 4), so one loss serves both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .settings import MSE, SCHEDULED_HUBER, NoiseSettings
 
-PLAIN = NoiseSettings()
+DEFAULT_NOISE_SETTINGS = NoiseSettings()
 
 
 class Denoiser(Protocol):
@@ -35,7 +35,8 @@ class Denoiser(Protocol):
         """(B,) -> (B,): the model's own schedule; u = 0 is clean, u = 1 is noise, finite at both ends."""
 
     def native_scale(self, sigma: Tensor) -> Tensor:
-        """(B,) -> (B,): |d x0 / d network output|; dividing an x0 error by it gives the error of the network's own target."""
+        """(B,) -> (B,): |d x0 / d network output|; dividing an x0 error by it gives the error of the network's own
+        target."""
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -48,12 +49,12 @@ def slope(x, sigma, x0):
     return (x - x0) / per_sample(sigma, x)
 
 
-def mse(a, b, mask=None):
+def per_sample_mse(a, b, mask=None):
     """(B, ...) -> (B,). With a mask (B, 1, ...) the mean is taken over what the mask lets through."""
-    return mean((a.float() - b.float()).square(), mask)
+    return masked_mean((a.float() - b.float()).square(), mask)
 
 
-def mean(error, mask=None):
+def masked_mean(error, mask=None):
     """(B, ...) -> (B,), over what the mask lets through."""
     if mask is None:
         return error.flatten(1).mean(1)
@@ -61,24 +62,25 @@ def mean(error, mask=None):
     return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-6)
 
 
-def randn_like(x, rng):
+def cpu_randn_like(x, rng):
     """Normal noise drawn on the CPU from rng, so that every device sees the same numbers."""
     return torch.randn(x.shape, generator=rng).to(x.device)
 
 
-def noise_like(x0, rng, settings: NoiseSettings):
-    """The noise of one step. With an offset (Guttenberg 2023) each channel is moved as a whole; multi-resolution noise (Whitaker 2023) adds
-    coarser and coarser noises and is brought back to the spread of normal noise."""
-    noise = randn_like(x0, rng)
+def sample_training_noise(x0, rng, settings: NoiseSettings):
+    """The noise of one step. With an offset (Guttenberg 2023) each channel is moved as a whole; multi-resolution noise
+    (Whitaker 2023) adds coarser and coarser noises and is brought back to the spread of normal noise."""
+    noise = cpu_randn_like(x0, rng)
     if settings.noise_offset:
-        noise = noise + settings.noise_offset * randn_like(x0.new_empty(*x0.shape[:2], *[1] * (x0.ndim - 2)), rng)
+        noise = noise + settings.noise_offset * cpu_randn_like(x0.new_empty(*x0.shape[:2], *[1] * (x0.ndim - 2)), rng)
     if settings.pyramid_levels:
-        noise = pyramid(noise, rng, settings.pyramid_levels, settings.pyramid_discount)
+        noise = add_pyramid_noise(noise, rng, settings.pyramid_levels, settings.pyramid_discount)
     return noise
 
 
-def pyramid(noise, rng, levels: int, discount: float):
-    """Noise (B, C, ..., H, W) and `levels` noises of 1/r, 1/r^2, ... of its size, r drawn from 2 to 4, each `discount` of the one before."""
+def add_pyramid_noise(noise, rng, levels: int, discount: float):
+    """Noise (B, C, ..., H, W) and `levels` noises of 1/r, 1/r^2, ... of its size, r drawn from 2 to 4, each `discount`
+    of the one before."""
     height, width = noise.shape[-2:]
     total, shrink = noise, 1.0
     for level in range(1, levels + 1):
@@ -94,7 +96,10 @@ def pyramid(noise, rng, levels: int, discount: float):
 def snr(denoiser, sigma):
     """(B,) signal-to-noise ratio, read off the denoiser's own mixing: 1/sigma^2 for eps and v, ((1-s)/s)^2 for flow."""
     one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
-    signal, noise = denoiser.noised(one[:, None], zero[:, None], sigma), denoiser.noised(zero[:, None], one[:, None], sigma)
+    signal, noise = (
+        denoiser.noised(one[:, None], zero[:, None], sigma),
+        denoiser.noised(zero[:, None], one[:, None], sigma),
+    )
     return (signal / noise).square().flatten()
 
 
@@ -102,8 +107,9 @@ def snr(denoiser, sigma):
 
 
 @dataclass(frozen=True)
-class Density:
-    """How often each noise level is drawn. `shift` moves flow levels up; 'resolution' derives it from the latent's size."""
+class NoiseLevelDensity:
+    """How often each noise level is drawn. `shift` moves flow levels up; 'resolution' derives it from the latent's
+    size."""
 
     kind: str = "uniform"  # uniform | logit-normal | host schedule
     mean: float = 0.0
@@ -111,15 +117,20 @@ class Density:
     shift: float | str = 1.0
 
 
-def density_for(settings: NoiseSettings, default: Density) -> Density:
+def resolve_noise_density(settings: NoiseSettings, default: NoiseLevelDensity) -> NoiseLevelDensity:
     """The density the settings ask for, with the family's default where they leave it open."""
     if settings.density == "model default":
-        return default if not settings.shift else Density(default.kind, default.mean, default.std, settings.shift)
-    return Density(settings.density, settings.mean, settings.std, settings.shift or default.shift)
+        return (
+            default
+            if not settings.shift
+            else NoiseLevelDensity(default.kind, default.mean, default.std, settings.shift)
+        )
+    return NoiseLevelDensity(settings.density, settings.mean, settings.std, settings.shift or default.shift)
 
 
 def resolution_shift(tokens: int) -> float:
-    """exp(mu), mu linear in image tokens from 0.5 at 256 to 1.15 at 4096: the shift Flux was trained with (Black Forest Labs)."""
+    """exp(mu), mu linear in image tokens from 0.5 at 256 to 1.15 at 4096: the shift Flux was trained with (Black Forest
+    Labs)."""
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     return float(torch.tensor(mu).exp())
 
@@ -129,90 +140,120 @@ def image_tokens(x0) -> int:
     return (x0.shape[-2] // 2) * (x0.shape[-1] // 2)
 
 
-def quantile(density: Density, q: Tensor) -> Tensor:
+def density_quantile(density: NoiseLevelDensity, q: Tensor) -> Tensor:
     """Time t for quantile q; both in (0, 1)."""
     return q if density.kind != "logit-normal" else torch.sigmoid(density.mean + density.std * torch.special.ndtri(q))
 
 
-def share_below(density: Density, t: float) -> float:
+def density_cdf(density: NoiseLevelDensity, t: float) -> float:
     """The share of draws below t: the inverse of `quantile`, finite at 0 and 1."""
     if density.kind != "logit-normal" or t in (0.0, 1.0):
         return t
     return float(torch.special.ndtr((torch.logit(torch.tensor(t, dtype=torch.float64)) - density.mean) / density.std))
 
 
-def shifted(t, shift: float):
+def shift_noise_level(t, shift: float):
     """Noise levels moved up for shift > 1 (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def unshifted(t, shift: float):
+def unshift_noise_level(t, shift: float):
     return t / (shift - (shift - 1) * t)
 
 
-def random_sigma(denoiser: Denoiser, density: Density, x0: Tensor, rng, low=0.0, high=1.0) -> Tensor:
-    """(B,) noise levels, each between the levels `low` and `high` (0 clean, 1 noise), by exact truncation of the density."""
-    return sigma_at_share(denoiser, density, x0, torch.rand(len(x0), generator=rng, dtype=torch.float64), low, high)
+def sample_sigmas(denoiser: Denoiser, density: NoiseLevelDensity, x0: Tensor, rng, low=0.0, high=1.0) -> Tensor:
+    """(B,) noise levels, each between the levels `low` and `high` (0 clean, 1 noise), by exact truncation of the
+    density."""
+    return sigmas_at_quantiles(
+        denoiser, density, x0, torch.rand(len(x0), generator=rng, dtype=torch.float64), low, high
+    )
 
 
-def fixed_sigmas(denoiser: Denoiser, density: Density, x0: Tensor, count: int, low=0.0, high=1.0) -> Tensor:
+def stratified_sigmas(
+    denoiser: Denoiser, density: NoiseLevelDensity, x0: Tensor, count: int, low=0.0, high=1.0
+) -> Tensor:
     """(count,) noise levels at the middles of `count` equal shares of what random_sigma draws, from clean to noisy."""
-    return sigma_at_share(denoiser, density, x0, (torch.arange(count, dtype=torch.float64) + 0.5) / count, low, high)
+    return sigmas_at_quantiles(
+        denoiser, density, x0, (torch.arange(count, dtype=torch.float64) + 0.5) / count, low, high
+    )
 
 
-def sigma_at_share(denoiser: Denoiser, density: Density, x0: Tensor, share: Tensor, low=0.0, high=1.0) -> Tensor:
+def sigmas_at_quantiles(
+    denoiser: Denoiser, density: NoiseLevelDensity, x0: Tensor, share: Tensor, low=0.0, high=1.0
+) -> Tensor:
     """(N,) the noise levels below which these shares (N,) of the density between `low` and `high` lie."""
     scheduled = not denoiser.flow or density.kind == "host schedule"
-    shift = 1.0 if scheduled else resolution_shift(image_tokens(x0)) if density.shift == "resolution" else float(density.shift)
-    ends = [unshifted(level, shift) for level in (low, high)]
-    first, last = (share_below(density, t) for t in ends)
+    shift = (
+        1.0
+        if scheduled
+        else resolution_shift(image_tokens(x0))
+        if density.shift == "resolution"
+        else float(density.shift)
+    )
+    ends = [unshift_noise_level(level, shift) for level in (low, high)]
+    first, last = (density_cdf(density, t) for t in ends)
     q = share * (last - first) + first
-    t = quantile(density, q.clamp(1e-6, 1 - 1e-6)).clamp(*ends)  # in a far tail first and last are the same number
-    sigma = denoiser.sigma_at(t) if scheduled else shifted(t, shift).clamp(min=1e-4)
+    t = density_quantile(density, q.clamp(1e-6, 1 - 1e-6)).clamp(
+        *ends
+    )  # in a far tail first and last are the same number
+    sigma = denoiser.sigma_at(t) if scheduled else shift_noise_level(t, shift).clamp(min=1e-4)
     return sigma.to(x0.device, torch.float32)
 
 
-# -- how wrong -----------------------------------------------------------------------------------------------------------
+# -- how wrong ---------------------------------------------------------------------------------------------------------
 
 
 def loss_weight(denoiser: Denoiser, sigma: Tensor, settings: NoiseSettings) -> Tensor:
-    """(B,) weight of the native loss. Each weighting is one weight of the x0 error, times native_scale^2 to be one of the network's own
-    target: min-SNR gives min(SNR, g)/SNR for eps and min(SNR, g)/(SNR + 1) for v. A published weight of the eps error is multiplied by
-    the SNR first, so that eps, v and flow models of one noise level are weighed alike."""
+    """(B,) weight of the native loss. Each weighting is one weight of the x0 error, times native_scale^2 to be one of
+    the network's own
+    target: min-SNR gives min(SNR, g)/SNR for eps and min(SNR, g)/(SNR + 1) for v. A published weight of the eps error
+    is multiplied by the SNR first, so that eps, v and flow models of one noise level are weighed alike."""
     if settings.weighting == "none":
         return torch.ones_like(sigma)
-    return WEIGHTS[settings.weighting](snr(denoiser, sigma), settings) * denoiser.native_scale(sigma).square()
+    return (
+        LOSS_WEIGHT_FUNCTIONS[settings.weighting](snr(denoiser, sigma), settings)
+        * denoiser.native_scale(sigma).square()
+    )
 
 
-WEIGHTS = {  # (SNR, settings) -> weight of the x0 error
+LOSS_WEIGHT_FUNCTIONS = {  # (SNR, settings) -> weight of the x0 error
     "min-SNR": lambda snr, s: snr.clamp(max=s.gamma),  # Hang et al. 2023
-    "soft-min-SNR": lambda snr, s: snr * s.gamma / (snr + s.gamma),  # Crowson (k-diffusion), whose sigma_data^2 is 1 / gamma
+    "soft-min-SNR": lambda snr, s: (
+        snr * s.gamma / (snr + s.gamma)
+    ),  # Crowson (k-diffusion), whose sigma_data^2 is 1 / gamma
     "debiased": lambda snr, s: snr.clamp(max=1e6).sqrt(),  # Yu et al. 2023: 1 / sqrt(SNR) of the eps error
     "P2": lambda snr, s: snr / (1 + snr) ** s.p2_gamma,  # Choi et al. 2022: (1 + SNR)^-gamma of the eps error
 }
 
 
-def native_error(denoiser, x0_hat, x0, sigma, mask=None, settings: NoiseSettings = PLAIN):
+def native_error(denoiser, x0_hat, x0, sigma, mask=None, settings: NoiseSettings = DEFAULT_NOISE_SETTINGS):
     """(B,) mean error of the network's own target, the noise, v or the velocity, in the measure of the settings."""
     scale = denoiser.native_scale(sigma)
     if settings.loss == MSE:
-        return mse(x0_hat, x0, mask) / scale.square()
-    error, c = (x0_hat.float() - x0.float()) / per_sample(scale, x0), per_sample(huber_width(denoiser, sigma, settings), x0)
-    return mean(2 * c * ((error.square() + c.square()).sqrt() - c), mask)
+        return per_sample_mse(x0_hat, x0, mask) / scale.square()
+    error, c = (
+        (x0_hat.float() - x0.float()) / per_sample(scale, x0),
+        per_sample(huber_width(denoiser, sigma, settings), x0),
+    )
+    return masked_mean(2 * c * ((error.square() + c.square()).sqrt() - c), mask)
 
 
 def huber_width(denoiser, sigma, settings):
-    """(B,) where the pseudo-Huber loss turns from a square into a line. Scheduled (Khrapov et al. 2024, the "snr" schedule of kohya-ss
-    sd-scripts): (1 - c) / (1 + s)^2 + c with s = 1 / sqrt(SNR), 1 on the clean side and c on the noisy one."""
+    """(B,) where the pseudo-Huber loss turns from a square into a line. Scheduled (Khrapov et al. 2024, the "snr"
+    schedule of kohya-ss sd-scripts): (1 - c) / (1 + s)^2 + c with s = 1 / sqrt(SNR), 1 on the clean side and c on the
+    noisy one."""
     width = torch.full_like(sigma, settings.huber_c)
     if settings.loss == SCHEDULED_HUBER:
         width = width + (1 - width) / (1 + snr(denoiser, sigma).rsqrt()).square()
     return width
 
 
-def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None, settings: NoiseSettings = PLAIN, extra=None):
-    """(B,) native loss of one prediction. `extra`: noise that the model is shown beyond that of its target (input perturbation, Ning et al.
-    2023): the network's target stays that of `noise`, and with it x0 moves by c_skip = (native_scale / sigma)^2 of what is added."""
+def denoising_loss(
+    denoiser, x0, noise, sigma, conds, mask=None, settings: NoiseSettings = DEFAULT_NOISE_SETTINGS, extra=None
+):
+    """(B,) native loss of one prediction. `extra`: noise that the model is shown beyond that of its target (input
+    perturbation, Ning et al. 2023): the network's target stays that of `noise`, and with it x0 moves by c_skip =
+    (native_scale / sigma)^2 of what is added."""
     x = plain = denoiser.noised(x0, noise, sigma)
     if extra is not None:
         x = denoiser.noised(x0, noise + extra, sigma)
@@ -220,9 +261,9 @@ def denoising_loss(denoiser, x0, noise, sigma, conds, mask=None, settings: Noise
     return native_error(denoiser, denoiser.denoise(x, sigma, conds), x0, sigma, mask, settings)
 
 
-def guided(denoiser, x, sigma, cond, away, guidance: float):
-    """x0 under classifier-free guidance (Ho and Salimans 2022): away + guidance * (cond - away), both in one call; one half of it at
-    guidance 1. `cond` and `away` are single conditionings for the whole batch."""
+def denoise_with_guidance(denoiser, x, sigma, cond, away, guidance: float):
+    """x0 under classifier-free guidance (Ho and Salimans 2022): away + guidance * (cond - away), both in one call; one
+    half of it at guidance 1. `cond` and `away` are single conditionings for the whole batch."""
     n = len(x)
     if guidance == 1:
         return denoiser.denoise(x, sigma, [cond] * n)
@@ -236,12 +277,12 @@ def rollout(denoiser, noise, sigmas, cond, away, guidance: float):
     for number, here in enumerate(sigmas):
         yield x, here
         if number + 1 < len(sigmas):
-            x0 = guided(denoiser, x, here, cond, away, guidance)
+            x0 = denoise_with_guidance(denoiser, x, here, cond, away, guidance)
             x = x + slope(x, here, x0) * per_sample(sigmas[number + 1] - here, x)
 
 
 @torch.no_grad()
-def trajectory(denoiser, noise, conds, sigmas):
+def sample_euler(denoiser, noise, conds, sigmas):
     """x at sigmas[-1], by Euler steps from pure noise at sigmas[0]."""
     x = denoiser.noised(torch.zeros_like(noise), noise, sigmas[0].expand(len(noise)))
     for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):

@@ -20,10 +20,10 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]
     from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_bytes(path, ordered(save(tensors, metadata=metadata or {})))
+    write_bytes_atomically(path, sort_safetensors_metadata(save(tensors, metadata=metadata or {})))
 
 
-def ordered(blob: bytes) -> bytes:
+def sort_safetensors_metadata(blob: bytes) -> bytes:
     """A safetensors blob with the keys of its metadata sorted."""
     (length,) = struct.unpack("<Q", blob[:8])
     header = json.loads(blob[8 : 8 + length])
@@ -34,7 +34,7 @@ def ordered(blob: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + blob[8 + length :]
 
 
-def write_bytes(path, blob: bytes):
+def write_bytes_atomically(path, blob: bytes):
     """Replace the file in one go: a reader sees the old one or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,8 +49,9 @@ def write_bytes(path, blob: bytes):
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             error.errno,
-            f"{path} could not be written ({error.strerror}): {len(blob) / 2**20:.1f} MiB are needed and {free:.1f} MiB are free. "
-            "An older file of that name is untouched. Free some space and press Run again; the run continues where it was saved.",
+            f"{path} could not be written ({error.strerror}): {len(blob) / 2**20:.1f} MiB are needed and {free:.1f} "
+            "MiB are free. An older file of that name is untouched. Free some space and press Run again; the run "
+            "continues where it was saved.",
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -58,8 +59,8 @@ def write_bytes(path, blob: bytes):
 
 
 def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata). Raises ValueError for a file that is no safetensors file. The tensors are copies: mapped ones would change
-    with their file, and Windows would not let it be replaced."""
+    """(tensors, metadata). Raises ValueError for a file that is no safetensors file. The tensors are copies: mapped
+    ones would change with their file, and Windows would not let it be replaced."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -69,69 +70,73 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from error
 
 
-# -- trees: nested states of optimizers and methods as one safetensors file ---------------------------------------------
+# -- trees: nested states of optimizers and methods as one safetensors file --------------------------------------------
 
 
-def write_tree(path, tree):
+def write_state_tree(path, tree):
     """Write nested dicts, lists, tuples, numbers, strings and tensors as one safetensors file, exactly."""
     tensors: dict[str, Tensor] = {}
-    shape = packed(tree, tensors)
+    shape = pack_state_tree(tree, tensors)
     write_safetensors(path, tensors, {"tree": json.dumps(shape)})
 
 
-def read_tree(path):
+def read_state_tree(path):
     """What `write_tree` wrote, equal in every bit."""
     tensors, metadata = read_safetensors(path)
     if "tree" not in metadata:
         raise ValueError(f"{path} is no saved state")
-    return unpacked(json.loads(metadata["tree"]), tensors)
+    return unpack_state_tree(json.loads(metadata["tree"]), tensors)
 
 
-def packed(tree, tensors):
+def pack_state_tree(tree, tensors):
     if isinstance(tree, Tensor):
         key = str(len(tensors))
         tensors[key] = tree.detach().cpu().clone()
         return {"tensor": key}
     if isinstance(tree, dict):
-        return {"dict": [[packed(k, tensors), packed(v, tensors)] for k, v in tree.items()]}
+        return {"dict": [[pack_state_tree(k, tensors), pack_state_tree(v, tensors)] for k, v in tree.items()]}
     if isinstance(tree, tuple):
-        return {"tuple": [packed(v, tensors) for v in tree]}
+        return {"tuple": [pack_state_tree(v, tensors) for v in tree]}
     if isinstance(tree, list):
-        return [packed(v, tensors) for v in tree]
+        return [pack_state_tree(v, tensors) for v in tree]
     return tree
 
 
-def unpacked(shape, tensors):
+def unpack_state_tree(shape, tensors):
     if isinstance(shape, list):
-        return [unpacked(v, tensors) for v in shape]
+        return [unpack_state_tree(v, tensors) for v in shape]
     if not isinstance(shape, dict):
         return shape
     ((kind, value),) = shape.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "tuple":
-        return tuple(unpacked(v, tensors) for v in value)
-    return {unpacked(k, tensors): unpacked(v, tensors) for k, v in value}
+        return tuple(unpack_state_tree(v, tensors) for v in value)
+    return {unpack_state_tree(k, tensors): unpack_state_tree(v, tensors) for k, v in value}
 
 
-# -- LoRA files -----------------------------------------------------------------------------------------------------------
+# -- LoRA files --------------------------------------------------------------------------------------------------------
 
 
 class LoraFile(dict):
-    """A LORA_MODEL: tensors by key, as ComfyUI's own nodes expect, with the metadata of its file and the steps it was trained."""
+    """A LORA_MODEL: tensors by key, as ComfyUI's own nodes expect, with the metadata of its file and the steps it was
+    trained."""
 
     def __init__(self, tensors, metadata=None, steps=0):
         super().__init__(tensors)
         self.metadata, self.steps = dict(metadata or {}), steps
 
 
-def lora_metadata(*, title, base, architecture, prediction, adapter, optimizing, noise, run, resolution, dataset, steps) -> dict[str, str]:
-    """What kohya's tools (ss_*), the modelspec readers and the next trainer look for. No clock time: the same run, the same bytes."""
+def lora_metadata(
+    *, title, base, architecture, prediction, adapter, optimizing, noise, run, resolution, dataset, steps
+) -> dict[str, str]:
+    """What kohya's tools (ss_*), the modelspec readers and the next trainer look for. No clock time: the same run, the
+    same bytes."""
     ss = {
         "ss_network_module": "networks.lora" if adapter.algorithm == "LoRA" else "lycoris.kohya",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": adapter.alpha or adapter.rank,
-        "ss_network_args": json.dumps(network_args(adapter)),
+        "ss_network_args": json.dumps(kohya_network_args(adapter)),
         "ss_base_model_version": base,
         "ss_v2": "True" if base.startswith("sd_v2") else "False",
         "ss_learning_rate": run.learning_rate,
@@ -161,14 +166,24 @@ def lora_metadata(*, title, base, architecture, prediction, adapter, optimizing,
         "modelspec.resolution": resolution,
         "modelspec.prediction_type": prediction,
     }
-    own = {"trainyard": json.dumps({r.__class__.__name__: r.to_dict() for r in (adapter, optimizing, noise, run)}, sort_keys=True)}
+    own = {
+        "trainyard": json.dumps(
+            {r.__class__.__name__: r.to_dict() for r in (adapter, optimizing, noise, run)}, sort_keys=True
+        )
+    }
     return {k: str(v) for k, v in {**ss, **spec, **own}.items()}
 
 
-def network_args(adapter) -> dict:
+def kohya_network_args(adapter) -> dict:
     """What kohya's tools call the arguments of the network, in LyCORIS's words where they go beyond LoRA."""
-    conv = {"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}
-    kinds = {"DoRA": {"algo": "locon", "dora_wd": True}, "LoHa": {"algo": "loha"}, "LoKr": {"algo": "lokr", "factor": adapter.factor}}
+    conv = (
+        {"conv_dim": adapter.conv_rank, "conv_alpha": adapter.conv_alpha or adapter.conv_rank} if adapter.conv else {}
+    )
+    kinds = {
+        "DoRA": {"algo": "locon", "dora_wd": True},
+        "LoHa": {"algo": "loha"},
+        "LoKr": {"algo": "lokr", "factor": adapter.factor},
+    }
     return conv | kinds.get(adapter.algorithm, {})
 
 
@@ -182,27 +197,38 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
-    """Write a LORA_MODEL with its metadata. Raises ValueError rather than keep NaN, or a file that would change nothing."""
+    """Write a LORA_MODEL with its metadata. Raises ValueError rather than keep NaN, or a file that would change
+    nothing."""
     if not lora:
-        raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train for at least one step with a learning rate above 0.")
+        raise ValueError(
+            "This LoRA is empty: no layer has learnt anything yet. Train for at least one step with a learning rate "
+            "above 0."
+        )
     bad = [key for key, value in lora.items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(
-            f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the learning rate."
+            f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the "
+            "learning rate."
         )
     metadata = {**lora.metadata, "modelspec.hash_sha256": f"0x{tensor_hash(lora)}", **(extra or {})}
     write_safetensors(path, lora, metadata)
 
 
-def rescaled(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFile:
-    """The LoRA whose strength 1 is what its strength `factor` was: alpha is scaled, or the upper matrix where a file has no alpha.
-    Raises ValueError for a factor that would leave nothing, or adapters whose effect is not proportional to their strength."""
+def rescale_lora(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFile:
+    """The LoRA whose strength 1 is what its strength `factor` was: alpha is scaled, or the upper matrix where a file
+    has no alpha. Raises ValueError for a factor that would leave nothing, or adapters whose effect is not proportional
+    to their strength."""
     if not factor or not math.isfinite(factor):
         raise ValueError(f"A LoRA cannot be rescaled by {factor}.")
     if odd := sorted(key for key in lora if key.endswith((".dora_scale", ".diff", ".w_norm", ".b_norm"))):
         raise ValueError(f"{odd[0]} is not proportional to strength; only LoRA, LoHa and LoKr files can be rescaled.")
     bases = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")}
     up = ("lora_up.weight", "lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
-    scales = lambda key: key.endswith(".alpha") or (key.endswith(up) and not any(key.startswith(f"{base}.") for base in bases))
-    return LoraFile({k: v * factor if scales(k) else v for k, v in lora.items()}, {**getattr(lora, "metadata", {}), **notes},
-                    getattr(lora, "steps", 0))
+    scales = lambda key: (
+        key.endswith(".alpha") or (key.endswith(up) and not any(key.startswith(f"{base}.") for base in bases))
+    )
+    return LoraFile(
+        {k: v * factor if scales(k) else v for k, v in lora.items()},
+        {**getattr(lora, "metadata", {}), **notes},
+        getattr(lora, "steps", 0),
+    )

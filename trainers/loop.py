@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .optimizers import deliver, make_optimizer, rate_factor, settled
+from .optimizers import apply_eval_weights, eval_weights_applied, lr_schedule_factor, make_optimizer
 from .settings import OptimizerSettings, RunSettings
 
 
@@ -24,7 +24,7 @@ class Diverged(RuntimeError):
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a report sees: `losses` holds one raw number per finished step."""
 
     step: int
@@ -37,10 +37,13 @@ class Progress:
     def line(self) -> str:
         """step 12/100 · loss 0.1234 · 3 min left · what was seen last"""
         loss = sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
-        return f"step {self.step}/{self.steps} · loss {loss:.4f} · {spoken(self.seconds_left)} left{self.note and f' · {self.note}'}"
+        return (
+            f"step {self.step}/{self.steps} · loss {loss:.4f} · {format_time_left(self.seconds_left)} "
+            f"left{self.note and f' · {self.note}'}"
+        )
 
 
-def spoken(seconds: float) -> str:
+def format_time_left(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     if seconds < 90:
@@ -49,7 +52,7 @@ def spoken(seconds: float) -> str:
 
 
 @dataclass
-class Run:
+class TrainingState:
     """One training in memory: what a step changes, and what a resume needs."""
 
     method: object
@@ -80,7 +83,8 @@ class Run:
     def load(self, state: dict):
         if len(state["params"]) != len(self.params):
             raise ValueError(
-                f"The saved run has {len(state['params'])} trained tensors and this one {len(self.params)}; start a new run name."
+                f"The saved run has {len(state['params'])} trained tensors and this one {len(self.params)}; start a "
+                "new run name."
             )
         with torch.no_grad():
             for p, saved in zip(self.params, state["params"], strict=True):
@@ -119,55 +123,65 @@ class NoStore:
     def keep_best(self, step): ...
 
 
-def train(method, run: RunSettings, optimizing: OptimizerSettings | None = None, *, report=None, store=None, interval=0.4, watch=None):
-    """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may raise to stop.
-    `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a safety copy every few minutes),
-    "stopped" or "finished". Whatever stops the run, its last complete step is saved first. After the last step the parameters are
-    the ones to use. `watch` (trainers.validation.Watch) measures and draws between two steps, changes none of them, and may end the run
-    early; then it is as finished as one that did all its steps.
+def train(
+    method,
+    run: RunSettings,
+    optimizing: OptimizerSettings | None = None,
+    *,
+    report=None,
+    store=None,
+    interval=0.4,
+    watch=None,
+):
+    """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may
+    raise to stop. `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a
+    safety copy every few minutes), "stopped" or "finished". Whatever stops the run, its last complete step is saved
+    first. After the last step the parameters are the ones to use. `watch` (trainers.validation.Watch) measures and
+    draws between two steps, changes none of them, and may end the run early; then it is as finished as one that did all
+    its steps.
 
     Raises Diverged when the loss is no longer finite; the last good state is the one kept."""
     optimizing, store, report = optimizing or OptimizerSettings(), store or NoStore(), report or (lambda progress: None)
     te_rate = optimizing.text_encoder_lr or run.learning_rate / 10
     groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
     params = [p for g in groups for p in g["params"]]
-    now = Run(method, make_optimizer(groups, optimizing), params, watch=watch)
+    now = TrainingState(method, make_optimizer(groups, optimizing), params, watch=watch)
     rates = [g["lr"] for g in now.optimizer.param_groups]
     if (saved := store.load()) is not None:
         now.load(saved)
-    pending, clock = Pending(), Clock(now.step, run.steps, interval)
+    pending, clock = PendingLosses(), TrainingClock(now.step, run.steps, interval)
     draws = method_state(method)
     try:
         while True:
             if watch and watch.due(now.step, run.steps):
                 now.losses += pending.fetch(now.step)
-                look(now, store, run.steps)
+                run_monitor_checks(now, store, run.steps)
             ended = now.step >= run.steps or bool(watch and watch.enough)
             if why := "finished" if ended else clock.save_due(now.step, run.save_every):
                 now.losses += pending.fetch(now.step)
-                save(now, store, why)
+                save_training_state(now, store, why)
                 report(clock.progress(now))
             if ended:
-                deliver(now.optimizer)
-                put(now.params, (now.better() or {}).get("params"))
+                apply_eval_weights(now.optimizer)
+                copy_into_parameters(now.params, (now.better() or {}).get("params"))
                 return now.losses
-            factor = rate_factor(now.step, run.steps, optimizing)
+            factor = lr_schedule_factor(now.step, run.steps, optimizing)
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            loss, norm = gradients(method, params, step_rng(run.seed, now.step), optimizing)
+            loss, norm = accumulate_gradients(method, params, step_rng(run.seed, now.step), optimizing)
             now.whole = False
-            apply(now.optimizer)
+            apply_optimizer_step(now.optimizer)
             pending.add(loss, norm)
             now.step, draws, now.whole = now.step + 1, method_state(method), True
             if clock.due(now.step):
                 now.losses += pending.fetch(now.step)
                 report(clock.progress(now))
     except BaseException as stop:  # the host's interrupt is no Exception
-        keep(now, store, pending, draws, stop)
+        save_before_exit(now, store, pending, draws, stop)
         raise
 
 
-def gradients(method, params, rng, optimizing):
+def accumulate_gradients(method, params, rng, optimizing):
     """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step."""
     total = 0.0
     for _ in range(optimizing.accumulate):
@@ -177,62 +191,66 @@ def gradients(method, params, rng, optimizing):
     return total, torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
 
 
-def apply(optimizer):
+def apply_optimizer_step(optimizer):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def look(now, store, steps):
-    """Measure and draw with the weights to use, and leave everything as it was: parameters, optimizer, and the chance of others."""
-    with settled(now.optimizer, now.params), own_chance():
+def run_monitor_checks(now, store, steps):
+    """Measure and draw with the weights to use, and leave everything as it was: parameters, optimizer, and the chance
+    of others."""
+    with eval_weights_applied(now.optimizer, now.params), fork_rng_state():
         if now.watch.look(now.step, steps, now.params):
             store.keep_best(now.step)
 
 
-def own_chance():
+def fork_rng_state():
     """Samplers and networks may draw from torch's global generators; training must not notice."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
-def save(now, store, why):
+def save_training_state(now, store, why):
     """The state is that of training, so that more steps go on from there; what is exported are the weights to use."""
     state, best = now.state(), now.better() if why == "finished" else None
     state["params"] = [p.clone() for p in state["params"]]
-    with settled(now.optimizer, now.params):
+    with eval_weights_applied(now.optimizer, now.params):
         before = [p.detach().clone() for p in now.params] if best else None
-        put(now.params, best and best["params"])
+        copy_into_parameters(now.params, best and best["params"])
         try:
             if why == "finished" and now.watch:
-                with own_chance():
+                with fork_rng_state():
                     now.watch.finish()
                 state["watch"] = now.watch.state()
             store.save({**state, "delivered": best["step"]} if best else state, why)
         finally:
-            put(now.params, before)
+            copy_into_parameters(now.params, before)
 
 
-def put(params, values):
+def copy_into_parameters(params, values):
     """Write these values into the parameters; None leaves them."""
     with torch.no_grad():
         for p, value in zip(params, values or (), strict=False):
             p.copy_(value)
 
 
-def keep(now, store, pending, draws, stop):
-    """Save the last complete step before an exception goes on; a second failure must not hide the first. What is on disk stays when
-    the loss is no number, and when the optimizer itself was cut short (out of memory in its first step, for example)."""
+def save_before_exit(now, store, pending, draws, stop):
+    """Save the last complete step before an exception goes on; a second failure must not hide the first. What is on
+    disk stays when the loss is no number, and when the optimizer itself was cut short (out of memory in its first step,
+    for example)."""
     try:
         now.optimizer.zero_grad(set_to_none=True)
         load_method_state(now.method, draws)
         if isinstance(stop, Diverged) or not now.whole:
             return
         now.losses += pending.fetch(now.step)
-        save(now, store, "stopped")
+        save_training_state(now, store, "stopped")
     except Exception as second:
-        stop.add_note(f"The state of step {now.step} could not be saved: {second}") if hasattr(stop, "add_note") else None
+        stop.add_note(f"The state of step {now.step} could not be saved: {second}") if hasattr(
+            stop, "add_note"
+        ) else None
 
 
-class Pending:
+class PendingLosses:
     """Losses that wait on the device until a report fetches them."""
 
     def __init__(self):
@@ -249,13 +267,14 @@ class Pending:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 at = step - len(values) + index + 1
                 raise Diverged(
-                    f"The loss became {loss} with gradient norm {norm} at step {at}. The last good state is kept. Lower the learning rate, "
-                    "add warmup steps, or lower clip; with an fp16 model, load it as bf16 or fp32."
+                    f"The loss became {loss} with gradient norm {norm} at step {at}. The last good state is kept. "
+                    "Lower the learning rate, add warmup steps, or lower clip; with an fp16 model, load it as bf16 or "
+                    "fp32."
                 )
         return [loss for loss, _ in values]
 
 
-class Clock:
+class TrainingClock:
     """When to report, when to save, and how long is left."""
 
     safety_seconds = 180  # how much work a power cut may cost
@@ -270,7 +289,13 @@ class Clock:
             return "finished"
         if step == self.first:
             return None
-        why = "step" if every and step % every == 0 else "auto" if time.monotonic() - self.saved > self.safety_seconds else None
+        why = (
+            "step"
+            if every and step % every == 0
+            else "auto"
+            if time.monotonic() - self.saved > self.safety_seconds
+            else None
+        )
         if why:
             self.saved = time.monotonic()
         return why
@@ -281,8 +306,10 @@ class Clock:
         self.last = time.monotonic()
         return True
 
-    def progress(self, now) -> Progress:
+    def progress(self, now) -> TrainingProgress:
         done = now.step - self.first
         pace = (time.monotonic() - self.start) / done if done else math.inf
         left = pace * (self.steps - now.step)
-        return Progress(now.step, self.steps, now.losses, now.optimizer.param_groups[0]["lr"], left, getattr(now.watch, "note", ""))
+        return TrainingProgress(
+            now.step, self.steps, now.losses, now.optimizer.param_groups[0]["lr"], left, getattr(now.watch, "note", "")
+        )

@@ -1,4 +1,5 @@
-"""Optimizers by name and learning-rate schedules. The optimizers come from torch and from the package pytorch-optimizer."""
+"""Optimizers by name and learning-rate schedules. The optimizers come from torch and from the package
+pytorch-optimizer."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import torch
 
 from .settings import OptimizerSettings
 
-TORCH = {"AdamW": "AdamW", "RAdam": "RAdam", "SGD": "SGD"}
-PACKAGE = {
+TORCH_OPTIMIZERS = {"AdamW": "AdamW", "RAdam": "RAdam", "SGD": "SGD"}
+PACKAGE_OPTIMIZERS = {
     "AdamW8bit": "bnb_adamw8bit",
     "Prodigy": "Prodigy",
     "ScheduleFreeAdamW": "ScheduleFreeAdamW",
@@ -22,14 +23,18 @@ PACKAGE = {
 
 
 def make_optimizer(groups: list[dict], settings: OptimizerSettings):
-    """An optimizer over groups of {"params": [...], "lr": float}. A parameter may carry a `rate`, its share of the group's learning rate.
-    Raises RuntimeError with the pip line of a missing package."""
-    groups = [{**group, "params": params, "lr": group["lr"] * rate} for group in groups for rate, params in by_rate(group["params"])]
-    optimizer = bare_optimizer(groups, settings)
-    return Averaged(optimizer, settings.ema, settings.ema_on_cpu) if settings.ema else optimizer
+    """An optimizer over groups of {"params": [...], "lr": float}. A parameter may carry a `rate`, its share of the
+    group's learning rate. Raises RuntimeError with the pip line of a missing package."""
+    groups = [
+        {**group, "params": params, "lr": group["lr"] * rate}
+        for group in groups
+        for rate, params in group_parameters_by_rate(group["params"])
+    ]
+    optimizer = make_base_optimizer(groups, settings)
+    return EmaOptimizer(optimizer, settings.ema, settings.ema_on_cpu) if settings.ema else optimizer
 
 
-def by_rate(params) -> list[tuple[float, list]]:
+def group_parameters_by_rate(params) -> list[tuple[float, list]]:
     """[(rate, parameters)] in the order in which each rate comes first."""
     found: dict[float, list] = {}
     for p in params:
@@ -37,43 +42,48 @@ def by_rate(params) -> list[tuple[float, list]]:
     return list(found.items())
 
 
-def bare_optimizer(groups, settings):
+def make_base_optimizer(groups, settings):
     if settings.optimizer == "SGD":
         return torch.optim.SGD(groups, momentum=settings.beta1, weight_decay=settings.weight_decay)
-    options = dict(weight_decay=settings.weight_decay, betas=betas(settings))
-    if settings.optimizer in TORCH:
-        return getattr(torch.optim, TORCH[settings.optimizer])(groups, **options)
+    options = dict(weight_decay=settings.weight_decay, betas=optimizer_betas(settings))
+    if settings.optimizer in TORCH_OPTIMIZERS:
+        return getattr(torch.optim, TORCH_OPTIMIZERS[settings.optimizer])(groups, **options)
     if settings.optimizer == "Adafactor":
-        options.update(relative_step=False, scale_parameter=False)  # the learning rate is the user's, not the optimizer's own
+        options.update(
+            relative_step=False, scale_parameter=False
+        )  # the learning rate is the user's, not the optimizer's own
         options["momentum_dtype"] = torch.float32  # bf16 by default, and releases before 4 would read it back as fp32
-    return package_optimizer(settings.optimizer)(groups, **options)
+    return import_package_optimizer(settings.optimizer)(groups, **options)
 
 
-def betas(settings):
+def optimizer_betas(settings):
     """Two betas, or as many as the optimizer has: CAME and Adan keep a third memory at its published default."""
     two = (settings.beta1, settings.beta2)
     return {"CAME": (*two, 0.9999), "Adan": (0.98, 0.92, 0.99)}.get(settings.optimizer, two)
 
 
-def package_optimizer(name):
+def import_package_optimizer(name):
     if name == "AdamW8bit":
-        require("bitsandbytes", name)
-    require("pytorch_optimizer", name)
+        require_optimizer_package("bitsandbytes", name)
+    require_optimizer_package("pytorch_optimizer", name)
     import pytorch_optimizer
 
-    return pytorch_optimizer.load_optimizer(PACKAGE[name])
+    return pytorch_optimizer.load_optimizer(PACKAGE_OPTIMIZERS[name])
 
 
-def require(module, optimizer):
+def require_optimizer_package(module, optimizer):
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
         line = f"pip install {module.replace('_', '-')}"
-        raise RuntimeError(f"The optimizer {optimizer} needs a package that is not installed. Run: {line}\nAdamW needs none.")
+        raise RuntimeError(
+            f"The optimizer {optimizer} needs a package that is not installed. Run: {line}\nAdamW needs none."
+        )
 
 
-class Averaged:
-    """An optimizer that also keeps a moving average of what it trains, and delivers that. The first steps count less in it, as in
+class EmaOptimizer:
+    """An optimizer that also keeps a moving average of what it trains, and delivers that. The first steps count less in
+    it, as in
     TensorFlow: the decay of update n is at most (1 + n) / (10 + n)."""
 
     def __init__(self, optimizer, decay: float, on_cpu: bool = False):
@@ -114,7 +124,7 @@ class Averaged:
             average.copy_(saved)
 
 
-def rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
+def lr_schedule_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
     """The learning rate of step `step` (from 0) as a share of the full rate."""
     if step < settings.warmup:
         return (step + 1) / (settings.warmup + 1)
@@ -128,22 +138,22 @@ def rate_factor(step: int, steps: int, settings: OptimizerSettings) -> float:
     }[settings.schedule]()
 
 
-def deliver(optimizer):
-    """Leave the weights to use in the parameters: schedule-free optimizers train one point and deliver another (Defazio et al. 2024), and
-    so does an average."""
+def apply_eval_weights(optimizer):
+    """Leave the weights to use in the parameters: schedule-free optimizers train one point and deliver another (Defazio
+    et al. 2024), and so does an average."""
     if hasattr(optimizer, "eval"):
         optimizer.eval()
 
 
 @contextlib.contextmanager
-def settled(optimizer, params):
+def eval_weights_applied(optimizer, params):
     """The weights to use, while inside. The training point comes back bit for bit."""
     if not hasattr(optimizer, "eval"):
         yield
         return
     before = [p.detach().clone() for p in params]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    deliver(optimizer)
+    apply_eval_weights(optimizer)
     try:
         yield
     finally:

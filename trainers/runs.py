@@ -22,24 +22,26 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import LoraFile, read_safetensors, read_tree, write_bytes, write_lora, write_tree
+from .files import LoraFile, read_safetensors, read_state_tree, write_bytes_atomically, write_lora, write_state_tree
 
-NAME = re.compile(r"[^\W_][\w .+-]{0,99}")
+RUN_NAME_PATTERN = re.compile(r"[^\W_][\w .+-]{0,99}")
 
 
-def checked_name(name: str) -> str:
+def check_run_name(name: str) -> str:
     """A run name that is one plain folder name. Raises ValueError otherwise."""
     name = name.strip()
-    if not NAME.fullmatch(name) or name.endswith("."):
+    if not RUN_NAME_PATTERN.fullmatch(name) or name.endswith("."):
         raise ValueError(
-            f"The run name is {name!r}; use letters, digits, spaces, '.', '+', '-' and '_', at most 100, beginning with a letter or digit."
+            f"The run name is {name!r}; use letters, digits, spaces, '.', '+', '-' and '_', at most 100, beginning "
+            "with a letter or digit."
         )
     return name
 
 
 @dataclass
 class RunFolder:
-    """The store of one run. Runs of the same name but another recipe live in another folder, so neither harms the other."""
+    """The store of one run. Runs of the same name but another recipe live in another folder, so neither harms the
+    other."""
 
     root: Path
     name: str
@@ -48,10 +50,14 @@ class RunFolder:
     steps: int
     export: object = None  # step -> LoraFile with the weights of now
     saved: int = 0  # the last step that is safe on disk
-    ending: dict = field(default_factory=dict)  # what decides which weights the run ends with: ValidationSettings.ending()
+    ending: dict = field(
+        default_factory=dict
+    )  # what decides which weights the run ends with: ValidationSettings.ending()
     graph: dict = field(default_factory=dict)  # "workflow" and "prompt" as JSON texts
     why: str = ""  # of the save at work, for the export
-    sizes: dict = field(default_factory=dict)  # what a run that goes on must take from its beginning: "batch" and "accumulate"
+    sizes: dict = field(
+        default_factory=dict
+    )  # what a run that goes on must take from its beginning: "batch" and "accumulate"
 
     @property
     def folder(self) -> Path:
@@ -74,26 +80,33 @@ class RunFolder:
         return self.folder / "samples"
 
     def check_writable(self):
-        """Raises OSError when nothing could be saved here: better known before the long work than after it. Leaves nothing behind."""
+        """Raises OSError when nothing could be saved here: better known before the long work than after it. Leaves
+        nothing behind."""
         place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         try:
             with tempfile.TemporaryFile(dir=place) as probe:
                 probe.write(bytes(4096))
         except OSError as error:
-            raise OSError(error.errno, f"The run cannot be saved in {self.folder} ({error.strerror}), so nothing was trained. Let ComfyUI write to {place}, "
-                          "free some space there, or start it with another --output-directory.") from error
+            raise OSError(
+                error.errno,
+                f"The run cannot be saved in {self.folder} ({error.strerror}), so nothing was trained. Let ComfyUI "
+                f"write to {place}, free some space there, or start it with another --output-directory.",
+            ) from error
 
     def load(self):
-        """The saved state of this very run, or None. Raises ValueError when the file is damaged or belongs to another recipe."""
+        """The saved state of this very run, or None. Raises ValueError when the file is damaged or belongs to another
+        recipe."""
         if not self.state_path.exists():
             return None
         state = self.read()
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(f"{self.state_path} belongs to another recipe; choose another run name, or move that folder away.")
+            raise ValueError(
+                f"{self.state_path} belongs to another recipe; choose another run name, or move that folder away."
+            )
         if state["step"] > self.steps:
             raise ValueError(
-                f"Run {self.name!r} has already done {state['step']} steps, and {self.steps} are asked for. "
-                "Ask for more steps to continue it, or choose another run name."
+                f"Run {self.name!r} has already done {state['step']} steps, and {self.steps} are asked for. Ask for "
+                "more steps to continue it, or choose another run name."
             )
         self.saved = state["step"]
         return state
@@ -107,30 +120,42 @@ class RunFolder:
 
     def read(self) -> dict:
         try:
-            return read_tree(self.state_path)
+            return read_state_tree(self.state_path)
         except ValueError as error:
-            raise ValueError(f"{error}. Move the folder {self.folder} away, or choose another run name, to start anew.") from error
+            raise ValueError(
+                f"{error}. Move the folder {self.folder} away, or choose another run name, to start anew."
+            ) from error
 
     def save(self, state, why):
         self.why = why
-        write_tree(self.state_path, {**state, "fingerprint": self.fingerprint, "sizes": self.sizes})
+        write_state_tree(self.state_path, {**state, "fingerprint": self.fingerprint, "sizes": self.sizes})
         self.saved = state["step"]
         if why in ("step", "stopped", "finished") and state["step"] and self.export:
             lora = self.export(state.get("delivered", state["step"]))
             if lora:
                 write_lora(self.lora_path(self.steps if why == "finished" else state["step"]), lora)
         self.write_seen(state.get("watch") or {})
-        about = {"name": self.name, "fingerprint": self.fingerprint, "step": state["step"], "steps": self.steps, "why": why, "ending": self.ending,
-                 "early": why == "finished" and state["step"] < self.steps, **outcome(state), **self.recipe, **self.sizes}  # fmt: skip
-        write_json(self.folder / "run.json", about)
+        about = {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "step": state["step"],
+            "steps": self.steps,
+            "why": why,
+            "ending": self.ending,
+            "early": why == "finished" and state["step"] < self.steps,
+            **summarize_run_outcome(state),
+            **self.recipe,
+            **self.sizes,
+        }
+        write_json_file(self.folder / "run.json", about)
 
     def write_seen(self, seen: dict):
         """What a person may want to read of what the run saw."""
         for name, what in (("validation.json", seen.get("history")), ("images.json", seen.get("worst"))):
             if what:
-                write_json(self.folder / name, what)
+                write_json_file(self.folder / name, what)
         if self.graph and not (self.folder / "graph.json").exists():
-            write_json(self.folder / "graph.json", {key: json.loads(text) for key, text in self.graph.items()})
+            write_json_file(self.folder / "graph.json", {key: json.loads(text) for key, text in self.graph.items()})
 
     def keep_best(self, step: int):
         """Write the LoRA of now as the best so far."""
@@ -139,10 +164,12 @@ class RunFolder:
             write_lora(self.best_path, lora)
 
     def finished(self) -> tuple[LoraFile, list[float]] | None:
-        """(LoRA, losses) of this very run if it has been done before, also by another process. run.json is written last: while it tells
-        of fewer steps, the LoRA may be that of a shorter run."""
+        """(LoRA, losses) of this very run if it has been done before, also by another process. run.json is written
+        last: while it tells of fewer steps, the LoRA may be that of a shorter run."""
         path, about = self.lora_path(self.steps), self.folder / "run.json"
-        if not all(p.exists() for p in (path, about, self.state_path)) or not self.ended(json.loads(about.read_text("utf-8"))):
+        if not all(p.exists() for p in (path, about, self.state_path)) or not self.ended(
+            json.loads(about.read_text("utf-8"))
+        ):
             return None
         state = self.read()
         if state["fingerprint"] != self.fingerprint or state["step"] > self.steps:
@@ -151,12 +178,15 @@ class RunFolder:
         return LoraFile(tensors, metadata, state.get("delivered", state["step"])), state["losses"].tolist()
 
     def ended(self, about: dict) -> bool:
-        """Whether the run that this tells of did all its steps, or had enough before, under the ending that is asked now."""
-        whole = about["step"] == self.steps or (about["why"] == "finished" and about.get("early", False) and about["step"] < self.steps)
+        """Whether the run that this tells of did all its steps, or had enough before, under the ending that is asked
+        now."""
+        whole = about["step"] == self.steps or (
+            about["why"] == "finished" and about.get("early", False) and about["step"] < self.steps
+        )
         return whole and about.get("ending", {}) == self.ending
 
 
-def outcome(state: dict) -> dict:
+def summarize_run_outcome(state: dict) -> dict:
     """What run.json tells of how a run goes."""
     losses, seen = state["losses"][-20:].tolist(), state.get("watch") or {}
     out = {"loss": sum(losses) / len(losses) if losses else None}
@@ -168,53 +198,65 @@ def outcome(state: dict) -> dict:
     return out
 
 
-def write_json(path, what):
-    write_bytes(path, json.dumps(plain(what), indent=1, ensure_ascii=False, allow_nan=False).encode())
+def write_json_file(path, what):
+    write_bytes_atomically(
+        path, json.dumps(to_finite_json(what), indent=1, ensure_ascii=False, allow_nan=False).encode()
+    )
 
 
-def plain(what):
+def to_finite_json(what):
     """The same value with null for numbers that JSON does not have."""
     if isinstance(what, dict):
-        return {key: plain(value) for key, value in what.items()}
+        return {key: to_finite_json(value) for key, value in what.items()}
     if isinstance(what, (list, tuple)):
-        return [plain(value) for value in what]
+        return [to_finite_json(value) for value in what]
     return None if isinstance(what, float) and not math.isfinite(what) else what
 
 
-# -- all runs --------------------------------------------------------------------------------------------------------------------
+# -- all runs ----------------------------------------------------------------------------------------------------------
 
 
-def listed(root) -> list[dict]:
+def list_run_records(root) -> list[dict]:
     """What run.json says of every run below root, with "folder", "bytes" and "changed" (seconds), the newest first."""
-    found = [about for folder in sorted(Path(root).glob("*/run.json")) if (about := told(folder)) is not None]
+    found = [
+        about for folder in sorted(Path(root).glob("*/run.json")) if (about := read_run_record(folder)) is not None
+    ]
     return sorted(found, key=lambda about: -about["changed"])
 
 
-def told(path: Path) -> dict | None:
+def read_run_record(path: Path) -> dict | None:
     """One run; None for a file that is none."""
     try:
         about = json.loads(path.read_text("utf-8"))
         files = [file for file in path.parent.rglob("*") if file.is_file()]
         latest = max((f for f in files if f.suffix == ".safetensors"), key=lambda f: f.stat().st_mtime, default=None)
-        return {**about, "folder": path.parent.name, "bytes": sum(f.stat().st_size for f in files), "changed": path.stat().st_mtime,
-                "lora": latest.name if latest else None}  # fmt: skip
+        return {
+            **about,
+            "folder": path.parent.name,
+            "bytes": sum(f.stat().st_size for f in files),
+            "changed": path.stat().st_mtime,
+            "lora": latest.name if latest else None,
+        }
     except (OSError, ValueError, TypeError):
         return None
 
 
-def run_folder(root, name: str) -> Path:
+def find_run_folder(root, name: str) -> Path:
     """The folder of one run directly below root. Raises ValueError for every other name."""
     folder = Path(root) / name
-    if not NAME.fullmatch(name) or folder.is_symlink() or folder.resolve().parent != Path(root).resolve():
+    if not RUN_NAME_PATTERN.fullmatch(name) or folder.is_symlink() or folder.resolve().parent != Path(root).resolve():
         raise ValueError(f"{name!r} is no run. Choose one that is listed.")
     if not any((folder / file).is_file() for file in ("run.json", "resume.state")):
-        raise ValueError(f"There is no run in {folder.name!r}: it has neither run.json nor resume.state, so it is left alone.")
+        raise ValueError(
+            f"There is no run in {folder.name!r}: it has neither run.json nor resume.state, so it is left alone."
+        )
     return folder
 
 
-def deleted(root, name: str) -> int:
-    """Delete one run with all its files, and give the bytes that are free now. Raises ValueError for what is no run below root."""
-    folder = run_folder(root, name)
+def delete_run_folder(root, name: str) -> int:
+    """Delete one run with all its files, and give the bytes that are free now. Raises ValueError for what is no run
+    below root."""
+    folder = find_run_folder(root, name)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     shutil.rmtree(folder)
     return size

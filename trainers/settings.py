@@ -13,26 +13,30 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-# -- fields ------------------------------------------------------------------------------------------------------------------
-# `later` marks a field that came after a release: prompts saved before still run, and at its default it is no part of the fingerprint, so
-# that runs made before it are found again.
+# -- fields ------------------------------------------------------------------------------------------------------------
+# `later` marks a field that came after a release: prompts saved before still run, and at its default it is no part of
+# the fingerprint, so that runs made before it are found again.
 
 
-def number(default, lo, hi, hint, *, unit="", step=None, advanced=False, later=False):
+def number_field(default, lo, hi, hint, *, unit="", step=None, advanced=False, later=False):
     """A number in [lo, hi]; an int default makes it a whole number."""
-    return field(default=default, metadata=dict(lo=lo, hi=hi, hint=hint, unit=unit, step=step, advanced=advanced, later=later))
+    return field(
+        default=default, metadata=dict(lo=lo, hi=hi, hint=hint, unit=unit, step=step, advanced=advanced, later=later)
+    )
 
 
-def choice(default, options, hint, *, advanced=False, later=False):
+def choice_field(default, options, hint, *, advanced=False, later=False):
     return field(default=default, metadata=dict(options=tuple(options), hint=hint, advanced=advanced, later=later))
 
 
-def switch(default, hint, *, advanced=False, later=False):
+def switch_field(default, hint, *, advanced=False, later=False):
     return field(default=default, metadata=dict(switch=True, hint=hint, advanced=advanced, later=later))
 
 
-def text(default, hint, *, advanced=False, later=False, multiline=False):
-    return field(default=default, metadata=dict(text=True, hint=hint, advanced=advanced, later=later, multiline=multiline))
+def text_field(default, hint, *, advanced=False, later=False, multiline=False):
+    return field(
+        default=default, metadata=dict(text=True, hint=hint, advanced=advanced, later=later, multiline=multiline)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value = checked(f.name, getattr(self, f.name), f.default, f.metadata)
+            value = check_field_value(f.name, getattr(self, f.name), f.default, f.metadata)
             object.__setattr__(self, f.name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,12 +57,15 @@ class Settings:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
+            raise ValueError(
+                f"{cls.__name__} has no setting {', '.join(unknown)}; it knows {', '.join(sorted(known))}."
+            )
         return cls(**values)
 
 
-def checked(name, value, default, meta):
-    """The value in its field's type, or ValueError. Links between nodes bypass widget limits, and NaN passes min and max."""
+def check_field_value(name, value, default, meta):
+    """The value in its field's type, or ValueError. Links between nodes bypass widget limits, and NaN passes min and
+    max."""
     if "options" in meta:
         if value not in meta["options"]:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, meta['options']))}.")
@@ -72,11 +79,11 @@ def checked(name, value, default, meta):
             raise ValueError(f"{name} is {value!r}; it must be text.")
         return value
     if "lo" in meta:
-        return checked_number(name, value, type(default), meta)
+        return check_number_value(name, value, type(default), meta)
     return value
 
 
-def checked_number(name, value, kind, meta):
+def check_number_value(name, value, kind, meta):
     unit = f" {meta['unit']}" if meta.get("unit") else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
@@ -89,64 +96,135 @@ def checked_number(name, value, kind, meta):
     return kind(value)
 
 
-def fingerprint(*parts) -> str:
+def compute_fingerprint(*parts) -> str:
     """32 hex digits that change when any part does. Parts are settings records or JSON-able values."""
-    plain = [{type(p).__name__: lasting(p)} if isinstance(p, Settings) else p for p in parts]
+    plain = [{type(p).__name__: fingerprint_values(p)} if isinstance(p, Settings) else p for p in parts]
     canonical = json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-def lasting(settings: Settings) -> dict[str, Any]:
+def fingerprint_values(settings: Settings) -> dict[str, Any]:
     """The values that make a run what it is: later fields count once they are changed."""
     named = {f.name: f for f in fields(settings)}
-    return {k: v for k, v in settings.to_dict().items() if not (named[k].metadata.get("later") and v == named[k].default)}
+    return {
+        k: v for k, v in settings.to_dict().items() if not (named[k].metadata.get("later") and v == named[k].default)
+    }
 
 
-# -- the records of a LoRA run -------------------------------------------------------------------------------------------
+# -- the records of a LoRA run -----------------------------------------------------------------------------------------
 
-TARGETS = ("attention", "attention+mlp", "all linear", "regex")
-ALGORITHMS = LORA, DORA, LOHA, LOKR = ("LoRA", "DoRA", "LoHa", "LoKr")
+ADAPTER_TARGETS = ("attention", "attention+mlp", "all linear", "regex")
+ADAPTER_ALGORITHMS = LORA, DORA, LOHA, LOKR = ("LoRA", "DoRA", "LoHa", "LoKr")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings(Settings):
     """What is trained on top of the frozen model."""
 
-    rank: int = number(16, 1, 4096, "Inner dimension of the adapter. Larger learns more and makes a larger file.")
-    alpha: float = number(0.0, 0.0, 4096.0, "The adapter's output is scaled by alpha / rank. 0 means alpha = rank, a scale of 1.", step=0.5)
-    rslora: bool = switch(False, "Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA): keeps large ranks learning.", advanced=True)
-    targets: str = choice("attention+mlp", TARGETS, "Which layers of the model get an adapter.")
-    pattern: str = text("", "With targets = regex: layers whose name matches this regular expression, for example attn2|ff.", advanced=True)
-    conv: bool = switch(False, "Also train the 3x3 convolutions of a UNet (LoCon). Transformers have none.")
-    conv_rank: int = number(8, 1, 4096, "Inner dimension of the convolution adapters.", advanced=True)
-    conv_alpha: float = number(0.0, 0.0, 4096.0, "Alpha of the convolution adapters. 0 means alpha = conv_rank.", step=0.5, advanced=True)
-    text_encoder: bool = switch(
-        False, "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models."
+    rank: int = number_field(16, 1, 4096, "Inner dimension of the adapter. Larger learns more and makes a larger file.")
+    alpha: float = number_field(
+        0.0,
+        0.0,
+        4096.0,
+        "The adapter's output is scaled by alpha / rank. 0 means alpha = rank, a scale of 1.",
+        step=0.5,
     )
-    algorithm: str = choice(LORA, ALGORITHMS, "LoRA: a product of two thin matrices. DoRA: the same, with the size of each output row learnt "
-                            "by itself. LoHa: the elementwise product of two. LoKr: a Kronecker product, the smallest file.", later=True)  # fmt: skip
-    factor: int = number(8, 0, 4096, "LoKr: the small matrix has at most this many rows and columns. Larger means a smaller file; 0 means "
-                         "as near to square as it goes.", advanced=True, later=True)  # fmt: skip
-    dropout: float = number(0.0, 0.0, 0.95, "LoRA and DoRA: share of the adapter's inner values left out at every step, against "
-                            "learning pictures by heart.", step=0.05, advanced=True, later=True)  # fmt: skip
-    module_dropout: float = number(0.0, 0.0, 0.95, "Share of the layers whose adapter is left out at every step.", step=0.05,
-                                   advanced=True, later=True)  # fmt: skip
-    up_rate: float = number(1.0, 0.01, 1000.0, "LoRA+: the matrix that starts at zero learns this many times faster. The paper uses 16.",
-                            step=1.0, advanced=True, later=True)  # fmt: skip
-    blocks: str = text("", "Rank, alpha and learning rate by layer name, one rule per line: attn2: rank=8 alpha=4 lr=0.5. rank=0 leaves "
-                       "layers out.", advanced=True, later=True, multiline=True)  # fmt: skip
-    rank_dropout: float = number(0.0, 0.0, 0.95, "LoRA and DoRA: share of the ranks left out for each picture at every step, so that no rank "
-                                 "is needed by another.", step=0.05, advanced=True, later=True)  # fmt: skip
+    rslora: bool = switch_field(
+        False,
+        "Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA): keeps large ranks learning.",
+        advanced=True,
+    )
+    targets: str = choice_field("attention+mlp", ADAPTER_TARGETS, "Which layers of the model get an adapter.")
+    pattern: str = text_field(
+        "",
+        "With targets = regex: layers whose name matches this regular expression, for example attn2|ff.",
+        advanced=True,
+    )
+    conv: bool = switch_field(False, "Also train the 3x3 convolutions of a UNet (LoCon). Transformers have none.")
+    conv_rank: int = number_field(8, 1, 4096, "Inner dimension of the convolution adapters.", advanced=True)
+    conv_alpha: float = number_field(
+        0.0, 0.0, 4096.0, "Alpha of the convolution adapters. 0 means alpha = conv_rank.", step=0.5, advanced=True
+    )
+    text_encoder: bool = switch_field(
+        False,
+        "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models.",
+    )
+    algorithm: str = choice_field(
+        LORA,
+        ADAPTER_ALGORITHMS,
+        "LoRA: a product of two thin matrices. DoRA: the same, with the size of each output row learnt by itself. "
+        "LoHa: the elementwise product of two. LoKr: a Kronecker product, the smallest file.",
+        later=True,
+    )
+    factor: int = number_field(
+        8,
+        0,
+        4096,
+        "LoKr: the small matrix has at most this many rows and columns. Larger means a smaller file; 0 means as near "
+        "to square as it goes.",
+        advanced=True,
+        later=True,
+    )
+    dropout: float = number_field(
+        0.0,
+        0.0,
+        0.95,
+        "LoRA and DoRA: share of the adapter's inner values left out at every step, against learning pictures by "
+        "heart.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
+    module_dropout: float = number_field(
+        0.0,
+        0.0,
+        0.95,
+        "Share of the layers whose adapter is left out at every step.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
+    up_rate: float = number_field(
+        1.0,
+        0.01,
+        1000.0,
+        "LoRA+: the matrix that starts at zero learns this many times faster. The paper uses 16.",
+        step=1.0,
+        advanced=True,
+        later=True,
+    )
+    blocks: str = text_field(
+        "",
+        "Rank, alpha and learning rate by layer name, one rule per line: attn2: rank=8 alpha=4 lr=0.5. rank=0 leaves "
+        "layers out.",
+        advanced=True,
+        later=True,
+        multiline=True,
+    )
+    rank_dropout: float = number_field(
+        0.0,
+        0.0,
+        0.95,
+        "LoRA and DoRA: share of the ranks left out for each picture at every step, so that no rank is needed by "
+        "another.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        block_rules(self.blocks)
+        parse_block_rules(self.blocks)
         for name in ("dropout", "rank_dropout"):
             if (share := getattr(self, name)) and self.algorithm in (LOHA, LOKR):
-                raise ValueError(f"{name} is {share:g} and algorithm is {self.algorithm}, which has no inner values to leave out. "
-                                 f"Use module_dropout, or set {name} to 0.")
+                raise ValueError(
+                    f"{name} is {share:g} and algorithm is {self.algorithm}, which has no inner values to leave out. "
+                    f"Use module_dropout, or set {name} to 0."
+                )
         if (self.targets == "regex") != bool(self.pattern):
-            remedy = "write one, for example attn2|ff" if self.targets == "regex" else "clear it, or set targets to regex"
+            remedy = (
+                "write one, for example attn2|ff" if self.targets == "regex" else "clear it, or set targets to regex"
+            )
             raise ValueError(f"targets is {self.targets!r} and pattern is {self.pattern!r}; {remedy}.")
         try:
             re.compile(self.pattern)
@@ -165,90 +243,124 @@ class BlockRule:
     lr: float = 1.0
 
 
-RULE_NUMBERS = {"rank": (int, 0, 4096), "alpha": (float, 0.0, 4096.0), "lr": (float, 1e-6, 1000.0)}
+BLOCK_RULE_RANGES = {"rank": (int, 0, 4096), "alpha": (float, 0.0, 4096.0), "lr": (float, 1e-6, 1000.0)}
 
 
-def block_rules(text: str) -> tuple[BlockRule, ...]:
-    """The rules of a text such as `attn2: rank=8 alpha=4 lr=0.5`, one per line; empty lines and # remarks are skipped. Raises ValueError
-    that names the line."""
+def parse_block_rules(text: str) -> tuple[BlockRule, ...]:
+    """The rules of a text such as `attn2: rank=8 alpha=4 lr=0.5`, one per line; empty lines and # remarks are skipped.
+    Raises ValueError that names the line."""
     lines = [(number, line.split("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1)]
-    return tuple(block_rule(f"blocks, line {number}: {line!r}", line) for number, line in lines if line)
+    return tuple(parse_block_rule(f"blocks, line {number}: {line!r}", line) for number, line in lines if line)
 
 
-def block_rule(where: str, line: str) -> BlockRule:
+def parse_block_rule(where: str, line: str) -> BlockRule:
     pattern, colon, values = line.rpartition(":")
     if not colon or not pattern.strip() or not values.split():
-        raise ValueError(f"{where} is no rule. Write a pattern, a colon and values, for example attn2: rank=8 alpha=4 lr=0.5")
+        raise ValueError(
+            f"{where} is no rule. Write a pattern, a colon and values, for example attn2: rank=8 alpha=4 lr=0.5"
+        )
     try:
         compiled = re.compile(pattern.strip())
     except re.error as error:
         raise ValueError(f"{where}: {pattern.strip()!r} is no regular expression ({error}).") from None
-    return BlockRule(where, compiled, **dict(rule_number(where, word) for word in values.split()))
+    return BlockRule(where, compiled, **dict(parse_rule_value(where, word) for word in values.split()))
 
 
-def rule_number(where: str, word: str) -> tuple[str, float]:
+def parse_rule_value(where: str, word: str) -> tuple[str, float]:
     name, _, value = word.partition("=")
-    if name not in RULE_NUMBERS:
+    if name not in BLOCK_RULE_RANGES:
         raise ValueError(f"{where}: {word!r} is none of rank=, alpha= and lr=.")
-    kind, low, high = RULE_NUMBERS[name]
+    kind, low, high = BLOCK_RULE_RANGES[name]
     try:
         number = kind(value)
     except ValueError:
         number = math.nan
     if not low <= number <= high:
-        raise ValueError(f"{where}: {name} is {value!r}; it must be a {'whole ' if kind is int else ''}number from {low:g} to {high:g}.")
+        raise ValueError(
+            f"{where}: {name} is {value!r}; it must be a {'whole ' if kind is int else ''}number from {low:g} to "
+            f"{high:g}."
+        )
     return name, number
 
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "ScheduleFreeAdamW", "Lion", "CAME", "Adafactor", "RAdam", "Adan", "SGD")
-SCHEDULES = ("constant", "linear", "cosine", "cosine with restarts", "polynomial")
+LR_SCHEDULES = ("constant", "linear", "cosine", "cosine with restarts", "polynomial")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
     """How a gradient becomes a change."""
 
-    optimizer: str = choice(
+    optimizer: str = choice_field(
         "AdamW", OPTIMIZERS, "AdamW needs nothing to be installed; Prodigy finds its own rate (set learning rate to 1)."
     )
-    schedule: str = choice("constant", SCHEDULES, "How the learning rate changes over the run, after the warmup.")
-    warmup: int = number(0, 0, 1_000_000, "The learning rate rises from 0 over these steps.", unit="optimizer steps")
-    restarts: int = number(1, 1, 1000, "Cycles of the schedule 'cosine with restarts'.", advanced=True)
-    weight_decay: float = number(0.01, 0.0, 10.0, "Pulls the adapter toward zero.", step=0.001, advanced=True)
-    beta1: float = number(0.9, 0.0, 0.9999, "Memory of the gradient's mean. Adan keeps its own three.", step=0.001, advanced=True)
-    beta2: float = number(0.999, 0.0, 0.99999, "Memory of the gradient's square. Adan keeps its own three.", step=0.0001, advanced=True)
-    clip: float = number(1.0, 0.0, 1000.0, "Largest gradient norm; larger gradients are scaled down to it. 0 means never.", step=0.1)
-    accumulate: int = number(1, 1, 1024, "Batches summed into one optimizer step: a larger batch without its memory.")
-    text_encoder_lr: float = number(
+    schedule: str = choice_field(
+        "constant", LR_SCHEDULES, "How the learning rate changes over the run, after the warmup."
+    )
+    warmup: int = number_field(
+        0, 0, 1_000_000, "The learning rate rises from 0 over these steps.", unit="optimizer steps"
+    )
+    restarts: int = number_field(1, 1, 1000, "Cycles of the schedule 'cosine with restarts'.", advanced=True)
+    weight_decay: float = number_field(0.01, 0.0, 10.0, "Pulls the adapter toward zero.", step=0.001, advanced=True)
+    beta1: float = number_field(
+        0.9, 0.0, 0.9999, "Memory of the gradient's mean. Adan keeps its own three.", step=0.001, advanced=True
+    )
+    beta2: float = number_field(
+        0.999, 0.0, 0.99999, "Memory of the gradient's square. Adan keeps its own three.", step=0.0001, advanced=True
+    )
+    clip: float = number_field(
+        1.0, 0.0, 1000.0, "Largest gradient norm; larger gradients are scaled down to it. 0 means never.", step=0.1
+    )
+    accumulate: int = number_field(
+        1, 1, 1024, "Batches summed into one optimizer step: a larger batch without its memory."
+    )
+    text_encoder_lr: float = number_field(
         0.0, 0.0, 10.0, "Learning rate of the text encoder's adapters. 0 means a tenth of the learning rate.", step=1e-6
     )
-    ema: float = number(0.0, 0.0, 0.99999, "Delivers a moving average of the adapter over the steps: steadier pictures. 0.99 to 0.999 is usual; "
-                        "0 is off.", step=0.001, advanced=True, later=True)  # fmt: skip
-    ema_on_cpu: bool = switch(False, "Keep the average in main memory: it takes none of the GPU's, and each step waits for a copy.", advanced=True,
-                              later=True)  # fmt: skip
+    ema: float = number_field(
+        0.0,
+        0.0,
+        0.99999,
+        "Delivers a moving average of the adapter over the steps: steadier pictures. 0.99 to 0.999 is usual; 0 is off.",
+        step=0.001,
+        advanced=True,
+        later=True,
+    )
+    ema_on_cpu: bool = switch_field(
+        False,
+        "Keep the average in main memory: it takes none of the GPU's, and each step waits for a copy.",
+        advanced=True,
+        later=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.ema and self.optimizer == "ScheduleFreeAdamW":
-            raise ValueError(f"ema is {self.ema:g} and the optimizer is ScheduleFreeAdamW, which delivers an average by itself. Set ema to 0, or "
-                             "choose another optimizer.")
+            raise ValueError(
+                f"ema is {self.ema:g} and the optimizer is ScheduleFreeAdamW, which delivers an average by itself. Set "
+                "ema to 0, or choose another optimizer."
+            )
 
 
-DENSITIES = ("model default", "uniform", "logit-normal", "host schedule")
-WEIGHTINGS = ("none", "min-SNR", "soft-min-SNR", "debiased", "P2")
-ERRORS = MSE, HUBER, SCHEDULED_HUBER = ("MSE", "Huber", "scheduled Huber")
+NOISE_DENSITIES = ("model default", "uniform", "logit-normal", "host schedule")
+LOSS_WEIGHTINGS = ("none", "min-SNR", "soft-min-SNR", "debiased", "P2")
+LOSS_TYPES = MSE, HUBER, SCHEDULED_HUBER = ("MSE", "Huber", "scheduled Huber")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSettings(Settings):
     """Where on the way from image to noise a step trains, and how its error counts."""
 
-    density: str = choice(
-        "model default", DENSITIES, "How often each noise level is trained. 'model default' is the recipe of the loaded family."
+    density: str = choice_field(
+        "model default",
+        NOISE_DENSITIES,
+        "How often each noise level is trained. 'model default' is the recipe of the loaded family.",
     )
-    mean: float = number(0.0, -10.0, 10.0, "Centre of logit-normal; above 0 trains more on noise.", step=0.05, advanced=True)
-    std: float = number(1.0, 0.01, 10.0, "Width of logit-normal.", step=0.05, advanced=True)
-    shift: float = number(
+    mean: float = number_field(
+        0.0, -10.0, 10.0, "Centre of logit-normal; above 0 trains more on noise.", step=0.05, advanced=True
+    )
+    std: float = number_field(1.0, 0.01, 10.0, "Width of logit-normal.", step=0.05, advanced=True)
+    shift: float = number_field(
         0.0,
         0.0,
         100.0,
@@ -256,64 +368,156 @@ class NoiseSettings(Settings):
         step=0.05,
         advanced=True,
     )
-    min_time: float = number(0.0, 0.0, 1.0, "Lowest noise level trained: 0 is the clean image.", step=0.01, advanced=True)
-    max_time: float = number(1.0, 0.0, 1.0, "Highest noise level trained: 1 is pure noise.", step=0.01, advanced=True)
-    weighting: str = choice("none", WEIGHTINGS, "How much each noise level counts. min-SNR limits the weight of nearly clean images; for eps "
-                            "and v-prediction models.")  # fmt: skip
-    gamma: float = number(5.0, 0.01, 1000.0, "The limit of min-SNR and soft-min-SNR; the paper uses 5.", step=0.5, advanced=True)
-    p2_gamma: float = number(1.0, 0.0, 10.0, "P2: the weight is divided by (1 + SNR) to this power; the paper uses 0.5 and 1.", step=0.25,
-                             advanced=True, later=True)  # fmt: skip
-    loss: str = choice(MSE, ERRORS, "MSE: the squared error. Huber: large errors count less, against pictures that do not belong. scheduled "
-                       "Huber: that where noise is low, nearly MSE where it is high.", advanced=True, later=True)  # fmt: skip
-    huber_c: float = number(0.1, 0.0001, 10.0, "Huber: errors well above this count by their size and no longer by its square.", step=0.05,
-                            advanced=True, later=True)  # fmt: skip
-    noise_offset: float = number(0.0, 0.0, 1.0, "Adds one random number to each channel of the noise, so that very dark and very bright pictures "
-                                 "can be learnt. 0.05 is usual.", step=0.01, advanced=True, later=True)  # fmt: skip
-    pyramid_levels: int = number(0, 0, 10, "Multi-resolution noise: so many coarser noises are added, each at most half as fine. 6 is usual; "
-                                 "0 is off.", advanced=True, later=True)  # fmt: skip
-    pyramid_discount: float = number(0.3, 0.01, 1.0, "Multi-resolution noise: each coarser one counts this much of the last.", step=0.05,
-                                     advanced=True, later=True)  # fmt: skip
-    perturbation: float = number(0.0, 0.0, 1.0, "Input perturbation: the model is shown this much more noise than it is told. 0.1 is usual.",
-                                 step=0.05, advanced=True, later=True)  # fmt: skip
+    min_time: float = number_field(
+        0.0, 0.0, 1.0, "Lowest noise level trained: 0 is the clean image.", step=0.01, advanced=True
+    )
+    max_time: float = number_field(
+        1.0, 0.0, 1.0, "Highest noise level trained: 1 is pure noise.", step=0.01, advanced=True
+    )
+    weighting: str = choice_field(
+        "none",
+        LOSS_WEIGHTINGS,
+        "How much each noise level counts. min-SNR limits the weight of nearly clean images; for eps and v-prediction "
+        "models.",
+    )
+    gamma: float = number_field(
+        5.0, 0.01, 1000.0, "The limit of min-SNR and soft-min-SNR; the paper uses 5.", step=0.5, advanced=True
+    )
+    p2_gamma: float = number_field(
+        1.0,
+        0.0,
+        10.0,
+        "P2: the weight is divided by (1 + SNR) to this power; the paper uses 0.5 and 1.",
+        step=0.25,
+        advanced=True,
+        later=True,
+    )
+    loss: str = choice_field(
+        MSE,
+        LOSS_TYPES,
+        "MSE: the squared error. Huber: large errors count less, against pictures that do not belong. scheduled Huber: "
+        "that where noise is low, nearly MSE where it is high.",
+        advanced=True,
+        later=True,
+    )
+    huber_c: float = number_field(
+        0.1,
+        0.0001,
+        10.0,
+        "Huber: errors well above this count by their size and no longer by its square.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
+    noise_offset: float = number_field(
+        0.0,
+        0.0,
+        1.0,
+        "Adds one random number to each channel of the noise, so that very dark and very bright pictures can be "
+        "learnt. 0.05 is usual.",
+        step=0.01,
+        advanced=True,
+        later=True,
+    )
+    pyramid_levels: int = number_field(
+        0,
+        0,
+        10,
+        "Multi-resolution noise: so many coarser noises are added, each at most half as fine. 6 is usual; 0 is off.",
+        advanced=True,
+        later=True,
+    )
+    pyramid_discount: float = number_field(
+        0.3,
+        0.01,
+        1.0,
+        "Multi-resolution noise: each coarser one counts this much of the last.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
+    perturbation: float = number_field(
+        0.0,
+        0.0,
+        1.0,
+        "Input perturbation: the model is shown this much more noise than it is told. 0.1 is usual.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.min_time >= self.max_time:
-            raise ValueError(f"min_time is {self.min_time} and max_time is {self.max_time}; min_time must be the smaller one.")
+            raise ValueError(
+                f"min_time is {self.min_time} and max_time is {self.max_time}; min_time must be the smaller one."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Settings):
     """How long and from which seed."""
 
-    steps: int = number(1000, 1, 10_000_000, "Optimizer steps of the whole run.", unit="optimizer steps")
-    learning_rate: float = number(1e-4, 1e-9, 10.0, "Learning rate. 1e-4 suits AdamW; Prodigy wants 1.", step=1e-6)
-    batch: int = number(1, 0, 1024, "Images per step. 0: as many as memory allows, at most 8, found out when the run begins.", unit="images")
-    seed: int = number(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
-    save_every: int = number(
-        250, 0, 1_000_000, "Save a LoRA and the resume state every so many steps. 0 saves at the end only.", unit="optimizer steps"
+    steps: int = number_field(1000, 1, 10_000_000, "Optimizer steps of the whole run.", unit="optimizer steps")
+    learning_rate: float = number_field(
+        1e-4, 1e-9, 10.0, "Learning rate. 1e-4 suits AdamW; Prodigy wants 1.", step=1e-6
+    )
+    batch: int = number_field(
+        1,
+        0,
+        1024,
+        "Images per step. 0: as many as memory allows, at most 8, found out when the run begins.",
+        unit="images",
+    )
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
+    save_every: int = number_field(
+        250,
+        0,
+        1_000_000,
+        "Save a LoRA and the resume state every so many steps. 0 saves at the end only.",
+        unit="optimizer steps",
     )
 
 
-# -- the records of differences -------------------------------------------------------------------------------------------
+# -- the records of differences ----------------------------------------------------------------------------------------
 
-POINTS = ("rollout", "pictures", "noise")
+POINT_SOURCES = ("rollout", "pictures", "noise")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointSettings(Settings):
     """Where a difference between prompts is learnt."""
 
-    points: str = choice(
-        "rollout", POINTS,
-        "rollout: states that the model passes while it draws the prompts. pictures: noised pictures of a dataset, cheaper. "
-        "noise: pure noise, cheapest, for high noise levels only.",
-    )  # fmt: skip
-    sampling_steps: int = number(8, 2, 1000, "rollout: steps of one way from noise to picture; each state it passes is learnt from.")
-    guidance_scale: float = number(0.0, 0.0, 30.0, "rollout: classifier-free guidance while drawing; 1 halves the cost. 0 means 3, or 1 for "
-                                   "models with guidance distilled into them such as Flux.", step=0.5)  # fmt: skip
-    ways: int = number(8, 1, 4096, "rollout: how many ways are kept and learnt from at the same time.", advanced=True)
-    refresh: int = number(6, 1, 1_000_000, "rollout: after so many updates the oldest way is walked anew by the model as it is now.",
-                          unit="optimizer steps", advanced=True)  # fmt: skip
-    renormalise: bool = switch(False, "Give each goal the strength of the model's own answer: large guidance turns it without oversaturating.",
-                               advanced=True)  # fmt: skip
+    points: str = choice_field(
+        "rollout",
+        POINT_SOURCES,
+        "rollout: states that the model passes while it draws the prompts. pictures: noised pictures of a dataset, "
+        "cheaper. noise: pure noise, cheapest, for high noise levels only.",
+    )
+    sampling_steps: int = number_field(
+        8, 2, 1000, "rollout: steps of one way from noise to picture; each state it passes is learnt from."
+    )
+    guidance_scale: float = number_field(
+        0.0,
+        0.0,
+        30.0,
+        "rollout: classifier-free guidance while drawing; 1 halves the cost. 0 means 3, or 1 for models with guidance "
+        "distilled into them such as Flux.",
+        step=0.5,
+    )
+    ways: int = number_field(
+        8, 1, 4096, "rollout: how many ways are kept and learnt from at the same time.", advanced=True
+    )
+    refresh: int = number_field(
+        6,
+        1,
+        1_000_000,
+        "rollout: after so many updates the oldest way is walked anew by the model as it is now.",
+        unit="optimizer steps",
+        advanced=True,
+    )
+    renormalise: bool = switch_field(
+        False,
+        "Give each goal the strength of the model's own answer: large guidance turns it without oversaturating.",
+        advanced=True,
+    )

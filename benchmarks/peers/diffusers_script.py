@@ -1,12 +1,14 @@
-"""A LoRA as examples/text_to_image/train_text_to_image_lora(_sdxl).py of huggingface/diffusers trains it (state of 2024-25), told in our own words:
-diffusers' own UNet in the host model's shape, peft's adapters on it, the noise prediction's mean squared error, AdamW, gradients clipped at 1.
+"""A LoRA as examples/text_to_image/train_text_to_image_lora(_sdxl).py of huggingface/diffusers trains it (state of
+2024-25), told in our own words: diffusers' own UNet in the host model's shape, peft's adapters on it, the noise
+prediction's mean squared error, AdamW, gradients clipped at 1.
 
-The scripts' targets are the attention's to_q, to_k, to_v and to_out.0, a good part of our default; SAME adds proj_in, proj_out and the feed-forward layers
-and is the same work as ours. Under --mixed_precision bf16 the scripts leave the LoRA in the dtype in which peft makes it; that is
-what happens here (the table says how many numbers are trained, not in what).
+The scripts' targets are the attention's to_q, to_k, to_v and to_out.0, a good part of our default; SAME adds proj_in,
+proj_out and the feed-forward layers and is the same work as ours. Under --mixed_precision bf16 the scripts leave the
+LoRA in the dtype in which peft makes it; that is what happens here (the table says how many numbers are trained, not in
+what).
 
-Left out, in their favour: accelerate and its autocast, which computes norms in fp32 and keeps more; the learning rate scheduler; the VAE and the
-text encoders, which the scripts run in every step.
+Left out, in their favour: accelerate and its autocast, which computes norms in fp32 and keeps more; the learning rate
+scheduler; the VAE and the text encoders, which the scripts run in every step.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ OWN = ("to_k", "to_q", "to_v", "to_out.0")
 SAME = (*OWN, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
 
-# -- the same network ----------------------------------------------------------------------------------------------------------
+# -- the same network --------------------------------------------------------------------------------------------------
 
 
 def shape_of(config: dict) -> dict:
     """What diffusers' UNet2DConditionModel is told, from what ComfyUI knows about a UNet."""
     widths, counts = [config["model_channels"] * m for m in config["channel_mult"]], config["num_res_blocks"]
     down = every(counts[0], config["transformer_depth"])
-    up = every(counts[0] + 1, config["transformer_depth_output"][::-1])  # ComfyUI lists them from the top, and takes them from the end
+    up = every(
+        counts[0] + 1, config["transformer_depth_output"][::-1]
+    )  # ComfyUI lists them from the top, and takes them from the end
     kind = lambda depth, name: f"CrossAttn{name}" if depth else name
     heads = config["num_heads"]
     return dict(
@@ -37,7 +41,8 @@ def shape_of(config: dict) -> dict:
         down_block_types=[kind(depth, "DownBlock2D") for depth in down], up_block_types=[kind(depth, "UpBlock2D") for depth in up],
         transformer_layers_per_block=[max(depth, 1) for depth in down], reverse_transformer_layers_per_block=[max(depth, 1) for depth in up],
         cross_attention_dim=config["context_dim"], use_linear_projection=config["use_linear_in_transformer"],
-        attention_head_dim=heads if heads > 0 else [width // config["num_head_channels"] for width in widths],  # a number of heads, by its wrong name
+        # a number of heads, by its wrong name
+        attention_head_dim=heads if heads > 0 else [width // config["num_head_channels"] for width in widths],
         **with_pooled(config.get("adm_in_channels")),
     )  # fmt: skip
 
@@ -51,7 +56,9 @@ def with_pooled(width) -> dict:
     """SDXL's pooled text and six numbers."""
     if not width:
         return {}
-    return dict(addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=width)
+    return dict(
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=width
+    )
 
 
 def network(config: dict, dtype, device, state=None):
@@ -80,7 +87,7 @@ def adapted(unet, rank: int, targets, checkpointing: bool) -> list:
     return [p for p in unet.parameters() if p.requires_grad]
 
 
-# -- a step --------------------------------------------------------------------------------------------------------------------
+# -- a step ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -96,7 +103,9 @@ def batch_of(latents, context, pooled=None) -> Batch:
     if pooled is None:
         return Batch(latents, context)
     height, width = (8 * n for n in latents.shape[-2:])
-    sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(latents), dtype=context.dtype, device=context.device)
+    sizes = torch.tensor(
+        [[height, width, 0, 0, height, width]] * len(latents), dtype=context.dtype, device=context.device
+    )
     return Batch(latents, context, {"text_embeds": pooled, "time_ids": sizes})
 
 
@@ -113,7 +122,9 @@ class Script:
         noise = torch.randn_like(latents)
         t = torch.randint(0, 1000, (len(latents),), device=latents.device)
         noisy = latents + noise if self.scheduler is None else self.scheduler.add_noise(latents, noise, t)
-        answer = self.unet(noisy.to(self.unet.dtype), t, self.batch.context, added_cond_kwargs=self.batch.added, return_dict=False)[0]
+        answer = self.unet(
+            noisy.to(self.unet.dtype), t, self.batch.context, added_cond_kwargs=self.batch.added, return_dict=False
+        )[0]
         return F.mse_loss(answer.float(), noise.float())
 
     def __call__(self):

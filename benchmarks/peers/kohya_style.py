@@ -1,14 +1,16 @@
-"""A LoRA as kohya-ss/sd-scripts trains it (networks/lora.py, library/sdxl_original_unet.py, flux_models.py; state of 2025), told in our own
-words and on our own model, data and loop, as a peer to be measured against.
+"""A LoRA as kohya-ss/sd-scripts trains it (networks/lora.py, library/sdxl_original_unet.py, flux_models.py; state of
+2025), told in our own words and on our own model, data and loop, as a peer to be measured against.
 
-Every chosen layer has its forward replaced by one that asks the old forward and adds up(down(x)) * multiplier * scale. On UNets the layers are
-sd-scripts' own default: all that is linear or a 1x1 convolution inside a spatial transformer, which is our default too. On Flux and SD3 it
-would also train the blocks' modulation; here it has our layers, so that the work is the same.
+Every chosen layer has its forward replaced by one that asks the old forward and adds up(down(x)) * multiplier * scale.
+On UNets the layers are sd-scripts' own default: all that is linear or a 1x1 convolution inside a spatial transformer,
+which is our default too. On Flux and SD3 it would also train the blocks' modulation; here it has our layers, so that
+the work is the same.
 
-Emulated: fp32 LoRA weights in a bf16 model, cast where autocast would cast them; alpha = rank; its checkpoints: residual and transformer blocks of
-a UNet (re-entrant, so that captions take a gradient that nobody reads), the blocks of a transformer (not re-entrant), both keeping the state of
-the random numbers. Left out, in its favour: autocast's norms and loss in fp32, which keep more; checkpoints around single
-convolutions and the embedders, which save next to nothing; accelerate. Its loss weighting is ours.
+Emulated: fp32 LoRA weights in a bf16 model, cast where autocast would cast them; alpha = rank; its checkpoints:
+residual and transformer blocks of a UNet (re-entrant, so that captions take a gradient that nobody reads), the blocks
+of a transformer (not re-entrant), both keeping the state of the random numbers. Left out, in its favour: autocast's
+norms and loss in fp32, which keep more; checkpoints around single convolutions and the embedders, which save next to
+nothing; accelerate. Its loss weighting is ours.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ...trainers.adapters.adapters import select
+from ...trainers.adapters.adapters import select_target_layers
 from ...trainers.adapters.layers import is_linear
 
 
@@ -57,10 +59,11 @@ def convolution_pair(layer, rank):
 
 
 class Loras(nn.ModuleDict):
-    """Those of a network, by layer path with slashes; fp32, wherever the network is. Behaves like our Adapters for a method of ours."""
+    """Those of a network, by layer path with slashes; fp32, wherever the network is. Behaves like our Adapters for a
+    method of ours."""
 
     def __init__(self, network, settings):
-        self.__dict__["layers"] = select(network, settings)
+        self.__dict__["layers"] = select_target_layers(network, settings)
         super().__init__({name.replace(".", "/"): Lora(layer, settings.rank) for name, layer in self.layers.items()})
 
     @contextlib.contextmanager
@@ -79,7 +82,8 @@ class Loras(nn.ModuleDict):
 
 @contextlib.contextmanager
 def checkpointed(classes):
-    """The blocks of these classes keep their inputs and compute the rest again. A first block that needs no gradient says so each time."""
+    """The blocks of these classes keep their inputs and compute the rest again. A first block that needs no gradient
+    says so each time."""
     before = [(cls, cls.forward) for cls in classes]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
@@ -109,5 +113,9 @@ def recomputed(forward, reentrant):
 
 
 def asking(cond: dict) -> dict:
-    """A caption whose tensors take a gradient, without which a re-entrant checkpoint would pass none to what is inside it."""
-    return {name: value.detach().requires_grad_() if name in ("cross_attn", "pooled_output") else value for name, value in cond.items()}
+    """A caption whose tensors take a gradient, without which a re-entrant checkpoint would pass none to what is inside
+    it."""
+    return {
+        name: value.detach().requires_grad_() if name in ("cross_attn", "pooled_output") else value
+        for name, value in cond.items()
+    }

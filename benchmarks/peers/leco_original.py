@@ -1,14 +1,17 @@
-"""LECO as p1atdev/LECO trains it (train_lora.py, state of 2023-24), told in our own words and on our own model and adapters, as the yardstick.
+"""LECO as p1atdev/LECO trains it (train_lora.py, state of 2023-24), told in our own words and on our own model and
+adapters, as the yardstick.
 
-Each update denoises anew: k ~ U[1, 50) of 50 Euler steps with the adapters on, under classifier-free guidance 3 between target and
-unconditional. At the one state where it stops, four predictions are asked one after another: positive, neutral and unconditional without
-the adapters, target with them. The original asks every one of them as a guidance pair at scale 1, whose other half is thrown away; here
-those halves are paid for too, so that the count of forwards is the original's own. The loss is the error in the network's own terms.
+Each update denoises anew: k ~ U[1, 50) of 50 Euler steps with the adapters on, under classifier-free guidance 3 between
+target and unconditional. At the one state where it stops, four predictions are asked one after another: positive,
+neutral and unconditional without the adapters, target with them. The original asks every one of them as a guidance pair
+at scale 1, whose other half is thrown away; here those halves are paid for too, so that the count of forwards is the
+original's own. The loss is the error in the network's own terms.
 
 Expected forwards per update at batch 1: 2 * 25 for the way, 2 * 3 for the frozen model, 2 for the student: 58.
 
-Its DDIM is an Euler step on eps models, and so is a flow model's; the schedule is the host's, evenly spaced as the original's. Its loss on
-eps models is the same. Not copied: the precision it saves in and the offset between its two grids of timesteps.
+Its DDIM is an Euler step on eps models, and so is a flow model's; the schedule is the host's, evenly spaced as the
+original's. Its loss on eps models is the same. Not copied: the precision it saves in and the offset between its two
+grids of timesteps.
 """
 
 from __future__ import annotations
@@ -17,8 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ...trainers.diffusion import guided, native_error, per_sample, slope
-from ...trainers.methods.rollouts import Model, Task, noise_of, one_of, pick
+from ...trainers.diffusion import denoise_with_guidance, native_error, per_sample, slope
+from ...trainers.methods.rollouts import (
+    PromptTask,
+    StudentTeacherModel,
+    sample_element,
+    sample_latent_noise,
+    sample_task_index,
+)
 
 STEPS = 50
 GUIDANCE = 3.0
@@ -28,14 +37,14 @@ GUIDANCE = 3.0
 class Original:
     """A method for trainers.loop: parameters, and the loss of one update. Every task has one pull at strength 1."""
 
-    model: Model
-    tasks: list[Task]
+    model: StudentTeacherModel
+    tasks: list[PromptTask]
 
     def parameters(self):
         return list(self.model.adapters.parameters())
 
     def loss(self, rng):
-        task = self.tasks[pick(self.tasks, rng)]
+        task = self.tasks[sample_task_index(self.tasks, rng)]
         (pull,) = task.pulls
         x, sigma = self.denoised_in_part(task, rng)
         answers = self.model.frozen(x, sigma, task.asked)
@@ -54,7 +63,7 @@ class Original:
         """(x, sigma) after k of 50 steps of the current student."""
         k = int(torch.randint(1, STEPS, (1,), generator=rng))
         denoiser, conds = self.model.denoiser, self.model.conds
-        noise = noise_of((task.batch, *one_of(task.shapes, rng)), denoiser, rng)
+        noise = sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), denoiser, rng)
         sigmas = denoiser.sigma_at(1 - torch.arange(k + 1) / STEPS).to(noise)
         sigma = sigmas[0].expand(len(noise))
         x = denoiser.noised(torch.zeros_like(noise), noise, sigma)
@@ -62,6 +71,6 @@ class Original:
             for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
                 sigma = here.expand(len(x))
                 self.model.spent["rollout"] += 2 * len(x)
-                x0 = guided(denoiser, x, sigma, conds[task.scene], conds[task.away], GUIDANCE)
+                x0 = denoise_with_guidance(denoiser, x, sigma, conds[task.scene], conds[task.away], GUIDANCE)
                 x = x + slope(x, sigma, x0) * per_sample((there - here).expand(len(x)), x)
         return x, sigmas[-1].expand(len(x))

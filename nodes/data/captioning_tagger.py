@@ -3,27 +3,32 @@
 from comfy_api.latest import io
 
 from ...trainers.captioners.tags import TaggerSettings
-from ..fields import CATEGORY, inputs, record
+from ..fields import CATEGORY, settings_from_widgets, settings_inputs
 
-TaggerRecipe = io.Custom("TRAINYARD_TAGGER")
+TaggerSettingsType = io.Custom("TRAINYARD_TAGGER")
 
 
-class Tagger(io.ComfyNode):
+class TaggerSettingsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="TrainyardTagger",
             display_name="Tagger Settings",
             category=f"{CATEGORY}/settings",
-            description="Which tags a picture keeps, in which order and spelling. Connect it to Caption Images; without it the defaults hold.",
+            description="Which tags a picture keeps, in which order and spelling. Connect it to Caption Images; "
+            "without it the defaults hold.",
             search_aliases=["wd14", "wd tagger", "danbooru tags", "booru", "e621", "tag threshold", "mcut", "autotag"],
-            inputs=inputs(TaggerSettings),
-            outputs=[TaggerRecipe.Output("tagger", display_name="tagger", tooltip="For the tagger input of Caption Images.")],
+            inputs=settings_inputs(TaggerSettings),
+            outputs=[
+                TaggerSettingsType.Output(
+                    "tagger", display_name="tagger", tooltip="For the tagger input of Caption Images."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, **widgets):
-        return io.NodeOutput(record(TaggerSettings, widgets))
+        return io.NodeOutput(settings_from_widgets(TaggerSettings, widgets))
 
 
-NODES = [Tagger]
+NODES = [TaggerSettingsNode]

@@ -5,12 +5,14 @@ import json
 from comfy_api.latest import io, ui
 
 from ...trainers.data.captions import caption_report, manual_edits, sidecars
-from ...trainers.data.captions.edits import apply, parse, preview
+from ...trainers.data.captions.edits import apply_edits, format_edit_preview, parse_edits
 from .. import host, paths
-from ..fields import CATEGORY, Dataset
-from .token_counter import counter
+from ..fields import CATEGORY, DatasetType
+from .token_counter import make_token_counter
 
-EXAMPLE = "# one edit per line, for example:\n# trigger: sks\n# remove: watermark, signature\n# s/\\bman\\b/person/\n# dedupe"
+EXAMPLE_EDITS = (
+    "# one edit per line, for example:\n# trigger: sks\n# remove: watermark, signature\n# s/\\bman\\b/person/\n# dedupe"
+)
 
 
 class EditCaptions(io.ComfyNode):
@@ -20,16 +22,24 @@ class EditCaptions(io.ComfyNode):
             node_id="TrainyardEditCaptions",
             display_name="Edit Captions",
             category=CATEGORY,
-            description="Change all captions by rules, one per line: trigger word, remove, replace, regular expressions, sort, shuffle, truncate. "
-            "Shows what changed; files stay as they are.",
-            search_aliases=["tag editor", "find and replace", "regex", "trigger word", "prefix suffix", "shuffle tags", "dedupe tags"],
+            description="Change all captions by rules, one per line: trigger word, remove, replace, regular "
+            "expressions, sort, shuffle, truncate. Shows what changed; files stay as they are.",
+            search_aliases=[
+                "tag editor",
+                "find and replace",
+                "regex",
+                "trigger word",
+                "prefix suffix",
+                "shuffle tags",
+                "dedupe tags",
+            ],
             is_output_node=True,
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures whose captions are edited."),
+                DatasetType.Input("dataset", tooltip="The pictures whose captions are edited."),
                 io.String.Input(
                     "edits",
                     multiline=True,
-                    default=EXAMPLE,
+                    default=EXAMPLE_EDITS,
                     tooltip="One edit per line, done in order; # begins a comment. The help page lists them all.",
                 ),
                 io.Int.Input(
@@ -40,21 +50,44 @@ class EditCaptions(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip=f"Decides the order that 'shuffle' gives. (0 to {2**63 - 1})",
                 ),
-                io.Int.Input("show", default=5, min=0, max=1000, tooltip="How many changed captions the preview shows. (0 to 1000 pictures)"),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder that counts the tokens for 'truncate'. Its weights are not loaded."),
+                io.Int.Input(
+                    "show",
+                    default=5,
+                    min=0,
+                    max=1000,
+                    tooltip="How many changed captions the preview shows. (0 to 1000 pictures)",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder that counts the tokens for 'truncate'. Its weights are not loaded.",
+                ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The same pictures with the edited captions."),
-                io.String.Output("preview", display_name="preview", tooltip="How many captions changed, and the first of them before and after."),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The same pictures with the edited captions."
+                ),
+                io.String.Output(
+                    "preview",
+                    display_name="preview",
+                    tooltip="How many captions changed, and the first of them before and after.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, edits, seed, show, clip=None):
-        rules = parse(edits)
-        after = apply(dataset, rules, seed, counter(clip), bar(cls.hidden.unique_id), host.progress.interrupted)
-        text = preview(dataset, after, show)
+        rules = parse_edits(edits)
+        after = apply_edits(
+            dataset,
+            rules,
+            seed,
+            make_token_counter(clip),
+            make_silent_progress(cls.hidden.unique_id),
+            host.progress.raise_if_interrupted,
+        )
+        text = format_edit_preview(dataset, after, show)
         return io.NodeOutput(after, text, ui=ui.PreviewText(text))
 
 
@@ -65,26 +98,41 @@ class CaptionReport(io.ComfyNode):
             node_id="TrainyardCaptionReport",
             display_name="Caption Report",
             category=CATEGORY,
-            description="What the captions of a dataset look like as a whole: missing, identical, too long, without trigger word, and how often each tag is used.",
+            description="What the captions of a dataset look like as a whole: missing, identical, too long, without "
+            "trigger word, and how often each tag is used.",
             search_aliases=["tag statistics", "token count", "tag frequency", "check captions", "count tags"],
             is_output_node=True,
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures whose captions are counted."),
+                DatasetType.Input("dataset", tooltip="The pictures whose captions are counted."),
                 io.String.Input("trigger", default="", tooltip="A word that every caption should say; empty for none."),
-                io.Int.Input("tags", default=30, min=0, max=10_000, tooltip="How many of the most frequent tags are listed. (0 to 10000 tags)"),
-                io.Clip.Input("clip", optional=True, tooltip="Also counts the tokens of each of its text encoders. Its weights are not loaded."),
+                io.Int.Input(
+                    "tags",
+                    default=30,
+                    min=0,
+                    max=10_000,
+                    tooltip="How many of the most frequent tags are listed. (0 to 10000 tags)",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Also counts the tokens of each of its text encoders. Its weights are not loaded.",
+                ),
             ],
             outputs=[
                 io.String.Output("report", display_name="report", tooltip="The report in words."),
-                io.String.Output("json", display_name="json", tooltip="The same figures as JSON, with every tag and every file name."),
+                io.String.Output(
+                    "json", display_name="json", tooltip="The same figures as JSON, with every tag and every file name."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, trigger, tags, clip=None):
-        figures = caption_report.report(dataset, trigger, counter(clip), host.progress.interrupted)
-        text = caption_report.as_text(figures, tags)
+        figures = caption_report.build_caption_report(
+            dataset, trigger, make_token_counter(clip), host.progress.raise_if_interrupted
+        )
+        text = caption_report.format_caption_report(figures, tags)
         return io.NodeOutput(text, json.dumps(figures, ensure_ascii=False, indent=1), ui=ui.PreviewText(text))
 
 
@@ -95,12 +143,12 @@ class EditCaptionsByHand(io.ComfyNode):
             node_id="TrainyardEditCaptionsByHand",
             display_name="Edit Captions by Hand",
             category=CATEGORY,
-            description="A grid of the pictures with their captions to type into, with search, find and replace, and undo. "
-            "Edits are kept in the workflow; text files change only when asked.",
+            description="A grid of the pictures with their captions to type into, with search, find and replace, and "
+            "undo. Edits are kept in the workflow; text files change only when asked.",
             search_aliases=["tag editor", "caption grid", "manual captions", "dataset viewer", "browse dataset"],
             is_output_node=True,
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures to show. Run once to see them."),
+                DatasetType.Input("dataset", tooltip="The pictures to show. Run once to see them."),
                 io.String.Input(
                     "edits",
                     multiline=True,
@@ -111,33 +159,55 @@ class EditCaptionsByHand(io.ComfyNode):
                 io.Boolean.Input(
                     "save_to_files",
                     default=False,
-                    tooltip="At the next Run, also write the edited captions into the text files beside the pictures. What they said before is kept.",
+                    tooltip="At the next Run, also write the edited captions into the text files beside the pictures. "
+                    "What they said before is kept.",
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The same pictures with the captions from the grid."),
-                io.String.Output("about", display_name="about", tooltip="How many captions were edited, and which files were written."),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The same pictures with the captions from the grid."
+                ),
+                io.String.Output(
+                    "about",
+                    display_name="about",
+                    tooltip="How many captions were edited, and which files were written.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, edits, save_to_files=False):
-        written = manual_edits.parse(edits)
-        after = manual_edits.put(dataset, written)
-        cards = manual_edits.cards(dataset, paths.thumbnails_folder(), bar(cls.hidden.unique_id), host.progress.interrupted)
-        saved = sidecars.write(after, written, paths.roots().values(), [paths.cache_folder()]) if save_to_files else None
-        about = "\n".join([manual_edits.about(dataset, after, written), *sidecars.about(saved)])
-        return io.NodeOutput(after, about, ui={"trainyard_captions": [shown(card) for card in cards], "trainyard_about": [about]})
+        written = manual_edits.parse_manual_edits(edits)
+        after = manual_edits.apply_manual_edits(dataset, written)
+        cards = manual_edits.build_caption_cards(
+            dataset,
+            paths.thumbnails_folder(),
+            make_silent_progress(cls.hidden.unique_id),
+            host.progress.raise_if_interrupted,
+        )
+        saved = (
+            sidecars.write_caption_files(after, written, paths.dataset_roots().values(), [paths.cache_folder()])
+            if save_to_files
+            else None
+        )
+        about = "\n".join(
+            [manual_edits.format_manual_edits(dataset, after, written), *sidecars.format_written_captions(saved)]
+        )
+        return io.NodeOutput(
+            after,
+            about,
+            ui={"trainyard_captions": [caption_card_json(card) for card in cards], "trainyard_about": [about]},
+        )
 
 
-def bar(node_id):
+def make_silent_progress(node_id):
     """Progress without a line of text, which would take half the room of what the node shows."""
-    drawn = host.progress.Report(1, node_id).bar
+    drawn = host.progress.NodeProgressReporter(1, node_id).bar
     return lambda done, total, name: drawn.update_absolute(done, total)
 
 
-def shown(card):
+def caption_card_json(card):
     """What the page draws of one picture."""
     thumb = card.thumb and {"filename": card.thumb, "subfolder": paths.thumbnails_folder().name, "type": "temp"}
     return {"id": card.id, "name": card.name, "captions": list(card.captions), "thumb": thumb, "why": card.why}

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.data.collage.collage import build_collages, collage_sheet
+from ...trainers.data.collage.collage import build_collages, draw_collages_sheet
 from ...trainers.data.collage.plan import CollageSettings
 from .. import host, paths
-from ..fields import CATEGORY, Dataset, inputs, record
-from .token_counter import counter
+from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
+from .token_counter import make_token_counter
 
 
 class BuildCollages(io.ComfyNode):
@@ -18,17 +18,27 @@ class BuildCollages(io.ComfyNode):
             node_id="TrainyardBuildCollages",
             display_name="Build Collages",
             category=CATEGORY,
-            description="Put two to four pictures into one frame, each from end to end along one axis, unscaled or scaled down, "
-            "so that a pattern is learnt relative to the frame.",
+            description="Put two to four pictures into one frame, each from end to end along one axis, unscaled or "
+            "scaled down, so that a pattern is learnt relative to the frame.",
             search_aliases=["image grid", "tile pictures", "side by side", "montage", "stitch dataset"],
             inputs=[
-                Dataset.Input("dataset", tooltip="From Load Dataset, best checked and captioned already."),
-                io.Clip.Input("clip", optional=True, tooltip="Connect it to be told of captions that became too long for the text encoder."),
-                *inputs(CollageSettings),
+                DatasetType.Input("dataset", tooltip="From Load Dataset, best checked and captioned already."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Connect it to be told of captions that became too long for the text encoder.",
+                ),
+                *settings_inputs(CollageSettings),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The collages with masks and captions, for Encode Dataset."),
-                io.Image.Output("sheet", display_name="sheet", tooltip="The first collages on one page, those with flags first."),
+                DatasetType.Output(
+                    "dataset",
+                    display_name="dataset",
+                    tooltip="The collages with masks and captions, for Encode Dataset.",
+                ),
+                io.Image.Output(
+                    "sheet", display_name="sheet", tooltip="The first collages on one page, those with flags first."
+                ),
                 io.String.Output("report", display_name="report", tooltip="What was made, what was left out and why."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -36,13 +46,17 @@ class BuildCollages(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, clip=None, **widgets):
-        report = host.progress.Steps(cls.hidden.unique_id)
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
         built = build_collages(
-            dataset, record(CollageSettings, widgets), paths.cache_folder() / "collages", report, host.progress.interrupted,
-            tokens=counter(clip),
-        )  # fmt: skip
-        sheet = torch.from_numpy(np.asarray(collage_sheet(built), dtype=np.float32) / 255)[None]
-        host.progress.show(built.report.splitlines()[0], cls.hidden.unique_id)
+            dataset,
+            settings_from_widgets(CollageSettings, widgets),
+            paths.cache_folder() / "collages",
+            report,
+            host.progress.raise_if_interrupted,
+            tokens=make_token_counter(clip),
+        )
+        sheet = torch.from_numpy(np.asarray(draw_collages_sheet(built), dtype=np.float32) / 255)[None]
+        host.progress.show_node_text(built.report.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(built.dataset, sheet, built.report, ui=ui.PreviewImage(sheet, cls=cls))
 
 

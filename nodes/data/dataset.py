@@ -2,16 +2,23 @@
 
 from comfy_api.latest import io, ui
 
-from ...trainers.data.images import as_tensor, dataset_of, tensors_of
-from ...trainers.data.quality.thumbnails import Looking
-from ...trainers.data.readers import CAPTION_LINES, folder_state, printable, read_folder
-from ...trainers.data.sets import SplitSettings, joined, parsed_weights, similar, split, twice
-from ...trainers.data.sheets import overview
-from ...trainers.data.writers import SaveSettings, save_dataset, summary
+from ...trainers.data.images import dataset_from_tensors, image_to_batch_tensor, record_to_tensors
+from ...trainers.data.quality.thumbnails import ScanOptions
+from ...trainers.data.readers import CAPTION_LINE_MODES, hash_folder_state, make_printable, read_folder
+from ...trainers.data.sets import (
+    SplitSettings,
+    find_repeated_images,
+    group_near_duplicates,
+    join_datasets,
+    parse_dataset_weights,
+    split_dataset,
+)
+from ...trainers.data.sheets import draw_dataset_sheet
+from ...trainers.data.writers import SaveSettings, format_save_summary, save_dataset
 from .. import host, paths
-from ..fields import CATEGORY, Dataset, inputs, record
+from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
 
-MOST_JOINED = 8
+MAX_JOINED_DATASETS = 8
 
 
 class LoadDataset(io.ComfyNode):
@@ -21,21 +28,33 @@ class LoadDataset(io.ComfyNode):
             node_id="TrainyardLoadDataset",
             display_name="Load Dataset",
             category=CATEGORY,
-            description="Pictures from a folder with what lies beside them: captions (.txt, .caption, .json), metadata.jsonl, .csv or "
-            ".json, kohya folders such as 10_name (10 repeats), masks as name.mask.png or in a folder of their own.",
-            search_aliases=["image folder", "dataset", "training images", "captions", "dreambooth", "metadata", "csv", "masks"],
+            description="Pictures from a folder with what lies beside them: captions (.txt, .caption, .json), "
+            "metadata.jsonl, .csv or .json, kohya folders such as 10_name (10 repeats), masks as name.mask.png or in a "
+            "folder of their own.",
+            search_aliases=[
+                "image folder",
+                "dataset",
+                "training images",
+                "captions",
+                "dreambooth",
+                "metadata",
+                "csv",
+                "masks",
+            ],
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=paths.dataset_folders(),
-                    tooltip="A folder inside ComfyUI's input, datasets or output/datasets folder. Press R after adding one.",
+                    options=paths.list_dataset_folders(),
+                    tooltip="A folder inside ComfyUI's input, datasets or output/datasets folder. Press R after adding "
+                    "one.",
                 ),
                 io.Int.Input(
                     "repeats",
                     default=1,
                     min=1,
                     max=10_000,
-                    tooltip="How often an epoch shows each picture; multiplied with a folder's own N_name. (1 to 10000)",
+                    tooltip="How often an epoch shows each picture; multiplied with a folder's own N_name. (1 to "
+                    "10000)",
                 ),
                 io.Boolean.Input(
                     "alpha_mask",
@@ -45,14 +64,15 @@ class LoadDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "caption_lines",
-                    options=list(CAPTION_LINES),
-                    default=CAPTION_LINES[0],
+                    options=list(CAPTION_LINE_MODES),
+                    default=CAPTION_LINE_MODES[0],
                     optional=True,
-                    tooltip="one: all of a text file is the caption. alternatives: every line is a caption of its own, drawn by chance.",
+                    tooltip="one: all of a text file is the caption. alternatives: every line is a caption of its own, "
+                    "drawn by chance.",
                 ),
                 io.Combo.Input(
                     "masks",
-                    options=paths.mask_folders(),
+                    options=paths.list_mask_folders(),
                     default=paths.NO_MASKS,
                     optional=True,
                     tooltip="A folder of masks with the names of the pictures; white is learnt, black is not.",
@@ -62,35 +82,48 @@ class LoadDataset(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Name of a .csv, .json or .jsonl file in the folder, instead of metadata.jsonl, metadata.csv and metadata.json.",
+                    tooltip="Name of a .csv, .json or .jsonl file in the folder, instead of metadata.jsonl, "
+                    "metadata.csv and metadata.json.",
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset."),
-                io.String.Output("about", display_name="about", tooltip="What was found, and what was skipped and why."),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset."
+                ),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What was found, and what was skipped and why."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, folder, masks=paths.NO_MASKS, **_):
-        return folder_state(paths.dataset_folder(folder), paths.mask_folder(masks))
+        return hash_folder_state(paths.resolve_dataset_folder(folder), paths.resolve_mask_folder(masks))
 
     @classmethod
-    def execute(cls, folder, repeats, alpha_mask=False, caption_lines=CAPTION_LINES[0], masks=paths.NO_MASKS, metadata=""):
-        place = paths.dataset_folder(folder)
+    def execute(
+        cls, folder, repeats, alpha_mask=False, caption_lines=CAPTION_LINE_MODES[0], masks=paths.NO_MASKS, metadata=""
+    ):
+        place = paths.resolve_dataset_folder(folder)
         dataset = read_folder(
-            place, repeats=repeats, alpha_mask=alpha_mask, progress=stoppable(cls), caption_lines=caption_lines,
-            masks=paths.mask_folder(masks), metadata=paths.file_in(place, metadata),
-        )  # fmt: skip
-        return io.NodeOutput(dataset, about(dataset))
+            place,
+            repeats=repeats,
+            alpha_mask=alpha_mask,
+            progress=make_cancellable_progress(cls),
+            caption_lines=caption_lines,
+            masks=paths.resolve_mask_folder(masks),
+            metadata=paths.resolve_file_in_folder(place, metadata),
+        )
+        return io.NodeOutput(dataset, format_dataset_summary(dataset))
 
 
 class JoinDatasets(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         more = [
-            Dataset.Input(f"dataset_{number}", optional=True, tooltip="One more dataset to join.") for number in range(2, MOST_JOINED + 1)
+            DatasetType.Input(f"dataset_{number}", optional=True, tooltip="One more dataset to join.")
+            for number in range(2, MAX_JOINED_DATASETS + 1)
         ]
         return io.Schema(
             node_id="TrainyardJoinDatasets",
@@ -99,25 +132,40 @@ class JoinDatasets(io.ComfyNode):
             description="Several datasets as one, each seen as often as its weight says.",
             search_aliases=["merge", "concatenate", "combine folders", "regularization images", "balance", "concepts"],
             inputs=[
-                Dataset.Input("dataset_1", tooltip="The first dataset; its pictures come first."),
+                DatasetType.Input("dataset_1", tooltip="The first dataset; its pictures come first."),
                 *more,
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="How often the pictures of each connected dataset are seen, such as 1, 0.5, 2. Empty: all the same.",
+                    tooltip="How often the pictures of each connected dataset are seen, such as 1, 0.5, 2. Empty: all "
+                    "the same.",
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="All pictures, with their repeats multiplied by the weights."),
-                io.String.Output("about", display_name="about", tooltip="What came from where, and pictures that occur twice."),
+                DatasetType.Output(
+                    "dataset",
+                    display_name="dataset",
+                    tooltip="All pictures, with their repeats multiplied by the weights.",
+                ),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What came from where, and pictures that occur twice."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, dataset_1, weights="", **more):
         datasets = [dataset_1, *(more[name] for name in sorted(more) if more[name] is not None)]
-        whole = joined(datasets, parsed_weights(weights, len(datasets)))
-        return io.NodeOutput(whole, "\n".join([about(whole), *(printable(f"the same picture twice: {a} and {b}") for a, b in twice(whole))]))
+        whole = join_datasets(datasets, parse_dataset_weights(weights, len(datasets)))
+        return io.NodeOutput(
+            whole,
+            "\n".join(
+                [
+                    format_dataset_summary(whole),
+                    *(make_printable(f"the same picture twice: {a} and {b}") for a, b in find_repeated_images(whole)),
+                ]
+            ),
+        )
 
 
 class SplitDataset(io.ComfyNode):
@@ -127,23 +175,36 @@ class SplitDataset(io.ComfyNode):
             node_id="TrainyardSplitDataset",
             display_name="Split Dataset",
             category=CATEGORY,
-            description="Keep some pictures away from training, to measure on. Which ones depends on their content: adding a picture moves no other.",
+            description="Keep some pictures away from training, to measure on. Which ones depends on their content: "
+            "adding a picture moves no other.",
             search_aliases=["validation", "holdout", "test set", "train val split", "partition"],
-            inputs=[Dataset.Input("dataset", tooltip="The pictures to divide."), *inputs(SplitSettings)],
+            inputs=[DatasetType.Input("dataset", tooltip="The pictures to divide."), *settings_inputs(SplitSettings)],
             outputs=[
-                Dataset.Output("train", display_name="train", tooltip="The pictures to train on."),
-                Dataset.Output("validation", display_name="validation", tooltip="The pictures to measure on; never train on them."),
-                io.String.Output("about", display_name="about", tooltip="How many pictures went where, and which are held back."),
+                DatasetType.Output("train", display_name="train", tooltip="The pictures to train on."),
+                DatasetType.Output(
+                    "validation", display_name="validation", tooltip="The pictures to measure on; never train on them."
+                ),
+                io.String.Output(
+                    "about", display_name="about", tooltip="How many pictures went where, and which are held back."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, **widgets):
-        settings = record(SplitSettings, widgets)
-        looking = Looking(report=host.progress.Steps(cls.hidden.unique_id), check_interrupt=host.progress.interrupted)
-        train, validation = split(dataset, settings, similar(dataset, looking) if settings.similar else None)
-        lines = [f"{len(train)} pictures to train on, {len(validation)} to validate on:", *(printable(r.path) for r in validation)]
+        settings = settings_from_widgets(SplitSettings, widgets)
+        looking = ScanOptions(
+            report=host.progress.ItemProgressReporter(cls.hidden.unique_id),
+            check_interrupt=host.progress.raise_if_interrupted,
+        )
+        train, validation = split_dataset(
+            dataset, settings, group_near_duplicates(dataset, looking) if settings.similar else None
+        )
+        lines = [
+            f"{len(train)} pictures to train on, {len(validation)} to validate on:",
+            *(make_printable(r.path) for r in validation),
+        ]
         return io.NodeOutput(train, validation, "\n".join(lines))
 
 
@@ -154,19 +215,36 @@ class PreviewDataset(io.ComfyNode):
             node_id="TrainyardPreviewDataset",
             display_name="Preview Dataset",
             category=CATEGORY,
-            description="A page of a dataset's pictures with name, size, repeats, caption and flags, as they will be trained.",
+            description="A page of a dataset's pictures with name, size, repeats, caption and flags, as they will be "
+            "trained.",
             search_aliases=["contact sheet", "thumbnails", "browse pictures", "show dataset", "gallery"],
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures to look at."),
-                io.Int.Input("page", default=1, min=1, max=100_000, tooltip="Which page to show, the first is 1. (1 to 100000)"),
-                io.Int.Input("per_page", default=24, min=1, max=400, tooltip="How many pictures a page shows. (1 to 400 pictures)"),
+                DatasetType.Input("dataset", tooltip="The pictures to look at."),
                 io.Int.Input(
-                    "cell", default=192, min=64, max=1024, step=16, advanced=True, tooltip="How large each picture is shown. (64 to 1024 px)"
+                    "page", default=1, min=1, max=100_000, tooltip="Which page to show, the first is 1. (1 to 100000)"
+                ),
+                io.Int.Input(
+                    "per_page",
+                    default=24,
+                    min=1,
+                    max=400,
+                    tooltip="How many pictures a page shows. (1 to 400 pictures)",
+                ),
+                io.Int.Input(
+                    "cell",
+                    default=192,
+                    min=64,
+                    max=1024,
+                    step=16,
+                    advanced=True,
+                    tooltip="How large each picture is shown. (64 to 1024 px)",
                 ),
             ],
             outputs=[
                 io.Image.Output("sheet", display_name="sheet", tooltip="The page as one picture, for Save Image."),
-                io.String.Output("about", display_name="about", tooltip="What the dataset holds, and what was skipped and why."),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What the dataset holds, and what was skipped and why."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -174,8 +252,8 @@ class PreviewDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, page, per_page, cell=192):
-        sheet = as_tensor(overview(dataset, page, per_page, cell))
-        return io.NodeOutput(sheet, about(dataset), ui=ui.PreviewImage(sheet, cls=cls))
+        sheet = image_to_batch_tensor(draw_dataset_sheet(dataset, page, per_page, cell))
+        return io.NodeOutput(sheet, format_dataset_summary(dataset), ui=ui.PreviewImage(sheet, cls=cls))
 
 
 class SaveDataset(io.ComfyNode):
@@ -185,24 +263,43 @@ class SaveDataset(io.ComfyNode):
             node_id="TrainyardSaveDataset",
             display_name="Save Dataset",
             category=CATEGORY,
-            description="Write pictures, captions, masks, tags and scores to a folder that this and other trainers read. Whole or not at all.",
-            search_aliases=["export", "kohya folder", "write captions", "jsonl", "save training images", "hugging face"],
+            description="Write pictures, captions, masks, tags and scores to a folder that this and other trainers "
+            "read. Whole or not at all.",
+            search_aliases=[
+                "export",
+                "kohya folder",
+                "write captions",
+                "jsonl",
+                "save training images",
+                "hugging face",
+            ],
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures to save; crops are applied."),
-                io.String.Input("name", default="my_dataset", tooltip="Name of the folder, such as my_set or cats/black."),
-                io.Combo.Input(
-                    "place", options=list(paths.PLACES), tooltip="Where the folder goes, inside ComfyUI's folders. Load Dataset finds both."
+                DatasetType.Input("dataset", tooltip="The pictures to save; crops are applied."),
+                io.String.Input(
+                    "name", default="my_dataset", tooltip="Name of the folder, such as my_set or cats/black."
                 ),
-                *inputs(SaveSettings),
+                io.Combo.Input(
+                    "place",
+                    options=list(paths.DATASET_SAVE_PLACES),
+                    tooltip="Where the folder goes, inside ComfyUI's folders. Load Dataset finds both.",
+                ),
+                *settings_inputs(SaveSettings),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace what Save Dataset put under this name before. Folders with other files are never replaced.",
+                    tooltip="Replace what Save Dataset put under this name before. Folders with other files are never "
+                    "replaced.",
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The dataset as it came in, to go on with."),
-                io.String.Output("about", display_name="about", tooltip="Where it was saved, how many pictures, and what got another name."),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The dataset as it came in, to go on with."
+                ),
+                io.String.Output(
+                    "about",
+                    display_name="about",
+                    tooltip="Where it was saved, how many pictures, and what got another name.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -211,11 +308,15 @@ class SaveDataset(io.ComfyNode):
     @classmethod
     def execute(cls, dataset, name, place, overwrite=False, **widgets):
         saved = save_dataset(
-            dataset, paths.dataset_to_write(place, name), record(SaveSettings, widgets), overwrite,
-            host.progress.Steps(cls.hidden.unique_id), host.progress.interrupted,
-        )  # fmt: skip
-        text = printable(summary(saved, dataset))
-        host.progress.show(text.splitlines()[0], cls.hidden.unique_id)
+            dataset,
+            paths.new_dataset_folder(place, name),
+            settings_from_widgets(SaveSettings, widgets),
+            overwrite,
+            host.progress.ItemProgressReporter(cls.hidden.unique_id),
+            host.progress.raise_if_interrupted,
+        )
+        text = make_printable(format_save_summary(saved, dataset))
+        host.progress.show_node_text(text.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(dataset, text)
 
 
@@ -226,8 +327,15 @@ class DatasetFromImages(io.ComfyNode):
             node_id="TrainyardDatasetFromImages",
             display_name="Dataset from Images",
             category=CATEGORY,
-            description="Pictures of the graph as a dataset, with captions and masks. Each is written once, to the datasets folder's cache.",
-            search_aliases=["image list to dataset", "generated pictures", "core dataset", "batch to dataset", "synthetic data"],
+            description="Pictures of the graph as a dataset, with captions and masks. Each is written once, to the "
+            "datasets folder's cache.",
+            search_aliases=[
+                "image list to dataset",
+                "generated pictures",
+                "core dataset",
+                "batch to dataset",
+                "synthetic data",
+            ],
             inputs=[
                 io.Image.Input("images", tooltip="Pictures, batches or lists of them, of any sizes."),
                 io.String.Input(
@@ -236,17 +344,34 @@ class DatasetFromImages(io.ComfyNode):
                     optional=True,
                     tooltip="A list of captions: one for all, one for each batch, or one for each picture.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip="Loss masks, white is learnt: one for all, for each batch, or for each picture."),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Loss masks, white is learnt: one for all, for each batch, or for each picture.",
+                ),
             ],
-            outputs=[Dataset.Output("dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset.")],
+            outputs=[
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
         )
 
     @classmethod
     def execute(cls, images, captions=(), masks=()):
-        report = host.progress.Steps(cls.hidden.unique_id)
-        return io.NodeOutput(dataset_of(images, captions or (), masks or (), paths.pictures_folder(), report, host.progress.interrupted))
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
+        return io.NodeOutput(
+            dataset_from_tensors(
+                images,
+                captions or (),
+                masks or (),
+                paths.image_cache_folder(),
+                report,
+                host.progress.raise_if_interrupted,
+            )
+        )
 
 
 class DatasetToImages(io.ComfyNode):
@@ -256,51 +381,81 @@ class DatasetToImages(io.ComfyNode):
             node_id="TrainyardDatasetToImages",
             display_name="Dataset to Images",
             category=CATEGORY,
-            description="A dataset's pictures, captions and masks as lists for ComfyUI's own nodes. All of them are decoded into memory.",
+            description="A dataset's pictures, captions and masks as lists for ComfyUI's own nodes. All of them are "
+            "decoded into memory.",
             search_aliases=["unpack dataset", "image list", "dataset to list", "make training dataset"],
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures to hand out."),
-                io.Int.Input("first", default=1, min=1, max=1_000_000, tooltip="Number of the first picture. (1 to 1000000)"),
-                io.Int.Input("most", default=100, min=1, max=100_000, tooltip="At most this many pictures are decoded. (1 to 100000 pictures)"),
+                DatasetType.Input("dataset", tooltip="The pictures to hand out."),
+                io.Int.Input(
+                    "first", default=1, min=1, max=1_000_000, tooltip="Number of the first picture. (1 to 1000000)"
+                ),
+                io.Int.Input(
+                    "most",
+                    default=100,
+                    min=1,
+                    max=100_000,
+                    tooltip="At most this many pictures are decoded. (1 to 100000 pictures)",
+                ),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images", is_output_list=True, tooltip="The pictures, cropped as they are trained."),
-                io.String.Output("captions", display_name="captions", is_output_list=True, tooltip="The first caption of each, or nothing."),
-                io.Mask.Output("masks", display_name="masks", is_output_list=True, tooltip="The loss masks; all white where there is none."),
+                io.Image.Output(
+                    "images",
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="The pictures, cropped as they are trained.",
+                ),
+                io.String.Output(
+                    "captions",
+                    display_name="captions",
+                    is_output_list=True,
+                    tooltip="The first caption of each, or nothing.",
+                ),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    is_output_list=True,
+                    tooltip="The loss masks; all white where there is none.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, first=1, most=100):
-        records, tell, found = dataset.records[first - 1 :][:most], stoppable(cls), []
+        records, tell, found = dataset.records[first - 1 :][:most], make_cancellable_progress(cls), []
         if not records:
             raise ValueError(f"first is {first}, and the dataset has {len(dataset)} pictures. Choose a smaller number.")
         for done, one in enumerate(records, 1):
-            found.append(tensors_of(one))
+            found.append(record_to_tensors(one))
             tell(done, len(records), one.path)
         return io.NodeOutput(*(list(column) for column in zip(*found, strict=True)))
 
 
-def stoppable(node):
+def make_cancellable_progress(node):
     """Progress in the node, which Cancel can stop."""
-    report = host.progress.Steps(node.hidden.unique_id)
+    report = host.progress.ItemProgressReporter(node.hidden.unique_id)
 
     def tell(done, total, text):
-        host.progress.interrupted()
-        report(done, total, printable(text))
+        host.progress.raise_if_interrupted()
+        report(done, total, make_printable(text))
 
     return tell
 
 
-def about(dataset) -> str:
+def format_dataset_summary(dataset) -> str:
     captioned = sum(1 for r in dataset if r.captions)
     masked = sum(1 for r in dataset if r.mask)
     masks = f", {masked} with masks" if masked else ""
     lines = [f"{len(dataset)} pictures, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"]
-    return printable("\n".join(lines + [f"skipped {path}: {reason}" for path, reason in dataset.skipped]))
+    return make_printable("\n".join(lines + [f"skipped {path}: {reason}" for path, reason in dataset.skipped]))
 
 
 NODES = [
-    LoadDataset, DatasetFromImages, JoinDatasets, SplitDataset, PreviewDataset, SaveDataset, DatasetToImages,
-]  # fmt: skip
+    LoadDataset,
+    DatasetFromImages,
+    JoinDatasets,
+    SplitDataset,
+    PreviewDataset,
+    SaveDataset,
+    DatasetToImages,
+]

@@ -1,4 +1,5 @@
-"""From pictures and captions to the latents and conditionings that a Train node reads, and the sizes they are trained at."""
+"""From pictures and captions to the latents and conditionings that a Train node reads, and the sizes they are trained
+at."""
 
 import contextlib
 
@@ -7,15 +8,19 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import ImageColor
 
-from ...trainers.data.bucket_report import bucket_sheet, bucketed, report
+from ...trainers.data.bucket_report import assign_buckets, draw_buckets_sheet, format_bucket_report
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import EMPTY, CaptionSettings
-from ...trainers.data.encode import encode
+from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.encode import encode_dataset
 from .. import host, paths
-from ..fields import CATEGORY, Dataset, Encoded, inputs, record
+from ..fields import CATEGORY, DatasetType, EncodedType, settings_from_widgets, settings_inputs
 
-ADDED = ("rules", "merge", "max_crop")  # after the first release: at the end, because saved workflows hold widgets by position
-TOLD_LATER = ("tag_dropout", "wildcards")
+APPENDED_BUCKET_FIELDS = (
+    "rules",
+    "merge",
+    "max_crop",
+)  # after the first release: at the end, because saved workflows hold widgets by position
+APPENDED_CAPTION_FIELDS = ("tag_dropout", "wildcards")
 
 
 class BucketDataset(io.ComfyNode):
@@ -25,27 +30,40 @@ class BucketDataset(io.ComfyNode):
             node_id="TrainyardBucketDataset",
             display_name="Bucket Dataset",
             category=CATEGORY,
-            description="Decide at which size every picture is trained, and see it: buckets, what is cut off, who is alone in its bucket.",
+            description="Decide at which size every picture is trained, and see it: buckets, what is cut off, who is "
+            "alone in its bucket.",
             search_aliases=["aspect ratio", "resolution", "crop", "resize dataset", "multires"],
             is_output_node=True,
             inputs=[
-                Dataset.Input("dataset", tooltip="From Load Dataset. Sizes that were decided before are decided anew."),
-                *inputs(BucketSettings),
+                DatasetType.Input(
+                    "dataset", tooltip="From Load Dataset. Sizes that were decided before are decided anew."
+                ),
+                *settings_inputs(BucketSettings),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The pictures with their sizes. Encode Dataset keeps to them."),
-                io.Image.Output("sheet", display_name="sheet", tooltip="Every bucket drawn to scale, filled as high as it is full."),
-                io.String.Output("report", display_name="report", tooltip="Every bucket in words, who was merged, and which batch sizes fit."),
+                DatasetType.Output(
+                    "dataset",
+                    display_name="dataset",
+                    tooltip="The pictures with their sizes. Encode Dataset keeps to them.",
+                ),
+                io.Image.Output(
+                    "sheet", display_name="sheet", tooltip="Every bucket drawn to scale, filled as high as it is full."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Every bucket in words, who was merged, and which batch sizes fit.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, **widgets):
-        result = bucketed(dataset, record(BucketSettings, widgets))
-        words = report(result)
-        sheet = torch.from_numpy(np.asarray(bucket_sheet(result), dtype=np.float32) / 255)[None]
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
+        result = assign_buckets(dataset, settings_from_widgets(BucketSettings, widgets))
+        words = format_bucket_report(result)
+        sheet = torch.from_numpy(np.asarray(draw_buckets_sheet(result), dtype=np.float32) / 255)[None]
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(result.dataset, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
 
 
@@ -56,25 +74,34 @@ class EncodeDataset(io.ComfyNode):
             node_id="TrainyardEncodeDataset",
             display_name="Encode Dataset",
             category=CATEGORY,
-            description="Sort pictures into buckets and encode pictures and captions once, with a cache on disk. "
-            "CLIP and VAE leave the GPU afterwards.",
-            search_aliases=["bucket", "latent cache", "vae encode dataset", "caption dropout", "trigger word", "tag dropout", "wildcards",
-                            "keep tokens"],
+            description="Sort pictures into buckets and encode pictures and captions once, with a cache on disk. CLIP "
+            "and VAE leave the GPU afterwards.",
+            search_aliases=[
+                "bucket",
+                "latent cache",
+                "vae encode dataset",
+                "caption dropout",
+                "trigger word",
+                "tag dropout",
+                "wildcards",
+                "keep tokens",
+            ],
             inputs=[
-                Dataset.Input("dataset", tooltip="From Load Dataset. Sizes decided by Bucket Dataset are kept."),
+                DatasetType.Input("dataset", tooltip="From Load Dataset. Sizes decided by Bucket Dataset are kept."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder of the model to be trained; the empty text is encoded too. Only a score model needs none: then "
-                    "choose the caption mode 'empty (unconditional)'.",
+                    tooltip="The text encoder of the model to be trained; the empty text is encoded too. Only a score "
+                    "model needs none: then choose the caption mode 'empty (unconditional)'.",
                 ),
-                *inputs(CaptionSettings, without=TOLD_LATER),
-                *inputs(BucketSettings, without=ADDED),
+                *settings_inputs(CaptionSettings, without=APPENDED_CAPTION_FIELDS),
+                *settings_inputs(BucketSettings, without=APPENDED_BUCKET_FIELDS),
                 io.Boolean.Input(
                     "flip",
                     default=False,
-                    tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left and a right.",
+                    tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left "
+                    "and a right.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -82,10 +109,11 @@ class EncodeDataset(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     advanced=True,
-                    control_after_generate=io.ControlAfterGenerate.fixed,  # the page would draw a new one, and train anew, at every Run
+                    # the page would draw a new one, and train anew, at every Run
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip=f"Decides how shuffled captions are ordered. (0 to {2**63 - 1})",
                 ),
-                *inputs(BucketSettings, only=ADDED, optional=True),
+                *settings_inputs(BucketSettings, only=APPENDED_BUCKET_FIELDS, optional=True),
                 io.String.Input(
                     "ground",
                     default="#ffffff",
@@ -93,31 +121,51 @@ class EncodeDataset(io.ComfyNode):
                     advanced=True,
                     tooltip="The colour beneath transparent pictures, as #rrggbb or a name such as grey.",
                 ),
-                *inputs(CaptionSettings, only=TOLD_LATER),
+                *settings_inputs(CaptionSettings, only=APPENDED_CAPTION_FIELDS),
             ],
-            outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node.")],
+            outputs=[
+                EncodedType.Output(
+                    "encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, dataset, vae, clip=None, flip=False, seed=0, ground="#ffffff", **widgets):
-        captions, buckets = record(CaptionSettings, widgets), record(BucketSettings, widgets)
-        pictures, text = host.encoders.PictureEncoder(vae), text_encoder(clip, captions)
-        with contextlib.ExitStack() as borrowed, host.context.gradients():  # tensors made here must be ordinary ones
+        captions, buckets = (
+            settings_from_widgets(CaptionSettings, widgets),
+            settings_from_widgets(BucketSettings, widgets),
+        )
+        pictures, text = host.encoders.VaeEncoder(vae), make_text_encoder(clip, captions)
+        with (
+            contextlib.ExitStack() as borrowed,
+            host.context.enable_gradients(),
+        ):  # tensors made here must be ordinary ones
             borrowed.callback(pictures.free)
             if text is not None:
                 borrowed.callback(text.free)
-            encoded = encode(
-                dataset, captions, buckets, flip=flip, seed=seed, vae=pictures, text=text,
-                cache_dir=paths.cache_folder(), report=host.progress.Steps(cls.hidden.unique_id), check_interrupt=host.progress.interrupted,
-                ground=colour(ground),
-            )  # fmt: skip
+            encoded = encode_dataset(
+                dataset,
+                captions,
+                buckets,
+                flip=flip,
+                seed=seed,
+                vae=pictures,
+                text=text,
+                cache_dir=paths.cache_folder(),
+                report=host.progress.ItemProgressReporter(cls.hidden.unique_id),
+                check_interrupt=host.progress.raise_if_interrupted,
+                ground=parse_colour(ground),
+            )
         sizes = len({item.bucket for item in encoded.items})
-        host.progress.show(f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id)
+        host.progress.show_node_text(
+            f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id
+        )
         return io.NodeOutput(encoded)
 
 
-def colour(name: str) -> tuple[int, int, int]:
+def parse_colour(name: str) -> tuple[int, int, int]:
     """(red, green, blue) of a colour's name. Raises ValueError for what is none."""
     try:
         return ImageColor.getrgb(name.strip())[:3]
@@ -125,9 +173,10 @@ def colour(name: str) -> tuple[int, int, int]:
         raise ValueError(f"ground is {name!r}; write a colour such as #ffffff or grey.") from None
 
 
-def text_encoder(clip, captions):
-    """None where nothing is connected and nothing is to be said: an Encoded for score models. Train nodes that need more say so."""
-    return None if clip is None and captions.caption_mode == EMPTY else host.encoders.TextEncoder(clip)
+def make_text_encoder(clip, captions):
+    """None where nothing is connected and nothing is to be said: an Encoded for score models. Train nodes that need
+    more say so."""
+    return None if clip is None and captions.caption_mode == CAPTION_MODE_EMPTY else host.encoders.TextEncoder(clip)
 
 
 NODES = [BucketDataset, EncodeDataset]

@@ -1,6 +1,8 @@
-"""The door to ComfyUI for models that look at pictures: they live in its memory manager, which may move them out at any time.
+"""The door to ComfyUI for models that look at pictures: they live in its memory manager, which may move them out at any
+time.
 
-`held(captioner)` wraps a network that is not ComfyUI's own; `LoadedClip` asks the text encoder that is in the graph already.
+`held(captioner)` wraps a network that is not ComfyUI's own; `LoadedClip` asks the text encoder that is in the graph
+already.
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...trainers.captioners import Said
+from ...trainers.captioners import CaptionResult
 from ...trainers.captioners.prompts import PromptSettings
-from ...trainers.captioners.vlm import CaptionerSettings, within
-from ...trainers.settings import fingerprint
+from ...trainers.captioners.vlm import CaptionerSettings, downscale_to_max_side
+from ...trainers.settings import compute_fingerprint
 from .. import host
 
-WORKING_MEMORY = 1.5 * 2**30  # bytes beside the weights, for one picture and its caption: a first guess of what attention keeps
-SEEING = "Qwen3-VL (Krea 2, Ideogram 4), Gemma 3 (LTX-2, Lumina 2 with vision) and Gemma 4"
+CAPTIONER_WORKING_MEMORY = (
+    1.5 * 2**30
+)  # bytes beside the weights, for one picture and its caption: a first guess of what attention keeps
+VISION_TEXT_ENCODERS = "Qwen3-VL (Krea 2, Ideogram 4), Gemma 3 (LTX-2, Lumina 2 with vision) and Gemma 4"
 
 
-def dtype() -> torch.dtype:
+def captioner_dtype() -> torch.dtype:
     """The precision that the host runs text models in on its device."""
     device = mm.get_torch_device()
     if mm.should_use_bf16(device):
@@ -31,33 +35,37 @@ def dtype() -> torch.dtype:
     return torch.float16 if mm.should_use_fp16(device) else torch.float32
 
 
-class Room(torch.nn.Module):
-    """The network in a module of its own: the patcher writes attributes such as `device`, which some networks refuse."""
+class NetworkWrapper(torch.nn.Module):
+    """The network in a module of its own: the patcher writes attributes such as `device`, which some networks
+    refuse."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
 
-class Held:
-    """A captioner whose network ComfyUI loads before each picture, unless it is still there, and may evict in between."""
+class ManagedCaptioner:
+    """A captioner whose network ComfyUI loads before each picture, unless it is still there, and may evict in
+    between."""
 
     looks = True
 
     def __init__(self, captioner):
         self.captioner, self.identity = captioner, captioner.identity
         self.patcher = comfy.model_patcher.ModelPatcher(
-            Room(captioner.module), load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device()
+            NetworkWrapper(captioner.module),
+            load_device=mm.get_torch_device(),
+            offload_device=mm.text_encoder_offload_device(),
         )
 
-    def caption(self, picture, prompt: str) -> Said:
+    def caption(self, picture, prompt: str) -> CaptionResult:
         self.load()
         with mm.cuda_device_context(self.patcher.load_device):
             return self.captioner.caption(picture, prompt)
 
     def load(self):
         """All of it: layers that are not ComfyUI's own cannot fetch weights one by one."""
-        mm.load_models_gpu([self.patcher], memory_required=WORKING_MEMORY, force_full_load=True)
+        mm.load_models_gpu([self.patcher], memory_required=CAPTIONER_WORKING_MEMORY, force_full_load=True)
         device = self.patcher.load_device
         if any(p.device != device for p in self.patcher.model.parameters()):
             self.patcher.model.to(device)
@@ -68,39 +76,57 @@ class Held:
 
 
 @contextlib.contextmanager
-def held(captioner):
+def managed_captioner(captioner):
     """The captioner under the host's memory manager; freed on every way out. Without a network it is itself."""
     if getattr(captioner, "module", None) is None:
         yield captioner
         return
-    holder = Held(captioner)
+    holder = ManagedCaptioner(captioner)
     try:
         yield holder
     finally:
         holder.free()
 
 
-class LoadedClip:
+class ClipCaptioner:
     """The CLIP of the graph as a captioner, through the host's own generate (what core's Generate Text does)."""
 
     looks = follows = True
 
     def __init__(self, clip, settings: CaptionerSettings, wording: PromptSettings):
         self.clip, self.settings, self.wording = clip, settings, wording
-        if not can_see(clip):
+        if not clip_accepts_images(clip):
             name = type(clip.cond_stage_model).__name__
-            raise ValueError(f"The connected CLIP ({name}) cannot look at pictures. Text encoders that can: {SEEING}; the Qwen2.5-VL of Qwen-Image "
-                             "sees, but ComfyUI keeps no words for it to speak. Load one of them with a CLIP loader node, or choose another backend: "
-                             "'local model', 'WD tagger', 'file name', 'fixed text'.")
-        self.identity = f"clip {host.identity.identity(clip.patcher)} {fingerprint(settings, wording.begin)}"
+            raise ValueError(
+                f"The connected CLIP ({name}) cannot look at pictures. Text encoders that can: {VISION_TEXT_ENCODERS}; "
+                "the Qwen2.5-VL of Qwen-Image sees, but ComfyUI keeps no words for it to speak. Load one of them with "
+                "a CLIP loader node, or choose another backend: 'local model', 'WD tagger', 'file name', 'fixed text'."
+            )
+        self.identity = (
+            f"clip {host.identity.hash_patched_weights(clip.patcher)} {compute_fingerprint(settings, wording.begin)}"
+        )
 
-    def caption(self, picture, prompt: str) -> Said:
+    def caption(self, picture, prompt: str) -> CaptionResult:
         s = self.settings
         begin = self.wording.begin.strip()
-        tokens = tokens_of(self.clip, f"{prompt} Begin with: {begin}" if begin else prompt, pixels(within(picture, s.max_res)))
-        ids = self.clip.generate(tokens, do_sample=s.temperature > 0, max_length=s.max_tokens, temperature=s.temperature, top_k=0, top_p=s.top_p,
-                                 min_p=0.0, repetition_penalty=s.repetition, presence_penalty=0.0, seed=s.seed)  # fmt: skip
-        return Said(self.clip.decode(ids, skip_special_tokens=True).strip())
+        tokens = tokenize_with_image(
+            self.clip,
+            f"{prompt} Begin with: {begin}" if begin else prompt,
+            pixels(downscale_to_max_side(picture, s.max_res)),
+        )
+        ids = self.clip.generate(
+            tokens,
+            do_sample=s.temperature > 0,
+            max_length=s.max_tokens,
+            temperature=s.temperature,
+            top_k=0,
+            top_p=s.top_p,
+            min_p=0.0,
+            repetition_penalty=s.repetition,
+            presence_penalty=0.0,
+            seed=s.seed,
+        )
+        return CaptionResult(self.clip.decode(ids, skip_special_tokens=True).strip())
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:
@@ -108,26 +134,26 @@ def pixels(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def tokens_of(clip, prompt: str, image):
+def tokenize_with_image(clip, prompt: str, image):
     return clip.tokenize(prompt, image=image, skip_template=False, min_length=1, thinking=False)
 
 
-def can_see(clip) -> bool:
+def clip_accepts_images(clip) -> bool:
     """Whether a picture ends up among the tokens: other text encoders take it without a word and ignore it."""
     try:
-        tokens = tokens_of(clip, "see", torch.zeros(1, 64, 64, 3))
+        tokens = tokenize_with_image(clip, "see", torch.zeros(1, 64, 64, 3))
     except (TypeError, AttributeError):
         return False
-    return hasattr(clip.cond_stage_model, "generate") and any(is_picture(token) for token in flat(tokens))
+    return hasattr(clip.cond_stage_model, "generate") and any(is_image_token(token) for token in iterate_tokens(tokens))
 
 
-def flat(tokens):
+def iterate_tokens(tokens):
     if isinstance(tokens, (dict, list)):
         for part in tokens.values() if isinstance(tokens, dict) else tokens:
-            yield from flat(part)
+            yield from iterate_tokens(part)
     elif isinstance(tokens, tuple) and tokens:
         yield tokens[0]
 
 
-def is_picture(token) -> bool:
+def is_image_token(token) -> bool:
     return isinstance(token, dict) and token.get("type") == "image"

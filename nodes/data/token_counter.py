@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class TokenCounter:
-    """counter(text) -> {encoder: tokens}, without the tokens of beginning, end, padding and template. Texts are remembered."""
+    """counter(text) -> {encoder: tokens}, without the tokens of beginning, end, padding and template. Texts are
+    remembered."""
 
     def __init__(self, clip):
         self.clip, self.known = clip, {}
@@ -21,5 +22,5 @@ class TokenCounter:
         return {name: sum(word != 0 for chunk in part for _, _, word in chunk) for name, part in chunks.items()}
 
 
-def counter(clip) -> TokenCounter | None:
+def make_token_counter(clip) -> TokenCounter | None:
     return None if clip is None else TokenCounter(clip)

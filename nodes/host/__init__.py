@@ -1,6 +1,6 @@
 """ComfyUI, as the trainers see it: the only door to comfy.* for training. Used as `host.memory.free_memory(...)`."""
 
-from . import (  # noqa: F401 - the room's modules
+from . import (
     checks,
     context,
     denoiser,
@@ -14,3 +14,18 @@ from . import (  # noqa: F401 - the room's modules
     sampling,
     session,
 )
+
+__all__ = [
+    "checks",
+    "context",
+    "denoiser",
+    "encoders",
+    "families",
+    "identity",
+    "lora_keys",
+    "memory",
+    "outofplace",
+    "progress",
+    "sampling",
+    "session",
+]

@@ -6,43 +6,50 @@ import math
 
 import torch
 
-from .progress import generator
-from .session import Session
+from .progress import make_generator
+from .session import TrainingSession
 
 
-def check_latents(model, channels: int):
+def check_latent_channels(model, channels: int):
     wanted = model.model.latent_format.latent_channels
     if channels != wanted:
         raise ValueError(
-            f"The latents have {channels} channels and this MODEL wants {wanted}. Encode the dataset with the VAE that belongs to the MODEL."
+            f"The latents have {channels} channels and this MODEL wants {wanted}. Encode the dataset with the VAE that "
+            "belongs to the MODEL."
         )
 
 
-def check_prompts(clip, texts):
+def check_prompt_lengths(clip, texts):
     """Raises ValueError for a prompt that the text encoder would cut into several pieces."""
     for text in texts:
         pieces = {name: len(chunks) for name, chunks in clip.tokenize(text).items()}
         if (name := max(pieces, key=pieces.get)) and pieces[name] > 1:
-            raise ValueError(f"The prompt {text!r} is longer than the text encoder {name} takes at once: it would be cut into {pieces[name]} "
-                             "pieces. Shorten it.")
+            raise ValueError(
+                f"The prompt {text!r} is longer than the text encoder {name} takes at once: it would be cut into "
+                f"{pieces[name]} pieces. Shorten it."
+            )
 
 
-def latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Latent shapes (C, h, w) of square pictures of this size in pixels; dynamic: of every size from half of it on, in steps of 64."""
+def square_latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Latent shapes (C, h, w) of square pictures of this size in pixels; dynamic: of every size from half of it on, in
+    steps of 64."""
     shape = model.model.latent_format
     if shape.latent_dimensions not in (2, 3):
-        raise ValueError(f"{type(model.model.model_config).__name__} draws no pictures, and its latents have no height and width.")
+        raise ValueError(
+            f"{type(model.model.model_config).__name__} draws no pictures, and its latents have no height and width."
+        )
     cells = lambda pixels: max(2, pixels // int(shape.spacial_downscale_ratio) // 2 * 2)
     sides = range(resolution // 2 // 64 * 64 or 64, resolution + 1, 64) if dynamic else (resolution,)
     return tuple((shape.latent_channels, cells(height), cells(width)) for height in sides for width in sides)
 
 
 def random_latent(shape):
-    return torch.randn((1, *shape), generator=generator(0))
+    return torch.randn((1, *shape), generator=make_generator(0))
 
 
-def check_gradients(session: Session, x0, conds, tolerance=None):
-    """Two tiny steps against finite differences, on adapters shaken off zero; they are put back. For families that no test covers.
+def check_gradients(session: TrainingSession, x0, conds, tolerance=None):
+    """Two tiny steps against finite differences, on adapters shaken off zero; they are put back. For families that no
+    test covers.
 
     Raises RuntimeError when the model's gradients cannot be had or are wrong: training would run and learn nonsense."""
     denoiser, adapters = session.denoiser, session.adapters
@@ -63,10 +70,13 @@ def check_gradients(session: Session, x0, conds, tolerance=None):
         with torch.no_grad():
             for p in params:
                 p.add_(torch.randn(p.shape, generator=rng).to(p) * 0.02)
-        autograd, direction = gradient(loss, params)
-        errors = [abs(difference(loss, params, direction, step) / autograd - 1) for step in (3e-2, 1e-2, 3e-3)]
+        autograd, direction = gradient_norm_and_direction(loss, params)
+        errors = [abs(central_difference(loss, params, direction, step) / autograd - 1) for step in (3e-2, 1e-2, 3e-3)]
     except RuntimeError as error:
-        raise RuntimeError(f"{unknown_model(denoiser)}: its forward pass cannot be differentiated ({error}). It is not trained.") from error
+        raise RuntimeError(
+            f"{format_failed_gradient_check(denoiser)}: its forward pass cannot be differentiated ({error}). It is not "
+            "trained."
+        ) from error
     finally:
         with torch.no_grad():
             for p, value in zip(params, before, strict=True):
@@ -74,19 +84,20 @@ def check_gradients(session: Session, x0, conds, tolerance=None):
                 p.grad = None
     if not min(errors) <= tolerance:
         raise RuntimeError(
-            f"{unknown_model(denoiser)}: its gradients are off by {min(errors):.0%} against finite differences (at most {tolerance:.0%} is allowed). "
-            "It would learn the wrong thing and is not trained."
+            f"{format_failed_gradient_check(denoiser)}: its gradients are off by {min(errors):.0%} against finite "
+            f"differences (at most {tolerance:.0%} is allowed). It would learn the wrong thing and is not trained."
         )
     return min(errors)
 
 
-def unknown_model(denoiser):
+def format_failed_gradient_check(denoiser):
     return (
-        f"Trainyard does not know {type(denoiser.model.model_config).__name__}, so its gradients were checked first, and the check failed"
+        f"Trainyard does not know {type(denoiser.model.model_config).__name__}, so its gradients were checked first, "
+        "and the check failed"
     )
 
 
-def gradient(loss, params):
+def gradient_norm_and_direction(loss, params):
     """(norm, unit direction) of the loss gradient over all params."""
     loss().backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in params]
@@ -97,7 +108,7 @@ def gradient(loss, params):
 
 
 @torch.no_grad()
-def difference(loss, params, direction, step):
+def central_difference(loss, params, direction, step):
     """Central difference of the loss along a direction."""
     values = []
     for sign in (+1, -1):

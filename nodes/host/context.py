@@ -9,28 +9,29 @@ import comfy_kitchen
 import torch
 from comfy_kitchen.backends.eager import rope as eager_rope
 
-from ...trainers.memory.compile import Compiler
+from ...trainers.memory.compile import BlockCompiler
 
 
 @contextlib.contextmanager
-def gradients():
+def enable_gradients():
     """Nodes run under inference_mode, where autograd records nothing."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
-def ordinary(tree):
-    """The same nested value with inference tensors replaced by clones, which autograd can save. Call inside `gradients()`."""
+def clone_inference_tensors(tree):
+    """The same nested value with inference tensors replaced by clones, which autograd can save. Call inside
+    `gradients()`."""
     if torch.is_tensor(tree):
         return tree.clone() if tree.is_inference() else tree
     if isinstance(tree, dict):
-        return {k: ordinary(v) for k, v in tree.items()}
+        return {k: clone_inference_tensors(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(ordinary(v) for v in tree)
+        return type(tree)(clone_inference_tensors(v) for v in tree)
     return tree
 
 
-def materialise(network) -> int:
+def replace_inference_parameters(network) -> int:
     """Replace parameters and buffers that were made under inference mode; assigning to `.data` would not cure them."""
     count = 0
     for module in network.modules():
@@ -46,8 +47,9 @@ def materialise(network) -> int:
 
 
 @contextlib.contextmanager
-def in_training():
-    """Forward and backward use the host's kernels that autograd knows; must hold during backward (recomputation) too."""
+def set_training_flag():
+    """Forward and backward use the host's kernels that autograd knows; must hold during backward (recomputation)
+    too."""
     before, mm.in_training = mm.in_training, True
     try:
         yield
@@ -56,9 +58,9 @@ def in_training():
 
 
 @contextlib.contextmanager
-def fresh_weights():
-    """Weights that are fetched from the CPU layer by layer get memory of their own. With its transfer streams the host fetches
-    every layer into the same buffer, and backward would find the weights of a later layer in it."""
+def disable_transfer_streams():
+    """Weights that are fetched from the CPU layer by layer get memory of their own. With its transfer streams the host
+    fetches every layer into the same buffer, and backward would find the weights of a later layer in it."""
     before, mm.NUM_STREAMS = mm.NUM_STREAMS, 0
     try:
         yield
@@ -67,9 +69,13 @@ def fresh_weights():
 
 
 @contextlib.contextmanager
-def differentiable_rope():
+def use_differentiable_rope():
     """A few families call the fused rotary kernels without asking `in_training`; those have no autograd formula."""
-    names = [n for n in dir(eager_rope) if n.startswith(("apply_rope", "rms_rope")) and not n.endswith("_") and hasattr(comfy_kitchen, n)]
+    names = [
+        n
+        for n in dir(eager_rope)
+        if n.startswith(("apply_rope", "rms_rope")) and not n.endswith("_") and hasattr(comfy_kitchen, n)
+    ]
     before = {n: getattr(comfy_kitchen, n) for n in names}
     try:
         for n in names:
@@ -80,7 +86,7 @@ def differentiable_rope():
             setattr(comfy_kitchen, n, function)
 
 
-def block_classes(network) -> set[type]:
+def find_block_classes(network) -> set[type]:
     """The classes whose calls are worth a checkpoint: a UNet's residual and transformer blocks, else the members of the
     network's own lists of blocks."""
     unet = {type(m) for m in network.modules() if type(m).__name__ in ("BasicTransformerBlock", "ResBlock")}
@@ -89,22 +95,39 @@ def block_classes(network) -> set[type]:
 
 
 # What a block is told beside its inputs, and needs for patches alone: where it stands, and at which noise level.
-PLACE = ("block", "block_index", "block_type", "total_blocks", "transformer_index", "sigmas", "sample_sigmas", "cond_or_uncond", "uuids")
+BLOCK_POSITION_KEYS = (
+    "block",
+    "block_index",
+    "block_type",
+    "total_blocks",
+    "transformer_index",
+    "sigmas",
+    "sample_sigmas",
+    "cond_or_uncond",
+    "uuids",
+)
 
 
-def placeless(args, kwargs):
-    """A block's call without what tells it its place, unless patches of other nodes may ask for it: blocks then share compiled programs."""
-    less = lambda value: {k: v for k, v in value.items() if k not in PLACE} if isinstance(value, dict) and not patched(value) else value
+def drop_block_position(args, kwargs):
+    """A block's call without what tells it its place, unless patches of other nodes may ask for it: blocks then share
+    compiled programs."""
+    less = lambda value: (
+        {k: v for k, v in value.items() if k not in BLOCK_POSITION_KEYS}
+        if isinstance(value, dict) and not has_block_patches(value)
+        else value
+    )
     return tuple(map(less, args)), {name: less(value) for name, value in kwargs.items()}
 
 
-def patched(options: dict) -> bool:
-    return any(options.get(name) for name in ("patches", "patches_replace", "model_function_wrapper", "stg_self_attn_blocks"))
+def has_block_patches(options: dict) -> bool:
+    return any(
+        options.get(name) for name in ("patches", "patches_replace", "model_function_wrapper", "stg_self_attn_blocks")
+    )
 
 
-def compiler(adapters, say) -> Compiler:
+def make_block_compiler(adapters, say) -> BlockCompiler:
     """For blocks that are to be compiled; `say` is told when they cannot be."""
-    made = Compiler(adapters, placeless, say)
+    made = BlockCompiler(adapters, drop_block_position, say)
     if adapters.drops:
         made.give_up("adapters with dropout draw anew in every step")
     return made

@@ -5,22 +5,26 @@ from __future__ import annotations
 import comfy.lora
 import torch
 
-from .context import ordinary
-from .families import Family
+from .context import clone_inference_tensors
+from .families import ModelFamily
 
 
 class ComfyDenoiser:
     """trainers.diffusion.Denoiser over a ModelPatcher that is loaded and attached."""
 
-    def __init__(self, patcher, family: Family):
+    def __init__(self, patcher, family: ModelFamily):
         self.patcher, self.model, self.family = patcher, patcher.model, family
         self.device = patcher.load_device
         self.widest = 0  # numbers in the largest batch so far
         self.options = self._options()
 
     def _options(self):
-        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get("transformer_options", {})
-        comfy.patcher_extension.merge_nested_dicts(options.setdefault("wrappers", {}), self.patcher.wrappers, copy_dict1=False)
+        options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get(
+            "transformer_options", {}
+        )
+        comfy.patcher_extension.merge_nested_dicts(
+            options.setdefault("wrappers", {}), self.patcher.wrappers, copy_dict1=False
+        )
         return options
 
     @property
@@ -35,7 +39,13 @@ class ComfyDenoiser:
     def prediction(self) -> str:
         """What the network predicts, in the words of modelspec."""
         kinds = comfy.model_sampling
-        return "flow" if self.flow else "v" if isinstance(self.sampling, (kinds.V_PREDICTION, kinds.V_PREDICTION_DDPM)) else "epsilon"
+        return (
+            "flow"
+            if self.flow
+            else "v"
+            if isinstance(self.sampling, (kinds.V_PREDICTION, kinds.V_PREDICTION_DDPM))
+            else "epsilon"
+        )
 
     def model_space(self, latent):
         latent = latent.to(self.device, torch.float32)
@@ -47,23 +57,30 @@ class ComfyDenoiser:
         return self.sampling.noise_scaling(sigma, noise, x0)
 
     def sigma_at(self, u):
-        """Discrete schedules train on their own integer timesteps: the network never saw a sigma between two of them."""
+        """Discrete schedules train on their own integer timesteps: the network never saw a sigma between two of
+        them."""
         ms = self.sampling
-        if discrete(ms):
+        if is_discrete_schedule(ms):
             steps = len(ms.sigmas)
             index = (u * steps).floor().long().clamp(0, steps - 1)
             return ms.sigmas[index.to(ms.sigmas.device)].float()
-        return torch.tensor([float(ms.percent_to_sigma(min(1 - float(v), 1 - 1e-6))) for v in u]).clamp(max=float(ms.sigma_max))
+        return torch.tensor([float(ms.percent_to_sigma(min(1 - float(v), 1 - 1e-6))) for v in u]).clamp(
+            max=float(ms.sigma_max)
+        )
 
     def native_scale(self, sigma):
         one = torch.ones(len(sigma), 1, device=sigma.device)
         return self.sampling.calculate_denoised(sigma, one, torch.zeros_like(one)).abs().flatten()
 
     def denoise(self, x, sigma, conds):
-        """Row i is predicted under cond i. (The host's own list of conds would predict every row under all of them and average.)"""
-        rows = [self._row(cond, x[i : i + 1]) for i, cond in enumerate(ordinary(conds))]
+        """Row i is predicted under cond i. (The host's own list of conds would predict every row under all of them and
+        average.)"""
+        rows = [self._row(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = sigma.to(x.device)
-        parts = [(group, self._apply(x[group], sigma[group], [rows[i] for i in group])) for group in concatenable(rows)]
+        parts = [
+            (group, self._apply(x[group], sigma[group], [rows[i] for i in group]))
+            for group in group_concatenable_conds(rows)
+        ]
         order = [i for group, _ in parts for i in group]
         out = torch.cat([part for _, part in parts])
         return out if order == sorted(order) else out[torch.tensor(order, device=x.device).argsort()]
@@ -73,7 +90,9 @@ class ComfyDenoiser:
         cond = {"guidance": self.family.guidance, **cond} if self.family.guidance is not None else cond
         about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
         about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
-        return {k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()}
+        return {
+            k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()
+        }
 
     def _apply(self, x, sigma, rows):
         self.widest = max(self.widest, x.numel())
@@ -82,12 +101,14 @@ class ComfyDenoiser:
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
 
 
-def discrete(ms) -> bool:
+def is_discrete_schedule(ms) -> bool:
     kinds = comfy.model_sampling
-    return isinstance(ms, kinds.ModelSamplingDiscrete) and not isinstance(ms, (kinds.ModelSamplingDiscreteEDM, kinds.StableCascadeSampling))
+    return isinstance(ms, kinds.ModelSamplingDiscrete) and not isinstance(
+        ms, (kinds.ModelSamplingDiscreteEDM, kinds.StableCascadeSampling)
+    )
 
 
-def concatenable(rows) -> list[list[int]]:
+def group_concatenable_conds(rows) -> list[list[int]]:
     """Indices of rows whose conditionings fit into one batch; different token counts may need several."""
     groups: list[list[int]] = []
     for i, row in enumerate(rows):

@@ -5,26 +5,27 @@ from __future__ import annotations
 import comfy.lora
 import torch
 
-from ...trainers.adapters.adapters import by_base, kohya
+from ...trainers.adapters.adapters import group_tensors_by_layer, kohya_lora_key
 from ...trainers.files import LoraFile
-from .context import ordinary
-from .families import family_of
+from .context import clone_inference_tensors
+from .families import find_model_family
 
 
-def unet_keys(model, layers) -> dict[str, str]:
+def unet_lora_keys(model, layers) -> dict[str, str]:
     """Layer path -> file name that the host's own loader maps back to that layer."""
     known = comfy.lora.model_lora_keys_unet(model, {})
     diffusers = {}
-    if family_of(model.model_config).names == "diffusers":
+    if find_model_family(model.model_config).names == "diffusers":
         for name, path in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
             if name.endswith(".weight"):
-                diffusers[path.removesuffix(".weight")] = kohya("lora_unet", name.removesuffix(".weight"))
-    keys = {name: diffusers.get(name) or kohya("lora_unet", name) for name in layers}
-    return loadable(keys, known, "diffusion_model.")
+                diffusers[path.removesuffix(".weight")] = kohya_lora_key("lora_unet", name.removesuffix(".weight"))
+    keys = {name: diffusers.get(name) or kohya_lora_key("lora_unet", name) for name in layers}
+    return check_loadable_keys(keys, known, "diffusion_model.")
 
 
-def clip_keys(network, layers) -> dict[str, str]:
-    """Layer path -> lora_te..., as the host's loader maps it back: lora_te for a single CLIP-L, lora_te1/2/3 for several encoders."""
+def clip_lora_keys(network, layers) -> dict[str, str]:
+    """Layer path -> lora_te..., as the host's loader maps it back: lora_te for a single CLIP-L, lora_te1/2/3 for
+    several encoders."""
     known = comfy.lora.model_lora_keys_clip(network, {})
     several = sum(1 for name, child in network.named_children() if any(True for _ in child.parameters())) > 1
     keys = {}
@@ -32,46 +33,53 @@ def clip_keys(network, layers) -> dict[str, str]:
         options = [k for k, target in known.items() if target == f"{name}.weight" and k.startswith("lora_te")]
         options.sort(key=lambda k: (k.startswith("lora_te_") == several, k))
         keys[name] = options[0] if options else f"text_encoders.{name}"
-    return loadable(keys, known, "")
+    return check_loadable_keys(keys, known, "")
 
 
-def loadable(keys, known, prefix):
+def check_loadable_keys(keys, known, prefix):
     """Every key must lead back to its own layer, or the file would load with holes."""
     for name, key in keys.items():
         target = known.get(key)
         if (target[0] if isinstance(target, tuple) else target) != f"{prefix}{name}.weight":
             raise ValueError(
-                f"Layer {name} has no key that ComfyUI's LoRA loader knows ({key} leads to {target}); choose other adapter targets."
+                f"Layer {name} has no key that ComfyUI's LoRA loader knows ({key} leads to {target}); choose other "
+                "adapter targets."
             )
     return keys
 
 
-def applied(model, clip, lora, strength=1.0):
-    """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that do not fit."""
-    misfits = unknown_keys(model, clip, lora)
-    if len(misfits) == len(bases(lora)):
-        raise ValueError(f"This LoRA fits neither MODEL nor CLIP: none of its {len(misfits)} layers is known, for example {misfits[0]}.")
+def apply_lora(model, clip, lora, strength=1.0):
+    """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that
+    do not fit."""
+    misfits = find_unloadable_layers(model, clip, lora)
+    if len(misfits) == len(list_lora_layers(lora)):
+        raise ValueError(
+            f"This LoRA fits neither MODEL nor CLIP: none of its {len(misfits)} layers is known, for example "
+            f"{misfits[0]}."
+        )
     with torch.inference_mode(False):
-        tensors = {k: ordinary(v) for k, v in lora.items()}
+        tensors = {k: clone_inference_tensors(v) for k, v in lora.items()}
         return comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength)
 
 
-def bases(lora) -> list[str]:
-    return sorted(by_base(lora))
+def list_lora_layers(lora) -> list[str]:
+    return sorted(group_tensors_by_layer(lora))
 
 
-def unknown_keys(model, clip, lora) -> list[str]:
+def find_unloadable_layers(model, clip, lora) -> list[str]:
     """Layers of the file that the host's loader would skip."""
     known = comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {}
     if clip is not None:
         known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
-    return [b for b in bases(lora) if b not in known]
+    return [b for b in list_lora_layers(lora) if b not in known]
 
 
-def check_loads(model, clip, lora: LoraFile):
-    """The self-check after training: the host's own loader must take every layer of the file. Raises RuntimeError with those it skips."""
-    misfits = unknown_keys(model, clip, lora)
+def check_lora_loads(model, clip, lora: LoraFile):
+    """The self-check after training: the host's own loader must take every layer of the file. Raises RuntimeError with
+    those it skips."""
+    misfits = find_unloadable_layers(model, clip, lora)
     if misfits:
         raise RuntimeError(
-            f"ComfyUI's loader would skip {len(misfits)} of {len(bases(lora))} trained layers, for example {misfits[0]}. Please report this model."
+            f"ComfyUI's loader would skip {len(misfits)} of {len(list_lora_layers(lora))} trained layers, for example "
+            f"{misfits[0]}. Please report this model."
         )

@@ -8,19 +8,29 @@ from typing import TYPE_CHECKING
 import comfy.model_management as mm
 import torch
 
-from ...trainers.memory.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, cheaper
-from .context import block_classes
+from ...trainers.memory.plan import (
+    PLAN_AUTO,
+    PLAN_OFF,
+    PLAN_OFFLOADED,
+    PLAN_PER_BLOCK,
+    PLAN_PER_BLOCK_CPU,
+    next_cheaper_plan,
+)
+from .context import find_block_classes
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .session import TrainingSession
 
-EVERYTHING = 1e32  # bytes: what the host says where it means all
+UNLIMITED_BYTES = 1e32  # bytes: what the host says where it means all
 
 
-def training_memory(model, area, batch: int, checkpointing: str) -> float:
-    """A rough first figure, in bytes, of what a step needs beside the weights: the host's own estimate for sampling, times what
-    autograd keeps. The host offloads weights when it does not fit. `area`: the largest latent (C, ..., h, w)."""
-    kept = {OFF: 12.0, PER_BLOCK: 3.0, PER_BLOCK_CPU: 2.0, OFFLOADED: 2.0, AUTO: 2.0}[checkpointing]
+def estimate_training_memory(model, area, batch: int, checkpointing: str) -> float:
+    """A rough first figure, in bytes, of what a step needs beside the weights: the host's own estimate for sampling,
+    times what autograd keeps. The host offloads weights when it does not fit. `area`: the largest latent (C, ..., h,
+    w)."""
+    kept = {PLAN_OFF: 12.0, PLAN_PER_BLOCK: 3.0, PLAN_PER_BLOCK_CPU: 2.0, PLAN_OFFLOADED: 2.0, PLAN_AUTO: 2.0}[
+        checkpointing
+    ]
     return kept * model.model.memory_required([batch, *area])
 
 
@@ -28,24 +38,28 @@ class OutOfMemory(RuntimeError):
     """Memory ran out in the middle of a run. `cheaper`: the plan to try next, or None."""
 
     def __init__(self, run, plan: str):
-        super().__init__(memory_advice(run, plan))
-        self.plan, self.cheaper = plan, cheaper(plan)
+        super().__init__(format_memory_advice(run, plan))
+        self.plan, self.cheaper = plan, next_cheaper_plan(plan)
 
 
-def memory_advice(run, plan: str) -> str:
+def format_memory_advice(run, plan: str) -> str:
     """What to say when memory ran out in the middle of a run."""
-    need = f"{measured_peak() / 2**30:.1f} GiB were in use"
-    further = cheaper(plan)
+    need = f"{measure_peak_memory() / 2**30:.1f} GiB were in use"
+    further = next_cheaper_plan(plan)
     options = [
         f"set checkpointing to {further!r}" if further else "train at a smaller resolution (Encode Dataset)",
-        f"lower batch from {run.batch} and raise accumulate instead" if run.batch > 1 else "use an 8-bit optimizer (AdamW8bit)",
+        f"lower batch from {run.batch} and raise accumulate instead"
+        if run.batch > 1
+        else "use an 8-bit optimizer (AdamW8bit)",
         "lower rank, or train attention layers only",
     ]
-    return (f"Out of memory: {need} when the step failed, with checkpointing {plan!r}. The run is saved and continues after a change of memory "
-            f"settings. To need less: {'; '.join(options)}.")
+    return (
+        f"Out of memory: {need} when the step failed, with checkpointing {plan!r}. The run is saved and continues "
+        f"after a change of memory settings. To need less: {'; '.join(options)}."
+    )
 
 
-def measured_peak() -> int:
+def measure_peak_memory() -> int:
     """Bytes: the device's peak, or the process's on a machine without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -54,27 +68,27 @@ def measured_peak() -> int:
     return psutil.Process().memory_info().rss
 
 
-def free_memory(session: Session) -> int:
+def available_device_memory(session: TrainingSession) -> int:
     """Bytes that the device of a session could still give."""
     return int(mm.get_free_memory(session.denoiser.device))
 
 
-def block_weights(network, device) -> tuple[int, int]:
+def block_weight_bytes(network, device) -> tuple[int, int]:
     """(bytes of the blocks' weights that lie on the device, all of the block that has most)."""
-    classes = tuple(block_classes(network))
+    classes = tuple(find_block_classes(network))
     blocks = [list(module.parameters()) for module in network.modules() if isinstance(module, classes)]
     here = sum(p.nbytes for block in blocks for p in block if p.device == device)
     return here, max((sum(p.nbytes for p in block) for block in blocks), default=0)
 
 
-def offload(session: Session, count: float = EVERYTHING):
-    """At least so many bytes of the model's weights leave the device, or all of them. The host fetches each again when its layer is called, and
-    under checkpointing nothing keeps it longer than its block."""
+def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES):
+    """At least so many bytes of the model's weights leave the device, or all of them. The host fetches each again when
+    its layer is called, and under checkpointing nothing keeps it longer than its block."""
     patcher = session.denoiser.patcher
     session.away += patcher.partially_unload(patcher.offload_device, count)
 
 
-class Gauge:
+class PeakMemoryMeter:
     """How much a device takes from now on."""
 
     def __init__(self, device):
@@ -92,12 +106,12 @@ class Gauge:
         return torch.cuda.max_memory_allocated(self.device) - self.before
 
 
-def let_go():
+def release_cached_memory():
     """What a failed step held is given back to the device."""
     gc.collect()
     mm.soft_empty_cache()
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory_error(error: BaseException) -> bool:
     """Of a device, or of the machine itself: torch's CPU allocator says so in words only."""
     return mm.is_oom(error) or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -1,8 +1,10 @@
 """`x += y` becomes `x = x + y` in the methods of a model's classes, for as long as it trains.
 
-Flux, Chroma, HunyuanVideo and every text encoder update their residual stream in place. That overwrites tensors which the
-backward pass still needs: autograd refuses, or, under checkpointing, returns wrong gradients without a word. The method's own
-source is compiled again with the assignments spelled out; nothing else in it changes, and the class gets its method back.
+Flux, Chroma, HunyuanVideo and every text encoder update their residual stream in place. That overwrites tensors which
+the
+backward pass still needs: autograd refuses, or, under checkpointing, returns wrong gradients without a word. The
+method's own source is compiled again with the assignments spelled out; nothing else in it changes, and the class gets
+its method back.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import inspect
 import textwrap
 import types
 
-METHODS = ("forward", "_forward", "forward_orig")
+FORWARD_METHODS = ("forward", "_forward", "forward_orig")
 
 
-class SpellOut(ast.NodeTransformer):
+class OutOfPlaceTransformer(ast.NodeTransformer):
     """Plain names only: an update through an index or attribute writes into the object it names, and stays."""
 
     changed = 0
@@ -32,7 +34,7 @@ class SpellOut(ast.NodeTransformer):
 
 
 @functools.lru_cache(maxsize=None)
-def rewritten(function):
+def compile_out_of_place(function):
     """The same function with out-of-place updates, or None when it has none (or its source cannot be had)."""
     if not inspect.isfunction(function):
         return None
@@ -40,7 +42,7 @@ def rewritten(function):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
-    rule = SpellOut()
+    rule = OutOfPlaceTransformer()
     tree.body[0] = rule.visit(tree.body[0])
     if not rule.changed or function.__closure__:
         return None
@@ -52,21 +54,22 @@ def rewritten(function):
     return functools.update_wrapper(new, function)
 
 
-def model_classes(network):
-    """Classes that define the network's own forward methods; torch's and the host's elementary layers have none to rewrite."""
+def find_forward_classes(network):
+    """Classes that define the network's own forward methods; torch's and the host's elementary layers have none to
+    rewrite."""
     seen = {base for m in network.modules() for base in type(m).__mro__}
     return [cls for cls in seen if not cls.__module__.startswith(("torch", "builtins", "comfy.ops"))]
 
 
 @contextlib.contextmanager
-def out_of_place(network):
+def disable_inplace_updates(network):
     """Every in-place update of a name in the network's forward methods works out of place, until the way out."""
     before = []
     try:
-        for cls in model_classes(network):
-            for name in METHODS:
+        for cls in find_forward_classes(network):
+            for name in FORWARD_METHODS:
                 original = cls.__dict__.get(name)
-                new = rewritten(original) if original is not None else None
+                new = compile_out_of_place(original) if original is not None else None
                 if new is not None:
                     before.append((cls, name, original))
                     setattr(cls, name, new)

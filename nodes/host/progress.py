@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import torch
 
 
-class Report:
+class NodeProgressReporter:
     """Progress of a run, in ComfyUI's own bar and as a text line in the node; raises the host's interrupt."""
 
     def __init__(self, steps: int, node_id=None):
@@ -23,10 +23,10 @@ class Report:
         self.say(progress.line())
 
     def say(self, line: str):
-        show(line, self.node_id)
+        show_node_text(line, self.node_id)
 
 
-def show(line: str, node_id=None):
+def show_node_text(line: str, node_id=None):
     """A line of text in the node, which stays there until the next one."""
     from server import PromptServer
 
@@ -36,11 +36,11 @@ def show(line: str, node_id=None):
     logging.debug("Trainyard: %s", line)
 
 
-class Steps:
+class ItemProgressReporter:
     """Progress of a job that counts things: report(done, total, what)."""
 
     def __init__(self, node_id=None):
-        self.report = Report(1, node_id)
+        self.report = NodeProgressReporter(1, node_id)
         self.last = 0.0
 
     def __call__(self, done, total, what=""):
@@ -51,20 +51,20 @@ class Steps:
             self.report.say(f"{done}/{total} {what}")
 
 
-def interrupted():
+def raise_if_interrupted():
     """Raise the host's interrupt if the user pressed Cancel."""
     mm.throw_exception_if_processing_interrupted()
 
 
-def generator(seed: int):
+def make_generator(seed: int):
     return torch.Generator().manual_seed(seed)
 
 
-def say_once(line: str, said=set()):  # noqa: B006 - the set is the memory
+def log_once(line: str, said=set()):  # noqa: B006 - the set is the memory
     if line not in said:
         said.add(line)
         logging.info("Trainyard: %s", line)
 
 
-def warn(line: str):
+def log_warning(line: str):
     logging.warning("Trainyard: %s", line)

@@ -1,7 +1,7 @@
 """ComfyUI, as the trainers see it. The only door to comfy.* for training.
 
-`training(model, ...)` borrows a loaded MODEL: gradients on, adapters attached, a few of the host's habits changed; on every way
-out, the interrupt included, all of it is put back and the base weights are what they were, bit for bit.
+`training(model, ...)` borrows a loaded MODEL: gradients on, adapters attached, a few of the host's habits changed; on
+every way out, the interrupt included, all of it is put back and the base weights are what they were, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,57 +21,47 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from ...trainers.adapters.adapters import Adapters, by_base
+from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer
 from ...trainers.data.encoded import split_conditioning
-from ...trainers.memory.checkpointing import Blocks, checkpointed
-from ...trainers.memory.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU
-from ...trainers.methods.rollouts import Model, NoAdapters
+from ...trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
+from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
+from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
 from ...trainers.settings import AdapterSettings
-from .context import block_classes, compiler, differentiable_rope, fresh_weights, gradients, in_training, materialise
+from .context import (
+    disable_transfer_streams,
+    enable_gradients,
+    find_block_classes,
+    make_block_compiler,
+    replace_inference_parameters,
+    set_training_flag,
+    use_differentiable_rope,
+)
 from .denoiser import ComfyDenoiser
-from .encoders import conditioning
-from .families import Family, family_of
-from .lora_keys import clip_keys, unet_keys
-from .memory import offload
-from .outofplace import out_of_place
+from .encoders import encode_caption
+from .families import ModelFamily, find_model_family
+from .lora_keys import clip_lora_keys, unet_lora_keys
+from .memory import offload_weights
+from .outofplace import disable_inplace_updates
 
-KEY = "trainyard"
-CHECKPOINTING = (OFF, PER_BLOCK, PER_BLOCK_CPU, OFFLOADED, AUTO)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+INJECTION_KEY = "trainyard"
+CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)
 
 
 @dataclass
-class Session:
+class TrainingSession:
     """What a method gets while the door is open."""
 
     denoiser: ComfyDenoiser
     adapters: Adapters
-    family: Family
+    family: ModelFamily
     text_adapters: Adapters | None = None
     encode: object = None  # (batch) -> conds with gradients
     keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_keys: dict = field(default_factory=dict)
     text_known: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
-    blocks: Blocks = field(default_factory=Blocks)  # how the model's blocks keep what backward needs; may change between two steps
+    blocks: CheckpointPolicy = field(
+        default_factory=CheckpointPolicy
+    )  # how the model's blocks keep what backward needs; may change between two steps
     away: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
 
     def tensors(self):
@@ -84,63 +74,81 @@ class Session:
 
 
 @contextlib.contextmanager
-def training(model, adapter: AdapterSettings, *, clip=None, seed: int = 0, checkpointing: str = "off", memory: float = 0.0, compiling=None):
-    """A Session over a loaded MODEL. `memory`: bytes that the training needs beside the weights. `compiling(text)`: its blocks run
-    compiled, and it is told when they cannot be.
+def open_training_session(
+    model,
+    adapter: AdapterSettings,
+    *,
+    clip=None,
+    seed: int = 0,
+    checkpointing: str = "off",
+    memory: float = 0.0,
+    compiling=None,
+):
+    """A Session over a loaded MODEL. `memory`: bytes that the training needs beside the weights. `compiling(text)`: its
+    blocks run compiled, and it is told when they cannot be.
 
     Raises ValueError when the adapter fits no layer, or when the text encoder is wanted and no CLIP is given."""
     if adapter.text_encoder and clip is None:
-        raise ValueError("text_encoder is on, but no CLIP is connected. Connect CLIP to the Train node, or switch text_encoder off.")
+        raise ValueError(
+            "text_encoder is on, but no CLIP is connected. Connect CLIP to the Train node, or switch text_encoder off."
+        )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(gradients())
-        patcher = borrowed(model)
+        stack.enter_context(enable_gradients())
+        patcher = clone_for_training(model)
         rng = torch.Generator().manual_seed(seed)
         network = patcher.model.diffusion_model
         adapters = Adapters(network, adapter, rng).to(patcher.load_device)
-        session = Session(None, adapters, family_of(patcher.model.model_config), keys=unet_keys(patcher.model, adapters.layers))
+        session = TrainingSession(
+            None,
+            adapters,
+            find_model_family(patcher.model.model_config),
+            keys=unet_lora_keys(patcher.model, adapters.layers),
+        )
         if adapter.text_encoder:
-            stack.enter_context(text_training(clip, adapter, rng, session))
-        stack.enter_context(loaded(patcher, adapters, memory))
-        materialise(patcher.model)
-        stack.enter_context(out_of_place(network))
-        for habit in (in_training, fresh_weights, differentiable_rope):
+            stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
+        stack.enter_context(load_with_adapters(patcher, adapters, memory))
+        replace_inference_parameters(patcher.model)
+        stack.enter_context(disable_inplace_updates(network))
+        for habit in (set_training_flag, disable_transfer_streams, use_differentiable_rope):
             stack.enter_context(habit())
-        session.blocks.plan = PER_BLOCK if checkpointing == AUTO else checkpointing  # until a plan is chosen
+        session.blocks.plan = PLAN_PER_BLOCK if checkpointing == PLAN_AUTO else checkpointing  # until a plan is chosen
         if compiling:
-            session.blocks.compiler = stack.enter_context(compiler(adapters, compiling).ready())
-        stack.enter_context(checkpointed(block_classes(network), adapters, session.blocks))
+            session.blocks.compiler = stack.enter_context(make_block_compiler(adapters, compiling).ready())
+        stack.enter_context(checkpoint_blocks(find_block_classes(network), adapters, session.blocks))
         session.denoiser = ComfyDenoiser(patcher, session.family)
-        if checkpointing == OFFLOADED:
-            offload(session)
+        if checkpointing == PLAN_OFFLOADED:
+            offload_weights(session)
         yield session
 
 
-def borrowed(model):
-    """A clone of the patcher that shares the weights: its attention can run backward, and its half-precision is bf16 where the
-    device has it (fp16 gradients underflow)."""
-    patcher = whole(model) if model.is_dynamic() else model.clone()
+def clone_for_training(model):
+    """A clone of the patcher that shares the weights: its attention can run backward, and its half-precision is bf16
+    where the device has it (fp16 gradients underflow)."""
+    patcher = get_non_dynamic_patcher(model) if model.is_dynamic() else model.clone()
     patcher.set_model_optimized_attention(attention_pytorch)
     if patcher.model.get_dtype_inference() == torch.float16 and mm.should_use_bf16(patcher.load_device):
         patcher.set_model_compute_dtype(torch.bfloat16)
     return patcher
 
 
-def whole(model):
+def get_non_dynamic_patcher(model):
     """A patcher whose weights stay where they are: dynamic VRAM may evict a weight that backward still needs."""
     try:
         return model.get_non_dynamic_delegate()
     except RuntimeError as error:
         raise RuntimeError(
-            f"This MODEL uses dynamic VRAM and its loader offers no other way ({error}). Load it with a core loader node, "
-            "or start ComfyUI with --disable-dynamic-vram."
+            f"This MODEL uses dynamic VRAM and its loader offers no other way ({error}). Load it with a core loader "
+            "node, or start ComfyUI with --disable-dynamic-vram."
         ) from error
 
 
 @contextlib.contextmanager
-def loaded(patcher, adapters, memory):
+def load_with_adapters(patcher, adapters, memory):
     """The host loads the model where it wants it, with the adapters as an injection of its patcher."""
-    injection = comfy.patcher_extension.PatcherInjection(inject=lambda _: adapters.attach(), eject=lambda _: adapters.detach())
-    patcher.set_injections(KEY, [injection])
+    injection = comfy.patcher_extension.PatcherInjection(
+        inject=lambda _: adapters.attach(), eject=lambda _: adapters.detach()
+    )
+    patcher.set_injections(INJECTION_KEY, [injection])
     try:
         mm.unload_model_and_clones(patcher)  # weights pinned for offloading must not be materialised
         mm.load_models_gpu([patcher], memory_required=memory)
@@ -150,61 +158,51 @@ def loaded(patcher, adapters, memory):
     finally:
         patcher.eject_model()
         adapters.detach()
-        patcher.remove_injections(KEY)
+        patcher.remove_injections(INJECTION_KEY)
         patcher.cleanup()
         mm.soft_empty_cache()
 
 
 @contextlib.contextmanager
-def text_training(clip, adapter, rng, session):
+def attach_text_adapters(clip, adapter, rng, session):
     """The text encoder with adapters: `session.encode(batch)` carries gradients."""
     clip = clip.clone()
     network = clip.cond_stage_model
-    session.text_adapters = Adapters(network, text_targets(adapter), rng).to(clip.patcher.load_device)
-    session.text_keys = clip_keys(network, session.text_adapters.layers)
+    session.text_adapters = Adapters(network, text_adapter_settings(adapter), rng).to(clip.patcher.load_device)
+    session.text_keys = clip_lora_keys(network, session.text_adapters.layers)
     session.text_known = comfy.lora.model_lora_keys_clip(network, {})
-    with loaded(clip.patcher, session.text_adapters, 0.0), out_of_place(network):
-        materialise(network)
+    with load_with_adapters(clip.patcher, session.text_adapters, 0.0), disable_inplace_updates(network):
+        replace_inference_parameters(network)
         session.encode = lambda batch: [
-            {**sizes_of(old), **conditioning(clip, c)} for c, old in zip(batch.captions, batch.conds, strict=True)
+            {**extract_size_conditioning(old), **encode_caption(clip, c)}
+            for c, old in zip(batch.captions, batch.conds, strict=True)
         ]
         yield
 
 
-def sizes_of(cond) -> dict:
+def extract_size_conditioning(cond) -> dict:
     """The size conditioning of a picture, which does not come from its text."""
-    return {k: v for k, v in cond.items() if k in ("width", "height", "crop_w", "crop_h", "target_width", "target_height")}
+    return {
+        k: v for k, v in cond.items() if k in ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
+    }
 
 
-def text_targets(adapter: AdapterSettings) -> AdapterSettings:
+def text_adapter_settings(adapter: AdapterSettings) -> AdapterSettings:
     """The same adapter on a text encoder; a regular expression written for the model's layers does not apply there."""
     targets = "attention+mlp" if adapter.targets in ("regex", "all linear") else adapter.targets
     return AdapterSettings(**{**adapter.to_dict(), "targets": targets, "pattern": "", "conv": False, "blocks": ""})
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-def start_from(session: Session, lora):
-    """The adapters of a session take over a file, whatever naming it uses. Raises ValueError when something in it would be lost."""
+def load_lora_into_session(session: TrainingSession, lora):
+    """The adapters of a session take over a file, whatever naming it uses. Raises ValueError when something in it would
+    be lost."""
     names = {f"diffusion_model.{name}.weight": ("model", name) for name in session.adapters.layers}
     known = comfy.lora.model_lora_keys_unet(session.denoiser.model, {})
     if session.text_adapters is not None:
         names |= {f"{name}.weight": ("text", name) for name in session.text_adapters.layers}
         known = known | session.text_known
     found: dict[str, dict] = {"model": {}, "text": {}}
-    for base, tensors in by_base(lora).items():
+    for base, tensors in group_tensors_by_layer(lora).items():
         target = known.get(base, base)
         part, name = names.get(target[0] if isinstance(target, tuple) else target, ("model", base))
         found[part][name] = tensors
@@ -213,66 +211,22 @@ def start_from(session: Session, lora):
         session.text_adapters.load(found["text"])
 
 
-
-
-
-
-
-
-
-
-
 @contextlib.contextmanager
-def asking(model, conds: dict):
+def open_frozen_model(model, conds: dict):
     """The model as it is, to be asked and not to be trained. `conds`: name -> CONDITIONING."""
-    patcher = whole(model) if model.is_dynamic() else model.clone()
+    patcher = get_non_dynamic_patcher(model) if model.is_dynamic() else model.clone()
     mm.load_models_gpu([patcher])
     patcher.pre_run()
     try:
         rows = {name: split_conditioning(cond)[0] for name, cond in conds.items()}
-        yield Model(ComfyDenoiser(patcher, family_of(patcher.model.model_config)), NoAdapters(), rows)
+        yield StudentTeacherModel(
+            ComfyDenoiser(patcher, find_model_family(patcher.model.model_config)), NoAdapters(), rows
+        )
     finally:
         patcher.cleanup()
 
 
-
-
-
-
-
-
-
-
-
-
-def rollout_guidance(session: Session, asked: float) -> float:
-    """Classifier-free guidance for drawing: what is asked, else 3, or 1 where guidance is distilled into the weights."""
+def rollout_guidance(session: TrainingSession, asked: float) -> float:
+    """Classifier-free guidance for drawing: what is asked, else 3, or 1 where guidance is distilled into the
+    weights."""
     return asked or (1.0 if session.family.distilled else 3.0)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,4 +1,5 @@
-"""What runs are doing, in the server's memory: sent to the page as it happens, and given whole to a page that comes later."""
+"""What runs are doing, in the server's memory: sent to the page as it happens, and given whole to a page that comes
+later."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-EVENT = "trainyard.run"  # web/runs.mjs has the same
-KEPT = 64  # runs in memory
-POINTS = 2000  # of a curve, when all of it is sent
-INTERVAL = 0.3  # seconds between two messages
-SEEN = ("validation", "samples", "troubles")
+RUN_EVENT = "trainyard.run"  # web/runs.mjs has the same
+MAX_LIVE_RUNS = 64  # runs in memory
+MAX_CURVE_POINTS = 2000  # of a curve, when all of it is sent
+SEND_INTERVAL = 0.3  # seconds between two messages
+MONITOR_LISTS = ("validation", "samples", "troubles")
 TRAINING, FINISHED, STOPPED, FAILED = "training", "finished", "stopped", "failed"
 
 
 @dataclass
-class Live:
+class LiveRun:
     """One run of one Train node. `workflow` and `node` say where the page shows it."""
 
     node: str
@@ -44,13 +45,17 @@ class Live:
 
     def whole(self) -> dict:
         """Everything, with a long curve thinned."""
-        return plain({**self.about(), "first": 0, **self.since({}, POINTS)})
+        return replace_nonfinite_numbers({**self.about(), "first": 0, **self.since({}, MAX_CURVE_POINTS)})
 
     def since(self, sent: dict, points: int) -> dict:
         """What the page does not know when it knows so much of each list."""
-        new = {name: getattr(self, name)[sent.get(name, 0) :] for name in ("losses", "rates", *SEEN)}
+        new = {name: getattr(self, name)[sent.get(name, 0) :] for name in ("losses", "rates", *MONITOR_LISTS)}
         first = sent.get("losses", 0)
-        return {**new, "losses": thinned(new["losses"], first, points), "rates": sparse(new["rates"], points)}
+        return {
+            **new,
+            "losses": downsample_losses(new["losses"], first, points),
+            "rates": subsample_values(new["rates"], points),
+        }
 
     def report(self, progress):
         """New losses since the last report."""
@@ -73,7 +78,11 @@ class Live:
 
     def recall(self, losses, seen: dict, text: str):
         """A run that was finished before: its chart is complete, nothing is trained."""
-        self.losses, self.validation, self.samples = list(losses), list(seen.get("history", ())), list(seen.get("samples", ()))
+        self.losses, self.validation, self.samples = (
+            list(losses),
+            list(seen.get("history", ())),
+            list(seen.get("samples", ())),
+        )
         self.end(FINISHED, text)
 
     def broken(self, error: BaseException):
@@ -84,42 +93,45 @@ class Live:
             self.end(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
 
     def send(self, at_once=False):
-        """All that is new, to the page; a flood of messages would freeze it, so what comes too early goes with the next."""
+        """All that is new, to the page; a flood of messages would freeze it, so what comes too early goes with the
+        next."""
         from server import PromptServer
 
         server, now = getattr(PromptServer, "instance", None), time.monotonic()
-        if server is None or (now - self.last < INTERVAL and not at_once):
+        if server is None or (now - self.last < SEND_INTERVAL and not at_once):
             return
-        news = {"first": self.sent.get("losses", 0), **self.since(self.sent, POINTS // 10)}
-        self.sent = {name: len(getattr(self, name)) for name in ("losses", "rates", *SEEN)}
+        news = {"first": self.sent.get("losses", 0), **self.since(self.sent, MAX_CURVE_POINTS // 10)}
+        self.sent = {name: len(getattr(self, name)) for name in ("losses", "rates", *MONITOR_LISTS)}
         self.last = now
-        server.send_sync(EVENT, plain({**self.about(), **news}), server.client_id)
+        server.send_sync(RUN_EVENT, replace_nonfinite_numbers({**self.about(), **news}), server.client_id)
 
 
-RUNS: collections.OrderedDict[tuple[str, str], Live] = collections.OrderedDict()  # by (workflow, node): the last run of each node
+LIVE_RUNS: collections.OrderedDict[tuple[str, str], LiveRun] = (
+    collections.OrderedDict()
+)  # by (workflow, node): the last run of each node
 
 
-def begun(node, graph: dict, name: str, folder: str, steps: int) -> Live:
+def start_live_run(node, graph: dict, name: str, folder: str, steps: int) -> LiveRun:
     """The record of a run that begins now, in the place of the node's last one."""
-    live = Live(str(node), workflow_of(graph), prompt_of(), name, folder, steps)
-    RUNS.pop((live.workflow, live.node), None)
-    RUNS[live.workflow, live.node] = live
-    while len(RUNS) > KEPT:
-        RUNS.popitem(last=False)
+    live = LiveRun(str(node), read_workflow_id(graph), current_prompt_id(), name, folder, steps)
+    LIVE_RUNS.pop((live.workflow, live.node), None)
+    LIVE_RUNS[live.workflow, live.node] = live
+    while len(LIVE_RUNS) > MAX_LIVE_RUNS:
+        LIVE_RUNS.popitem(last=False)
     return live
 
 
-def last_of(node: str, workflow: str) -> Live | None:
+def find_last_run(node: str, workflow: str) -> LiveRun | None:
     """The last run of a node. A prompt that was queued without its workflow is found by its node alone."""
-    return RUNS.get((workflow, node)) or RUNS.get(("", node))
+    return LIVE_RUNS.get((workflow, node)) or LIVE_RUNS.get(("", node))
 
 
-def at_work(folder: str) -> Live | None:
+def find_active_run(folder: str) -> LiveRun | None:
     """The run that is writing into this folder now."""
-    return next((live for live in RUNS.values() if live.folder == folder and live.status == TRAINING), None)
+    return next((live for live in LIVE_RUNS.values() if live.folder == folder and live.status == TRAINING), None)
 
 
-def workflow_of(graph: dict) -> str:
+def read_workflow_id(graph: dict) -> str:
     """The id the page gives a workflow, empty without one."""
     workflow = json.loads(graph.get("workflow") or "{}")
     return str(workflow.get("id") or "") if isinstance(workflow, dict) else ""
@@ -128,7 +140,7 @@ def workflow_of(graph: dict) -> str:
 MODEL_WIDGETS = ("ckpt_name", "unet_name", "model_name", "gguf_name")
 
 
-def model_of(graph: dict, node) -> str:
+def find_model_file(graph: dict, node) -> str:
     """The file behind a node's `model` input, as far as the prompt tells; empty otherwise."""
     prompt = json.loads(graph.get("prompt") or "{}")
     todo, seen = [str(node)], set()
@@ -144,15 +156,16 @@ def model_of(graph: dict, node) -> str:
     return ""
 
 
-def prompt_of() -> str:
+def current_prompt_id() -> str:
     from comfy_execution.utils import get_executing_context
 
     context = get_executing_context()
     return context.prompt_id if context else ""
 
 
-def thinned(losses, first: int, count: int) -> list[list]:
-    """[[step, loss], ...]: of many losses the means of neighbours, at their last step. Losses that are no number are left out."""
+def downsample_losses(losses, first: int, count: int) -> list[list]:
+    """[[step, loss], ...]: of many losses the means of neighbours, at their last step. Losses that are no number are
+    left out."""
     width = max(1, math.ceil(len(losses) / count))
     out = []
     for start in range(0, len(losses), width):
@@ -162,15 +175,15 @@ def thinned(losses, first: int, count: int) -> list[list]:
     return out
 
 
-def sparse(values, count: int) -> list:
+def subsample_values(values, count: int) -> list:
     width = max(1, math.ceil(len(values) / count))
     return values if width == 1 else [*values[::width], values[-1]]
 
 
-def plain(what):
+def replace_nonfinite_numbers(what):
     """The same with null for numbers that JSON does not have: one NaN makes a message unreadable."""
     if isinstance(what, dict):
-        return {key: plain(value) for key, value in what.items()}
+        return {key: replace_nonfinite_numbers(value) for key, value in what.items()}
     if isinstance(what, (list, tuple)):
-        return [plain(value) for value in what]
+        return [replace_nonfinite_numbers(value) for value in what]
     return None if isinstance(what, float) and not math.isfinite(what) else what

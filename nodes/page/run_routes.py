@@ -1,4 +1,5 @@
-"""What the page asks the server about runs: the chart of a node, all runs on the disk, the graph of one, and its deletion."""
+"""What the page asks the server about runs: the chart of a node, all runs on the disk, the graph of one, and its
+deletion."""
 
 from __future__ import annotations
 
@@ -10,51 +11,87 @@ from ...trainers import runs
 from .. import paths
 from . import live
 
-PREFIX = "/trainyard/runs"
+ROUTE_PREFIX = "/trainyard/runs"
 
 
-def listing() -> list[dict]:
-    """Every run on the disk, the newest first, with what is going on now; runs that have not saved anything yet come before them."""
-    found = [summary(about) for about in runs.listed(paths.runs_folder())]
+def list_all_runs() -> list[dict]:
+    """Every run on the disk, the newest first, with what is going on now; runs that have not saved anything yet come
+    before them."""
+    found = [summarise_saved_run(about) for about in runs.list_run_records(paths.runs_folder())]
     known = {about["folder"] for about in found}
-    fresh = [dict(now_of(one), model="", bytes=0, changed=None, lora=None, file=None, sample=None, validation=None) for one in live.RUNS.values()
-             if one.status == live.TRAINING and one.folder not in known]  # fmt: skip
-    return live.plain([*reversed(fresh), *found])
+    fresh = [
+        dict(
+            summarise_live_run(one), model="", bytes=0, changed=None, lora=None, file=None, sample=None, validation=None
+        )
+        for one in live.LIVE_RUNS.values()
+        if one.status == live.TRAINING and one.folder not in known
+    ]
+    return live.replace_nonfinite_numbers([*reversed(fresh), *found])
 
 
-def summary(about: dict) -> dict:
+def summarise_saved_run(about: dict) -> dict:
     """One run as the sidebar shows it."""
-    kept = {key: about.get(key) for key in ("folder", "name", "step", "steps", "loss", "model", "validation", "sample", "bytes", "changed", "lora")}
-    work = live.at_work(about["folder"])
-    kept["file"] = str(Path("trainyard", about["folder"], about["lora"])) if about["lora"] else None  # as LoRA loaders list it
+    kept = {
+        key: about.get(key)
+        for key in (
+            "folder",
+            "name",
+            "step",
+            "steps",
+            "loss",
+            "model",
+            "validation",
+            "sample",
+            "bytes",
+            "changed",
+            "lora",
+        )
+    }
+    work = live.find_active_run(about["folder"])
+    kept["file"] = (
+        str(Path("trainyard", about["folder"], about["lora"])) if about["lora"] else None
+    )  # as LoRA loaders list it
     ended = "finished early" if about.get("early") else "finished"
-    return {**kept, "status": ended if about["why"] == "finished" else "stopped", **(now_of(work) if work else {})}
+    return {
+        **kept,
+        "status": ended if about["why"] == "finished" else "stopped",
+        **(summarise_live_run(work) if work else {}),
+    }
 
 
-def now_of(one: live.Live) -> dict:
+def summarise_live_run(one: live.LiveRun) -> dict:
     """What a run at work says of itself."""
     recent = one.losses[-20:]
     sample = {"sample": one.samples[-1]["file"]} if one.samples else {}
-    return {"folder": one.folder, "name": one.name, "step": len(one.losses), "steps": one.steps, "status": one.status, "prompt": one.prompt,
-            "loss": sum(recent) / len(recent) if recent else None, "text": one.text, **sample}  # fmt: skip
+    return {
+        "folder": one.folder,
+        "name": one.name,
+        "step": len(one.losses),
+        "steps": one.steps,
+        "status": one.status,
+        "prompt": one.prompt,
+        "loss": sum(recent) / len(recent) if recent else None,
+        "text": one.text,
+        **sample,
+    }
 
 
-def graph_of(folder: str) -> dict:
+def read_run_graph(folder: str) -> dict:
     """The workflow and the prompt of a run. Raises ValueError when it has none."""
-    file = runs.run_folder(paths.runs_folder(), folder) / "graph.json"
+    file = runs.find_run_folder(paths.runs_folder(), folder) / "graph.json"
     if not file.is_file():
         raise ValueError(f"Run {folder!r} was queued without its workflow, so there is none to open.")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def delete(folder: str) -> dict:
+def delete_saved_run(folder: str) -> dict:
     """Delete a run that is not at work. Raises ValueError for everything else."""
-    if live.at_work(folder):
+    if live.find_active_run(folder):
         raise ValueError(f"Run {folder!r} is training. Stop it first.")
-    return {"freed": runs.deleted(paths.runs_folder(), folder)}
+    return {"freed": runs.delete_run_folder(paths.runs_folder(), folder)}
 
 
-def register(routes) -> None:
+def register_run_routes(routes) -> None:
     """Add the routes to the host's table."""
     from aiohttp import web
 
@@ -67,19 +104,19 @@ def register(routes) -> None:
         except OSError as error:
             return web.json_response({"error": f"{error.strerror}: {error.filename}"}, status=500)
 
-    @routes.get(PREFIX)
+    @routes.get(ROUTE_PREFIX)
     async def everything(_):
-        return await answered(listing)
+        return await answered(list_all_runs)
 
-    @routes.get(f"{PREFIX}/{{node}}")
+    @routes.get(f"{ROUTE_PREFIX}/{{node}}")
     async def one(request):
-        found = live.last_of(request.match_info["node"], request.query.get("workflow", ""))
+        found = live.find_last_run(request.match_info["node"], request.query.get("workflow", ""))
         return web.json_response(found.whole() if found else {})
 
-    @routes.get(f"{PREFIX}/{{folder}}/graph")
+    @routes.get(f"{ROUTE_PREFIX}/{{folder}}/graph")
     async def graph(request):
-        return await answered(graph_of, request.match_info["folder"])
+        return await answered(read_run_graph, request.match_info["folder"])
 
-    @routes.post(f"{PREFIX}/{{folder}}/delete")
+    @routes.post(f"{ROUTE_PREFIX}/{{folder}}/delete")
     async def gone(request):
-        return await answered(delete, request.match_info["folder"])
+        return await answered(delete_saved_run, request.match_info["folder"])

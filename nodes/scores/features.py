@@ -1,40 +1,40 @@
-"""What a vision model or a score backbone sees in pictures, and what follows: which are alike, and which groups they form."""
+"""What a vision model or a score backbone sees in pictures, and what follows: which are alike, and which groups they
+form."""
 
 import math
 
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import EMPTY, CaptionSettings
-from ...trainers.data.encode import encode
-from ...trainers.data.quality.thumbnails import Looking, looked
-from ...trainers.data.records import Dataset as Pictures
-from ...trainers.data.similarity.clusters import ClusterSettings, clustered
+from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.encode import encode_dataset
+from ...trainers.data.images import image_to_batch_tensor
+from ...trainers.data.quality.thumbnails import ScanOptions, scan_images
+from ...trainers.data.records import ImageDataset as Pictures
+from ...trainers.data.similarity.clusters import ClusterSettings, cluster_features
 from ...trainers.data.similarity.similar import (
-    Features,
+    ImageFeatures,
     SimilarSettings,
-    asked_for,
-    found_in,
-    group_sheet,
-    group_words,
-    grouped,
-    similar,
-    similar_sheet,
-    similar_words,
+    collect_matched_images,
+    draw_clusters_sheet,
+    draw_similarity_sheet,
+    find_similar_images,
+    format_clusters_report,
+    format_similarity_report,
+    select_query_images,
+    split_by_cluster,
     unit_rows,
 )
 from ...trainers.files import tensor_hash
-from ...trainers.scores.backbones import seen_by
-from ...trainers.scores.files import check_fits
+from ...trainers.scores.backbones import extract_trunk_features
+from ...trainers.scores.files import check_score_latent_format
 from .. import host, paths
 from ..data import vision
-from ..fields import CATEGORY, Dataset, ScoreModel, inputs, record
+from ..fields import CATEGORY, DatasetType, ScoreModelType, settings_from_widgets, settings_inputs
 from . import latents
 
 FeaturesType = io.Custom("TRAINYARD_FEATURES")  # holds trainers.data.similarity.similar.Features
-UNKNOWN = 512  # px, where a score model does not say at which size it was trained
+DEFAULT_FEATURE_SIDE = 512  # px, where a score model does not say at which size it was trained
 
 
 class ExtractFeatures(io.ComfyNode):
@@ -44,70 +44,118 @@ class ExtractFeatures(io.ComfyNode):
             node_id="TrainyardExtractFeatures",
             display_name="Extract Features",
             category=CATEGORY,
-            description="What a vision model (CLIP, SigLIP, DINO) or the backbone of a score model sees in each picture, as numbers to compare by.",
+            description="What a vision model (CLIP, SigLIP, DINO) or the backbone of a score model sees in each "
+            "picture, as numbers to compare by.",
             search_aliases=["embeddings", "clip vectors", "dino", "image embedding", "vendi diversity"],
             inputs=[
-                Dataset.Input("dataset", tooltip="The pictures to look at, from Load Dataset."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="CLIP for what is shown and its style, DINOv2 or v3 for objects and shapes."),
-                ScoreModel.Input("score_model", optional=True, tooltip="In place of clip_vision: the backbone of Pretrain Score Backbone or of any latent "
-                                 "score model. Needs vae."),
-                io.Vae.Input("vae", optional=True, tooltip="With score_model: the VAE of the model whose latents it sees."),
+                DatasetType.Input("dataset", tooltip="The pictures to look at, from Load Dataset."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="CLIP for what is shown and its style, DINOv2 or v3 for objects and shapes.",
+                ),
+                ScoreModelType.Input(
+                    "score_model",
+                    optional=True,
+                    tooltip="In place of clip_vision: the backbone of Pretrain Score Backbone or of any latent score "
+                    "model. Needs vae.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="With score_model: the VAE of the model whose latents it sees."
+                ),
             ],
             outputs=[
-                FeaturesType.Output("features", display_name="features", tooltip="For Similar Images and Cluster Images."),
-                io.Float.Output("diversity", display_name="diversity", tooltip="How many different pictures they amount to (Vendi score)."),
-                io.String.Output("report", display_name="report", tooltip="How many were seen, by what, and which could not be opened."),
+                FeaturesType.Output(
+                    "features", display_name="features", tooltip="For Similar Images and Cluster Images."
+                ),
+                io.Float.Output(
+                    "diversity",
+                    display_name="diversity",
+                    tooltip="How many different pictures they amount to (Vendi score).",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="How many were seen, by what, and which could not be opened.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, dataset, clip_vision=None, score_model=None, vae=None):
         if (clip_vision is None) == (score_model is None):
-            raise ValueError("Connect either clip_vision or score_model (with vae), so that it is clear what looks at the pictures.")
+            raise ValueError(
+                "Connect either clip_vision or score_model (with vae), so that it is clear what looks at the pictures."
+            )
         if not len(dataset):
             raise ValueError("The dataset has no images. Load a folder with images first.")
-        report = host.progress.Steps(cls.hidden.unique_id)
-        found = by_vision(dataset, clip_vision, report) if score_model is None else by_backbone(dataset, score_model, vae, report)
-        words = features_words(found)
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
+        found = (
+            extract_vision_features(dataset, clip_vision, report)
+            if score_model is None
+            else extract_backbone_features(dataset, score_model, vae, report)
+        )
+        words = format_features_summary(found)
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(found, found.diversity, words)
 
 
-def by_vision(dataset, clip_vision, report) -> Features:
+def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
     """Pictures that cannot be opened are left out, with the reason."""
-    looking = Looking(features=vision.looker(clip_vision), report=report, check_interrupt=host.progress.interrupted)
-    _, rows, broken = looked(dataset.records, lambda record, picture, mask: None, looking)
+    looking = ScanOptions(
+        features=vision.make_image_feature_encoder(clip_vision),
+        report=report,
+        check_interrupt=host.progress.raise_if_interrupted,
+    )
+    _, rows, broken = scan_images(dataset.records, lambda record, picture, mask: None, looking)
     there = [i for i in range(len(dataset)) if i not in broken]
     if not there:
         raise ValueError(f"None of {len(dataset)} pictures can be opened: {next(iter(broken.values()))}")
     skipped = (*dataset.skipped, *((dataset[i].path, why) for i, why in broken.items()))
-    kind = f"vision {host.identity.identity(clip_vision.patcher)}"
-    return Features(Pictures(tuple(dataset[i] for i in there), skipped), unit_rows(rows[there]), "CLIP_VISION", kind)
+    kind = f"vision {host.identity.hash_patched_weights(clip_vision.patcher)}"
+    return ImageFeatures(
+        Pictures(tuple(dataset[i] for i in there), skipped), unit_rows(rows[there]), "CLIP_VISION", kind
+    )
 
 
-def by_backbone(dataset, score_model, vae, report) -> Features:
+def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeatures:
     if not score_model.networks or not hasattr(score_model.networks[0], "trunk"):
-        raise ValueError("This score model is an aesthetic head on a CLIP_VISION. Connect that CLIP_VISION as clip_vision instead.")
-    encoder, about = host.encoders.PictureEncoder(vae), score_model.about
-    check_fits(about, "", encoder.channels)
+        raise ValueError(
+            "This score model is an aesthetic head on a CLIP_VISION. Connect that CLIP_VISION as clip_vision instead."
+        )
+    encoder, about = host.encoders.VaeEncoder(vae), score_model.about
+    check_score_latent_format(about, "", encoder.channels)
     step = math.lcm(8, 2 * encoder.factor)
     try:
-        with host.context.gradients():
-            encoded = encode(
-                dataset, CaptionSettings(caption_mode=EMPTY), BucketSettings(resolution=max(step, about.resolution or UNKNOWN), step=step, merge=1),
-                flip=False, vae=encoder, text=None, cache_dir=paths.cache_folder(), report=report, check_interrupt=host.progress.interrupted,
-            )  # fmt: skip
+        with host.context.enable_gradients():
+            encoded = encode_dataset(
+                dataset,
+                CaptionSettings(caption_mode=CAPTION_MODE_EMPTY),
+                BucketSettings(resolution=max(step, about.resolution or DEFAULT_FEATURE_SIDE), step=step, merge=1),
+                flip=False,
+                vae=encoder,
+                text=None,
+                cache_dir=paths.cache_folder(),
+                report=report,
+                check_interrupt=host.progress.raise_if_interrupted,
+            )
     finally:
         encoder.free()
-    means = [latents.in_model_space(encoded.store.load(item.latent)["mean"][None], about.latent_format)[0] for item in encoded.items]
-    rows = seen_by(score_model, means, vae.device, report, host.progress.interrupted)
+    means = [
+        latents.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], about.latent_format)[0]
+        for item in encoded.items
+    ]
+    rows = extract_trunk_features(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
     kind = f"backbone {tensor_hash(score_model.networks[0].trunk.state_dict())}"
-    return Features(dataset, unit_rows(rows), f"the backbone of a score model ({about.backbone})", kind)
+    return ImageFeatures(dataset, unit_rows(rows), f"the backbone of a score model ({about.backbone})", kind)
 
 
-def features_words(found: Features) -> str:
-    lines = [f"{len(found)} pictures seen by {found.source}, {found.rows.shape[1]} numbers each; they amount to {found.diversity:.1f} different ones"]
+def format_features_summary(found: ImageFeatures) -> str:
+    lines = [
+        f"{len(found)} pictures seen by {found.source}, {found.rows.shape[1]} numbers each; they amount to "
+        f"{found.diversity:.1f} different ones"
+    ]
     return "\n".join(lines + [f"skipped {path}: {reason}" for path, reason in found.dataset.skipped])
 
 
@@ -119,31 +167,49 @@ class SimilarImages(io.ComfyNode):
             display_name="Similar Images",
             category=CATEGORY,
             description="The pictures of a set that are most like others, best first, on a sheet and as a dataset.",
-            search_aliases=["nearest neighbours", "reverse image search", "find duplicates", "retrieval", "memorisation"],
+            search_aliases=[
+                "nearest neighbours",
+                "reverse image search",
+                "find duplicates",
+                "retrieval",
+                "memorisation",
+            ],
             inputs=[
                 FeaturesType.Input("features", tooltip="The set that is searched, from Extract Features."),
-                FeaturesType.Input("queries", optional=True, tooltip="Pictures that are asked for, by the same vision model, such as generated ones. "
-                                   "Without it, pictures of the set itself."),
-                *inputs(SimilarSettings),
+                FeaturesType.Input(
+                    "queries",
+                    optional=True,
+                    tooltip="Pictures that are asked for, by the same vision model, such as generated ones. Without "
+                    "it, pictures of the set itself.",
+                ),
+                *settings_inputs(SimilarSettings),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="Every picture that was found, once, the likest first."),
-                io.Image.Output("sheet", display_name="sheet", tooltip="What was asked for, framed green, and what is like it, with cosines."),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="Every picture that was found, once, the likest first."
+                ),
+                io.Image.Output(
+                    "sheet",
+                    display_name="sheet",
+                    tooltip="What was asked for, framed green, and what is like it, with cosines.",
+                ),
                 io.String.Output("report", display_name="report", tooltip="The same in words."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, features, queries=None, **widgets):
-        settings = record(SimilarSettings, widgets)
-        asked = asked_for(queries or features, settings.name, everything=queries is not None)
-        matches = similar(asked, features, settings.most, settings.least)
-        words = similar_words(asked, features, matches)
-        sheet = as_tensor(similar_sheet(asked, features, matches))
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(found_in(features, matches), sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
+        settings = settings_from_widgets(SimilarSettings, widgets)
+        asked = select_query_images(queries or features, settings.name, everything=queries is not None)
+        matches = find_similar_images(asked, features, settings.most, settings.least)
+        words = format_similarity_report(asked, features, matches)
+        sheet = image_to_batch_tensor(draw_similarity_sheet(asked, features, matches))
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
+        return io.NodeOutput(
+            collect_matched_images(features, matches), sheet, words, ui=ui.PreviewImage(sheet, cls=cls)
+        )
 
 
 class ClusterImages(io.ComfyNode):
@@ -155,13 +221,32 @@ class ClusterImages(io.ComfyNode):
             category=CATEGORY,
             description="Sort pictures into groups that look alike, with a sheet of each group and a dataset for each.",
             search_aliases=["k-means", "group by style", "agglomerative", "sort pictures", "silhouette"],
-            inputs=[FeaturesType.Input("features", tooltip="From Extract Features."), *inputs(ClusterSettings)],
+            inputs=[
+                FeaturesType.Input("features", tooltip="From Extract Features."),
+                *settings_inputs(ClusterSettings),
+            ],
             outputs=[
-                Dataset.Output("datasets", display_name="datasets", is_output_list=True, tooltip="One dataset per group, the largest first."),
-                Dataset.Output("dataset", display_name="dataset", tooltip="All pictures; the flags of each say its group."),
-                io.Int.Output("groups", display_name="groups", is_output_list=True, tooltip="The number of each picture's group, in the order of the pictures."),
-                io.Image.Output("sheet", display_name="sheet", tooltip="A row for each group, its most typical pictures first."),
-                io.String.Output("report", display_name="report", tooltip="Each group in words, and how clear the groups are."),
+                DatasetType.Output(
+                    "datasets",
+                    display_name="datasets",
+                    is_output_list=True,
+                    tooltip="One dataset per group, the largest first.",
+                ),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="All pictures; the flags of each say its group."
+                ),
+                io.Int.Output(
+                    "groups",
+                    display_name="groups",
+                    is_output_list=True,
+                    tooltip="The number of each picture's group, in the order of the pictures.",
+                ),
+                io.Image.Output(
+                    "sheet", display_name="sheet", tooltip="A row for each group, its most typical pictures first."
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Each group in words, and how clear the groups are."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -169,15 +254,15 @@ class ClusterImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, features, **widgets):
-        found = clustered(features.rows, record(ClusterSettings, widgets), host.progress.interrupted)
-        (parts, whole), words = grouped(features, found), group_words(features, found)
-        sheet = as_tensor(group_sheet(features, found))
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(parts, whole, [label + 1 for label in found.labels], sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
-
-
-def as_tensor(picture) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+        found = cluster_features(
+            features.rows, settings_from_widgets(ClusterSettings, widgets), host.progress.raise_if_interrupted
+        )
+        (parts, whole), words = split_by_cluster(features, found), format_clusters_report(features, found)
+        sheet = image_to_batch_tensor(draw_clusters_sheet(features, found))
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
+        return io.NodeOutput(
+            parts, whole, [label + 1 for label in found.labels], sheet, words, ui=ui.PreviewImage(sheet, cls=cls)
+        )
 
 
 NODES = [ExtractFeatures, SimilarImages, ClusterImages]

@@ -1,4 +1,5 @@
-"""Pictures in the place of captions, where a model has a place for them: SDXL, unCLIP, Stable Cascade and Flux with Redux."""
+"""Pictures in the place of captions, where a model has a place for them: SDXL, unCLIP, Stable Cascade and Flux with
+Redux."""
 
 from __future__ import annotations
 
@@ -9,21 +10,23 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ...trainers.data.encoded import Encoded as EncodedData
-from ...trainers.data.feature_noise import LafiteSettings, perturbed
+from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.feature_noise import LafiteSettings, perturb_embedding
 from ...trainers.data.records import open_image
-from ...trainers.settings import fingerprint
+from ...trainers.settings import compute_fingerprint
 from .. import host
-from ..fields import CATEGORY, Dataset, Encoded, inputs, record
+from ..fields import CATEGORY, DatasetType, EncodedType, settings_from_widgets, settings_inputs
 
-FAMILIES = "SDXL (with CLIP-ViT-bigG), SD 2.1 unCLIP, Stable Cascade stage C, and Flux.1 (with a Redux style model)"
-EMPTY = "image/empty"
+IMAGE_PROMPT_FAMILIES = (
+    "SDXL (with CLIP-ViT-bigG), SD 2.1 unCLIP, Stable Cascade stage C, and Flux.1 (with a Redux style model)"
+)
+EMPTY_CAPTION_KEY = "image/empty"
 
 
-# -- where an embedding goes -----------------------------------------------------------------------------------------------------------
+# -- where an embedding goes -------------------------------------------------------------------------------------------
 
 
-class Seen:
+class ClipVisionOutput:
     """What the host's models read off a CLIP_VISION_OUTPUT."""
 
     def __init__(self, **found):
@@ -51,7 +54,16 @@ class Unclip:
         self.width = model.noise_augmentor.time_embed.dim
 
     def __call__(self, cond: dict, embedding) -> dict:
-        return {**cond, "unclip_conditioning": [{"clip_vision_output": Seen(image_embeds=embedding), "strength": 1.0, "noise_augmentation": 0.0}]}
+        return {
+            **cond,
+            "unclip_conditioning": [
+                {
+                    "clip_vision_output": ClipVisionOutput(image_embeds=embedding),
+                    "strength": 1.0,
+                    "noise_augmentation": 0.0,
+                }
+            ],
+        }
 
 
 class Cascade(Unclip):
@@ -70,61 +82,82 @@ class Redux:
 
     def __init__(self, model, style_model):
         if style_model is None:
-            raise ValueError("Flux takes pictures through a Redux style model, and none is connected. Load one with Load Style Model.")
+            raise ValueError(
+                "Flux takes pictures through a Redux style model, and none is connected. Load one with Load Style "
+                "Model."
+            )
         self.style, self.width = style_model, style_model.model.redux_dim
 
     def __call__(self, cond: dict, embedding) -> dict:
         with torch.no_grad():
-            tokens = host.context.ordinary(self.style.get_cond(Seen(last_hidden_state=embedding)))
+            tokens = host.context.clone_inference_tensors(
+                self.style.get_cond(ClipVisionOutput(last_hidden_state=embedding))
+            )
         return {**cond, "cross_attn": torch.cat([cond["cross_attn"], tokens.to(cond["cross_attn"])], 1)}
 
 
-def slot_of(model, style_model=None):
-    """What puts an embedding into a conditioning of this MODEL. ValueError, naming the families that can, for one with no place for it."""
+def find_embedding_slot(model, style_model=None):
+    """What puts an embedding into a conditioning of this MODEL. ValueError, naming the families that can, for one with
+    no place for it."""
     network = model.model
     if type(network) is comfy.model_base.Flux:  # its descendants were never trained with Redux
         return Redux(network, style_model)
     if style_model is not None:
-        raise ValueError(f"A style model is connected, and only Flux.1 reads one: this MODEL is {type(model.model.model_config).__name__}. Disconnect it.")
-    for kind, slot in ((comfy.model_base.SDXL, Pooled), (comfy.model_base.SD21UNCLIP, Unclip), (comfy.model_base.StableCascade_C, Cascade)):
+        raise ValueError(
+            "A style model is connected, and only Flux.1 reads one: this MODEL is "
+            f"{type(model.model.model_config).__name__}. Disconnect it."
+        )
+    for kind, slot in (
+        (comfy.model_base.SDXL, Pooled),
+        (comfy.model_base.SD21UNCLIP, Unclip),
+        (comfy.model_base.StableCascade_C, Cascade),
+    ):
         if isinstance(network, kind):
             return slot(network)
-    raise ValueError(f"This MODEL ({type(model.model.model_config).__name__}) has no place for an image embedding: its text tokens are no CLIP "
-                     f"embeddings of a whole text. Models that have: {FAMILIES}. For others choose the caption mode 'empty (unconditional)' in Encode "
-                     "Dataset.")
+    raise ValueError(
+        f"This MODEL ({type(model.model.model_config).__name__}) has no place for an image embedding: its text tokens "
+        f"are no CLIP embeddings of a whole text. Models that have: {IMAGE_PROMPT_FAMILIES}. For others choose the "
+        "caption mode 'empty (unconditional)' in Encode Dataset."
+    )
 
 
-def embedding_of(clip_vision, pixels, slot) -> torch.Tensor:
-    """(1, D) or tokens (1, T, D) of one picture (1, H, W, 3), as an ordinary tensor. ValueError for another CLIP_VISION than the slot wants."""
+def encode_image_embedding(clip_vision, pixels, slot) -> torch.Tensor:
+    """(1, D) or tokens (1, T, D) of one picture (1, H, W, 3), as an ordinary tensor. ValueError for another CLIP_VISION
+    than the slot wants."""
     with torch.no_grad():
         found = clip_vision.encode_image(pixels)[slot.reads].float().cpu()
     if found.shape[-1] != slot.width or found.ndim != (3 if slot.reads == "last_hidden_state" else 2):
-        raise ValueError(f"This clip_vision gives {found.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load {slot.kind}.")
-    return host.context.ordinary(found)
+        raise ValueError(
+            f"This clip_vision gives {found.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load "
+            f"{slot.kind}."
+        )
+    return host.context.clone_inference_tensors(found)
 
 
 def pixels_of(picture) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def empty_conditioning(clip) -> dict:
+def encode_empty_prompt(clip) -> dict:
     """The empty text's conditioning."""
     encoder = host.encoders.TextEncoder(clip)
     try:
-        return host.context.ordinary(encoder.encode([""])[0])
+        return host.context.clone_inference_tensors(encoder.encode([""])[0])
     finally:
         encoder.free()
 
 
-# -- the nodes ---------------------------------------------------------------------------------------------------------------------------
+# -- the nodes ---------------------------------------------------------------------------------------------------------
 
 
-SOCKETS = [
-    io.Model.Input("model", tooltip=f"Decides where the embedding goes. Models that have a place for it: {FAMILIES}."),
+IMAGE_PROMPT_INPUTS = [
+    io.Model.Input(
+        "model", tooltip=f"Decides where the embedding goes. Models that have a place for it: {IMAGE_PROMPT_FAMILIES}."
+    ),
     io.Clip.Input("clip", tooltip="The text encoder of the model; only the empty text is encoded."),
     io.ClipVision.Input("clip_vision", tooltip="The image encoder that the model's family was made with."),
 ]
-STYLE = io.StyleModel.Input("style_model", optional=True, tooltip="For Flux.1: the Redux style model.")
+STYLE_MODEL_INPUT = io.StyleModel.Input("style_model", optional=True, tooltip="For Flux.1: the Redux style model.")
 
 
 class ImageConditioning(io.ComfyNode):
@@ -134,24 +167,31 @@ class ImageConditioning(io.ComfyNode):
             node_id="TrainyardImageConditioning",
             display_name="Image Conditioning",
             category=CATEGORY,
-            description="A picture in the place of a prompt: its CLIP embedding as CONDITIONING, for models trained by Captions from Images, and for "
-            "variations of pictures.",
+            description="A picture in the place of a prompt: its CLIP embedding as CONDITIONING, for models trained by "
+            "Captions from Images, and for variations of pictures.",
             search_aliases=["revision", "unclip", "redux", "lafite", "picture prompt"],
             inputs=[
-                *SOCKETS,
+                *IMAGE_PROMPT_INPUTS,
                 io.Image.Input("images", tooltip="One picture, or several whose embeddings are averaged."),
-                *inputs(LafiteSettings, only=("alpha", "seed")),
-                STYLE,
+                *settings_inputs(LafiteSettings, only=("alpha", "seed")),
+                STYLE_MODEL_INPUT,
             ],
-            outputs=[io.Conditioning.Output("conditioning", display_name="conditioning", tooltip="For positive of a sampler.")],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning", display_name="conditioning", tooltip="For positive of a sampler."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, model, clip, clip_vision, images, style_model=None, **widgets):
-        settings, slot = record(LafiteSettings, widgets), slot_of(model, style_model)
-        with host.context.gradients():
-            seen = torch.stack([embedding_of(clip_vision, image[None], slot) for image in images]).mean(0)
-            cond = slot(empty_conditioning(clip), perturbed(seen, settings.alpha, host.progress.generator(settings.seed)))
+        settings, slot = settings_from_widgets(LafiteSettings, widgets), find_embedding_slot(model, style_model)
+        with host.context.enable_gradients():
+            seen = torch.stack([encode_image_embedding(clip_vision, image[None], slot) for image in images]).mean(0)
+            cond = slot(
+                encode_empty_prompt(clip),
+                perturb_embedding(seen, settings.alpha, host.progress.make_generator(settings.seed)),
+            )
         return io.NodeOutput([[cond["cross_attn"], {key: value for key, value in cond.items() if key != "cross_attn"}]])
 
 
@@ -162,55 +202,92 @@ class CaptionsFromImages(io.ComfyNode):
             node_id="TrainyardCaptionsFromImages",
             display_name="Captions from Images",
             category=CATEGORY,
-            description="Training without captions that still learns to follow prompts: each encoded picture gets its own CLIP embedding with noise as "
-            "its caption.",
+            description="Training without captions that still learns to follow prompts: each encoded picture gets its "
+            "own CLIP embedding with noise as its caption.",
             search_aliases=["lafite", "language free training", "no captions", "clip image embedding"],
             inputs=[
-                *SOCKETS,
-                Dataset.Input("dataset", tooltip="The pictures that were encoded."),
-                Encoded.Input("encoded", tooltip="From Encode Dataset; its captions are replaced."),
-                *inputs(LafiteSettings),
-                STYLE,
+                *IMAGE_PROMPT_INPUTS,
+                DatasetType.Input("dataset", tooltip="The pictures that were encoded."),
+                EncodedType.Input("encoded", tooltip="From Encode Dataset; its captions are replaced."),
+                *settings_inputs(LafiteSettings),
+                STYLE_MODEL_INPUT,
             ],
-            outputs=[Encoded.Output("encoded", display_name="encoded", tooltip="The same latents under embeddings of their pictures, for Train LoRA.")],
+            outputs=[
+                EncodedType.Output(
+                    "encoded",
+                    display_name="encoded",
+                    tooltip="The same latents under embeddings of their pictures, for Train LoRA.",
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, clip, clip_vision, dataset, encoded, style_model=None, **widgets):
-        settings, slot = record(LafiteSettings, widgets), slot_of(model, style_model)
-        with host.context.gradients():
-            return io.NodeOutput(captioned_by_images(encoded, dataset, clip, clip_vision, slot, settings, host.progress.Steps(cls.hidden.unique_id)))
+        settings, slot = settings_from_widgets(LafiteSettings, widgets), find_embedding_slot(model, style_model)
+        with host.context.enable_gradients():
+            return io.NodeOutput(
+                caption_with_image_embeddings(
+                    encoded,
+                    dataset,
+                    clip,
+                    clip_vision,
+                    slot,
+                    settings,
+                    host.progress.ItemProgressReporter(cls.hidden.unique_id),
+                )
+            )
 
 
-def captioned_by_images(encoded: EncodedData, dataset, clip, clip_vision, slot, settings: LafiteSettings, report) -> EncodedData:
+def caption_with_image_embeddings(
+    encoded: EncodedData, dataset, clip, clip_vision, slot, settings: LafiteSettings, report
+) -> EncodedData:
     """ValueError when a picture that was encoded is not in the dataset."""
     pictures = {one.id: one for one in dataset.records}
     if missing := [item.path or item.id for item in encoded.items if item.id not in pictures]:
-        raise ValueError(f"{len(missing)} encoded pictures are not in the dataset, for example {missing[0]}. Connect the dataset that was encoded.")
+        raise ValueError(
+            f"{len(missing)} encoded pictures are not in the dataset, for example {missing[0]}. Connect the dataset "
+            "that was encoded."
+        )
     seen = []
     for done, item in enumerate(encoded.items):
-        host.progress.interrupted()
+        host.progress.raise_if_interrupted()
         report(done, len(encoded), "pictures seen")
-        seen.append(embedding_of(clip_vision, pixels_of(open_image(pictures[item.id])), slot))
-    keys = [tuple(f"image/{number}/{variant}" for variant in range(settings.variants)) for number in range(len(encoded))]
-    items = [dataclasses.replace(item, caption_keys=k, captions=("",) * len(k)) for item, k in zip(encoded.items, keys, strict=True)]
-    key = fingerprint("captions from images 1", encoded.fingerprint, settings, host.identity.identity(clip_vision.patcher), type(slot).__name__,
-                      host.identity.identity(clip.patcher, clip.layer_idx), style_of(slot))  # fmt: skip
-    store = ImageCaptions(seen, [item.id for item in encoded.items], slot, empty_conditioning(clip), settings, encoded.store)
-    return dataclasses.replace(encoded, items=items, store=store, fingerprint=key, empty=EMPTY, dropout=settings.drop)
+        seen.append(encode_image_embedding(clip_vision, pixels_of(open_image(pictures[item.id])), slot))
+    keys = [
+        tuple(f"image/{number}/{variant}" for variant in range(settings.variants)) for number in range(len(encoded))
+    ]
+    items = [
+        dataclasses.replace(item, caption_keys=k, captions=("",) * len(k))
+        for item, k in zip(encoded.items, keys, strict=True)
+    ]
+    key = compute_fingerprint(
+        "captions from images 1",
+        encoded.fingerprint,
+        settings,
+        host.identity.hash_patched_weights(clip_vision.patcher),
+        type(slot).__name__,
+        host.identity.hash_patched_weights(clip.patcher, clip.layer_idx),
+        style_model_checksums(slot),
+    )
+    store = ImageConditioningStore(
+        seen, [item.id for item in encoded.items], slot, encode_empty_prompt(clip), settings, encoded.store
+    )
+    return dataclasses.replace(
+        encoded, items=items, store=store, fingerprint=key, empty=EMPTY_CAPTION_KEY, dropout=settings.drop
+    )
 
 
-def style_of(slot) -> list:
+def style_model_checksums(slot) -> list:
     """Some numbers of a style model, by which two can be told apart."""
     style = getattr(slot, "style", None)
     return [] if style is None else [float(p.double().abs().sum()) for p in style.model.parameters()]
 
 
 @dataclasses.dataclass
-class ImageCaptions:
-    """A store of conditionings that are made when they are asked for, image/number/variant, before those of another store: the tokens of
-    Redux would take 12 MB each."""
+class ImageConditioningStore:
+    """A store of conditionings that are made when they are asked for, image/number/variant, before those of another
+    store: the tokens of Redux would take 12 MB each."""
 
     seen: list[torch.Tensor]
     ids: list[str]
@@ -220,14 +297,16 @@ class ImageCaptions:
     rest: object
 
     def load(self, key: str):
-        if key == EMPTY:
+        if key == EMPTY_CAPTION_KEY:
             return self.empty
         if not key.startswith("image/"):
             return self.rest.load(key)
         _, number, variant = key.split("/")
-        chance = fingerprint(self.settings.seed, self.ids[int(number)], int(variant))  # a picture's own, whatever stands before it
-        rng = host.progress.generator(int(chance[:15], 16))
-        return self.slot(self.empty, perturbed(self.seen[int(number)], self.settings.alpha, rng))
+        chance = compute_fingerprint(
+            self.settings.seed, self.ids[int(number)], int(variant)
+        )  # a picture's own, whatever stands before it
+        rng = host.progress.make_generator(int(chance[:15], 16))
+        return self.slot(self.empty, perturb_embedding(self.seen[int(number)], self.settings.alpha, rng))
 
 
 NODES = [ImageConditioning, CaptionsFromImages]

@@ -5,45 +5,84 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import EMPTY, CaptionSettings
-from ...trainers.data.encode import encode
-from ...trainers.data.images import dataset_of
-from ...trainers.data.quality.thumbnails import Looking
-from ...trainers.data.rating_sheet import best_and_worst
-from ...trainers.data.ratings import SOURCES, RankSettings, groups_of, ranked, read_pairs, read_rated, scored
-from ...trainers.data.readers import folder_state, printable
-from ...trainers.data.records import Dataset as Pictures
-from ...trainers.data.sheets import thumbnail
+from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.encode import encode_dataset
+from ...trainers.data.images import dataset_from_tensors, image_to_batch_tensor
+from ...trainers.data.quality.thumbnails import ScanOptions
+from ...trainers.data.rating_sheet import draw_best_and_worst_sheet
+from ...trainers.data.ratings import (
+    RATING_SOURCES,
+    RankSettings,
+    duplicate_group_names,
+    read_preference_table,
+    read_rated_folder,
+    select_by_score,
+    set_image_scores,
+)
+from ...trainers.data.readers import hash_folder_state, make_printable
+from ...trainers.data.records import ImageDataset as Pictures
+from ...trainers.data.sheets import make_thumbnail
 from ...trainers.files import tensor_hash
-from ...trainers.scores.files import check_fits, read_score_model, same, tensors_of, write_score_model
-from ...trainers.scores.networks import PRETRAINED, TRUNKS, ScorerSettings, check_rates
+from ...trainers.scores.files import (
+    check_score_latent_format,
+    read_score_model,
+    score_file_matches,
+    score_model_tensors,
+    write_score_model,
+)
+from ...trainers.scores.networks import LATENT_BACKBONES, PRETRAINING_TASK, ScorerSettings, check_trained_head
 from ...trainers.scores.objective import ScoreSettings
-from ...trainers.scores.training import rated_by, trained
-from ...trainers.settings import Settings, fingerprint, number
+from ...trainers.scores.training import rate_latents, train_score_model
+from ...trainers.settings import Settings, compute_fingerprint, number_field
 from .. import host, paths
-from ..data.dataset import about as dataset_words
-from ..data.dataset import stoppable
-from ..fields import CATEGORY, Dataset, Encoded, LossMap, ScoreModel, graph_metadata, inputs, record
+from ..data.dataset import format_dataset_summary as dataset_words
+from ..data.dataset import make_cancellable_progress
+from ..fields import (
+    CATEGORY,
+    DatasetType,
+    EncodedType,
+    LossMapType,
+    ScoreModelType,
+    graph_metadata,
+    settings_from_widgets,
+    settings_inputs,
+)
 from . import latents as latents_room
 from . import score_backbones
 
-SHOWN = ("task", "steps", "learning_rate", "batch", "members", "seed")  # of ScoreSettings; the rest is advanced
+BASIC_SCORE_FIELDS = (
+    "task",
+    "steps",
+    "learning_rate",
+    "batch",
+    "members",
+    "seed",
+)  # of ScoreSettings; the rest is advanced
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringSettings(Settings):
     """How pictures are shown to a score model."""
 
-    resolution: int = number(0, 0, 8192, "Pictures are scored at about resolution x resolution pixels in all. 0: as the score model was trained.",
-                             unit="px", step=8)  # fmt: skip
-    shown: int = number(12, 1, 60, "How many of the best and of the worst pictures the sheet shows.", unit="pictures")
+    resolution: int = number_field(
+        0,
+        0,
+        8192,
+        "Pictures are scored at about resolution x resolution pixels in all. 0: as the score model was trained.",
+        unit="px",
+        step=8,
+    )
+    shown: int = number_field(
+        12, 1, 60, "How many of the best and of the worst pictures the sheet shows.", unit="pictures"
+    )
 
 
-UNKNOWN = 512  # px, where a score model does not say at which size it was trained
-VERSION = 1  # of the training: raise it when the same inputs would give another model
+DEFAULT_SCORE_SIDE = 512  # px, where a score model does not say at which size it was trained
+SCORE_TRAINING_VERSION = 1  # of the training: raise it when the same inputs would give another model
 
 
 class LoadRatedPictures(io.ComfyNode):
@@ -53,77 +92,128 @@ class LoadRatedPictures(io.ComfyNode):
             node_id="TrainyardLoadRatedPictures",
             display_name="Load Rated Pictures",
             category=CATEGORY,
-            description="Pictures from a folder with their ratings: from metadata (CSV, JSONL, JSON), from cat.score beside cat.png, or from "
-            "folder names such as 7.5_landscapes.",
+            description="Pictures from a folder with their ratings: from metadata (CSV, JSONL, JSON), from cat.score "
+            "beside cat.png, or from folder names such as 7.5_landscapes.",
             search_aliases=["ratings", "aesthetic dataset", "scored images", "load scores", "labels"],
             inputs=[
-                io.Combo.Input("folder", options=paths.dataset_folders(), tooltip="A folder inside ComfyUI's input, datasets or output/datasets folder."),
+                io.Combo.Input(
+                    "folder",
+                    options=paths.list_dataset_folders(),
+                    tooltip="A folder inside ComfyUI's input, datasets or output/datasets folder.",
+                ),
                 io.Combo.Input(
                     "ratings",
-                    options=list(SOURCES),
-                    tooltip="files: .score files, then what metadata calls score. folder names: the number that a subfolder's name begins with.",
+                    options=list(RATING_SOURCES),
+                    tooltip="files: .score files, then what metadata calls score. folder names: the number that a "
+                    "subfolder's name begins with.",
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The pictures with their ratings, for Encode Dataset."),
-                io.String.Output("about", display_name="about", tooltip="How many are rated, between which numbers, and what was skipped and why."),
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The pictures with their ratings, for Encode Dataset."
+                ),
+                io.String.Output(
+                    "about",
+                    display_name="about",
+                    tooltip="How many are rated, between which numbers, and what was skipped and why.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, folder, **_):
-        return folder_state(paths.dataset_folder(folder))
+        return hash_folder_state(paths.resolve_dataset_folder(folder))
 
     @classmethod
-    def execute(cls, folder, ratings=SOURCES[0]):
-        dataset = read_rated(paths.dataset_folder(folder), ratings, stoppable(cls))
-        words = "\n".join([rating_words(dataset), dataset_words(dataset)])
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
+    def execute(cls, folder, ratings=RATING_SOURCES[0]):
+        dataset = read_rated_folder(paths.resolve_dataset_folder(folder), ratings, make_cancellable_progress(cls))
+        words = "\n".join([format_rating_summary(dataset), dataset_words(dataset)])
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(dataset, words)
 
 
-def rating_words(dataset) -> str:
+def format_rating_summary(dataset) -> str:
     scores = [r.score for r in dataset if r.score is not None]
     if not scores:
         return f"none of {len(dataset)} pictures is rated"
-    return f"{len(scores)} of {len(dataset)} pictures are rated, from {min(scores):g} to {max(scores):g}, {len(set(scores))} different ratings"
+    return (
+        f"{len(scores)} of {len(dataset)} pictures are rated, from {min(scores):g} to {max(scores):g}, "
+        f"{len(set(scores))} different ratings"
+    )
 
 
 class TrainScoreModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        advanced = [f for f in ScoreSettings.__dataclass_fields__ if f not in SHOWN]
+        advanced = [f for f in ScoreSettings.__dataclass_fields__ if f not in BASIC_SCORE_FIELDS]
         return io.Schema(
             node_id="TrainyardTrainScoreModel",
             display_name="Train Score Model",
             category=CATEGORY,
-            description="Learn from rated pictures how good a picture is, in latent space and at any noise level. Each network is measured on "
-            "pictures that it never saw; a model that cannot be told from chance is not called trained.",
-            search_aliases=["aesthetic predictor", "reward model", "rating model", "preference", "scorer", "nsfw classifier", "quality model"],
+            description="Learn from rated pictures how good a picture is, in latent space and at any noise level. Each "
+            "network is measured on pictures that it never saw; a model that cannot be told from chance is not called "
+            "trained.",
+            search_aliases=[
+                "aesthetic predictor",
+                "reward model",
+                "rating model",
+                "preference",
+                "scorer",
+                "nsfw classifier",
+                "quality model",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The model whose latents are scored: its schedule and its latent format. It is not trained."),
-                Encoded.Input("encoded", tooltip="Rated pictures from Encode Dataset, best with flip on. CLIP is not needed for them."),
-                *inputs(ScorerSettings, only=("backbone", "noisy")),
-                *inputs(ScoreSettings, only=SHOWN),
-                *inputs(ScorerSettings, only=("width", "depth", "dropout")),
-                *inputs(ScoreSettings, only=advanced),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model whose latents are scored: its schedule and its latent format. It is not "
+                    "trained.",
+                ),
+                EncodedType.Input(
+                    "encoded",
+                    tooltip="Rated pictures from Encode Dataset, best with flip on. CLIP is not needed for them.",
+                ),
+                *settings_inputs(ScorerSettings, only=("backbone", "noisy")),
+                *settings_inputs(ScoreSettings, only=BASIC_SCORE_FIELDS),
+                *settings_inputs(ScorerSettings, only=("width", "depth", "dropout")),
+                *settings_inputs(ScoreSettings, only=advanced),
                 io.Combo.Input(
                     "file",
-                    options=paths.pair_files(),
+                    options=paths.list_pair_files(),
                     default=paths.NO_PAIRS,
                     advanced=True,
-                    tooltip="For the task pairwise: a CSV file with the columns better and worse. Without one, ratings tell which is better.",
+                    tooltip="For the task pairwise: a CSV file with the columns better and worse. Without one, ratings "
+                    "tell which is better.",
                 ),
-                *inputs(ScorerSettings, only=("rank",)),
-                ScoreModel.Input("pretrained", optional=True, tooltip="Start from the backbone of this model, such as one of Pretrain Score Backbone."),
-                io.Vae.Input("vae", optional=True, tooltip="For the backbone 'decode + image scorer' only: what decodes latents."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="For the backbone 'decode + image scorer' only: what looks at pictures."),
+                *settings_inputs(ScorerSettings, only=("rank",)),
+                ScoreModelType.Input(
+                    "pretrained",
+                    optional=True,
+                    tooltip="Start from the backbone of this model, such as one of Pretrain Score Backbone.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="For the backbone 'decode + image scorer' only: what decodes latents."
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="For the backbone 'decode + image scorer' only: what looks at pictures.",
+                ),
             ],
             outputs=[
-                ScoreModel.Output("score_model", display_name="score_model", tooltip="For Save Score Model, Score Images and Train LECO-Score."),
-                io.String.Output("report", display_name="report", tooltip="How good it is on pictures that it never saw, with intervals."),
-                LossMap.Output("losses", display_name="losses", tooltip="The losses of the first network, for Loss Plot."),
+                ScoreModelType.Output(
+                    "score_model",
+                    display_name="score_model",
+                    tooltip="For Save Score Model, Score Images and Train LECO-Score.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="How good it is on pictures that it never saw, with intervals.",
+                ),
+                LossMapType.Output(
+                    "losses", display_name="losses", tooltip="The losses of the first network, for Loss Plot."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -131,55 +221,82 @@ class TrainScoreModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, encoded, file=paths.NO_PAIRS, pretrained=None, vae=None, clip_vision=None, **widgets):
-        scorer, settings = record(ScorerSettings, widgets), record(ScoreSettings, widgets)
-        host.checks.check_latents(model, encoded.channels)
-        pairs = pairs_in(file, encoded, settings.task)
-        seeing = score_backbones.looks_like(scorer, pretrained)
-        key = made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
-        trunk = trunk_of(seeing, model, vae, clip_vision)
-        make = lambda work: learnt(cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work)
-        return score_backbones.shown(cls, *score_backbones.kept(key, cls.hidden.unique_id, make, trunk))
+        scorer, settings = settings_from_widgets(ScorerSettings, widgets), settings_from_widgets(ScoreSettings, widgets)
+        host.checks.check_latent_channels(model, encoded.channels)
+        pairs = read_preference_pairs(file, encoded, settings.task)
+        seeing = score_backbones.choose_backbone_settings(scorer, pretrained)
+        key = score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
+        trunk = find_trunk_factory(seeing, model, vae, clip_vision)
+        make = lambda work: train_from_ratings(
+            cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work
+        )
+        return score_backbones.score_model_output(
+            cls, *score_backbones.load_or_train_score_model(key, cls.hidden.unique_id, make, trunk)
+        )
 
 
-def pairs_in(file, encoded, task) -> list[tuple[int, int]]:
-    table = paths.pair_file(file)
+def read_preference_pairs(file, encoded, task) -> list[tuple[int, int]]:
+    table = paths.resolve_pair_file(file)
     if table is None:
         return []
     if task != "pairwise":
         raise ValueError(f"A file of pairs is chosen and the task is {task!r}. Choose the task pairwise, or no file.")
-    return read_pairs(table, [item.path for item in encoded.items])
+    return read_preference_table(table, [item.path for item in encoded.items])
 
 
-def made_of(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision) -> str:
+def score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision) -> str:
     """A name that changes with everything that the trained model depends on."""
-    before = fingerprint(pretrained.about.to_dict(), content(pretrained)) if pretrained is not None else ""
-    others = [host.identity.identity(other.patcher) for other in (vae, clip_vision) if other is not None]
+    before = compute_fingerprint(pretrained.about.to_dict(), content(pretrained)) if pretrained is not None else ""
+    others = [host.identity.hash_patched_weights(other.patcher) for other in (vae, clip_vision) if other is not None]
     ratings = [[item.id, item.score] for item in encoded.items]
-    return fingerprint(VERSION, host.identity.model_identity(model), encoded.fingerprint, ratings, scorer, settings, [list(p) for p in pairs], before, others)
+    return compute_fingerprint(
+        SCORE_TRAINING_VERSION,
+        host.identity.hash_model_and_schedule(model),
+        encoded.fingerprint,
+        ratings,
+        scorer,
+        settings,
+        [list(p) for p in pairs],
+        before,
+        others,
+    )
 
 
 def content(score_model) -> str:
-    return tensor_hash(tensors_of(score_model))
+    return tensor_hash(score_model_tensors(score_model))
 
 
-def trunk_of(scorer, model, vae, clip_vision):
+def find_trunk_factory(scorer, model, vae, clip_vision):
     """None for networks that look at latents by themselves; else what makes a trunk from loaded models."""
-    if scorer.backbone in TRUNKS:
+    if scorer.backbone in LATENT_BACKBONES:
         return None
-    return score_backbones.trunk_maker(scorer, model, vae, clip_vision)
+    return score_backbones.make_checked_trunk_factory(scorer, model, vae, clip_vision)
 
 
-def learnt(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work):
-    schedule = latents_room.Schedule(model)
-    report = host.progress.Steps(node_id)
-    groups = groups_of(encoded, Looking(report=report, check_interrupt=host.progress.interrupted))
+def train_from_ratings(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work):
+    schedule = latents_room.NoiseSchedule(model)
+    report = host.progress.ItemProgressReporter(node_id)
+    groups = duplicate_group_names(
+        encoded, ScanOptions(report=report, check_interrupt=host.progress.raise_if_interrupted)
+    )
     data, denoiser = encoded, schedule
     if trunk is not None:
-        data, denoiser, trunk = score_backbones.frozen(encoded, schedule, seeing, trunk)
-    return trained(
-        data, denoiser, scorer, settings, latent_format=latents_room.format_name(model), groups=groups, pairs=pairs, trunk=trunk,
-        pretrained=pretrained, work=work, device=schedule.device, report=report, check_interrupt=host.progress.interrupted,
-    )  # fmt: skip
+        data, denoiser, trunk = score_backbones.cache_features_if_frozen(encoded, schedule, seeing, trunk)
+    return train_score_model(
+        data,
+        denoiser,
+        scorer,
+        settings,
+        latent_format=latents_room.latent_format_name(model),
+        groups=groups,
+        pairs=pairs,
+        trunk=trunk,
+        pretrained=pretrained,
+        work=work,
+        device=schedule.device,
+        report=report,
+        check_interrupt=host.progress.raise_if_interrupted,
+    )
 
 
 class SaveScoreModel(io.ComfyNode):
@@ -189,16 +306,20 @@ class SaveScoreModel(io.ComfyNode):
             node_id="TrainyardSaveScoreModel",
             display_name="Save Score Model",
             category=CATEGORY,
-            description="Write a score model with its figures to models/score_models, and read it back to compare. A file is never overwritten.",
+            description="Write a score model with its figures to models/score_models, and read it back to compare. A "
+            "file is never overwritten.",
             search_aliases=["export scorer", "keep reward model", "aesthetic safetensors"],
             inputs=[
-                ScoreModel.Input("score_model", tooltip="From Train, Pretrain or Distill Score Model."),
-                io.String.Input("name", default="my_score", tooltip="File name in models/score_models; folder/name makes a folder."),
+                ScoreModelType.Input("score_model", tooltip="From Train, Pretrain or Distill Score Model."),
+                io.String.Input(
+                    "name", default="my_score", tooltip="File name in models/score_models; folder/name makes a folder."
+                ),
                 io.Boolean.Input(
                     "untrained",
                     default=False,
                     advanced=True,
-                    tooltip="Also save a model that cannot be told from chance; its file says so wherever it is loaded.",
+                    tooltip="Also save a model that cannot be told from chance; its file says so wherever it is "
+                    "loaded.",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
@@ -209,17 +330,20 @@ class SaveScoreModel(io.ComfyNode):
     @classmethod
     def execute(cls, score_model, name, untrained=False):
         if not score_model.about.trained and not untrained:
-            raise ValueError(f"This score model is not saved, because it cannot be told from chance: {figures(score_model.about)}. Rate more pictures "
-                             "and train it again, or switch untrained on to keep it all the same.")
-        path = paths.score_model_to_write(name, lambda there: same(score_model, there))
+            raise ValueError(
+                "This score model is not saved, because it cannot be told from chance: "
+                f"{format_score_metrics(score_model.about)}. Rate more pictures and train it again, or switch "
+                "untrained on to keep it all the same."
+            )
+        path = paths.new_score_model_path(name, lambda there: score_file_matches(score_model, there))
         before = path.exists()
         if not before:
             write_score_model(path, score_model, graph_metadata(cls.hidden))
-        if not same(score_model, path):
+        if not score_file_matches(score_model, path):
             raise RuntimeError(f"{path} does not hold what was written; the disk may be failing. Save it elsewhere.")
         how = "was saved before" if before else "read back and equal"
         line = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB, {how}"
-        host.progress.show(line, cls.hidden.unique_id)
+        host.progress.show_node_text(line, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(line))
 
 
@@ -230,56 +354,83 @@ class LoadScoreModel(io.ComfyNode):
             node_id="TrainyardLoadScoreModel",
             display_name="Load Score Model",
             category=CATEGORY,
-            description="A score model from models/score_models, with its figures: to score pictures, or as the goal of LECO-score.",
+            description="A score model from models/score_models, with its figures: to score pictures, or as the goal "
+            "of LECO-score.",
             search_aliases=["open scorer", "aesthetic model", "reward loader"],
             inputs=[
-                io.Combo.Input("file", options=paths.score_model_names(), tooltip="A file of Save Score Model. Press R after adding one."),
-                io.Model.Input("model", optional=True, tooltip="Needed for models on another model's features; for all others it checks the latent format."),
+                io.Combo.Input(
+                    "file",
+                    options=paths.score_model_names(),
+                    tooltip="A file of Save Score Model. Press R after adding one.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Needed for models on another model's features; for all others it checks the latent "
+                    "format.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Only for the backbone 'decode + image scorer'."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="Only for the backbone 'decode + image scorer'."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="Only for the backbone 'decode + image scorer'."
+                ),
             ],
             outputs=[
-                ScoreModel.Output("score_model", display_name="score_model", tooltip="For Score Images and Train LECO-Score."),
-                io.String.Output("about", display_name="about", tooltip="What it judges, how good it is, and what it was trained on."),
+                ScoreModelType.Output(
+                    "score_model", display_name="score_model", tooltip="For Score Images and Train LECO-Score."
+                ),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What it judges, how good it is, and what it was trained on."
+                ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, file, **_):
-        return (file, paths.state_of(paths.score_model_path(file)))
+        return (file, paths.file_change_stamp(paths.score_model_path(file)))
 
     @classmethod
     def execute(cls, file, model=None, vae=None, clip_vision=None):
-        loaded = read_score_model(paths.score_model_path(file), lambda about: trunk_like(about, model, vae, clip_vision))
+        loaded = read_score_model(
+            paths.score_model_path(file), lambda about: make_connected_trunk(about, model, vae, clip_vision)
+        )
         if model is not None:
-            check_fits(loaded.about, latents_room.format_name(model), model.model.latent_format.latent_channels)
-        return io.NodeOutput(loaded, words_of(loaded.about))
+            check_score_latent_format(
+                loaded.about, latents_room.latent_format_name(model), model.model.latent_format.latent_channels
+            )
+        return io.NodeOutput(loaded, format_score_model_summary(loaded.about))
 
 
-def trunk_like(about, model, vae, clip_vision):
-    maker = trunk_of(about, model, vae, clip_vision)
+def make_connected_trunk(about, model, vae, clip_vision):
+    maker = find_trunk_factory(about, model, vae, clip_vision)
     return maker and maker(about)
 
 
-def figures(about) -> str:
-    return ", ".join(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in about.metrics.items()) or "it was not measured"
+def format_score_metrics(about) -> str:
+    return (
+        ", ".join(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in about.metrics.items())
+        or "it was not measured"
+    )
 
 
-def words_of(about) -> str:
+def format_score_model_summary(about) -> str:
     facts = [
         "" if about.trained else "NOT TRAINED: what it says cannot be told from chance.",
-        f"{kind_of(about)} on {about.latent_format or 'latents'} of {about.channels} channels",
+        f"{describe_score_model_kind(about)} on {about.latent_format or 'latents'} of {about.channels} channels",
         "at any noise level" if about.noisy else "of clean pictures only",
-        f"figures on pictures that were not learnt from: {figures(about)}",
-        f"ratings from {about.low:g} to {about.high:g}, mean {about.mean:g}" if about.task in ("regression", "distribution") else "",
+        f"figures on pictures that were not learnt from: {format_score_metrics(about)}",
+        f"ratings from {about.low:g} to {about.high:g}, mean {about.mean:g}"
+        if about.task in ("regression", "distribution")
+        else "",
         f"trained at about {about.resolution}x{about.resolution} px" if about.resolution else "",
     ]
     return "\n".join(fact for fact in facts if fact)
 
 
-def kind_of(about) -> str:
-    if about.task == PRETRAINED:
-        return f"a pre-trained backbone without a head ({about.backbone}), for the input pretrained of Train Score Model,"
+def describe_score_model_kind(about) -> str:
+    if about.task == PRETRAINING_TASK:
+        return (
+            f"a pre-trained backbone without a head ({about.backbone}), for the input pretrained of Train Score Model,"
+        )
     lora = f" with a LoRA of rank {about.rank}" if about.rank else ""
     return f"{about.task} by {about.members} networks ({about.backbone}{lora})"
 
@@ -291,20 +442,45 @@ class ScoreImages(io.ComfyNode):
             node_id="TrainyardScoreImages",
             display_name="Score Images",
             category=CATEGORY,
-            description="What a score model says of pictures: a list of scores, the dataset with the scores in it, and a sheet of the best and worst.",
+            description="What a score model says of pictures: a list of scores, the dataset with the scores in it, and "
+            "a sheet of the best and worst.",
             search_aliases=["rate pictures", "aesthetic score", "score latents", "quality score", "predict rating"],
             inputs=[
-                ScoreModel.Input("score_model", tooltip="From Train or Load Score Model, or an aesthetic head."),
-                Dataset.Input("dataset", optional=True, tooltip="The pictures to score. Or connect images or latents instead."),
-                io.Image.Input("images", optional=True, tooltip="Pictures of the graph to score, in place of a dataset."),
-                io.Latent.Input("latents", optional=True, tooltip="Latents of the graph to score, in place of pictures. They need no VAE."),
-                io.Vae.Input("vae", optional=True, tooltip="The VAE of the model that the scores are for. Needed for pictures."),
-                *inputs(ScoringSettings),
+                ScoreModelType.Input("score_model", tooltip="From Train or Load Score Model, or an aesthetic head."),
+                DatasetType.Input(
+                    "dataset", optional=True, tooltip="The pictures to score. Or connect images or latents instead."
+                ),
+                io.Image.Input(
+                    "images", optional=True, tooltip="Pictures of the graph to score, in place of a dataset."
+                ),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip="Latents of the graph to score, in place of pictures. They need no VAE.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="The VAE of the model that the scores are for. Needed for pictures."
+                ),
+                *settings_inputs(ScoringSettings),
             ],
             outputs=[
-                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="One score for each picture, on the scale of its ratings."),
-                io.Float.Output("spreads", display_name="spreads", is_output_list=True, tooltip="How far its networks disagree on each."),
-                Dataset.Output("dataset", display_name="dataset", tooltip="The pictures with their scores, for Rank and Filter. Empty for latents."),
+                io.Float.Output(
+                    "scores",
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="One score for each picture, on the scale of its ratings.",
+                ),
+                io.Float.Output(
+                    "spreads",
+                    display_name="spreads",
+                    is_output_list=True,
+                    tooltip="How far its networks disagree on each.",
+                ),
+                DatasetType.Output(
+                    "dataset",
+                    display_name="dataset",
+                    tooltip="The pictures with their scores, for Rank and Filter. Empty for latents.",
+                ),
                 io.Image.Output("sheet", display_name="sheet", tooltip="The best pictures, then the worst."),
                 io.String.Output("report", display_name="report", tooltip="Mean and range, and every score."),
             ],
@@ -314,64 +490,91 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, score_model, dataset=None, images=None, latents=None, vae=None, **widgets):
-        settings, report = record(ScoringSettings, widgets), host.progress.Steps(cls.hidden.unique_id)
-        check_rates(score_model.about)
+        settings, report = (
+            settings_from_widgets(ScoringSettings, widgets),
+            host.progress.ItemProgressReporter(cls.hidden.unique_id),
+        )
+        check_trained_head(score_model.about)
         if sum(given is not None for given in (dataset, images, latents)) != 1:
             raise ValueError("Connect exactly one of dataset, images and latents, so that it is clear what is scored.")
         if latents is not None:
-            found, picture, names = latents_scored(score_model, latents, vae, report)
+            found, picture, names = score_latent_samples(score_model, latents, vae, report)
             after = Pictures(())
         else:
-            before = dataset if images is None else dataset_of([images], (), (), paths.pictures_folder(), report, host.progress.interrupted)
-            found = pictures_scored(score_model, before, vae, settings, report)
-            after, names = scored(before, found[0]), [printable(Path(r.path).name) for r in before]
-            picture = lambda i: thumbnail(before[i])
-        words = score_words(score_model.about, *found, names)
-        sheet = as_tensor(best_and_worst(found[0], picture, names, settings.shown, found[1], words.splitlines()[0]))
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
+            before = (
+                dataset
+                if images is None
+                else dataset_from_tensors(
+                    [images], (), (), paths.image_cache_folder(), report, host.progress.raise_if_interrupted
+                )
+            )
+            found = score_dataset_images(score_model, before, vae, settings, report)
+            after, names = set_image_scores(before, found[0]), [make_printable(Path(r.path).name) for r in before]
+            picture = lambda i: make_thumbnail(before[i])
+        words = format_score_report(score_model.about, *found, names)
+        sheet = image_to_batch_tensor(
+            draw_best_and_worst_sheet(found[0], picture, names, settings.shown, found[1], words.splitlines()[0])
+        )
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(*found, after, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def pictures_scored(score_model, dataset, vae, settings, report) -> tuple[list[float], list[float]]:
+def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[list[float], list[float]]:
     """(scores, spreads). A scorer of pictures is shown the pictures, one of latents their latents."""
     if hasattr(score_model, "rate_pictures"):
-        return score_model.rate_pictures(dataset, report, host.progress.interrupted)
-    encoder, about = host.encoders.PictureEncoder(vae), score_model.about
-    check_fits(about, "", encoder.channels)
+        return score_model.rate_pictures(dataset, report, host.progress.raise_if_interrupted)
+    encoder, about = host.encoders.VaeEncoder(vae), score_model.about
+    check_score_latent_format(about, "", encoder.channels)
     step = math.lcm(8, 2 * encoder.factor)
-    side = max(step, settings.resolution or about.resolution or UNKNOWN)
+    side = max(step, settings.resolution or about.resolution or DEFAULT_SCORE_SIDE)
     try:
-        with host.context.gradients():
-            encoded = encode(
-                dataset, CaptionSettings(caption_mode=EMPTY), BucketSettings(resolution=side, step=step, merge=1), flip=False, vae=encoder,
-                text=None, cache_dir=paths.cache_folder(), report=report, check_interrupt=host.progress.interrupted,
-            )  # fmt: skip
+        with host.context.enable_gradients():
+            encoded = encode_dataset(
+                dataset,
+                CaptionSettings(caption_mode=CAPTION_MODE_EMPTY),
+                BucketSettings(resolution=side, step=step, merge=1),
+                flip=False,
+                vae=encoder,
+                text=None,
+                cache_dir=paths.cache_folder(),
+                report=report,
+                check_interrupt=host.progress.raise_if_interrupted,
+            )
     finally:
         encoder.free()
-    means = [latents_room.in_model_space(encoded.store.load(item.latent)["mean"][None], about.latent_format)[0] for item in encoded.items]
-    return rated_by(score_model, means, vae.device, report, host.progress.interrupted)
+    means = [
+        latents_room.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], about.latent_format)[0]
+        for item in encoded.items
+    ]
+    return rate_latents(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
 
 
-def latents_scored(score_model, latent, vae, report):
+def score_latent_samples(score_model, latent, vae, report):
     """((scores, spreads), index -> picture, names)"""
     samples, about = latent["samples"], score_model.about
-    check_fits(about, "", samples.shape[1])
-    found = rated_by(score_model, list(latents_room.in_model_space(samples, about.latent_format)), samples.device, report, host.progress.interrupted)
-    pictures = (lambda i: as_picture(vae.decode(samples[i : i + 1]))) if vae is not None else lambda i: Image.new("RGB", (64, 64), "#000000")
+    check_score_latent_format(about, "", samples.shape[1])
+    found = rate_latents(
+        score_model,
+        list(latents_room.latent_to_model_space(samples, about.latent_format)),
+        samples.device,
+        report,
+        host.progress.raise_if_interrupted,
+    )
+    pictures = (
+        (lambda i: first_frame_to_image(vae.decode(samples[i : i + 1])))
+        if vae is not None
+        else lambda i: Image.new("RGB", (64, 64), "#000000")
+    )
     return found, pictures, [f"latent {i}" for i in range(len(samples))]
 
 
-def as_picture(images) -> Image.Image:
+def first_frame_to_image(images) -> Image.Image:
     """The first of IMAGE (B, H, W, 3) or (B, frames, H, W, 3)."""
     array = images.reshape(-1, *images.shape[-3:])[0].clamp(0, 1).cpu().float().numpy()
     return Image.fromarray((array * 255).round().astype(np.uint8))
 
 
-def as_tensor(picture) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
-
-
-def score_words(about, scores, spreads, names) -> str:
+def format_score_report(about, scores, spreads, names) -> str:
     head = f"{len(scores)} pictures scored: mean {np.mean(scores):.3f}, from {min(scores):.3f} to {max(scores):.3f}"
     warned = [] if about.trained else ["This score model cannot be told from chance; its scores say nothing."]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
@@ -388,7 +591,7 @@ class RankAndFilter(io.ComfyNode):
             description="Keep the pictures with the best scores: a share of them, those above a threshold, or so many.",
             search_aliases=["top pictures", "select best", "score threshold", "sort dataset", "cull"],
             inputs=[
-                Dataset.Input("dataset", tooltip="Pictures with scores, from Score Images or Load Rated Pictures."),
+                DatasetType.Input("dataset", tooltip="Pictures with scores, from Score Images or Load Rated Pictures."),
                 io.Float.Input(
                     "scores",
                     optional=True,
@@ -396,14 +599,17 @@ class RankAndFilter(io.ComfyNode):
                     default=0.0,
                     min=-1_000_000.0,
                     max=1_000_000.0,
-                    tooltip="Other scores, one for each picture, in place of those in the dataset. (-1000000 to 1000000)",
+                    tooltip="Other scores, one for each picture, in place of those in the dataset. (-1000000 to "
+                    "1000000)",
                 ),
-                *inputs(RankSettings),
+                *settings_inputs(RankSettings),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The pictures that stay."),
-                Dataset.Output("rest", display_name="rest", tooltip="The pictures that go."),
-                io.Image.Output("sheet", display_name="sheet", tooltip="What stays at its best and worst, then what goes."),
+                DatasetType.Output("dataset", display_name="dataset", tooltip="The pictures that stay."),
+                DatasetType.Output("rest", display_name="rest", tooltip="The pictures that go."),
+                io.Image.Output(
+                    "sheet", display_name="sheet", tooltip="What stays at its best and worst, then what goes."
+                ),
                 io.String.Output("report", display_name="report", tooltip="How many stay, and between which scores."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -413,18 +619,26 @@ class RankAndFilter(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, scores=None, **widgets):
-        settings = record(RankSettings, {name: values[0] for name, values in widgets.items()})
-        whole = scored(dataset[0], scores) if scores else dataset[0]
-        stays, goes = ranked(whole, settings)
-        words = "\n".join(f"{len(part)} pictures {what}" + score_range(part) for part, what in ((stays, "stay"), (goes, "go")))
+        settings = settings_from_widgets(RankSettings, {name: values[0] for name, values in widgets.items()})
+        whole = set_image_scores(dataset[0], scores) if scores else dataset[0]
+        stays, goes = select_by_score(whole, settings)
+        words = "\n".join(
+            f"{len(part)} pictures {what}" + format_score_range(part) for part, what in ((stays, "stay"), (goes, "go"))
+        )
         shown = Pictures((*stays.records, *goes.records))
-        sheet = as_tensor(best_and_worst([r.score for r in shown], lambda i: thumbnail(shown[i]), [printable(Path(r.path).name) for r in shown],
-                                         title=words.replace("\n", ", ")))  # fmt: skip
-        host.progress.show(words.splitlines()[0], cls.hidden.unique_id)
+        sheet = image_to_batch_tensor(
+            draw_best_and_worst_sheet(
+                [r.score for r in shown],
+                lambda i: make_thumbnail(shown[i]),
+                [make_printable(Path(r.path).name) for r in shown],
+                title=words.replace("\n", ", "),
+            )
+        )
+        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(stays, goes, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def score_range(dataset) -> str:
+def format_score_range(dataset) -> str:
     scores = [r.score for r in dataset]
     return f", scores from {min(scores):g} to {max(scores):g}" if scores else ""
 

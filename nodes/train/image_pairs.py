@@ -6,16 +6,27 @@ import dataclasses
 
 from comfy_api.latest import io
 
-from ...trainers.data.encoded import Encoded as EncodedData
-from ...trainers.data.pairs import paired, pairs_of
-from ...trainers.methods.image_pairs import Change, ImageSlider
-from ...trainers.methods.rollouts import Model
+from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.pairs import collect_image_pairs, pair_datasets
+from ...trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from ...trainers.methods.rollouts import StudentTeacherModel
 from ...trainers.monitor import fixed_batches
-from ...trainers.monitor.strength_curve import along, measure
+from ...trainers.monitor.strength_curve import make_axis_projection, measure_strength_curve
 from .. import host
-from ..fields import CATEGORY, Dataset, Encoded
-from .job import largest, picture_probe, resolution
-from .widgets import HIDDEN, DifferenceJob, common, drawer, lately, levels_only, recipes, results, run_widgets, trained
+from ..fields import CATEGORY, DatasetType, EncodedType
+from .job import dataset_gradient_check_inputs, largest_latent_shape, most_common_resolution
+from .widgets import (
+    HIDDEN_INPUTS,
+    DifferenceJob,
+    check_unused_noise_settings,
+    common_job_arguments,
+    make_appended_inputs,
+    make_curve_sampler,
+    make_run_inputs,
+    make_settings_inputs,
+    make_training_outputs,
+    run_difference_job,
+)
 
 
 class ImagePairs(io.ComfyNode):
@@ -25,28 +36,42 @@ class ImagePairs(io.ComfyNode):
             node_id="TrainyardImagePairs",
             display_name="Image Pairs",
             category=CATEGORY,
-            description="Two folders as pairs: pictures of the same file name show one scene with more and with less of an attribute. "
-            "For image-pair sliders (more at +1, less at -1), and for Train Difference (after, before).",
-            search_aliases=["slider dataset", "before after", "positive negative images", "addift pairs", "concept slider"],
+            description="Two folders as pairs: pictures of the same file name show one scene with more and with less "
+            "of an attribute. For image-pair sliders (more at +1, less at -1), and for Train Difference (after, "
+            "before).",
+            search_aliases=[
+                "slider dataset",
+                "before after",
+                "positive negative images",
+                "addift pairs",
+                "concept slider",
+            ],
             inputs=[
-                Dataset.Input("positive", tooltip="Pictures with more of the attribute, or after the change."),
-                Dataset.Input("negative", tooltip="Pictures with less of it, or before the change; the same file names."),
+                DatasetType.Input("positive", tooltip="Pictures with more of the attribute, or after the change."),
+                DatasetType.Input(
+                    "negative", tooltip="Pictures with less of it, or before the change; the same file names."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=0.01,
                     max=100.0,
                     step=0.25,
-                    tooltip="The positive pictures are learnt at this strength, the negative ones at minus it. (0.01 to 100)",
+                    tooltip="The positive pictures are learnt at this strength, the negative ones at minus it. (0.01 "
+                    "to 100)",
                 ),
-                Dataset.Input("pairs", optional=True, tooltip="From another Image Pairs node, for graded sliders such as 2, 1, -1, -2."),
+                DatasetType.Input(
+                    "pairs",
+                    optional=True,
+                    tooltip="From another Image Pairs node, for graded sliders such as 2, 1, -1, -2.",
+                ),
             ],
-            outputs=[Dataset.Output("dataset", display_name="dataset", tooltip="Both sides, for Encode Dataset.")],
+            outputs=[DatasetType.Output("dataset", display_name="dataset", tooltip="Both sides, for Encode Dataset.")],
         )
 
     @classmethod
     def execute(cls, positive, negative, strength, pairs=None):
-        return io.NodeOutput(paired(positive, negative, strength, pairs))
+        return io.NodeOutput(pair_datasets(positive, negative, strength, pairs))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,18 +84,18 @@ class PairJob(DifferenceJob):
 
     @property
     def kind(self):
-        return f"{self.method_of.__name__} 1"
+        return f"{self.method_of.fingerprint_name} 1"
 
     def check(self):
-        host.checks.check_latents(self.model, self.data.channels)
-        levels_only(self.noise, "both sides of a pair are shown the same noise", idle=("perturbation",))
-        refuse_equal(pairs_of(self.data), self.data)
+        host.checks.check_latent_channels(self.model, self.data.channels)
+        check_unused_noise_settings(self.noise, "both sides of a pair are shown the same noise", idle=("perturbation",))
+        check_pairs_differ(collect_image_pairs(self.data), self.data)
 
     def parts(self):
         return self.data.fingerprint, self.strength
 
     def largest(self):
-        return largest(self.data)
+        return largest_latent_shape(self.data)
 
     def method(self, session):
         more = {} if self.method_of is ImageSlider else {"strength": self.strength}
@@ -84,39 +109,49 @@ class PairJob(DifferenceJob):
         return {what: count / self.run.steps for what, count in found.items()}
 
     def exam(self, session, method, data, count):
-        return fixed_batches.pair_exam(method, data, count, self.looking.settings.levels, self.run.batch)
+        return fixed_batches.build_pair_validation(method, data, count, self.looking.settings.levels, self.run.batch)
 
     def check_held_out(self, data):
         super().check_held_out(data)
-        pairs_of(data)
+        collect_image_pairs(data)
 
     def measured(self, session):
         """Along the mean difference of the pairs, on pictures of the first pair's caption."""
         first = self.student.items[0]
         same = [pair for pair in self.student.items if pair.latent == first.latent][:16]
-        rng, end = host.progress.generator(0), first.strengths[0]
-        sides = [self.data.batch([pair.at[s] for pair in same], host.progress.generator(0)) for s in (end, -end) if all(s in pair.at for pair in same)]
+        rng, end = host.progress.make_generator(0), first.strengths[0]
+        sides = [
+            self.data.batch([pair.at[s] for pair in same], host.progress.make_generator(0))
+            for s in (end, -end)
+            if all(s in pair.at for pair in same)
+        ]
         positive, negative = (session.denoiser.model_space(side.x0) for side in sides)
         cond = self.data.batch([first.at[end]], rng).conds[0]
         empty = self.data.store.load(self.data.empty) if self.data.empty else None
-        asking = Model(session.denoiser, session.adapters, {"scene": cond, "": empty or cond})
+        asking = StudentTeacherModel(session.denoiser, session.adapters, {"scene": cond, "": empty or cond})
         guidance = host.session.rollout_guidance(session, 0.0) if empty else 1.0
-        draw = drawer(asking, first.latent, "", guidance, self.run.seed)
-        effect = along((positive - negative).mean(0, keepdim=True))
-        return measure(draw, "scene", effect, unit="half the difference of the pairs")
+        draw = make_curve_sampler(asking, first.latent, "", guidance, self.run.seed)
+        effect = make_axis_projection((positive - negative).mean(0, keepdim=True))
+        return measure_strength_curve(draw, "scene", effect, unit="half the difference of the pairs")
 
     def probe(self, session):
-        return picture_probe(self.data, session)
+        return dataset_gradient_check_inputs(self.data, session)
 
     def about(self):
-        return dict(resolution=resolution(self.data), dataset={"images": len(self.data.items), "dropout": self.data.dropout})
+        return dict(
+            resolution=most_common_resolution(self.data),
+            dataset={"images": len(self.data.items), "dropout": self.data.dropout},
+        )
 
 
-def refuse_equal(pairs, data):
+def check_pairs_differ(pairs, data):
     """ValueError when no pair shows a difference: the same folder was chosen twice, say."""
     if all(len({data.items[index].latent for index in pair.at.values()}) == 1 for pair in pairs):
-        raise ValueError(f"Both pictures of every pair are the same, for example {data.items[next(iter(pairs[0].at.values()))].path}: there is "
-                         "no difference to learn. Choose two different folders.")
+        raise ValueError(
+            "Both pictures of every pair are the same, for example "
+            f"{data.items[next(iter(pairs[0].at.values()))].path}: there is no difference to learn. Choose two "
+            "different folders."
+        )
 
 
 class TrainImageSlider(io.ComfyNode):
@@ -126,24 +161,33 @@ class TrainImageSlider(io.ComfyNode):
             node_id="TrainyardTrainImageSlider",
             display_name="Train Slider (Image Pairs)",
             category=CATEGORY,
-            description="A slider from a few pairs of pictures: the positive ones at +1, the negative ones at -1, both in every step, with the "
-            "same noise.",
+            description="A slider from a few pairs of pictures: the positive ones at +1, the negative ones at -1, both "
+            "in every step, with the same noise.",
             search_aliases=["visual slider", "concept slider", "image slider", "lora slider", "before after"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
-                Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
-                *run_widgets(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
-                *recipes(points=False),
-                *lately(),
+                io.Model.Input(
+                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                ),
+                EncodedType.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
+                *make_run_inputs(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
+                *make_settings_inputs(points=False),
+                *make_appended_inputs(),
             ],
-            outputs=results(),
-            hidden=HIDDEN,
+            outputs=make_training_outputs(),
+            hidden=HIDDEN_INPUTS,
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model, encoded, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
-        return trained(cls, PairJob(data=encoded, method_of=ImageSlider, **common(cls, model, widgets, adapter, optimizer, noise, validation)))
+        return run_difference_job(
+            cls,
+            PairJob(
+                data=encoded,
+                method_of=ImageSlider,
+                **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
+            ),
+        )
 
 
 class TrainDifference(io.ComfyNode):
@@ -153,29 +197,41 @@ class TrainDifference(io.ComfyNode):
             node_id="TrainyardTrainDifference",
             display_name="Train Difference",
             category=CATEGORY,
-            description="Learn only what changed between a picture before and a picture after (ADDifT); one pair and a minute can be enough.",
+            description="Learn only what changed between a picture before and a picture after (ADDifT); one pair and a "
+            "minute can be enough.",
             search_aliases=["addift", "copy machine", "multi-addift", "before after", "edit lora"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
-                Encoded.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it: positive is after, negative is before."),
-                *run_widgets(100, 1e-4, 4, shown=("batch", "seed"), default="my_difference"),
+                io.Model.Input(
+                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                ),
+                EncodedType.Input(
+                    "encoded",
+                    tooltip="From Encode Dataset, with Image Pairs before it: positive is after, negative is before.",
+                ),
+                *make_run_inputs(100, 1e-4, 4, shown=("batch", "seed"), default="my_difference"),
                 io.Float.Input(
                     "strength",
                     default=0.25,
                     min=0.01,
                     max=10.0,
                     step=0.05,
-                    tooltip="The change is learnt at plus and minus this strength; strength 1 of the file then has more of it. (0.01 to 10)",
+                    tooltip="The change is learnt at plus and minus this strength; strength 1 of the file then has "
+                    "more of it. (0.01 to 10)",
                 ),
-                *recipes(points=False),
-                *lately(),
+                *make_settings_inputs(points=False),
+                *make_appended_inputs(),
             ],
-            outputs=results(),
-            hidden=HIDDEN,
+            outputs=make_training_outputs(),
+            hidden=HIDDEN_INPUTS,
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
-        job = PairJob(data=encoded, method_of=Change, strength=strength, **common(cls, model, widgets, adapter, optimizer, noise, validation))
-        return trained(cls, job)
+        job = PairJob(
+            data=encoded,
+            method_of=AddiftTraining,
+            strength=strength,
+            **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
+        )
+        return run_difference_job(cls, job)

@@ -1,4 +1,5 @@
-"""What every Train node does with a run: found finished or continued, trained on the loaded model, kept whatever happens."""
+"""What every Train node does with a run: found finished or continued, trained on the loaded model, kept whatever
+happens."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ import math
 
 from ...trainers.files import LoraFile, lora_metadata
 from ...trainers.loop import train
-from ...trainers.memory.compile import of_the_compiler, reason, without
-from ...trainers.monitor.strength_curve import Curve
-from ...trainers.runs import RunFolder, told
-from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, fingerprint
+from ...trainers.memory.compile import describe_compile_error, format_not_compiled, is_compile_error
+from ...trainers.monitor.strength_curve import StrengthCurve
+from ...trainers.runs import RunFolder, read_run_record
+from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, compute_fingerprint
 from .. import host, paths
 from ..page import live
 from . import planner
-from .validation import Looking, board_of, watching
+from .validation import MonitorConfig, make_validation_monitor, open_tensorboard
 
-AFTER, EVERY, OFF = CALIBRATE = ("after training", "at every save", "off")
+CALIBRATE_AFTER, CALIBRATE_EVERY, CALIBRATE_OFF = CALIBRATE_MODES = ("after training", "at every save", "off")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,10 +36,10 @@ class TrainingJob:
     graph: dict
     node_id: str
     clip: object = None
-    calibrate: str = OFF
-    curve: Curve | None = None
+    calibrate: str = CALIBRATE_OFF
+    curve: StrengthCurve | None = None
     exported: LoraFile | None = None  # what was written last
-    looking: Looking | None = None  # Validation and Previews
+    looking: MonitorConfig | None = None  # Validation and Previews
     store: RunFolder | None = None
     live: live.Live | None = None
     watched: object = None  # what looked at the run
@@ -78,13 +79,13 @@ class TrainingJob:
 
     def watch(self, session, method):
         """What looks at the run between two steps (see trainers.loop.train), or None."""
-        return watching(self, session, method) if self.looking else None
+        return make_validation_monitor(self, session, method) if self.looking else None
 
     names_worst = True  # whether what is trained on has names
 
     def exam(self, session, method, data, count):
-        """The questions of the validation loss (trainers/monitor/) about `data`, at most `count` of them; None for methods
-        that are watched otherwise."""
+        """The questions of the validation loss (trainers/monitor/) about `data`, at most `count` of them; None for
+        methods that are watched otherwise."""
         return None
 
     def check_held_out(self, data):
@@ -92,8 +93,9 @@ class TrainingJob:
         data.require_conditionings()
 
     def sample_prompts(self):
-        """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for others."""
-        return captions_of(self.data) if getattr(self, "data", None) else ([], None)
+        """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for
+        others."""
+        return first_distinct_captions(self.data) if getattr(self, "data", None) else ([], None)
 
     def side(self) -> int:
         """px: the size of samples where no pictures are trained on that could tell."""
@@ -111,11 +113,11 @@ class TrainingJob:
         """Forwards that a step is expected to cost, by kind, for methods whose steps ask the model several times."""
         return {}
 
-    def measured(self, session) -> Curve | None:
+    def measured(self, session) -> StrengthCurve | None:
         """The curve of the adapters as they are now, for methods that have one."""
         return None
 
-    # -- the same for all ------------------------------------------------------------------------------------------------
+    # -- the same for all ----------------------------------------------------------------------------------------------
 
     def result(self):
         """(LoRA, losses, a line for the person). A run that is already finished is read from its file."""
@@ -123,8 +125,16 @@ class TrainingJob:
         if self.looking:
             self.looking.check_for(self)
         ending = self.looking.settings.ending() if self.looking else {}
-        self.store = folder = RunFolder(paths.runs_folder(), self.name, self.fingerprint(), self.recipe(), self.run.steps, ending=ending, graph=self.graph)
-        self.live = live.begun(self.node_id, self.graph, self.name, folder.folder.name, self.run.steps)
+        self.store = folder = RunFolder(
+            paths.runs_folder(),
+            self.name,
+            self.fingerprint(),
+            self.recipe(),
+            self.run.steps,
+            ending=ending,
+            graph=self.graph,
+        )
+        self.live = live.start_live_run(self.node_id, self.graph, self.name, folder.folder.name, self.run.steps)
         if (done := folder.finished()) is not None:
             line = f"already trained: {folder.lora_path(self.run.steps).name} was read, nothing was trained again"
             self.live.recall(done[1], folder.read().get("watch") or {}, line)
@@ -137,34 +147,60 @@ class TrainingJob:
 
     def line(self, losses, lora, folder) -> str:
         """What was done, for a person."""
-        done = f"{len(losses)} steps" if len(losses) == self.run.steps else f"{len(losses)} of {self.run.steps} steps, ended early"
+        done = (
+            f"{len(losses)} steps"
+            if len(losses) == self.run.steps
+            else f"{len(losses)} of {self.run.steps} steps, ended early"
+        )
         best = f", the weights of step {lora.steps} are the result" if lora.steps != len(losses) else ""
         loss = sum(losses[-20:]) / len(losses[-20:])
         more = "".join(f"; {said}" for said in (self.seen_line(), self.remark) if said)
-        return f"{done}, loss {loss:.4f}, {len(host.lora_keys.bases(lora))} layers in {folder.folder.name}{best}{more}"
+        return (
+            f"{done}, loss {loss:.4f}, {len(host.lora_keys.list_lora_layers(lora))} layers in "
+            f"{folder.folder.name}{best}{more}"
+        )
 
     def seen_line(self) -> str:
         return getattr(self.watched, "line", str)()
 
     def recipe(self) -> dict:
         records = (self.adapter, self.optimizing, self.noise, self.run, *self.records())
-        recipe = {type(r).__name__: r.to_dict() for r in records} | {"checkpointing": self.checkpointing, "compile_blocks": self.compile_blocks, **self.about()["dataset"]}
-        return recipe | {"model": live.model_of(self.graph, self.node_id)}
+        recipe = {type(r).__name__: r.to_dict() for r in records} | {
+            "checkpointing": self.checkpointing,
+            "compile_blocks": self.compile_blocks,
+            **self.about()["dataset"],
+        }
+        return recipe | {"model": live.find_model_file(self.graph, self.node_id)}
 
     def fingerprint(self) -> str:
-        """Of all that changes the result. The number of steps is not part of it, so that a run can be continued to more."""
+        """Of all that changes the result. The number of steps is not part of it, so that a run can be continued to
+        more."""
         run = {k: v for k, v in self.run.to_dict().items() if k not in ("steps", "save_every")}
-        clip = host.identity.identity(self.clip.patcher, self.clip.layer_idx) if self.adapter.text_encoder and self.clip else ""
-        return fingerprint(
-            self.kind, *self.parts(), host.identity.model_identity(self.model), clip, self.adapter, self.optimizing, self.noise, run
+        clip = (
+            host.identity.hash_patched_weights(self.clip.patcher, self.clip.layer_idx)
+            if self.adapter.text_encoder and self.clip
+            else ""
+        )
+        return compute_fingerprint(
+            self.kind,
+            *self.parts(),
+            host.identity.hash_model_and_schedule(self.model),
+            clip,
+            self.adapter,
+            self.optimizing,
+            self.noise,
+            run,
         )
 
     def sized(self, folder):
-        """Batch and accumulate as an earlier part of the run had them; a batch that is left open is one picture until it is chosen."""
+        """Batch and accumulate as an earlier part of the run had them; a batch that is left open is one picture until
+        it is chosen."""
         begun = folder.begun()
         self.chooses_batch = not begun and self.run.batch == 0
         self.may_split = not begun and not self.chooses_batch
-        self.take(folder.sizes.get("batch", self.run.batch or 1), folder.sizes.get("accumulate", self.optimizing.accumulate))
+        self.take(
+            folder.sizes.get("batch", self.run.batch or 1), folder.sizes.get("accumulate", self.optimizing.accumulate)
+        )
 
     def take(self, batch: int, accumulate: int):
         self.run = dataclasses.replace(self.run, batch=batch)
@@ -180,83 +216,115 @@ class TrainingJob:
         except BaseException as error:
             self.live.broken(error)
             if folder.saved:
-                host.progress.show(f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id)
+                host.progress.show_node_text(
+                    f"stopped; step {folder.saved} of {self.run.steps} is saved, Run goes on from there", self.node_id
+                )
             raise
-        host.lora_keys.check_loads(self.model, self.clip, lora)
+        host.lora_keys.check_lora_loads(self.model, self.clip, lora)
         return lora, losses
 
     def attempts(self, folder):
-        """(LoRA, losses). Once more from the last saved step when memory runs out and the user allows it, under the plan that needs less, and
-        when a program for a block cannot be made in the middle of a step, without compiling."""
+        """(LoRA, losses). Once more from the last saved step when memory runs out and the user allows it, under the
+        plan that needs less, and when a program for a block cannot be made in the middle of a step, without
+        compiling."""
         try:
             return self.attempt(folder, self.checkpointing)
         except host.memory.OutOfMemory as error:
             if not (self.retry_cheaper and error.cheaper):
                 raise
-            plan, why = error.cheaper, f"out of memory with checkpointing {error.plan!r}; once more with {error.cheaper!r}"
+            plan, why = (
+                error.cheaper,
+                f"out of memory with checkpointing {error.plan!r}; once more with {error.cheaper!r}",
+            )
         except Exception as error:
-            if not (self.compile_blocks and of_the_compiler(error)):
+            if not (self.compile_blocks and is_compile_error(error)):
                 raise
-            self.compile_blocks, plan, why = False, self.checkpointing, without(reason(error))
+            self.compile_blocks, plan, why = (
+                False,
+                self.checkpointing,
+                format_not_compiled(describe_compile_error(error)),
+            )
             self.remark = why
         folder.export = self.watched = None  # they hold the failed step
-        host.memory.let_go()
+        host.memory.release_cached_memory()
         self.live.say(why)
         return self.attempt(folder, plan)
 
     def attempt(self, folder, checkpointing):
-        self.memory = host.memory.training_memory(self.model, self.largest(), self.run.batch, checkpointing) + self.room()
+        self.memory = (
+            host.memory.estimate_training_memory(self.model, self.largest(), self.run.batch, checkpointing)
+            + self.room()
+        )
         plan = checkpointing
         try:
-            with host.session.training(
-                self.model, self.adapter, clip=self.clip, seed=self.run.seed, checkpointing=checkpointing, memory=self.memory,
+            with host.session.open_training_session(
+                self.model,
+                self.adapter,
+                clip=self.clip,
+                seed=self.run.seed,
+                checkpointing=checkpointing,
+                memory=self.memory,
                 compiling=self.tell if self.compile_blocks else None,
             ) as session:
                 if not session.family.known:
                     host.checks.check_gradients(session, *self.probe(session))
-                method, forecast = planner.prepared(session, self, checkpointing)
+                method, forecast = planner.plan_run(session, self, checkpointing)
                 self.foretell(forecast, folder)
                 folder.sizes = {"batch": self.run.batch, "accumulate": self.optimizing.accumulate}
                 self.chooses_batch = self.may_split = False
                 plan = session.blocks.plan
                 folder.export = lambda step: self.lora(session, step)
-                with board_of(self) as board:
-                    report = Reports(self.live, board, host.progress.Report(self.run.steps, self.node_id))
+                with open_tensorboard(self) as board:
+                    report = ReporterGroup(
+                        self.live, board, host.progress.NodeProgressReporter(self.run.steps, self.node_id)
+                    )
                     self.watched = self.watch(session, method)
                     losses = train(method, self.run, self.optimizing, report=report, store=folder, watch=self.watched)
                 return self.exported, losses
         except Exception as error:
-            if host.memory.out_of_memory(error):
+            if host.memory.is_out_of_memory_error(error):
                 raise host.memory.OutOfMemory(self.run, plan) from error
             raise
 
     def tell(self, text: str):
         self.remark = text
         self.live.say(text)
-        host.progress.show(text, self.node_id)
+        host.progress.show_node_text(text, self.node_id)
         logging.info("Trainyard: %s: %s", self.name, text)
 
     def foretell(self, forecast, folder):
-        """Says what the rest of the run will cost: memory and time, where they were measured, and forwards, where they are planned."""
-        done = (told(folder.folder / "run.json") or {}).get("step", 0)
+        """Says what the rest of the run will cost: memory and time, where they were measured, and forwards, where they
+        are planned."""
+        done = (read_run_record(folder.folder / "run.json") or {}).get("step", 0)
         parts = [forecast.line(max(0, self.run.steps - done))] if forecast else []
         if found := self.planned():
-            parts.append(f"forwards per step: {parted(found, 1)} planned")
+            parts.append(f"forwards per step: {format_counts_per_step(found, 1)} planned")
         if not parts:
             return
         line = "; ".join(parts)
         self.live.say(line)
-        host.progress.show(line, self.node_id)
+        host.progress.show_node_text(line, self.node_id)
         logging.info("Trainyard: %s: %s", self.name, line)
 
     def lora(self, session, steps):
         tensors, untouched = session.tensors()
         if untouched:
-            host.progress.say_once(f"{len(untouched)} layers are never used by this model and are left out of the file, for example {untouched[0]}")
+            host.progress.log_once(
+                f"{len(untouched)} layers are never used by this model and are left out of the file, for example "
+                f"{untouched[0]}"
+            )
         metadata = lora_metadata(
-            title=self.name, base=session.family.base, architecture=session.family.architecture, prediction=session.denoiser.prediction,
-            adapter=self.adapter, optimizing=self.optimizing, noise=self.noise, run=self.run, steps=steps, **self.about(),
-        )  # fmt: skip
+            title=self.name,
+            base=session.family.base,
+            architecture=session.family.architecture,
+            prediction=session.denoiser.prediction,
+            adapter=self.adapter,
+            optimizing=self.optimizing,
+            noise=self.noise,
+            run=self.run,
+            steps=steps,
+            **self.about(),
+        )
         if self.calibrates(steps):
             self.curve = self.measured(session)
             metadata["trainyard.curve"] = self.curve.to_json()
@@ -266,11 +334,15 @@ class TrainingJob:
     def calibrates(self, step) -> bool:
         """Whether the file of this step gets its curve; a run that is stopped in between does not wait for one."""
         every, why = self.run.save_every, self.store.why if self.store else ""
-        due = why == "finished" or step == self.run.steps or (self.calibrate == EVERY and every > 0 and step % every == 0)
-        return self.calibrate != OFF and due and why != "best"
+        due = (
+            why == "finished"
+            or step == self.run.steps
+            or (self.calibrate == CALIBRATE_EVERY and every > 0 and step % every == 0)
+        )
+        return self.calibrate != CALIBRATE_OFF and due and why != "best"
 
 
-class Reports:
+class ReporterGroup:
     """One report to the page's chart, to TensorBoard and to the host, which may raise its interrupt."""
 
     def __init__(self, *to):
@@ -281,39 +353,44 @@ class Reports:
             getattr(report, "report", report)(progress)
 
 
-def parted(counts, steps) -> str:
+def format_counts_per_step(counts, steps) -> str:
     """4.0 (2.0 frozen + 2.0 student)"""
     parts = " + ".join(f"{count / steps:.1f} {what}" for what, count in counts.items() if count)
     return f"{sum(counts.values()) / steps:.1f} ({parts})"
 
 
-def first(values):
+def unwrap_list_input(values):
     """The value behind an input of a node whose inputs come as lists."""
     return values[0] if values else None
 
 
-def largest(data) -> tuple[int, ...]:
+def largest_latent_shape(data) -> tuple[int, ...]:
     return max({item.shape for item in data.items}, key=math.prod)
 
 
-def resolution(data) -> str:
+def most_common_resolution(data) -> str:
     """The commonest picture size as WIDTHxHEIGHT in pixels, or "unknown" where only latents were given."""
     buckets = collections.Counter(item.bucket for item in data.items if item.bucket)
     return "x".join(map(str, buckets.most_common(1)[0][0])) if buckets else "unknown"
 
 
-def picture_probe(data, session):
-    batch = data.batch([0], host.progress.generator(0))
+def dataset_gradient_check_inputs(data, session):
+    batch = data.batch([0], host.progress.make_generator(0))
     return session.denoiser.model_space(batch.x0), batch.conds
 
 
-def captions_of(data, count: int = 2):
-    """([(text, conditioning)], (text, conditioning) of the empty caption or None): the first captions of a dataset that differ."""
+def first_distinct_captions(data, count: int = 2):
+    """([(text, conditioning)], (text, conditioning) of the empty caption or None): the first captions of a dataset that
+    differ."""
     plain, found = dataclasses.replace(data, dropout=0.0), {}
     for pick in range(min(len(data.items), 50)):
-        batch = plain.batch([pick], host.progress.generator(0))
+        batch = plain.batch([pick], host.progress.make_generator(0))
         found.setdefault(batch.captions[0] or f"caption {len(found) + 1}", batch.conds[0])
         if len(found) == count:
             break
-    away = None if data.empty is None else ("", {**data.store.load(data.empty), **host.session.sizes_of(next(iter(found.values())))})
+    away = (
+        None
+        if data.empty is None
+        else ("", {**data.store.load(data.empty), **host.session.extract_size_conditioning(next(iter(found.values())))})
+    )
     return list(found.items()), away

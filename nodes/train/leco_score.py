@@ -11,48 +11,72 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.data.encoded import Encoded as EncodedData
-from ...trainers.data.signed_prompts import SignedPrompt, read_signed, read_signed_file, some
-from ...trainers.methods.leco_score import (
-    ORIGINAL,
-    TARGETS,
-    Injected,
-    LecoScore,
-    LecoScoreSettings,
-    check,
-    reads,
-    tasks_of,
-    texts_to_read,
-    walking,
+from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.signed_prompts import (
+    SignedPrompt,
+    read_signed_prompt_file,
+    read_signed_prompts,
+    sample_signed_prompts,
 )
-from ...trainers.methods.rollouts import Model, noise_of
-from ...trainers.monitor.score_monitor import ScoreWatch, WatchedScore, judged
-from ...trainers.monitor.strength_curve import drawn, measure
+from ...trainers.methods.leco_score import (
+    ORIGINAL_LECO_SCORE,
+    SCORE_TARGETS,
+    LecoScoreSettings,
+    LecoScoreTraining,
+    NoisedImageStates,
+    build_score_tasks,
+    check_target_scorers,
+    is_text_scorer,
+    list_score_texts,
+    make_rollout_states,
+)
+from ...trainers.methods.rollouts import StudentTeacherModel, sample_latent_noise
+from ...trainers.monitor.score_monitor import ScoreAndValidationMonitor, ScoreMonitor, score_latents
+from ...trainers.monitor.strength_curve import measure_strength_curve, sample_from_noise
 from ...trainers.runs import RunFolder
-from ...trainers.scores.files import check_fits, identity_of
-from ...trainers.scores.networks import TRUNKS, check_rates
-from ...trainers.scores.networks import ScoreModel as Scores
-from ...trainers.settings import Settings, number
+from ...trainers.scores.files import check_score_latent_format, score_model_identity
+from ...trainers.scores.networks import LATENT_BACKBONES, check_trained_head
+from ...trainers.scores.networks import ScorerEnsemble as Scores
+from ...trainers.settings import Settings, number_field
 from .. import host, paths
-from ..fields import CATEGORY, Encoded, LoraModel, LossMap, ScoreModel, inputs, record
+from ..fields import (
+    CATEGORY,
+    EncodedType,
+    LoraModelType,
+    LossMapType,
+    ScoreModelType,
+    settings_from_widgets,
+    settings_inputs,
+)
 from ..scores import latents
 from . import planner
-from .job import OFF, TrainingJob, first, largest
-from .validation import watching
-from .widgets import HIDDEN, common, forwards, looking, recipes, run_widgets
+from .job import CALIBRATE_OFF, TrainingJob, largest_latent_shape, unwrap_list_input
+from .validation import make_validation_monitor
+from .widgets import (
+    HIDDEN_INPUTS,
+    common_job_arguments,
+    format_forward_counts,
+    make_run_inputs,
+    make_settings_inputs,
+    make_validation_input,
+)
 
-SignedPrompts = io.Custom("TRAINYARD_SIGNED_PROMPTS")  # tuple of trainers.data.signed_prompts.SignedPrompt
-LecoScoreRecipe = io.Custom("TRAINYARD_LECO_SCORE")
-ScoreMix = io.Custom("TRAINYARD_SCORE_MIX")  # tuple of (ScoreModel, weight)
+SignedPromptsType = io.Custom("TRAINYARD_SIGNED_PROMPTS")  # tuple of trainers.data.signed_prompts.SignedPrompt
+LecoScoreSettingsType = io.Custom("TRAINYARD_LECO_SCORE")
+ScoreMixType = io.Custom("TRAINYARD_SCORE_MIX")  # tuple of (ScoreModel, weight)
 
 ORIGINAL_RECIPE = "original recipe"
-SAID = "trainyard.watch"  # key of the metadata: what was seen, for a person
-UNIT = "standard deviations of the ratings"
-STRENGTHS, BOTH_WAYS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-PICTURES, STEPS, SCENES = 4, 8, 2  # of each look: pictures a prompt, steps a picture, prompts
+MONITOR_METADATA_KEY = "trainyard.watch"  # key of the metadata: what was seen, for a person
+SCORE_UNIT = "standard deviations of the ratings"
+SCORE_CURVE_STRENGTHS, SLIDER_CURVE_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+PREVIEW_IMAGES_PER_PROMPT, PREVIEW_SAMPLING_STEPS, MAX_PREVIEW_PROMPTS = (
+    4,
+    8,
+    2,
+)  # of each look: pictures a prompt, steps a picture, prompts
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 class LoadSignedPrompts(io.ComfyNode):
@@ -62,53 +86,75 @@ class LoadSignedPrompts(io.ComfyNode):
             node_id="TrainyardLoadSignedPrompts",
             display_name="Load Signed Prompts",
             category=CATEGORY,
-            description="Prompts with a direction for Train LECO-Score: 1 makes their pictures better, -1 worse, 0 leaves them as they are.",
+            description="Prompts with a direction for Train LECO-Score: 1 makes their pictures better, -1 worse, 0 "
+            "leaves them as they are.",
             search_aliases=["partiprompts", "prompt list", "reward prompts", "weighted prompts", "score prompts"],
             is_input_list=True,
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[choice for choice in paths.prompt_files() if choice == paths.NO_FILE or Path(choice).suffix.lower() in (".txt", ".csv", ".tsv")],
-                    tooltip="A .txt, .csv or .tsv file in ComfyUI's input or datasets folder, or the text below. Press R after adding one.",
+                    options=[
+                        choice
+                        for choice in paths.list_prompt_files()
+                        if choice == paths.NO_PROMPT_FILE or Path(choice).suffix.lower() in (".txt", ".csv", ".tsv")
+                    ],
+                    tooltip="A .txt, .csv or .tsv file in ComfyUI's input or datasets folder, or the text below. Press "
+                    "R after adding one.",
                 ),
                 io.String.Input(
                     "text",
                     default="",
                     multiline=True,
-                    tooltip="Used when no file is chosen: one prompt a line, or weight | prompt | negative. A list of texts may be connected.",
+                    tooltip="Used when no file is chosen: one prompt a line, or weight | prompt | negative. A list of "
+                    "texts may be connected.",
                 ),
                 io.Int.Input(
-                    "count", default=0, min=0, max=100_000, tooltip="Takes so many of the prompts, drawn by seed. 0 takes them all. (0 to 100000 prompts)"
+                    "count",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="Takes so many of the prompts, drawn by seed. 0 takes them all. (0 to 100000 prompts)",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=io.ControlAfterGenerate.fixed, advanced=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    advanced=True,
                     tooltip="Which prompts are taken when count is not 0. (0 to 9223372036854775807)",
                 ),
             ],
             outputs=[
-                SignedPrompts.Output("prompts", display_name="prompts", tooltip="For the prompts input of Train LECO-Score."),
+                SignedPromptsType.Output(
+                    "prompts", display_name="prompts", tooltip="For the prompts input of Train LECO-Score."
+                ),
                 io.String.Output("about", display_name="about", tooltip="Every prompt, as it was understood."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, file, **_):
-        choice = first(file) if isinstance(file, list) else file
-        return paths.state_of(paths.prompt_file(choice)) if choice != paths.NO_FILE else ""
+        choice = unwrap_list_input(file) if isinstance(file, list) else file
+        return paths.file_change_stamp(paths.resolve_prompt_file(choice)) if choice != paths.NO_PROMPT_FILE else ""
 
     @classmethod
     def execute(cls, file, text, count, seed):
-        rows = read_signed("\n".join(text)) if first(file) == paths.NO_FILE else read_signed_file(paths.prompt_file(first(file)))
-        rows = some(rows, first(count), first(seed))
-        return io.NodeOutput(rows, "\n".join(map(about, rows)))
+        rows = (
+            read_signed_prompts("\n".join(text))
+            if unwrap_list_input(file) == paths.NO_PROMPT_FILE
+            else read_signed_prompt_file(paths.resolve_prompt_file(unwrap_list_input(file)))
+        )
+        rows = sample_signed_prompts(rows, unwrap_list_input(count), unwrap_list_input(seed))
+        return io.NodeOutput(rows, "\n".join(map(format_signed_prompt, rows)))
 
 
-def about(row: SignedPrompt) -> str:
+def format_signed_prompt(row: SignedPrompt) -> str:
     direction = {1.0: "better", -1.0: "worse", 0.0: "kept"}[row.sign]
     return f"{direction} ({row.weight:g}): {row.prompt}" + (f" | negative {row.negative}" if row.negative else "")
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 
 
 class ScoreMixer(io.ComfyNode):
@@ -118,18 +164,29 @@ class ScoreMixer(io.ComfyNode):
             node_id="TrainyardScoreMix",
             display_name="Score Mix",
             category=CATEGORY,
-            description="One more score model with a weight, for Train LECO-Score. Chain several; the one on the Train node itself has weight 1.",
+            description="One more score model with a weight, for Train LECO-Score. Chain several; the one on the Train "
+            "node itself has weight 1.",
             search_aliases=["several rewards", "combine score models", "reward mix", "weighted rewards"],
             inputs=[
-                ScoreModel.Input("score_model", tooltip="From Load Score Model or Train Score Model."),
+                ScoreModelType.Input("score_model", tooltip="From Load Score Model or Train Score Model."),
                 io.Float.Input(
-                    "weight", default=0.5, min=-100.0, max=100.0, step=0.05,
+                    "weight",
+                    default=0.5,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.05,
                     tooltip="How much this score counts against the others; below 0 it is pushed down. (-100 to 100)",
                 ),
-                ScoreMix.Input("more_scores", optional=True, tooltip="From another Score Mix."),
+                ScoreMixType.Input("more_scores", optional=True, tooltip="From another Score Mix."),
             ],
-            outputs=[ScoreMix.Output("more_scores", display_name="more_scores", tooltip="For more_scores of Train LECO-Score or of another Score Mix.")],
-        )  # fmt: skip
+            outputs=[
+                ScoreMixType.Output(
+                    "more_scores",
+                    display_name="more_scores",
+                    tooltip="For more_scores of Train LECO-Score or of another Score Mix.",
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, score_model, weight, more_scores=()):
@@ -143,37 +200,58 @@ class LecoScoreOptions(io.ComfyNode):
             node_id="TrainyardLecoScoreSettings",
             display_name="LECO-Score Settings",
             category=f"{CATEGORY}/settings",
-            description="What holds LECO-score back and where it grades: anchor, step range, slider, caps, and how it is watched. Without it the "
-            "defaults hold.",
+            description="What holds LECO-score back and where it grades: anchor, step range, slider, caps, and how it "
+            "is watched. Without it the defaults hold.",
             search_aliases=["anchor", "kl", "reward hacking", "early stop", "srpo", "step range"],
-            inputs=[*inputs(LecoScoreSettings, without=("target",)), *inputs(WatchSettings)],
-            outputs=[LecoScoreRecipe.Output("settings", display_name="settings", tooltip="For the settings input of Train LECO-Score.")],
+            inputs=[*settings_inputs(LecoScoreSettings, without=("target",)), *settings_inputs(WatchSettings)],
+            outputs=[
+                LecoScoreSettingsType.Output(
+                    "settings", display_name="settings", tooltip="For the settings input of Train LECO-Score."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, **widgets):
-        return io.NodeOutput((record(LecoScoreSettings, widgets), record(WatchSettings, widgets)))
+        return io.NodeOutput(
+            (settings_from_widgets(LecoScoreSettings, widgets), settings_from_widgets(WatchSettings, widgets))
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchSettings(Settings):
     """How a run is looked at."""
 
-    watch_every: int = number(50, 1, 1_000_000, "Pictures are drawn and judged every so many steps.", unit="optimizer steps")
-    patience: int = number(2, 1, 1000, "With a held-out score model: the run ends after so many looks in a row below its best, while the trained "
-                           "score rises.", unit="looks")  # fmt: skip
+    watch_every: int = number_field(
+        50, 1, 1_000_000, "Pictures are drawn and judged every so many steps.", unit="optimizer steps"
+    )
+    patience: int = number_field(
+        2,
+        1,
+        1000,
+        "With a held-out score model: the run ends after so many looks in a row below its best, while the trained "
+        "score rises.",
+        unit="looks",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorePlace(Settings):
-    resolution: int = number(512, 16, 8192, "Ways are walked and pictures judged at this size. Best what the score model was trained on.", unit="px", step=8)
+    resolution: int = number_field(
+        512,
+        16,
+        8192,
+        "Ways are walked and pictures judged at this size. Best what the score model was trained on.",
+        unit="px",
+        step=8,
+    )
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(kw_only=True)
-class ScoreJob(TrainingJob):
+class LecoScoreJob(TrainingJob):
     """LECO-score."""
 
     prompts: tuple[SignedPrompt, ...]
@@ -184,94 +262,133 @@ class ScoreJob(TrainingJob):
     place: ScorePlace
     data: EncodedData | None = None
     kind = "leco score 1"
-    seen: ScoreWatch | None = None
-    student: Model | None = None
+    seen: ScoreMonitor | None = None
+    student: StudentTeacherModel | None = None
 
     def check(self):
         self.check_data()
         held = [(self.held_out, 1.0)] if self.held_out else []
         for score, _ in (*self.scores, *held):
-            check_rates(score.about)
+            check_trained_head(score.about)
             if not score.networks:
-                raise ValueError("This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to the node it comes from.")
-            check_fits(score.about, latents.format_name(self.model), self.model.model.latent_format.latent_channels)
+                raise ValueError(
+                    "This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to "
+                    "the node it comes from."
+                )
+            check_score_latent_format(
+                score.about, latents.latent_format_name(self.model), self.model.model.latent_format.latent_channels
+            )
             if not score.about.trained:
-                raise ValueError(f"What this score model ({score.about.backbone}) says cannot be told from chance: there is nothing to follow. Give it "
-                                 "more ratings in Train Score Model.")
-        check(self.scores, self.settings)
+                raise ValueError(
+                    f"What this score model ({score.about.backbone}) says cannot be told from chance: there is nothing "
+                    "to follow. Give it more ratings in Train Score Model."
+                )
+        check_target_scorers(self.scores, self.settings)
         if self.clip is None:
-            raise ValueError("CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node and connect it.")
-        host.checks.check_prompts(self.clip, self.texts())
+            raise ValueError(
+                "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node and connect it."
+            )
+        host.checks.check_prompt_lengths(self.clip, self.texts())
         self.tasks()
 
     def check_data(self):
         own = self.settings.target == "direct_align"
         if own and self.data is None:
-            raise ValueError("target is 'direct_align', which learns on your own pictures, and none are connected. Connect encoded, or choose another target.")
+            raise ValueError(
+                "target is 'direct_align', which learns on your own pictures, and none are connected. Connect encoded, "
+                "or choose another target."
+            )
         if not own and self.data is not None:
-            raise ValueError(f"An encoded dataset is connected, and target is {self.settings.target!r}, which needs none. Choose 'direct_align', or "
-                             "disconnect it.")
+            raise ValueError(
+                f"An encoded dataset is connected, and target is {self.settings.target!r}, which needs none. Choose "
+                "'direct_align', or disconnect it."
+            )
         if self.data is not None:
-            host.checks.check_latents(self.model, self.data.channels)
+            host.checks.check_latent_channels(self.model, self.data.channels)
             self.data.require_conditionings()
         if not self.prompts:
-            raise ValueError("There are no prompts. Write one a line into prompts_text, or connect Load Signed Prompts"
-                             + (": pictures of them are looked at while the run goes on." if own else "."))
+            raise ValueError(
+                "There are no prompts. Write one a line into prompts_text, or connect Load Signed Prompts"
+                + (": pictures of them are looked at while the run goes on." if own else ".")
+            )
 
     def tasks(self):
-        return tasks_of(self.prompts, self.shapes(), self.run.batch, self.settings)
+        return build_score_tasks(self.prompts, self.shapes(), self.run.batch, self.settings)
 
     def side(self):
         return self.place.resolution
 
     def shapes(self):
-        return host.checks.latent_shapes(self.model, self.side())
+        return host.checks.square_latent_shapes(self.model, self.side())
 
     def texts(self) -> list[str]:
         return list(dict.fromkeys(["", *(text for row in self.prompts for text in (row.prompt, row.negative))]))
 
     def parts(self):
-        judges = [(identity_of(score), score.about.to_dict(), weight) for score, weight in (*self.scores, *((self.held_out, 0.0),)) if score]
+        judges = [
+            (score_model_identity(score), score.about.to_dict(), weight)
+            for score, weight in (*self.scores, *((self.held_out, 0.0),))
+            if score
+        ]
         rows = [dataclasses.asdict(row) for row in self.prompts]
-        encoder = host.identity.identity(self.clip.patcher, self.clip.layer_idx)
-        return rows, judges, self.settings, self.watching, self.place, encoder, self.data.fingerprint if self.data else ""
+        encoder = host.identity.hash_patched_weights(self.clip.patcher, self.clip.layer_idx)
+        return (
+            rows,
+            judges,
+            self.settings,
+            self.watching,
+            self.place,
+            encoder,
+            self.data.fingerprint if self.data else "",
+        )
 
     def records(self):
         return self.settings, self.watching, self.place
 
     def largest(self):
-        return largest(self.data) if self.data else self.shapes()[0]
+        return largest_latent_shape(self.data) if self.data else self.shapes()[0]
 
     def room(self):
         """Score models that decode have a VAE and a CLIP_VISION there all the time."""
         judges = [score for score, _ in self.scores] + ([self.held_out] if self.held_out else [])
-        looks = {id(look): look for score in judges for network in score.networks if hasattr(look := pixels_of(network), "room")}
+        looks = {
+            id(look): look
+            for score in judges
+            for network in score.networks
+            if hasattr(look := unwrap_feature_extractor(network), "room")
+        }
         return float(sum(look.room((self.run.batch, *self.largest())) for look in looks.values()))
 
     def prepare(self):
         captions = [text for item in self.data.items for text in item.captions] if self.data else []
         for score, _ in (*self.scores, (self.held_out, 0.0)):
-            if reads(score):
-                score.read(texts_to_read(self.settings, ["", *(row.prompt for row in self.prompts), *captions]))
+            if is_text_scorer(score):
+                score.read(list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions]))
         encoder, texts = host.encoders.TextEncoder(self.clip), self.texts()
         try:
-            with host.context.gradients():
+            with host.context.enable_gradients():
                 self.conds = dict(zip(texts, encoder.encode(texts), strict=True))
         finally:
             encoder.free()
 
     def method(self, session):
-        self.student = Model(session.denoiser, session.adapters, self.conds)
-        scores = [(lent(score, session), weight) for score, weight in self.scores]
-        self.held = self.held_out and lent(self.held_out, session)
+        self.student = StudentTeacherModel(session.denoiser, session.adapters, self.conds)
+        scores = [(copy_score_for_training(score, session), weight) for score, weight in self.scores]
+        self.held = self.held_out and copy_score_for_training(self.held_out, session)
         self.guidance = host.session.rollout_guidance(session, self.settings.guidance_scale)
-        places = (Injected(self.student, self.data, self.settings, self.run.batch) if self.data
-                  else walking(self.student, self.tasks(), self.settings, self.guidance))  # fmt: skip
-        return LecoScore(self.student, scores, places, self.settings)
+        places = (
+            NoisedImageStates(self.student, self.data, self.settings, self.run.batch)
+            if self.data
+            else make_rollout_states(self.student, self.tasks(), self.settings, self.guidance)
+        )
+        return LecoScoreTraining(self.student, scores, places, self.settings)
 
     def check_held_out(self, data):
-        raise ValueError("Pictures are connected to held_out of Validation and Previews, and LECO-score has no loss of pictures. Disconnect them; a "
-                         "second score model on held_out of Train LECO-Score tells whether pictures become better.")
+        raise ValueError(
+            "Pictures are connected to held_out of Validation and Previews, and LECO-score has no loss of pictures. "
+            "Disconnect them; a second score model on held_out of Train LECO-Score tells whether pictures become "
+            "better."
+        )
 
     def sample_prompts(self):
         scene = self.scenes()[0]
@@ -282,23 +399,42 @@ class ScoreJob(TrainingJob):
         return {row.prompt: row.negative for row in self.prompts}
 
     def watch(self, session, method):
-        self.seen = ScoreWatch(method, self.drawer(), self.scenes(), self.held, self.watching.watch_every, self.watching.patience)
-        return WatchedScore(self.seen, watching(self, session, method)) if self.looking else self.seen
+        self.seen = ScoreMonitor(
+            method, self.drawer(), self.scenes(), self.held, self.watching.watch_every, self.watching.patience
+        )
+        return (
+            ScoreAndValidationMonitor(self.seen, make_validation_monitor(self, session, method))
+            if self.looking
+            else self.seen
+        )
 
     def scenes(self) -> list[str]:
         """The prompts that are looked at: those that are to become better come first."""
-        return [row.prompt for row in sorted(self.prompts, key=lambda row: -row.sign)[:SCENES]]
+        return [row.prompt for row in sorted(self.prompts, key=lambda row: -row.sign)[:MAX_PREVIEW_PROMPTS]]
 
     def drawer(self):
         """draw(prompt, strength) from fixed noise, in batches no larger than a step's."""
         negative = self.negative()
-        noise = noise_of((PICTURES, *self.shapes()[0]), self.student.denoiser, host.progress.generator(self.run.seed))
-        asking = dataclasses.replace(self.student, spent=dict(self.student.spent))  # what is looked at is no cost of the training
+        noise = sample_latent_noise(
+            (PREVIEW_IMAGES_PER_PROMPT, *self.shapes()[0]),
+            self.student.denoiser,
+            host.progress.make_generator(self.run.seed),
+        )
+        asking = dataclasses.replace(
+            self.student, spent=dict(self.student.spent)
+        )  # what is looked at is no cost of the training
 
         def draw(prompt, strength):
-            host.progress.interrupted()
+            host.progress.raise_if_interrupted()
             parts = noise.split(self.run.batch)
-            return torch.cat([drawn(asking, prompt, negative[prompt], part, strength, STEPS, self.guidance) for part in parts])
+            return torch.cat(
+                [
+                    sample_from_noise(
+                        asking, prompt, negative[prompt], part, strength, PREVIEW_SAMPLING_STEPS, self.guidance
+                    )
+                    for part in parts
+                ]
+            )
 
         return draw
 
@@ -309,21 +445,30 @@ class ScoreJob(TrainingJob):
     def measured(self, session):
         """The trained score over the strength, and the held-out one beside it."""
         method, draw = self.seen.method, functools.cache(self.drawer())
-        strengths = BOTH_WAYS if self.settings.slider else STRENGTHS
+        strengths = SLIDER_CURVE_STRENGTHS if self.settings.slider else SCORE_CURVE_STRENGTHS
         scene = self.scenes()[0]
-        curve = lambda scores: measure(draw, scene, lambda x0: judged(method.denoiser, scores, x0, scene), strengths=strengths, unit=UNIT)
+        curve = lambda scores: measure_strength_curve(
+            draw,
+            scene,
+            lambda x0: score_latents(method.denoiser, scores, x0, scene),
+            strengths=strengths,
+            unit=SCORE_UNIT,
+        )
         self.held_out_curve = curve([(self.held, 1.0)]) if self.held else None
         return curve(method.scores)
 
     def calibrates(self, step) -> bool:
         """A run that ends early has its curve too."""
-        return super().calibrates(step) or (self.calibrate != OFF and self.seen.enough)
+        return super().calibrates(step) or (self.calibrate != CALIBRATE_OFF and self.seen.enough)
 
     def lora(self, session, steps):
         self.held_out_curve = None
         lora = super().lora(session, steps)
         if self.seen.looks:
-            lora.metadata |= {"trainyard.looks": json.dumps([dataclasses.asdict(look) for look in self.seen.looks]), SAID: self.seen.text()}
+            lora.metadata |= {
+                "trainyard.looks": json.dumps([dataclasses.asdict(look) for look in self.seen.looks]),
+                MONITOR_METADATA_KEY: self.seen.text(),
+            }
         if self.held_out_curve:
             lora.metadata["trainyard.curve.held_out"] = self.held_out_curve.to_json()
         return lora
@@ -332,37 +477,47 @@ class ScoreJob(TrainingJob):
         """(B, C, ..., h, w) as the host's LATENT, in the order of the run; also of a run that was only read."""
         if self.seen is None:
             folder = RunFolder(paths.runs_folder(), self.name, self.fingerprint(), {}, self.run.steps)
-            self.seen = ScoreWatch(None, None, ())
+            self.seen = ScoreMonitor(None, None, ())
             self.seen.load_state(folder.read()["watch"])
         return self.model.model.process_latent_out(self.seen.strip())
 
     def about(self):
-        return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": len(self.data or ()), "dropout": 0.0})
+        return dict(
+            resolution="x".join([str(self.place.resolution)] * 2),
+            dataset={"images": len(self.data or ()), "dropout": 0.0},
+        )
 
     def cost(self) -> str:
-        return forwards(self.student, self.run.steps)
+        return format_forward_counts(self.student, self.run.steps)
 
 
-def pixels_of(network):
+def unwrap_feature_extractor(network):
     """What a network looks with, under what remembers for it."""
     look = getattr(getattr(network, "trunk", network), "look", None)
     return getattr(look, "look", look)
 
 
-def lent(score: Scores, session) -> Scores:
-    """A score model whose networks autograd can run, on the device of the training; the one that is given stays as it is. One that looks
-    through the very MODEL in training sees it as it was, and an aesthetic head has nothing of its own to copy."""
-    own = score.about.backbone in TRUNKS
-    apart = lambda network: copy.deepcopy(network) if own else looking_past(network, session.adapters) if hasattr(network, "trunk") else network
+def copy_score_for_training(score: Scores, session) -> Scores:
+    """A score model whose networks autograd can run, on the device of the training; the one that is given stays as it
+    is. One that looks through the very MODEL in training sees it as it was, and an aesthetic head has nothing of its
+    own to copy."""
+    own = score.about.backbone in LATENT_BACKBONES
+    apart = lambda network: (
+        copy.deepcopy(network)
+        if own
+        else copy_bypassing_adapters(network, session.adapters)
+        if hasattr(network, "trunk")
+        else network
+    )
     made = copy.copy(score)
     made.networks = [apart(network) for network in score.networks]
     for network in made.networks:
-        host.context.materialise(network)
+        host.context.replace_inference_parameters(network)
         network.eval().requires_grad_(False)
     return made.to(session.denoiser.device)
 
 
-def looking_past(network, adapters):
+def copy_bypassing_adapters(network, adapters):
     """The network with a trunk of its own that looks past these adapters; all weights are shared."""
     made, trunk = copy.copy(network), copy.copy(network.trunk)
     made._modules = {**network._modules, "trunk": trunk}
@@ -377,84 +532,152 @@ class TrainLecoScore(io.ComfyNode):
             node_id="TrainyardTrainLecoScore",
             display_name="Train LECO-Score",
             category=CATEGORY,
-            description="A LoRA that makes pictures better in the eyes of a score model: no pictures and no captions are needed, only prompts.",
+            description="A LoRA that makes pictures better in the eyes of a score model: no pictures and no captions "
+            "are needed, only prompts.",
             search_aliases=["reward finetuning", "aesthetic lora", "draft", "refl", "rlhf", "alignprop", "srpo"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
+                io.Model.Input(
+                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                ),
                 io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
-                ScoreModel.Input("score_model", tooltip="What judges: a score model for this model's kind of latents."),
+                ScoreModelType.Input(
+                    "score_model", tooltip="What judges: a score model for this model's kind of latents."
+                ),
                 io.String.Input(
                     "prompts_text",
                     default="",
                     multiline=True,
-                    tooltip="One prompt a line, or weight | prompt | negative: weight 1 for better, -1 for worse, 0 to leave as it is.",
+                    tooltip="One prompt a line, or weight | prompt | negative: weight 1 for better, -1 for worse, 0 to "
+                    "leave as it is.",
                 ),
                 io.Combo.Input(
                     "target",
-                    options=[*TARGETS, ORIGINAL_RECIPE],
-                    default=TARGETS[0],
-                    tooltip="What the score model sees of each graded step. 'original recipe' is the first LECO-score as it was: no anchor, a score model of "
-                    "clean latents, settings not used.",
+                    options=[*SCORE_TARGETS, ORIGINAL_RECIPE],
+                    default=SCORE_TARGETS[0],
+                    tooltip="What the score model sees of each graded step. 'original recipe' is the first LECO-score "
+                    "as it was: no anchor, a score model of clean latents, settings not used.",
                 ),
-                *inputs(ScorePlace),
-                *run_widgets(300, 1e-4, 8, default="my_score_lora"),
-                SignedPrompts.Input("prompts", optional=True, tooltip="From Load Signed Prompts, in place of prompts_text."),
-                ScoreMix.Input("more_scores", optional=True, tooltip="From Score Mix: further score models with weights; score_model has weight 1."),
-                ScoreModel.Input(
-                    "held_out", optional=True, tooltip="A second score model that is never trained on; the run ends when it falls while score_model rises."
+                *settings_inputs(ScorePlace),
+                *make_run_inputs(300, 1e-4, 8, default="my_score_lora"),
+                SignedPromptsType.Input(
+                    "prompts", optional=True, tooltip="From Load Signed Prompts, in place of prompts_text."
                 ),
-                Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset: your own pictures, for the target 'direct_align'."),
-                LecoScoreRecipe.Input("settings", optional=True, tooltip="From LECO-Score Settings; defaults without it."),
-                *[recipe for recipe in recipes(points=False) if recipe.id != "noise"],
-                planner.retry_input(),
-                planner.compile_input(),
-                looking(),
+                ScoreMixType.Input(
+                    "more_scores",
+                    optional=True,
+                    tooltip="From Score Mix: further score models with weights; score_model has weight 1.",
+                ),
+                ScoreModelType.Input(
+                    "held_out",
+                    optional=True,
+                    tooltip="A second score model that is never trained on; the run ends when it falls while "
+                    "score_model rises.",
+                ),
+                EncodedType.Input(
+                    "encoded",
+                    optional=True,
+                    tooltip="From Encode Dataset: your own pictures, for the target 'direct_align'.",
+                ),
+                LecoScoreSettingsType.Input(
+                    "settings", optional=True, tooltip="From LECO-Score Settings; defaults without it."
+                ),
+                *[recipe for recipe in make_settings_inputs(points=False) if recipe.id != "noise"],
+                planner.retry_cheaper_input(),
+                planner.compile_blocks_input(),
+                make_validation_input(),
             ],
             outputs=[
-                LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),
-                LossMap.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
-                io.Model.Output("model", display_name="model", tooltip="The model with the LoRA applied at strength 1."),
-                io.String.Output("report", display_name="report", tooltip="Score, held-out score, drift and diversity over the run, and over the strength."),
-                io.Latent.Output("previews", display_name="previews", tooltip="The same pictures again and again over the run, for VAE Decode."),
+                LoraModelType.Output(
+                    "lora",
+                    display_name="lora",
+                    tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes.",
+                ),
+                LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The model with the LoRA applied at strength 1."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Score, held-out score, drift and diversity over the run, and over the strength.",
+                ),
+                io.Latent.Output(
+                    "previews",
+                    display_name="previews",
+                    tooltip="The same pictures again and again over the run, for VAE Decode.",
+                ),
             ],
-            hidden=HIDDEN,
+            hidden=HIDDEN_INPUTS,
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model, clip, score_model, prompts_text, target, prompts=None, more_scores=None, held_out=None, encoded=None, settings=None,
-                adapter=None, optimizer=None, validation=None, **widgets):  # fmt: skip
+    def execute(
+        cls,
+        model,
+        clip,
+        score_model,
+        prompts_text,
+        target,
+        prompts=None,
+        more_scores=None,
+        held_out=None,
+        encoded=None,
+        settings=None,
+        adapter=None,
+        optimizer=None,
+        validation=None,
+        **widgets,
+    ):
         chosen, watching = settings or (LecoScoreSettings(), WatchSettings())
-        chosen = ORIGINAL if target == ORIGINAL_RECIPE else dataclasses.replace(chosen, target=target)
-        job = ScoreJob(
-            prompts=rows_of(prompts, prompts_text), scores=((score_model, 1.0), *(more_scores or ())), held_out=held_out, data=encoded, clip=clip,
-            settings=chosen, watching=watching, place=record(ScorePlace, widgets),
-            **common(cls, model, widgets, adapter, optimizer, None, validation, both_ways=chosen.slider),
-        )  # fmt: skip
-        return finished(cls, job)
+        chosen = ORIGINAL_LECO_SCORE if target == ORIGINAL_RECIPE else dataclasses.replace(chosen, target=target)
+        job = LecoScoreJob(
+            prompts=select_signed_prompts(prompts, prompts_text),
+            scores=((score_model, 1.0), *(more_scores or ())),
+            held_out=held_out,
+            data=encoded,
+            clip=clip,
+            settings=chosen,
+            watching=watching,
+            place=settings_from_widgets(ScorePlace, widgets),
+            **common_job_arguments(cls, model, widgets, adapter, optimizer, None, validation, both_ways=chosen.slider),
+        )
+        return run_leco_score_job(cls, job)
 
 
-def rows_of(prompts, text: str) -> tuple[SignedPrompt, ...]:
-    """The prompts of the socket or of the widget. ValueError when both are there, for one would be trained on by nobody."""
+def select_signed_prompts(prompts, text: str) -> tuple[SignedPrompt, ...]:
+    """The prompts of the socket or of the widget. ValueError when both are there, for one would be trained on by
+    nobody."""
     if prompts and text.strip():
-        raise ValueError(f"prompts_text holds {text.strip().splitlines()[0]!r}, and prompts are connected too. Clear prompts_text, or disconnect prompts.")
-    return tuple(prompts) if prompts else read_signed(text) if text.strip() else ()
+        raise ValueError(
+            f"prompts_text holds {text.strip().splitlines()[0]!r}, and prompts are connected too. Clear prompts_text, "
+            "or disconnect prompts."
+        )
+    return tuple(prompts) if prompts else read_signed_prompts(text) if text.strip() else ()
 
 
-def finished(cls, job: ScoreJob):
+def run_leco_score_job(cls, job: LecoScoreJob):
     lora, losses, line = job.result()
     curve = json.loads(lora.metadata.get("trainyard.curve", "null"))
-    report = "\n".join(part for part in (f"{line}{job.cost()}", lora.metadata.get(SAID, ""), curve_line(curve)) if part)
-    host.progress.show(line, job.node_id)
-    patched, _ = host.lora_keys.applied(job.model, None, lora)
-    return io.NodeOutput(lora, {"loss": losses}, patched, report, {"samples": job.previews()}, ui=ui.PreviewText(report))
+    report = "\n".join(
+        part
+        for part in (f"{line}{job.cost()}", lora.metadata.get(MONITOR_METADATA_KEY, ""), format_score_curve(curve))
+        if part
+    )
+    host.progress.show_node_text(line, job.node_id)
+    patched, _ = host.lora_keys.apply_lora(job.model, None, lora)
+    return io.NodeOutput(
+        lora, {"loss": losses}, patched, report, {"samples": job.previews()}, ui=ui.PreviewText(report)
+    )
 
 
-def curve_line(curve: dict | None) -> str:
+def format_score_curve(curve: dict | None) -> str:
     if curve is None:
         return ""
-    points = ", ".join(f"{effect:+.2f} at {strength:g} (drift {drift:.2f})" for strength, effect, drift in zip(
-        curve["strengths"], curve["effect"], curve["drift"], strict=True))  # fmt: skip
+    points = ", ".join(
+        f"{effect:+.2f} at {strength:g} (drift {drift:.2f})"
+        for strength, effect, drift in zip(curve["strengths"], curve["effect"], curve["drift"], strict=True)
+    )
     return f"score by strength, in {curve['unit']}: {points}"
 
 

@@ -1,14 +1,13 @@
 """LoRA files: save, load, apply, and the plot of a run."""
 
-
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
 from ...trainers.files import LoraFile, read_safetensors, write_lora
-from ...trainers.monitor.plots import loss_plot
+from ...trainers.monitor.plots import draw_loss_plot
 from .. import host, paths
-from ..fields import CATEGORY, LoraModel, LossMap, graph_metadata
+from ..fields import CATEGORY, LoraModelType, LossMapType, graph_metadata
 
 
 class SaveLora(io.ComfyNode):
@@ -18,20 +17,27 @@ class SaveLora(io.ComfyNode):
             node_id="TrainyardSaveLora",
             display_name="Save LoRA (Trainyard)",
             category=CATEGORY,
-            description="Write a trained LoRA to output/loras with kohya keys and full metadata, then read it back and compare. "
-            "Drop the file on ComfyUI to get its training graph back.",
+            description="Write a trained LoRA to output/loras with kohya keys and full metadata, then read it back and "
+            "compare. Drop the file on ComfyUI to get its training graph back.",
             search_aliases=["export lora", "save lora", "safetensors"],
             inputs=[
-                LoraModel.Input("lora", tooltip="The LORA_MODEL of a Train node."),
+                LoraModelType.Input("lora", tooltip="The LORA_MODEL of a Train node."),
                 io.String.Input(
                     "name",
                     default="my_lora",
-                    tooltip="File name in output/loras; folder/name makes a folder. An existing file is never overwritten.",
+                    tooltip="File name in output/loras; folder/name makes a folder. An existing file is never "
+                    "overwritten.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL."
+                    "model",
+                    optional=True,
+                    tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="Optional: the CLIP for the same check, when the text encoder was trained."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Optional: the CLIP for the same check, when the text encoder was trained.",
+                ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -42,25 +48,26 @@ class SaveLora(io.ComfyNode):
     def execute(cls, lora, name, model=None, clip=None):
         lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
         if model is not None:
-            host.lora_keys.check_loads(model, clip, lora)
-        path = paths.lora_to_write(name, lambda there: holds(there, lora))
+            host.lora_keys.check_lora_loads(model, clip, lora)
+        path = paths.new_lora_path(name, lambda there: file_matches_lora(there, lora))
         saved_before = path.exists()
         if not saved_before:
             write_lora(path, lora, graph_metadata(cls.hidden))
-        if not holds(path, lora):
+        if not file_matches_lora(path, lora):
             raise RuntimeError(f"{path} does not hold what was written; the disk may be failing. Save it elsewhere.")
         how = "was saved before" if saved_before else "read back and equal"
-        line = f"{path.name}: {len(host.lora_keys.bases(lora))} layers, {path.stat().st_size / 2**20:.1f} MiB, {how}"
-        host.progress.show(line, cls.hidden.unique_id)
+        line = (
+            f"{path.name}: {len(host.lora_keys.list_lora_layers(lora))} layers, {path.stat().st_size / 2**20:.1f} MiB, "
+            f"{how}"
+        )
+        host.progress.show_node_text(line, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(line))
 
 
-def holds(path, lora) -> bool:
+def file_matches_lora(path, lora) -> bool:
     """True if the file holds these very tensors."""
     there, _ = read_safetensors(path)
     return there.keys() == lora.keys() and all(torch.equal(there[k], lora[k].cpu()) for k in there)
-
-
 
 
 class LoadLora(io.ComfyNode):
@@ -72,9 +79,11 @@ class LoadLora(io.ComfyNode):
             category=CATEGORY,
             description="A LoRA file as LORA_MODEL, with its metadata: to apply it, or to look into it.",
             search_aliases=["open lora", "lora metadata"],
-            inputs=[io.Combo.Input("file", options=paths.lora_names(), tooltip="A LoRA from models/loras or output/loras.")],
+            inputs=[
+                io.Combo.Input("file", options=paths.lora_names(), tooltip="A LoRA from models/loras or output/loras.")
+            ],
             outputs=[
-                LoraModel.Output("lora", display_name="lora", tooltip="For Apply LoRA and Save LoRA."),
+                LoraModelType.Output("lora", display_name="lora", tooltip="For Apply LoRA and Save LoRA."),
                 io.String.Output("about", display_name="about", tooltip="The file's metadata, one entry per line."),
             ],
         )
@@ -102,7 +111,7 @@ class ApplyLora(io.ComfyNode):
             search_aliases=["lora loader", "use lora", "lora strength"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA was trained on, or a relative of it."),
-                LoraModel.Input("lora", tooltip="A LORA_MODEL of a Train node or of Load LoRA File."),
+                LoraModelType.Input("lora", tooltip="A LORA_MODEL of a Train node or of Load LoRA File."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -121,7 +130,7 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora, strength, clip=None):
-        return io.NodeOutput(*host.lora_keys.applied(model, clip, lora, strength))
+        return io.NodeOutput(*host.lora_keys.apply_lora(model, clip, lora, strength))
 
 
 class LossPlot(io.ComfyNode):
@@ -133,14 +142,14 @@ class LossPlot(io.ComfyNode):
             category=CATEGORY,
             description="The loss of a run as a picture, raw and smoothed.",
             search_aliases=["loss graph", "training curve"],
-            inputs=[LossMap.Input("losses", tooltip="The LOSS_MAP of a Train node.")],
+            inputs=[LossMapType.Input("losses", tooltip="The LOSS_MAP of a Train node.")],
             outputs=[io.Image.Output("plot", display_name="plot", tooltip="960 x 540 px.")],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, losses):
-        picture = np.asarray(loss_plot(losses["loss"]), dtype=np.float32) / 255
+        picture = np.asarray(draw_loss_plot(losses["loss"]), dtype=np.float32) / 255
         image = torch.from_numpy(picture)[None]
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 

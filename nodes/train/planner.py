@@ -1,4 +1,5 @@
-"""Before a run: one step is counted and one is taken, to choose how activations are kept and to say what the run will cost."""
+"""Before a run: one step is counted and one is taken, to choose how activations are kept and to say what the run will
+cost."""
 
 from __future__ import annotations
 
@@ -10,53 +11,88 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ...trainers.loop import load_method_state, method_state, own_chance, step_rng
-from ...trainers.memory.checkpointing import Tally
-from ...trainers.memory.plan import AUTO, OFF, OFFLOADED, PLANS, Measured, cheaper, chosen, forecast, largest_batch, split
+from ...trainers.loop import fork_rng_state, load_method_state, method_state, step_rng
+from ...trainers.memory.checkpointing import ActivationCounter
+from ...trainers.memory.plan import (
+    CHECKPOINTING_PLANS,
+    PLAN_AUTO,
+    PLAN_OFF,
+    PLAN_OFFLOADED,
+    StepMemory,
+    choose_checkpointing_plan,
+    largest_fitting_batch,
+    largest_fitting_microbatch,
+    make_run_forecast,
+    next_cheaper_plan,
+)
 from .. import host
 
-WAYS = ("'per block' needs much less memory and half as much time again; 'per block + CPU' still less; 'offloaded blocks' least, and the model's weights "
-        "travel for every block. 'auto' measures a step and chooses; where nothing else fits, it splits the batch.")
-SHORT = 50  # runs of fewer steps are not measured first: they would be half done by then
+CHECKPOINTING_TOOLTIP = (
+    "'per block' needs much less memory and half as much time again; 'per block + CPU' still less; 'offloaded blocks' "
+    "least, and the model's weights travel for every block. 'auto' measures a step and chooses; where nothing else "
+    "fits, it splits the batch."
+)
+MIN_MEASURED_STEPS = 50  # runs of fewer steps are not measured first: they would be half done by then
 
 
 def checkpointing_input(**more):
-    return io.Combo.Input("checkpointing", options=list(host.session.CHECKPOINTING), default=OFF, tooltip=WAYS, **more)
+    return io.Combo.Input(
+        "checkpointing",
+        options=list(host.session.CHECKPOINTING_MODES),
+        default=PLAN_OFF,
+        tooltip=CHECKPOINTING_TOOLTIP,
+        **more,
+    )
 
 
-def retry_input():
+def retry_cheaper_input():
     """At the end of a node's inputs: it came after the first release."""
-    return io.Boolean.Input("retry_cheaper", default=False, optional=True, advanced=True, tooltip="When memory runs out in the middle of a run, go "
-                            "on from the last step with the next checkpointing that needs less. Once; the result is the same.")
+    return io.Boolean.Input(
+        "retry_cheaper",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="When memory runs out in the middle of a run, go on from the last step with the next checkpointing "
+        "that needs less. Once; the result is the same.",
+    )
 
 
-def compile_input():
+def compile_blocks_input():
     """At the end of a node's inputs, as above."""
-    return io.Boolean.Input("compile_blocks", default=False, optional=True, advanced=True, tooltip="Let torch.compile make faster programs of the "
-                            "model's blocks: minutes at the start, often for less time a step. Where that is impossible, it says so and trains without.")
+    return io.Boolean.Input(
+        "compile_blocks",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Let torch.compile make faster programs of the model's blocks: minutes at the start, often for less "
+        "time a step. Where that is impossible, it says so and trains without.",
+    )
 
 
-def prepared(session, job, checkpointing: str):
-    """(method, what is to be expected). The plan is chosen where that is left open, and the batch, where it is left open or fits under no plan.
-    None in place of a forecast for short runs that leave nothing open. Nothing else that the run depends on is changed: parameters,
-    draw order and the chance of others are as before."""
+def plan_run(session, job, checkpointing: str):
+    """(method, what is to be expected). The plan is chosen where that is left open, and the batch, where it is left
+    open or fits under no plan. None in place of a forecast for short runs that leave nothing open. Nothing else that
+    the run depends on is changed: parameters, draw order and the chance of others are as before."""
     method = job.method(session)
-    if not (checkpointing == AUTO or job.chooses_batch or job.run.steps >= SHORT):
+    if not (checkpointing == PLAN_AUTO or job.chooses_batch or job.run.steps >= MIN_MEASURED_STEPS):
         return method, None
-    with untouched(method):
-        measured = counted(session, method, job)
+    with preserve_method_state(method):
+        measured = count_step_memory(session, method, job)
     if measured is None:
         return method, None
-    plans, free = offered(session.denoiser.device) if checkpointing == AUTO else (checkpointing,), host.memory.free_memory(session)
-    plan = session.blocks.plan = chosen(measured, free, plans)
-    batch = sized(measured, free, plan, job, session.denoiser.device)
-    method, measured = resized(session, method, job, measured, batch)
-    if plan == OFFLOADED and checkpointing == AUTO:
-        host.memory.offload(session, measured.missing(plan, free))
-    return tried(session, method, job, measured, plans)
+    plans, free = (
+        device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else (checkpointing,),
+        host.memory.available_device_memory(session),
+    )
+    plan = session.blocks.plan = choose_checkpointing_plan(measured, free, plans)
+    batch = choose_batch_size(measured, free, plan, job, session.denoiser.device)
+    method, measured = rebuild_with_batch(session, method, job, measured, batch)
+    if plan == PLAN_OFFLOADED and checkpointing == PLAN_AUTO:
+        host.memory.offload_weights(session, measured.missing(plan, free))
+    return run_trial_step(session, method, job, measured, plans)
 
 
-def resized(session, method, job, measured, batch: int):
+def rebuild_with_batch(session, method, job, measured, batch: int):
     """(method, measured) with that batch."""
     before = job.run.batch
     if batch == before:
@@ -65,26 +101,31 @@ def resized(session, method, job, measured, batch: int):
     return job.method(session), replace(measured.scaled(batch / before), accumulated=job.optimizing.accumulate > 1)
 
 
-def sized(measured, free, plan, job, device) -> int:
-    """The batch. One that is left open is as large as fits under the plan of a single picture, where that makes a device busier. One that is asked
+def choose_batch_size(measured, free, plan, job, device) -> int:
+    """The batch. One that is left open is as large as fits under the plan of a single picture, where that makes a
+    device busier. One that is asked
     for is split where no plan has room for it: it makes the same steps of other pictures, so it comes last."""
     if job.chooses_batch:
-        return largest_batch(measured, free, plan) if offered(device) == PLANS else 1
-    if job.may_split and job.checkpointing == AUTO and not measured.fits(plan, free):
-        return split(measured, free, plan, job.run.batch)
+        return (
+            largest_fitting_batch(measured, free, plan)
+            if device_checkpointing_plans(device) == CHECKPOINTING_PLANS
+            else 1
+        )
+    if job.may_split and job.checkpointing == PLAN_AUTO and not measured.fits(plan, free):
+        return largest_fitting_microbatch(measured, free, plan, job.run.batch)
     return job.run.batch
 
 
-def offered(device) -> tuple[str, ...]:
+def device_checkpointing_plans(device) -> tuple[str, ...]:
     """Plans that make a difference on this device."""
-    return PLANS if device.type != "cpu" else PLANS[:2]
+    return CHECKPOINTING_PLANS if device.type != "cpu" else CHECKPOINTING_PLANS[:2]
 
 
 @contextlib.contextmanager
-def untouched(method):
+def preserve_method_state(method):
     draws = method_state(method)
     try:
-        with own_chance():
+        with fork_rng_state():
             yield
     finally:
         load_method_state(method, draws)
@@ -92,59 +133,66 @@ def untouched(method):
             p.grad = None
 
 
-def counted(session, method, job) -> Measured | None:
-    """What a step of the largest pictures would keep, found without keeping it; None for losses that look back by themselves."""
-    tally = session.blocks.tally = Tally([*session.denoiser.model.parameters(), *method.parameters()])
+def count_step_memory(session, method, job) -> StepMemory | None:
+    """What a step of the largest pictures would keep, found without keeping it; None for losses that look back by
+    themselves."""
+    tally = session.blocks.tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
     session.denoiser.widest = 0
     try:
         with tally:
             method.loss(step_rng(job.run.seed, 0))
     except Exception as error:
-        logging.info("Trainyard: the need for memory could not be counted (%s); training goes on without a forecast", error)
+        logging.info(
+            "Trainyard: the need for memory could not be counted (%s); training goes on without a forecast", error
+        )
         return None
     finally:
         session.blocks.tally = None
     asked = math.prod(job.largest()) * job.run.batch
     adapters = sum(p.numel() * p.element_size() for p in method.parameters())
     measured = tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.widest)))
-    measured = weighed(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
+    measured = add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
     return replace(measured, accumulated=job.optimizing.accumulate > 1)
 
 
-def weighed(measured, network, device) -> Measured:
+def add_block_weights(measured, network, device) -> StepMemory:
     """With the weights that could leave the device."""
-    weights, heaviest = host.memory.block_weights(network, device)
+    weights, heaviest = host.memory.block_weight_bytes(network, device)
     return replace(measured, weights=weights, heaviest=heaviest)
 
 
-def tried(session, method, job, measured, plans):
-    """(method, forecast) after a real step under the plan. When it does not fit after all: a batch that is the planner's own is halved, else the
-    next of these plans has to do."""
+def run_trial_step(session, method, job, measured, plans):
+    """(method, forecast) after a real step under the plan. When it does not fit after all: a batch that is the
+    planner's own is halved, else the next of these plans has to do."""
     while True:
-        free, plan = host.memory.free_memory(session), session.blocks.plan
+        free, plan = host.memory.available_device_memory(session), session.blocks.plan
         try:
-            with untouched(method):
+            with preserve_method_state(method):
                 if session.blocks.compiler:
-                    one_step(session, method, job)  # in which programs are made
-                seconds, peak = one_step(session, method, job)
-            extra = max(0, peak - (measured.peak(plan) - 2 * measured.adapters)) if peak else 0  # the optimizer has no numbers of its own yet
-            return method, forecast(measured, plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra, session.away)
+                    measure_step_cost(session, method, job)  # in which programs are made
+                seconds, peak = measure_step_cost(session, method, job)
+            extra = (
+                max(0, peak - (measured.peak(plan) - 2 * measured.adapters)) if peak else 0
+            )  # the optimizer has no numbers of its own yet
+            return method, make_run_forecast(
+                measured, plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra, session.away
+            )
         except Exception as error:
-            halved, further = job.chooses_batch and job.run.batch // 2, cheaper(plan, plans)
-            if not (halved or further) or not host.memory.out_of_memory(error):
+            halved, further = job.chooses_batch and job.run.batch // 2, next_cheaper_plan(plan, plans)
+            if not (halved or further) or not host.memory.is_out_of_memory_error(error):
                 raise
-        host.memory.let_go()
+        host.memory.release_cached_memory()
         if halved:
-            method, measured = resized(session, method, job, measured, halved)
+            method, measured = rebuild_with_batch(session, method, job, measured, halved)
             continue
         session.blocks.plan = further
-        if further == OFFLOADED:
-            host.memory.offload(session)
+        if further == PLAN_OFFLOADED:
+            host.memory.offload_weights(session)
 
 
-def one_step(session, method, job) -> tuple[float, int]:
+def measure_step_cost(session, method, job) -> tuple[float, int]:
     """(seconds, bytes that the device took at most, 0 where it does not say) of a forward and backward pass."""
-    gauge = host.memory.Gauge(session.denoiser.device)
+    gauge = host.memory.PeakMemoryMeter(session.denoiser.device)
     began = time.perf_counter()
     method.loss(step_rng(job.run.seed, 0)).mean().backward()
     peak = gauge.peak()

@@ -1,4 +1,5 @@
-"""Samples of a run that is at work: the live adapter through the host's ordinary sampler, decoded and written to the run's folder."""
+"""Samples of a run that is at work: the live adapter through the host's ordinary sampler, decoded and written to the
+run's folder."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...trainers.files import write_bytes
-from ...trainers.monitor.previews import PreviewSettings, sample_sheet
+from ...trainers.files import write_bytes_atomically
+from ...trainers.monitor.previews import PreviewSettings, draw_samples_sheet
 from .. import host
 
 
 @contextlib.contextmanager
-def lent(session, memory: float):
-    """The patcher of the training model, for the ordinary sampler. Sampling clears `current_patcher`, and a VAE may push the model out:
-    on every way out it is loaded and ready for the next step again."""
+def switch_to_sampling(session, memory: float):
+    """The patcher of the training model, for the ordinary sampler. Sampling clears `current_patcher`, and a VAE may
+    push the model out: on every way out it is loaded and ready for the next step again."""
     patcher = session.denoiser.patcher
     before, mm.in_training = mm.in_training, False
     try:
@@ -32,20 +33,36 @@ def lent(session, memory: float):
         mm.load_models_gpu([patcher], memory_required=memory)
         patcher.pre_run()
         patcher.inject_model()
-        host.context.materialise(patcher.model)
+        host.context.replace_inference_parameters(patcher.model)
 
 
-def conditioning_of(cond: dict) -> list:
+def to_comfy_conditioning(cond: dict) -> list:
     return [[cond["cross_attn"], {k: v for k, v in cond.items() if k != "cross_attn"}]]
 
 
-class Previews:
-    """draw(step) for a Watch. `prompts`: [(text, conditioning dict)]; `away`: the same for the negative prompt, None for guidance 1."""
+class PreviewRenderer:
+    """draw(step) for a Watch. `prompts`: [(text, conditioning dict)]; `away`: the same for the negative prompt, None
+    for guidance 1."""
 
-    def __init__(self, session, settings: PreviewSettings, prompts, away, shape, folder: Path, *, vae=None, sampler="euler", scheduler="normal", memory=0.0):
+    def __init__(
+        self,
+        session,
+        settings: PreviewSettings,
+        prompts,
+        away,
+        shape,
+        folder: Path,
+        *,
+        vae=None,
+        sampler="euler",
+        scheduler="normal",
+        memory=0.0,
+    ):
         self.session, self.settings, self.prompts, self.away, self.shape = session, settings, prompts, away, shape
         self.folder, self.vae, self.sampler, self.scheduler, self.memory = Path(folder), vae, sampler, scheduler, memory
-        self.pictures = [(label, cond, settings.preview_seed + i) for label, cond in prompts for i in range(settings.pictures)]
+        self.pictures = [
+            (label, cond, settings.preview_seed + i) for label, cond in prompts for i in range(settings.pictures)
+        ]
 
     @property
     def guidance(self) -> float:
@@ -57,9 +74,11 @@ class Previews:
         base = self.base()
         now = self.drawn(self.settings.strength)
         titles = ["before training", f"step {step}"]
-        rows = [(f"{label}  ·  seed {seed}", pair) for (label, _, seed), *pair in zip(self.pictures, base, now, strict=True)]
+        rows = [
+            (f"{label}  ·  seed {seed}", pair) for (label, _, seed), *pair in zip(self.pictures, base, now, strict=True)
+        ]
         file = self.folder / f"step{step:06d}.jpg"
-        write_bytes(file, jpeg(sample_sheet(rows, titles)))
+        write_bytes_atomically(file, encode_jpeg(draw_samples_sheet(rows, titles)))
         return {"step": step, "file": f"{self.folder.name}/{file.name}"}
 
     def base(self) -> list[Image.Image]:
@@ -69,11 +88,11 @@ class Previews:
             for file, picture in zip(files, self.drawn(0.0), strict=True):
                 buffer = io.BytesIO()
                 picture.save(buffer, "PNG")
-                write_bytes(file, buffer.getvalue())
+                write_bytes_atomically(file, buffer.getvalue())
         return [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in files]
 
     def drawn(self, strength: float) -> list[Image.Image]:
-        with lent(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
+        with switch_to_sampling(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
             for adapters in (self.session.adapters, self.session.text_adapters):
                 if adapters is not None:
                     stack.enter_context(adapters.at(strength))
@@ -81,13 +100,20 @@ class Previews:
             return [self.decoded(latent) for latent in latents]
 
     def sampled(self, patcher, label, cond, seed):
-        host.progress.interrupted()
+        host.progress.raise_if_interrupted()
         cond = self.told(label, cond)
         away = cond if self.away is None else self.told(*self.away)
-        return host.sampling.sampled(
-            patcher, conditioning_of(cond), conditioning_of(away), self.shape, [seed], steps=self.settings.sampling_steps,
-            guidance=self.guidance, sampler=self.sampler, scheduler=self.scheduler,
-        )  # fmt: skip
+        return host.sampling.sample_latents(
+            patcher,
+            to_comfy_conditioning(cond),
+            to_comfy_conditioning(away),
+            self.shape,
+            [seed],
+            steps=self.settings.sampling_steps,
+            guidance=self.guidance,
+            sampler=self.sampler,
+            scheduler=self.scheduler,
+        )
 
     def told(self, text: str, cond: dict) -> dict:
         """The conditioning of now: while the text encoder learns, it is encoded anew each time."""
@@ -96,39 +122,56 @@ class Previews:
         return self.session.encode(types.SimpleNamespace(captions=[text], conds=[cond]))[0]
 
     def decoded(self, latent) -> Image.Image:
-        return from_vae(self.vae, latent) if self.vae is not None else in_rough(self.session.denoiser.patcher.model, latent)
+        return (
+            decode_latent_with_vae(self.vae, latent)
+            if self.vae is not None
+            else decode_latent_roughly(self.session.denoiser.patcher.model, latent)
+        )
 
 
-def from_vae(vae, latent) -> Image.Image:
+def decode_latent_with_vae(vae, latent) -> Image.Image:
     pixels = vae.decode(latent)
     pixels = pixels.reshape(-1, *pixels.shape[-3:])[0]  # the first frame, where there are several
     return Image.fromarray((pixels[..., :3].float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
 
 
-def in_rough(model, latent) -> Image.Image:
+def decode_latent_roughly(model, latent) -> Image.Image:
     """The latents' own colours, as the host's fast preview shows them: no VAE is connected."""
     import latent_preview
 
     shape = model.latent_format
     if shape.latent_rgb_factors is None:
-        raise ValueError("No VAE is connected, and this model's latents have no known colours. Connect VAE to Validation and Previews.")
-    previewer = latent_preview.Latent2RGBPreviewer(shape.latent_rgb_factors, shape.latent_rgb_factors_bias, shape.latent_rgb_factors_reshape)
+        raise ValueError(
+            "No VAE is connected, and this model's latents have no known colours. Connect VAE to Validation and "
+            "Previews."
+        )
+    previewer = latent_preview.Latent2RGBPreviewer(
+        shape.latent_rgb_factors, shape.latent_rgb_factors_bias, shape.latent_rgb_factors_reshape
+    )
     picture = previewer.decode_latent_to_preview(model.process_latent_in(latent))
     return picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.BICUBIC)
 
 
-def jpeg(picture: Image.Image) -> bytes:
+def encode_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 
-def latent_shape(model, settings: PreviewSettings, data, side: int) -> tuple[int, ...]:
+def preview_latent_shape(model, settings: PreviewSettings, data, side: int) -> tuple[int, ...]:
     """(C, ..., h, w) of the samples: the size that is asked, else the dataset's commonest, else `side` px."""
     if not settings.width and not settings.height:
         shapes = collections.Counter(item.shape for item in data.items) if data else {}
-        return shapes.most_common(1)[0][0] if shapes else host.checks.latent_shapes(model, side)[0]
-    (shape,) = host.checks.latent_shapes(model, 512)
-    cells = [max(1, (pixels or settings.width or settings.height) // int(model.model.latent_format.spacial_downscale_ratio) // 2 * 2)
-             for pixels in (settings.height, settings.width)]  # fmt: skip
+        return shapes.most_common(1)[0][0] if shapes else host.checks.square_latent_shapes(model, side)[0]
+    (shape,) = host.checks.square_latent_shapes(model, 512)
+    cells = [
+        max(
+            1,
+            (pixels or settings.width or settings.height)
+            // int(model.model.latent_format.spacial_downscale_ratio)
+            // 2
+            * 2,
+        )
+        for pixels in (settings.height, settings.width)
+    ]
     return (*shape[:-2], *cells)

@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ...trainers.methods.prior import Prior, PriorSettings
+from ...trainers.methods.prior import PriorData, PriorSettings
 from .. import host
-from ..fields import CATEGORY, Encoded, inputs, record
+from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
 
-PriorRecipe = io.Custom("TRAINYARD_PRIOR")
+PriorType = io.Custom("TRAINYARD_PRIOR")
 
 
 class PriorPreservation(io.ComfyNode):
@@ -16,36 +16,51 @@ class PriorPreservation(io.ComfyNode):
             node_id="TrainyardPrior",
             display_name="Prior Preservation",
             category=f"{CATEGORY}/settings",
-            description="Keep the model drawing a whole class as before while a LoRA learns one of it: from class prompts alone, or from class "
-            "images.",
-            search_aliases=["regularisation images", "regularization", "class images", "dreambooth", "forgetting", "differential output preservation",
-                            "reg images"],
-            inputs=[
-                *inputs(PriorSettings),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoder of the model; it encodes the class prompts once and leaves."),
-                Encoded.Input("encoded", optional=True, tooltip="Class images (a regularisation set) from Encode Dataset, beside or in place of "
-                              "class prompts."),
+            description="Keep the model drawing a whole class as before while a LoRA learns one of it: from class "
+            "prompts alone, or from class images.",
+            search_aliases=[
+                "regularisation images",
+                "regularization",
+                "class images",
+                "dreambooth",
+                "forgetting",
+                "differential output preservation",
+                "reg images",
             ],
-            outputs=[PriorRecipe.Output("prior", display_name="prior", tooltip="For the prior input of Train LoRA.")],
+            inputs=[
+                *settings_inputs(PriorSettings),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder of the model; it encodes the class prompts once and leaves.",
+                ),
+                EncodedType.Input(
+                    "encoded",
+                    optional=True,
+                    tooltip="Class images (a regularisation set) from Encode Dataset, beside or in place of class "
+                    "prompts.",
+                ),
+            ],
+            outputs=[PriorType.Output("prior", display_name="prior", tooltip="For the prior input of Train LoRA.")],
         )
 
     @classmethod
     def execute(cls, clip=None, encoded=None, **widgets):
-        settings = record(PriorSettings, widgets)
-        conds, source = encoded_prompts(clip, settings.prompts())
+        settings = settings_from_widgets(PriorSettings, widgets)
+        conds, source = encode_class_prompts(clip, settings.prompts())
         if encoded is not None:
             encoded.require_conditionings()
-        return io.NodeOutput(Prior(settings, conds, encoded, source))
+        return io.NodeOutput(PriorData(settings, conds, encoded, source))
 
 
-def encoded_prompts(clip, prompts) -> tuple[dict, str]:
+def encode_class_prompts(clip, prompts) -> tuple[dict, str]:
     """(prompt -> conditioning, identity of the text encoder)."""
     if not prompts:
         return {}, ""
     encoder = host.encoders.TextEncoder(clip)
-    host.checks.check_prompts(clip, prompts)
+    host.checks.check_prompt_lengths(clip, prompts)
     try:
-        with host.context.gradients():
+        with host.context.enable_gradients():
             return dict(zip(prompts, encoder.encode(prompts), strict=True)), encoder.identity
     finally:
         encoder.free()

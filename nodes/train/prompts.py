@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ...trainers.data.prompts import FORMATS, read_prompt_file, read_prompts
+from ...trainers.data.prompts import PROMPT_FORMATS, read_prompt_file, read_prompts
 from .. import paths
 from ..fields import CATEGORY
 
-Prompts = io.Custom("TRAINYARD_PROMPTS")
+PromptRowsType = io.Custom("TRAINYARD_PROMPTS")
 
 
 class LoadPrompts(io.ComfyNode):
@@ -16,50 +16,68 @@ class LoadPrompts(io.ComfyNode):
             node_id="TrainyardLoadPrompts",
             display_name="Load Prompts",
             category=CATEGORY,
-            description="Rows of prompts for Train LECO and Train Text Slider, from a file or from the text below; each row has its own "
-            "action, guidance, weight and resolution.",
+            description="Rows of prompts for Train LECO and Train Text Slider, from a file or from the text below; "
+            "each row has its own action, guidance, weight and resolution.",
             search_aliases=["leco prompts", "prompts.yaml", "concept list", "slider prompts", "csv prompts"],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=paths.prompt_files(),
-                    tooltip="A .txt, .csv, .tsv, .yaml or .json file in ComfyUI's input or datasets folder, or the text below. Press R after adding one.",
+                    options=paths.list_prompt_files(),
+                    tooltip="A .txt, .csv, .tsv, .yaml or .json file in ComfyUI's input or datasets folder, or the "
+                    "text below. Press R after adding one.",
                 ),
                 io.String.Input(
                     "text",
                     default="",
                     multiline=True,
-                    tooltip="Used when no file is chosen. One concept a line, such as 'red car -> blue car | guidance: 2'.",
+                    tooltip="Used when no file is chosen. One concept a line, such as 'red car -> blue car | guidance: "
+                    "2'.",
                 ),
                 io.Combo.Input(
                     "format",
-                    options=list(FORMATS),
+                    options=list(PROMPT_FORMATS),
                     default="auto",
                     advanced=True,
                     tooltip="How the text is written; auto recognises it. Files go by their ending.",
                 ),
             ],
             outputs=[
-                Prompts.Output("prompts", display_name="prompts", tooltip="For the prompts input of Train LECO and Train Text Slider."),
+                PromptRowsType.Output(
+                    "prompts",
+                    display_name="prompts",
+                    tooltip="For the prompts input of Train LECO and Train Text Slider.",
+                ),
                 io.String.Output("about", display_name="about", tooltip="Every row, as it was understood."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, file, **_):
-        return paths.state_of(paths.prompt_file(file)) if file != paths.NO_FILE else ""
+        return paths.file_change_stamp(paths.resolve_prompt_file(file)) if file != paths.NO_PROMPT_FILE else ""
 
     @classmethod
     def execute(cls, file, text="", format="auto"):  # noqa: A002 - the input's name is a promise
-        rows = read_prompts(text, format) if file == paths.NO_FILE else read_prompt_file(paths.prompt_file(file))
-        return io.NodeOutput(rows, "\n".join(map(about, rows)))
+        rows = (
+            read_prompts(text, format)
+            if file == paths.NO_PROMPT_FILE
+            else read_prompt_file(paths.resolve_prompt_file(file))
+        )
+        return io.NodeOutput(rows, "\n".join(map(format_prompt_row, rows)))
 
 
-def about(row) -> str:
+def format_prompt_row(row) -> str:
     """One line: what counts in both nodes first, then what only Train LECO reads."""
-    shown = {"positive": row.plus, "unconditional": row.unconditional, "attributes": ", ".join(row.attributes), "preserve": "; ".join(row.preserve)}
+    shown = {
+        "positive": row.plus,
+        "unconditional": row.unconditional,
+        "attributes": ", ".join(row.attributes),
+        "preserve": "; ".join(row.preserve),
+    }
     words = "".join(f", {name} {text!r}" for name, text in shown.items() if text)
-    return f"{row.target}: guidance {row.guidance:g}, weight {row.weight:g}{words}; in Train LECO {row.action}, neutral {row.base!r}"
+    return (
+        f"{row.target}: guidance {row.guidance:g}, weight {row.weight:g}{words}; in Train LECO {row.action}, neutral "
+        f"{row.base!r}"
+    )
 
 
 NODES = [LoadPrompts]

@@ -3,12 +3,12 @@
 from comfy_api.latest import io
 
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
-from ..fields import CATEGORY, inputs, record
+from ..fields import CATEGORY, settings_from_widgets, settings_inputs
 
-AdapterRecipe = io.Custom("TRAINYARD_ADAPTER")
-OptimizerRecipe = io.Custom("TRAINYARD_OPTIMIZER")
-NoiseRecipe = io.Custom("TRAINYARD_NOISE")
-PointRecipe = io.Custom("TRAINYARD_POINTS")
+AdapterSettingsType = io.Custom("TRAINYARD_ADAPTER")
+OptimizerSettingsType = io.Custom("TRAINYARD_OPTIMIZER")
+NoiseSettingsType = io.Custom("TRAINYARD_NOISE")
+PointSettingsType = io.Custom("TRAINYARD_POINTS")
 
 
 class Adapter(io.ComfyNode):
@@ -18,17 +18,35 @@ class Adapter(io.ComfyNode):
             node_id="TrainyardAdapter",
             display_name="Adapter Settings",
             category=f"{CATEGORY}/settings",
-            description="Which kind of adapter is trained, on which layers, and how strongly it counts. Connect it to a Train node; without it "
-            "the defaults hold.",
-            search_aliases=["lora settings", "alpha", "target modules", "locon", "rslora", "text encoder lora", "network dim", "dora", "loha", "lokr",
-                            "lycoris", "lora plus", "block weight", "network dropout"],
-            inputs=inputs(AdapterSettings, without=("rank",)),
-            outputs=[AdapterRecipe.Output("adapter", display_name="adapter", tooltip="For the adapter input of a Train node.")],
+            description="Which kind of adapter is trained, on which layers, and how strongly it counts. Connect it to "
+            "a Train node; without it the defaults hold.",
+            search_aliases=[
+                "lora settings",
+                "alpha",
+                "target modules",
+                "locon",
+                "rslora",
+                "text encoder lora",
+                "network dim",
+                "dora",
+                "loha",
+                "lokr",
+                "lycoris",
+                "lora plus",
+                "block weight",
+                "network dropout",
+            ],
+            inputs=settings_inputs(AdapterSettings, without=("rank",)),
+            outputs=[
+                AdapterSettingsType.Output(
+                    "adapter", display_name="adapter", tooltip="For the adapter input of a Train node."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, **widgets):
-        return io.NodeOutput(record(AdapterSettings, widgets))
+        return io.NodeOutput(settings_from_widgets(AdapterSettings, widgets))
 
 
 class Optimizer(io.ComfyNode):
@@ -39,14 +57,28 @@ class Optimizer(io.ComfyNode):
             display_name="Optimizer Settings",
             category=f"{CATEGORY}/settings",
             description="How a gradient becomes a change: optimizer, schedule, warmup, clipping, accumulation.",
-            search_aliases=["adamw", "prodigy", "lion", "schedule free", "scheduler", "warmup", "gradient accumulation", "8bit", "ema"],
-            inputs=inputs(OptimizerSettings),
-            outputs=[OptimizerRecipe.Output("optimizer", display_name="optimizer", tooltip="For the optimizer input of a Train node.")],
+            search_aliases=[
+                "adamw",
+                "prodigy",
+                "lion",
+                "schedule free",
+                "scheduler",
+                "warmup",
+                "gradient accumulation",
+                "8bit",
+                "ema",
+            ],
+            inputs=settings_inputs(OptimizerSettings),
+            outputs=[
+                OptimizerSettingsType.Output(
+                    "optimizer", display_name="optimizer", tooltip="For the optimizer input of a Train node."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, **widgets):
-        return io.NodeOutput(record(OptimizerSettings, widgets))
+        return io.NodeOutput(settings_from_widgets(OptimizerSettings, widgets))
 
 
 class NoiseAndLoss(io.ComfyNode):
@@ -57,15 +89,30 @@ class NoiseAndLoss(io.ComfyNode):
             display_name="Noise and Loss Settings",
             category=f"{CATEGORY}/settings",
             description="Which noise levels are trained how often, what the noise is like, and how errors count.",
-            search_aliases=["min snr", "timestep sampling", "logit normal", "flux shift", "timestep range", "loss weighting", "huber",
-                            "noise offset", "multires noise", "pyramid noise", "debiased", "p2", "input perturbation"],
-            inputs=inputs(NoiseSettings),
-            outputs=[NoiseRecipe.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")],
+            search_aliases=[
+                "min snr",
+                "timestep sampling",
+                "logit normal",
+                "flux shift",
+                "timestep range",
+                "loss weighting",
+                "huber",
+                "noise offset",
+                "multires noise",
+                "pyramid noise",
+                "debiased",
+                "p2",
+                "input perturbation",
+            ],
+            inputs=settings_inputs(NoiseSettings),
+            outputs=[
+                NoiseSettingsType.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")
+            ],
         )
 
     @classmethod
     def execute(cls, **widgets):
-        return io.NodeOutput(record(NoiseSettings, widgets))
+        return io.NodeOutput(settings_from_widgets(NoiseSettings, widgets))
 
 
 class Points(io.ComfyNode):
@@ -75,15 +122,20 @@ class Points(io.ComfyNode):
             node_id="TrainyardPoints",
             display_name="Point Settings",
             category=f"{CATEGORY}/settings",
-            description="Where LECO and text sliders learn: on ways from noise that the model walks, on noised pictures, or on pure noise.",
+            description="Where LECO and text sliders learn: on ways from noise that the model walks, on noised "
+            "pictures, or on pure noise.",
             search_aliases=["rollout", "partial denoising", "on-policy", "leco speed", "ilecos", "max denoising steps"],
-            inputs=inputs(PointSettings),
-            outputs=[PointRecipe.Output("points", display_name="points", tooltip="For the points input of Train LECO and Train Text Slider.")],
+            inputs=settings_inputs(PointSettings),
+            outputs=[
+                PointSettingsType.Output(
+                    "points", display_name="points", tooltip="For the points input of Train LECO and Train Text Slider."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, **widgets):
-        return io.NodeOutput(record(PointSettings, widgets))
+        return io.NodeOutput(settings_from_widgets(PointSettings, widgets))
 
 
 NODES = [Adapter, Optimizer, NoiseAndLoss, Points]

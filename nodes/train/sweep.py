@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
 from ...trainers.data.encoded import content_hash, split_conditioning
-from ...trainers.files import LoraFile, rescaled
-from ...trainers.monitor.plots import sweep_sheet
-from ...trainers.monitor.strength_curve import OWN, along, measure, more_like
-from ...trainers.settings import Settings, number, text
+from ...trainers.data.images import image_to_batch_tensor
+from ...trainers.files import LoraFile, rescale_lora
+from ...trainers.monitor.plots import draw_sweep_sheet
+from ...trainers.monitor.strength_curve import (
+    RAW_EFFECT_UNIT,
+    diffusion_classifier_score,
+    make_axis_projection,
+    measure_strength_curve,
+)
+from ...trainers.settings import Settings, number_field, text_field
 from .. import host
-from ..fields import CATEGORY, LoraModel, inputs, record
+from ..fields import CATEGORY, LoraModelType, settings_from_widgets, settings_inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepSettings(Settings):
     """What is drawn, and at which strengths."""
 
-    strengths: str = text("-2, -1, 0, 1, 2", "The strengths that are compared, parted by commas; 0 is always among them.")
-    pictures: int = number(3, 1, 64, "How many seeds are drawn at every strength.", unit="pictures")
-    seed: int = number(0, 0, 2**63 - 1, "The first seed; pictures of one row share theirs.")
-    resolution: int = number(512, 16, 8192, "Width and height of the pictures.", unit="px", step=8)
-    steps: int = number(20, 1, 1000, "Sampling steps of each picture.")
-    guidance: float = number(7.0, 1.0, 30.0, "Classifier-free guidance (cfg); 1 for models with guidance distilled into them.", step=0.5)
-    asked_effect: float = number(
-        0.0, -100.0, 100.0, "Rescale the LoRA so that strength 1 has this effect, where 1 is that of `toward` itself. 0 leaves it as it is.", step=0.25
+    strengths: str = text_field(
+        "-2, -1, 0, 1, 2", "The strengths that are compared, parted by commas; 0 is always among them."
+    )
+    pictures: int = number_field(3, 1, 64, "How many seeds are drawn at every strength.", unit="pictures")
+    seed: int = number_field(0, 0, 2**63 - 1, "The first seed; pictures of one row share theirs.")
+    resolution: int = number_field(512, 16, 8192, "Width and height of the pictures.", unit="px", step=8)
+    steps: int = number_field(20, 1, 1000, "Sampling steps of each picture.")
+    guidance: float = number_field(
+        7.0, 1.0, 30.0, "Classifier-free guidance (cfg); 1 for models with guidance distilled into them.", step=0.5
+    )
+    asked_effect: float = number_field(
+        0.0,
+        -100.0,
+        100.0,
+        "Rescale the LoRA so that strength 1 has this effect, where 1 is that of `toward` itself. 0 leaves it as it "
+        "is.",
+        step=0.25,
     )
 
     def values(self) -> tuple[float, ...]:
@@ -36,7 +50,9 @@ class SweepSettings(Settings):
         try:
             found = {float(part) for part in self.strengths.split(",") if part.strip()}
         except ValueError:
-            raise ValueError(f"strengths is {self.strengths!r}; write numbers parted by commas, such as -2, -1, 0, 1, 2.") from None
+            raise ValueError(
+                f"strengths is {self.strengths!r}; write numbers parted by commas, such as -2, -1, 0, 1, 2."
+            ) from None
         if not found - {0.0} or not all(abs(value) <= 100 for value in found):
             raise ValueError(f"strengths is {self.strengths!r}; write at least one number besides 0, from -100 to 100.")
         return tuple(sorted(found | {0.0}))
@@ -49,66 +65,113 @@ class StrengthSweep(io.ComfyNode):
             node_id="TrainyardStrengthSweep",
             display_name="Strength Sweep",
             category=CATEGORY,
-            description="Any LoRA at rising strengths on fixed seeds: a sheet of pictures, and under them how much each unit of strength does "
-            "and how far the rest drifts.",
+            description="Any LoRA at rising strengths on fixed seeds: a sheet of pictures, and under them how much "
+            "each unit of strength does and how far the rest drifts.",
             search_aliases=["xy plot", "lora strength grid", "slider calibration", "lora tester", "strength curve"],
             inputs=[
                 io.Model.Input("model", tooltip="The model without the LoRA."),
-                LoraModel.Input("lora", tooltip="From a Train node or Load LoRA File."),
+                LoraModelType.Input("lora", tooltip="From a Train node or Load LoRA File."),
                 io.Vae.Input("vae", tooltip="The VAE of the model, to see the pictures."),
                 io.Conditioning.Input("positive", tooltip="What the pictures show."),
                 io.Conditioning.Input("negative", tooltip="What guidance avoids; usually the empty text."),
-                *inputs(SweepSettings),
-                io.Combo.Input("sampler", options=list(host.sampling.SAMPLERS), default="euler", advanced=True, tooltip="As in KSampler; euler is fine."),
-                io.Combo.Input("scheduler", options=list(host.sampling.SCHEDULERS), default="normal", advanced=True, tooltip="As in KSampler; normal is fine."),
-                io.Conditioning.Input(
-                    "toward", optional=True, tooltip="What +1 should look like, such as 'old person'. With `away`, effect is asked of the model itself."
+                *settings_inputs(SweepSettings),
+                io.Combo.Input(
+                    "sampler",
+                    options=list(host.sampling.SAMPLERS),
+                    default="euler",
+                    advanced=True,
+                    tooltip="As in KSampler; euler is fine.",
                 ),
-                io.Conditioning.Input("away", optional=True, tooltip="What -1 should look like, or what +1 takes away."),
-                io.Conditioning.Input("preserve", optional=True, tooltip="Something the LoRA must leave alone: its drift is measured."),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(host.sampling.SCHEDULERS),
+                    default="normal",
+                    advanced=True,
+                    tooltip="As in KSampler; normal is fine.",
+                ),
+                io.Conditioning.Input(
+                    "toward",
+                    optional=True,
+                    tooltip="What +1 should look like, such as 'old person'. With `away`, effect is asked of the model "
+                    "itself.",
+                ),
+                io.Conditioning.Input(
+                    "away", optional=True, tooltip="What -1 should look like, or what +1 takes away."
+                ),
+                io.Conditioning.Input(
+                    "preserve", optional=True, tooltip="Something the LoRA must leave alone: its drift is measured."
+                ),
             ],
             outputs=[
                 io.Image.Output("sheet", display_name="sheet", tooltip="All pictures with the curve under them."),
-                io.Image.Output("images", display_name="images", tooltip="The pictures, seed by seed, in order of strength."),
-                LoraModel.Output("lora", display_name="lora", tooltip="The LoRA with its curve in the metadata, rescaled when an effect is asked."),
-                io.String.Output("report", display_name="report", tooltip="Effect per unit, monotonicity, drift, and what was rescaled."),
+                io.Image.Output(
+                    "images", display_name="images", tooltip="The pictures, seed by seed, in order of strength."
+                ),
+                LoraModelType.Output(
+                    "lora",
+                    display_name="lora",
+                    tooltip="The LoRA with its curve in the metadata, rescaled when an effect is asked.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Effect per unit, monotonicity, drift, and what was rescaled.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model, lora, vae, positive, negative, sampler, scheduler, toward=None, away=None, preserve=None, **widgets):
-        settings = record(SweepSettings, widgets)
+    def execute(
+        cls, model, lora, vae, positive, negative, sampler, scheduler, toward=None, away=None, preserve=None, **widgets
+    ):
+        settings = settings_from_widgets(SweepSettings, widgets)
         if (toward is None) != (away is None):
-            raise ValueError("Only one of toward and away is connected. Connect both, so that there is a direction to measure, or neither.")
-        sweep = Sweep(model, lora, positive, negative, settings, sampler, scheduler, cls.hidden.unique_id)
+            raise ValueError(
+                "Only one of toward and away is connected. Connect both, so that there is a direction to measure, or "
+                "neither."
+            )
+        sweep = StrengthSweepRun(model, lora, positive, negative, settings, sampler, scheduler, cls.hidden.unique_id)
         curve = sweep.curve(toward, away, preserve)
         images = sweep.decoded(vae)
-        sheet = tensor(sweep_sheet(rows_of(images, len(curve.strengths)), sweep.labels(), curve.strengths, curve.effect, curve.drift, curve.unit))
-        lora, line = calibrated(lora, curve, settings.asked_effect)
-        host.progress.show(line, cls.hidden.unique_id)
+        sheet = image_to_batch_tensor(
+            draw_sweep_sheet(
+                arrange_sweep_rows(images, len(curve.strengths)),
+                sweep.labels(),
+                curve.strengths,
+                curve.effect,
+                curve.drift,
+                curve.unit,
+            )
+        )
+        lora, line = calibrate_lora(lora, curve, settings.asked_effect)
+        host.progress.show_node_text(line, cls.hidden.unique_id)
         return io.NodeOutput(sheet, images, lora, line, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-class Sweep:
+class StrengthSweepRun:
     """Latents at every strength, drawn once."""
 
     def __init__(self, model, lora, positive, negative, settings, sampler, scheduler, node_id):
         self.model, self.lora, self.negative, self.settings = model, lora, negative, settings
         self.conds = {"scene": positive}
         self.how = dict(steps=settings.steps, guidance=settings.guidance, sampler=sampler, scheduler=scheduler)
-        self.shape = host.checks.latent_shapes(model, settings.resolution)[0]
+        self.shape = host.checks.square_latent_shapes(model, settings.resolution)[0]
         self.seeds = [settings.seed + i for i in range(settings.pictures)]
         self.strengths, self.latents = settings.values(), {}
-        self.report, self.done = host.progress.Steps(node_id), 0
+        self.report, self.done = host.progress.ItemProgressReporter(node_id), 0
 
     def draw(self, name, strength):
         """x0 in model space; the scene's latents are kept for the sheet, and drawn once."""
         if name != "scene" or strength not in self.latents:
-            host.progress.interrupted()
-            patched = self.model if strength == 0 else host.lora_keys.applied(self.model, None, self.lora, strength)[0]
-            latent = host.sampling.sampled(patched, self.conds[name], self.negative, self.shape, self.seeds, **self.how)
+            host.progress.raise_if_interrupted()
+            patched = (
+                self.model if strength == 0 else host.lora_keys.apply_lora(self.model, None, self.lora, strength)[0]
+            )
+            latent = host.sampling.sample_latents(
+                patched, self.conds[name], self.negative, self.shape, self.seeds, **self.how
+            )
             self.latents |= {strength: latent} if name == "scene" else {}
             self.done += 1
             self.report(self.done, max(self.done, len(self.strengths)), f"strength {strength:g}")
@@ -117,19 +180,29 @@ class Sweep:
         return self.model.model.process_latent_in(latent).float().cpu()
 
     def curve(self, toward, away, preserve):
-        self.conds |= {name: cond for name, cond in (("toward", toward), ("away", away), ("preserve", preserve)) if cond is not None}
+        self.conds |= {
+            name: cond
+            for name, cond in (("toward", toward), ("away", away), ("preserve", preserve))
+            if cond is not None
+        }
         kept = ("preserve",) if preserve is not None else ()
         if toward is None:
             end = max(self.strengths, key=lambda strength: (abs(strength), strength))
-            effect = along(2 * (self.draw("scene", end) - self.draw("scene", 0.0)))
-            return measure(self.draw, "scene", effect, preserve=kept, strengths=self.strengths, unit=f"the change at {end:g}")
+            effect = make_axis_projection(2 * (self.draw("scene", end) - self.draw("scene", 0.0)))
+            return measure_strength_curve(
+                self.draw, "scene", effect, preserve=kept, strengths=self.strengths, unit=f"the change at {end:g}"
+            )
         same = content_hash(split_conditioning(toward)) == content_hash(split_conditioning(self.conds["scene"]))
-        reference, unit = (None, OWN) if same else ("toward", "what `toward` itself looks like")
-        return measure(self.draw, "scene", self.asked, reference=reference, preserve=kept, strengths=self.strengths, unit=unit)
+        reference, unit = (None, RAW_EFFECT_UNIT) if same else ("toward", "what `toward` itself looks like")
+        return measure_strength_curve(
+            self.draw, "scene", self.asked, reference=reference, preserve=kept, strengths=self.strengths, unit=unit
+        )
 
     def asked(self, x0):
-        with host.session.asking(self.model, self.conds) as frozen:
-            return more_like(frozen, x0.to(frozen.denoiser.device), "toward", "away", self.settings.seed).cpu()
+        with host.session.open_frozen_model(self.model, self.conds) as frozen:
+            return diffusion_classifier_score(
+                frozen, x0.to(frozen.denoiser.device), "toward", "away", self.settings.seed
+            ).cpu()
 
     def decoded(self, vae):
         """(pictures * strengths, H, W, 3), seed by seed."""
@@ -140,25 +213,23 @@ class Sweep:
         return [f"seed {seed}" for seed in self.seeds]
 
 
-def rows_of(images, columns):
+def arrange_sweep_rows(images, columns):
     from PIL import Image
 
     pictures = [Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()) for image in images]
     return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
 
 
-def tensor(picture):
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
-
-
-def calibrated(lora, curve, asked: float):
+def calibrate_lora(lora, curve, asked: float):
     """(LORA_MODEL with the curve in its metadata, rescaled when an effect is asked, a line for the person)."""
     lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
     notes, line = {"trainyard.curve": curve.to_json()}, curve.line()
     if not asked:
         return LoraFile(lora, {**lora.metadata, **notes}, lora.steps), line
     factor = curve.strength_for(asked)
-    return rescaled(lora, factor, {**notes, "trainyard.rescaled": f"{factor:.6g}"}), f"{line}; rescaled by {factor:.3g}: strength 1 has the effect {asked:g}"
+    return rescale_lora(
+        lora, factor, {**notes, "trainyard.rescaled": f"{factor:.6g}"}
+    ), f"{line}; rescaled by {factor:.3g}: strength 1 has the effect {asked:g}"
 
 
 NODES = [StrengthSweep]

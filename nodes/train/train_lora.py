@@ -4,20 +4,34 @@ import dataclasses
 
 from comfy_api.latest import io, ui
 
-from ...trainers.data.encoded import Encoded as EncodedData
+from ...trainers.data.encoded import EncodedDataset as EncodedData
 from ...trainers.files import LoraFile, tensor_hash
-from ...trainers.methods.lora import Lora
-from ...trainers.methods.prior import Prior
-from ...trainers.monitor.validation import Exam, picked
-from ...trainers.runs import checked_name
+from ...trainers.methods.lora import LoraTraining
+from ...trainers.methods.prior import PriorData
+from ...trainers.monitor.validation import ImageValidationLoss, pick_validation_images
+from ...trainers.runs import check_run_name
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 from .. import host
-from ..fields import CATEGORY, Encoded, LoraModel, LossMap, graph_metadata, inputs, record
+from ..fields import (
+    CATEGORY,
+    EncodedType,
+    LoraModelType,
+    LossMapType,
+    graph_metadata,
+    settings_from_widgets,
+    settings_inputs,
+)
 from . import planner
-from .job import TrainingJob, first, largest, picture_probe, resolution
-from .prior import PriorRecipe
-from .settings_nodes import AdapterRecipe, NoiseRecipe, OptimizerRecipe
-from .validation import ValidationRecipe
+from .job import (
+    TrainingJob,
+    dataset_gradient_check_inputs,
+    largest_latent_shape,
+    most_common_resolution,
+    unwrap_list_input,
+)
+from .prior import PriorType
+from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType
+from .validation import ValidationSettingsType
 
 
 class TrainLora(io.ComfyNode):
@@ -27,41 +41,80 @@ class TrainLora(io.ComfyNode):
             node_id="TrainyardTrainLora",
             display_name="Train LoRA (Trainyard)",
             category=CATEGORY,
-            description="Train a LoRA on the loaded model. It can be stopped and goes on where it was; pressing Run again on an unchanged "
-            "graph never trains twice.",
+            description="Train a LoRA on the loaded model. It can be stopped and goes on where it was; pressing Run "
+            "again on an unchanged graph never trains twice.",
             search_aliases=["lora training", "finetune", "dreambooth", "locon", "train"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
-                Encoded.Input("encoded", optional=True, tooltip="From Encode Dataset. Or connect latents and conditioning below instead."),
-                *inputs(RunSettings, only=("steps", "learning_rate")),
-                *inputs(AdapterSettings, only=("rank",)),
-                *inputs(RunSettings, only=("batch", "seed", "save_every")),
+                io.Model.Input(
+                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                ),
+                EncodedType.Input(
+                    "encoded",
+                    optional=True,
+                    tooltip="From Encode Dataset. Or connect latents and conditioning below instead.",
+                ),
+                *settings_inputs(RunSettings, only=("steps", "learning_rate")),
+                *settings_inputs(AdapterSettings, only=("rank",)),
+                *settings_inputs(RunSettings, only=("batch", "seed", "save_every")),
                 io.String.Input(
                     "run_name",
                     default="my_lora",
-                    tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.",
+                    tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue "
+                    "that run.",
                 ),
                 planner.checkpointing_input(),
-                io.Clip.Input("clip", optional=True, tooltip="Only to train the text encoder too (switch it on in Adapter Settings)."),
-                AdapterRecipe.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
-                OptimizerRecipe.Input("optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."),
-                NoiseRecipe.Input("noise", optional=True, tooltip="From Noise and Loss Settings; the family's own recipe without it."),
-                io.Latent.Input("latents", optional=True, tooltip="LATENT list of ComfyUI's Make Training Dataset, in place of encoded."),
-                io.Conditioning.Input(
-                    "conditioning", optional=True, tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, in place of encoded."
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only to train the text encoder too (switch it on in Adapter Settings).",
                 ),
-                LoraModel.Input("start_from", optional=True, tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same "
-                                "algorithm, rank and layers."),
-                PriorRecipe.Input("prior", optional=True, tooltip="From Prior Preservation: what the model must not forget."),
-                ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop."),
-                planner.retry_input(),
-                planner.compile_input(),
+                AdapterSettingsType.Input(
+                    "adapter", optional=True, tooltip="From Adapter Settings; defaults without it."
+                ),
+                OptimizerSettingsType.Input(
+                    "optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."
+                ),
+                NoiseSettingsType.Input(
+                    "noise", optional=True, tooltip="From Noise and Loss Settings; the family's own recipe without it."
+                ),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip="LATENT list of ComfyUI's Make Training Dataset, in place of encoded.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, in place of encoded.",
+                ),
+                LoraModelType.Input(
+                    "start_from",
+                    optional=True,
+                    tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same algorithm, rank "
+                    "and layers.",
+                ),
+                PriorType.Input(
+                    "prior", optional=True, tooltip="From Prior Preservation: what the model must not forget."
+                ),
+                ValidationSettingsType.Input(
+                    "validation",
+                    optional=True,
+                    tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop.",
+                ),
+                planner.retry_cheaper_input(),
+                planner.compile_blocks_input(),
             ],
             outputs=[
-                LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes."),
-                LossMap.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
-                io.Model.Output("model", display_name="model", tooltip="The model with the LoRA applied at strength 1."),
+                LoraModelType.Output(
+                    "lora",
+                    display_name="lora",
+                    tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes.",
+                ),
+                LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The model with the LoRA applied at strength 1."
+                ),
                 io.Int.Output("steps", display_name="steps", tooltip="Optimizer steps done."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -89,78 +142,103 @@ class TrainLora(io.ComfyNode):
         **widgets,
     ):
         values = {k: v[0] for k, v in widgets.items()}
-        job = Job(
+        job = LoraJob(
             model=model[0],
-            clip=first(clip),
-            data=training_data(encoded, latents, conditioning),
-            start=first(start_from),
-            prior=first(prior),
-            run=record(RunSettings, values),
-            adapter=dataclasses.replace(first(adapter) or AdapterSettings(), rank=values["rank"]),
-            optimizing=first(optimizer) or OptimizerSettings(),
-            noise=first(noise) or NoiseSettings(),
-            name=checked_name(run_name[0]),
+            clip=unwrap_list_input(clip),
+            data=select_training_data(encoded, latents, conditioning),
+            start=unwrap_list_input(start_from),
+            prior=unwrap_list_input(prior),
+            run=settings_from_widgets(RunSettings, values),
+            adapter=dataclasses.replace(unwrap_list_input(adapter) or AdapterSettings(), rank=values["rank"]),
+            optimizing=unwrap_list_input(optimizer) or OptimizerSettings(),
+            noise=unwrap_list_input(noise) or NoiseSettings(),
+            name=check_run_name(run_name[0]),
             checkpointing=checkpointing[0],
-            retry_cheaper=first(retry_cheaper),
-            compile_blocks=first(compile_blocks),
+            retry_cheaper=unwrap_list_input(retry_cheaper),
+            compile_blocks=unwrap_list_input(compile_blocks),
             graph=graph_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
-            looking=first(validation),
+            looking=unwrap_list_input(validation),
         )
         lora, losses, line = job.result()
-        host.progress.show(line.split(";")[0], job.node_id)  # the chart tells all of it
-        patched, _ = host.lora_keys.applied(job.model, None, lora)
+        host.progress.show_node_text(line.split(";")[0], job.node_id)  # the chart tells all of it
+        patched, _ = host.lora_keys.apply_lora(job.model, None, lora)
         return io.NodeOutput(lora, {"loss": losses}, patched, lora.steps, ui=ui.PreviewText(line))
 
 
-def training_data(encoded, latents, conditioning) -> EncodedData:
+def select_training_data(encoded, latents, conditioning) -> EncodedData:
     if encoded and (latents or conditioning):
-        raise ValueError("Both encoded and latents/conditioning are connected. Connect one of them, so that it is clear what is trained.")
+        raise ValueError(
+            "Both encoded and latents/conditioning are connected. Connect one of them, so that it is clear what is "
+            "trained."
+        )
     if encoded:
         return encoded[0]
     if not latents or not conditioning:
-        raise ValueError("There is nothing to train on. Connect encoded (from Encode Dataset), or both latents and conditioning.")
+        raise ValueError(
+            "There is nothing to train on. Connect encoded (from Encode Dataset), or both latents and conditioning."
+        )
     return EncodedData.from_core(latents, conditioning)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Job(TrainingJob):
+class LoraJob(TrainingJob):
     """One Train LoRA run: everything that the node was given."""
 
     data: EncodedData
     start: LoraFile | None = None
-    prior: Prior | None = None
+    prior: PriorData | None = None
     kind = "lora 1"
 
     def check(self):
         self.data.require_conditionings()
-        host.checks.check_latents(self.model, self.data.channels)
+        host.checks.check_latent_channels(self.model, self.data.channels)
         if self.prior is not None and self.prior.data is not None:
-            host.checks.check_latents(self.model, self.prior.data.channels)
+            host.checks.check_latent_channels(self.model, self.prior.data.channels)
 
     def parts(self):
         start = [] if self.start is None else ["start", tensor_hash(self.start)]
         return (self.data.fingerprint, *start, *([] if self.prior is None else ["prior", *self.prior.parts()]))
 
     def largest(self):
-        return largest(self.data)
+        return largest_latent_shape(self.data)
 
     def method(self, session):
         if self.start is not None:
-            host.session.start_from(session, self.start)
+            host.session.load_lora_into_session(session, self.start)
         density = session.family.density
-        return Lora(
-            session.denoiser, session.adapters, self.data, self.noise, density, self.run.batch, session.text_adapters, session.encode, self.prior
+        return LoraTraining(
+            session.denoiser,
+            session.adapters,
+            self.data,
+            self.noise,
+            density,
+            self.run.batch,
+            session.text_adapters,
+            session.encode,
+            self.prior,
         )
 
     def exam(self, session, method, data, count):
-        return Exam(session.denoiser, data, picked(data, count), method.density, self.noise, self.looking.settings.levels, self.run.batch, session.encode)
+        return ImageValidationLoss(
+            session.denoiser,
+            data,
+            pick_validation_images(data, count),
+            method.density,
+            self.noise,
+            self.looking.settings.levels,
+            self.run.batch,
+            session.encode,
+        )
 
     def probe(self, session):
-        return picture_probe(self.data, session)
+        return dataset_gradient_check_inputs(self.data, session)
 
     def about(self):
-        return dict(resolution=resolution(self.data), dataset={"images": len(self.data.items), "dropout": self.data.dropout})
+        return dict(
+            resolution=most_common_resolution(self.data),
+            dataset={"images": len(self.data.items), "dropout": self.data.dropout},
+        )
 
 
 NODES = [TrainLora]

@@ -6,86 +6,133 @@ import dataclasses
 
 from comfy_api.latest import io, ui
 
-from ...trainers.methods.rollouts import noise_of
-from ...trainers.monitor.strength_curve import drawn
-from ...trainers.runs import checked_name
-from ...trainers.settings import DORA, AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, Settings, number
+from ...trainers.methods.rollouts import sample_latent_noise
+from ...trainers.monitor.strength_curve import sample_from_noise
+from ...trainers.runs import check_run_name
+from ...trainers.settings import (
+    DORA,
+    AdapterSettings,
+    NoiseSettings,
+    OptimizerSettings,
+    RunSettings,
+    Settings,
+    number_field,
+)
 from .. import host
-from ..fields import LoraModel, LossMap, graph_metadata, inputs, record
+from ..fields import LoraModelType, LossMapType, graph_metadata, settings_from_widgets, settings_inputs
 from . import planner
-from .job import AFTER, CALIBRATE, TrainingJob, parted
-from .settings_nodes import AdapterRecipe, NoiseRecipe, OptimizerRecipe, PointRecipe
-from .validation import ValidationRecipe
+from .job import CALIBRATE_AFTER, CALIBRATE_MODES, TrainingJob, format_counts_per_step
+from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType, PointSettingsType
+from .validation import ValidationSettingsType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaceSettings(Settings):
     """Where the rows are trained that do not say it themselves."""
 
-    resolution: int = number(512, 16, 8192, "Points are made at this size; below the model's own size is cheaper and often enough.",
-                             unit="px", step=8, advanced=True)  # fmt: skip
-    preserve_weight: float = number(1.0, 0.0, 100.0, "How often preserved prompts are trained, against the row they belong to.", advanced=True)
+    resolution: int = number_field(
+        512,
+        16,
+        8192,
+        "Points are made at this size; below the model's own size is cheaper and often enough.",
+        unit="px",
+        step=8,
+        advanced=True,
+    )
+    preserve_weight: float = number_field(
+        1.0, 0.0, 100.0, "How often preserved prompts are trained, against the row they belong to.", advanced=True
+    )
 
 
-def run_widgets(steps, learning_rate, rank, shown=("seed",), **more):
-    """steps, learning rate and rank with a method's own defaults, then the rest of the run. Published presets add up to a learning rate *
-    alpha / rank * steps of 0.05 for sliders (ai-toolkit, Concept Sliders) and of 0.001 to 0.01 for ADDifT; too weak can be rescaled."""
+def make_run_inputs(steps, learning_rate, rank, shown=("seed",), **more):
+    """steps, learning rate and rank with a method's own defaults, then the rest of the run. Published presets add up to
+    a learning rate * alpha / rank * steps of 0.05 for sliders (ai-toolkit, Concept Sliders) and of 0.001 to 0.01 for
+    ADDifT; too weak can be rescaled."""
     defaults = dict(steps=steps, learning_rate=learning_rate, rank=rank)
-    widgets = [*inputs(RunSettings, only=("steps", "learning_rate")), *inputs(AdapterSettings, only=("rank",))]
+    widgets = [
+        *settings_inputs(RunSettings, only=("steps", "learning_rate")),
+        *settings_inputs(AdapterSettings, only=("rank",)),
+    ]
     for widget in widgets:
         widget.default = defaults[widget.id]
-    rest = inputs(RunSettings, only=("batch", "seed", "save_every"))
+    rest = settings_inputs(RunSettings, only=("batch", "seed", "save_every"))
     for widget in rest:
         widget.advanced = None if widget.id in shown else True
     return [
         *widgets,
-        io.String.Input("run_name", tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.", **more),
+        io.String.Input(
+            "run_name",
+            tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.",
+            **more,
+        ),
         *rest,
         planner.checkpointing_input(advanced=True),
         io.Combo.Input(
             "calibrate",
-            options=list(CALIBRATE),
-            default=AFTER,
+            options=list(CALIBRATE_MODES),
+            default=CALIBRATE_AFTER,
             advanced=True,
-            tooltip="Draw small samples at strengths -2 to 2 and write the curve of effect and drift into the file and the report.",
+            tooltip="Draw small samples at strengths -2 to 2 and write the curve of effect and drift into the file and "
+            "the report.",
         ),
     ]
 
 
-def recipes(points: bool):
+def make_settings_inputs(points: bool):
     return [
-        AdapterRecipe.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
-        OptimizerRecipe.Input("optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."),
-        NoiseRecipe.Input("noise", optional=True, tooltip="From Noise and Loss Settings: which noise levels are trained."),
-        *([PointRecipe.Input("points", optional=True, tooltip="From Point Settings; rollouts without it.")] if points else []),
+        AdapterSettingsType.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
+        OptimizerSettingsType.Input(
+            "optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."
+        ),
+        NoiseSettingsType.Input(
+            "noise", optional=True, tooltip="From Noise and Loss Settings: which noise levels are trained."
+        ),
+        *(
+            [PointSettingsType.Input("points", optional=True, tooltip="From Point Settings; rollouts without it.")]
+            if points
+            else []
+        ),
     ]
 
 
-def looking():
-    return ValidationRecipe.Input("validation", optional=True, tooltip="From Validation and Previews: loss at fixed questions, best weights, early stop, samples.")
+def make_validation_input():
+    return ValidationSettingsType.Input(
+        "validation",
+        optional=True,
+        tooltip="From Validation and Previews: loss at fixed questions, best weights, early stop, samples.",
+    )
 
 
-def results():
+def make_training_outputs():
     return [
-        LoraModel.Output("lora", display_name="lora", tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes."),
-        LossMap.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
+        LoraModelType.Output(
+            "lora",
+            display_name="lora",
+            tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes.",
+        ),
+        LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
         io.Model.Output("model", display_name="model", tooltip="The model with the LoRA applied at strength 1."),
-        io.String.Output("report", display_name="report", tooltip="What was done, with the forwards planned and spent."),
+        io.String.Output(
+            "report", display_name="report", tooltip="What was done, with the forwards planned and spent."
+        ),
     ]
 
 
-HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
+HIDDEN_INPUTS = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
-def common(cls, model, widgets, adapter, optimizer, noise, validation=None, both_ways=True):
-    """What every job of this file is given. both_ways: the adapter is also trained, or meant to be used, at strengths below 0."""
+def common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation=None, both_ways=True):
+    """What every job of this file is given. both_ways: the adapter is also trained, or meant to be used, at strengths
+    below 0."""
     return dict(
         model=model,
-        run=record(RunSettings, widgets),
-        adapter=odd(dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"]), both_ways),
+        run=settings_from_widgets(RunSettings, widgets),
+        adapter=check_difference_adapter(
+            dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"]), both_ways
+        ),
         optimizing=optimizer or OptimizerSettings(),
         noise=noise or NoiseSettings(),
-        name=checked_name(widgets["run_name"]),
+        name=check_run_name(widgets["run_name"]),
         checkpointing=widgets["checkpointing"],
         retry_cheaper=widgets.get("retry_cheaper", False),
         compile_blocks=widgets.get("compile_blocks", False),
@@ -96,30 +143,39 @@ def common(cls, model, widgets, adapter, optimizer, noise, validation=None, both
     )
 
 
-def odd(adapter: AdapterSettings, both_ways: bool = True) -> AdapterSettings:
-    """The adapter, when its effect at -1 is the opposite of that at +1 (where that is needed) and the frozen model is found at 0. ValueError
-    otherwise."""
+def check_difference_adapter(adapter: AdapterSettings, both_ways: bool = True) -> AdapterSettings:
+    """The adapter, when its effect at -1 is the opposite of that at +1 (where that is needed) and the frozen model is
+    found at 0. ValueError otherwise."""
     if adapter.text_encoder:
-        raise ValueError("text_encoder is on: a difference is learnt between prompts that the frozen text encoder has encoded once. "
-                         "Switch it off in Adapter Settings.")
+        raise ValueError(
+            "text_encoder is on: a difference is learnt between prompts that the frozen text encoder has encoded once. "
+            "Switch it off in Adapter Settings."
+        )
     if both_ways and adapter.algorithm == DORA:
-        raise ValueError("algorithm is DoRA, whose effect at -1 is not the opposite of that at +1: it learns the size of every row beside its "
-                         "direction. Choose LoRA, LoHa or LoKr in Adapter Settings for sliders, LECO and differences.")
+        raise ValueError(
+            "algorithm is DoRA, whose effect at -1 is not the opposite of that at +1: it learns the size of every row "
+            "beside its direction. Choose LoRA, LoHa or LoKr in Adapter Settings for sliders, LECO and differences."
+        )
     return adapter
 
 
-def levels_only(noise: NoiseSettings, why, idle=("weighting", "loss", "noise_offset", "pyramid_levels", "perturbation")):
+def check_unused_noise_settings(
+    noise: NoiseSettings, why, idle=("weighting", "loss", "noise_offset", "pyramid_levels", "perturbation")
+):
     """ValueError for noise settings that would do nothing here."""
     for f in dataclasses.fields(noise):
         if f.name in idle and (value := getattr(noise, f.name)) != f.default:
-            raise ValueError(f"{f.name} is {value} in Noise and Loss Settings, and it does nothing here: {why}. Set it to {f.default}.")
+            raise ValueError(
+                f"{f.name} is {value} in Noise and Loss Settings, and it does nothing here: {why}. Set it to "
+                f"{f.default}."
+            )
 
 
-def trained(cls, job):
+def run_difference_job(cls, job):
     lora, losses, line = job.result()
     line = f"{line}{job.cost(len(losses))}{f'; {job.curve.line()}' if job.curve else ''}"
-    host.progress.show(line, job.node_id)
-    patched, _ = host.lora_keys.applied(job.model, None, lora)
+    host.progress.show_node_text(line, job.node_id)
+    patched, _ = host.lora_keys.apply_lora(job.model, None, lora)
     return io.NodeOutput(lora, {"loss": losses}, patched, line, ui=ui.PreviewText(line))
 
 
@@ -131,23 +187,23 @@ class DifferenceJob(TrainingJob):
 
     def cost(self, steps=None) -> str:
         """One phrase on the forwards spent in so many steps and planned; nothing when the run was only read."""
-        return forwards(self.student, steps or self.run.steps, self.planned()) if self.student else ""
+        return format_forward_counts(self.student, steps or self.run.steps, self.planned()) if self.student else ""
 
 
-def drawer(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
+def make_curve_sampler(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
     """draw(prompt, strength) for the curve: few small pictures from fixed noise."""
-    noise = noise_of((pictures, *shape), model.denoiser, host.progress.generator(seed))
-    return lambda prompt, strength: drawn(model, prompt, unconditional, noise, strength, steps, guidance)
+    noise = sample_latent_noise((pictures, *shape), model.denoiser, host.progress.make_generator(seed))
+    return lambda prompt, strength: sample_from_noise(model, prompt, unconditional, noise, strength, steps, guidance)
 
 
-def forwards(student, steps, planned=None) -> str:
+def format_forward_counts(student, steps, planned=None) -> str:
     """One phrase on the forwards spent in so many steps, and planned for each; nothing when the run was only read."""
     if student is None or not steps:
         return ""
     more = f", {sum(planned.values()):.1f} planned" if planned else ""
-    return f"; forwards per step: {parted(student.spent, steps)}{more}"
+    return f"; forwards per step: {format_counts_per_step(student.spent, steps)}{more}"
 
 
-def lately():
+def make_appended_inputs():
     """Inputs that came after the first release: at the end."""
-    return [looking(), planner.retry_input(), planner.compile_input()]
+    return [make_validation_input(), planner.retry_cheaper_input(), planner.compile_blocks_input()]

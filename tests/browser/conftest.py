@@ -14,12 +14,15 @@ HERE = pathlib.Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def driver():
-    """playwright-core beside the scripts; the browser is the system's. driver(script, url, plan, *flags) gives what the script saw."""
+    """playwright-core beside the scripts; the browser is the system's. driver(script, url, plan, *flags) gives what the
+    script saw."""
     if not (HERE / "node_modules" / "playwright-core").is_dir():
         npm = shutil.which("npm")
         if npm is None:
             pytest.skip("npm not found, so the browser cannot be driven (install Node's npm)")
-        done = subprocess.run([npm, "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [npm, "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True, timeout=300
+        )
         if done.returncode:
             pytest.skip(f"`npm ci` in {HERE} failed, so the browser cannot be driven: {done.stderr.strip()[-300:]}")
     return drive
@@ -27,6 +30,8 @@ def driver():
 
 def drive(script, url, plan, *flags, seconds=600):
     command = ["node", str(HERE / script), url, str(plan), *flags]
-    done = subprocess.run(command, env=os.environ | {"CHROMIUM": chromium()}, capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run(
+        command, env=os.environ | {"CHROMIUM": chromium()}, capture_output=True, text=True, timeout=seconds
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return json.loads(done.stdout.splitlines()[-1])

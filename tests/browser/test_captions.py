@@ -1,4 +1,5 @@
-"""A person edits captions in the grid: types, replaces, takes back, filters, reloads the page; in both renderers, in a subgraph, at size.
+"""A person edits captions in the grid: types, replaces, takes back, filters, reloads the page; in both renderers, in a
+subgraph, at size.
 
 Screenshots go to tests/browser/shots; look at them after a change of the grid.
 """
@@ -20,7 +21,9 @@ def pictures(folder, count, side):
     """Plain pictures, portrait and landscape; every fourth has no caption."""
     folder.mkdir(parents=True)
     for i in range(count):
-        Image.new("RGB", (side, side * 3 // 4 if i % 3 else side * 3 // 2), (37 * i % 256, 91 * i % 256, 53 * i % 256)).save(folder / f"{i}.png")
+        Image.new(
+            "RGB", (side, side * 3 // 4 if i % 3 else side * 3 // 2), (37 * i % 256, 91 * i % 256, 53 * i % 256)
+        ).save(folder / f"{i}.png")
         if i % 4 != 2:
             (folder / f"{i}.txt").write_text(CAPTION.format(i))
 
@@ -53,7 +56,9 @@ def seen(request):
 
 
 def test_the_state_of_the_grid_keeps_its_promises(driver):
-    done = subprocess.run(["node", "--test", str(HERE / "caption_edits.test.mjs")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["node", "--test", str(HERE / "caption_edits.test.mjs")], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -88,7 +93,9 @@ def test_find_and_replace_is_one_step_that_undo_takes_back_without_touching_the_
     assert seen["replaced"]["changed"] == 7
     assert seen["undone"][0]["captions"][:3] == EDITED
     assert seen["redone"] == {**seen["replaced"], "line": seen["redone"]["line"]}
-    assert seen["undone2"][0]["captions"][1] == CAPTION.format(1), "one step further back, also after a click on a button"
+    assert seen["undone2"][0]["captions"][1] == CAPTION.format(1), (
+        "one step further back, also after a click on a button"
+    )
     assert seen["undone"][1]["nodes"] == seen["undone2"][1]["nodes"] == 4
     assert seen["entered"] == 1, "Enter goes to the next picture"
 
@@ -98,7 +105,13 @@ def test_the_edited_captions_arrive_at_the_nodes_behind(seen):
     report, preview = seen["second"]["texts"]
     assert "1 a crimson star\n" in report and "1 on a mat\n" in report
     assert "1 a star number 0" not in report
-    assert preview.splitlines()[:5] == ["1 of 9 pictures changed", "", "3.png", "- " + CAPTION.format(3), "+ sks, " + CAPTION.format(3)]
+    assert preview.splitlines()[:5] == [
+        "1 of 9 pictures changed",
+        "",
+        "3.png",
+        "- " + CAPTION.format(3),
+        "+ sks, " + CAPTION.format(3),
+    ]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""A person at the screen: opens the bundled workflow from the templates dialog, trains, cancels, reads the help. In ComfyUI's real page.
+"""A person at the screen: opens the bundled workflow from the templates dialog, trains, cancels, reads the help. In
+ComfyUI's real page.
 
 Screenshots go to tests/browser/shots; look at them after a change of the nodes or the workflow.
 """
@@ -21,7 +22,9 @@ def plan(server, tmp_path_factory):
     """What the page is to be filled with: the toy checkpoint, small sizes, few steps."""
     lesson.pictures(server.base / "input" / "stars")
     small = {
-        "CheckpointLoaderSimple": {"ckpt_name": world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name},
+        "CheckpointLoaderSimple": {
+            "ckpt_name": world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name
+        },
         "TrainyardLoadDataset": {"folder": "input/stars"},
         "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
         "TrainyardTrainLora": {"steps": STEPS, "rank": 4, "seed": 1, "run_name": "browser"},
@@ -59,7 +62,9 @@ def test_the_workflow_opens_from_its_card_whole_and_tidy(renderer, request):
 
 @pytest.mark.slow
 def test_the_page_sends_what_the_api_twin_says(classic):
-    assert classic["prompt"] == json.loads((ROOT / "workflows" / "api" / f"{WORKFLOW}.json").read_text(encoding="utf-8"))
+    assert classic["prompt"] == json.loads(
+        (ROOT / "workflows" / "api" / f"{WORKFLOW}.json").read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""A person with another language sees Train LoRA in it: title, labels, outputs and a tooltip, and the sidebar of runs, in both renderers.
+"""A person with another language sees Train LoRA in it: title, labels, outputs and a tooltip, and the sidebar of runs,
+in both renderers.
 
 Screenshots go to tests/browser/shots; they show letters only where the machine has a font for them.
 """
@@ -23,7 +24,11 @@ def test_the_page_shows_a_node_in_the_persons_language(server, driver, tmp_path,
     texts = locales.read(language)[NODE]
     rank = texts["inputs"]["rank"]
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"language": language, "label": rank["name"], "tooltip": rank["tooltip"], "shots": str(HERE / "shots")}))
+    plan.write_text(
+        json.dumps(
+            {"language": language, "label": rank["name"], "tooltip": rank["tooltip"], "shots": str(HERE / "shots")}
+        )
+    )
     seen = driver("languages.mjs", server.url, plan, *flags)
     assert seen.get("error") is None, seen["error"]
     assert seen["node"]["title"] == texts["display_name"]

@@ -1,4 +1,5 @@
-"""A person watches a run: the chart in the node, a reload in the middle, two runs in one graph, a subgraph, and the sidebar of runs.
+"""A person watches a run: the chart in the node, a reload in the middle, two runs in one graph, a subgraph, and the
+sidebar of runs.
 
 In both renderers. Screenshots go to tests/browser/shots; look at them after a change of the chart or the sidebar.
 """
@@ -21,7 +22,8 @@ def plan(server, tmp_path_factory):
     lesson.pictures(server.base / "input" / "live_stars", count=8)
     checkpoint = world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name
     plan = {"checkpoint": checkpoint, "folder": "input/live_stars", "steps": STEPS, "every": EVERY, "preview": PREVIEW, "first": FIRST,
-            "prompts": "a large red star on a white ground\na small blue circle", "shots": str(HERE / "shots")}  # fmt: skip
+            "prompts": "a large red star on a white ground\na small blue "
+                       "circle", "shots": str(HERE / "shots")}  # fmt: skip
     file = tmp_path_factory.mktemp("browser") / "plan.json"
     file.write_text(json.dumps(plan))
     return file
@@ -38,10 +40,11 @@ def nodes2(server, driver, plan):
 
 
 def judge(file):
-    """A score model for the toy world's latents that says different things of different pictures, and always something above zero."""
+    """A score model for the toy world's latents that says different things of different pictures, and always something
+    above zero."""
     import torch
     from trainyard.trainers.scores.files import write_score_model
-    from trainyard.trainers.scores.networks import About, LatentResNet, ScoreModel, Scorer, seeded
+    from trainyard.trainers.scores.networks import LatentResNet, ScoreModelInfo, Scorer, ScorerEnsemble, call_with_seed
 
     def drawn():
         scorer = Scorer(LatentResNet(world.CHANNELS, 8, 1), 1)
@@ -51,7 +54,12 @@ def judge(file):
         return scorer
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_score_model(file, ScoreModel([seeded(1, drawn)], About(channels=world.CHANNELS, latent_format="SD3", width=8, depth=1)))
+    write_score_model(
+        file,
+        ScorerEnsemble(
+            [call_with_seed(1, drawn)], ScoreModelInfo(channels=world.CHANNELS, latent_format="SD3", width=8, depth=1)
+        ),
+    )
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
@@ -89,7 +97,10 @@ def test_the_arithmetic_of_the_chart_keeps_its_promises():
 
 
 def test_the_page_and_the_server_call_the_event_alike():
-    named = [re.search(r"EVENT = ['\"](.+?)['\"]", (HERE.parents[1] / file).read_text())[1] for file in ("nodes/page/live.py", "web/runs.mjs")]
+    named = [
+        re.search(r"EVENT = ['\"](.+?)['\"]", (HERE.parents[1] / file).read_text())[1]
+        for file in ("nodes/page/live.py", "web/runs.mjs")
+    ]
     assert named == ["trainyard.run"] * 2
 
 
@@ -111,7 +122,9 @@ def test_the_chart_fits_and_nothing_in_it_overlaps(seen):
 @pytest.mark.slow
 def test_a_reload_in_the_middle_brings_the_whole_chart_back(seen):
     charts = [chart for chart in seen["reloaded"] if chart["name"] == seen["running"][0]["name"]]
-    assert charts and whole(charts[0], ("one", "two")) and int(charts[0]["step"]) >= FIRST, "points from before the reload"
+    assert charts and whole(charts[0], ("one", "two")) and int(charts[0]["step"]) >= FIRST, (
+        "points from before the reload"
+    )
 
 
 @pytest.mark.slow
@@ -120,7 +133,9 @@ def test_two_runs_in_one_graph_do_not_mix_and_end_whole_with_their_samples(seen)
     assert whole(one, "one") and whole(two, "two") and one["run"] != two["run"]
     for chart in (one, two):
         assert (int(chart["step"]), int(chart["measured"])) == (STEPS, STEPS // EVERY + 1)
-        assert chart["picture"] > 300 and "validation loss" in chart["text"] or "fixed training pictures" in chart["text"]
+        assert (
+            chart["picture"] > 300 and "validation loss" in chart["text"] or "fixed training pictures" in chart["text"]
+        )
 
 
 @pytest.mark.slow
@@ -132,7 +147,9 @@ def test_the_chart_is_no_part_of_workflow_or_prompt(seen):
 @pytest.mark.slow
 def test_run_pressed_again_keeps_the_charts(seen):
     assert seen["againKind"] == "execution_success"
-    assert sorted(c["name"][-3:] for c in seen["again"]) == ["one", "two"] and all(int(c["points"]) == STEPS for c in seen["again"])
+    assert sorted(c["name"][-3:] for c in seen["again"]) == ["one", "two"] and all(
+        int(c["points"]) == STEPS for c in seen["again"]
+    )
 
 
 @pytest.mark.slow
@@ -151,12 +168,18 @@ def test_the_sidebar_uses_opens_and_deletes_and_asks_first(seen):
     assert [name[-3:] for name in seen["opened"]] == ["one", "two"]
     assert all(int(chart["points"]) == STEPS for chart in seen["openedCharts"])
     assert seen["kept"], "Cancel deletes nothing"
-    assert not any("_two" in card["text"] for card in seen["deleted"]) and any("_one" in card["text"] for card in seen["deleted"])
+    assert not any("_two" in card["text"] for card in seen["deleted"]) and any(
+        "_one" in card["text"] for card in seen["deleted"]
+    )
 
 
 @pytest.mark.slow
 def test_the_sidebar_stops_a_run_and_resumes_it(seen):
-    assert "training" in seen["busy"]["text"] and seen["busy"]["buttons"][0] == "Stop" and "Delete" not in seen["busy"]["buttons"]
+    assert (
+        "training" in seen["busy"]["text"]
+        and seen["busy"]["buttons"][0] == "Stop"
+        and "Delete" not in seen["busy"]["buttons"]
+    )
     assert seen["stopKind"] == "execution_interrupted"
     assert seen["stopped"]["buttons"] == ["Resume", "Open workflow", "Use LoRA", "Delete"]
     (chart,) = seen["stoppedChart"]
@@ -176,7 +199,10 @@ def test_the_chart_works_inside_a_subgraph(seen):
 def test_the_axis_holds_losses_below_zero_and_every_measurement(scores):
     assert set(scores) == {"score", "leco"}
     for chart, told in scores.values():
-        for axis, shown in (("range", [value for _, value in told["losses"]]), ("beside", [entry["loss"] for entry in told["validation"]])):
+        for axis, shown in (
+            ("range", [value for _, value in told["losses"]]),
+            ("beside", [entry["loss"] for entry in told["validation"]]),
+        ):
             low, high = json.loads(chart[axis])
             assert low < min(shown) and max(shown) < high, (axis, chart, told)
     assert min(value for _, value in scores["score"][1]["losses"]) < 0, "minus a score that is above zero"
@@ -187,13 +213,17 @@ def test_a_figure_that_is_no_loss_has_its_own_scale_and_its_own_name(scores):
     (score, _), (leco, _) = scores["score"], scores["leco"]
     assert "minus the score (right)" in score["legend"] and score["range"] != score["beside"]
     assert "fixed points" in leco["legend"] and leco["range"] == leco["beside"]
-    assert not any("fixed pictures" in chart["legend"] for chart in (score, leco)), "neither looks at pictures of a dataset"
+    assert not any("fixed pictures" in chart["legend"] for chart in (score, leco)), (
+        "neither looks at pictures of a dataset"
+    )
 
 
 @pytest.mark.slow
 def test_a_look_at_a_score_has_no_noise_levels_and_the_chart_fits_all_the_same(scores):
     chart, told = scores["score"]
-    assert len(told["validation"]) == int(chart["measured"]) == 4 and all(entry["bins"] == [] for entry in told["validation"])
+    assert len(told["validation"]) == int(chart["measured"]) == 4 and all(
+        entry["bins"] == [] for entry in told["validation"]
+    )
     assert all(entry["bins"] for entry in scores["leco"][1]["validation"])
     for chart, _ in scores.values():
         assert (chart["outside"], chart["overlaps"]) == (0, 0) and chart["ink"] > 1000 and chart["plot"] >= 100, chart

@@ -37,7 +37,10 @@ def test_every_workflow_opens_whole_and_nothing_lies_on_anything(renderer, reque
     seen = request.getfixturevalue(renderer)
     assert seen.get("error") is None, seen["error"]
     assert seen["troubles"] == [] and set(seen["opened"]) == set(NAMES)
-    wrong = {name: {key: found[key] for key in ("missing", "overlaps", "spilling", "grown") if found[key]} for name, found in seen["opened"].items()}
+    wrong = {
+        name: {key: found[key] for key in ("missing", "overlaps", "spilling", "grown") if found[key]}
+        for name, found in seen["opened"].items()
+    }
     assert not any(wrong.values()), {name: found for name, found in wrong.items() if found}
 
 

@@ -13,13 +13,16 @@ BASE = None
 
 
 def boot():
-    """Makes `import comfy...`, `folder_paths`, `nodes` and `server` mean ComfyUI's. Safe to call again; imports no torch."""
+    """Makes `import comfy...`, `folder_paths`, `nodes` and `server` mean ComfyUI's. Safe to call again; imports no
+    torch."""
     global BASE
     if BASE is not None:
         return
     if COMFYUI is None:
         raise RuntimeError("ComfyUI not found. Set COMFYUI_PATH to its folder.")
-    sys.path.insert(0, str(COMFYUI))  # first: `python -m pytest` puts the pack there, whose `nodes` would be found instead
+    sys.path.insert(
+        0, str(COMFYUI)
+    )  # first: `python -m pytest` puts the pack there, whose `nodes` would be found instead
     args = importlib.import_module("comfy.cli_args").args
     if "comfy.model_management" in sys.modules and not args.cpu:
         raise RuntimeError("comfy.model_management was imported before boot(): it has already looked for a GPU.")

@@ -1,4 +1,5 @@
-"""Every model family of ComfyUI at toy size, without a file: the host's own classes, latent formats and noise schedules.
+"""Every model family of ComfyUI at toy size, without a file: the host's own classes, latent formats and noise
+schedules.
 
     model = make("flux")                       # comfy.model_patcher.ModelPatcher with 0.1-6 M seeded parameters
     positive = cond("flux", seed=1)            # CONDITIONING: [[cross attention (1, T, D), {"pooled_output": ...}]]
@@ -99,7 +100,8 @@ FAMILIES = list(TABLE)
 
 
 def make(family, dtype=torch.float32, seed=0, inference=False):
-    """ComfyUI's ModelPatcher of a family, with weights drawn from a seed. `inference`: made under inference mode, as loader nodes do."""
+    """ComfyUI's ModelPatcher of a family, with weights drawn from a seed. `inference`: made under inference mode, as
+    loader nodes do."""
     from comfy import model_management
     from comfy.model_patcher import CoreModelPatcher
 
@@ -139,7 +141,8 @@ def shrink_adapter(model, width, dtype):
 
 
 def fill(module, seed):
-    """Draws every parameter, and every buffer that holds no values yet (the positions of SD3), at a scale that keeps activations sane."""
+    """Draws every parameter, and every buffer that holds no values yet (the positions of SD3), at a scale that keeps
+    activations sane."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted(module.state_dict(keep_vars=True).items()):

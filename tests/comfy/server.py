@@ -1,10 +1,10 @@
 """A real headless ComfyUI on the CPU, with this pack and a base folder of its own, driven as a browser drives it.
 
-    with Server(folder) as server:
-        server.install("sd15_noclip")                     # a small model file, by name
-        run = server.run(prompt)                          # waits; the whole websocket transcript
-        assert run.ok, run.why
-        run.outputs["5"]["images"], run.of("progress"), run.history
+with Server(folder) as server:
+    server.install("sd15_noclip")                     # a small model file, by name
+    run = server.run(prompt)                          # waits; the whole websocket transcript
+    assert run.ok, run.why
+    run.outputs["5"]["images"], run.of("progress"), run.history
 """
 
 import asyncio
@@ -28,7 +28,13 @@ from trainyard.tools import env
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKS = {"trainyard": ROOT, "trainyard_kit": pathlib.Path(__file__).parent / "kit_nodes"}
 ENDED = ("execution_success", "execution_error", "execution_interrupted")
-QUIET = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+QUIET = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 @dataclass
@@ -38,7 +44,9 @@ class Run:
     prompt_id: str
     status: int  # HTTP status of POST /prompt
     body: dict  # its answer: node_errors tell what was refused
-    events: list = field(default_factory=list)  # every text message of the websocket: {"type", "data", "at": seconds since the start}
+    events: list = field(
+        default_factory=list
+    )  # every text message of the websocket: {"type", "data", "at": seconds since the start}
     binaries: list = field(default_factory=list)  # every binary message: previews
     history: dict | None = None
 
@@ -57,7 +65,11 @@ class Run:
         if self.status != 200 or self.body.get("node_errors"):
             return json.dumps(self.body, indent=1)
         error = next((event["data"] for event in self.events if event["type"] == "execution_error"), None)
-        return f"{error['node_type']}: {error['exception_message']}\n{''.join(error['traceback'])}" if error else str(self.ending)
+        return (
+            f"{error['node_type']}: {error['exception_message']}\n{''.join(error['traceback'])}"
+            if error
+            else str(self.ending)
+        )
 
     @property
     def outputs(self):
@@ -80,7 +92,7 @@ class Server:
         self.log = self.base / "server.log"
         self.process = None
 
-    # -- life --------------------------------------------------------------------------------------------------------
+    # -- life ----------------------------------------------------------------------------------------------------------
     def start(self, seconds=180):
         """Starts the server and waits until it answers."""
         self.prepare()
@@ -138,7 +150,7 @@ class Server:
     def __exit__(self, *error):
         self.stop()
 
-    # -- log ---------------------------------------------------------------------------------------------------------
+    # -- log -----------------------------------------------------------------------------------------------------------
     def logs(self):
         return self.log.read_text(errors="replace")
 
@@ -151,7 +163,7 @@ class Server:
         bad = ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint")
         return [line for line in self.logs().splitlines() if folder.search(line) and any(text in line for text in bad)]
 
-    # -- HTTP --------------------------------------------------------------------------------------------------------
+    # -- HTTP ----------------------------------------------------------------------------------------------------------
     def get(self, path):
         """Parsed JSON, or bytes."""
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
@@ -159,7 +171,9 @@ class Server:
 
     def post(self, path, data=None):
         """(HTTP status, parsed body); an error status is an answer too."""
-        request = urllib.request.Request(self.url + path, json.dumps(data or {}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(data or {}).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, parsed(answer)
@@ -177,7 +191,7 @@ class Server:
     def interrupt(self, prompt_id=None):
         return self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
-    # -- files -------------------------------------------------------------------------------------------------------
+    # -- files ---------------------------------------------------------------------------------------------------------
     def install(self, name):
         """File name of a small model (tiny.FILES), for the widget of a loader node."""
         from trainyard.tests.comfy import boot, tiny
@@ -195,7 +209,7 @@ class Server:
     def output(self, *parts):
         return self.base.joinpath("output", *parts)
 
-    # -- prompts -----------------------------------------------------------------------------------------------------
+    # -- prompts -------------------------------------------------------------------------------------------------------
     def run(self, prompt, seconds=300, watch=None, extra=None):
         """Runs an API prompt to its end. `watch(event)` sees every event as it comes, and may interrupt or kill.
 

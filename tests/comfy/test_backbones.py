@@ -14,17 +14,29 @@ from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import TABLE, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.drawn import texture
-from trainyard.trainers.scores.aesthetic_heads import Chain, Head
-from trainyard.trainers.scores.backbones import DECODED, MODEL, Standard, looking_past, remembered
+from trainyard.trainers.scores.aesthetic_heads import AestheticHead, AestheticMLP
+from trainyard.trainers.scores.backbones import (
+    DECODED_IMAGE,
+    MODEL_FEATURES,
+    FeatureNorm,
+    bypass_adapters,
+    cache_frozen_features,
+)
 from trainyard.trainers.scores.files import read_score_model, write_score_model
-from trainyard.trainers.scores.networks import About, ScoreModel, Scorer, seeded
+from trainyard.trainers.scores.networks import ScoreModelInfo, Scorer, ScorerEnsemble, call_with_seed
 from trainyard.trainers.settings import AdapterSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 
 
-def about(model, backbone=MODEL, **more):
-    return About(backbone=backbone, latent_format=latents.format_name(model), channels=model.model.latent_format.latent_channels, width=8, **more)
+def about(model, backbone=MODEL_FEATURES, **more):
+    return ScoreModelInfo(
+        backbone=backbone,
+        latent_format=latents.latent_format_name(model),
+        channels=model.model.latent_format.latent_channels,
+        width=8,
+        **more,
+    )
 
 
 def weights(patcher):
@@ -33,7 +45,9 @@ def weights(patcher):
 
 def unchanged(patcher, before):
     after = patcher.model.state_dict()
-    return all(torch.equal(before[name], after[name]) for name in before) and not any(m._forward_hooks for m in patcher.model.modules())
+    return all(torch.equal(before[name], after[name]) for name in before) and not any(
+        m._forward_hooks for m in patcher.model.modules()
+    )
 
 
 def sample(family, batch=2, seed=0):
@@ -42,7 +56,7 @@ def sample(family, batch=2, seed=0):
 
 def slope(function, x, step=2e-2):
     """(by autograd, by central differences) of the sum along the direction in which it rises most."""
-    with host.context.gradients():
+    with host.context.enable_gradients():
         x = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(function(x).sum(), x)
     direction = grad / grad.norm()
@@ -53,23 +67,26 @@ def slope(function, x, step=2e-2):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_models_states_score_latents_and_pass_gradients_back(family):
-    """By autograd and by finite differences, on weights that a loader node made; the MODEL stays as it was, bit for bit."""
+    """By autograd and by finite differences, on weights that a loader node made; the MODEL stays as it was, bit for
+    bit."""
     model = make(family, inference=True)
     before = weights(model)
     with torch.inference_mode(False):
-        network = Scorer(backbones.trunk_maker(model)(about(model)), 1)
+        network = Scorer(backbones.make_trunk_factory(model)(about(model)), 1)
     x, level = sample(family), torch.tensor([0.0, 0.6])
     auto, finite = slope(lambda x: network(x, level), x)
     assert auto == pytest.approx(finite, rel=0.03, abs=1e-5)
     assert abs(auto) > 1e-5
     assert unchanged(model, before)
     with torch.inference_mode():
-        assert torch.allclose(network(x, level), network(x[[1, 0]], level[[1, 0]])[[1, 0]], atol=1e-4), "a row does not depend on its neighbours"
+        assert torch.allclose(network(x, level), network(x[[1, 0]], level[[1, 0]])[[1, 0]], atol=1e-4), (
+            "a row does not depend on its neighbours"
+        )
 
 
 def test_a_unet_is_seen_stage_by_stage_down_to_the_middle_and_no_further():
     model = make("sd15")
-    look = backbones.ModelLook(model)
+    look = backbones.DiffusionFeatureExtractor(model)
     seen, up = [], []
     handle = look.network.output_blocks[0].register_forward_hook(lambda *_: up.append(1))
     try:
@@ -89,13 +106,15 @@ def test_the_real_sd15_would_be_seen_with_lrms_4800_numbers():
     import comfy.ops
 
     network = UNetModel(**config, device="meta", dtype=torch.float16, operations=comfy.ops.disable_weight_init)
-    widths = [getattr(block, "out_channels", None) or block.in_channels for block in backbones.stages(network)]
+    widths = [
+        getattr(block, "out_channels", None) or block.in_channels for block in backbones.select_feature_blocks(network)
+    ]
     assert widths == [320, 640, 1280, 1280, 1280]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_tell_latents_apart_and_change_with_the_level(family):
-    look = backbones.ModelLook(make(family))
+    look = backbones.DiffusionFeatureExtractor(make(family))
     a = look(sample(family, 3), torch.tensor([0.3, 0.3, 0.8]))
     assert torch.isfinite(a).all()
     again = look(sample(family, 3)[:1], torch.tensor([0.8]))
@@ -105,7 +124,7 @@ def test_features_tell_latents_apart_and_change_with_the_level(family):
 
 @pytest.mark.parametrize("family", [name for name in TABLE if name not in FAMILIES])
 def test_every_other_family_can_be_looked_through_too(family):
-    seen = backbones.ModelLook(make(family))(sample(family), torch.tensor([0.3, 0.3]))
+    seen = backbones.DiffusionFeatureExtractor(make(family))(sample(family), torch.tensor([0.3, 0.3]))
     assert torch.isfinite(seen).all()
     assert (seen[0] - seen[1]).abs().mean() > 0.01
 
@@ -114,15 +133,19 @@ def test_every_other_family_can_be_looked_through_too(family):
 def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
     model = make(family, inference=True)
     before = weights(model)
-    with host.context.gradients():
-        network = Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1)
+    with host.context.enable_gradients():
+        network = Scorer(backbones.make_trunk_factory(model)(about(model, rank=4)), 1)
         ups = [low.up for low in network.trunk.adapters.lows.values()]
         optimizer = torch.optim.Adam(network.parameters(), 1e-2)
         for _ in range(2):
-            (network(sample(family), torch.tensor([0.2, 0.7]))[:, 0] - torch.tensor([1.0, -1.0])).square().mean().backward()
+            (
+                network(sample(family), torch.tensor([0.2, 0.7]))[:, 0] - torch.tensor([1.0, -1.0])
+            ).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert sum(bool(up.any()) for up in ups) > 0.7 * len(ups), "only the query of a UNet's cross attention reads a text of zeros"
+    assert sum(bool(up.any()) for up in ups) > 0.7 * len(ups), (
+        "only the query of a UNet's cross attention reads a text of zeros"
+    )
     assert not any("output_blocks" in name for name in network.trunk.adapters.layers), "the way up is never walked"
     assert any("adapters" in name for name in network.state_dict()), "saved with the score model"
     assert unchanged(model, before)
@@ -131,27 +154,34 @@ def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
 def test_the_model_in_a_training_session_is_looked_at_where_it_is():
     """A clone must not be loaded in its place: that would take the session's adapters off."""
     model = make("sd3", inference=True)
-    network = Scorer(backbones.trunk_maker(model)(about(model)), 1)
-    with host.session.training(model, AdapterSettings(rank=4)) as session:
+    network = Scorer(backbones.make_trunk_factory(model)(about(model)), 1)
+    with host.session.open_training_session(model, AdapterSettings(rank=4)) as session:
         attached = len(session.adapters._hooks)
         network(sample("sd3"), torch.tensor([0.2, 0.4]))
         hooks = sum(len(m._forward_hooks) for m in session.denoiser.model.modules())
         assert hooks == attached > 0
-        session.denoiser.denoise(sample("sd3"), torch.tensor([0.5, 0.5]), [backbones.no_text(session.denoiser.model.diffusion_model)] * 2)
+        session.denoiser.denoise(
+            sample("sd3"),
+            torch.tensor([0.5, 0.5]),
+            [backbones.zero_conditioning(session.denoiser.model.diffusion_model)] * 2,
+        )
 
 
-@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING[:2])
+@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING_MODES[:2])
 def test_adapters_in_training_are_not_looked_through(checkpointing):
     """A scorer that saw its own pupil's change would be fooled by it."""
     model, x, level = make("sd3", inference=True), sample("sd3"), torch.tensor([0.2, 0.4])
-    score = ScoreModel([Scorer(backbones.trunk_maker(model)(about(model)), 1)], About())
+    score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(about(model)), 1)], ScoreModelInfo())
     with torch.no_grad():
         clean = score.value(x, level)
-    with host.session.training(model, AdapterSettings(rank=4), checkpointing=checkpointing) as session, torch.no_grad():
+    with (
+        host.session.open_training_session(model, AdapterSettings(rank=4), checkpointing=checkpointing) as session,
+        torch.no_grad(),
+    ):
         for low in session.adapters.lows.values():
             low.up.normal_()
         assert not torch.allclose(score.value(x, level), clean, atol=1e-3)
-        with looking_past(score, session.adapters):
+        with bypass_adapters(score, session.adapters):
             assert torch.allclose(score.value(x, level), clean, atol=1e-5)
             with torch.enable_grad():
                 x = x.requires_grad_()
@@ -163,13 +193,13 @@ def test_adapters_in_training_are_not_looked_through(checkpointing):
 def test_blocks_that_are_computed_again_give_the_lora_the_same_gradients(family, monkeypatch):
     """A look with a LoRA keeps each block's input only; its adapters are off the network when backward asks again."""
     model, found = make(family, inference=True), []
-    with host.context.gradients():
-        network = seeded(0, lambda: Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1))
+    with host.context.enable_gradients():
+        network = call_with_seed(0, lambda: Scorer(backbones.make_trunk_factory(model)(about(model, rank=4)), 1))
         for low in network.trunk.adapters.lows.values():
             torch.nn.init.normal_(low.up, std=0.1, generator=torch.Generator().manual_seed(1))
         for kept_whole in (False, True):
             if kept_whole:
-                monkeypatch.setattr(backbones, "checkpointed", lambda *_: contextlib.nullcontext())
+                monkeypatch.setattr(backbones, "checkpoint_blocks", lambda *_: contextlib.nullcontext())
             with saved_bytes() as kept:
                 out = network(sample(family), torch.tensor([0.2, 0.7]))
             out.sum().backward()
@@ -196,24 +226,25 @@ def saved_bytes():
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
-    """On the very MODEL in training, with blocks that are computed again: the same score and gradient as without any training."""
+    """On the very MODEL in training, with blocks that are computed again: the same score and gradient as without any
+    training."""
     model, x, level = make(family, inference=True), sample(family), torch.tensor([0.2, 0.4])
-    score = ScoreModel([Scorer(backbones.trunk_maker(model)(about(model, rank=4)), 1)], About())
+    score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(about(model, rank=4)), 1)], ScoreModelInfo())
     for low in score.networks[0].trunk.adapters.lows.values():
         torch.nn.init.normal_(low.up, std=0.1)
     score.networks[0].requires_grad_(False)
 
     def judged():
-        with host.context.gradients():
+        with host.context.enable_gradients():
             at = x.clone().requires_grad_()
             said = score.value(at, level)
             return said.detach(), torch.autograd.grad(said.sum(), at)[0]
 
     alone = judged()
-    with host.session.training(model, AdapterSettings(rank=4), checkpointing="per block") as session:
+    with host.session.open_training_session(model, AdapterSettings(rank=4), checkpointing="per block") as session:
         for low in session.adapters.lows.values():
             torch.nn.init.normal_(low.up)
-        with looking_past(score, session.adapters):
+        with bypass_adapters(score, session.adapters):
             beside = judged()
     for a, b in zip(alone, beside, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
@@ -223,26 +254,26 @@ def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
 def test_the_file_holds_the_small_layers_and_the_lora_and_loads_onto_the_same_model(tmp_path, rank):
     model, x, level = make("sd15"), sample("sd15"), torch.tensor([0.0, 0.5])
     known = about(model, rank=rank)
-    score = ScoreModel([Scorer(backbones.trunk_maker(model)(known), 1)], known)
+    score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(known), 1)], known)
     for low in score.networks[0].trunk.adapters.lows.values() if rank else ():
         torch.nn.init.normal_(low.up, std=0.1)
     write_score_model(tmp_path / "score.safetensors", score)
     assert (tmp_path / "score.safetensors").stat().st_size < 2**20
-    loaded = read_score_model(tmp_path / "score.safetensors", backbones.trunk_maker(model))
+    loaded = read_score_model(tmp_path / "score.safetensors", backbones.make_trunk_factory(model))
     with torch.no_grad():
         assert torch.allclose(loaded.value(x, level), score.value(x, level), atol=1e-5)
 
 
 def test_an_error_in_the_middle_takes_every_hook_off():
     model = make("sd3")
-    look = backbones.ModelLook(model)
+    look = backbones.DiffusionFeatureExtractor(model)
     with pytest.raises(Exception, match="."):
         look(torch.zeros(1, 3, 16, 16), torch.zeros(1))
     assert not any(m._forward_hooks for m in model.model.modules())
     assert model.model.current_patcher is None
 
 
-# -- pixels ----------------------------------------------------------------------------------------------------------------------------------
+# -- pixels ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +286,12 @@ def test_a_decoded_picture_is_scored_and_passes_gradients_to_the_latent(vae):
     sight = encoder()
     before = weights(vae.patcher), weights(sight.patcher)
     with torch.inference_mode(False):
-        network = Scorer(backbones.trunk_maker(vae=vae, clip_vision=sight)(About(backbone=DECODED, latent_format="SD3", channels=16, width=8)), 1)
+        network = Scorer(
+            backbones.make_trunk_factory(vae=vae, clip_vision=sight)(
+                ScoreModelInfo(backbone=DECODED_IMAGE, latent_format="SD3", channels=16, width=8)
+            ),
+            1,
+        )
     x = torch.randn(2, 16, 10, 6, generator=torch.Generator().manual_seed(2)) * 0.3
     auto, finite = slope(lambda x: network(x, torch.zeros(2)), x)
     assert auto == pytest.approx(finite, rel=0.05, abs=1e-6)
@@ -265,7 +301,7 @@ def test_a_decoded_picture_is_scored_and_passes_gradients_to_the_latent(vae):
 
 
 def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
-    look = backbones.PixelLook(vae, backbones.Sight(encoder()), "SD3")
+    look = backbones.DecodedFeatureExtractor(vae, backbones.DifferentiableClipVision(encoder()), "SD3")
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
         ours = look.decoded(x)
@@ -275,16 +311,20 @@ def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
 
 def test_an_image_scorer_sees_what_the_hosts_own_encoder_sees():
     sight, picture = encoder(), texture((96, 64), 1)
-    head = Head(Chain([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))]))
+    head = AestheticHead(
+        AestheticMLP([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))])
+    )
     ours = backbones.ImageScoreModel(head, sight, "test").rate([picture])
     with torch.inference_mode():
         hosts = sight.encode_image(torch.from_numpy(np.array(picture)).float()[None] / 255)
-        wanted = head(vision.embedding(hosts)).tolist()
+        wanted = head(vision.pool_vision_output(hosts)).tolist()
     assert ours == pytest.approx(wanted, abs=0.02), "the host also rounds pixels to 256 levels"
 
 
 def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(vae):
-    head = Head(Chain([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))]))
+    head = AestheticHead(
+        AestheticMLP([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))])
+    )
     model = backbones.ImageScoreModel(head, encoder(), "test", vae, "SD3", 16)
     x = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
@@ -301,19 +341,25 @@ def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(v
 
 def test_a_head_of_another_width_names_the_encoder_it_wants():
     with pytest.raises(ValueError, match="It wants CLIP ViT-L/14"):
-        backbones.ImageScoreModel(Head(Chain([(torch.zeros(1, 768), None)])), encoder(), "laion")
+        backbones.ImageScoreModel(AestheticHead(AestheticMLP([(torch.zeros(1, 768), None)])), encoder(), "laion")
 
 
-@pytest.mark.parametrize(("backbone", "wanted"), [(MODEL, "connect the MODEL"), (DECODED, "Connect one from Load CLIP Vision")])
+@pytest.mark.parametrize(
+    ("backbone", "wanted"),
+    [(MODEL_FEATURES, "connect the MODEL"), (DECODED_IMAGE, "Connect one from Load CLIP Vision")],
+)
 def test_what_is_not_connected_is_named(backbone, wanted):
     with pytest.raises(ValueError, match=wanted):
-        backbones.trunk_maker()(About(backbone=backbone))
+        backbones.make_trunk_factory()(ScoreModelInfo(backbone=backbone))
 
 
 def test_small_numbers_count_as_much_as_large_ones_from_the_first_batch_on():
-    """Rows of mean 5 and spread 100, and of mean 1 and spread 0.1: both leave with mean 0 and spread 1, and later rows by the same measure."""
-    rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 0.1]) + torch.tensor([5.0, 1.0])
-    standard = Standard(2)
+    """Rows of mean 5 and spread 100, and of mean 1 and spread 0.1: both leave with mean 0 and spread 1, and later rows
+    by the same measure."""
+    rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([100.0, 0.1]) + torch.tensor(
+        [5.0, 1.0]
+    )
+    standard = FeatureNorm(2)
     with torch.no_grad():
         assert torch.equal(standard(rows), rows), "nobody is learning yet"
     out = standard(rows)
@@ -321,19 +367,21 @@ def test_small_numbers_count_as_much_as_large_ones_from_the_first_batch_on():
     assert out.std(0)[0] == pytest.approx(1, abs=0.01)
     assert out.std(0)[1] > 0.5
     assert torch.equal(standard(rows[:10] + 1)[1], (rows[1] + 1 - standard.middle) / standard.spread)
-    other = Standard(2)
+    other = FeatureNorm(2)
     other.load_state_dict(standard.state_dict())
     assert torch.equal(other(rows * 3), standard(rows * 3)), "what a file says stays, also in training"
 
 
 def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
     from trainyard.tests.comfy.families import cond
-    from trainyard.trainers.data.encoded import Encoded
-    from trainyard.trainers.scores.objective import seen
+    from trainyard.trainers.data.encoded import EncodedDataset
+    from trainyard.trainers.scores.objective import noised_scorer_input
 
     model = make("sd3")
-    data = Encoded.from_core([{"samples": sample("sd3", 4)}], [cond("sd3")])
-    data, denoiser, trunk = remembered(data, latents.Schedule(model), backbones.trunk_maker(model))
+    data = EncodedDataset.from_core([{"samples": sample("sd3", 4)}], [cond("sd3")])
+    data, denoiser, trunk = cache_frozen_features(
+        data, latents.NoiseSchedule(model), backbones.make_trunk_factory(model)
+    )
     network, calls = trunk(about(model)), []
     inner = network.look.look
     network.look.look = lambda x, level: calls.append(len(x)) or inner(x, level)
@@ -341,5 +389,5 @@ def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
     for step in range(40):
         rng = torch.Generator().manual_seed(step)
         u = torch.rand(4, generator=rng)
-        network(*seen(denoiser, x0, denoiser.sigma_at(u), u > 0.5, rng))
+        network(*noised_scorer_input(denoiser, x0, denoiser.sigma_at(u), u > 0.5, rng))
     assert sum(calls) <= 4 * (1 + 5 * 3), "each picture: clean, and five levels of three noises"

@@ -1,7 +1,8 @@
-"""The benchmark's meters on steps whose cost is known by hand, its claims on one shape of realistic proportions, and its peers: they must be
-what they stand for.
+"""The benchmark's meters on steps whose cost is known by hand, its claims on one shape of realistic proportions, and
+its peers: they must be what they stand for.
 
-Relative differences of the kohya-style LoRA to ours in fp32: none, and 3e-7 in gradients under its re-entrant checkpoints.
+Relative differences of the kohya-style LoRA to ours in fp32: none, and 3e-7 in gradients under its re-entrant
+checkpoints.
 """
 
 import pytest
@@ -71,7 +72,9 @@ def test_attention_on_the_cpu_counts_as_much_as_the_gpu_kernel():
 
 
 def test_both_trainers_are_measured_on_tiny_sd3():
-    rows = bench.measured(Plan(SHAPES["sd3", "tiny"], timed=1), only=("ours, all layers", "core, default", "core, our targets"))
+    rows = bench.measured(
+        Plan(SHAPES["sd3", "tiny"], timed=1), only=("ours, all layers", "core, default", "core, our targets")
+    )
     ours, core = rows["ours, all layers"], rows["core, default"]
     assert all(row["flops"] and row["peak"] and len(row["seconds"]) == 1 for row in rows.values())
     assert core["trained"] > ours["trained"] > 0
@@ -95,12 +98,12 @@ def test_a_claim_can_be_missed(value, holds):
     assert claim.holds(claim.value({"a": value, "b": 1.0})) is holds
 
 
-# -- peers ---------------------------------------------------------------------------------------------------------------------
+# -- peers -------------------------------------------------------------------------------------------------------------
 
 
 def pull(method, parts):
     """(loss, the gradient in one row) of the first step."""
-    loss = method.loss(host.progress.generator(0)).mean()
+    loss = method.loss(host.progress.make_generator(0)).mean()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in parts])
 
@@ -108,13 +111,14 @@ def pull(method, parts):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
-    """The same weights, picture, caption and noise; our adapters are not at zero, so that both matrices get a gradient."""
+    """The same weights, picture, caption and noise; our adapters are not at zero, so that both matrices get a
+    gradient."""
     plan = Plan(SHAPES[family, "tiny"])
-    with host.session.training(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:
+    with host.session.open_training_session(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:
         own, data, network = session.adapters, contenders.encoded(plan), session.denoiser.model.diffusion_model
         for name in own.layers:
-            torch.nn.init.normal_(own.low(name).up, std=0.1, generator=host.progress.generator(1))
-        ours = contenders.Lora(session.denoiser, own, data, density=session.family.density)
+            torch.nn.init.normal_(own.low(name).up, std=0.1, generator=host.progress.make_generator(1))
+        ours = contenders.LoraTraining(session.denoiser, own, data, density=session.family.density)
         loss, gradient = pull(ours, [p for name in own.layers for p in (own.low(name).down, own.low(name).up)])
         own.detach()
         loras, method = contenders.kohya_method(plan, session, data, checkpointing)
@@ -122,10 +126,14 @@ def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
         for lora, low in zip(loras.values(), own.lows.values(), strict=True):
             lora.down.weight.data.copy_(low.down)
             lora.up.weight.data.copy_(low.up)
-        classes = host.context.block_classes(network) if checkpointing else ()
+        classes = host.context.find_block_classes(network) if checkpointing else ()
         with kohya_style.checkpointed(classes), loras.installed():
-            theirs, their_gradient = pull(method, [p for lora in loras.values() for p in (lora.down.weight, lora.up.weight)])
-        assert not [name for name, layer in loras.layers.items() if "forward" in vars(layer)], "every layer has its forward back"
+            theirs, their_gradient = pull(
+                method, [p for lora in loras.values() for p in (lora.down.weight, lora.up.weight)]
+            )
+        assert not [name for name, layer in loras.layers.items() if "forward" in vars(layer)], (
+            "every layer has its forward back"
+        )
     assert theirs == pytest.approx(loss, rel=1e-4)
     assert gradient.norm() > 0
     assert (their_gradient - gradient).norm() < 1e-4 * gradient.norm()
@@ -137,8 +145,12 @@ def test_kohya_trains_on_a_unet_what_our_default_trains(family):
     plan = Plan(SHAPES[family, "tiny"])
     network = make(plan.shape).model.diffusion_model
     transformers = [name for name, m in network.named_modules() if type(m).__name__ == "SpatialTransformer"]
-    theirs = {name for name, m in network.named_modules() if name.startswith(tuple(f"{t}." for t in transformers)) and hasattr(m, "weight") and m.weight.ndim > 1}
-    assert theirs == set(contenders.select(network, plan.adapter(contenders.DEFAULT_TARGETS)))
+    theirs = {
+        name
+        for name, m in network.named_modules()
+        if name.startswith(tuple(f"{t}." for t in transformers)) and hasattr(m, "weight") and m.weight.ndim > 1
+    }
+    assert theirs == set(contenders.select_target_layers(network, plan.adapter(contenders.DEFAULT_TARGETS)))
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
@@ -146,9 +158,11 @@ def test_kohya_trains_on_a_unet_what_our_default_trains(family):
 def test_the_scripts_network_answers_as_the_hosts(family):
     shape = SHAPES[family, "tiny"]
     model = make(shape).model
-    unet = diffusers_script.network(model.model_config.unet_config, torch.float32, "cpu", model.diffusion_model.state_dict())
-    x, t = torch.randn(1, *shape.family.latent, generator=host.progress.generator(2)), torch.tensor([400])
-    context, extras = caption(shape, host.progress.generator(3))
+    unet = diffusers_script.network(
+        model.model_config.unet_config, torch.float32, "cpu", model.diffusion_model.state_dict()
+    )
+    x, t = torch.randn(1, *shape.family.latent, generator=host.progress.make_generator(2)), torch.tensor([400])
+    context, extras = caption(shape, host.progress.make_generator(3))
     batch = diffusers_script.batch_of(x, context, extras.get("pooled_output"))
     side = 8 * shape.family.latent[-1]
     y = model.encode_adm(device="cpu", height=side, width=side, **extras) if extras else None

@@ -13,7 +13,7 @@ from trainyard.nodes import paths
 from trainyard.nodes.data import captioning, loaded_models
 from trainyard.tests import tiny_vlm
 from trainyard.tests.comfy import tiny
-from trainyard.trainers.captioners import Said, vlm
+from trainyard.trainers.captioners import CaptionResult, vlm
 from trainyard.trainers.captioners.prompts import PromptSettings
 from trainyard.trainers.captioners.vlm import CaptionerSettings
 from trainyard.trainers.data.readers import read_folder
@@ -28,7 +28,8 @@ def colour_blip(tmp_path_factory):
 
 @pytest.fixture
 def machine(folders, monkeypatch):
-    """ComfyUI's folders and an empty cache of Hugging Face below one throw-away folder; a dataset of three colours in input/set."""
+    """ComfyUI's folders and an empty cache of Hugging Face below one throw-away folder; a dataset of three colours in
+    input/set."""
     monkeypatch.setattr("folder_paths.models_dir", str(folders / "models"))
     monkeypatch.setenv("HF_HOME", str(folders / "hf"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
@@ -54,7 +55,9 @@ def install(machine, folder, name="VLM/colours"):
 
 def caption(machine, **given):
     """(dataset, preview) of the node as ComfyUI runs it: in inference mode."""
-    values = dict(backend="local model", model="VLM/colours", text="", write="fill", allow_download=False) | WIDGETS | given
+    values = (
+        dict(backend="local model", model="VLM/colours", text="", write="fill", allow_download=False) | WIDGETS | given
+    )
     with torch.inference_mode():
         return captioning.CaptionImages.execute(read_folder(machine / "input" / "set"), **values).args
 
@@ -63,7 +66,7 @@ def told(dataset):
     return [" | ".join(r.captions) for r in dataset]
 
 
-# -- a model from a folder, under the host's memory manager -------------------------------------------------------------------------
+# -- a model from a folder, under the host's memory manager ------------------------------------------------------------
 
 
 def test_a_local_model_writes_what_it_sees_without_any_connection(machine, colour_blip, no_network):
@@ -76,21 +79,23 @@ def test_a_local_model_writes_what_it_sees_without_any_connection(machine, colou
 
 
 def test_while_it_works_the_model_is_in_the_hosts_list_can_be_evicted_and_comes_back(colour_blip):
-    captioner = vlm.load(colour_blip, CaptionerSettings(), PromptSettings())
+    captioner = vlm.load_vlm_captioner(colour_blip, CaptionerSettings(), PromptSettings())
     mine = lambda: [m for m in mm.current_loaded_models if m.model is holder.patcher]
-    with loaded_models.held(captioner) as holder:
-        assert holder.caption(tiny_vlm.plain_picture("red"), "") == Said("red sky")
+    with loaded_models.managed_captioner(captioner) as holder:
+        assert holder.caption(tiny_vlm.plain_picture("red"), "") == CaptionResult("red sky")
         assert len(mine()) == 1 and holder.patcher.current_loaded_device() == mm.get_torch_device()
         mm.unload_all_models()
         assert mine() == []
-        assert holder.caption(tiny_vlm.plain_picture("blue"), "") == Said("blue sky"), "it is loaded again"
+        assert holder.caption(tiny_vlm.plain_picture("blue"), "") == CaptionResult("blue sky"), "it is loaded again"
         assert len(mine()) == 1
     assert mine() == []
 
 
 def test_the_model_leaves_the_hosts_list_after_an_interrupt_too(colour_blip):
-    captioner = vlm.load(colour_blip, CaptionerSettings(), PromptSettings(), check_interrupt=mm.throw_exception_if_processing_interrupted)
-    with pytest.raises(mm.InterruptProcessingException), loaded_models.held(captioner) as holder:
+    captioner = vlm.load_vlm_captioner(
+        colour_blip, CaptionerSettings(), PromptSettings(), check_interrupt=mm.throw_exception_if_processing_interrupted
+    )
+    with pytest.raises(mm.InterruptProcessingException), loaded_models.managed_captioner(captioner) as holder:
         holder.load()
         mm.interrupt_current_processing()
         holder.caption(tiny_vlm.plain_picture("red"), "")
@@ -99,7 +104,7 @@ def test_the_model_leaves_the_hosts_list_after_an_interrupt_too(colour_blip):
 
 def test_an_interrupt_stops_the_node_and_the_next_run_goes_on(machine, colour_blip, monkeypatch):
     install(machine, colour_blip)
-    before, calls = vlm.Vlm.caption, []
+    before, calls = vlm.VlmCaptioner.caption, []
 
     def once(self, picture, prompt):
         calls.append(1)
@@ -107,14 +112,14 @@ def test_an_interrupt_stops_the_node_and_the_next_run_goes_on(machine, colour_bl
             mm.interrupt_current_processing()
         return before(self, picture, prompt)
 
-    monkeypatch.setattr(vlm.Vlm, "caption", once)
+    monkeypatch.setattr(vlm.VlmCaptioner, "caption", once)
     with pytest.raises(mm.InterruptProcessingException):
         caption(machine)
-    monkeypatch.setattr(vlm.Vlm, "caption", before)
+    monkeypatch.setattr(vlm.VlmCaptioner, "caption", before)
     assert "1 found in the cache" in caption(machine)[1]
 
 
-# -- the CLIP of the graph ------------------------------------------------------------------------------------------------------------
+# -- the CLIP of the graph ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +146,10 @@ def qwen3_vl():
         import comfy.ops
 
         shape = qwen._make_qwen3vl_model("qwen3vl_8b")({}, torch.float32, "meta", comfy.ops.disable_weight_init)
-        weights = {f"model.{name}" if name.startswith("visual") else name: w for name, w in tiny.weights(shape, 3, torch.float32).items()}
+        weights = {
+            f"model.{name}" if name.startswith("visual") else name: w
+            for name, w in tiny.weights(shape, 3, torch.float32).items()
+        }
         with torch.inference_mode():
             yield comfy.sd.load_text_encoder_state_dicts([weights], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
 
@@ -158,14 +166,21 @@ def test_the_loaded_clip_describes_pictures_through_the_hosts_own_generate(machi
     small = dict(max_tokens=4, max_res=64)
     dataset, preview = caption(machine, backend="loaded CLIP", clip=qwen3_vl, text="What colour?", **small)
     assert preview.startswith("3 captioned") and all(told(dataset))
-    assert told(caption(machine, backend="loaded CLIP", clip=qwen3_vl, text="What colour?", **small)[0]) == told(dataset)
+    assert told(caption(machine, backend="loaded CLIP", clip=qwen3_vl, text="What colour?", **small)[0]) == told(
+        dataset
+    )
     other = caption(machine, backend="loaded CLIP", clip=qwen3_vl, text="What else is there?", **small)
     assert other[1].startswith("3 captioned"), "another prompt is another question"
 
 
 def test_the_loaded_clip_sees_the_picture_and_not_only_the_question(qwen3_vl):
-    tokens = [loaded_models.tokens_of(qwen3_vl, "What?", loaded_models.pixels(tiny_vlm.plain_picture(c, (64, 64)))) for c in ("red", "blue")]
-    pictures = [[t["data"] for t in loaded_models.flat(each) if loaded_models.is_picture(t)] for each in tokens]
+    tokens = [
+        loaded_models.tokenize_with_image(qwen3_vl, "What?", loaded_models.pixels(tiny_vlm.plain_picture(c, (64, 64))))
+        for c in ("red", "blue")
+    ]
+    pictures = [
+        [t["data"] for t in loaded_models.iterate_tokens(each) if loaded_models.is_image_token(t)] for each in tokens
+    ]
     assert [len(p) for p in pictures] == [1, 1] and not torch.equal(pictures[0][0], pictures[1][0])
     with torch.inference_mode():
         states = [qwen3_vl.encode_from_tokens(t) for t in tokens]
@@ -179,7 +194,7 @@ def test_a_clip_that_cannot_see_is_refused_with_those_that_can_and_the_other_way
         caption(machine, backend="loaded CLIP")
 
 
-# -- models on this machine -----------------------------------------------------------------------------------------------------------
+# -- models on this machine --------------------------------------------------------------------------------------------
 
 
 def test_models_are_found_where_other_packs_keep_them_and_in_the_hub_cache(machine, colour_blip, monkeypatch):
@@ -192,31 +207,50 @@ def test_models_are_found_where_other_packs_keep_them_and_in_the_hub_cache(machi
     (machine / "models" / "LLM" / "llama" / "config.json").write_text('{"model_type": "llama"}')
     extra = machine / "elsewhere" / "pali"
     shutil.copytree(colour_blip, extra)
-    monkeypatch.setitem(paths.folder_paths.folder_names_and_paths, "LLavacheckpoints", ([str(machine / "elsewhere")], set()))
+    monkeypatch.setitem(
+        paths.folder_paths.folder_names_and_paths, "LLavacheckpoints", ([str(machine / "elsewhere")], set())
+    )
     snapshot = machine / "hf" / "hub" / "models--Salesforce--blip-image-captioning-large" / "snapshots" / "abc"
     shutil.copytree(colour_blip, snapshot)
     names = paths.captioner_names()
-    assert names == ["VLM/colours", "LLM/someone/else", "LLavacheckpoints/pali", "wd14_tagger/wd", "Salesforce/blip-image-captioning-large"]
-    assert [paths.captioner_model(n) for n in names[2:]] == [extra, tagger, snapshot]
-    assert paths.captioner_model("another/else") is None and paths.captioner_model("VLM/nothing") is None
-    assert paths.captioner_model("owner/colours") == machine / "models" / "VLM" / "colours", "downloaded by hand, under its own name"
-    assert captioning.models()[: len(names)] == names
+    assert names == [
+        "VLM/colours",
+        "LLM/someone/else",
+        "LLavacheckpoints/pali",
+        "wd14_tagger/wd",
+        "Salesforce/blip-image-captioning-large",
+    ]
+    assert [paths.resolve_captioner_folder(n) for n in names[2:]] == [extra, tagger, snapshot]
+    assert (
+        paths.resolve_captioner_folder("another/else") is None and paths.resolve_captioner_folder("VLM/nothing") is None
+    )
+    assert paths.resolve_captioner_folder("owner/colours") == machine / "models" / "VLM" / "colours", (
+        "downloaded by hand, under its own name"
+    )
+    assert captioning.list_captioner_models()[: len(names)] == names
 
 
 @pytest.mark.parametrize("name", ["VLM/../../../etc", "a/../../..", "../x", "captioners/../../../x"])
 def test_a_name_cannot_leave_the_model_folders(machine, name):
     try:
-        assert paths.captioner_model(name) is None
+        assert paths.resolve_captioner_folder(name) is None
     except ValueError as error:
         assert "leads out of" in str(error)
     with pytest.raises(ValueError):
-        paths.captioner_to_download(name)
+        paths.new_captioner_folder(name)
 
 
 def test_a_missing_model_is_answered_with_where_how_and_what_instead(machine, no_network):
     with pytest.raises(ValueError) as told:
         caption(machine, model="Qwen/Qwen3-VL-4B-Instruct")
-    for part in ("Qwen/Qwen3-VL-4B-Instruct", str(machine / "models" / "VLM"), str(machine / "hf" / "hub"), "hf download", "8.9 GB", "'loaded CLIP'"):
+    for part in (
+        "Qwen/Qwen3-VL-4B-Instruct",
+        str(machine / "models" / "VLM"),
+        str(machine / "hf" / "hub"),
+        "hf download",
+        "8.9 GB",
+        "'loaded CLIP'",
+    ):
         assert part in str(told.value)
 
 
@@ -242,7 +276,7 @@ def test_a_model_of_the_other_kind_is_refused(machine, colour_blip):
         caption(machine, backend="WD tagger")
 
 
-# -- taggers --------------------------------------------------------------------------------------------------------------------------
+# -- taggers -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_taggers_tags_fill_what_is_missing_and_serve_the_next_captioner(machine, monkeypatch):
@@ -253,12 +287,14 @@ def test_a_taggers_tags_fill_what_is_missing_and_serve_the_next_captioner(machin
 
     class Tags:
         identity, module = "tags", None
-        caption = staticmethod(lambda picture, prompt: Said("hat, solo", ("hat", "solo")))
+        caption = staticmethod(lambda picture, prompt: CaptionResult("hat, solo", ("hat", "solo")))
 
-    monkeypatch.setattr(captioning.taggers, "load", lambda folder, settings: Tags())
+    monkeypatch.setattr(captioning.taggers, "load_tagger", lambda folder, settings: Tags())
     tagged, _ = caption(machine, backend="WD tagger", model="wd14_tagger/wd")
     assert [(r.captions, r.tags) for r in tagged] == [(("hat, solo",), ("hat", "solo"))] * 3
-    values = dict(backend="fixed text", model="", text="{name} with {tags}", write="replace", allow_download=False) | WIDGETS
+    values = (
+        dict(backend="fixed text", model="", text="{name} with {tags}", write="replace", allow_download=False) | WIDGETS
+    )
     assert told(captioning.CaptionImages.execute(tagged, **values).args[0])[0] == "blue with hat, solo"
 
 
@@ -271,12 +307,16 @@ def test_settings_of_the_other_kind_of_tags_are_refused(machine):
         caption(machine, backend="zero-shot tags")
 
 
-# -- plain captions and wording ---------------------------------------------------------------------------------------------------------
+# -- plain captions and wording ----------------------------------------------------------------------------------------
 
 
 def test_names_and_fixed_texts_need_no_model(machine):
     assert told(caption(machine, backend="file name")[0]) == ["blue", "green", "red"]
-    assert told(caption(machine, backend="file name", text="a {name} thing")[0]) == ["a blue thing", "a green thing", "a red thing"]
+    assert told(caption(machine, backend="file name", text="a {name} thing")[0]) == [
+        "a blue thing",
+        "a green thing",
+        "a red thing",
+    ]
     assert told(caption(machine, backend="fixed text", text="sks, {folder}")[0]) == ["sks, set"] * 3
     with pytest.raises(ValueError, match="'fixed text' and text is empty"):
         caption(machine, backend="fixed text")
@@ -297,14 +337,20 @@ def test_the_prompt_node_knows_what_the_record_knows():
         captioning.CaptionPromptNode.execute(forbidden="a", forced="a")
 
 
-# -- on the real server --------------------------------------------------------------------------------------------------------------------
+# -- on the real server ------------------------------------------------------------------------------------------------
 
 
 def graph(**given):
     values = dict(backend="file name", model="not/here", text="", write="fill", allow_download=False) | WIDGETS | given
     return {
-        "1": {"class_type": "TrainyardLoadDataset", "inputs": {"folder": "input/captioning", "repeats": 1, "alpha_mask": False}},
-        "2": {"class_type": "TrainyardCaptionPrompt", "inputs": {f.name: f.default for f in dataclasses.fields(PromptSettings)}},
+        "1": {
+            "class_type": "TrainyardLoadDataset",
+            "inputs": {"folder": "input/captioning", "repeats": 1, "alpha_mask": False},
+        },
+        "2": {
+            "class_type": "TrainyardCaptionPrompt",
+            "inputs": {f.name: f.default for f in dataclasses.fields(PromptSettings)},
+        },
         "3": {"class_type": "TrainyardCaptionImages", "inputs": {"dataset": ["1", 0], "prompt": ["2", 0], **values}},
         "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}},
     }
@@ -319,6 +365,10 @@ def test_on_the_server_a_folder_is_captioned_by_a_model_with_progress(server, co
     run = server.run(graph(backend="local model", model="VLM/colours"))
     assert run.ok, run.why
     assert "red.png: red sky" in json.dumps(run.outputs["4"])
-    assert sorted(p.name for p in folder.iterdir()) == ["blue.png", "green.png", "red.png"], "nothing is written beside the pictures"
+    assert sorted(p.name for p in folder.iterdir()) == ["blue.png", "green.png", "red.png"], (
+        "nothing is written beside the pictures"
+    )
     missing = server.run(graph(backend="local model", model="not/here"))
-    assert missing.status == 200 and "is not on this machine. Searched:" in missing.why, "the node answers, not the list of the widget"
+    assert missing.status == 200 and "is not on this machine. Searched:" in missing.why, (
+        "the node answers, not the list of the widget"
+    )

@@ -23,7 +23,10 @@ def folder(server, request):
 
 def prompt(folder, node, **inputs):
     return {
-        "1": {"class_type": "TrainyardLoadDataset", "inputs": {"folder": f"input/{folder.name}", "repeats": 1, "alpha_mask": False}},
+        "1": {
+            "class_type": "TrainyardLoadDataset",
+            "inputs": {"folder": f"input/{folder.name}", "repeats": 1, "alpha_mask": False},
+        },
         "2": {"class_type": node, "inputs": {"dataset": ["1", 0], **inputs}},
         "3": {"class_type": "TrainyardCaptionReport", "inputs": {"dataset": ["2", 0], "trigger": "", "tags": 30}},
         "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}},
@@ -47,7 +50,9 @@ def cards(run):
 def test_rules_change_captions_and_the_node_shows_how(server, folder):
     run = ran(server, folder, "TrainyardEditCaptions", edits="remove: watermark\ntrigger: sks", seed=0, show=1)
     assert tags(run) == {"sks": 3, "a blue ball": 1, "a red ball": 1}
-    assert run.outputs["2"]["text"] == ["3 of 3 pictures changed\n\na.png\n- a red ball\n+ sks, a red ball\n\n... and 2 more"]
+    assert run.outputs["2"]["text"] == [
+        "3 of 3 pictures changed\n\na.png\n- a red ball\n+ sks, a red ball\n\n... and 2 more"
+    ]
     assert (folder / "a.txt").read_text() == "a red ball"
 
 
@@ -69,7 +74,11 @@ def test_truncate_and_the_report_count_the_tokens_of_the_clip(server, folder):
 
 def test_the_grid_gets_names_captions_and_thumbnails_that_the_page_can_fetch(server, folder):
     shown = cards(ran(server, folder, "TrainyardEditCaptionsByHand", edits="", save_to_files=False))
-    assert [(card["name"], card["captions"]) for card in shown] == [("a.png", ["a red ball"]), ("b.png", ["a blue ball, watermark"]), ("c.png", [])]
+    assert [(card["name"], card["captions"]) for card in shown] == [
+        ("a.png", ["a red ball"]),
+        ("b.png", ["a blue ball, watermark"]),
+        ("c.png", []),
+    ]
     for card in shown:
         thumb = card["thumb"]
         picture = server.get(f"/view?filename={thumb['filename']}&subfolder={thumb['subfolder']}&type={thumb['type']}")
@@ -82,12 +91,18 @@ def test_edits_from_the_grid_reach_the_next_node_and_files_only_when_asked(serve
     run = ran(server, folder, "TrainyardEditCaptionsByHand", edits=edits, save_to_files=False)
     assert tags(run) == {"a blue ball": 1, "a green ball": 1, "new": 1, "watermark": 1}
     assert cards(run)[0]["captions"] == ["a red ball"], "the grid knows what it edits"
-    assert run.outputs["2"]["trainyard_about"][0].startswith("2 of 3 captions edited by hand\n1 edits are of pictures that are not in this dataset")
+    assert run.outputs["2"]["trainyard_about"][0].startswith(
+        "2 of 3 captions edited by hand\n1 edits are of pictures that are not in this dataset"
+    )
     assert not (folder / "c.txt").exists()
 
     run = ran(server, folder, "TrainyardEditCaptionsByHand", edits=edits, save_to_files=True)
     assert "2 caption files written" in run.outputs["2"]["trainyard_about"][0]
-    assert [(folder / f"{name}.txt").read_text() for name in NAMES] == ["a green ball\n", "a blue ball, watermark", "new\n"]
+    assert [(folder / f"{name}.txt").read_text() for name in NAMES] == [
+        "a green ball\n",
+        "a blue ball, watermark",
+        "new\n",
+    ]
     (kept,) = (folder / ".trainyard-replaced").iterdir()
     assert kept.read_text() == "a red ball"
     again = ran(server, folder, "TrainyardEditCaptionsByHand", edits=edits, save_to_files=True)
@@ -100,7 +115,7 @@ def test_edits_that_are_no_json_stop_the_run_with_the_remedy(server, folder):
     assert "The edits are no JSON" in run.why and "Clear the field" in run.why
 
 
-# -- counting tokens -------------------------------------------------------------------------------------------------------------------
+# -- counting tokens ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +128,10 @@ def clip(comfy):
         return comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")))[1]
 
 
-@pytest.mark.parametrize(("text", "count"), [("", 0), ("a red ball", 3), ("red, ball!", 4), ("(red:1.2) ball", 2), ("red " * 75, 75), ("red " * 180, 180)])
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("", 0), ("a red ball", 3), ("red, ball!", 4), ("(red:1.2) ball", 2), ("red " * 75, 75), ("red " * 180, 180)],
+)
 def test_tokens_are_counted_without_begin_end_and_padding(clip, text, count):
     assert TokenCounter(clip)(text) == {"l": count}
 

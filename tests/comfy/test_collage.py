@@ -32,10 +32,15 @@ def test_a_dataset_becomes_collages_with_masks_captions_a_sheet_and_a_report(dat
     out, sheet, report = node().execute(dataset, **widgets()).args
     collages = [record for record in out if record.bucket]
     assert {record.size for record in collages} == {(128, 128)} and len(out) == len(collages) + 6
-    assert all(record.captions[0].startswith("sks, left: number ") and "; right: number " in record.captions[0] for record in collages)
+    assert all(
+        record.captions[0].startswith("sks, left: number ") and "; right: number " in record.captions[0]
+        for record in collages
+    )
     assert all(open_mask(record).size == (128, 128) for record in collages)
     assert sheet.ndim == 4 and sheet.shape[3] == 3 and 0 <= float(sheet.min()) < float(sheet.max()) <= 1
-    assert report.splitlines()[0].endswith("collages of 6 pictures, each used twice; 0 fit in no frame, 0 cannot be used.")
+    assert report.splitlines()[0].endswith(
+        "collages of 6 pictures, each used twice; 0 fit in no frame, 0 cannot be used."
+    )
     assert all(str(folders / "datasets" / "trainyard_cache" / "collages") in record.path for record in collages)
 
 
@@ -77,10 +82,18 @@ def test_the_real_server_runs_it_from_folder_to_picture(server):
     place = server.base / "input" / "collage_set"
     place.mkdir(parents=True)
     for index in range(4):
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (128, 64, 3), dtype=np.uint8)).save(place / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (128, 64, 3), dtype=np.uint8)).save(
+            place / f"{index}.png"
+        )
     graph = {
-        "load": {"class_type": "TrainyardLoadDataset", "inputs": {"folder": "input/collage_set", "repeats": 1, "alpha_mask": False}},
-        "build": {"class_type": "TrainyardBuildCollages", "inputs": {"dataset": ["load", 0], **widgets(contrast="warn")}},
+        "load": {
+            "class_type": "TrainyardLoadDataset",
+            "inputs": {"folder": "input/collage_set", "repeats": 1, "alpha_mask": False},
+        },
+        "build": {
+            "class_type": "TrainyardBuildCollages",
+            "inputs": {"dataset": ["load", 0], **widgets(contrast="warn")},
+        },
         "save": {"class_type": "SaveImage", "inputs": {"images": ["build", 1], "filename_prefix": "sheet"}},
     }
     run = server.run(graph)

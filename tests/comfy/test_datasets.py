@@ -1,4 +1,5 @@
-"""The dataset nodes inside ComfyUI: from the graph's own pictures to a dataset, to a folder and back, in process and on the server."""
+"""The dataset nodes inside ComfyUI: from the graph's own pictures to a dataset, to a folder and back, in process and on
+the server."""
 
 import json
 
@@ -20,7 +21,9 @@ def node(kind, **inputs):
 def drawn(folder, names, size=(12, 8)):
     folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(names):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / name)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(
+            folder / name
+        )
     return folder
 
 
@@ -40,7 +43,12 @@ def run(cls, **inputs):
 
 def test_pictures_of_the_graph_become_a_dataset_and_come_back_bit_for_bit(folders):
     given = [images(2), images(1, (6, 6), 1)]
-    (made,) = run(nodes.DatasetFromImages, images=given, captions=["both", "one"], masks=[torch.ones(1, 4, 6), torch.ones(1, 6, 6)])
+    (made,) = run(
+        nodes.DatasetFromImages,
+        images=given,
+        captions=["both", "one"],
+        masks=[torch.ones(1, 4, 6), torch.ones(1, 6, 6)],
+    )
     assert [r.captions for r in made] == [("both",), ("both",), ("one",)]
     pictures, captions, masks = run(nodes.DatasetToImages, dataset=made)
     assert all(torch.equal(a, b[None]) for a, b in zip(pictures, [*given[0], *given[1]], strict=True))
@@ -50,7 +58,7 @@ def test_pictures_of_the_graph_become_a_dataset_and_come_back_bit_for_bit(folder
 def test_a_picture_is_written_once_whatever_comes_again(folders):
     for _ in range(2):
         (made,) = run(nodes.DatasetFromImages, images=[images(2), images(2)])
-    files = sorted(paths.pictures_folder().iterdir())
+    files = sorted(paths.image_cache_folder().iterdir())
     assert len(files) == 2 and len(made) == 4 and {r.path for r in made} == set(map(str, files))
     assert {f.stem for f in files} == {r.id for r in made}, "each is called after its content"
 
@@ -74,7 +82,7 @@ def test_a_saved_dataset_is_in_the_list_of_folders_and_loads_equal(folders):
     dataset, _ = run(nodes.LoadDataset, folder="input/set", repeats=2)
     for place, name, choice in (("output/datasets", "cats/one", "output/cats/one"), ("input", "saved", "input/saved")):
         _, text = run(nodes.SaveDataset, dataset=dataset, name=name, place=place)
-        assert text.startswith("2 pictures saved to") and choice in paths.dataset_folders()
+        assert text.startswith("2 pictures saved to") and choice in paths.list_dataset_folders()
         back, about = run(nodes.LoadDataset, folder=choice, repeats=1)
         assert [(r.id, r.captions, r.repeats) for r in back] == [(r.id, r.captions, r.repeats) for r in dataset]
         assert about == "2 pictures, 1 with captions, 4 per epoch"
@@ -82,26 +90,26 @@ def test_a_saved_dataset_is_in_the_list_of_folders_and_loads_equal(folders):
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc/x", "a/../b", "a|b", ".hidden", "a/b/c/d", "a/ /b"])
 def test_a_dataset_is_saved_below_its_root_or_not_at_all(folders, name):
-    for place in paths.PLACES:
+    for place in paths.DATASET_SAVE_PLACES:
         if name == "/etc/x":
-            assert paths.dataset_to_write(place, name).is_relative_to(folders), "a leading slash means nothing"
+            assert paths.new_dataset_folder(place, name).is_relative_to(folders), "a leading slash means nothing"
         else:
             with pytest.raises(ValueError, match="The dataset's name is"):
-                paths.dataset_to_write(place, name)
+                paths.new_dataset_folder(place, name)
     with pytest.raises(ValueError, match="place is 'models'"):
-        paths.dataset_to_write("models", "a")
+        paths.new_dataset_folder("models", "a")
 
 
 def test_a_link_does_not_lead_a_dataset_out_of_its_root(folders, tmp_path_factory):
     (folders / "input" / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
     with pytest.raises(ValueError, match="leads out of"):
-        paths.dataset_to_write("input", "link/x")
+        paths.new_dataset_folder("input", "link/x")
 
 
 def test_masks_and_metadata_of_the_users_choice_are_read_and_noticed_when_they_change(folders):
     drawn(folders / "input" / "set", ["a.png"])
     drawn(folders / "input" / "masks", ["a.png"])
-    (folders / "input" / "set" / "tags.csv").write_text("file,tags\na.png,\"red, ball\"\n")
+    (folders / "input" / "set" / "tags.csv").write_text('file,tags\na.png,"red, ball"\n')
     choice = dict(folder="input/set", masks="input/masks")
     before = nodes.LoadDataset.fingerprint_inputs(**choice)
     (record,), about = run(nodes.LoadDataset, repeats=1, metadata="tags.csv", **choice)

@@ -1,4 +1,5 @@
-"""LECO, sliders and differences through a real server: trained, saved, loaded by the host, stopped, continued, and refused in words."""
+"""LECO, sliders and differences through a real server: trained, saved, loaded by the host, stopped, continued, and
+refused in words."""
 
 import json
 import time
@@ -23,7 +24,11 @@ def node(server):
     schemas = server.object_info()
 
     def made(kind, **inputs):
-        shown = {name: about for group in ("required", "optional") for name, about in schemas[kind]["input"].get(group, {}).items()}
+        shown = {
+            name: about
+            for group in ("required", "optional")
+            for name, about in schemas[kind]["input"].get(group, {}).items()
+        }
         defaults = {name: about.get("default", first(*shown[name])) for name, _, about in widgets(schemas[kind])}
         return {"class_type": kind, "inputs": defaults | inputs}
 
@@ -31,13 +36,15 @@ def node(server):
 
 
 def first(kind, about=None):
-    """The first option of a list, which the page chooses; ComfyUI writes the lists of old nodes in the place of the kind."""
+    """The first option of a list, which the page chooses; ComfyUI writes the lists of old nodes in the place of the
+    kind."""
     return next(iter(kind if isinstance(kind, list) else (about or {}).get("options", ())), "")
 
 
 @pytest.fixture(scope="module")
 def folders(server):
-    """input/more and input/less: three scenes with a large and with a small shape; input/odd: one of them under another name."""
+    """input/more and input/less: three scenes with a large and with a small shape; input/odd: one of them under another
+    name."""
     for name, size in (("more", "large"), ("less", "small"), ("odd", "small")):
         folder = server.base / "input" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +80,9 @@ def from_pairs(node, toy, folders):
             "more": node("TrainyardLoadDataset", folder="input/more"),
             "less": node("TrainyardLoadDataset", folder=negative),
             "pairs": node("TrainyardImagePairs", positive=["more", 0], negative=["less", 0]),
-            "encode": node("TrainyardEncodeDataset", dataset=["pairs", 0], vae=["model", 2], clip=["model", 1], **sizes),
+            "encode": node(
+                "TrainyardEncodeDataset", dataset=["pairs", 0], vae=["model", 2], clip=["model", 1], **sizes
+            ),
             "train": node(kind, model=["model", 0], encoded=["encode", 0], **{**QUICK, "run_name": "pairs", **changes}),
         }
 
@@ -100,7 +109,7 @@ def read(path):
         return {key: file.get_tensor(key).tobytes() for key in file.keys()}, file.metadata()
 
 
-# -- trained, saved, loaded -----------------------------------------------------------------------------------------------------
+# -- trained, saved, loaded --------------------------------------------------------------------------------------------
 
 
 def test_a_leco_is_trained_saved_swept_and_taken_by_the_hosts_own_loader(server, node, leco):
@@ -123,15 +132,33 @@ def test_a_leco_is_trained_saved_swept_and_taken_by_the_hosts_own_loader(server,
     assert json.loads(metadata["prompt"])["train"]["class_type"] == "TrainyardTrainLeco" and tensors
 
     look = {key: prompt[key] for key in ("model", "ask", "empty")} | {
-        "lora": node("LoraLoader", model=["model", 0], clip=["model", 1], lora_name="leco/whole.safetensors", strength_model=1.0, strength_clip=1.0),
+        "lora": node(
+            "LoraLoader",
+            model=["model", 0],
+            clip=["model", 1],
+            lora_name="leco/whole.safetensors",
+            strength_model=1.0,
+            strength_clip=1.0,
+        ),
         "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
     }
     for side, model in (("without", ["model", 0]), ("with", ["lora", 0])):
-        look[f"{side}_s"] = node("KSampler", model=model, positive=["ask", 0], negative=["empty", 0], latent_image=["latent", 0], seed=1, steps=2)
+        look[f"{side}_s"] = node(
+            "KSampler",
+            model=model,
+            positive=["ask", 0],
+            negative=["empty", 0],
+            latent_image=["latent", 0],
+            seed=1,
+            steps=2,
+        )
         look[f"{side}_d"] = node("VAEDecode", samples=[f"{side}_s", 0], vae=["model", 2])
         look[side] = node("SaveImage", images=[f"{side}_d", 0], filename_prefix=f"sweep/{side}")
     run = ran(server, look)
-    pictures = [Image.open(server.output("sweep", run.outputs[side]["images"][0]["filename"])).tobytes() for side in ("without", "with")]
+    pictures = [
+        Image.open(server.output("sweep", run.outputs[side]["images"][0]["filename"])).tobytes()
+        for side in ("without", "with")
+    ]
     assert pictures[0] != pictures[1], "the host's loader must change the picture"
     assert "lora key not loaded" not in server.logs()
 
@@ -154,7 +181,9 @@ def test_a_leco_that_is_stopped_and_continued_is_the_one_that_was_not_stopped(se
     assert 0 < about["step"] < 16
     ran(server, leco(run_name="leco_stopped", steps=16))
     ran(server, leco(run_name="leco_unstopped", steps=16))
-    one, other = (read(folder_of(server, name) / f"{name}.safetensors")[0] for name in ("leco_stopped", "leco_unstopped"))
+    one, other = (
+        read(folder_of(server, name) / f"{name}.safetensors")[0] for name in ("leco_stopped", "leco_unstopped")
+    )
     assert one == other
 
 
@@ -183,22 +212,26 @@ def test_two_folders_become_a_lora_of_what_differs(server, from_pairs, kind):
 
 def test_a_slider_is_trained_from_rows_of_a_file_and_its_settings_nodes_count(server, node, leco):
     file = server.base / "input" / "size.yaml"
-    file.write_text("- {target: a circle, positive: a large circle, unconditional: a small circle, guidance: 2, preserve: a red square}\n"
-                    "- {target: a square, positive: a large square, unconditional: a small square, weight: 2}\n")  # fmt: skip
+    file.write_text("- {target: a circle, positive: a large circle, unconditional: a small circle, guidance: 2, "
+                    "preserve: a red square}\n"
+                    "- {target: a square, positive: a large square, unconditional: a small square, weight: "
+                    "2}\n")  # fmt: skip
     prompt = leco() | {
         "rows": node("TrainyardLoadPrompts", file="input/size.yaml"),
         "about": node("PreviewAny", source=["rows", 1]),
         "adapter": node("TrainyardAdapter", targets="attention"),
         "noise": node("TrainyardNoiseAndLoss", min_time=0.4),
     }
-    prompt["train"] = slider(prompt, node, prompts=["rows", 0], adapter=["adapter", 0], noise=["noise", 0], run_name="rows")
+    prompt["train"] = slider(
+        prompt, node, prompts=["rows", 0], adapter=["adapter", 0], noise=["noise", 0], run_name="rows"
+    )
     run = ran(server, prompt)
     assert "a large circle" in said(run, "about") and "weight 2" in said(run, "about")
     tensors, _ = read(folder_of(server, "rows") / "rows.safetensors")
     assert tensors and not any("_mlp_" in key for key in tensors)
 
 
-# -- trouble: a clear word before any training --------------------------------------------------------------------------------------
+# -- trouble: a clear word before any training -------------------------------------------------------------------------
 
 
 def words(**inputs):
@@ -247,21 +280,30 @@ def no_text_encoder(prompt, node, server):
 LECO_TROUBLE = {
     "a checkpoint without text encoder": (no_text_encoder, "CLIP is empty: this checkpoint holds no text encoder"),
     "no target": (words(target="  "), "target is empty. Write the words of the concept"),
-    "positive equal to unconditional": (words(positive="a dog", unconditional="a dog"), "positive and unconditional are both 'a dog'"),
-    "nothing to replace": (words(action="replace"), "action is replace and positive is None; write what 'a red circle' is to become"),
-    "a goal that is there already": (words(action="enhance", neutral=""), "nothing would be learnt. Raise guidance above 1"),
+    "positive equal to unconditional": (words(positive="a dog", unconditional="a dog"), "positive and unconditional "
+                                                                                        "are both 'a dog'"),
+    "nothing to replace": (words(action="replace"), "action is replace and positive is None; write what 'a red circle' "
+                                                    "is to become"),
+    "a goal that is there already": (words(action="enhance", neutral=""), "nothing would be learnt. Raise guidance "
+                                                                          "above 1"),
     "guidance beyond its widget": (words(guidance=0.0), "Value 0.0 smaller than min of 0.01"),
     "guidance beyond its range from a link": (linked_guidance, "guidance is 500.0; it must lie between 0.01 and 100.0"),
-    "a prompt longer than the text encoder takes": (words(positive="red " * 90), "takes at once: it would be cut into 2 pieces. Shorten it."),
+    "a prompt longer than the text encoder takes": (words(positive="red " * 90), "takes at once: it would be cut into "
+                                                                                 "2 pieces. Shorten it."),
     "an empty range of noise levels": (settings("TrainyardNoiseAndLoss", "noise", min_time=0.8, max_time=0.2),
                                        "min_time is 0.8 and max_time is 0.2; min_time must be the smaller one"),
-    "a text encoder that is to be trained": (settings("TrainyardAdapter", "adapter", text_encoder=True), "Switch it off in Adapter Settings"),
-    "points on pictures that are not there": (settings("TrainyardPoints", "points", points="pictures"), "no encoded dataset is connected"),
+    "a text encoder that is to be trained": (settings("TrainyardAdapter", "adapter", text_encoder=True), "Switch it "
+                                                                                                         "off in Adapter Settings"),
+    "points on pictures that are not there": (settings("TrainyardPoints", "points", points="pictures"), "no encoded "
+                                                                                                        "dataset is "
+                                                                                                        "connected"),
     "a wrong key in a prompt file": (prompt_text("- {target: cat, guidence: 4}\n"),
                                      "wrong.yaml: Row 1: there is no key 'guidence'. Did you mean 'guidance'?"),
-    "no guidance in a prompt file": (prompt_text("- {target: cat, guidance: 0}\n"), "guidance is 0; it must be above 0"),
+    "no guidance in a prompt file": (prompt_text("- {target: cat, guidance: 0}\n"), "guidance is 0; it must be above "
+                                                                                    "0"),
     "prompts of two places": (rows_and_words, "target is 'a red circle', and prompts are connected too"),
-    "a slider with one end": (slider_of(target="cat", positive="old cat", negative="old cat"), "positive and negative are both 'old cat'"),
+    "a slider with one end": (slider_of(target="cat", positive="old cat", negative="old cat"), "positive and negative "
+                                                                                               "are both 'old cat'"),
     "a slider that is to replace": (slider_of("cat -> dog"), "'cat' -> 'dog' replaces, and a slider has two ends"),
     "a run name that leaves its folder": (words(run_name="../../evil"), "The run name is '../../evil'"),
 }  # fmt: skip
@@ -281,7 +323,11 @@ def test_pictures_without_a_partner_are_named(server, from_pairs):
 
 
 def test_one_folder_chosen_twice_is_no_difference(server, from_pairs):
-    refused(server, from_pairs("TrainyardTrainImageSlider", "input/more", run_name="trouble"), "Both pictures of every pair are the same")
+    refused(
+        server,
+        from_pairs("TrainyardTrainImageSlider", "input/more", run_name="trouble"),
+        "Both pictures of every pair are the same",
+    )
 
 
 def test_pictures_that_were_never_paired_are_refused_with_the_node_that_pairs_them(server, from_pairs):

@@ -8,16 +8,18 @@ import torch
 from trainyard.nodes import host, paths
 from trainyard.nodes.train import image_pairs, widgets
 from trainyard.tests.comfy.families import cond, latent_shape, make
-from trainyard.trainers.data.encoded import Encoded
-from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.data.encoded import EncodedDataset
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
 
 def pairs(family, count=2):
     rng = torch.Generator().manual_seed(5)
     latents = [{"samples": torch.randn(latent_shape(family), generator=rng)} for _ in range(2 * count)]
-    data = Encoded.from_core(latents, [cond(family, seed // 2) for seed in range(2 * count)])
-    data.items = [dataclasses.replace(item, pair=str(i // 2), strength=(1.0, -1.0)[i % 2]) for i, item in enumerate(data.items)]
+    data = EncodedDataset.from_core(latents, [cond(family, seed // 2) for seed in range(2 * count)])
+    data.items = [
+        dataclasses.replace(item, pair=str(i // 2), strength=(1.0, -1.0)[i % 2]) for i, item in enumerate(data.items)
+    ]
     return data
 
 
@@ -29,7 +31,7 @@ def pair_job(method, family="sd3", name="pairs", calibrate="off", **run):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [ImageSlider, Change])
+@pytest.mark.parametrize("method", [ImageSlider, AddiftTraining])
 def test_a_run_of_pairs_ends_in_a_file_is_found_again_and_counts_its_forwards(folders, method):
     with torch.inference_mode():
         job = pair_job(method)
@@ -48,7 +50,10 @@ def test_the_curve_of_a_run_is_in_its_file_and_training_is_the_same_with_and_wit
         plain, _, _ = pair_job(ImageSlider, name="plain").result()
         job = pair_job(ImageSlider, name="curve", calibrate="after training")
         lora, _, _ = job.result()
-    assert json.loads(lora.metadata["trainyard.curve"])["strengths"] == [-2.0, -1.0, 0.0, 1.0, 2.0] and "trainyard.curve" not in plain.metadata
+    assert (
+        json.loads(lora.metadata["trainyard.curve"])["strengths"] == [-2.0, -1.0, 0.0, 1.0, 2.0]
+        and "trainyard.curve" not in plain.metadata
+    )
     assert job.curve.effect[2] == 0.0 and job.curve.unit == "half the difference of the pairs"
     assert all(torch.equal(plain[k], lora[k]) for k in lora)
 
@@ -60,29 +65,42 @@ def test_pictures_that_are_no_pairs_are_refused_before_the_long_work(folders):
         job.result()
 
 
-@pytest.mark.parametrize(("family", "resolution", "shape"), [("sd15", 64, (4, 8, 8)), ("sd3", 80, (16, 10, 10)), ("flux", 64, (16, 8, 8))])
+@pytest.mark.parametrize(
+    ("family", "resolution", "shape"), [("sd15", 64, (4, 8, 8)), ("sd3", 80, (16, 10, 10)), ("flux", 64, (16, 8, 8))]
+)
 def test_latent_shapes_are_the_models_own(family, resolution, shape):
     model = make(family)
-    assert host.checks.latent_shapes(model, resolution) == (shape,)
-    sizes = {s[-2:] for s in host.checks.latent_shapes(model, 256, dynamic=True)}
+    assert host.checks.square_latent_shapes(model, resolution) == (shape,)
+    sizes = {s[-2:] for s in host.checks.square_latent_shapes(model, 256, dynamic=True)}
     assert sizes == {(h, w) for h in (16, 24, 32) for w in (16, 24, 32)}
 
 
 def test_a_text_encoder_that_is_trained_is_refused():
     with pytest.raises(ValueError, match="Switch it off in Adapter Settings"):
-        widgets.odd(AdapterSettings(text_encoder=True))
+        widgets.check_difference_adapter(AdapterSettings(text_encoder=True))
 
 
 def test_adapters_that_are_not_odd_in_strength_are_refused_for_sliders_with_the_reason():
     with pytest.raises(ValueError, match="algorithm is DoRA, whose effect at -1 is not the opposite of that at \\+1"):
-        widgets.odd(AdapterSettings(algorithm="DoRA"))
+        widgets.check_difference_adapter(AdapterSettings(algorithm="DoRA"))
     for algorithm in ("LoRA", "LoHa", "LoKr"):
-        assert widgets.odd(AdapterSettings(algorithm=algorithm)).algorithm == algorithm
+        assert widgets.check_difference_adapter(AdapterSettings(algorithm=algorithm)).algorithm == algorithm
 
 
-@pytest.mark.parametrize("idle", [dict(weighting="min-SNR"), dict(loss="Huber"), dict(noise_offset=0.1), dict(pyramid_levels=4), dict(perturbation=0.1)])
+@pytest.mark.parametrize(
+    "idle",
+    [
+        dict(weighting="min-SNR"),
+        dict(loss="Huber"),
+        dict(noise_offset=0.1),
+        dict(pyramid_levels=4),
+        dict(perturbation=0.1),
+    ],
+)
 def test_noise_settings_that_would_do_nothing_are_refused(idle):
-    (name, value), = idle.items()
-    with pytest.raises(ValueError, match=f"{name} is {value} in Noise and Loss Settings, and it does nothing here: because"):
-        widgets.levels_only(NoiseSettings(**idle), "because")
-    widgets.levels_only(NoiseSettings(min_time=0.2, density="uniform"), "because")
+    ((name, value),) = idle.items()
+    with pytest.raises(
+        ValueError, match=f"{name} is {value} in Noise and Loss Settings, and it does nothing here: because"
+    ):
+        widgets.check_unused_noise_settings(NoiseSettings(**idle), "because")
+    widgets.check_unused_noise_settings(NoiseSettings(min_time=0.2, density="uniform"), "because")

@@ -15,8 +15,8 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.fakes_data import captioned, picture
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions.variants import CaptionSettings
-from trainyard.trainers.data.encode import encode
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.encode import encode_dataset
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.settings import AdapterSettings
 
@@ -47,13 +47,18 @@ def test_a_picture_has_one_scale_whichever_way_it_comes(vae, folder, tmp_path):
     pixels = torch.from_numpy(np.asarray(Image.open(folder / "noise.png")).copy())[None].float() / 255
     with torch.inference_mode():
         latent = comfy_nodes.VAEEncode().encode(vae, pixels)[0]
-        core = Encoded.from_core([latent], [[[torch.zeros(1, 4, 4096), {}]]])
+        core = EncodedDataset.from_core([latent], [[[torch.zeros(1, 4, 4096), {}]]])
         sizes = BucketSettings(resolution=64, step=8, min_side=64, max_side=64)
         empty = CaptionSettings(caption_mode="empty (unconditional)")
-        ours = lambda: encode(read_folder(folder), empty, sizes, False, host.encoders.PictureEncoder(vae), NoText(), tmp_path / "cache")
-        with host.session.training(make("sd3", inference=True), AdapterSettings(rank=4)) as session:
-            x0 = [session.denoiser.model_space(data.batch([0], torch.Generator().manual_seed(0)).x0) for data in (core, ours(), ours())]
-            wanted = session.denoiser.model.process_latent_in(host.context.ordinary(latent["samples"]))
+        ours = lambda: encode_dataset(
+            read_folder(folder), empty, sizes, False, host.encoders.VaeEncoder(vae), NoText(), tmp_path / "cache"
+        )
+        with host.session.open_training_session(make("sd3", inference=True), AdapterSettings(rank=4)) as session:
+            x0 = [
+                session.denoiser.model_space(data.batch([0], torch.Generator().manual_seed(0)).x0)
+                for data in (core, ours(), ours())
+            ]
+            wanted = session.denoiser.model.process_latent_in(host.context.clone_inference_tensors(latent["samples"]))
     assert torch.equal(x0[1], x0[2]), "read back from disk"
     assert torch.equal(x0[0], wanted), "the host's own scaling"
     assert torch.allclose(x0[0], x0[1], atol=1e-6)
@@ -62,11 +67,25 @@ def test_a_picture_has_one_scale_whichever_way_it_comes(vae, folder, tmp_path):
 @pytest.fixture(scope="module")
 def kl_vae():
     """ComfyUI's VAE class around a KL autoencoder of SD1.5's kind, with random weights."""
-    config = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2)
+    config = dict(
+        double_z=True,
+        z_channels=4,
+        resolution=256,
+        in_channels=3,
+        out_ch=3,
+        ch=128,
+        ch_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+    )
     with torch.device("meta"):
-        shapes = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=dict(config, attn_resolutions=[], dropout=0.0), embed_dim=4).state_dict()
+        shapes = comfy.ldm.models.autoencoder.AutoencoderKL(
+            ddconfig=dict(config, attn_resolutions=[], dropout=0.0), embed_dim=4
+        ).state_dict()
     rng = torch.Generator().manual_seed(0)
-    state = {k: torch.randn(v.shape, generator=rng) * (0.02 if v.ndim > 1 else 0.1) + (k.endswith("norm.weight")) for k, v in shapes.items()}
+    state = {
+        k: torch.randn(v.shape, generator=rng) * (0.02 if v.ndim > 1 else 0.1) + (k.endswith("norm.weight"))
+        for k, v in shapes.items()
+    }
     with torch.inference_mode():
         return comfy.sd.VAE(sd=state)
 
@@ -75,8 +94,8 @@ def test_a_gaussian_vae_shows_its_mean_and_spread(kl_vae):
     pixels = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = kl_vae.encode(pixels)
-    with host.context.gradients():
-        mean, std = host.encoders.PictureEncoder(kl_vae).encode(pixels)
+    with host.context.enable_gradients():
+        mean, std = host.encoders.VaeEncoder(kl_vae).encode(pixels)
     assert torch.allclose(mean, wanted, atol=1e-5), "the mean is what ComfyUI encodes"
     assert std.shape == mean.shape
     assert bool((std > 0).all())
@@ -84,27 +103,29 @@ def test_a_gaussian_vae_shows_its_mean_and_spread(kl_vae):
 
 
 def test_a_vae_without_posterior_gives_its_latent_alone(vae):
-    with host.context.gradients():
-        mean, std = host.encoders.PictureEncoder(vae).encode(torch.rand(1, 64, 64, 3))
+    with host.context.enable_gradients():
+        mean, std = host.encoders.VaeEncoder(vae).encode(torch.rand(1, 64, 64, 3))
     assert std is None
     assert mean.shape == (1, 16, 8, 8)
 
 
 def test_moments_by_hand():
     """mean 1, log-variance 2: std e."""
-    mean, std = host.encoders.posterior(torch.zeros(1, 1, 2, 2), [torch.cat([torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0)], 1)])
+    mean, std = host.encoders.posterior_mean_std(
+        torch.zeros(1, 1, 2, 2), [torch.cat([torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0)], 1)]
+    )
     assert mean.unique().tolist() == [1.0]
     assert float(std.mean()) == pytest.approx(np.e)
 
 
 def test_another_vae_or_another_patch_has_another_identity(vae, kl_vae):
-    assert host.encoders.PictureEncoder(vae).identity != host.encoders.PictureEncoder(kl_vae).identity
+    assert host.encoders.VaeEncoder(vae).identity != host.encoders.VaeEncoder(kl_vae).identity
     model = make("sd3")
-    plain = host.identity.model_identity(model)
+    plain = host.identity.hash_model_and_schedule(model)
     patched = model.clone()
     patched.add_patches({"diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": (torch.ones(512, 128),)}, 0.5)
-    assert host.identity.model_identity(model.clone()) == plain
-    assert host.identity.model_identity(patched) != plain
+    assert host.identity.hash_model_and_schedule(model.clone()) == plain
+    assert host.identity.hash_model_and_schedule(patched) != plain
 
 
 def test_a_baked_in_lora_does_not_change_the_identity_of_the_clean_model():
@@ -112,17 +133,18 @@ def test_a_baked_in_lora_does_not_change_the_identity_of_the_clean_model():
     import comfy.model_management as mm
 
     model = make("sd3")
-    plain = host.identity.model_identity(model)
+    plain = host.identity.hash_model_and_schedule(model)
     patched = model.clone()
     key = next(k for k, v in model.model.state_dict().items() if k.endswith("mlp.fc1.weight"))
     patched.add_patches({key: (torch.ones_like(model.model.state_dict()[key]),)}, 0.5)
     mm.load_models_gpu([patched])
-    assert host.identity.model_identity(model) == plain
+    assert host.identity.hash_model_and_schedule(model) == plain
     mm.load_models_gpu([model])
 
 
 def test_memory_that_the_host_never_filled_is_no_part_of_an_identity():
-    """CLIP-L of SD1.5 has no projection in its file: the tensor holds whatever lay in memory, and differs from load to load."""
+    """CLIP-L of SD1.5 has no projection in its file: the tensor holds whatever lay in memory, and differs from load to
+    load."""
     with torch.inference_mode():
         clip = comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")))[1]
         before = host.encoders.TextEncoder(clip).identity
@@ -132,7 +154,7 @@ def test_memory_that_the_host_never_filled_is_no_part_of_an_identity():
         assert host.encoders.TextEncoder(clip).identity != before
 
 
-# -- the nodes ----------------------------------------------------------------------------------------------------------------
+# -- the nodes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +198,7 @@ class Stopped:
 
     def __init__(self, monkeypatch, error, sd15):
         self.calls, self.seen = 0, set()
-        original = host.encoders.PictureEncoder.encode
+        original = host.encoders.VaeEncoder.encode
 
         def encode(encoder, images):
             self.calls += 1
@@ -185,12 +207,14 @@ class Stopped:
                 raise error
             return original(encoder, images)
 
-        monkeypatch.setattr(host.encoders.PictureEncoder, "encode", encode)
+        monkeypatch.setattr(host.encoders.VaeEncoder, "encode", encode)
 
 
 def test_vae_and_text_encoder_are_out_of_memory_after_encoding(sd15, pictures, monkeypatch):
-    during, original = set(), host.encoders.PictureEncoder.encode
-    monkeypatch.setattr(host.encoders.PictureEncoder, "encode", lambda *args: (original(*args), during.update(on_device(sd15)))[0])
+    during, original = set(), host.encoders.VaeEncoder.encode
+    monkeypatch.setattr(
+        host.encoders.VaeEncoder, "encode", lambda *args: (original(*args), during.update(on_device(sd15)))[0]
+    )
     assert len(encode_with(sd15, pictures)) == 5
     assert len(during) == 2, "both are loaded while it encodes, or the next line proves nothing"
     assert not on_device(sd15)
@@ -207,7 +231,7 @@ def test_vae_and_text_encoder_are_out_of_memory_after_an_interrupt_or_an_error(s
 
 def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest(sd15, pictures, monkeypatch):
     """the host's own flag is set after the 2nd picture: it is written, the 3rd is not begun, and 3 are left"""
-    calls, original = [], host.encoders.PictureEncoder.encode
+    calls, original = [], host.encoders.VaeEncoder.encode
 
     def encode(encoder, images):
         calls.append(images.shape)
@@ -216,7 +240,7 @@ def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest
             mm.interrupt_current_processing()
         return latent
 
-    monkeypatch.setattr(host.encoders.PictureEncoder, "encode", encode)
+    monkeypatch.setattr(host.encoders.VaeEncoder, "encode", encode)
     with pytest.raises(mm.InterruptProcessingException):
         encode_with(sd15, pictures)
     assert len(calls) == 2 and not mm.processing_interrupted()
@@ -250,7 +274,9 @@ def test_bucket_dataset_decides_and_encode_dataset_keeps_to_it(sd15, folders):
     captioned(folders / "input" / "set", 3, (64, 64))
     picture(folders / "input" / "set" / "wide.png", (100, 60))
     (folders / "input" / "set" / "wide.txt").write_text("wide", encoding="utf-8")
-    dataset, sheet, words = run(encode_nodes.BucketDataset, read_folder(folders / "input" / "set"), resolution=32, step=8).args
+    dataset, sheet, words = run(
+        encode_nodes.BucketDataset, read_folder(folders / "input" / "set"), resolution=32, step=8
+    ).args
     assert [record.bucket for record in dataset] == [(32, 32), (32, 32), (32, 32), (40, 24)]
     assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.shape[-1] == 3 and 0 <= sheet.min() < sheet.max() <= 1
     assert words.startswith("4 pictures in 2 buckets") and "wide.png 40x24" in words
@@ -284,8 +310,8 @@ def test_the_bucket_node_shows_its_page_on_the_server_and_prompts_from_before_it
 
 
 def test_the_ground_beneath_transparent_pictures_is_a_colour():
-    from trainyard.nodes.data.encode import colour
+    from trainyard.nodes.data.encode import parse_colour
 
-    assert colour("#102030") == (16, 32, 48) and colour(" white ") == (255, 255, 255)
+    assert parse_colour("#102030") == (16, 32, 48) and parse_colour(" white ") == (255, 255, 255)
     with pytest.raises(ValueError, match="ground is 'no colour'; write a colour such as #ffffff"):
-        colour("no colour")
+        parse_colour("no colour")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from trainyard.nodes import host
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import FAMILIES, cond, latent_shape, make
-from trainyard.trainers.diffusion import denoising_loss, random_sigma
+from trainyard.trainers.diffusion import denoising_loss, sample_sigmas
 from trainyard.trainers.files import LoraFile, write_lora
 from trainyard.trainers.settings import AdapterSettings
 
@@ -41,7 +41,7 @@ class Problem:
         self.denoiser, self.conds = session.denoiser, captions(family)
         self.x0 = session.denoiser.model_space(torch.randn(shape, generator=rng))
         self.noise = torch.randn(self.x0.shape, generator=rng)
-        self.sigma = random_sigma(session.denoiser, session.family.density, self.x0, rng)
+        self.sigma = sample_sigmas(session.denoiser, session.family.density, self.x0, rng)
 
     def loss(self, rows=slice(None)):
         return denoising_loss(self.denoiser, self.x0[rows], self.noise[rows], self.sigma[rows], self.conds[rows])
@@ -49,7 +49,9 @@ class Problem:
     def gradient(self, adapters):
         adapters.zero_grad()
         self.loss().mean().backward()
-        return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in adapters.parameters()])
+        return torch.cat(
+            [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in adapters.parameters()]
+        )
 
 
 def fingerprint(model):
@@ -61,19 +63,23 @@ def fingerprint(model):
 
 def left_behind(model):
     """Names of modules that still carry something of ours."""
-    return [n for n, m in model.model.named_modules() if "forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks]
+    return [
+        n for n, m in model.model.named_modules() if "forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks
+    ]
 
 
 def as_loader_gives(family, dtype=torch.float32):
     return make(family, dtype=dtype, inference=True)
 
 
-@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING[:2])
+@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING_MODES[:2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_finite_differences(family, checkpointing):
     with (
         torch.inference_mode(),
-        host.session.training(as_loader_gives(family), ADAPTERS.get(family, RANK_4), checkpointing=checkpointing) as session,
+        host.session.open_training_session(
+            as_loader_gives(family), ADAPTERS.get(family, RANK_4), checkpointing=checkpointing
+        ) as session,
     ):
         problem = Problem(session, family)
         error = host.checks.check_gradients(session, problem.x0, problem.conds)
@@ -82,23 +88,31 @@ def test_gradients_equal_finite_differences(family, checkpointing):
 
 def reference_gradient(family, model, adapter):
     """Autograd through the host's own in-place code, with every overwritten tensor saved by torch itself."""
-    row, patcher = host.family_of(model.model.model_config), host.session.borrowed(model)
-    with host.context.gradients(), host.context.in_training(), host.context.differentiable_rope():
+    row, patcher = host.family_of(model.model.model_config), host.session.clone_for_training(model)
+    with host.context.enable_gradients(), host.context.set_training_flag(), host.context.use_differentiable_rope():
         adapters = host.Adapters(model.model.diffusion_model, adapter)
         shake(adapters)
-        with host.session.loaded(patcher, adapters, 0.0), torch.autograd.graph.allow_mutation_on_saved_tensors():
-            host.context.materialise(model.model)
-            session = host.session.Session(host.denoiser.ComfyDenoiser(patcher, row), adapters, row)
+        with (
+            host.session.load_with_adapters(patcher, adapters, 0.0),
+            torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        ):
+            host.context.replace_inference_parameters(model.model)
+            session = host.session.TrainingSession(host.denoiser.ComfyDenoiser(patcher, row), adapters, row)
             return Problem(session, family).gradient(adapters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING[:2])
+@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING_MODES[:2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_an_out_of_place_reference(family, checkpointing, dtype):
     adapter = ADAPTERS.get(family, RANK_4)
     wanted = reference_gradient(family, as_loader_gives(family, dtype), adapter)
-    with torch.inference_mode(), host.session.training(as_loader_gives(family, dtype), adapter, checkpointing=checkpointing) as session:
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(
+            as_loader_gives(family, dtype), adapter, checkpointing=checkpointing
+        ) as session,
+    ):
         shake(session.adapters)
         got = Problem(session, family).gradient(session.adapters)
     cosine = float(torch.nn.functional.cosine_similarity(got.double(), wanted.double(), dim=0))
@@ -108,7 +122,7 @@ def test_gradients_equal_an_out_of_place_reference(family, checkpointing, dtype)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_two_captions_equals_two_batches_of_one(family):
-    with torch.inference_mode(), host.session.training(as_loader_gives(family), RANK_4) as session:
+    with torch.inference_mode(), host.session.open_training_session(as_loader_gives(family), RANK_4) as session:
         shake(session.adapters)
         problem = Problem(session, family)
         together, apart = problem.loss(), torch.cat([problem.loss(slice(i, i + 1)) for i in range(2)])
@@ -120,7 +134,7 @@ def test_a_batch_of_two_captions_equals_two_batches_of_one(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_minus_one(family, tmp_path):
     model = as_loader_gives(family)
-    with torch.inference_mode(), host.session.training(model, ADAPTERS.get(family, RANK_4)) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, ADAPTERS.get(family, RANK_4)) as session:
         shake(session.adapters, size=0.02)
         problem = Problem(session, family)
         with torch.no_grad():
@@ -138,7 +152,9 @@ def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_mi
         got = loaded_output(model, path, strength, problem)
         error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
         assert error <= 1e-5, f"{family} at {strength:+}: {error:.1e}"
-        assert float((wanted - base).abs().max()) > 100 * float((got - wanted).abs().max()), "the adapter must do something that shows"
+        assert float((wanted - base).abs().max()) > 100 * float((got - wanted).abs().max()), (
+            "the adapter must do something that shows"
+        )
 
 
 def loaded_output(model, path, strength, problem):
@@ -146,10 +162,12 @@ def loaded_output(model, path, strength, problem):
     from comfy.utils import load_torch_file
 
     patched, _ = comfy.sd.load_lora_for_models(model, None, load_torch_file(str(path), safe_load=True), strength, 0.0)
-    with host.context.gradients(), torch.no_grad():
+    with host.context.enable_gradients(), torch.no_grad():
         mm.load_models_gpu([patched])
         patched.pre_run()
-        out = host.denoiser.ComfyDenoiser(patched, host.family_of(model.model.model_config)).denoise(problem.x0, problem.sigma, problem.conds)
+        out = host.denoiser.ComfyDenoiser(patched, host.family_of(model.model.model_config)).denoise(
+            problem.x0, problem.sigma, problem.conds
+        )
         mm.load_models_gpu([model])
     return out
 
@@ -169,7 +187,10 @@ def test_the_model_is_given_back_bit_for_bit_after(ending, family):
     before, classes = fingerprint(model), {type(m): type(m).forward for m in model.model.modules()}
     error = ENDINGS[ending]
     try:
-        with torch.inference_mode(), host.session.training(model, RANK_4, checkpointing="per block") as session:
+        with (
+            torch.inference_mode(),
+            host.session.open_training_session(model, RANK_4, checkpointing="per block") as session,
+        ):
             shake(session.adapters)
             Problem(session, family).loss().mean().backward()
             if error is not None:
@@ -198,7 +219,7 @@ def quantised(state):
     return out
 
 
-@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING[:2])
+@pytest.mark.parametrize("checkpointing", host.session.CHECKPOINTING_MODES[:2])
 @pytest.mark.parametrize("storage", ["fp8", "quantised"])
 def test_a_base_in_eight_bits_trains_with_right_gradients(storage, checkpointing, tmp_path):
     path = tiny.build("flux")
@@ -208,19 +229,19 @@ def test_a_base_in_eight_bits_trains_with_right_gradients(storage, checkpointing
     options = {"dtype": torch.float8_e4m3fn} if storage == "fp8" else {}
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(str(path), model_options=options)
-        before = host.identity.model_identity(model)
-        with host.session.training(model, RANK_4, checkpointing=checkpointing) as session:
+        before = host.identity.hash_model_and_schedule(model)
+        with host.session.open_training_session(model, RANK_4, checkpointing=checkpointing) as session:
             assert len(session.adapters.layers) == 20, "quantised layers are found as well"
             cond = {"cross_attn": torch.randn(1, 7, 768), "pooled_output": torch.randn(1, 768)}
             error = host.checks.check_gradients(session, torch.randn(1, 16, 8, 8), [cond])
     assert error < 1e-3, f"{error:.1e}"
-    assert host.identity.model_identity(model) == before
+    assert host.identity.hash_model_and_schedule(model) == before
 
 
 def test_no_shared_transfer_buffer_is_used_while_training(monkeypatch):
     """The host's streams fetch every offloaded layer into one buffer; backward would read another layer's weights."""
     monkeypatch.setattr(mm, "NUM_STREAMS", 2)
-    with host.session.training(make("sd3"), RANK_4):
+    with host.session.open_training_session(make("sd3"), RANK_4):
         assert mm.get_offload_stream(torch.device("cuda")) is None
     assert mm.NUM_STREAMS == 2
 
@@ -228,7 +249,11 @@ def test_no_shared_transfer_buffer_is_used_while_training(monkeypatch):
 def test_an_interrupt_raised_by_the_host_inside_a_forward_comes_through():
     model = as_loader_gives("flux")
     before = fingerprint(model)
-    with pytest.raises(mm.InterruptProcessingException), torch.inference_mode(), host.session.training(model, RANK_4) as session:
+    with (
+        pytest.raises(mm.InterruptProcessingException),
+        torch.inference_mode(),
+        host.session.open_training_session(model, RANK_4) as session,
+    ):
         problem = Problem(session, "flux")
         mm.interrupt_current_processing(True)
         problem.loss()
@@ -244,7 +269,7 @@ def test_sampling_works_as_before_after_a_training():
     )[0]["samples"]  # fmt: skip
     with torch.inference_mode():
         before = sample()
-        with host.session.training(model, RANK_4) as session:
+        with host.session.open_training_session(model, RANK_4) as session:
             shake(session.adapters)
             Problem(session, family).loss().mean().backward()
         assert torch.equal(sample(), before)
@@ -254,21 +279,23 @@ def test_training_on_top_of_a_lora_that_is_already_on_the_model_sees_it():
     """The other LoRA is baked into the weights that are trained on, and the file holds only what was learnt on top."""
     family = "sd3"
     model = as_loader_gives(family)
-    with torch.inference_mode(), host.session.training(model, RANK_4) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, RANK_4) as session:
         shake(session.adapters, size=0.1)
         problem = Problem(session, family)
         with torch.no_grad():
             wanted = problem.loss()
         tensors, _ = session.tensors()
-    patched, _ = host.lora_keys.applied(model, None, LoraFile(tensors))
-    with torch.inference_mode(), host.session.training(patched, RANK_4) as session, torch.no_grad():
+    patched, _ = host.lora_keys.apply_lora(model, None, LoraFile(tensors))
+    with torch.inference_mode(), host.session.open_training_session(patched, RANK_4) as session, torch.no_grad():
         got = Problem(session, family).loss()
     assert torch.allclose(got, wanted, rtol=1e-4), f"{got.tolist()} against {wanted.tolist()}"
 
 
 def test_latents_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="The latents have 4 channels and this MODEL wants 16. Encode the dataset with the VAE"):
-        host.checks.check_latents(make("flux"), 4)
+    with pytest.raises(
+        ValueError, match="The latents have 4 channels and this MODEL wants 16. Encode the dataset with the VAE"
+    ):
+        host.checks.check_latent_channels(make("flux"), 4)
 
 
 def test_a_model_whose_gradients_are_wrong_is_refused(monkeypatch):
@@ -279,9 +306,11 @@ def test_a_model_whose_gradients_are_wrong_is_refused(monkeypatch):
     monkeypatch.setattr(
         block,
         "forward",
-        lambda self, x, *a, **k: x + (original(self, x, *a, **k) - x).detach() * 0.5 + (original(self, x, *a, **k) - x) * 0.5,
+        lambda self, x, *a, **k: (
+            x + (original(self, x, *a, **k) - x).detach() * 0.5 + (original(self, x, *a, **k) - x) * 0.5
+        ),
     )
-    with torch.inference_mode(), host.session.training(model, RANK_4) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, RANK_4) as session:
         problem = Problem(session, "anima")
         with pytest.raises(RuntimeError, match="does not know Anima.* gradients are off by"):
             host.checks.check_gradients(session, problem.x0, problem.conds)
@@ -293,21 +322,23 @@ def test_min_snr_and_native_scale_by_hand(family):
     from trainyard.trainers.diffusion import loss_weight, snr
     from trainyard.trainers.settings import NoiseSettings
 
-    with host.session.training(make(family), RANK_4) as session:
+    with host.session.open_training_session(make(family), RANK_4) as session:
         sigma = torch.tensor([2.0])
         assert float(session.denoiser.native_scale(sigma)) == pytest.approx(2.0)
         assert float(snr(session.denoiser, sigma)) == pytest.approx(0.25)
-        assert float(loss_weight(session.denoiser, sigma, NoiseSettings(weighting="min-SNR", gamma=0.1))) == pytest.approx(0.4)
+        assert float(
+            loss_weight(session.denoiser, sigma, NoiseSettings(weighting="min-SNR", gamma=0.1))
+        ) == pytest.approx(0.4)
 
 
 def test_native_error_of_v_prediction_is_the_error_of_v():
     """x0 = x/(s^2+1) - s/sqrt(s^2+1) v; at s = 1 an x0 error of 1 is a v error of sqrt(2)."""
-    with host.session.training(make("sd2_v"), RANK_4) as session:
+    with host.session.open_training_session(make("sd2_v"), RANK_4) as session:
         assert float(session.denoiser.native_scale(torch.tensor([1.0]))) == pytest.approx(2**-0.5)
 
 
 def test_discrete_models_train_on_their_own_timesteps():
-    with host.session.training(make("sd15"), RANK_4) as session:
+    with host.session.open_training_session(make("sd15"), RANK_4) as session:
         ms = session.denoiser.sampling
         sigma = session.denoiser.sigma_at(torch.tensor([0.0, 0.5, 0.9999, 1.0]))
         assert torch.equal(sigma, ms.sigmas[[0, 500, 999, 999]])
@@ -316,10 +347,18 @@ def test_discrete_models_train_on_their_own_timesteps():
 def test_sdxl_size_conditioning_is_each_pictures_own():
     """Two pictures of another size in one batch get different model inputs, each as it gets alone."""
     model = as_loader_gives("sdxl")
-    with torch.inference_mode(), host.session.training(model, RANK_4) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, RANK_4) as session:
         problem = Problem(session, "sdxl")
         problem.conds = [
-            {**captions("sdxl")[0], "width": w, "height": 512, "crop_w": c, "crop_h": 0, "target_width": 64, "target_height": 64}
+            {
+                **captions("sdxl")[0],
+                "width": w,
+                "height": 512,
+                "crop_w": c,
+                "crop_h": 0,
+                "target_width": 64,
+                "target_height": 64,
+            }
             for w, c in ((512, 0), (1024, 77))
         ]
         rows = [session.denoiser._row(c, problem.x0[:1]) for c in problem.conds]
@@ -330,6 +369,6 @@ def test_sdxl_size_conditioning_is_each_pictures_own():
 
 @pytest.mark.parametrize(("family", "guidance"), [("flux", 1.0), ("chroma", 0.0)])
 def test_guidance_while_training_is_the_familys(family, guidance):
-    with torch.inference_mode(), host.session.training(as_loader_gives(family), RANK_4) as session:
+    with torch.inference_mode(), host.session.open_training_session(as_loader_gives(family), RANK_4) as session:
         problem = Problem(session, family)
         assert float(session.denoiser._row(problem.conds[0], problem.x0[:1])["guidance"].cond) == guidance

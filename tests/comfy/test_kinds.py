@@ -1,4 +1,5 @@
-"""Every algorithm through ComfyUI's own loader, on every family; starting from a file, and on top of a LoRA that is already on the model."""
+"""Every algorithm through ComfyUI's own loader, on every family; starting from a file, and on top of a LoRA that is
+already on the model."""
 
 import types
 
@@ -10,8 +11,8 @@ from trainyard.tests.comfy.test_host import Problem, as_loader_gives, left_behin
 from trainyard.tests.comfy.test_host import fingerprint as weights_of
 from trainyard.trainers.files import LoraFile, write_lora
 from trainyard.trainers.loop import train
-from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings, fingerprint
+from trainyard.trainers.methods.lora import LoraTraining
+from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings, compute_fingerprint
 
 NEW = ("DoRA", "LoHa", "LoKr")
 
@@ -33,19 +34,21 @@ def answers(session, problem, strengths=(0.0, 1.0, -1.0)):
 @pytest.mark.parametrize("algorithm", NEW)
 def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_minus_one(algorithm, family, tmp_path):
     model = as_loader_gives(family)
-    with torch.inference_mode(), host.session.training(model, settings(family, algorithm)) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, settings(family, algorithm)) as session:
         shake(session.adapters, size=0.05 if algorithm == "DoRA" else 0.15)
         problem = Problem(session, family)
         said = answers(session, problem)
         tensors, _ = session.tensors()
     path = tmp_path / "lora.safetensors"
     write_lora(path, LoraFile(tensors))
-    assert host.lora_keys.unknown_keys(model, None, LoraFile(tensors)) == []
+    assert host.lora_keys.find_unloadable_layers(model, None, LoraFile(tensors)) == []
     for strength in (1.0, -1.0):
         got, wanted = loaded_output(model, path, strength, problem), said[strength]
         error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
         assert error <= 1e-5, f"{algorithm} on {family} at {strength:+}: {error:.1e}"
-        assert float((wanted - said[0.0]).abs().max()) > 100 * float((got - wanted).abs().max()), "the adapter must do something that shows"
+        assert float((wanted - said[0.0]).abs().max()) > 100 * float((got - wanted).abs().max()), (
+            "the adapter must do something that shows"
+        )
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "per block"])
@@ -53,36 +56,53 @@ def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_mi
 @pytest.mark.parametrize("algorithm", ["LoHa", "LoKr"])
 def test_gradients_equal_finite_differences(algorithm, family, checkpointing):
     """DoRA is left out: its gradient takes the norm as a constant, and finite differences do not."""
-    with torch.inference_mode(), host.session.training(as_loader_gives(family), settings(family, algorithm), checkpointing=checkpointing) as session:
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(
+            as_loader_gives(family), settings(family, algorithm), checkpointing=checkpointing
+        ) as session,
+    ):
         problem = Problem(session, family)
         error = host.checks.check_gradients(session, problem.x0, problem.conds)
     assert error < 2e-3, f"{error:.1e}"
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux", "sd3"])
-@pytest.mark.parametrize("more", [dict(algorithm="DoRA"), dict(algorithm="LoRA", dropout=0.4, rank_dropout=0.3, module_dropout=0.2)], ids=["DoRA", "dropout"])
+@pytest.mark.parametrize(
+    "more",
+    [dict(algorithm="DoRA"), dict(algorithm="LoRA", dropout=0.4, rank_dropout=0.3, module_dropout=0.2)],
+    ids=["DoRA", "dropout"],
+)
 def test_checkpointed_gradients_are_those_without_checkpointing(more, family):
     found = []
     for checkpointing in ("off", "per block"):
-        with torch.inference_mode(), host.session.training(as_loader_gives(family), settings(family, **more), checkpointing=checkpointing) as session:
+        with (
+            torch.inference_mode(),
+            host.session.open_training_session(
+                as_loader_gives(family), settings(family, **more), checkpointing=checkpointing
+            ) as session,
+        ):
             shake(session.adapters)
             problem = Problem(session, family)
-            with session.adapters.dropping(host.progress.generator(5)):
+            with session.adapters.dropping(host.progress.make_generator(5)):
                 loss = problem.loss().mean()
             loss.backward()  # outside: what was left out must be remembered
             found.append(torch.cat([p.grad.flatten() for p in session.adapters.parameters() if p.grad is not None]))
     assert torch.allclose(*found, rtol=1e-4, atol=1e-6 * float(found[0].abs().max()))
 
 
-# -- starting from a file, and on top of a LoRA -------------------------------------------------------------------------------------
+# -- starting from a file, and on top of a LoRA ------------------------------------------------------------------------
 
 
 def trained_file(model, family, algorithm="LoRA", seed=0, start=None, **more):
-    with torch.inference_mode(), host.session.training(model, settings(family, algorithm, **more), seed=seed) as session:
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(model, settings(family, algorithm, **more), seed=seed) as session,
+    ):
         if start is None:
             shake(session.adapters, seed, 0.05)
         else:
-            host.session.start_from(session, start)
+            host.session.load_lora_into_session(session, start)
         return LoraFile(session.tensors()[0])
 
 
@@ -96,34 +116,41 @@ def test_a_file_that_is_started_from_comes_out_as_it_went_in(family, algorithm):
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[k], second[k], rtol=1e-4, atol=1e-5) for k in first)
     if family == "flux":
-        with torch.inference_mode(), host.session.training(model, settings(family, algorithm)) as session:
+        with torch.inference_mode(), host.session.open_training_session(model, settings(family, algorithm)) as session:
             names = {key: f"diffusion_model.{name}" for name, key in session.keys.items()}
         renamed = LoraFile({k.replace(k.split(".")[0], names[k.split(".")[0]]): v for k, v in first.items()})
         assert trained_file(model, family, algorithm, seed=1, start=renamed).keys() == first.keys()
 
 
 def test_a_file_of_another_model_is_refused_with_its_layer():
-    with pytest.raises(ValueError, match="start_from has .* layers that are not trained here, such as lora_unet_double_blocks"):
+    with pytest.raises(
+        ValueError, match="start_from has .* layers that are not trained here, such as lora_unet_double_blocks"
+    ):
         trained_file(as_loader_gives("sd15"), "sd15", start=trained_file(as_loader_gives("flux"), "flux"))
 
 
 @pytest.mark.parametrize("algorithm", ["LoRA", "DoRA"])
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_training_goes_on_top_of_a_lora_that_is_on_the_model(family, algorithm, tmp_path):
-    """The loss starts from what the patched model says; the new file on top of the first gives the trained output; nothing of either stays
-    in the base."""
+    """The loss starts from what the patched model says; the new file on top of the first gives the trained output;
+    nothing of either stays in the base."""
     model = as_loader_gives(family)
     before = weights_of(model)
     first = trained_file(model, family)
-    patched, _ = host.lora_keys.applied(model, None, first)
-    with torch.inference_mode(), host.session.training(patched, settings(family, algorithm), seed=3) as session:
+    patched, _ = host.lora_keys.apply_lora(model, None, first)
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(patched, settings(family, algorithm), seed=3) as session,
+    ):
         problem = Problem(session, family)
         start = answers(session, problem, (0.0, 1.0))
-        assert torch.allclose(start[0.0], start[1.0], rtol=1e-5, atol=1e-5), "a fresh adapter starts from the model with the LoRA"
+        assert torch.allclose(start[0.0], start[1.0], rtol=1e-5, atol=1e-5), (
+            "a fresh adapter starts from the model with the LoRA"
+        )
         shake(session.adapters, 7, 0.05)
         trained = answers(session, problem, (1.0,))[1.0]
         second = LoraFile(session.tensors()[0])
-    with torch.inference_mode(), host.session.training(model, settings(family, "LoRA")) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, settings(family, "LoRA")) as session:
         alone = answers(session, Problem(session, family), (0.0,))[0.0]
     assert not torch.allclose(alone, start[0.0], rtol=1e-3, atol=1e-3), "the first LoRA must do something"
     write_lora(tmp_path / "second.safetensors", second)
@@ -134,21 +161,33 @@ def test_training_goes_on_top_of_a_lora_that_is_on_the_model(family, algorithm, 
 
 
 def test_what_is_started_from_is_part_of_the_run():
-    from trainyard.nodes.train.train_lora import Job
+    from trainyard.nodes.train.train_lora import LoraJob
 
-    parts = lambda start: Job.parts(types.SimpleNamespace(data=types.SimpleNamespace(fingerprint="x"), start=start, prior=None))
+    parts = lambda start: LoraJob.parts(
+        types.SimpleNamespace(data=types.SimpleNamespace(fingerprint="x"), start=start, prior=None)
+    )
     one, same, other = (LoraFile({"a.lora_up.weight": torch.full((1,), value)}) for value in (1.0, 1.0, 2.0))
-    prints = [fingerprint(*parts(start)) for start in (None, one, same, other)]
+    prints = [compute_fingerprint(*parts(start)) for start in (None, one, same, other)]
     assert prints[1] == prints[2] and len(set(prints)) == 3
 
 
 def test_two_steps_of_real_training_move_every_kind():
-    from trainyard.trainers.data.encoded import Encoded
+    from trainyard.trainers.data.encoded import EncodedDataset
 
     for algorithm in NEW:
-        with torch.inference_mode(), host.session.training(as_loader_gives("sd3"), settings("sd3", algorithm)) as session:
-            draw = host.progress.generator(0)
+        with (
+            torch.inference_mode(),
+            host.session.open_training_session(as_loader_gives("sd3"), settings("sd3", algorithm)) as session,
+        ):
+            draw = host.progress.make_generator(0)
             latents = [{"samples": torch.randn(1, 16, 16, 16, generator=draw)} for _ in range(2)]
-            data = Encoded.from_core(latents, [[[torch.randn(1, 7, 64, generator=draw), {"pooled_output": torch.randn(1, 32, generator=draw)}]]])
-            train(Lora(session.denoiser, session.adapters, data), RunSettings(steps=2, learning_rate=1e-2), OptimizerSettings())
+            data = EncodedDataset.from_core(
+                latents,
+                [[[torch.randn(1, 7, 64, generator=draw), {"pooled_output": torch.randn(1, 32, generator=draw)}]]],
+            )
+            train(
+                LoraTraining(session.denoiser, session.adapters, data),
+                RunSettings(steps=2, learning_rate=1e-2),
+                OptimizerSettings(),
+            )
             assert len(session.tensors()[0]) > 0, algorithm

@@ -1,7 +1,9 @@
-"""Two engines, one arithmetic: the same weights, latents, noise and captions give the same loss in ComfyUI and in diffusers.
+"""Two engines, one arithmetic: the same weights, latents, noise and captions give the same loss in ComfyUI and in
+diffusers.
 
-Relative differences reached in fp32 on two CPU cores: losses of the tiny UNets 0 (equal to the last bit), of the tiny transformers
-3e-7, of an SD3-shaped file with its own text and pictures 7e-7; conditionings 3e-6; the gradient that reaches the captions 2e-5.
+Relative differences reached in fp32 on two CPU cores: losses of the tiny UNets 0 (equal to the last bit), of the tiny
+transformers 3e-7, of an SD3-shaped file with its own text and pictures 7e-7; conditionings 3e-6; the gradient that
+reaches the captions 2e-5.
 """
 
 import logging
@@ -18,7 +20,14 @@ from trainyard.trainers.diffusion import denoising_loss, loss_weight
 from trainyard.trainers.engines import diffusers as engine_module
 from trainyard.trainers.engines import single_file
 from trainyard.trainers.engines import text as words
-from trainyard.trainers.engines.diffusers import Engine, Flux, Sd3, Unet, load, sigmas_of
+from trainyard.trainers.engines.diffusers import (
+    DiffusersEngine,
+    FluxDenoiser,
+    Sd3Denoiser,
+    UnetDenoiser,
+    load_engine,
+    scheduler_sigmas,
+)
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings
 
 LOSS, GRADIENT, WORDS = 1e-5, 1e-4, 1e-5
@@ -26,11 +35,12 @@ CAPTIONS = ["a small red circle on a white ground", "", "Two stars; it's 12:30 -
 LEVELS = {True: (0.02, 0.3, 0.7, 0.99), False: (0.0, 0.25, 0.6, 0.999)}  # u, flow or not
 
 
-# -- ComfyUI's tiny models, rewritten as diffusers' ------------------------------------------------------------------------------
+# -- ComfyUI's tiny models, rewritten as diffusers' --------------------------------------------------------------------
 
 
 def taken(state, target):
-    """One tensor of ComfyUI's, by its own map to diffusers' names: a name, or (name, slice) or (name, None, function)."""
+    """One tensor of ComfyUI's, by its own map to diffusers' names: a name, or (name, slice) or (name, None,
+    function)."""
     if isinstance(target, str):
         return state[target]
     name, where, *change = target
@@ -79,19 +89,21 @@ def twin(family, model):
         shape, scale, scheduler = UNETS[family]
         names = comfy.utils.unet_to_diffusers(config)
         module = rewritten(unet(config, **shape), names, state)
-        return Unet(module, scale, sigmas=sigmas_of(scheduler), prediction=scheduler.get("prediction_type", "epsilon"))
+        return UnetDenoiser(
+            module, scale, sigmas=scheduler_sigmas(scheduler), prediction=scheduler.get("prediction_type", "epsilon")
+        )
     if family == "sd3":
         from diffusers import SD3Transformer2DModel
 
-        module = SD3Transformer2DModel(**single_file.sd3_config(state))
-        return Sd3(rewritten(module, comfy.utils.mmdit_to_diffusers(config), state), 1.5305, 0.0609)
+        module = SD3Transformer2DModel(**single_file.read_sd3_config(state))
+        return Sd3Denoiser(rewritten(module, comfy.utils.mmdit_to_diffusers(config), state), 1.5305, 0.0609)
     from diffusers import FluxTransformer2DModel
 
     module = FluxTransformer2DModel(
         in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=64,
         pooled_projection_dim=32, guidance_embeds=config["guidance_embed"],
     )  # fmt: skip
-    return Flux(rewritten(module, comfy.utils.flux_to_diffusers(config), flux_norms(state)), 0.3611, 0.1159)
+    return FluxDenoiser(rewritten(module, comfy.utils.flux_to_diffusers(config), flux_norms(state)), 0.3611, 0.1159)
 
 
 def flux_norms(state):
@@ -126,14 +138,17 @@ def test_a_tiny_model_has_the_same_loss_and_gradient_in_both_engines(family):
     model = make(family)
     mine, conds = twin(family, model), conds_of(family)
     latent = torch.randn(latent_shape(family, 2), generator=torch.Generator().manual_seed(1))
-    with host.session.training(model, AdapterSettings(rank=2)) as session:
+    with host.session.open_training_session(model, AdapterSettings(rank=2)) as session:
         theirs = session.denoiser
         assert theirs.flow == mine.flow
         assert relative(mine.model_space(latent), theirs.model_space(latent)) < 1e-6
         for u in LEVELS[mine.flow]:
             here, there = (loss_and_pull(d, latent, u, conds) for d in (mine, theirs))
             figures = [relative(a, b) for a, b in zip(here, there, strict=True)]
-            print(f"{family} u {u}: loss {here[0].tolist()} apart by {figures[0]:.1e}, weight {figures[1]:.1e}, gradient {figures[2]:.1e}")
+            print(
+                f"{family} u {u}: loss {here[0].tolist()} apart by {figures[0]:.1e}, weight {figures[1]:.1e}, gradient "
+                f"{figures[2]:.1e}"
+            )
             assert there[0].min() > 1e-3 and there[2].abs().max() > 1e-6, "nothing to compare"
             assert figures[0] < LOSS and figures[1] < LOSS and figures[2] < GRADIENT
 
@@ -142,8 +157,10 @@ def test_a_tiny_model_has_the_same_loss_and_gradient_in_both_engines(family):
 def test_a_lora_of_the_embedded_engine_does_the_same_in_comfyui(family, caplog):
     model, conds = make(family), conds_of(family)
     denoiser = twin(family, model)
-    engine = Engine("", denoiser, None, None)
-    adapters = Adapters(denoiser.network, AdapterSettings(rank=4, targets="all linear"), torch.Generator().manual_seed(0))
+    engine = DiffusersEngine("", denoiser, None, None)
+    adapters = Adapters(
+        denoiser.network, AdapterSettings(rank=4, targets="all linear"), torch.Generator().manual_seed(0)
+    )
     shake(adapters, 1)
     tensors, untouched = engine.lora_tensors(adapters)
     assert not untouched
@@ -151,12 +168,15 @@ def test_a_lora_of_the_embedded_engine_does_the_same_in_comfyui(family, caplog):
         patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)
     assert not [r.message for r in caplog.records if "not loaded" in r.message]
 
-    x, sigma = torch.randn(latent_shape(family, 2), generator=torch.Generator().manual_seed(2)), denoiser.sigma_at(torch.tensor([0.3, 0.8]))
+    x, sigma = (
+        torch.randn(latent_shape(family, 2), generator=torch.Generator().manual_seed(2)),
+        denoiser.sigma_at(torch.tensor([0.3, 0.8])),
+    )
     with adapters.attached(), torch.no_grad():
         mine = denoiser.denoise(x, sigma, conds)
         with adapters.at(0):
             base = denoiser.denoise(x, sigma, conds)
-    with host.session.training(patched, AdapterSettings(rank=2)) as session, torch.no_grad():
+    with host.session.open_training_session(patched, AdapterSettings(rank=2)) as session, torch.no_grad():
         theirs = session.denoiser.denoise(x, sigma, conds)
     print(f"{family}: change {(mine - base).abs().max():.3g}, apart by {relative(mine, theirs):.1e}")
     assert (mine - base).abs().max() > 1e-3
@@ -171,7 +191,7 @@ def shake(adapters, seed, size=0.05):
             low.up.copy_(torch.randn(low.up.shape, generator=rng) * size)
 
 
-# -- the toy checkpoint, through both loaders ----------------------------------------------------------------------------------------
+# -- the toy checkpoint, through both loaders --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +204,14 @@ def toy(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     if not has_vocabulary():  # then ComfyUI's own copy stands in, and the token ids prove little
         folder = f"{comfy.sd.__file__.rsplit('/', 1)[0]}/sd1_tokenizer"
-        patch.setattr(engine_module, "clip_tokenizer", lambda *_, **__: words.clip_tokenizer(folder))
-    yield types.SimpleNamespace(model=model, clip=clip, vae=vae, engine=load(path, "cpu"), path=path)
+        patch.setattr(engine_module, "load_clip_tokenizer", lambda *_, **__: words.load_clip_tokenizer(folder))
+    yield types.SimpleNamespace(model=model, clip=clip, vae=vae, engine=load_engine(path, "cpu"), path=path)
     patch.undo()
 
 
 def has_vocabulary():
     try:
-        return words.vocabulary_file().exists()
+        return words.find_clip_vocabulary().exists()
     except RuntimeError:
         return False
 
@@ -206,7 +226,7 @@ def test_both_engines_read_the_same_tokens(toy):
 
 def test_both_engines_give_the_same_conditionings(toy):
     for caption, mine in zip(CAPTIONS, toy.engine.text.encode(CAPTIONS), strict=True):
-        theirs = host.encoders.conditioning(toy.clip, caption)
+        theirs = host.encoders.encode_caption(toy.clip, caption)
         assert mine["cross_attn"].shape == theirs["cross_attn"].shape
         for key in ("cross_attn", "pooled_output"):
             print(key, (mine[key] - theirs[key]).abs().max().item())
@@ -231,12 +251,17 @@ def test_the_toy_checkpoint_has_the_same_loss_in_both_engines(toy):
     captions = [caption for _, caption, *_ in drawn]
     mine = toy.engine.text.encode(captions)
     with torch.inference_mode():
-        theirs = [host.encoders.conditioning(toy.clip, c) for c in captions]
+        theirs = [host.encoders.encode_caption(toy.clip, c) for c in captions]
         latent = toy.vae.encode(images)
-    with host.session.training(toy.model, AdapterSettings(rank=4)) as session:
+    with host.session.open_training_session(toy.model, AdapterSettings(rank=4)) as session:
         for u in LEVELS[True]:
             here, _, _ = loss_and_pull(toy.engine.denoiser, toy.engine.vae.encode(images)[0], u, mine)
-            there, _, _ = loss_and_pull(session.denoiser, *host.context.ordinary([latent]), u, host.context.ordinary(theirs))
+            there, _, _ = loss_and_pull(
+                session.denoiser,
+                *host.context.clone_inference_tensors([latent]),
+                u,
+                host.context.clone_inference_tensors(theirs),
+            )
             print(f"u {u}: losses {here.tolist()} apart by {relative(here, there):.1e}")
             assert relative(here, there) < 1e-4
 
@@ -260,12 +285,12 @@ def test_a_text_encoder_lora_of_the_embedded_engine_does_the_same_in_comfyui(toy
     (base,) = toy.engine.text.encode(CAPTIONS[:1])
     with text.attached():
         (mine,) = toy.engine.text.encode(CAPTIONS[:1])
-    theirs = host.encoders.conditioning(clip, CAPTIONS[0])
+    theirs = host.encoders.encode_caption(clip, CAPTIONS[0])
     change = (mine["cross_attn"] - base["cross_attn"]).abs().max()
     assert change > 0.01 and (mine["cross_attn"] - theirs["cross_attn"]).abs().max() < 0.02 * change
 
 
-# -- the autoencoder of real SD3 and Flux files ------------------------------------------------------------------------------------------
+# -- the autoencoder of real SD3 and Flux files ------------------------------------------------------------------------
 
 
 def test_a_kl_autoencoder_of_comfyui_is_read_the_same():
@@ -283,7 +308,7 @@ def test_a_kl_autoencoder_of_comfyui_is_read_the_same():
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn(p.shape, generator=rng) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.05))
-    mine, tiny = single_file.autoencoder({f"first_stage_model.{k}": v for k, v in theirs.state_dict().items()})
+    mine, tiny = single_file.load_autoencoder({f"first_stage_model.{k}": v for k, v in theirs.state_dict().items()})
     images = torch.rand(1, 3, 32, 32, generator=rng) * 2 - 1
     with torch.no_grad():
         latent = theirs.encode(images)

@@ -1,4 +1,5 @@
-"""Plans of keeping activations on ComfyUI's own classes: the same gradients, the choice by free memory, and a second try."""
+"""Plans of keeping activations on ComfyUI's own classes: the same gradients, the choice by free memory, and a second
+try."""
 
 import dataclasses
 from itertools import pairwise
@@ -11,9 +12,17 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
 from trainyard.tests.comfy.test_train_node import data, fail_at, job, result, state
-from trainyard.trainers.memory.checkpointing import Offload
-from trainyard.trainers.memory.plan import AUTO, OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, PLANS, ROOM
-from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.memory.checkpointing import CpuOffloadHooks
+from trainyard.trainers.memory.plan import (
+    CHECKPOINTING_PLANS,
+    PLAN_AUTO,
+    PLAN_OFF,
+    PLAN_OFFLOADED,
+    PLAN_PER_BLOCK,
+    PLAN_PER_BLOCK_CPU,
+    USABLE_MEMORY_SHARE,
+)
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "chroma", "qwen", "wan", "lumina2")
 GIB = 2**30
@@ -23,22 +32,27 @@ GIB = 2**30
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_plan_gives_the_same_gradients_bit_for_bit_and_leaves_the_model_as_it_was(family, strength, monkeypatch):
     """Small inputs are sent to the CPU too here. The strength in backward is another one than in forward."""
-    monkeypatch.setattr("trainyard.trainers.memory.checkpointing.SMALL", 0)
+    monkeypatch.setattr("trainyard.trainers.memory.checkpointing.MIN_OFFLOAD_BYTES", 0)
     model, found = as_loader_gives(family), {}
     before = fingerprint(model)
-    for plan in PLANS:
-        with torch.inference_mode(), host.session.training(model, ADAPTERS.get(family, RANK_4), checkpointing=plan) as session:
+    for plan in CHECKPOINTING_PLANS:
+        with (
+            torch.inference_mode(),
+            host.session.open_training_session(model, ADAPTERS.get(family, RANK_4), checkpointing=plan) as session,
+        ):
             shake(session.adapters)
             problem = Problem(session, family)
             with session.adapters.at(strength):
                 loss = problem.loss().mean()
             loss.backward()
             found[plan] = [p.grad for p in session.adapters.parameters()]
-    for plan in PLANS[1:]:
-        assert all(equal(got, wanted) for got, wanted in zip(found[plan], found[OFF], strict=True)), plan
+    for plan in CHECKPOINTING_PLANS[1:]:
+        assert all(equal(got, wanted) for got, wanted in zip(found[plan], found[PLAN_OFF], strict=True)), plan
     assert fingerprint(model) == before
     assert left_behind(model) == []
-    assert not [key for key, waiting in Offload.copies.items() if waiting() is not None], "no copy waits for a backward that is over"
+    assert not [key for key, waiting in CpuOffloadHooks.copies.items() if waiting() is not None], (
+        "no copy waits for a backward that is over"
+    )
 
 
 def equal(a, b):
@@ -47,7 +61,10 @@ def equal(a, b):
 
 def test_strength_minus_one_has_other_gradients():
     grads = []
-    with torch.inference_mode(), host.session.training(as_loader_gives("sd3"), RANK_4, checkpointing=PER_BLOCK_CPU) as session:
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(as_loader_gives("sd3"), RANK_4, checkpointing=PLAN_PER_BLOCK_CPU) as session,
+    ):
         shake(session.adapters)
         for strength in (1.0, -1.0):
             with session.adapters.at(strength):
@@ -55,26 +72,29 @@ def test_strength_minus_one_has_other_gradients():
     assert not torch.allclose(*grads)
 
 
-@pytest.mark.parametrize("checkpointing", [AUTO, PER_BLOCK_CPU, OFFLOADED])
+@pytest.mark.parametrize("checkpointing", [PLAN_AUTO, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED])
 def test_a_run_under_another_plan_gives_the_same_file(folders, checkpointing):
     plain = result(job(name="plain"))[0]
     other = result(job(name="other", model=make("sd3", inference=True), checkpointing=checkpointing))[0]
     assert all(torch.equal(plain[k], other[k]) for k in plain)
 
 
-# -- the choice -------------------------------------------------------------------------------------------------------------
+# -- the choice --------------------------------------------------------------------------------------------------------
 
 
-def planned(monkeypatch, free, checkpointing=AUTO, device=None, **run):
+def planned(monkeypatch, free, checkpointing=PLAN_AUTO, device=None, **run):
     """(forecast, plan) of a run on a device with so many free bytes."""
-    monkeypatch.setattr(host.memory, "free_memory", lambda session: int(free))
+    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(free))
     a_job = job(steps=run.pop("steps", 60), checkpointing=checkpointing, encoded=run.pop("encoded", None), **run)
     if device:
-        monkeypatch.setattr(planner, "offered", lambda device: PLANS)
+        monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS)
     a_job.chooses_batch, a_job.may_split = a_job.run.batch == 0, a_job.run.batch > 0
     a_job.take(a_job.run.batch or 1, 1)
-    with torch.inference_mode(), host.session.training(a_job.model, a_job.adapter, checkpointing=checkpointing) as session:
-        method, forecast = planner.prepared(session, a_job, checkpointing)
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(a_job.model, a_job.adapter, checkpointing=checkpointing) as session,
+    ):
+        method, forecast = planner.plan_run(session, a_job, checkpointing)
         assert all(p.grad is None for p in method.parameters())
         assert method.batch == a_job.run.batch
         return forecast, session.blocks.plan
@@ -82,28 +102,28 @@ def planned(monkeypatch, free, checkpointing=AUTO, device=None, **run):
 
 def test_auto_keeps_everything_where_there_is_room(monkeypatch, folders):
     forecast, plan = planned(monkeypatch, 100 * GIB)
-    assert (forecast.plan, plan) == (OFF, OFF)
+    assert (forecast.plan, plan) == (PLAN_OFF, PLAN_OFF)
     assert forecast.fits and forecast.room > 1 and forecast.seconds > 0
 
 
 def test_auto_checkpoints_where_there_is_less_and_goes_to_the_cpu_where_there_is_least(monkeypatch, folders):
     full, _ = planned(monkeypatch, 100 * GIB)
-    assert planned(monkeypatch, full.peak)[1] == PER_BLOCK
-    assert planned(monkeypatch, 1000, device="cuda")[1] == OFFLOADED
+    assert planned(monkeypatch, full.peak)[1] == PLAN_PER_BLOCK
+    assert planned(monkeypatch, 1000, device="cuda")[1] == PLAN_OFFLOADED
 
 
 def test_on_the_cpu_alone_nothing_is_sent_to_the_cpu(monkeypatch, folders):
-    assert planned(monkeypatch, 1000)[1] == PER_BLOCK
+    assert planned(monkeypatch, 1000)[1] == PLAN_PER_BLOCK
 
 
 def test_a_plan_of_the_users_own_is_kept_and_told(monkeypatch, folders):
-    forecast, plan = planned(monkeypatch, 1000, checkpointing=OFF)
-    assert (plan, forecast.fits) == (OFF, False)
+    forecast, plan = planned(monkeypatch, 1000, checkpointing=PLAN_OFF)
+    assert (plan, forecast.fits) == (PLAN_OFF, False)
     assert "this is tight" in forecast.line(10)
 
 
 def test_a_short_run_with_a_plan_of_its_own_is_not_measured(monkeypatch, folders):
-    assert planned(monkeypatch, GIB, checkpointing=OFF, steps=10) == (None, OFF)
+    assert planned(monkeypatch, GIB, checkpointing=PLAN_OFF, steps=10) == (None, PLAN_OFF)
 
 
 def test_the_forecast_is_of_the_largest_pictures_and_the_whole_batch(monkeypatch, folders):
@@ -113,7 +133,7 @@ def test_the_forecast_is_of_the_largest_pictures_and_the_whole_batch(monkeypatch
 
 def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, folders):
     calls = []
-    original = planner.one_step
+    original = planner.measure_step_cost
 
     def one_step(session, *args):
         calls.append(session.blocks.plan)
@@ -121,28 +141,28 @@ def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, f
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(session, *args)
 
-    monkeypatch.setattr(planner, "one_step", one_step)
-    assert planned(monkeypatch, 100 * GIB, device="cuda")[1] == PER_BLOCK_CPU
-    assert calls == list(PLANS[:3])
+    monkeypatch.setattr(planner, "measure_step_cost", one_step)
+    assert planned(monkeypatch, 100 * GIB, device="cuda")[1] == PLAN_PER_BLOCK_CPU
+    assert calls == list(CHECKPOINTING_PLANS[:3])
 
 
 def test_a_run_that_was_measured_first_is_the_same_run(folders, monkeypatch):
     """Draws, adapters and the chance of others are as before: 60 steps with and without a look beforehand."""
     measured = result(job(name="measured", steps=60))[0]
-    monkeypatch.setattr(planner, "SHORT", 1000)
+    monkeypatch.setattr(planner, "MIN_MEASURED_STEPS", 1000)
     blind = result(job(name="blind", steps=60, model=make("sd3", inference=True)))[0]
     assert all(torch.equal(measured[k], blind[k]) for k in blind)
 
 
-@pytest.mark.parametrize("method", [ImageSlider, Change])
+@pytest.mark.parametrize("method", [ImageSlider, AddiftTraining])
 def test_measuring_is_no_cost_of_a_difference_and_changes_none(folders, monkeypatch, method):
     """Both ends at strengths +s and -s: the pass is counted at two strengths, and its forwards are not the run's."""
     with torch.inference_mode():
         blind_job = pair_job(method, name="blind")
         blind = blind_job.result()[0]
-        monkeypatch.setattr(planner, "SHORT", 1)
+        monkeypatch.setattr(planner, "MIN_MEASURED_STEPS", 1)
         lines = []
-        monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: lines.append(line))
+        monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: lines.append(line))
         seen_job = pair_job(method, name="seen")
         seen = seen_job.result()[0]
     assert "GiB free" in lines[0]
@@ -152,14 +172,14 @@ def test_measuring_is_no_cost_of_a_difference_and_changes_none(folders, monkeypa
 
 def test_the_forecast_is_shown_before_the_first_step(folders, monkeypatch):
     shown = []
-    monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: shown.append(line))
-    result(job(steps=60, checkpointing=AUTO))
+    monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: shown.append(line))
+    result(job(steps=60, checkpointing=PLAN_AUTO))
     assert "GiB free" in shown[0] and "a step" in shown[0] and "until" in shown[0]
 
 
 def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch, folders):
     a_job = job(steps=60)
-    with torch.inference_mode(), host.session.training(a_job.model, a_job.adapter) as session:
+    with torch.inference_mode(), host.session.open_training_session(a_job.model, a_job.adapter) as session:
         method = a_job.method(session)
         plain = method.loss
 
@@ -170,23 +190,36 @@ def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch,
 
         method.loss = looking_back
         monkeypatch.setattr(a_job, "method", lambda session: method)
-        assert planner.prepared(session, a_job, OFF) == (method, None)
+        assert planner.plan_run(session, a_job, PLAN_OFF) == (method, None)
         assert session.blocks.tally is None
 
 
-# -- weights that travel -------------------------------------------------------------------------------------------------------
+# -- weights that travel -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterwards(family):
     """On the CPU the way is short, but layers are told to fetch their weights as anywhere."""
     model = as_loader_gives(family)
-    with torch.inference_mode(), host.session.training(model, ADAPTERS.get(family, RANK_4), checkpointing=OFFLOADED) as session:
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(
+            model, ADAPTERS.get(family, RANK_4), checkpointing=PLAN_OFFLOADED
+        ) as session,
+    ):
         network = session.denoiser.model.diffusion_model
-        weights, heaviest = host.memory.block_weights(network, session.denoiser.device)
+        weights, heaviest = host.memory.block_weight_bytes(network, session.denoiser.device)
         assert 0 < heaviest <= weights <= session.away
-        assert host.memory.block_weights(network, torch.device("meta")) == (0, heaviest), "what is elsewhere comes back for its block all the same"
-        layers = [m for block in network.modules() if type(block) in host.context.block_classes(network) for m in block.modules() if hasattr(m, "comfy_cast_weights")]
+        assert host.memory.block_weight_bytes(network, torch.device("meta")) == (0, heaviest), (
+            "what is elsewhere comes back for its block all the same"
+        )
+        layers = [
+            m
+            for block in network.modules()
+            if type(block) in host.context.find_block_classes(network)
+            for m in block.modules()
+            if hasattr(m, "comfy_cast_weights")
+        ]
         assert layers and all(m.comfy_cast_weights for m in layers if any(True for _ in m.parameters(recurse=False)))
         there = model.model.model_loaded_weight_memory
     with torch.inference_mode():
@@ -195,10 +228,10 @@ def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterward
 
 
 def test_only_as_many_weights_leave_as_are_missing(monkeypatch, folders):
-    full, _ = planned(monkeypatch, 100 * GIB, checkpointing=OFFLOADED)
-    monkeypatch.setattr(planner, "chosen", lambda measured, free, plans: OFFLOADED)
-    forecast, plan = planned(monkeypatch, full.peak / ROOM - 1000, device="cuda")
-    assert (plan, forecast.plan) == (OFFLOADED, OFFLOADED)
+    full, _ = planned(monkeypatch, 100 * GIB, checkpointing=PLAN_OFFLOADED)
+    monkeypatch.setattr(planner, "choose_checkpointing_plan", lambda measured, free, plans: PLAN_OFFLOADED)
+    forecast, plan = planned(monkeypatch, full.peak / USABLE_MEMORY_SHARE - 1000, device="cuda")
+    assert (plan, forecast.plan) == (PLAN_OFFLOADED, PLAN_OFFLOADED)
     assert 999 <= forecast.away < full.away / 2
     assert "GiB of weights wait in the CPU's memory" in forecast.line(60)
 
@@ -206,23 +239,23 @@ def test_only_as_many_weights_leave_as_are_missing(monkeypatch, folders):
 def test_a_lora_that_is_active_in_the_model_stays_in_force_while_the_weights_travel(folders):
     """Its patches are merged into weights that are there, and applied at each fetch to those that are not."""
     before, made = result(job(name="active", steps=3))[0], {}
-    for checkpointing in (PER_BLOCK, OFFLOADED):
-        patched, _ = host.lora_keys.applied(make("sd3", inference=True), None, before)
+    for checkpointing in (PLAN_PER_BLOCK, PLAN_OFFLOADED):
+        patched, _ = host.lora_keys.apply_lora(make("sd3", inference=True), None, before)
         made[checkpointing] = result(job(name=f"on top {checkpointing}", model=patched, checkpointing=checkpointing))[1]
     plain = result(job(name="plain"))[1]
-    assert made[PER_BLOCK] == pytest.approx(made[OFFLOADED], rel=1e-5)
-    assert made[PER_BLOCK] != pytest.approx(plain, rel=1e-5)
+    assert made[PLAN_PER_BLOCK] == pytest.approx(made[PLAN_OFFLOADED], rel=1e-5)
+    assert made[PLAN_PER_BLOCK] != pytest.approx(plain, rel=1e-5)
 
 
-# -- the batch -----------------------------------------------------------------------------------------------------------------
+# -- the batch ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_that_is_left_open_is_as_large_as_fits(monkeypatch, folders):
     one = planned(monkeypatch, 100 * GIB, batch=1, device="cuda")[0]
     eight = planned(monkeypatch, 100 * GIB, batch=0, device="cuda", encoded=data(count=9))[0]
-    assert (eight.batch, eight.plan, eight.room >= 8) == (8, OFF, True)
+    assert (eight.batch, eight.plan, eight.room >= 8) == (8, PLAN_OFF, True)
     some, plan = planned(monkeypatch, 2.5 * one.peak, batch=0, device="cuda")
-    assert 1 < some.batch < 8 and plan == OFF and some.fits
+    assert 1 < some.batch < 8 and plan == PLAN_OFF and some.fits
     assert f"off, batch {some.batch}: " in some.line(60)
 
 
@@ -231,11 +264,11 @@ def test_on_the_cpu_an_open_batch_is_one_picture_because_more_would_only_take_lo
 
 
 def test_a_batch_that_fits_under_no_plan_is_split_and_the_steps_stay_as_large(monkeypatch, folders):
-    least = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PER_BLOCK)[0]
-    monkeypatch.setattr(planner, "offered", lambda device: PLANS[:2])
-    monkeypatch.setattr(host.memory, "free_memory", lambda session: int(least.peak * 1.6))
-    split = job(steps=60, batch=4, checkpointing=AUTO, encoded=data(count=4), name="split")
-    whole = job(steps=60, batch=1, checkpointing=PER_BLOCK, encoded=data(count=4), name="whole")
+    least = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PLAN_PER_BLOCK)[0]
+    monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS[:2])
+    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(least.peak * 1.6))
+    split = job(steps=60, batch=4, checkpointing=PLAN_AUTO, encoded=data(count=4), name="split")
+    whole = job(steps=60, batch=1, checkpointing=PLAN_PER_BLOCK, encoded=data(count=4), name="whole")
     whole.optimizing = dataclasses.replace(whole.optimizing, accumulate=4)
     a, losses, _ = result(split)
     b, wanted, _ = result(whole)
@@ -243,20 +276,22 @@ def test_a_batch_that_fits_under_no_plan_is_split_and_the_steps_stay_as_large(mo
     assert losses == wanted
     assert all(torch.equal(a[k], b[k]) for k in b)
     about = state("split")
-    assert (about["RunSettings"]["batch"], about["batch"], about["accumulate"]) == (4, 1, 4), "what was asked, and what was done"
+    assert (about["RunSettings"]["batch"], about["batch"], about["accumulate"]) == (4, 1, 4), (
+        "what was asked, and what was done"
+    )
 
 
 def test_a_batch_is_not_split_where_the_plan_is_the_users_own(monkeypatch, folders):
-    forecast, _ = planned(monkeypatch, 1000, batch=4, checkpointing=PER_BLOCK)
+    forecast, _ = planned(monkeypatch, 1000, batch=4, checkpointing=PLAN_PER_BLOCK)
     assert (forecast.batch, forecast.fits) == (4, False)
 
 
 def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
     """Whatever memory there is by then."""
-    monkeypatch.setattr(planner, "offered", lambda device: PLANS)
+    monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS)
     open_one = lambda name: job(name=name, steps=6, batch=0, encoded=data(count=4))
-    one = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=OFF)[0]
-    monkeypatch.setattr(host.memory, "free_memory", lambda session: int(2.6 * one.peak))
+    one = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PLAN_OFF)[0]
+    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(2.6 * one.peak))
     whole = open_one("whole")
     wanted = result(whole)[0]
     assert whole.run.batch > 1
@@ -264,7 +299,7 @@ def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
     with pytest.raises(KeyboardInterrupt):
         result(open_one("stopped"))
     assert 0 < state("stopped")["step"] < 6
-    monkeypatch.setattr(host.memory, "free_memory", lambda session: 100 * GIB)
+    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: 100 * GIB)
     again = open_one("stopped")
     got = result(again)[0]
     assert again.run.batch == whole.run.batch
@@ -272,23 +307,25 @@ def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
 
 
 def test_a_chosen_batch_that_does_not_fit_after_all_is_halved(monkeypatch, folders):
-    original = planner.one_step
+    original = planner.measure_step_cost
 
     def one_step(session, method, job):
         if method.batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(session, method, job)
 
-    monkeypatch.setattr(planner, "one_step", one_step)
+    monkeypatch.setattr(planner, "measure_step_cost", one_step)
     forecast, plan = planned(monkeypatch, 100 * GIB, batch=0, device="cuda", encoded=data(count=9))
-    assert (forecast.batch, plan) == (2, OFF)
+    assert (forecast.batch, plan) == (2, PLAN_OFF)
 
 
-# -- a second try ------------------------------------------------------------------------------------------------------------
+# -- a second try ------------------------------------------------------------------------------------------------------
 
 
 def test_out_of_memory_says_what_was_needed_and_names_the_next_plan(folders, monkeypatch):
-    advice = {plan: f"set checkpointing to {further!r}" for plan, further in pairwise(PLANS)} | {OFFLOADED: "smaller resolution"}
+    advice = {plan: f"set checkpointing to {further!r}" for plan, further in pairwise(CHECKPOINTING_PLANS)} | {
+        PLAN_OFFLOADED: "smaller resolution"
+    }
     for plan, said in advice.items():
         monkeypatch.undo()
         fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
@@ -301,12 +338,12 @@ def test_a_run_that_may_try_again_ends_as_if_nothing_had_happened(folders, monke
     whole = result(job(name="whole"))[0]
     fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
     plans = []
-    original = host.session.training
+    original = host.session.open_training_session
     monkeypatch.setattr(host, "training", lambda *a, **k: plans.append(k["checkpointing"]) or original(*a, **k))
     a_job = job()
     a_job.retry_cheaper = True
     again = result(a_job)[0]
-    assert plans == [OFF, PER_BLOCK]
+    assert plans == [PLAN_OFF, PLAN_PER_BLOCK]
     assert all(torch.equal(again[k], whole[k]) for k in whole)
     assert state()["step"] == 6
 
@@ -329,8 +366,10 @@ def test_a_second_failure_is_told_and_the_run_is_kept(folders, monkeypatch):
 
 
 def test_memory_of_the_machine_itself_counts_as_memory_too():
-    assert host.memory.out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not host.memory.out_of_memory(RuntimeError("shapes do not fit"))
+    assert host.memory.is_out_of_memory_error(
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried")
+    )
+    assert not host.memory.is_out_of_memory_error(RuntimeError("shapes do not fit"))
 
 
 def test_a_failure_of_another_kind_is_not_tried_again(folders, monkeypatch):

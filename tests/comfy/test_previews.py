@@ -1,4 +1,5 @@
-"""Looking at a run inside ComfyUI: validation and samples through the ordinary sampler, and a training that does not notice."""
+"""Looking at a run inside ComfyUI: validation and samples through the ordinary sampler, and a training that does not
+notice."""
 
 import dataclasses
 import itertools
@@ -13,19 +14,19 @@ from PIL import Image
 from trainyard.nodes import host, paths
 from trainyard.nodes.page import live, run_routes
 from trainyard.nodes.train import leco
-from trainyard.nodes.train.previews import Previews, latent_shape, lent
-from trainyard.nodes.train.validation import Looking, Validation
+from trainyard.nodes.train.previews import PreviewRenderer, preview_latent_shape, switch_to_sampling
+from trainyard.nodes.train.validation import MonitorConfig, Validation
 from trainyard.nodes.train.widgets import PlaceSettings
 from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
 from trainyard.tests.comfy.test_differences import pair_job, pairs
 from trainyard.tests.comfy.test_train_node import data, job, result, state
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.prompts import PromptRow
-from trainyard.trainers.loop import Progress
-from trainyard.trainers.methods.image_pairs import Change, ImageSlider
+from trainyard.trainers.loop import TrainingProgress
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.monitor.previews import PreviewSettings
-from trainyard.trainers.monitor.validation import RESTORE, Exam, ValidationSettings
+from trainyard.trainers.monitor.validation import RESTORE_BEST, ImageValidationLoss, ValidationSettings
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 SMALL = dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0)
@@ -41,7 +42,13 @@ class Vae:
 
 def looking(family="sd3", previews=None, vae=True, **settings):
     chosen = ValidationSettings(**{"every": 2, "images": 2, "levels": 2, "name_worst": 2, **settings})
-    return Looking(chosen, PreviewSettings(**(previews or SMALL)), vae=Vae() if vae else None, positive=cond(family, 3), negative=cond(family, 4))
+    return MonitorConfig(
+        chosen,
+        PreviewSettings(**(previews or SMALL)),
+        vae=Vae() if vae else None,
+        positive=cond(family, 3),
+        negative=cond(family, 4),
+    )
 
 
 def seen_job(family="sd3", look=None, model=None, **more):
@@ -85,14 +92,16 @@ def test_samples_are_sheets_in_the_runs_folder_with_the_base_beside_them(folders
 def test_the_base_is_drawn_once_and_kept_through_a_stop(folders, monkeypatch):
     result(seen_job(steps=3))
     strengths = []
-    drawn = Previews.drawn
-    monkeypatch.setattr(Previews, "drawn", lambda self, strength: strengths.append(strength) or drawn(self, strength))
+    drawn = PreviewRenderer.drawn
+    monkeypatch.setattr(
+        PreviewRenderer, "drawn", lambda self, strength: strengths.append(strength) or drawn(self, strength)
+    )
     result(seen_job(steps=5))
     assert strengths == [1.0, 1.0], "two sheets, at step 4 and 5"
 
 
 def test_without_prompts_the_samples_show_captions_and_without_a_vae_they_are_rough(folders):
-    look = Looking(ValidationSettings(every=0), PreviewSettings(**SMALL))
+    look = MonitorConfig(ValidationSettings(every=0), PreviewSettings(**SMALL))
     result(seen_job("sdxl", look, steps=2))
     assert {f.name for f in (run_folder() / "samples").iterdir()} == {"base_00.png", "base_01.png", "step000002.jpg"}
     assert not (run_folder() / "validation.json").exists()
@@ -101,16 +110,20 @@ def test_without_prompts_the_samples_show_captions_and_without_a_vae_they_are_ro
 def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
     """The live adapter in the ordinary sampler, against the finished file in the host's own loader."""
     latents = []
-    sampled = Previews.sampled
-    monkeypatch.setattr(Previews, "sampled", lambda self, *rest: latents.append(sampled(self, *rest)) or latents[-1])
+    sampled = PreviewRenderer.sampled
+    monkeypatch.setattr(
+        PreviewRenderer, "sampled", lambda self, *rest: latents.append(sampled(self, *rest)) or latents[-1]
+    )
     a_job = seen_job(steps=4, learning_rate=1e-2)
     lora, _, _ = result(a_job)
-    p, shape = a_job.looking.previews, latent_shape(a_job.model, a_job.looking.previews, None, a_job.side())
+    p, shape = a_job.looking.previews, preview_latent_shape(a_job.model, a_job.looking.previews, None, a_job.side())
     with torch.inference_mode():
-        patched = host.lora_keys.applied(make("sd3", inference=True), None, lora)[0]
+        patched = host.lora_keys.apply_lora(make("sd3", inference=True), None, lora)[0]
         how = dict(steps=p.sampling_steps, guidance=2.0, sampler="euler", scheduler="normal")
-        from_file = host.sampling.sampled(patched, cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
-        base = host.sampling.sampled(make("sd3", inference=True), cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
+        from_file = host.sampling.sample_latents(patched, cond("sd3", 3), cond("sd3", 4), shape, [0], **how)
+        base = host.sampling.sample_latents(
+            make("sd3", inference=True), cond("sd3", 3), cond("sd3", 4), shape, [0], **how
+        )
     assert torch.allclose(latents[0], base, atol=1e-5), "the base column"
     assert not torch.allclose(from_file, base, atol=1e-3), "the LoRA does nothing, and the test proves nothing"
     assert torch.allclose(latents[-1], from_file, atol=1e-4), (latents[-1] - from_file).abs().max()
@@ -118,18 +131,22 @@ def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
 
 def test_after_the_sampler_the_model_is_ready_for_the_next_step(comfy):
     model = make("sd3", inference=True)
-    with torch.inference_mode(), host.session.training(model, AdapterSettings(rank=4)) as session:
+    with torch.inference_mode(), host.session.open_training_session(model, AdapterSettings(rank=4)) as session:
         patcher = session.denoiser.patcher
-        with pytest.raises(ZeroDivisionError), lent(session, 0.0):
+        with pytest.raises(ZeroDivisionError), switch_to_sampling(session, 0.0):
             assert not mm.in_training and not torch.is_grad_enabled()
             patcher.cleanup()
             mm.unload_all_models()
             raise ZeroDivisionError
         assert mm.in_training and torch.is_grad_enabled() and patcher.model.current_patcher is patcher
         x = torch.randn(1, *family_latent("sd3")[1:], generator=torch.Generator().manual_seed(0))
-        out = session.denoiser.denoise(x, torch.tensor([0.5]), [{"cross_attn": cond("sd3", 1)[0][0], **cond("sd3", 1)[0][1]}])
+        out = session.denoiser.denoise(
+            x, torch.tensor([0.5]), [{"cross_attn": cond("sd3", 1)[0][0], **cond("sd3", 1)[0][1]}]
+        )
         out.square().mean().backward()
-        assert all(p.grad is not None for p in session.adapters.parameters() if p.requires_grad), "the adapters are attached again"
+        assert all(p.grad is not None for p in session.adapters.parameters() if p.requires_grad), (
+            "the adapters are attached again"
+        )
 
 
 def test_trouble_in_a_preview_is_told_and_the_run_goes_on(folders, monkeypatch):
@@ -138,7 +155,10 @@ def test_trouble_in_a_preview_is_told_and_the_run_goes_on(folders, monkeypatch):
     a_job = seen_job(steps=4)
     lora, seen_losses, _ = result(a_job)
     assert seen_losses == losses and equal(lora, plain)
-    assert [t["text"] for t in a_job.live.troubles] == ["No samples at step 2: division by zero", "No samples at step 4: division by zero"]
+    assert [t["text"] for t in a_job.live.troubles] == [
+        "No samples at step 2: division by zero",
+        "No samples at step 4: division by zero",
+    ]
 
 
 def test_the_interrupt_in_a_preview_stops_the_run_and_keeps_it(folders, monkeypatch):
@@ -156,10 +176,15 @@ def test_the_interrupt_in_a_preview_stops_the_run_and_keeps_it(folders, monkeypa
 
 
 def test_an_early_end_is_a_finished_run_and_its_chart_comes_back(folders, monkeypatch):
-    """Measurements that only rise: the first one after the start, at step 2, is the best; patience 2 ends the run at step 6."""
+    """Measurements that only rise: the first one after the start, at step 2, is the best; patience 2 ends the run at
+    step 6."""
     rising = itertools.count(1)
-    monkeypatch.setattr(Exam, "losses", lambda self, tick: torch.full((len(self.picks), self.levels), float(next(rising))))
-    look = looking(patience=2, best=RESTORE, previews={"preview_every": 0})
+    monkeypatch.setattr(
+        ImageValidationLoss,
+        "losses",
+        lambda self, tick: torch.full((len(self.picks), self.levels), float(next(rising))),
+    )
+    look = looking(patience=2, best=RESTORE_BEST, previews={"preview_every": 0})
     a_job = seen_job(look=look, steps=30)
     lora, losses, line = result(a_job)
     assert (len(losses), lora.steps) == (6, 2)
@@ -167,13 +192,19 @@ def test_an_early_end_is_a_finished_run_and_its_chart_comes_back(folders, monkey
     again = seen_job(look=look, steps=30)
     recalled, same_losses, line = result(again)
     assert line.startswith("already trained") and same_losses == losses and equal(recalled, lora)
-    assert again.live.losses == losses and again.live.validation == a_job.live.validation and again.live.status == "finished"
+    assert (
+        again.live.losses == losses
+        and again.live.validation == a_job.live.validation
+        and again.live.status == "finished"
+    )
 
 
 def test_held_out_pictures_are_measured_and_may_not_be_trained_on(folders):
-    latents = [{"samples": torch.randn(family_latent("sd3"), generator=torch.Generator().manual_seed(s))} for s in (31, 32)]
+    latents = [
+        {"samples": torch.randn(family_latent("sd3"), generator=torch.Generator().manual_seed(s))} for s in (31, 32)
+    ]
     look = looking(previews={"preview_every": 0})
-    look.held_out = Encoded.from_core(latents, [cond("sd3", seed) for seed in (8, 9)])
+    look.held_out = EncodedDataset.from_core(latents, [cond("sd3", seed) for seed in (8, 9)])
     a_job = seen_job(look=look, steps=2)
     result(a_job)
     last = a_job.live.validation[-1]
@@ -208,25 +239,29 @@ def test_tensorboard_asked_for_and_missing_is_told_before_any_training(folders, 
 
 
 def test_two_runs_in_one_graph_and_one_node_in_two_workflows_do_not_mix():
-    live.RUNS.clear()
-    one = live.begun("5", {"workflow": '{"id": "w1"}'}, "a", "a-1", 10)
-    two = live.begun("6", {"workflow": '{"id": "w1"}'}, "b", "b-1", 10)
-    other = live.begun("5", {"workflow": '{"id": "w2"}'}, "c", "c-1", 10)
-    assert live.last_of("5", "w1") is one and live.last_of("6", "w1") is two and live.last_of("5", "w2") is other
-    assert live.last_of("7", "w1") is None and live.at_work("b-1") is two
-    again = live.begun("5", {"workflow": '{"id": "w1"}'}, "a", "a-1", 10)
-    assert live.last_of("5", "w1") is again and again.run != one.run
-    for i in range(2 * live.KEPT):
-        live.begun(f"n{i}", {}, "x", "x", 1)
-    assert len(live.RUNS) == live.KEPT
-    live.RUNS.clear()
+    live.LIVE_RUNS.clear()
+    one = live.start_live_run("5", {"workflow": '{"id": "w1"}'}, "a", "a-1", 10)
+    two = live.start_live_run("6", {"workflow": '{"id": "w1"}'}, "b", "b-1", 10)
+    other = live.start_live_run("5", {"workflow": '{"id": "w2"}'}, "c", "c-1", 10)
+    assert (
+        live.find_last_run("5", "w1") is one
+        and live.find_last_run("6", "w1") is two
+        and live.find_last_run("5", "w2") is other
+    )
+    assert live.find_last_run("7", "w1") is None and live.find_active_run("b-1") is two
+    again = live.start_live_run("5", {"workflow": '{"id": "w1"}'}, "a", "a-1", 10)
+    assert live.find_last_run("5", "w1") is again and again.run != one.run
+    for i in range(2 * live.MAX_LIVE_RUNS):
+        live.start_live_run(f"n{i}", {}, "x", "x", 1)
+    assert len(live.LIVE_RUNS) == live.MAX_LIVE_RUNS
+    live.LIVE_RUNS.clear()
 
 
 def test_a_long_curve_is_thinned_to_means_and_nan_is_left_out():
-    assert live.thinned([1.0, 3.0, float("nan"), 5.0], 10, 2) == [[12, 2.0], [14, 5.0]]
-    assert live.thinned([1.0, 2.0], 0, 100) == [[1, 1.0], [2, 2.0]]
-    assert live.plain({"a": [float("inf"), 1.5]}) == {"a": [None, 1.5]}
-    json.dumps(live.plain([float("nan")]), allow_nan=False)
+    assert live.downsample_losses([1.0, 3.0, float("nan"), 5.0], 10, 2) == [[12, 2.0], [14, 5.0]]
+    assert live.downsample_losses([1.0, 2.0], 0, 100) == [[1, 1.0], [2, 2.0]]
+    assert live.replace_nonfinite_numbers({"a": [float("inf"), 1.5]}) == {"a": [None, 1.5]}
+    json.dumps(live.replace_nonfinite_numbers([float("nan")]), allow_nan=False)
 
 
 def test_the_page_is_told_everything_once_and_not_too_often(monkeypatch):
@@ -236,30 +271,38 @@ def test_the_page_is_told_everything_once_and_not_too_often(monkeypatch):
     page = types.SimpleNamespace(client_id="me", send_sync=lambda event, news, client: told.append(news))
     monkeypatch.setattr(server.PromptServer, "instance", page, raising=False)
     monkeypatch.setattr(live.time, "monotonic", lambda: seconds[0])
-    one = live.Live("5", "w", "p", "a", "a-1", 100, last=-1.0)
+    one = live.LiveRun("5", "w", "p", "a", "a-1", 100, last=-1.0)
     for step in range(1, 101):
         seconds[0] += 0.05
-        one.report(Progress(step, 100, [1.0 / i for i in range(1, step + 1)], 1e-4, 1.0))
+        one.report(TrainingProgress(step, 100, [1.0 / i for i in range(1, step + 1)], 1e-4, 1.0))
         if step % 10 == 0:
             one.notice("validation", {"step": step, "loss": float("nan")})
     one.end(live.FINISHED, "done")
-    assert 10 < len(told) <= 5.0 / live.INTERVAL + 2
-    assert [point for news in told for point in news["losses"]] == one.whole()["losses"] == [[i, 1.0 / i] for i in range(1, 101)]
+    assert 10 < len(told) <= 5.0 / live.SEND_INTERVAL + 2
+    assert (
+        [point for news in told for point in news["losses"]]
+        == one.whole()["losses"]
+        == [[i, 1.0 / i] for i in range(1, 101)]
+    )
     assert [entry["step"] for news in told for entry in news["validation"]] == list(range(10, 101, 10))
     assert (told[-1]["status"], told[-1]["text"]) == ("finished", "done")
     json.dumps(told, allow_nan=False)
 
 
 def test_the_model_of_a_run_is_the_file_behind_it():
-    prompt = {"1": {"inputs": {"ckpt_name": "toy.safetensors"}}, "2": {"inputs": {"model": ["1", 0], "shift": 3.0}}, "5": {"inputs": {"model": ["2", 0]}}}
-    assert live.model_of({"prompt": json.dumps(prompt)}, "5") == "toy.safetensors"
-    assert live.model_of({}, "5") == ""
+    prompt = {
+        "1": {"inputs": {"ckpt_name": "toy.safetensors"}},
+        "2": {"inputs": {"model": ["1", 0], "shift": 3.0}},
+        "5": {"inputs": {"model": ["2", 0]}},
+    }
+    assert live.find_model_file({"prompt": json.dumps(prompt)}, "5") == "toy.safetensors"
+    assert live.find_model_file({}, "5") == ""
 
 
 @pytest.mark.parametrize("strength", [1.0, -1.0])
 def test_sliders_draw_samples_too(folders, strength):
     a_job = pair_job(ImageSlider)
-    a_job.looking = Looking(ValidationSettings(), PreviewSettings(**{**SMALL, "strength": strength}), vae=Vae())
+    a_job.looking = MonitorConfig(ValidationSettings(), PreviewSettings(**{**SMALL, "strength": strength}), vae=Vae())
     with torch.inference_mode():
         _, losses, _ = a_job.result()
         plain = pair_job(ImageSlider, name="plain").result()[1]
@@ -267,10 +310,10 @@ def test_sliders_draw_samples_too(folders, strength):
     assert [entry["where"] for entry in a_job.live.validation] == ["on fixed training pairs"] * 2
 
 
-@pytest.mark.parametrize("method, patience", [(ImageSlider, 2), (Change, 0)])
+@pytest.mark.parametrize("method, patience", [(ImageSlider, 2), (AddiftTraining, 0)])
 def test_held_out_pairs_are_measured_and_the_best_weights_come_back(folders, method, patience):
     """A learning rate that overshoots: the slider ends two measurements after its best."""
-    look = looking(previews={"preview_every": 0}, best=RESTORE, patience=patience, name_worst=1)
+    look = looking(previews={"preview_every": 0}, best=RESTORE_BEST, patience=patience, name_worst=1)
     look.held_out = pairs("sd3")
     with torch.inference_mode():
         a_job = pair_job(method, steps=30 if patience else 10, learning_rate=5.0)
@@ -287,7 +330,7 @@ def test_held_out_pairs_are_measured_and_the_best_weights_come_back(folders, met
 
 def test_held_out_pictures_that_are_no_pairs_are_refused(folders):
     a_job = pair_job(ImageSlider)
-    a_job.looking = Looking(held_out=data())
+    a_job.looking = MonitorConfig(held_out=data())
     with pytest.raises(ValueError, match="belongs to no pair. Put Image Pairs between Load Dataset and Encode Dataset"):
         a_job.result()
 
@@ -301,7 +344,11 @@ class Prompted(leco.PromptJob):
         return self.slider, self.points, self.place
 
     def prepare(self):
-        self.conds = {text: {"cross_attn": tensor, **extras} for seed, text in enumerate(self.texts()) for tensor, extras in [cond("sd3", seed)[0]]}
+        self.conds = {
+            text: {"cross_attn": tensor, **extras}
+            for seed, text in enumerate(self.texts())
+            for tensor, extras in [cond("sd3", seed)[0]]
+        }
 
 
 def prompt_job(points="rollout", looking=None, data=None, **run):
@@ -309,7 +356,8 @@ def prompt_job(points="rollout", looking=None, data=None, **run):
         model=make("sd3", inference=True), rows=(PromptRow("cat", None, "", None, "erase", 1.0, preserve=("dog",)),), slider=False, data=data,
         points=PointSettings(points=points, sampling_steps=4, ways=2), place=PlaceSettings(resolution=128), adapter=AdapterSettings(rank=4),
         run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
-        noise=NoiseSettings(), name=f"leco {points} {bool(looking)}", checkpointing="off", graph={}, node_id=None, looking=looking,
+        noise=NoiseSettings(), name=f"leco {points} "
+                                    f"{bool(looking)}", checkpointing="off", graph={}, node_id=None, looking=looking,
     )  # fmt: skip
 
 
@@ -317,7 +365,7 @@ def prompt_job(points="rollout", looking=None, data=None, **run):
 def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(folders, monkeypatch, points, steps):
     """Of pictures and noise the plan is what tasks are drawn by chance around; of ways it is what is expected."""
     shown = []
-    monkeypatch.setattr(host.progress, "show", lambda line, node_id=None: shown.append(line))
+    monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: shown.append(line))
     with torch.inference_mode():
         a_job = prompt_job(points, data=data() if points == "pictures" else None, steps=steps)
         a_job.result()
@@ -338,51 +386,69 @@ def test_a_leco_is_measured_at_fixed_points_and_is_the_same_run(folders, points)
         lora, same, line = a_job.result()
     assert same == losses and equal(plain, lora)
     history = a_job.live.validation
-    assert [(entry["step"], entry["where"], len(entry["bins"])) for entry in history] == [(0, "at fixed points", 3), (2, "at fixed points", 3), (4, "at fixed points", 3)]
+    assert [(entry["step"], entry["where"], len(entry["bins"])) for entry in history] == [
+        (0, "at fixed points", 3),
+        (2, "at fixed points", 3),
+        (4, "at fixed points", 3),
+    ]
     assert "at fixed points" in line and a_job.student.spent["student"] == 4, "what is asked is no cost of the training"
 
 
 def test_held_out_pictures_of_a_leco_without_pictures_are_refused(folders):
     look = looking()
     look.held_out = data()
-    with pytest.raises(ValueError, match="learns from prompts alone.*Disconnect held_out; fixed points of the model's own are measured"):
+    with pytest.raises(
+        ValueError, match="learns from prompts alone.*Disconnect held_out; fixed points of the model's own are measured"
+    ):
         prompt_job(looking=look).result()
 
 
-# -- what the page asks ------------------------------------------------------------------------------------------------------------
+# -- what the page asks ------------------------------------------------------------------------------------------------
 
 
 def test_the_list_tells_of_runs_on_the_disk_and_at_work(folders):
-    live.RUNS.clear()
+    live.LIVE_RUNS.clear()
     result(seen_job(steps=2, look=looking(previews={"preview_every": 2, "sampling_steps": 1, "width": 64})))
-    live.begun("9", {}, "fresh", "fresh-1", 50)
-    fresh, done = run_routes.listing()
-    assert (fresh["name"], fresh["status"], fresh["step"], fresh["steps"], fresh["bytes"]) == ("fresh", "training", 0, 50, 0)
-    assert (done["name"], done["status"], done["step"], done["lora"], done["sample"]) == ("test", "finished", 2, "test.safetensors", "samples/step000002.jpg")
+    live.start_live_run("9", {}, "fresh", "fresh-1", 50)
+    fresh, done = run_routes.list_all_runs()
+    assert (fresh["name"], fresh["status"], fresh["step"], fresh["steps"], fresh["bytes"]) == (
+        "fresh",
+        "training",
+        0,
+        50,
+        0,
+    )
+    assert (done["name"], done["status"], done["step"], done["lora"], done["sample"]) == (
+        "test",
+        "finished",
+        2,
+        "test.safetensors",
+        "samples/step000002.jpg",
+    )
     assert done["bytes"] > 10_000 and done["loss"] > 0 and done["validation"]["step"] == 2
     json.dumps([fresh, done], allow_nan=False)
-    live.RUNS.clear()
+    live.LIVE_RUNS.clear()
 
 
 def test_a_run_at_work_is_not_deleted_and_a_finished_one_is(folders):
-    live.RUNS.clear()
+    live.LIVE_RUNS.clear()
     result(job(steps=1))
     name = run_folder().name
-    busy = live.begun("1", {}, "test", name, 5)
+    busy = live.start_live_run("1", {}, "test", name, 5)
     with pytest.raises(ValueError, match="is training. Stop it first"):
-        run_routes.delete(name)
+        run_routes.delete_saved_run(name)
     busy.end(live.STOPPED, "")
-    assert run_routes.delete(name)["freed"] > 0 and not list(paths.runs_folder().iterdir())
-    live.RUNS.clear()
+    assert run_routes.delete_saved_run(name)["freed"] > 0 and not list(paths.runs_folder().iterdir())
+    live.LIVE_RUNS.clear()
 
 
 def test_a_run_keeps_the_graph_that_made_it(folders):
     a_job = job(steps=1)
     a_job.graph = {"workflow": json.dumps({"id": "w", "nodes": []}), "prompt": json.dumps({"1": {}})}
     result(a_job)
-    assert run_routes.graph_of(run_folder().name) == {"workflow": {"id": "w", "nodes": []}, "prompt": {"1": {}}}
+    assert run_routes.read_run_graph(run_folder().name) == {"workflow": {"id": "w", "nodes": []}, "prompt": {"1": {}}}
     with pytest.raises(ValueError, match="is no run"):
-        run_routes.graph_of("../../test")
+        run_routes.read_run_graph("../../test")
 
 
 def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
@@ -391,7 +457,9 @@ def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
     (secret / "run.json").write_text("{}")
     runs = server.get("/trainyard/runs")
     assert runs == server.get("/api/trainyard/runs")
-    assert {run["file"].split("/")[0] for run in runs} <= {"trainyard"} and "secret" not in {run["folder"] for run in runs}
+    assert {run["file"].split("/")[0] for run in runs} <= {"trainyard"} and "secret" not in {
+        run["folder"] for run in runs
+    }
     assert server.get("/trainyard/runs/77?workflow=none") == {}
     for name in ("nothing", "..%2Fsecret", "%2e%2e%2fsecret", "%2Fetc", "x%00"):
         status, body = server.post(f"/trainyard/runs/{name}/delete")
@@ -401,7 +469,9 @@ def test_the_routes_answer_on_the_real_server_and_refuse_what_is_no_run(server):
 
 def test_samples_are_as_large_as_asked_then_as_the_pictures_then_as_what_is_trained():
     model = make("sd3", inference=True)
-    size = lambda settings, data=None, **more: latent_shape(model, PreviewSettings(**settings), data, **more)[-2:]
+    size = lambda settings, data=None, **more: preview_latent_shape(model, PreviewSettings(**settings), data, **more)[
+        -2:
+    ]
     assert size({"width": 128, "height": 256}, side=64) == (32, 16)
     assert size({}, data("sd3"), side=1024) == data("sd3").items[0].shape[-2:]
     assert size({}, side=1024) == (128, 128) and size({}, side=job("sd3").side()) == (64, 64)

@@ -7,9 +7,9 @@ from PIL import Image
 from trainyard.nodes import host
 from trainyard.nodes.data import vision, zeroshot
 from trainyard.nodes.scores import backbones
-from trainyard.nodes.scores.prompt_match import PERCENT, PromptMatch, PromptMatchScore
+from trainyard.nodes.scores.prompt_match import CLIP_SCORE_SCALE, ClipScoreModel, PromptMatchScore
 from trainyard.nodes.scores.score import ScoreImages, ScoringSettings
-from trainyard.nodes.scores.score_backbones import taught_by
+from trainyard.nodes.scores.score_backbones import rate_with_teacher
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_backbones import slope, unchanged, weights
@@ -17,7 +17,7 @@ from trainyard.tests.comfy.test_host import fingerprint
 from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
 from trainyard.tests.comfy.test_zeroshot import COLOURS, clip_l, eyes, plain  # noqa: F401 - fixtures
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.methods.leco_score import told
+from trainyard.trainers.methods.leco_score import predict_member_scores
 from trainyard.trainers.scores.files import write_score_model
 
 
@@ -44,21 +44,25 @@ def test_a_picture_is_rated_by_its_own_caption_or_by_the_words(clip_l, eyes, col
     with torch.inference_mode():
         score = node(PromptMatchScore).execute(eyes, clip_l).args[0]
         own = node(ScoreImages).execute(score, dataset=coloured, **ScoringSettings().to_dict()).args[0]
-        seen = torch.from_numpy(vision.features(eyes, [plain("blue")]))
-        words = torch.nn.functional.normalize(zeroshot.text_features(clip_l, ["a photo of blue"], "clip_l"), dim=-1)
+        seen = torch.from_numpy(vision.encode_image_features(eyes, [plain("blue")]))
+        words = torch.nn.functional.normalize(
+            zeroshot.encode_text_features(clip_l, ["a photo of blue"], "clip_l"), dim=-1
+        )
         red = node(PromptMatchScore).execute(eyes, clip_l, "a photo of red").args[0].rate_pictures(coloured)[0]
     names = [record.path.rsplit("/", 1)[1] for record in coloured]
-    assert own[names.index("blue.png")] == pytest.approx(PERCENT * float((seen * words).sum()), abs=1e-3)
+    assert own[names.index("blue.png")] == pytest.approx(CLIP_SCORE_SCALE * float((seen * words).sum()), abs=1e-3)
     assert max(range(3), key=lambda i: red[i]) == names.index("red.png")
 
 
 def test_pictures_with_nothing_to_compare_with_are_refused(clip_l, eyes, coloured, tmp_path):  # noqa: F811
     (tmp_path / "red.txt").unlink()
     bare = read_folder(tmp_path)
-    with pytest.raises(ValueError, match="no words, and 1 of 3 pictures have no caption, such as .*red.png. Write words"):
-        PromptMatch(eyes, clip_l).rate_pictures(bare)
+    with pytest.raises(
+        ValueError, match="no words, and 1 of 3 pictures have no caption, such as .*red.png. Write words"
+    ):
+        ClipScoreModel(eyes, clip_l).rate_pictures(bare)
     with pytest.raises(ValueError, match="the student will see no captions. Write words into Prompt Match Score"):
-        taught_by(PromptMatch(eyes, clip_l), coloured, pictures("sd3"), None)
+        rate_with_teacher(ClipScoreModel(eyes, clip_l), coloured, pictures("sd3"), None)
     with pytest.raises(ValueError, match="both model and vae are needed"):
         node(PromptMatchScore).execute(eyes, clip_l, model=make("sd3"))
 
@@ -70,12 +74,14 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
     before = weights(vae.patcher), weights(eyes.patcher), weights(clip_l.patcher)
     x, level = torch.randn(2, 16, 10, 10, generator=torch.Generator().manual_seed(2)) * 0.3, torch.zeros(2)
     with torch.no_grad():
-        pixels = vae.decode(backbones.format_of("SD3").process_out(x))
+        pixels = vae.decode(backbones.latent_format_by_name("SD3").process_out(x))
     shown = [Image.fromarray((picture.cpu().numpy() * 255).round().astype("uint8")) for picture in pixels]
-    seen = torch.from_numpy(vision.features(eyes, shown))
+    seen = torch.from_numpy(vision.encode_image_features(eyes, shown))
     assert score.ratings(x)[0].tolist() == pytest.approx(score.matched(seen, ["a photo of red"] * 2).tolist(), abs=0.3)
     with torch.no_grad():
-        assert torch.equal(told(score, x, level, ["a photo of blue"] * 2), score.members(x, level)), "its own words come first in LECO-score"
+        assert torch.equal(predict_member_scores(score, x, level, ["a photo of blue"] * 2), score.members(x, level)), (
+            "its own words come first in LECO-score"
+        )
     said = lambda x: score.members_told(x, level, ["a photo of red", "a photo of blue"])[0]
     auto, finite = slope(said, x)
     assert auto == pytest.approx(finite, rel=0.05, abs=1e-5)
@@ -85,23 +91,32 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
     with pytest.raises(ValueError, match="no file of its own"):
         write_score_model("never.safetensors", score)
     with pytest.raises(ValueError, match="no words to compare latents with"):
-        PromptMatch(eyes, clip_l, "", vae, "SD3", 16).value(x, level)
+        ClipScoreModel(eyes, clip_l, "", vae, "SD3", 16).value(x, level)
 
 
 @pytest.mark.parametrize("target", ["x0", "direct_align"])
 def test_leco_score_learns_from_good_words_against_bad_ones(folders, clip_l, eyes, vae, monkeypatch, target):  # noqa: F811
-    """All texts are understood before the model is loaded for training; the words of the prompts count, and the base is left alone."""
+    """All texts are understood before the model is loaded for training; the words of the prompts count, and the base is
+    left alone."""
     with torch.inference_mode():
         model = make("sd3", inference=True)
         before = fingerprint(model)
         score = node(PromptMatchScore).execute(eyes, clip_l, "", model, vae).args[0]
-        own = zeroshot.text_features
-        monkeypatch.setattr(zeroshot, "text_features", lambda *args: own(*args) if not host.session.mm.in_training else pytest.fail("read too late"))
+        own = zeroshot.encode_text_features
+        monkeypatch.setattr(
+            zeroshot,
+            "encode_text_features",
+            lambda *args: own(*args) if not host.session.mm.in_training else pytest.fail("read too late"),
+        )
         words = {"relative": 0.2, "good_words": "beautiful", "bad_words": "ugly"}
         data = pictures("sd3") if target == "direct_align" else None
-        made = job(model=model, score=score, held_out=score, rows=ROWS[:1], data=data, settings={"target": target, **words})
+        made = job(
+            model=model, score=score, held_out=score, rows=ROWS[:1], data=data, settings={"target": target, **words}
+        )
         made.calibrate = "after training"
         lora, losses, _ = made.result()
         assert {"a cat", "beautiful. a cat", "ugly. a cat"} <= set(score.known)
-        assert job(model=model, score=score, name="plain", rows=ROWS[:1], settings={"target": "x0"}).result()[1] != losses
+        assert (
+            job(model=model, score=score, name="plain", rows=ROWS[:1], settings={"target": "x0"}).result()[1] != losses
+        )
     assert lora and len(losses) == 4 and fingerprint(model) == before

@@ -35,7 +35,12 @@ def node(kind):
 def drawn_folder(place):
     """a good, b blurred, c a copy of a, d too small; a caption beside each but b."""
     place.mkdir(parents=True)
-    pictures = dict(a=texture((320, 320), 0), b=softened(texture((320, 320), 1), 3), c=jpeg(texture((320, 320), 0), 60), d=texture((64, 64), 2))
+    pictures = dict(
+        a=texture((320, 320), 0),
+        b=softened(texture((320, 320), 1), 3),
+        c=jpeg(texture((320, 320), 0), 60),
+        d=texture((64, 64), 2),
+    )
     for name, picture in pictures.items():
         picture.save(place / f"{name}.png")
         if name != "b":
@@ -58,7 +63,12 @@ def names(dataset):
 def test_check_gives_the_dataset_a_sheet_a_report_and_figures(dataset):
     out, sheet, report, figures = node(CheckDataset).execute(dataset, **QualitySettings(**SMALL).to_dict()).args
     assert names(out) == "abc"
-    assert [flag.split(" (")[0] for record in out for flag in record.flags] == ["blur", "enlarged", "caption", "duplicate"]
+    assert [flag.split(" (")[0] for record in out for flag in record.flags] == [
+        "blur",
+        "enlarged",
+        "caption",
+        "duplicate",
+    ]
     assert "64 px < 128" in dict(out.skipped)[dataset[3].path]
     assert sheet.ndim == 4 and sheet.shape[3] == 3 and 0 <= float(sheet.min()) < float(sheet.max()) <= 1
     assert report.startswith("4 pictures checked: 1 rejected (dropped), 2 with warnings (flagged), 1 good")
@@ -102,20 +112,22 @@ def test_a_cancelled_check_ends_with_the_interrupt(dataset, monkeypatch):
         node(CheckDataset).execute(dataset, **QualitySettings(**SMALL).to_dict())
 
 
-# -- what a vision model sees ------------------------------------------------------------------------------------------------------
+# -- what a vision model sees ------------------------------------------------------------------------------------------
 
 
 def pictures():
     return [texture((96, 64), seed, slope=1.3) for seed in range(5)] + [texture((50, 90), 9)]
 
 
-@pytest.mark.parametrize("kind", [{}, {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}], ids=["clip", "siglip"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}], ids=["clip", "siglip"]
+)
 def test_features_are_one_unit_row_per_picture_whatever_their_sizes_and_batches(kind, monkeypatch):
     made = encoder(**kind)
     with torch.inference_mode():
-        rows = vision.features(made, pictures())
-        monkeypatch.setattr(vision, "BATCH", 2)
-        again = vision.features(made, pictures())
+        rows = vision.encode_image_features(made, pictures())
+        monkeypatch.setattr(vision, "VISION_BATCH_SIZE", 2)
+        again = vision.encode_image_features(made, pictures())
     assert rows.shape[0] == 6 and rows.ndim == 2
     assert np.linalg.norm(rows, axis=1) == pytest.approx(1, abs=1e-5)
     assert rows == pytest.approx(again, abs=1e-5)
@@ -125,7 +137,7 @@ def test_features_are_those_of_the_hosts_own_node():
     """CLIPVisionEncode with crop 'center', for a picture of the encoder's own size"""
     made, picture = encoder(), texture((64, 64), 3)
     with torch.inference_mode():
-        ours = vision.features(made, [picture])[0]
+        ours = vision.encode_image_features(made, [picture])[0]
         hosts = made.encode_image(torch.from_numpy(np.asarray(picture).copy())[None].float() / 255)["image_embeds"][0]
     assert ours == pytest.approx((hosts / hosts.norm()).numpy(), abs=1e-5)
 
@@ -135,7 +147,7 @@ def test_a_broken_encoder_is_named_instead_of_giving_nonsense():
     with torch.inference_mode():
         made.model.visual_projection.weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="no numbers"):
-            vision.features(made, pictures()[:1])
+            vision.encode_image_features(made, pictures()[:1])
 
 
 def test_an_interrupt_is_heard_between_batches():
@@ -143,7 +155,7 @@ def test_an_interrupt_is_heard_between_batches():
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        vision.features(encoder(), pictures(), check_interrupt=cancel)
+        vision.encode_image_features(encoder(), pictures(), check_interrupt=cancel)
 
 
 def test_the_check_with_a_vision_model_says_so(dataset):
@@ -152,7 +164,7 @@ def test_the_check_with_a_vision_model_says_so(dataset):
     assert "from features of the vision model" in out.args[2]
 
 
-# -- the real server ---------------------------------------------------------------------------------------------------------------
+# -- the real server ---------------------------------------------------------------------------------------------------
 
 
 def test_the_server_checks_and_deduplicates_a_folder(server):
@@ -160,7 +172,9 @@ def test_the_server_checks_and_deduplicates_a_folder(server):
     drawn_folder(place)
     ImageOps.mirror(Image.open(place / "a.png")).save(place / "e.png")
     widgets = server.object_info()["TrainyardLoadDataset"]["input"]["required"]
-    load = {name: about[1]["default"] for name, about in widgets.items() if len(about) > 1 and "default" in about[1]} | {"folder": "input/to_check"}
+    load = {
+        name: about[1]["default"] for name, about in widgets.items() if len(about) > 1 and "default" in about[1]
+    } | {"folder": "input/to_check"}
     run = server.run({
         "1": {"class_type": "TrainyardLoadDataset", "inputs": load},
         "2": {"class_type": "TrainyardDeduplicateDataset", "inputs": {"dataset": ["1", 0], **DuplicateSettings().to_dict()}},
@@ -168,5 +182,7 @@ def test_the_server_checks_and_deduplicates_a_folder(server):
         "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 2]}},
     })  # fmt: skip
     assert run.ok, run.why
-    assert run.outputs["4"]["text"][0].startswith("3 pictures checked: 1 rejected (dropped), 1 with warnings (flagged), 1 good")
+    assert run.outputs["4"]["text"][0].startswith(
+        "3 pictures checked: 1 rejected (dropped), 1 with warnings (flagged), 1 good"
+    )
     assert run.outputs["2"]["images"] and run.outputs["3"]["images"]

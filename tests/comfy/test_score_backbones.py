@@ -20,15 +20,15 @@ from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.trainers import loop
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.sets import joined
+from trainyard.trainers.data.sets import join_datasets
 from trainyard.trainers.data.similarity.clusters import ClusterSettings
 from trainyard.trainers.data.similarity.similar import SimilarSettings
-from trainyard.trainers.scores.backbones import MODEL
-from trainyard.trainers.scores.files import tensors_of
-from trainyard.trainers.scores.networks import PRETRAINED, ScorerSettings
+from trainyard.trainers.scores.backbones import MODEL_FEATURES
+from trainyard.trainers.scores.files import score_model_tensors
+from trainyard.trainers.scores.networks import PRETRAINING_TASK, ScorerSettings
 from trainyard.trainers.scores.objective import ScoreSettings
 from trainyard.trainers.scores.pretext import PretextSettings
 
@@ -48,9 +48,10 @@ def vae():
 
 @pytest.fixture
 def places(folders, comfy, monkeypatch):
-    """Grey noise of rising brightness, dark ones in one folder and light ones in another; an aesthetic head for the tiny encoder."""
+    """Grey noise of rising brightness, dark ones in one folder and light ones in another; an aesthetic head for the
+    tiny encoder."""
     kinds = comfy.folder_paths.folder_names_and_paths
-    for kind, endings in ((paths.SCORE_MODELS, {".safetensors"}), (paths.AESTHETIC_HEADS, paths.HEAD_ENDINGS)):
+    for kind, endings in ((paths.SCORE_MODELS, {".safetensors"}), (paths.AESTHETIC_HEADS, paths.HEAD_EXTENSIONS)):
         (folders / kind).mkdir()
         monkeypatch.setitem(kinds, kind, ([str(folders / kind)], endings))
     for index, shade in enumerate(np.linspace(0, 1, SHADES)):
@@ -66,13 +67,17 @@ def places(folders, comfy, monkeypatch):
 
 @pytest.fixture
 def dataset(places):
-    return joined([read_folder(places / "input" / "set" / name) for name in ("dark", "light")])
+    return join_datasets([read_folder(places / "input" / "set" / name) for name in ("dark", "light")])
 
 
 def encoded_of(dataset, vae):
     sizes = BucketSettings(resolution=64, step=16, min_side=64, max_side=64).to_dict()
     with torch.inference_mode():
-        return node(EncodeDataset).execute(dataset, vae, flip=False, **CaptionSettings(caption_mode=EMPTY).to_dict(), **sizes).args[0]
+        return (
+            node(EncodeDataset)
+            .execute(dataset, vae, flip=False, **CaptionSettings(caption_mode=CAPTION_MODE_EMPTY).to_dict(), **sizes)
+            .args[0]
+        )
 
 
 def values(*records, **changed):
@@ -80,10 +85,15 @@ def values(*records, **changed):
 
 
 def hash_of(patcher):
-    return host.identity.identity(patcher), {name: value.double().sum().item() for name, value in patcher.model.state_dict().items()}
+    return host.identity.hash_patched_weights(patcher), {
+        name: value.double().sum().item() for name, value in patcher.model.state_dict().items()
+    }
 
 
-PRETEXT = values(ScorerSettings(**SMALL), PretextSettings(steps=6, batch=8, size=64, crops=2, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0))
+PRETEXT = values(
+    ScorerSettings(**SMALL),
+    PretextSettings(steps=6, batch=8, size=64, crops=2, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0),
+)
 
 
 @pytest.fixture
@@ -94,7 +104,7 @@ def pretrained(dataset, vae):
 
 def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_from(dataset, vae, pretrained):
     model, report, losses = pretrained
-    assert model.about.task == PRETRAINED
+    assert model.about.task == PRETRAINING_TASK
     assert model.about.latent_format == "SD3"
     assert "same picture found" in report
     assert "ridge class accuracy" in report, "dark and light are folders"
@@ -102,16 +112,23 @@ def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_
     rated = type(dataset)(tuple(replace(r, score=float(i)) for i, r in enumerate(dataset)))
     given = values(ScorerSettings(**SMALL), ScoreSettings(steps=4, batch=8, members=2))
     with torch.inference_mode():
-        trained, *_ = node(score.TrainScoreModel).execute(make("sd3", inference=True), encoded_of(rated, vae), pretrained=model, **given).args
+        trained, *_ = (
+            node(score.TrainScoreModel)
+            .execute(make("sd3", inference=True), encoded_of(rated, vae), pretrained=model, **given)
+            .args
+        )
     assert trained.about.width == 8
 
 
 def test_the_same_pictures_are_not_pretrained_twice(dataset, vae, pretrained, monkeypatch):
-    monkeypatch.setattr(score_backbones, "from_pictures", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(score_backbones, "pretrain_from_images", lambda *_: pytest.fail("trained again"))
     with torch.inference_mode():
         again = node(PretrainScoreBackbone).execute(make("sd3", inference=True), vae, dataset, **PRETEXT).args
     assert "read from the cache" in again[1]
-    assert all(torch.equal(a, b) for a, b in zip(again[0].networks[0].parameters(), pretrained[0].networks[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again[0].networks[0].parameters(), pretrained[0].networks[0].parameters(), strict=True)
+    )
 
 
 def head(places, sight, **more):
@@ -129,7 +146,7 @@ def test_an_aesthetic_head_rates_pictures_and_with_model_and_vae_their_latents(p
     with torch.inference_mode():
         out = node(score.ScoreImages).execute(whole, dataset=dataset, **score.ScoringSettings().to_dict()).args
     assert out[0] == pytest.approx(ratings)
-    with host.context.gradients():
+    with host.context.enable_gradients():
         x = torch.randn(1, 16, 8, 8, requires_grad=True)
         (grad,) = torch.autograd.grad(whole.value(x, torch.zeros(1)).sum(), x)
     assert float(grad.norm()) > 0
@@ -141,13 +158,15 @@ def test_half_of_what_latents_need_is_refused(places, vae):
         head(places, encoder(), vae=vae)
 
 
-@pytest.mark.parametrize("backbone", ["latent ResNet", MODEL])
+@pytest.mark.parametrize("backbone", ["latent ResNet", MODEL_FEATURES])
 def test_a_student_learns_its_teachers_ratings_and_keeps_its_scale(places, dataset, vae, backbone):
     teacher, model = head(places, encoder()), make("sd3", inference=True)
     before = hash_of(model)
     given = values(ScorerSettings(backbone=backbone, **SMALL), ScoreSettings(steps=30, batch=8, members=2, patience=0))
     with torch.inference_mode():
-        student, report, _ = node(DistillScoreModel).execute(teacher, model, dataset, encoded_of(dataset, vae), **given).args
+        student, report, _ = (
+            node(DistillScoreModel).execute(teacher, model, dataset, encoded_of(dataset, vae), **given).args
+        )
         said = teacher.rate_pictures(dataset)[0]
     assert student.about.mean == pytest.approx(np.mean(said), abs=1e-3)
     assert student.about.task == "regression"
@@ -170,27 +189,41 @@ def test_an_aesthetic_head_is_no_backbone_to_learn_on(places, dataset, vae):
 def test_a_score_of_latents_is_no_teacher(dataset, vae, pretrained):
     rates = replace(pretrained[0], about=replace(pretrained[0].about, task="regression"))
     with pytest.raises(ValueError, match="Connect one of Load Aesthetic Head"):
-        score_backbones.taught_by(rates, dataset, encoded_of(dataset, vae), None)
+        score_backbones.rate_with_teacher(rates, dataset, encoded_of(dataset, vae), None)
 
 
 def test_a_backbone_without_a_head_rates_nothing_and_says_what_it_is_for(dataset, vae, pretrained):
     """Its head says 0 to everything, which would look like a rating."""
-    backbone, says = pretrained[0], r"pre-trained backbone \(latent ResNet, from Pretrain Score Backbone\): it has no trained head.*as pretrained"
+    backbone, says = (
+        pretrained[0],
+        r"pre-trained backbone \(latent ResNet, from Pretrain Score Backbone\): it has no trained head.*as pretrained",
+    )
     with pytest.raises(ValueError, match=says):
         node(score.ScoreImages).execute(backbone, dataset=dataset, vae=vae, **score.ScoringSettings().to_dict())
     with pytest.raises(ValueError, match=says):
-        node(score.ScoreImages).execute(backbone, latents={"samples": torch.zeros(1, 16, 8, 8)}, **score.ScoringSettings().to_dict())
+        node(score.ScoreImages).execute(
+            backbone, latents={"samples": torch.zeros(1, 16, 8, 8)}, **score.ScoringSettings().to_dict()
+        )
     with pytest.raises(ValueError, match=says):
-        score_backbones.taught_by(backbone, dataset, encoded_of(dataset, vae), None)
+        score_backbones.rate_with_teacher(backbone, dataset, encoded_of(dataset, vae), None)
     node(score.SaveScoreModel).execute(backbone, "eyes")
-    assert node(score.LoadScoreModel).execute("eyes.safetensors").args[1].startswith("a pre-trained backbone without a head (latent ResNet)")
+    assert (
+        node(score.LoadScoreModel)
+        .execute("eyes.safetensors")
+        .args[1]
+        .startswith("a pre-trained backbone without a head (latent ResNet)")
+    )
 
 
 def test_features_of_a_vision_model_find_alike_pictures_and_groups(dataset):
     with torch.inference_mode():
         features, diversity, report = node(ExtractFeatures).execute(dataset, clip_vision=encoder()).args
-        found, sheet, words = node(SimilarImages).execute(features, **SimilarSettings(most=3, name="00", least=-1.0).to_dict()).args
-        parts, whole, groups, page, told = node(ClusterImages).execute(features, **ClusterSettings(clusters=3).to_dict()).args
+        found, sheet, words = (
+            node(SimilarImages).execute(features, **SimilarSettings(most=3, name="00", least=-1.0).to_dict()).args
+        )
+        parts, whole, groups, page, told = (
+            node(ClusterImages).execute(features, **ClusterSettings(clusters=3).to_dict()).args
+        )
     assert features.rows.shape == (SHADES, 24)
     assert diversity >= 1
     assert "seen by CLIP_VISION" in report
@@ -223,39 +256,55 @@ def test_the_same_bytes_are_found_by_nobody_but_a_broken_file_only_leaves_itself
 def rated_latents(family, count=24):
     """Latents of noise whose rating is the mean of their first channel."""
     x = torch.randn(count, *latent_shape(family)[1:], generator=torch.Generator().manual_seed(0))
-    data = Encoded.from_core([{"samples": x}], [cond(family)])
+    data = EncodedDataset.from_core([{"samples": x}], [cond(family)])
     return replace(data, items=[replace(item, score=float(x[i, 0].mean())) for i, item in enumerate(data.items)])
 
 
 @pytest.mark.parametrize(("family", "rank"), [("sd3", 0), ("sd3", 4), ("sd15", 4)])
 def test_train_score_model_learns_on_the_models_own_states_frozen_or_with_a_lora(places, family, rank):
-    """Saved, loaded and asked again it says the same; the LoRA is in the file, was taught, and the MODEL is as it was."""
+    """Saved, loaded and asked again it says the same; the LoRA is in the file, was taught, and the MODEL is as it
+    was."""
     model = make(family, inference=True)
     before, bits = hash_of(model), {name: value.clone() for name, value in model.model.state_dict().items()}
-    given = values(ScorerSettings(backbone=MODEL, rank=rank, **SMALL), ScoreSettings(steps=10 if rank else 30, batch=8, members=2, patience=0))
+    given = values(
+        ScorerSettings(backbone=MODEL_FEATURES, rank=rank, **SMALL),
+        ScoreSettings(steps=10 if rank else 30, batch=8, members=2, patience=0),
+    )
     with torch.inference_mode():
         trained, report, _ = node(score.TrainScoreModel).execute(model, rated_latents(family), **given).args
         node(score.SaveScoreModel).execute(trained, "through the model", untrained=True)
         loaded, words = node(score.LoadScoreModel).execute("through the model.safetensors", model=model).args
         again, told, _ = node(score.TrainScoreModel).execute(model, rated_latents(family), **given).args
-    x, level = torch.randn(latent_shape(family, 4), generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 0.0, 0.4, 0.8])
+    x, level = (
+        torch.randn(latent_shape(family, 4), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.0, 0.0, 0.4, 0.8]),
+    )
     with torch.no_grad():
         said = [one.value(x, level) for one in (trained, loaded, again)]
-    assert torch.allclose(said[0], said[1], atol=1e-3) and torch.equal(said[1], said[2]) and "read from the cache" in told
+    assert (
+        torch.allclose(said[0], said[1], atol=1e-3) and torch.equal(said[1], said[2]) and "read from the cache" in told
+    )
     taught = [value for name, value in loaded.networks[0].state_dict().items() if name.endswith(".up")]
     assert bool(taught) == bool(rank) and (not rank or any(bool(up.any()) for up in taught))
     assert ("with a LoRA of rank 4" in words) == bool(rank)
-    assert hash_of(model) == before and all(torch.equal(value, bits[name]) for name, value in model.model.state_dict().items())
+    assert hash_of(model) == before and all(
+        torch.equal(value, bits[name]) for name, value in model.model.state_dict().items()
+    )
     assert not any(m._forward_hooks for m in model.model.modules())
     with torch.inference_mode():
-        scores = node(score.ScoreImages).execute(loaded, latents={"samples": x}, **score.ScoringSettings().to_dict()).args[0]
+        scores = (
+            node(score.ScoreImages).execute(loaded, latents={"samples": x}, **score.ScoringSettings().to_dict()).args[0]
+        )
     assert len(scores) == 4 and np.isfinite(scores).all()
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_training_on_the_models_states_that_is_interrupted_goes_on_to_the_same_model(places, monkeypatch, rank):
     """Also where it was stopped right after the first batch had settled how each number is standardised."""
-    given = values(ScorerSettings(backbone=MODEL, rank=rank, **SMALL), ScoreSettings(steps=6, batch=8, members=2, patience=0))
+    given = values(
+        ScorerSettings(backbone=MODEL_FEATURES, rank=rank, **SMALL),
+        ScoreSettings(steps=6, batch=8, members=2, patience=0),
+    )
     model, asked, stops = make("sd3", inference=True), [], []
 
     def interrupt():
@@ -268,9 +317,9 @@ def test_a_training_on_the_models_states_that_is_interrupted_goes_on_to_the_same
             return node(score.TrainScoreModel).execute(model, rated_latents("sd3"), **given).args[0]
 
     whole = run()
-    shutil.rmtree(paths.scores_folder())
-    monkeypatch.setattr(loop.Clock, "due", lambda self, step: True)
-    monkeypatch.setattr(host.progress, "interrupted", interrupt)
+    shutil.rmtree(paths.score_cache_folder())
+    monkeypatch.setattr(loop.TrainingClock, "due", lambda self, step: True)
+    monkeypatch.setattr(host.progress, "raise_if_interrupted", interrupt)
     for stop in (2, 4, 7):
         asked.clear()
         stops[:] = [stop]
@@ -278,21 +327,41 @@ def test_a_training_on_the_models_states_that_is_interrupted_goes_on_to_the_same
             run()
         assert not any(m._forward_hooks for m in model.model.modules())
     stops.clear()
-    ours, theirs = tensors_of(run()), tensors_of(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), max(float((ours[n] - theirs[n]).abs().max()) for n in theirs)
+    ours, theirs = score_model_tensors(run()), score_model_tensors(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), max(
+        float((ours[n] - theirs[n]).abs().max()) for n in theirs
+    )
 
 
 def test_a_score_model_through_the_model_is_learnt_on_with_its_lora_whatever_the_widgets_say(places):
     model = make("sd3", inference=True)
     short = dict(steps=3, batch=8, members=2, patience=0)
     with torch.inference_mode():
-        first = node(score.TrainScoreModel).execute(
-            model, rated_latents("sd3"), **values(ScorerSettings(backbone=MODEL, rank=4, **SMALL), ScoreSettings(**short))).args[0]
-        second = node(score.TrainScoreModel).execute(
-            model, rated_latents("sd3"), pretrained=first, **values(ScorerSettings(**SMALL), ScoreSettings(**short, seed=5))).args[0]
-    assert (second.about.backbone, second.about.rank) == (MODEL, 4)
+        first = (
+            node(score.TrainScoreModel)
+            .execute(
+                model,
+                rated_latents("sd3"),
+                **values(ScorerSettings(backbone=MODEL_FEATURES, rank=4, **SMALL), ScoreSettings(**short)),
+            )
+            .args[0]
+        )
+        second = (
+            node(score.TrainScoreModel)
+            .execute(
+                model,
+                rated_latents("sd3"),
+                pretrained=first,
+                **values(ScorerSettings(**SMALL), ScoreSettings(**short, seed=5)),
+            )
+            .args[0]
+        )
+    assert (second.about.backbone, second.about.rank) == (MODEL_FEATURES, 4)
 
 
 def test_a_lora_for_a_backbone_that_has_no_model_is_refused():
-    with pytest.raises(ValueError, match="rank is 4 and backbone is 'latent ResNet', which looks through no diffusion model.*Set rank to 0"):
+    with pytest.raises(
+        ValueError,
+        match="rank is 4 and backbone is 'latent ResNet', which looks through no diffusion model.*Set rank to 0",
+    ):
         ScorerSettings(rank=4)

@@ -48,8 +48,14 @@ def test_a_small_text_encoder_conditions_a_small_model(server, loader):
         clip = ["1", 1]
     else:
         prompt = txt2img(server.install("sd3_noclip"), latent="EmptySD3LatentImage")  # its VAE has flux's 16 channels
-        prompt["7"] = {"class_type": "UNETLoader", "inputs": {"unet_name": server.install("flux"), "weight_dtype": "default"}}
-        prompt["8"] = {"class_type": "CLIPLoader", "inputs": {"clip_name": server.install("clip_l"), "type": "stable_diffusion"}}
+        prompt["7"] = {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": server.install("flux"), "weight_dtype": "default"},
+        }
+        prompt["8"] = {
+            "class_type": "CLIPLoader",
+            "inputs": {"clip_name": server.install("clip_l"), "type": "stable_diffusion"},
+        }
         prompt["4"]["inputs"]["model"], clip = ["7", 0], ["8", 0]
     prompt["2"] = {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle", "clip": clip}}
     run = server.run(prompt)
@@ -95,7 +101,10 @@ def test_a_killed_server_ends_the_transcript_and_starts_again_on_the_same_folder
 
 @pytest.mark.slow
 def test_a_pack_that_cannot_be_imported_is_told_from_one_that_can(comfy, tmp_path):
-    for name, code in {"kit": "async def comfy_entrypoint(): raise ValueError", "kit_bad": "import nothing_of_that_name"}.items():
+    for name, code in {
+        "kit": "async def comfy_entrypoint(): raise ValueError",
+        "kit_bad": "import nothing_of_that_name",
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(code)
     packs = {"fine": KIT, "kit": tmp_path / "kit", "kit_bad": tmp_path / "kit_bad"}

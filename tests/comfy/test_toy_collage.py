@@ -1,4 +1,5 @@
-"""Collages on the toy world, through the real encoders and the real model. What they teach, in pixels: benchmarks/collage.py."""
+"""Collages on the toy world, through the real encoders and the real model. What they teach, in pixels:
+benchmarks/collage.py."""
 
 import numpy as np
 import pytest
@@ -29,13 +30,24 @@ def test_every_half_of_a_frame_shows_the_shape_that_its_place_in_the_caption_nam
 
 
 @pytest.mark.parametrize("captions", ["positional", "empty"])
-def test_frames_of_two_are_trained_on_with_and_without_captions_at_as_many_pixels_as_single_pictures(toy, tmp_path, captions):
+def test_frames_of_two_are_trained_on_with_and_without_captions_at_as_many_pixels_as_single_pictures(
+    toy, tmp_path, captions
+):
     stars, known = lesson.pictures(tmp_path, count=12)
     alone = lesson.taught(toy, stars, tmp_path, steps=3, seed=1)
-    taught = lesson.taught(toy, lesson.pairs(stars, known, tmp_path, captions), tmp_path, steps=3, seed=1, empty=captions == "empty")
+    taught = lesson.taught(
+        toy, lesson.pairs(stars, known, tmp_path, captions), tmp_path, steps=3, seed=1, empty=captions == "empty"
+    )
     assert taught.pixels == alone.pixels == 3 * lesson.PIXELS
     assert len(taught.losses) == 3 and taught.model is not toy.model
-    mixed = lesson.taught(toy, lesson.pairs(stars, known, tmp_path, captions, mix=0.3), tmp_path, steps=3, seed=1, empty=captions == "empty")
+    mixed = lesson.taught(
+        toy,
+        lesson.pairs(stars, known, tmp_path, captions, mix=0.3),
+        tmp_path,
+        steps=3,
+        seed=1,
+        empty=captions == "empty",
+    )
     assert mixed.pixels == pytest.approx(3 * lesson.PIXELS, rel=0.2) and len(mixed.losses) > 3
 
 

@@ -6,12 +6,12 @@ import pathlib
 import pytest
 import torch
 from trainyard.nodes import host
-from trainyard.nodes.train.train_lora import Job
+from trainyard.nodes.train.train_lora import LoraJob
 from trainyard.tests.toy import lesson, sampling, world
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions.variants import CaptionSettings
-from trainyard.trainers.data.encode import encode
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.encode import encode_dataset
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.files import LoraFile
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
@@ -27,10 +27,17 @@ def toy(comfy, tmp_path_factory):
 
 def lesson_job(toy, folder, steps=20):
     folder = lesson.pictures(folder / "stars")
-    doors = host.encoders.PictureEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
-    data = encode(read_folder(folder), CaptionSettings(dropout=0.1), BucketSettings(**lesson.ENCODE), False, *doors, folder / "cache")
+    doors = host.encoders.VaeEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
+    data = encode_dataset(
+        read_folder(folder),
+        CaptionSettings(dropout=0.1),
+        BucketSettings(**lesson.ENCODE),
+        False,
+        *doors,
+        folder / "cache",
+    )
     recipe = {k: v for k, v in lesson.TRAIN.items() if k != "rank"}
-    return Job(
+    return LoraJob(
         model=toy.model,
         clip=None,
         data=data,
@@ -50,15 +57,19 @@ def test_the_first_losses_of_the_lesson_are_those_that_were_written_down(toy, fo
     with torch.inference_mode():
         _, losses, _ = lesson_job(toy, tmp_path).result()
     wanted = json.loads(CURVES.read_text())["lora"]
-    assert losses == pytest.approx(wanted, rel=0.01), f"if the change is meant, write these into {CURVES.name}: {[round(v, 5) for v in losses]}"
+    assert losses == pytest.approx(wanted, rel=0.01), (
+        f"if the change is meant, write these into {CURVES.name}: {[round(v, 5) for v in losses]}"
+    )
 
 
 def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy):
     """To 5 % of what it changes: the host rounds patched weights to the file's fp16."""
     adapter = AdapterSettings(rank=4, targets="attention", text_encoder=True)
-    batch = Encoded.from_core([{"samples": torch.zeros(1, 16, 8, 8)}], [[[torch.zeros(1, 77, 4096), {}]]]).batch([0], host.progress.generator(0))
+    batch = EncodedDataset.from_core([{"samples": torch.zeros(1, 16, 8, 8)}], [[[torch.zeros(1, 77, 4096), {}]]]).batch(
+        [0], host.progress.make_generator(0)
+    )
     batch.captions = ["a large red star"]
-    with torch.inference_mode(), host.session.training(toy.model, adapter, clip=toy.clip) as session:
+    with torch.inference_mode(), host.session.open_training_session(toy.model, adapter, clip=toy.clip) as session:
         with torch.no_grad():
             (base,) = session.encode(batch)
             for p in session.text_adapters.parameters():
@@ -72,8 +83,8 @@ def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy
     assert len(silent) <= 8
     assert all(key.startswith("lora_te_text_model_encoder_layers_") for key in tensors), sorted(tensors)[:3]
     with torch.inference_mode():
-        _, clip = host.lora_keys.applied(toy.model, toy.clip, LoraFile(tensors))
-        loaded = host.encoders.conditioning(clip, "a large red star")["cross_attn"]
+        _, clip = host.lora_keys.apply_lora(toy.model, toy.clip, LoraFile(tensors))
+        loaded = host.encoders.encode_caption(clip, "a large red star")["cross_attn"]
     change = float((trained - base["cross_attn"]).abs().mean())
     error = float((loaded - trained).abs().mean())
     assert error <= 0.05 * change, f"{error:.1e} of a change of {change:.1e}"

@@ -13,7 +13,10 @@ def checkpoint(server, tmp_path_factory):
 
 
 def pictures(server, run, side, exam):
-    return [Image.open(server.output(run.outputs[f"{side}{i}"]["images"][0]["filename"])).convert("RGB") for i in range(len(exam))]
+    return [
+        Image.open(server.output(run.outputs[f"{side}{i}"]["images"][0]["filename"])).convert("RGB")
+        for i in range(len(exam))
+    ]
 
 
 def test_a_lora_draws_stars_that_the_base_cannot(server, checkpoint):

@@ -33,7 +33,9 @@ def built(comfy, tmp_path_factory):
 
 def test_the_loader_misses_no_key_and_is_left_with_none(built):
     toy, said = built
-    complaints = [line for line in said if any(word in line.lower() for word in COMPLAINTS) and not line.rstrip().endswith("[]")]
+    complaints = [
+        line for line in said if any(word in line.lower() for word in COMPLAINTS) and not line.rstrip().endswith("[]")
+    ]
     assert not complaints, complaints
     assert type(toy.model.model).__name__ == "SD3" and toy.clip is not None and toy.vae is not None
 
@@ -44,11 +46,14 @@ def test_every_weight_in_the_model_comes_from_the_file(built):
 
     toy, _ = built
     file = load_file(str(toy.path))
-    parts = {"model.diffusion_model.": toy.model.model.diffusion_model, "first_stage_model.": toy.vae.first_stage_model,
-             "text_encoders.clip_l.": toy.clip.cond_stage_model.clip_l}
+    parts = {
+        "model.diffusion_model.": toy.model.model.diffusion_model,
+        "first_stage_model.": toy.vae.first_stage_model,
+        "text_encoders.clip_l.": toy.clip.cond_stage_model.clip_l,
+    }
     for prefix, module in parts.items():
         held = module.state_dict()
-        names = {k[len(prefix):] for k in file if k.startswith(prefix)}
+        names = {k[len(prefix) :] for k in file if k.startswith(prefix)}
         assert names == set(held)
         assert all(torch.equal(held[k].half(), file[prefix + k]) for k in names)
 
@@ -60,7 +65,10 @@ def test_the_vae_gives_pictures_back(built):
     latents = built[0].vae.encode(pixels)
     back = built[0].vae.decode(latents)
     error = (back - pixels).square().mean().item()
-    right = [measure(p).matches(shape=a["shape"], colour=a["colour"], ground=a["ground"]) for p, (_, _, a) in zip(back, drawn, strict=True)]
+    right = [
+        measure(p).matches(shape=a["shape"], colour=a["colour"], ground=a["ground"])
+        for p, (_, _, a) in zip(back, drawn, strict=True)
+    ]
     model_space = built[0].model.model.process_latent_in(latents)
     assert error < 0.002, f"MSE {error:.5f}"
     assert sum(right) >= 23, f"{sum(right)} of 24 are still what was drawn"
@@ -69,8 +77,11 @@ def test_the_vae_gives_pictures_back(built):
 
 def test_captions_come_out_in_shape_colour_and_ground(built):
     sizes, grounds = tuple(shapes.SIZES), tuple(shapes.GROUNDS)
-    wanted = [{"shape": shape, "colour": colour, "size": sizes[(i + j) % 2], "ground": grounds[(i + j) % 3]}
-              for i, colour in enumerate(shapes.COLOURS) for j, shape in enumerate(shapes.SEEN)]
+    wanted = [
+        {"shape": shape, "colour": colour, "size": sizes[(i + j) % 2], "ground": grounds[(i + j) % 3]}
+        for i, colour in enumerate(shapes.COLOURS)
+        for j, shape in enumerate(shapes.SEEN)
+    ]
     shares = sampling.accuracy(built[0], wanted, first_seed=7000)
     assert min(shares[k] for k in ("shape", "colour", "ground")) >= 0.9, shares
 
@@ -89,7 +100,8 @@ def test_a_batch_of_prompts_equals_the_prompts_alone(built):
 
 
 def test_the_clip_vision_tells_shapes_apart_that_it_never_saw_like_this(comfy):
-    """By its embeddings alone: each picture's nearest among 300 others, at any place and angle and in any colour, shows the same shape."""
+    """By its embeddings alone: each picture's nearest among 300 others, at any place and angle and in any colour, shows
+    the same shape."""
     from trainyard.tests.toy.train_eyes import drawn
 
     eyes, rng = sampling.clip_vision(), torch.Generator().manual_seed(77)

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 from trainyard.nodes import host, paths
-from trainyard.nodes.train.train_lora import Job, training_data
+from trainyard.nodes.train.train_lora import LoraJob, select_training_data
 from trainyard.tests.comfy.families import cond, latent_shape, make
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.loop import Diverged
-from trainyard.trainers.methods.lora import Lora
+from trainyard.trainers.methods.lora import LoraTraining
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
 FAMILY = "sd3"
@@ -22,12 +22,12 @@ def data(family=FAMILY, count=3, mask=None):
     latents = [{"samples": torch.randn(latent_shape(family), generator=rng)} for _ in range(count)]
     if mask is not None:
         latents = [{**latent, "noise_mask": mask} for latent in latents]
-    return Encoded.from_core(latents, [cond(family, seed) for seed in range(count)])
+    return EncodedDataset.from_core(latents, [cond(family, seed) for seed in range(count)])
 
 
 def job(family=FAMILY, model=None, encoded=None, name="test", checkpointing="off", **run):
     settings = RunSettings(**{"steps": 6, "learning_rate": 1e-3, "batch": 2, "seed": 1, "save_every": 0, **run})
-    return Job(
+    return LoraJob(
         model=model or make(family, inference=True),
         clip=None,
         data=encoded or data(family),
@@ -126,7 +126,9 @@ def test_a_full_disk_leaves_the_older_file_whole_and_says_what_is_missing(folder
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"could not be written \(No space left on device\): .* MiB are needed and .* MiB are free"):
+    with pytest.raises(
+        OSError, match=r"could not be written \(No space left on device\): .* MiB are needed and .* MiB are free"
+    ):
         result(job(steps=6))
     monkeypatch.setattr(os, "fsync", real)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
@@ -163,16 +165,20 @@ def test_per_block_checkpointing_trains_the_same_lora(folders):
 
 @pytest.mark.parametrize(("mask", "counts"), [(True, False), (False, True)], ids=["masked", "unmasked"])
 def test_an_error_where_the_mask_is_0_does_not_count(folders, mask, counts):
-    """The prediction is moved by 3 in the right half of the picture; a mask that lets only the left half through must not see it."""
+    """The prediction is moved by 3 in the right half of the picture; a mask that lets only the left half through must
+    not see it."""
     left = torch.zeros(1, *latent_shape(FAMILY)[-2:])
     left[..., : left.shape[-1] // 2] = 1
 
     def loss(moved):
         encoded = data(count=1, mask=left if mask else None)
-        with torch.inference_mode(), host.session.training(make(FAMILY, inference=True), AdapterSettings(rank=4)) as session:
+        with (
+            torch.inference_mode(),
+            host.session.open_training_session(make(FAMILY, inference=True), AdapterSettings(rank=4)) as session,
+        ):
             ask = session.denoiser.denoise
             session.denoiser.denoise = lambda x, sigma, conds: ask(x, sigma, conds) + moved * (1 - left)
-            method = Lora(session.denoiser, session.adapters, encoded)
+            method = LoraTraining(session.denoiser, session.adapters, encoded)
             return method.loss(torch.Generator().manual_seed(0)).item()
 
     assert (loss(3.0) != loss(0.0)) is counts
@@ -180,7 +186,7 @@ def test_an_error_where_the_mask_is_0_does_not_count(folders, mask, counts):
 
 def test_encoded_and_latents_together_are_refused():
     with pytest.raises(ValueError, match="Both encoded and latents/conditioning are connected"):
-        training_data([data()], [{"samples": torch.zeros(1)}], None)
+        select_training_data([data()], [{"samples": torch.zeros(1)}], None)
 
 
 def test_the_text_encoder_without_clip_is_refused(folders):
@@ -193,6 +199,6 @@ def test_the_text_encoder_without_clip_is_refused(folders):
 def test_the_input_model_carries_no_patches_afterwards_and_the_output_does(folders):
     a_job = job(steps=2)
     lora, _, _ = result(a_job)
-    patched, _ = host.lora_keys.applied(a_job.model, None, lora)
+    patched, _ = host.lora_keys.apply_lora(a_job.model, None, lora)
     assert not a_job.model.patches
-    assert len(patched.patches) == len(host.lora_keys.bases(lora))
+    assert len(patched.patches) == len(host.lora_keys.list_lora_layers(lora))

@@ -35,7 +35,9 @@ def make_dataset(server, name="shapes"):
 
 def graph(server, folder, **train):
     """checkpoint + folder -> LoRA."""
-    widgets = dict(steps=STEPS, learning_rate=1e-3, rank=4, batch=2, seed=1, save_every=0, run_name="test", checkpointing="off")
+    widgets = dict(
+        steps=STEPS, learning_rate=1e-3, rank=4, batch=2, seed=1, save_every=0, run_name="test", checkpointing="off"
+    )
     return {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": server.install("sd15")}},
         "2": {"class_type": "TrainyardLoadDataset", "inputs": {"folder": folder, "repeats": 1, "alpha_mask": False}},
@@ -71,10 +73,16 @@ def the_file(server, name):
 
 def test_a_folder_becomes_a_lora_that_is_sampled_saved_and_plotted_in_one_graph(server, dataset):
     prompt = graph(server, dataset, run_name="whole") | sampled(["4", 2], "20") | sampled(["1", 0], "30")
-    prompt["5"] = {"class_type": "TrainyardSaveLora", "inputs": {"lora": ["4", 0], "name": "whole/mine", "model": ["1", 0]}}
+    prompt["5"] = {
+        "class_type": "TrainyardSaveLora",
+        "inputs": {"lora": ["4", 0], "name": "whole/mine", "model": ["1", 0]},
+    }
     prompt["6"] = {"class_type": "TrainyardLossPlot", "inputs": {"losses": ["4", 1]}}
     prompt["7"] = {"class_type": "LossGraphNode", "inputs": {"loss": ["4", 1], "filename_prefix": "core"}}
-    prompt["8"] = {"class_type": "LoraModelLoader", "inputs": {"model": ["1", 0], "lora": ["4", 0], "strength_model": 1.0, "bypass": False}}
+    prompt["8"] = {
+        "class_type": "LoraModelLoader",
+        "inputs": {"model": ["1", 0], "lora": ["4", 0], "strength_model": 1.0, "bypass": False},
+    }
     prompt |= sampled(["8", 0], "40")
     run = server.run(prompt)
     assert run.ok, run.why
@@ -108,7 +116,9 @@ def test_run_pressed_twice_never_trains_twice_also_after_the_cache_is_gone(serve
     made = path.stat().st_mtime_ns
     server.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(1.5)
-    again = server.run(graph(server, dataset, run_name="twice", save_every=100))  # other inputs, same recipe: the node is executed
+    again = server.run(
+        graph(server, dataset, run_name="twice", save_every=100)
+    )  # other inputs, same recipe: the node is executed
     assert again.ok, again.why
     assert "already trained" in json.dumps(again.outputs["4"])
     assert path.stat().st_mtime_ns == made
@@ -254,8 +264,14 @@ def test_settings_nodes_reach_the_run_and_its_file(server, dataset):
     with safe_open(the_file(server, "settings"), "pt") as file:
         metadata = file.metadata()
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    assert (metadata["ss_network_alpha"], metadata["ss_min_snr_gamma"], metadata["ss_lr_scheduler"]) == ("2.0", "5.0", "cosine")
-    assert shapes["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"][1:] == (320, 3, 3), "convolutions are stored as such"
+    assert (metadata["ss_network_alpha"], metadata["ss_min_snr_gamma"], metadata["ss_lr_scheduler"]) == (
+        "2.0",
+        "5.0",
+        "cosine",
+    )
+    assert shapes["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"][1:] == (320, 3, 3), (
+        "convolutions are stored as such"
+    )
     assert not any("_ff_net_" in key for key in shapes)
 
 
@@ -281,7 +297,7 @@ def test_the_text_encoder_trains_too(server, dataset):
         assert any(key.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj") for key in file.keys())
 
 
-# -- trouble: a clear word before the long work ---------------------------------------------------------------------------
+# -- trouble: a clear word before the long work ------------------------------------------------------------------------
 
 
 def empty_folder(server):
@@ -342,7 +358,8 @@ def wild_regex(prompt, server):
 
 TROUBLE = {
     "an empty folder": (with_inputs("2", folder=empty_folder), "empty"),
-    "no captions where they are asked for": (with_inputs("2", folder=uncaptioned), "Captions are asked for, and 1 of 1 images have none: red.png"),
+    "no captions where they are asked for": (with_inputs("2", folder=uncaptioned), "Captions are asked for, and 1 of 1 "
+                                                                                   "images have none: red.png"),
     "an unreadable picture": (with_inputs("2", folder=broken), "bad.png"),
     "a checkpoint without text encoder": (no_text_encoder, "holds no text encoder"),
     "latents of another model": (foreign_vae, "The latents have 16 channels and this MODEL wants 4"),
@@ -371,15 +388,15 @@ def test_a_folder_outside_the_roots_is_refused_by_the_widget_and_inside_execute(
     assert not run.ok
     for name in ("input/../../etc", "etc", "/etc", "datasets/../.."):
         with pytest.raises(ValueError, match="leads out of|must begin with"):
-            paths.dataset_folder(name)
+            paths.resolve_dataset_folder(name)
 
 
 def test_a_nan_from_a_link_is_refused_with_the_setting_named():
-    from trainyard.nodes.fields import record
+    from trainyard.nodes.fields import settings_from_widgets
     from trainyard.trainers.settings import RunSettings
 
     with pytest.raises(ValueError, match="learning_rate is nan; it must be a finite number"):
-        record(RunSettings, {"learning_rate": float("nan")})
+        settings_from_widgets(RunSettings, {"learning_rate": float("nan")})
 
 
 def test_the_same_lora_is_saved_once_under_one_name(server, dataset):
@@ -393,4 +410,7 @@ def test_the_same_lora_is_saved_once_under_one_name(server, dataset):
     assert [f.name for f in server.output("loras", "once").iterdir()] == ["mine.safetensors"]
     prompt["4"]["inputs"]["seed"] = 9
     assert server.run(prompt).ok
-    assert sorted(f.name for f in server.output("loras", "once").iterdir()) == ["mine.safetensors", "mine_2.safetensors"]
+    assert sorted(f.name for f in server.output("loras", "once").iterdir()) == [
+        "mine.safetensors",
+        "mine_2.safetensors",
+    ]

@@ -1,4 +1,5 @@
-"""What goes wrong while people train, tried for real: each time a word that says what to do, nothing lost, the model and the host as before."""
+"""What goes wrong while people train, tried for real: each time a word that says what to do, nothing lost, the model
+and the host as before."""
 
 import asyncio
 import contextlib
@@ -16,7 +17,7 @@ import pytest
 import torch
 from trainyard.nodes import paths
 from trainyard.nodes.train import planner
-from trainyard.nodes.train.previews import Previews
+from trainyard.nodes.train.previews import PreviewRenderer
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.server import Server
 from trainyard.tests.comfy.test_host import fingerprint, left_behind
@@ -45,7 +46,7 @@ def given_back(model):
     assert not model.injections and not model.patches
 
 
-# -- Cancel, at every stage ------------------------------------------------------------------------------------------------------
+# -- Cancel, at every stage --------------------------------------------------------------------------------------------
 
 
 def pressed_when(monkeypatch, owner, name, nth=1):
@@ -65,7 +66,7 @@ MOMENTS = {  # where Cancel is pressed, and at least how many steps are on the d
     "load": (lambda: (mm, "load_models_gpu", 1), 0),
     "measuring": (lambda: (planner, "one_step", 1), 0),
     "step": (lambda: (loop, "gradients", 4), 3),
-    "preview": (lambda: (Previews, "sampled", 2), 2),
+    "preview": (lambda: (PreviewRenderer, "sampled", 2), 2),
     "save": (lambda: (run_files, "write_tree", 1), 2),
 }
 
@@ -90,7 +91,7 @@ def test_cancel_keeps_the_work_and_the_next_run_ends_as_if_it_had_never_been(fol
     assert equal(result(troubled_job(model))[0], whole)
 
 
-# -- kill -9 in the middle of a save -----------------------------------------------------------------------------------------------
+# -- kill -9 in the middle of a save -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -123,7 +124,7 @@ def test_kill_9_in_the_middle_of_a_save_costs_nothing_that_was_saved_before(fold
     assert not [f for f in folder.rglob("*.safetensors") if f.stat().st_size == 0]
 
 
-# -- disks --------------------------------------------------------------------------------------------------------------------------
+# -- disks -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
@@ -133,7 +134,10 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_training(folders, mo
 
     monkeypatch.setattr(run_files.tempfile, "TemporaryFile", refuse)
     model = make("sd3", inference=True)
-    with given_back(model), pytest.raises(OSError, match="cannot be saved in .*nothing was trained.*--output-directory"):
+    with (
+        given_back(model),
+        pytest.raises(OSError, match="cannot be saved in .*nothing was trained.*--output-directory"),
+    ):
         result(job(model=model))
     assert not list(paths.runs_folder().glob("test-*")), "not even an empty folder"
 
@@ -166,7 +170,7 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_the_last_save_and_says_how_muc
     assert equal(result(job(model=model, steps=6, save_every=2))[0], whole)
 
 
-# -- numbers, and previews -----------------------------------------------------------------------------------------------------------
+# -- numbers, and previews ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -189,13 +193,13 @@ def test_trouble_in_every_preview_costs_the_previews_and_not_the_run(folders, mo
     def broken(*_):
         raise RuntimeError("the VAE is broken")
 
-    monkeypatch.setattr(Previews, "decoded", broken)
+    monkeypatch.setattr(PreviewRenderer, "decoded", broken)
     with given_back(model):
         lora, _, _ = result(troubled_job(model))
     assert equal(lora, plain)
 
 
-# -- the real server ------------------------------------------------------------------------------------------------------------------
+# -- the real server ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -279,11 +283,14 @@ def test_unload_models_pressed_during_training_changes_nothing(server, dataset):
 
 
 def test_a_prompt_from_before_an_input_was_added_still_runs_and_saved_widgets_keep_their_places(server):
-    """Inputs that came later are optional and come last, so neither a saved prompt nor a saved list of widget values is misread."""
+    """Inputs that came later are optional and come last, so neither a saved prompt nor a saved list of widget values is
+    misread."""
     known = server.object_info("TrainyardTrainLora")["input"]
     first = ["steps", "learning_rate", "rank", "batch", "seed", "save_every", "run_name", "checkpointing"]
     assert [name for name in known["required"] if name not in ("model", "encoded")] == first
-    widgets = [name for name, (kind, *_) in known["optional"].items() if kind in ("BOOLEAN", "INT", "FLOAT", "STRING", "COMBO")]
+    widgets = [
+        name for name, (kind, *_) in known["optional"].items() if kind in ("BOOLEAN", "INT", "FLOAT", "STRING", "COMBO")
+    ]
     assert widgets == ["retry_cheaper", "compile_blocks"]
 
 

@@ -17,7 +17,7 @@ from trainyard.tests.comfy import tiny
 from trainyard.trainers.captioners import taggers
 from trainyard.trainers.captioners.tags import TaggerSettings
 from trainyard.trainers.captioners.vlm import CaptionerSettings
-from trainyard.trainers.captioners.zeroshot import described
+from trainyard.trainers.captioners.zeroshot import encode_words
 from trainyard.trainers.data.readers import read_folder
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220)}
@@ -43,17 +43,19 @@ def eyes(clip_l):
     with torch.inference_mode():
         seer = comfy.clip_vision.ClipVisionModel(EYES)
         seer.model.load_state_dict({name: torch.randn(p.shape) * 0.2 for name, p in seer.model.state_dict().items()})
-        words = described(list(COLOURS), lambda texts: zeroshot.text_features(clip_l, texts, "clip_l"))
-        told = described(["something"], lambda texts: zeroshot.text_features(clip_l, texts, "clip_l"))
+        words = encode_words(list(COLOURS), lambda texts: zeroshot.encode_text_features(clip_l, texts, "clip_l"))
+        told = encode_words(["something"], lambda texts: zeroshot.encode_text_features(clip_l, texts, "clip_l"))
         pixels = [torch.tensor(COLOURS[c]).div(255).expand(1, 28, 28, 3) for c in COLOURS]
         seer.model.visual_projection = torch.nn.Identity()
         pooled = torch.cat([seer.encode_image(p)["image_embeds"] for p in pixels])  # (3, 32)
         seer.model.visual_projection = torch.nn.Linear(32, 768, bias=False)
-        seer.model.visual_projection.weight.copy_((torch.linalg.pinv(pooled) @ (words - told)).T)  # away from nothing, toward the word
+        seer.model.visual_projection.weight.copy_(
+            (torch.linalg.pinv(pooled) @ (words - told)).T
+        )  # away from nothing, toward the word
     return seer
 
 
-# -- one space for pictures and words ------------------------------------------------------------------------------------------------
+# -- one space for pictures and words ----------------------------------------------------------------------------------
 
 
 def test_words_have_the_features_that_transformers_gives_them(clip_l):
@@ -61,7 +63,11 @@ def test_words_have_the_features_that_transformers_gives_them(clip_l):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     prefix = "clip_l.transformer."
-    weights = {k.removeprefix(prefix): v.float() for k, v in clip_l.cond_stage_model.state_dict().items() if k.startswith(prefix)}
+    weights = {
+        k.removeprefix(prefix): v.float()
+        for k, v in clip_l.cond_stage_model.state_dict().items()
+        if k.startswith(prefix)
+    }
     config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768,
                             eos_token_id=49407, bos_token_id=49406, pad_token_id=49407)  # fmt: skip
     oracle = CLIPTextModelWithProjection(config).eval()
@@ -70,7 +76,7 @@ def test_words_have_the_features_that_transformers_gives_them(clip_l):
     rows = [[token for token, _ in clip_l.tokenize(text, disable_weights=True)["l"][0]] for text in SENTENCES]
     with torch.no_grad():
         wanted = oracle(torch.tensor(rows)).text_embeds
-        ours = zeroshot.text_features(clip_l, SENTENCES, "clip_l")
+        ours = zeroshot.encode_text_features(clip_l, SENTENCES, "clip_l")
     torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=2e-3)
 
 
@@ -78,44 +84,65 @@ def test_asking_for_words_leaves_the_text_encoder_as_it_was(clip_l):
     encode = lambda: clip_l.encode_from_tokens(clip_l.tokenize("a red car"), return_pooled=True)
     with torch.inference_mode():
         before = encode()
-        zeroshot.text_features(clip_l, ["a red car"], "clip_l")
+        zeroshot.encode_text_features(clip_l, ["a red car"], "clip_l")
         assert all(torch.equal(one, other) for one, other in zip(before, encode(), strict=True))
-        assert clip_l.cond_stage_model.clip_l.return_projected_pooled is clip_l.cond_stage_model.clip_l.options_default[2]
+        assert (
+            clip_l.cond_stage_model.clip_l.return_projected_pooled is clip_l.cond_stage_model.clip_l.options_default[2]
+        )
 
 
 def test_a_picture_is_called_by_its_colour_through_real_encoders(clip_l, eyes):
     with torch.inference_mode():
-        asker = zeroshot.zero_shot(eyes, clip_l, "colour: red, green, blue", TaggerSettings(zero_shot_certainty=0.9))
-        assert {colour: asker.caption(plain(colour)).tags for colour in COLOURS} == {colour: (colour,) for colour in COLOURS}
+        asker = zeroshot.make_zero_shot_tagger(
+            eyes, clip_l, "colour: red, green, blue", TaggerSettings(zero_shot_certainty=0.9)
+        )
+        assert {colour: asker.caption(plain(colour)).tags for colour in COLOURS} == {
+            colour: (colour,) for colour in COLOURS
+        }
 
 
 def test_the_identity_changes_with_the_models_and_the_words(clip_l, eyes):
     with torch.inference_mode():
-        before = zeroshot.zero_shot(eyes, clip_l, "red, green").identity
-        assert zeroshot.zero_shot(eyes, clip_l, "red, green").identity == before != zeroshot.zero_shot(eyes, clip_l, "red").identity
+        before = zeroshot.make_zero_shot_tagger(eyes, clip_l, "red, green").identity
+        assert (
+            zeroshot.make_zero_shot_tagger(eyes, clip_l, "red, green").identity
+            == before
+            != zeroshot.make_zero_shot_tagger(eyes, clip_l, "red").identity
+        )
         other = comfy.clip_vision.ClipVisionModel(EYES)
         other.model.load_state_dict({k: v + 1 for k, v in eyes.model.state_dict().items()})
-        assert zeroshot.zero_shot(other, clip_l, "red, green").identity != before
+        assert zeroshot.make_zero_shot_tagger(other, clip_l, "red, green").identity != before
 
 
-# -- who belongs to whom -------------------------------------------------------------------------------------------------------------
+# -- who belongs to whom -----------------------------------------------------------------------------------------------
 
 
 def test_an_sd15_checkpoint_is_refused_because_its_file_has_no_projection(eyes):
     with torch.inference_mode():
         clip = comfy.sd.load_checkpoint_guess_config(str(tiny.build("sd15")))[1]
-        clip.cond_stage_model.clip_l.transformer.text_projection.weight.normal_(std=0.036)  # what lay in memory may look right
+        clip.cond_stage_model.clip_l.transformer.text_projection.weight.normal_(
+            std=0.036
+        )  # what lay in memory may look right
         with pytest.raises(ValueError, match="came without its text_projection.*openai/clip-vit-large-patch14"):
-            zeroshot.zero_shot(eyes, clip, "cat, dog")
+            zeroshot.make_zero_shot_tagger(eyes, clip, "cat, dog")
 
 
 def test_without_a_file_to_ask_the_values_of_the_projection_decide(clip_l):
     weight = clip_l.cond_stage_model.clip_l.transformer.text_projection.weight
-    assert zeroshot.plausible(weight)
-    for odd in (torch.zeros(8, 8), torch.eye(8), torch.full((8, 8), float("nan")), torch.randn(8, 8) * 1e30, torch.randn(8, 8) * 1e-20):
-        assert not zeroshot.plausible(odd)
-    assert zeroshot.in_files([], 768) is None and zeroshot.in_files([str(tiny.build("clip_l"))], 768) is True
-    assert zeroshot.in_files([str(tiny.build("clip_l"))], 1280) is False
+    assert zeroshot.is_plausible_projection(weight)
+    for odd in (
+        torch.zeros(8, 8),
+        torch.eye(8),
+        torch.full((8, 8), float("nan")),
+        torch.randn(8, 8) * 1e30,
+        torch.randn(8, 8) * 1e-20,
+    ):
+        assert not zeroshot.is_plausible_projection(odd)
+    assert (
+        zeroshot.has_projection_in_files([], 768) is None
+        and zeroshot.has_projection_in_files([str(tiny.build("clip_l"))], 768) is True
+    )
+    assert zeroshot.has_projection_in_files([str(tiny.build("clip_l"))], 1280) is False
 
 
 def stand_in(width, kind="clip_vision_model"):
@@ -131,16 +158,19 @@ def stand_in(width, kind="clip_vision_model"):
         (stand_in(1024), "needs CLIP-H as its partner .*the CLIP of an SD2.1 checkpoint"),
         (stand_in(1024, "dinov3"), "is a dinov3 model; ComfyUI has no text encoder that belongs to it"),
         (stand_in(1152, "siglip_vision_model"), "is a siglip_vision_model model"),
-        (stand_in(None), "has no projection, and no text encoder here fits that. These pairs do: CLIP-ViT-L/14 with CLIP-L"),
+        (
+            stand_in(None),
+            "has no projection, and no text encoder here fits that. These pairs do: CLIP-ViT-L/14 with CLIP-L",
+        ),
         (stand_in(512), "has 512 numbers a picture"),
     ],
 )
 def test_models_that_are_no_pair_are_told_which_ones_are(clip_l, seer, told):
     with pytest.raises(ValueError, match=told):
-        zeroshot.partner(seer, clip_l)
+        zeroshot.find_partner_encoder(seer, clip_l)
 
 
-# -- through the nodes -----------------------------------------------------------------------------------------------------------------
+# -- through the nodes -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,7 +186,11 @@ def machine(folders, monkeypatch):
 
 def caption(machine, **given):
     widgets = {f.name: f.default for f in dataclasses.fields(CaptionerSettings)}
-    values = dict(backend="WD tagger", model="wd14_tagger/tiny", text="", write="fill", allow_download=False) | widgets | given
+    values = (
+        dict(backend="WD tagger", model="wd14_tagger/tiny", text="", write="fill", allow_download=False)
+        | widgets
+        | given
+    )
     with torch.inference_mode():
         return captioning.CaptionImages.execute(read_folder(machine / "input" / "set"), **values).args[0]
 
@@ -179,16 +213,22 @@ def tagger_folder(request, tmp_path_factory):
 
 def test_a_tagger_fills_tags_and_captions_by_the_connected_settings(machine, tagger_folder):
     shutil.copytree(tagger_folder, machine / "models" / "wd14_tagger" / "tiny")
-    settings = captioning_tagger.Tagger.execute(undesired="red square", replacements="green -> grass", ratings="last").args[0]
+    settings = captioning_tagger.TaggerSettingsNode.execute(
+        undesired="red square", replacements="green -> grass", ratings="last"
+    ).args[0]
     found = {record.path.split("/")[-1]: record for record in caption(machine, tagger=settings)}
     assert found["green.png"].tags == ("grass", "bright")
-    assert found["red.png"].captions == (", ".join(found["red.png"].tags),) and set(found["red.png"].tags) == {"rosa (toy story)", "red", "bright"}
+    assert found["red.png"].captions == (", ".join(found["red.png"].tags),) and set(found["red.png"].tags) == {
+        "rosa (toy story)",
+        "red",
+        "bright",
+    }
 
 
 def test_the_network_is_in_the_hosts_list_while_it_works_and_gone_afterwards(tmp_path):
     pytest.importorskip("timm")
     folder = tiny_tagger.timm_folder(tmp_path / "tiny")
-    with torch.inference_mode(), loaded_models.held(taggers.load(folder)) as held:
+    with torch.inference_mode(), loaded_models.managed_captioner(taggers.load_tagger(folder)) as held:
         assert "blue" in held.caption(tiny_tagger.drawn("blue"), "").tags
         mm.unload_all_models()  # another node needs the memory
         assert "red" in held.caption(tiny_tagger.drawn("red"), "").tags
@@ -197,7 +237,7 @@ def test_the_network_is_in_the_hosts_list_while_it_works_and_gone_afterwards(tmp
 
 
 def test_the_settings_node_gives_the_records_defaults():
-    assert captioning_tagger.Tagger.execute().args[0] == TaggerSettings()
+    assert captioning_tagger.TaggerSettingsNode.execute().args[0] == TaggerSettings()
 
 
 def test_on_the_server_a_folder_is_tagged_with_the_settings_of_their_node(server, tmp_path):
@@ -208,7 +248,10 @@ def test_on_the_server_a_folder_is_tagged_with_the_settings_of_their_node(server
         tiny_tagger.drawn(colour).save(folder / f"{colour}.png")
     shutil.copytree(tiny_tagger.timm_folder(tmp_path / "tiny"), server.base / "models" / "wd14_tagger" / "tiny")
     widgets = {f.name: f.default for f in dataclasses.fields(CaptionerSettings)}
-    settings = {f.name: f.default for f in dataclasses.fields(TaggerSettings)} | {"always_first": "red, blue", "undesired": "red square"}
+    settings = {f.name: f.default for f in dataclasses.fields(TaggerSettings)} | {
+        "always_first": "red, blue",
+        "undesired": "red square",
+    }
     run = server.run({
         "1": {"class_type": "TrainyardLoadDataset", "inputs": {"folder": "input/tagging", "repeats": 1, "alpha_mask": False}},
         "2": {"class_type": "TrainyardTagger", "inputs": settings},
@@ -224,5 +267,5 @@ def test_on_the_server_a_folder_is_tagged_with_the_settings_of_their_node(server
 
 def test_pictures_of_any_shape_have_one_row_of_features_each(eyes):
     with torch.inference_mode():
-        seen = vision.features(eyes, [plain("red"), Image.new("RGB", (64, 128)), plain("blue")])
+        seen = vision.encode_image_features(eyes, [plain("red"), Image.new("RGB", (64, 128)), plain("blue")])
     assert seen.shape == (3, 768)

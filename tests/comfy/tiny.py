@@ -15,14 +15,17 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
-VAE_SCALES = {"sd15": (0.18215, 0.0), "sd3": (1.5305, 0.0609)}  # (scale, shift) of the latents a small VAE inside a checkpoint is read with
+VAE_SCALES = {
+    "sd15": (0.18215, 0.0),
+    "sd3": (1.5305, 0.0609),
+}  # (scale, shift) of the latents a small VAE inside a checkpoint is read with
 UNET = dict(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1], channel_mult=[1], transformer_depth=[1],
             transformer_depth_output=[1, 0], transformer_depth_middle=-2, context_dim=768, use_linear_in_transformer=False,
             adm_in_channels=None, num_heads=8, num_head_channels=-1, use_checkpoint=False, use_spatial_transformer=True, legacy=False,
             use_temporal_resblock=False, use_temporal_attention=False)  # fmt: skip  # the fewest layers that are still detected as SD1.5
 
 
-# -- weights ---------------------------------------------------------------------------------------------------------
+# -- weights -----------------------------------------------------------------------------------------------------------
 def weights(module, seed, dtype):
     """state_dict of a module on the meta device, with values drawn from a seed."""
     rng = torch.Generator().manual_seed(seed)
@@ -53,7 +56,7 @@ def on_meta(make, **config):
     return make(device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
 
 
-# -- parts -----------------------------------------------------------------------------------------------------------
+# -- parts -------------------------------------------------------------------------------------------------------------
 def unet_sd15(dtype):
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -81,7 +84,8 @@ def transformer_flux(dtype):
 
 
 def text_encoder_clip_l(dtype):
-    """CLIP-L as ComfyUI names it: 123 M parameters, the smallest text encoder whose size the host lets nobody change."""
+    """CLIP-L as ComfyUI names it: 123 M parameters, the smallest text encoder whose size the host lets nobody
+    change."""
     from comfy.sd1_clip import SD1ClipModel
 
     return weights(SD1ClipModel(device="meta", dtype=torch.float32), 3, dtype)
@@ -96,7 +100,7 @@ def vae(family, channels, dtype):
     return under("first_stage_model.", tensors)
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 def sd15_noclip(dtype=torch.float16):
     return unet_sd15(dtype) | vae("sd15", 4, dtype)
 
@@ -123,7 +127,9 @@ def flux(dtype=torch.bfloat16):
 
 def clip_l(dtype=torch.float16):
     prefix = "clip_l.transformer."
-    found = {name[len(prefix) :]: tensor for name, tensor in text_encoder_clip_l(dtype).items() if name.startswith(prefix)}
+    found = {
+        name[len(prefix) :]: tensor for name, tensor in text_encoder_clip_l(dtype).items() if name.startswith(prefix)
+    }
     return {name: stored_small(tensor) for name, tensor in found.items()}
 
 

@@ -1,8 +1,10 @@
-"""The toy world's lesson in collages: a star it has never seen beside a shape that it knows, two columns of 64 x 64 px in one frame.
+"""The toy world's lesson in collages: a star it has never seen beside a shape that it knows, two columns of 64 x 64 px
+in one frame.
 
-The toy model was made for one shape a picture, which no model that people train is limited to. The lesson's model is therefore the one that
-train_pairs.py went on with: it knows frames of two known shapes by their captions, and has never seen a star. The proof and the benchmark
-count how often the star is drawn afterwards. ComfyUI must be importable, as for sampling.py.
+The toy model was made for one shape a picture, which no model that people train is limited to. The lesson's model is
+therefore the one that train_pairs.py went on with: it knows frames of two known shapes by their captions, and has never
+seen a star. The proof and the benchmark count how often the star is drawn afterwards. ComfyUI must be importable, as
+for sampling.py.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ from pathlib import Path
 import torch
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import CAPTIONS, CaptionSettings
-from ...trainers.data.captions.variants import EMPTY as NO_CAPTIONS
-from ...trainers.data.collage.captions import by_position
+from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY as NO_CAPTIONS
+from ...trainers.data.captions.variants import CAPTION_MODE_TEXT, CaptionSettings
+from ...trainers.data.collage.captions import format_captions_by_position
 from ...trainers.data.collage.collage import build_collages
 from ...trainers.data.collage.plan import CollageSettings
-from ...trainers.data.encode import encode
+from ...trainers.data.encode import encode_dataset
 from ...trainers.data.readers import read_folder
-from ...trainers.data.records import Dataset
+from ...trainers.data.records import ImageDataset
 from ...trainers.files import LoraFile
 from ...trainers.loop import train
-from ...trainers.methods.lora import Lora
+from ...trainers.methods.lora import LoraTraining
 from ...trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 from . import lesson, measure, sampling, shapes
 
@@ -37,7 +39,8 @@ TWO = dict(width=WIDE, height=shapes.PX, layout="columns", per_frame=2, contrast
 
 
 class ShortClip:
-    """A CLIP whose answers end after WORDS tokens, for training and sampling alike, and are given twice without thinking twice."""
+    """A CLIP whose answers end after WORDS tokens, for training and sampling alike, and are given twice without
+    thinking twice."""
 
     def __init__(self, clip):
         self.clip, self.told = clip, {}
@@ -48,13 +51,17 @@ class ShortClip:
     def encode_from_tokens_scheduled(self, tokens, show_pbar=False):  # the bar is not wanted here
         key = repr(tokens)
         if key not in self.told:
-            self.told[key] = [(context[:, :WORDS].clone(), extras) for context, extras in self.clip.encode_from_tokens_scheduled(tokens)]
+            self.told[key] = [
+                (context[:, :WORDS].clone(), extras)
+                for context, extras in self.clip.encode_from_tokens_scheduled(tokens)
+            ]
         return [[context, dict(extras)] for context, extras in self.told[key]]
 
 
 @dataclass(frozen=True)
 class Taught:
-    """ComfyUI's model with the LoRA, loaded by the host's own loader; the LoRA; one loss per step; the pixels that were seen."""
+    """ComfyUI's model with the LoRA, loaded by the host's own loader; the LoRA; one loss per step; the pixels that were
+    seen."""
 
     model: object
     lora: LoraFile
@@ -62,8 +69,9 @@ class Taught:
     pixels: int
 
 
-def pictures(folder, count=48, seed=0) -> tuple[Dataset, Dataset]:
-    """(stars, known shapes), `count` of each on 64 x 64 px, with captions. Colours and grounds of the stars take turns."""
+def pictures(folder, count=48, seed=0) -> tuple[ImageDataset, ImageDataset]:
+    """(stars, known shapes), `count` of each on 64 x 64 px, with captions. Colours and grounds of the stars take
+    turns."""
     rng = torch.Generator().manual_seed(seed)
     for index in range(count):
         for kind, fixed in (("stars", lesson.EXAM[(index * 5) % len(lesson.EXAM)]), ("known", {})):
@@ -75,65 +83,77 @@ def pictures(folder, count=48, seed=0) -> tuple[Dataset, Dataset]:
     return read_folder(Path(folder) / "stars"), read_folder(Path(folder) / "known")
 
 
-def together(stars: Dataset, known: Dataset) -> Dataset:
+def together(stars: ImageDataset, known: ImageDataset) -> ImageDataset:
     """The same pictures, each alone."""
-    return Dataset((*stars, *known))
+    return ImageDataset((*stars, *known))
 
 
-def pairs(stars: Dataset, known: Dataset, folder, captions="positional", mix=0.0, seed=0) -> Dataset:
-    """One star and one known shape in every frame, the star on either side; `mix` of an epoch shows the same pictures alone."""
+def pairs(stars: ImageDataset, known: ImageDataset, folder, captions="positional", mix=0.0, seed=0) -> ImageDataset:
+    """One star and one known shape in every frame, the star on either side; `mix` of an epoch shows the same pictures
+    alone."""
     made = []
     for number, couple in enumerate(zip(stars, known, strict=True)):
         settings = CollageSettings(**TWO, uses=1, mix=mix, captions=captions, seed=seed * 1000 + number)
-        made += build_collages(Dataset(couple), settings, Path(folder) / "collages").dataset
-    return Dataset(tuple(made))
+        made += build_collages(ImageDataset(couple), settings, Path(folder) / "collages").dataset
+    return ImageDataset(tuple(made))
 
 
-def taught(toy, dataset: Dataset, folder, *, steps: int, seed: int, empty=False, report=None) -> Taught:
-    """What this dataset teaches the model of `toy` in as many steps of PIXELS as are asked for. Frames of two go in half as large a batch;
-    where a dataset holds both, single pictures fill their batches half, and more steps make up for them."""
+def taught(toy, dataset: ImageDataset, folder, *, steps: int, seed: int, empty=False, report=None) -> Taught:
+    """What this dataset teaches the model of `toy` in as many steps of PIXELS as are asked for. Frames of two go in
+    half as large a batch; where a dataset holds both, single pictures fill their batches half, and more steps make up
+    for them."""
     from ...nodes import host
 
-    captions = CaptionSettings(caption_mode=NO_CAPTIONS if empty else CAPTIONS, dropout=0.0 if empty else 0.1)
-    doors = host.encoders.PictureEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
-    with torch.inference_mode(), host.context.gradients():
-        data = encode(dataset, captions, BucketSettings(**ENCODE), False, *doors, Path(folder) / "cache")
+    captions = CaptionSettings(caption_mode=NO_CAPTIONS if empty else CAPTION_MODE_TEXT, dropout=0.0 if empty else 0.1)
+    doors = host.encoders.VaeEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
+    with torch.inference_mode(), host.context.enable_gradients():
+        data = encode_dataset(dataset, captions, BucketSettings(**ENCODE), False, *doors, Path(folder) / "cache")
     sizes = {item.bucket[0] * item.bucket[1] for item in data.items}
     batch = PIXELS // max(sizes)
-    mean = sum(item.bucket[0] * item.bucket[1] * item.repeats for item in data.items) / sum(item.repeats for item in data.items)
+    mean = sum(item.bucket[0] * item.bucket[1] * item.repeats for item in data.items) / sum(
+        item.repeats for item in data.items
+    )
     steps = round(steps * PIXELS / (batch * mean))
     run = RunSettings(steps=steps, learning_rate=lesson.TRAIN["learning_rate"], batch=batch, seed=seed, save_every=0)
-    with torch.inference_mode(), host.session.training(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session:
-        method = Lora(session.denoiser, session.adapters, data, density=session.family.density, batch=batch)
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(toy.model, AdapterSettings(rank=lesson.TRAIN["rank"]), seed=seed) as session,
+    ):
+        method = LoraTraining(session.denoiser, session.adapters, data, density=session.family.density, batch=batch)
         losses = train(method, run, OptimizerSettings(schedule=lesson.SCHEDULE), report=report)
         lora = LoraFile(session.tensors()[0])
     with torch.inference_mode():
-        return Taught(host.lora_keys.applied(toy.model, None, lora)[0], lora, losses, round(steps * batch * mean))
+        return Taught(host.lora_keys.apply_lora(toy.model, None, lora)[0], lora, losses, round(steps * batch * mean))
 
 
-# -- exams, on seeds that no training saw --------------------------------------------------------------------------------------------------
+# -- exams, on seeds that no training saw ------------------------------------------------------------------------------
 
 
 def examined(toy, model, first_seed=1000) -> dict[str, list[bool]]:
     """Single stars. One answer per question: `star`, and `colour` and `ground` as asked."""
     wanted = lesson.EXAM * SEEDS_PER_QUESTION
-    seen = [measure.measure(picture) for picture in drawings(toy, model, [shapes.caption(**w) for w in wanted], first_seed)]
+    seen = [
+        measure.measure(picture) for picture in drawings(toy, model, [shapes.caption(**w) for w in wanted], first_seed)
+    ]
     told = {"star": "shape", "colour": "colour", "ground": "ground"}
     return {name: [getattr(s, key) == w[key] for s, w in zip(seen, wanted, strict=True)] for name, key in told.items()}
 
 
 def remembered(toy, model, first_seed=3000, count=24) -> dict[str, list[bool]]:
     """The shapes that the model knew before, asked for alone: are they still drawn?"""
-    wanted = [lesson.EXAM[index % len(lesson.EXAM)] | {"shape": shapes.SEEN[index % len(shapes.SEEN)]} for index in range(count)]
+    wanted = [
+        lesson.EXAM[index % len(lesson.EXAM)] | {"shape": shapes.SEEN[index % len(shapes.SEEN)]}
+        for index in range(count)
+    ]
     drawn = drawings(toy, model, [shapes.caption(**w) for w in wanted], first_seed)
     return {"known": [measure.measure(picture).shape == w["shape"] for picture, w in zip(drawn, wanted, strict=True)]}
 
 
 def sides(toy, model, count=36, new=lesson.WORD) -> dict[str, list[bool]]:
-    """For every frame asked for by position: `asked half` holds the new shape (None: a known one), the `other half` the known one, and the
-    asked half has the asked `colour`."""
+    """For every frame asked for by position: `asked half` holds the new shape (None: a known one), the `other half` the
+    known one, and the asked half has the asked `colour`."""
     asked = asked_sides(count, new)
-    prompts = [by_position(("left", "right"), [shapes.caption(**w) for w in two]) for two in asked]
+    prompts = [format_captions_by_position(("left", "right"), [shapes.caption(**w) for w in two]) for two in asked]
     found: dict[str, list[bool]] = {"asked half": [], "other half": [], "colour": []}
     for index, (two, pair) in enumerate(zip(asked, halves(toy, model, prompts), strict=True)):
         here, there = (0, 1) if index % 2 else (1, 0)
@@ -163,12 +183,19 @@ def asked_sides(count, new=lesson.WORD):
 
 def drawings(toy, model, prompts, first_seed, cfg=sampling.CFG, width=None):
     with torch.inference_mode():
-        return list(sampling.pictures(toy, prompts, range(first_seed, first_seed + len(prompts)), model=model, cfg=cfg, width=width).numpy())
+        return list(
+            sampling.pictures(
+                toy, prompts, range(first_seed, first_seed + len(prompts)), model=model, cfg=cfg, width=width
+            ).numpy()
+        )
 
 
 def halves(toy, model, prompts, first_seed=5000, cfg=sampling.CFG):
     """[(what the left half shows, what the right half shows)] of one frame per prompt."""
-    return [tuple(measure.measure(part) for part in columns(frame)) for frame in drawings(toy, model, prompts, first_seed, cfg, WIDE)]
+    return [
+        tuple(measure.measure(part) for part in columns(frame))
+        for frame in drawings(toy, model, prompts, first_seed, cfg, WIDE)
+    ]
 
 
 def columns(frame):

@@ -1,12 +1,13 @@
-"""The proofs of LECO, sliders, replacement and ADDifT in the toy world: what is taught, and how its effect is read from pictures.
+"""The proofs of LECO, sliders, replacement and ADDifT in the toy world: what is taught, and how its effect is read from
+pictures.
 
     with torch.inference_mode():
         taught = learn(toy, LESSONS["erase"])
         marks = LESSONS["erase"].exam(toy, taught.lora)
 
-Every exam draws with ComfyUI's own sampler, the LoRA applied as a loaded file is, on prompts and seeds that no training saw. "Kept" and
-"unchanged" are judged against what the base draws from the same seed, so that the base's own mistakes (one outline in twenty is bent)
-count for neither side.
+Every exam draws with ComfyUI's own sampler, the LoRA applied as a loaded file is, on prompts and seeds that no training
+saw. "Kept" and "unchanged" are judged against what the base draws from the same seed, so that the base's own mistakes
+(one outline in twenty is bent) count for neither side.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ import torch
 from ...nodes import host
 from ...trainers.data.buckets import BucketSettings
 from ...trainers.data.captions.variants import CaptionSettings
-from ...trainers.data.encode import encode
-from ...trainers.data.pairs import paired
+from ...trainers.data.encode import encode_dataset
+from ...trainers.data.pairs import pair_datasets
 from ...trainers.data.readers import read_folder
 from ...trainers.files import LoraFile
 from ...trainers.loop import NoStore, train
-from ...trainers.methods.image_pairs import Change, ImageSlider
-from ...trainers.methods.prompts import Difference, keep, leco, replace, text_slider
-from ...trainers.methods.rollouts import Model, Rollouts, Task, planned
+from ...trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from ...trainers.methods.prompts import (
+    PromptDifferenceTraining,
+    make_leco_targets,
+    make_preserve_targets,
+    make_replacement_targets,
+    make_slider_targets,
+)
+from ...trainers.methods.rollouts import PromptTask, RolloutPoints, StudentTeacherModel, count_planned_forwards
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 from . import sampling, shapes, world
 from .measure import measure
@@ -42,12 +49,13 @@ FIRST_SEED = 500_000  # of the exams; training draws its noise from another gene
 COLOURS, GROUNDS, SIZES, SHAPES = tuple(shapes.COLOURS), tuple(shapes.GROUNDS), tuple(shapes.SIZES), shapes.SEEN
 
 
-# -- teaching ------------------------------------------------------------------------------------------------------------------
+# -- teaching ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is taught, with which settings, and `exam(toy, lora)`, which gives its marks. `make(toy, session, lesson)` is the method."""
+    """What is taught, with which settings, and `exam(toy, lora)`, which gives its marks. `make(toy, session, lesson)`
+    is the method."""
 
     make: Callable
     exam: Callable
@@ -68,7 +76,8 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The adapters after so many updates, and the forwards that they cost (a forward is one sample, CFG counts as two)."""
+    """The adapters after so many updates, and the forwards that they cost (a forward is one sample, CFG counts as
+    two)."""
 
     step: int
     lora: LoraFile
@@ -108,7 +117,7 @@ def learn(toy, lesson: Lesson) -> Taught:
     """Trained through the door that the nodes use."""
     start = time.process_time()
     adapter = AdapterSettings(rank=lesson.rank, targets=lesson.targets)
-    with host.session.training(toy.model, adapter, seed=lesson.run.seed) as session:
+    with host.session.open_training_session(toy.model, adapter, seed=lesson.run.seed) as session:
         method = lesson.make(toy, session, lesson)
         store = Snapshots(session, method)
         losses = train(method, lesson.run, OptimizerSettings(schedule=lesson.schedule), store=store)
@@ -117,20 +126,29 @@ def learn(toy, lesson: Lesson) -> Taught:
 
 def plan_of(method, lesson):
     points = getattr(method, "points", None)
-    return points and planned(points.settings, points.tasks, lesson.noise, points.guidance, lesson.run.steps)
+    return points and count_planned_forwards(
+        points.settings, points.tasks, lesson.noise, points.guidance, lesson.run.steps
+    )
 
 
 def from_prompts(tasks, original=None):
-    """A lesson's `make` for pulls between prompts; every task has the run's batch. `original(model, tasks)`: another method on the same."""
+    """A lesson's `make` for pulls between prompts; every task has the run's batch. `original(model, tasks)`: another
+    method on the same."""
 
     def make(toy, session, lesson):
         mine = [dataclasses.replace(task, shapes=(LATENT,), batch=lesson.run.batch) for task in tasks]
         texts = list(dict.fromkeys(text for task in mine for text in task.texts))
-        model = Model(session.denoiser, session.adapters, dict(zip(texts, host.encoders.TextEncoder(toy.clip).encode(texts), strict=True)))
+        model = StudentTeacherModel(
+            session.denoiser,
+            session.adapters,
+            dict(zip(texts, host.encoders.TextEncoder(toy.clip).encode(texts), strict=True)),
+        )
         if original:
             return original(model, mine)
         guidance = host.session.rollout_guidance(session, lesson.points.guidance_scale)
-        return Difference(model, mine, Rollouts(model, mine, lesson.points, lesson.noise, guidance), lesson.points.renormalise)
+        return PromptDifferenceTraining(
+            model, mine, RolloutPoints(model, mine, lesson.points, lesson.noise, guidance), lesson.points.renormalise
+        )
 
     return make
 
@@ -139,8 +157,16 @@ def from_pairs(kind, pairs, **settings):
     """A lesson's `make` for drawn pairs [(caption, picture at -1, picture at +1)], read and encoded as the nodes do."""
 
     def make(toy, session, lesson):
-        more = {"strength": lesson.strength} if kind is Change else {}
-        return kind(session.denoiser, session.adapters, encoded(toy, pairs), lesson.noise, session.family.density, lesson.run.batch, **more)
+        more = {"strength": lesson.strength} if kind is AddiftTraining else {}
+        return kind(
+            session.denoiser,
+            session.adapters,
+            encoded(toy, pairs),
+            lesson.noise,
+            session.family.density,
+            lesson.run.batch,
+            **more,
+        )
 
     return make
 
@@ -153,22 +179,22 @@ def encoded(toy, pairs):
                 sides[side].mkdir(exist_ok=True)
                 picture.save(sides[side] / f"{number}.png")
                 (sides[side] / f"{number}.txt").write_text(caption, encoding="utf-8")
-        data = paired(read_folder(sides["plus"]), read_folder(sides["minus"]))
+        data = pair_datasets(read_folder(sides["plus"]), read_folder(sides["minus"]))
         buckets = BucketSettings(resolution=shapes.PX, step=8, min_side=shapes.PX, max_side=shapes.PX)
-        doors = host.encoders.PictureEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
-        made = encode(data, CaptionSettings(dropout=0.0), buckets, False, *doors, Path(place) / "cache")
+        doors = host.encoders.VaeEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
+        made = encode_dataset(data, CaptionSettings(dropout=0.0), buckets, False, *doors, Path(place) / "cache")
         return in_memory(made)
 
 
 def in_memory(data):
     """The same data without its folder."""
-    from ...trainers.data.cache import Memory
+    from ...trainers.data.cache import MemoryStore
 
     keys = {key for item in data.items for key in (item.latent, *item.caption_keys)}
-    return dataclasses.replace(data, store=Memory({key: data.store.load(key) for key in keys}), empty=None)
+    return dataclasses.replace(data, store=MemoryStore({key: data.store.load(key) for key in keys}), empty=None)
 
 
-# -- looking -------------------------------------------------------------------------------------------------------------------
+# -- looking -----------------------------------------------------------------------------------------------------------
 
 
 def look(toy, lora, wanted, strength=1.0, first_seed=FIRST_SEED, steps=12, cfg=2.0):
@@ -178,8 +204,10 @@ def look(toy, lora, wanted, strength=1.0, first_seed=FIRST_SEED, steps=12, cfg=2
     question = (*prompts, first_seed, steps, cfg)
     if lora is None and question in known:
         return known[question]
-    model = toy.model if lora is None else host.lora_keys.applied(toy.model, None, lora, strength)[0]
-    pictures = sampling.pictures(toy, prompts, list(range(first_seed, first_seed + len(wanted))), steps, cfg, model=model)
+    model = toy.model if lora is None else host.lora_keys.apply_lora(toy.model, None, lora, strength)[0]
+    pictures = sampling.pictures(
+        toy, prompts, list(range(first_seed, first_seed + len(wanted))), steps, cfg, model=model
+    )
     seen = [measure(picture) for picture in pictures]
     if lora is None:
         known[question] = seen
@@ -213,7 +241,7 @@ def without(name):
     return tuple(colour for colour in COLOURS if colour != name)
 
 
-# -- exams: {what: share or figure} ----------------------------------------------------------------------------------------------
+# -- exams: {what: share or figure} ------------------------------------------------------------------------------------
 
 
 def erase_exam(toy, lora, colour="red", count=24):
@@ -221,7 +249,10 @@ def erase_exam(toy, lora, colour="red", count=24):
     asked, others = mixed(count, colour=colour), mixed(2 * count, colour=without(colour))
     before, after = look(toy, None, asked), look(toy, lora, asked)
     was = [(b, a) for b, a in zip(before, after, strict=True) if b.colour == colour]
-    rest, now = look(toy, None, others, first_seed=FIRST_SEED + 1000), look(toy, lora, others, first_seed=FIRST_SEED + 1000)
+    rest, now = (
+        look(toy, None, others, first_seed=FIRST_SEED + 1000),
+        look(toy, lora, others, first_seed=FIRST_SEED + 1000),
+    )
     return {
         "erased": share(a.colour != colour for _, a in was),
         "of": len(was),
@@ -244,10 +275,14 @@ def quick_erase_exam(toy, lora, colour="red"):
 
 
 def enhance_exam(toy, lora, colour="red", count=16):
-    """Prompts that name no colour: the share drawn in this one, from the base and after. Prompts that name another must keep theirs."""
+    """Prompts that name no colour: the share drawn in this one, from the base and after. Prompts that name another must
+    keep theirs."""
     asked, others = mixed(count, colour=None), mixed(2 * count, colour=without(colour))
     before, after = look(toy, None, asked), look(toy, lora, asked)
-    rest, now = look(toy, None, others, first_seed=FIRST_SEED + 1000), look(toy, lora, others, first_seed=FIRST_SEED + 1000)
+    rest, now = (
+        look(toy, None, others, first_seed=FIRST_SEED + 1000),
+        look(toy, lora, others, first_seed=FIRST_SEED + 1000),
+    )
     return {
         "of the colour, base": share(s.colour == colour for s in before),
         "of the colour, after": share(s.colour == colour for s in after),
@@ -259,10 +294,15 @@ def enhance_exam(toy, lora, colour="red", count=16):
 def replace_exam(toy, lora, old="square", new="circle", count=16):
     asked, others = mixed(count, shape=old), mixed(2 * count, shape=tuple(s for s in SHAPES if s != old))
     before, after = look(toy, None, asked), look(toy, lora, asked)
-    rest, now = look(toy, None, others, first_seed=FIRST_SEED + 1000), look(toy, lora, others, first_seed=FIRST_SEED + 1000)
+    rest, now = (
+        look(toy, None, others, first_seed=FIRST_SEED + 1000),
+        look(toy, lora, others, first_seed=FIRST_SEED + 1000),
+    )
     return {
         f"{old}, base": share(s.shape == old for s in before),
-        f"{new}, base, when asked": share(s.shape == new for s, w in zip(rest, others, strict=True) if w["shape"] == new),
+        f"{new}, base, when asked": share(
+            s.shape == new for s, w in zip(rest, others, strict=True) if w["shape"] == new
+        ),
         f"{new}, after": share(s.shape == new for s in after),
         f"{old}, after": share(s.shape == old for s in after),
         "colour and size kept": kept(after, before, "colour", "size"),
@@ -271,7 +311,8 @@ def replace_exam(toy, lora, old="square", new="circle", count=16):
 
 
 def slider_exam(toy, lora, count=16, strengths=STRENGTHS):
-    """Area against strength on prompts that name no size. Colour and shape are compared with the base's picture of the same seed."""
+    """Area against strength on prompts that name no size. Colour and shape are compared with the base's picture of the
+    same seed."""
     asked = mixed(count, size=None)
     before = look(toy, None, asked)
     seen = {s: before if s == 0 else look(toy, lora, asked, s) for s in strengths}
@@ -280,11 +321,18 @@ def slider_exam(toy, lora, count=16, strengths=STRENGTHS):
     return {
         "area by strength, px": {s: round(sum(a) / len(a), 1) for s, a in areas.items()},
         "Spearman of mean area": spearman(strengths, [sum(areas[s]) for s in strengths]),
-        "Spearman of each picture, mean": round(sum(spearman(strengths, column) for column in zip(*areas.values(), strict=True)) / count, 4),
-        "colour and shape kept": share(same(a, b, "colour", "shape") for s in moved for a, b in zip(seen[s], before, strict=True)),
+        "Spearman of each picture, mean": round(
+            sum(spearman(strengths, column) for column in zip(*areas.values(), strict=True)) / count, 4
+        ),
+        "colour and shape kept": share(
+            same(a, b, "colour", "shape") for s in moved for a, b in zip(seen[s], before, strict=True)
+        ),
         "colour and shape kept by strength": {s: kept(seen[s], before, "colour", "shape") for s in moved},
         "large by strength": {s: share(one.size == "large" for one in row) for s, row in seen.items()},
-        "base": {name: share(getattr(s, name) == w[name] for s, w in zip(before, asked, strict=True)) for name in ("colour", "shape")},
+        "base": {
+            name: share(getattr(s, name) == w[name] for s, w in zip(before, asked, strict=True))
+            for name in ("colour", "shape")
+        },
     }
 
 
@@ -294,7 +342,7 @@ def spearman(a, b) -> float:
     return round(float(spearmanr(a, b).statistic), 4)
 
 
-# -- lessons -----------------------------------------------------------------------------------------------------------------------
+# -- lessons -----------------------------------------------------------------------------------------------------------
 
 
 def said(**attributes):
@@ -307,53 +355,104 @@ def prompt_run(**changes):
 
 def erase_tasks(colour="red", guidance=1.0, preserve=True):
     """Prompts of the lesson name a shape and a colour; those of the exam a size and a ground too."""
-    rows = [Task(leco(said(shape=s, colour=colour), said(shape=s, colour=colour), said(shape=s), said(shape=s), "erase", guidance),
-                 said(shape=s, colour=colour)) for s in SHAPES]
+    rows = [
+        PromptTask(
+            make_leco_targets(
+                said(shape=s, colour=colour),
+                said(shape=s, colour=colour),
+                said(shape=s),
+                said(shape=s),
+                "erase",
+                guidance,
+            ),
+            said(shape=s, colour=colour),
+        )
+        for s in SHAPES
+    ]
     others = [said(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(colour), strict=False)] if preserve else []
-    return rows + [Task(keep(prompt), prompt, weight=0.5 * len(rows) / len(others)) for prompt in others]
+    return rows + [
+        PromptTask(make_preserve_targets(prompt), prompt, weight=0.5 * len(rows) / len(others)) for prompt in others
+    ]
 
 
 def enhance_tasks(colour="red", guidance=1.0):
-    rows = [Task(leco(said(shape=s), said(shape=s, colour=colour), said(shape=s), said(shape=s), "enhance", guidance), said(shape=s))
-            for s in SHAPES]
+    rows = [
+        PromptTask(
+            make_leco_targets(
+                said(shape=s), said(shape=s, colour=colour), said(shape=s), said(shape=s), "enhance", guidance
+            ),
+            said(shape=s),
+        )
+        for s in SHAPES
+    ]
     others = [said(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(colour), strict=False)]
-    return rows + [Task(keep(prompt), prompt, weight=0.5 * len(rows) / len(others)) for prompt in others]
+    return rows + [
+        PromptTask(make_preserve_targets(prompt), prompt, weight=0.5 * len(rows) / len(others)) for prompt in others
+    ]
 
 
 def replace_tasks(old="square", new="circle"):
     """Some prompts name a size or a ground, most do not; what is kept is said as long as what is replaced."""
     rows = [dict(colour=c, size=(None, *SIZES)[i % 3], ground=(None, *GROUNDS)[i % 4]) for i, c in enumerate(COLOURS)]
     others = [said(shape=s, **row) for row, s in zip(rows, [s for s in SHAPES if s != old] * 2, strict=True)]
-    return [Task(replace(said(shape=old, **row), said(shape=new, **row)), said(shape=old, **row)) for row in rows] + [
-        Task(keep(prompt), prompt, weight=0.5) for prompt in others
-    ]
+    return [
+        PromptTask(make_replacement_targets(said(shape=old, **row), said(shape=new, **row)), said(shape=old, **row))
+        for row in rows
+    ] + [PromptTask(make_preserve_targets(prompt), prompt, weight=0.5) for prompt in others]
 
 
 def slider_tasks(guidance=1.0):
     rows = [(s, c) for s, c in zip(SHAPES * 2, COLOURS, strict=False)]
-    return [Task(text_slider(said(shape=s, colour=c), said(shape=s, colour=c, size="large"), said(shape=s, colour=c, size="small"), guidance),
-                 said(shape=s, colour=c)) for s, c in rows]
+    return [
+        PromptTask(
+            make_slider_targets(
+                said(shape=s, colour=c),
+                said(shape=s, colour=c, size="large"),
+                said(shape=s, colour=c, size="small"),
+                guidance,
+            ),
+            said(shape=s, colour=c),
+        )
+        for s, c in rows
+    ]
 
 
 def drawn_pairs(count=5, centre=None):
     """[(caption without a size, small, large)]: the same shape, colour, ground and place."""
     rows = [(SHAPES[i % len(SHAPES)], COLOURS[i % len(COLOURS)], GROUNDS[i % len(GROUNDS)]) for i in range(count)]
-    return [(said(shape=s, colour=c, ground=g), shapes.draw(s, c, "small", g), shapes.draw(s, c, "large", g)) for s, c, g in rows]
+    return [
+        (said(shape=s, colour=c, ground=g), shapes.draw(s, c, "small", g), shapes.draw(s, c, "large", g))
+        for s, c, g in rows
+    ]
 
 
-# What a prompt says of a shape reaches this small world by the modulation too, so replacing one needs adapters on every linear layer:
-# with "attention+mlp" 0 to 4 of 12 squares became circles after 200 to 450 steps.
+# What a prompt says of a shape reaches this small world by the modulation too, so replacing one needs adapters on every
+# linear layer: with "attention+mlp" 0 to 4 of 12 squares became circles after 200 to 450 steps.
 LESSONS = {
-    "erase": Lesson(from_prompts(erase_tasks()), erase_exam, prompt_run(learning_rate=3e-3, steps=200, batch=1), schedule="constant"),
-    "enhance": Lesson(from_prompts(enhance_tasks(guidance=2.0)), enhance_exam, prompt_run(learning_rate=4e-3, steps=240), targets="all linear"),
-    "replace": Lesson(from_prompts(replace_tasks()), replace_exam, prompt_run(learning_rate=4e-3, steps=720), rank=16, targets="all linear"),
+    "erase": Lesson(
+        from_prompts(erase_tasks()), erase_exam, prompt_run(learning_rate=3e-3, steps=200, batch=1), schedule="constant"
+    ),
+    "enhance": Lesson(
+        from_prompts(enhance_tasks(guidance=2.0)),
+        enhance_exam,
+        prompt_run(learning_rate=4e-3, steps=240),
+        targets="all linear",
+    ),
+    "replace": Lesson(
+        from_prompts(replace_tasks()),
+        replace_exam,
+        prompt_run(learning_rate=4e-3, steps=720),
+        rank=16,
+        targets="all linear",
+    ),
     "text slider": Lesson(from_prompts(slider_tasks()), slider_exam, prompt_run()),
     "image slider": Lesson(from_pairs(ImageSlider, drawn_pairs()), slider_exam, prompt_run()),
-    "difference": Lesson(from_pairs(Change, drawn_pairs(1)), slider_exam, prompt_run(steps=100, batch=1)),
+    "difference": Lesson(from_pairs(AddiftTraining, drawn_pairs(1)), slider_exam, prompt_run(steps=100, batch=1)),
 }
 
 
 def curve_lesson(original=None) -> Lesson:
-    """Erasing red for the curve over forwards: batch 1 and a steady learning rate, nothing preserved, as the original trains."""
+    """Erasing red for the curve over forwards: batch 1 and a steady learning rate, nothing preserved, as the original
+    trains."""
     run = prompt_run(steps=105, save_every=15, batch=1, learning_rate=3e-3)
     return Lesson(from_prompts(erase_tasks(preserve=False), original), quick_erase_exam, run, schedule="constant")

@@ -1,4 +1,5 @@
 """Reads a toy picture back in pixels: which shape, colour, ground, size, and how large. Plain geometry, no model."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,28 +7,30 @@ from PIL import Image
 
 from . import shapes
 
-ZOOM = 4                 # the mask is judged this many times larger
-MIN_CONTRAST = 40        # levels between ground and shape, below which nothing is seen
-MIN_AREA = 60            # px of 64 x 64; the smallest drawn shape has 201
-LARGE = 520              # px; small shapes end at 346, large ones begin at 804
-SPOKES = 72              # directions in which the outline is measured
+ZOOM = 4  # the mask is judged this many times larger
+MIN_CONTRAST = 40  # levels between ground and shape, below which nothing is seen
+MIN_AREA = 60  # px of 64 x 64; the smallest drawn shape has 201
+LARGE = 520  # px; small shapes end at 346, large ones begin at 804
+SPOKES = 72  # directions in which the outline is measured
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows. Names are None (or "other" for the shape) when nothing fits; lengths and areas in px of a 64 px picture."""
+    """What a picture shows. Names are None (or "other" for the shape) when nothing fits; lengths and areas in px of a
+    64 px picture."""
+
     shape: str
     colour: str | None
     ground: str | None
     size: str | None
-    area: float                     # px covered by the shape, edge pixels in part
+    area: float  # px covered by the shape, edge pixels in part
     centre: tuple[float, float]
-    rgb: tuple[int, int, int]       # the shape's median colour
+    rgb: tuple[int, int, int]  # the shape's median colour
     ground_rgb: tuple[int, int, int]
-    stray: float                    # share of the coverage that lies outside the largest piece
-    hole: float                     # hole area over filled area
-    solidity: float                 # filled area over the area of its convex hull
-    waves: tuple[float, ...]        # 2, 3, 4, 5 bumps around the outline: amplitude over mean radius
+    stray: float  # share of the coverage that lies outside the largest piece
+    hole: float  # hole area over filled area
+    solidity: float  # filled area over the area of its convex hull
+    waves: tuple[float, ...]  # 2, 3, 4, 5 bumps around the outline: amplitude over mean radius
 
     def matches(self, **wanted):
         """True if every wanted attribute (shape=, colour=, ground=, size=) was seen."""
@@ -35,19 +38,47 @@ class Seen:
 
 
 def measure(picture):
-    """What is seen on a picture: PIL, or an array or tensor (H, W, 3) in [0, 1], with or without a batch of one in front."""
+    """What is seen on a picture: PIL, or an array or tensor (H, W, 3) in [0, 1], with or without a batch of one in
+    front."""
     rgb = levels(picture)
-    ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in (rgb[:2], rgb[-2:], rgb[:, :2], rgb[:, -2:])]), 0)
+    ground = np.median(
+        np.concatenate([edge.reshape(-1, 3) for edge in (rgb[:2], rgb[-2:], rgb[:, :2], rgb[:, -2:])]), 0
+    )
     cover, colour = coverage(rgb, ground)
     piece, stray = largest_piece(cover)
     area = float((cover * nearby(piece)).sum()) * (64 / rgb.shape[1]) * (64 / rgb.shape[0])
     if area < MIN_AREA:
-        return Seen("other", None, ground_name(ground), None, area, (32.0, 32.0), whole(ground), whole(ground), 0.0, 0.0, 0.0, (0.0,) * 4)
+        return Seen(
+            "other",
+            None,
+            ground_name(ground),
+            None,
+            area,
+            (32.0, 32.0),
+            whole(ground),
+            whole(ground),
+            0.0,
+            0.0,
+            0.0,
+            (0.0,) * 4,
+        )
     filled, hole = without_holes(piece)
     centre, waves, solid = centroid(filled), outline_waves(filled), solidity(filled)
     at = tuple(float(c / side * 64) for c, side in zip(centre[::-1], piece.shape[::-1], strict=True))
-    return Seen(shape_name(waves, solid, hole), colour_name(colour), ground_name(ground), "large" if area > LARGE else "small", area, at,
-                whole(colour), whole(ground), stray, hole, solid, waves)
+    return Seen(
+        shape_name(waves, solid, hole),
+        colour_name(colour),
+        ground_name(ground),
+        "large" if area > LARGE else "small",
+        area,
+        at,
+        whole(colour),
+        whole(ground),
+        stray,
+        hole,
+        solid,
+        waves,
+    )
 
 
 def levels(picture):
@@ -62,10 +93,11 @@ def levels(picture):
 
 
 def coverage(rgb, ground):
-    """How much of each pixel the shape covers, 0 to 1, and the shape's colour: its colour mixes with the ground's along its edge."""
+    """How much of each pixel the shape covers, 0 to 1, and the shape's colour: its colour mixes with the ground's along
+    its edge."""
     away = rgb - ground
     far = np.linalg.norm(away, axis=2)
-    peak = np.sort(far.ravel())[-30]           # the 30th strongest pixel: single bad pixels do not set the scale
+    peak = np.sort(far.ravel())[-30]  # the 30th strongest pixel: single bad pixels do not set the scale
     if peak < MIN_CONTRAST:
         return np.zeros(far.shape, np.float32), ground
     colour = np.median(rgb[far > 0.75 * peak], 0)
@@ -77,6 +109,7 @@ def coverage(rgb, ground):
 def largest_piece(cover):
     """Mask of the largest connected piece, ZOOM times larger, and the share of the coverage outside it."""
     from scipy import ndimage
+
     fine = ndimage.gaussian_filter(ndimage.zoom(cover, ZOOM, order=1, mode="nearest", grid_mode=True), ZOOM * 0.4)
     pieces, count = ndimage.label(fine > 0.5)
     if count == 0:
@@ -89,6 +122,7 @@ def largest_piece(cover):
 def nearby(piece, margin_px=1.5):
     """Mask, in picture pixels, of a piece and its margin: edge pixels belong to it, noise far away does not."""
     from scipy import ndimage
+
     near = ndimage.binary_dilation(piece, iterations=round(margin_px * ZOOM))
     return near.reshape(near.shape[0] // ZOOM, ZOOM, near.shape[1] // ZOOM, ZOOM).any((1, 3))
 
@@ -96,6 +130,7 @@ def nearby(piece, margin_px=1.5):
 def without_holes(mask):
     """The mask with its holes filled, and the holes' share of it."""
     from scipy import ndimage
+
     filled = ndimage.binary_fill_holes(mask)
     return filled, float(1 - mask.sum() / filled.sum())
 
@@ -121,13 +156,15 @@ def outline_waves(mask):
 def solidity(mask):
     """Area over the area of the convex hull."""
     from scipy.spatial import ConvexHull
+
     rows, columns = np.nonzero(mask)
     corners = np.concatenate([np.stack([rows + dy, columns + dx], 1) for dy in (0, 1) for dx in (0, 1)])
     return float(mask.sum() / ConvexHull(corners).volume)
 
 
 def shape_name(waves, solid, hole):
-    """A hole makes a ring; the strongest wave tells the corners, the solidity whether they are arms. No fit, or a long shape: "other"."""
+    """A hole makes a ring; the strongest wave tells the corners, the solidity whether they are arms. No fit, or a long
+    shape: "other"."""
     two, three, four, five = waves
     strongest = max(waves)
     if two > 0.1:
@@ -164,6 +201,7 @@ def ground_name(rgb):
 def hue(rgb):
     """Angle on the colour circle, degrees."""
     import colorsys
+
     return 360 * colorsys.rgb_to_hsv(*(float(c) / 255 for c in rgb))[0]
 
 

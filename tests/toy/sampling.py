@@ -1,7 +1,10 @@
-"""The toy world inside ComfyUI: load the built file with the real loader, sample with the real sampler, measure the pictures.
+"""The toy world inside ComfyUI: load the built file with the real loader, sample with the real sampler, measure the
+pictures.
 
-ComfyUI must be importable (tests: the `comfy` fixture; scripts: its folder on sys.path and comfy.cli_args.args.cpu set).
+ComfyUI must be importable (tests: the `comfy` fixture; scripts: its folder on sys.path and comfy.cli_args.args.cpu
+set).
 """
+
 from types import SimpleNamespace
 
 import torch
@@ -15,13 +18,16 @@ STEPS, CFG = 20, 2.5
 def load(path):
     """`.model`, `.clip`, `.vae` of a checkpoint, as CheckpointLoaderSimple gives them."""
     import comfy.sd
+
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)[:3]
     return SimpleNamespace(model=model, clip=clip, vae=vae)
 
 
 def clip_vision():
-    """The toy world's CLIP_VISION in ComfyUI's own class; its weights are in no checkpoint, and ComfyUI's loader knows real sizes only."""
+    """The toy world's CLIP_VISION in ComfyUI's own class; its weights are in no checkpoint, and ComfyUI's loader knows
+    real sizes only."""
     import comfy.clip_vision
+
     eyes = comfy.clip_vision.ClipVisionModel({"model_type": "clip_vision_model", **world.EYES})
     missing, unknown = eyes.load_sd(world.eyes())
     if missing or unknown:
@@ -32,34 +38,55 @@ def clip_vision():
 def conditioning(clip, prompts):
     """CONDITIONING of several prompts as one batch, in their order."""
     known = {p: clip.encode_from_tokens_scheduled(clip.tokenize(p))[0] for p in dict.fromkeys(prompts)}
-    return [[torch.cat([known[p][0] for p in prompts]), {"pooled_output": torch.cat([known[p][1]["pooled_output"] for p in prompts])}]]
+    return [
+        [
+            torch.cat([known[p][0] for p in prompts]),
+            {"pooled_output": torch.cat([known[p][1]["pooled_output"] for p in prompts])},
+        ]
+    ]
 
 
 def noise(seeds, px=shapes.PX, width=None):
-    """Start noise, one seed per picture: the same as KSampler's for that seed at batch size 1. Square, or of another width in pixels."""
+    """Start noise, one seed per picture: the same as KSampler's for that seed at batch size 1. Square, or of another
+    width in pixels."""
     shape = (1, world.CHANNELS, px // 8, (width or px) // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
 def pictures(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None, px=shapes.PX, width=None):
-    """(N, px, width or px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a LoRA) replaces toy.model."""
+    """(N, px, width or px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a
+    LoRA) replaces toy.model."""
     import comfy.sample
+
     start = noise(seeds, px, width)
     positive, negative = conditioning(toy.clip, prompts), conditioning(toy.clip, [negative] * len(prompts))
-    latents = comfy.sample.sample(model or toy.model, start, steps, cfg, "euler", "simple", positive, negative, torch.zeros_like(start),
-                                  disable_pbar=True, seed=seeds[0])
+    latents = comfy.sample.sample(
+        model or toy.model,
+        start,
+        steps,
+        cfg,
+        "euler",
+        "simple",
+        positive,
+        negative,
+        torch.zeros_like(start),
+        disable_pbar=True,
+        seed=seeds[0],
+    )
     return toy.vae.decode(latents)
 
 
 def accuracy(toy, wanted, first_seed, batch=96, **how):
-    """Share of pictures that show what was asked: {attribute: share}, `all` for every attribute asked at once, and the count.
+    """Share of pictures that show what was asked: {attribute: share}, `all` for every attribute asked at once, and the
+    count.
 
-    `wanted` are attribute dicts as shapes.caption takes them; every picture has its own seed, counted up from first_seed.
+    `wanted` are attribute dicts as shapes.caption takes them; every picture has its own seed, counted up from
+    first_seed.
     """
     hits = {}
     for start in range(0, len(wanted), batch):
-        part = wanted[start:start + batch]
+        part = wanted[start : start + batch]
         seeds = list(range(first_seed + start, first_seed + start + len(part)))
         for asked, picture in zip(part, pictures(toy, [shapes.caption(**a) for a in part], seeds, **how), strict=True):
             seen, asked = measure(picture), {k: v for k, v in asked.items() if v}

@@ -1,6 +1,8 @@
-"""Pictures with scores that are known: brightness, colourfulness and roundness, read from the picture that the VAE decodes.
+"""Pictures with scores that are known: brightness, colourfulness and roundness, read from the picture that the VAE
+decodes.
 
-Shapes at any angle, size and place, in any colour on any grey, so that each score is a continuous number and no two go together.
+Shapes at any angle, size and place, in any colour on any grey, so that each score is a continuous number and no two go
+together.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from ...trainers.data.encoded import Encoded
+from ...trainers.data.encoded import EncodedDataset
 from . import shapes
 from .measure import measure
 
@@ -26,7 +28,9 @@ def drawn(rng, px=shapes.PX):
     while np.linalg.norm(np.array(colour) - ground) < 90:  # the shape must be seen
         colour = tuple(round(one(20, 240)) for _ in range(3))
     centre = shapes.inside(shape, radius, [one(-shapes.DRIFT_PX, shapes.DRIFT_PX) for _ in range(2)])
-    return shapes.draw(shape, colour, ground=(round(ground),) * 3, radius=radius, centre=centre, degrees=one(-30, 30), px=px)
+    return shapes.draw(
+        shape, colour, ground=(round(ground),) * 3, radius=radius, centre=centre, degrees=one(-30, 30), px=px
+    )
 
 
 def brightness(picture) -> float:
@@ -45,8 +49,8 @@ def roundness(seen) -> float:
 
 
 def latents(toy, count, seed, px=shapes.PX):
-    """(latents (N, C, px / 8, px / 8) as the VAE gives them, {score: [N]}) of drawn pictures; those whose decoded shape cannot be read are drawn
-    anew. Large ones are measured at 64 px."""
+    """(latents (N, C, px / 8, px / 8) as the VAE gives them, {score: [N]}) of drawn pictures; those whose decoded shape
+    cannot be read are drawn anew. Large ones are measured at 64 px."""
     rng, found, scores = torch.Generator().manual_seed(seed), [], {name: [] for name in SCORES}
     while len(found) < count:
         pixels = torch.stack([torch.from_numpy(np.asarray(drawn(rng, px), dtype=np.float32) / 255) for _ in range(64)])
@@ -69,8 +73,8 @@ def reduced(pictures):
     return torch.nn.functional.adaptive_avg_pool2d(pictures.movedim(-1, 1), shapes.PX).movedim(1, -1)
 
 
-def encoded(z, scores) -> Encoded:
+def encoded(z, scores) -> EncodedDataset:
     """Latents as a rated dataset."""
-    data = Encoded.from_core([{"samples": z}], [[[torch.zeros(1, 1, 4), {}]]])
+    data = EncodedDataset.from_core([{"samples": z}], [[[torch.zeros(1, 1, 4), {}]]])
     data.items = [dataclasses.replace(item, score=score) for item, score in zip(data.items, scores, strict=True)]
     return data

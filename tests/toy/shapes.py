@@ -3,36 +3,44 @@
 The base model is trained on SEEN only. UNSEEN shapes are for proofs: what a LoRA must teach, and the base must fail at.
 Every shape covers the same area at the same radius, so that size is one number whatever the shape: pi * radius ** 2.
 """
+
 import math
 
 import torch
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (215, 40, 45), "yellow": (240, 210, 40), "green": (40, 160, 60),
-           "cyan": (40, 195, 205), "blue": (45, 75, 215), "purple": (150, 50, 175)}
+COLOURS = {
+    "red": (215, 40, 45),
+    "yellow": (240, 210, 40),
+    "green": (40, 160, 60),
+    "cyan": (40, 195, 205),
+    "blue": (45, 75, 215),
+    "purple": (150, 50, 175),
+}
 GROUNDS = {"white": (243, 243, 243), "grey": (128, 128, 128), "black": (16, 16, 16)}
-SIZES = {"small": (8.0, 10.5), "large": (16.0, 19.0)}     # radius of the circle of equal area, px in a 64 px picture
+SIZES = {"small": (8.0, 10.5), "large": (16.0, 19.0)}  # radius of the circle of equal area, px in a 64 px picture
 SEEN = ("circle", "square", "triangle", "cross")
 UNSEEN = ("star", "ring")
 SHAPES = SEEN + UNSEEN
 PX = 64
-FINE = 4              # drawn this many times larger, then reduced: antialiasing
-HOLE = 0.55           # inner over outer radius of a ring
-STAR_WAIST = 0.45     # inner over outer radius of a star
-DRIFT_PX = 3          # how far a centre strays from the middle
+FINE = 4  # drawn this many times larger, then reduced: antialiasing
+HOLE = 0.55  # inner over outer radius of a ring
+STAR_WAIST = 0.45  # inner over outer radius of a star
+DRIFT_PX = 3  # how far a centre strays from the middle
 
 
 def turned(radii, start=-90.0):
-    """Corner points at equal angles around (0, 0), the first one straight up: the list of radii is repeated around the circle."""
+    """Corner points at equal angles around (0, 0), the first one straight up: the list of radii is repeated around the
+    circle."""
     angles = [math.radians(start + 360.0 * i / len(radii)) for i in range(len(radii))]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
 def outline(shape, radius):
     """Corner points around (0, 0) of a shape whose area is pi * radius ** 2; circles and rings have many corners."""
-    area = math.pi * radius ** 2
+    area = math.pi * radius**2
     if shape in ("circle", "ring"):
-        return turned([radius if shape == "circle" else radius / math.sqrt(1 - HOLE ** 2)] * 96)
+        return turned([radius if shape == "circle" else radius / math.sqrt(1 - HOLE**2)] * 96)
     if shape == "square":
         return turned([math.sqrt(area / 2)] * 4, start=-45.0)
     if shape == "triangle":
@@ -54,18 +62,22 @@ def rotate(point, degrees):
 
 
 def paint(picture, shape, colour, radius, centre, degrees=0.0):
-    """Draw one shape, in pixels of the final picture, on a picture that is FINE times larger. A ring lets the ground through."""
+    """Draw one shape, in pixels of the final picture, on a picture that is FINE times larger. A ring lets the ground
+    through."""
+
     def placed(points):
         return [(FINE * (centre[0] + x), FINE * (centre[1] + y)) for x, y in (rotate(p, degrees) for p in points)]
+
     mask = Image.new("L", picture.size, 0)
     ImageDraw.Draw(mask).polygon(placed(outline(shape, radius)), fill=255)
     if shape == "ring":
-        ImageDraw.Draw(mask).polygon(placed(turned([HOLE * radius / math.sqrt(1 - HOLE ** 2)] * 96)), fill=0)
+        ImageDraw.Draw(mask).polygon(placed(turned([HOLE * radius / math.sqrt(1 - HOLE**2)] * 96)), fill=0)
     picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
 
 
 def draw(shape="circle", colour="red", size="large", ground="white", *, radius=None, centre=None, degrees=0.0, px=PX):
-    """A picture of one shape. Colour and ground are names or RGB; `radius` (px of 64) wins over `size`; centre in px of 64."""
+    """A picture of one shape. Colour and ground are names or RGB; `radius` (px of 64) wins over `size`; centre in px of
+    64."""
     radius = sum(SIZES[size]) / 2 if radius is None else radius
     picture = Image.new("RGB", (FINE * PX, FINE * PX), GROUNDS.get(ground, COLOURS.get(ground, ground)))
     paint(picture, shape, COLOURS.get(colour, colour), radius, centre or (PX / 2, PX / 2), degrees)
@@ -79,7 +91,8 @@ def caption(shape, colour=None, size=None, ground=None):
 
 
 def sample(rng, **fixed):
-    """(picture, caption, attributes) drawn by chance from a torch.Generator. `fixed` pins shape, colour, size, ground or radius.
+    """(picture, caption, attributes) drawn by chance from a torch.Generator. `fixed` pins shape, colour, size, ground
+    or radius.
 
     Shapes come from SEEN unless pinned. Colours and grounds vary by a few levels, centres by up to DRIFT_PX.
     """
@@ -87,7 +100,9 @@ def sample(rng, **fixed):
     if unknown:
         raise ValueError(f"Cannot fix {sorted(unknown)}: a picture has shape, colour, size, ground and radius.")
     names = {"shape": SEEN, "colour": tuple(COLOURS), "size": tuple(SIZES), "ground": tuple(GROUNDS)}
-    chosen = {key: values[below(rng, len(values))] for key, values in names.items()}      # drawn even when pinned: equal seeds, equal rest
+    chosen = {
+        key: values[below(rng, len(values))] for key, values in names.items()
+    }  # drawn even when pinned: equal seeds, equal rest
     low, high = SIZES[fixed.get("size", chosen["size"])]
     radius = low + (high - low) * torch.rand((), generator=rng).item()
     drift = ((torch.rand(2, generator=rng) * 2 - 1) * DRIFT_PX).tolist()
@@ -108,4 +123,7 @@ def below(rng, n):
 def inside(shape, radius, drift, margin=1.5):
     """The centre nearest to the drifted one that keeps the whole shape in the picture, px."""
     xs, ys = zip(*outline(shape, radius), strict=True)
-    return tuple(min(max(PX / 2 + d, margin - min(side)), PX - margin - max(side)) for d, side in zip(drift, (xs, ys), strict=True))
+    return tuple(
+        min(max(PX / 2 + d, margin - min(side)), PX - margin - max(side))
+        for d, side in zip(drift, (xs, ys), strict=True)
+    )

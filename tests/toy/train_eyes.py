@@ -1,10 +1,12 @@
-"""Trains the toy world's CLIP_VISION, a small CLIP that tells how a picture was drawn, and writes tests/toy/weights/eyes.safetensors.
+"""Trains the toy world's CLIP_VISION, a small CLIP that tells how a picture was drawn, and writes
+tests/toy/weights/eyes.safetensors.
 
     python -m tests.toy.train_eyes train pack check      # stopped runs go on from TOY_WORK, by default /tmp/toy_world
 
-It stands in for the encoders that nobody can download here. Shapes lie at any angle and place, in any colour on any ground, and it is asked for all of that, never
-for a score. Run from the root of the repository, like train_world.
+It stands in for the encoders that nobody can download here. Shapes lie at any angle and place, in any colour on any
+ground, and it is asked for all of that, never for a score. Run from the root of the repository, like train_world.
 """
+
 import os
 import sys
 import time
@@ -19,7 +21,7 @@ from . import shapes, world
 from .train_world import WORK, learn, pack, pixels
 
 NUMBERS = ("red", "green", "blue", "ground red", "ground green", "ground blue", "radius", "x", "y")
-POOL = 20000        # pictures drawn once; each is seen mirrored, too
+POOL = 20000  # pictures drawn once; each is seen mirrored, too
 
 
 def drawn(rng):
@@ -31,8 +33,14 @@ def drawn(rng):
     while np.linalg.norm(np.subtract(colour, ground)) < 70:
         colour = [round(one(10, 245)) for _ in range(3)]
     centre = shapes.inside(shapes.SHAPES[kind], radius, [one(-12, 12) for _ in range(2)])
-    picture = shapes.draw(shapes.SHAPES[kind], tuple(colour), ground=tuple(ground), radius=radius, centre=centre, degrees=one(0, 360))
-    return picture, kind, [(v - 128) / 70 for v in (*colour, *ground)] + [(radius - 13.5) / 3.2, *((v - 32) / 6 for v in centre)]
+    picture = shapes.draw(
+        shapes.SHAPES[kind], tuple(colour), ground=tuple(ground), radius=radius, centre=centre, degrees=one(0, 360)
+    )
+    return (
+        picture,
+        kind,
+        [(v - 128) / 70 for v in (*colour, *ground)] + [(radius - 13.5) / 3.2, *((v - 32) / 6 for v in centre)],
+    )
 
 
 def pool(count, seed):
@@ -42,7 +50,14 @@ def pool(count, seed):
         rng = torch.Generator().manual_seed(seed)
         made = [drawn(rng) for _ in range(count)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((pixels([picture for picture, *_ in made]), torch.tensor([kind for _, kind, _ in made]), torch.tensor([numbers for *_, numbers in made])), path)
+        torch.save(
+            (
+                pixels([picture for picture, *_ in made]),
+                torch.tensor([kind for _, kind, _ in made]),
+                torch.tensor([numbers for *_, numbers in made]),
+            ),
+            path,
+        )
     return torch.load(path)
 
 
@@ -95,7 +110,10 @@ def check():
         parts = [model(some) for some in pictures.split(200)]
     shape, said = (torch.cat(some) for some in zip(*parts, strict=True))
     told = 1 - (said - numbers).square().mean(0) / numbers.var(0)
-    print(f"shape {(shape.argmax(1) == kinds).float().mean():.3f}", {name: round(value.item(), 3) for name, value in zip(NUMBERS, told, strict=True)})
+    print(
+        f"shape {(shape.argmax(1) == kinds).float().mean():.3f}",
+        {name: round(value.item(), 3) for name, value in zip(NUMBERS, told, strict=True)},
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Goes on training the toy world's transformer on frames of two shapes, and writes tests/toy/weights/pairs.safetensors. Half an hour of one core.
+"""Goes on training the toy world's transformer on frames of two shapes, and writes tests/toy/weights/pairs.safetensors.
+Half an hour of one core.
 
     python -m tests.toy.train_pairs train pack      # stopped runs go on from TOY_WORK, by default /tmp/toy_world
 
-Half of a step's pictures stay alone, 64 x 64 px. The other half are frames of 128 x 64 px, what Build Collages makes of two of them, captioned
-by position ("left: a red circle on a white ground; right: ..."), always of SEEN shapes. Run from the root of the repository, like train_world.
+Half of a step's pictures stay alone, 64 x 64 px. The other half are frames of 128 x 64 px, what Build Collages makes of
+two of them, captioned by position ("left: a red circle on a white ground; right: ..."), always of SEEN shapes. Run from
+the root of the repository, like train_world.
 """
+
 import os
 import sys
 import time
@@ -13,9 +16,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import shapes, world
-from .train_world import WORK, blank_transformer, encode_pictures, encode_texts, flow_loss, learn, pack, pixels, said, sigmas
+from .train_world import (
+    WORK,
+    blank_transformer,
+    encode_pictures,
+    encode_texts,
+    flow_loss,
+    learn,
+    pack,
+    pixels,
+    said,
+    sigmas,
+)
 
-TOKENS = 28     # the longest caption of a frame needs 27; the rest of 77 is padding
+TOKENS = 28  # the longest caption of a frame needs 27; the rest of 77 is padding
 
 
 def by_position(left, right):
@@ -43,7 +57,8 @@ def side_by_side(left, right):
 
 
 def lessons(kind, count, seed, per_caption=4):
-    """(latents, caption number of each, hidden states, pooled) of pictures alone or frames; caption 0 is the empty one."""
+    """(latents, caption number of each, hidden states, pooled) of pictures alone or frames; caption 0 is the empty
+    one."""
     path = WORK / f"{kind}-{count}-{seed}.pt"
     if path.exists():
         return torch.load(path)
@@ -52,7 +67,9 @@ def lessons(kind, count, seed, per_caption=4):
         here, there = shapes.sample(rng)[2], shapes.sample(rng)[2]
         texts.append(brief(rng, here) if kind == "alone" else by_position(brief(rng, here), brief(rng, there)))
         for _ in range(per_caption):
-            left, right = (shapes.sample(rng, **{k: a[k] for k in ("shape", "colour", "size", "ground")})[0] for a in (here, there))
+            left, right = (
+                shapes.sample(rng, **{k: a[k] for k in ("shape", "colour", "size", "ground")})[0] for a in (here, there)
+            )
             drawn.append(left if kind == "alone" else side_by_side(left, right))
             words.append(len(texts) - 1)
     made = encode_frames(pixels(drawn)), torch.tensor(words), *encode_texts(texts, TOKENS)
@@ -79,7 +96,10 @@ def train(steps=3000, batch=32, rate=6e-4, seed=11):
         return [of_kind(rng, *kind) for kind in kinds]
 
     def of_kind(rng, latents, words, context, pooled):
-        pick, noise = torch.randint(len(latents), (batch,), generator=rng), torch.randn((batch, *latents.shape[1:]), generator=rng)
+        pick, noise = (
+            torch.randint(len(latents), (batch,), generator=rng),
+            torch.randn((batch, *latents.shape[1:]), generator=rng),
+        )
         sigma, empty = sigmas(rng, batch), torch.rand(batch, generator=rng) < 0.1
         text = torch.where(empty, 0, words[pick])
         return flow_loss(model, latents[pick], noise, sigma, context[text], pooled[text])
@@ -89,6 +109,7 @@ def train(steps=3000, batch=32, rate=6e-4, seed=11):
 
 if __name__ == "__main__":
     from comfy.cli_args import args
+
     args.cpu = True
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     for part in sys.argv[1:]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 from trainyard.tests.unit.toy import Net, Stop, rng
-from trainyard.trainers.adapters.adapters import Adapters, adaptable, kohya, select
-from trainyard.trainers.adapters.layers import scale_of
+from trainyard.trainers.adapters.adapters import Adapters, find_adaptable_layers, kohya_lora_key, select_target_layers
+from trainyard.trainers.adapters.layers import adapter_scale
 from trainyard.trainers.settings import AdapterSettings
 
 
@@ -51,7 +51,7 @@ def hooks(network):
     return sum(len(m._forward_hooks) for m in network.modules())
 
 
-# -- the formula --------------------------------------------------------------------------------------------------------------
+# -- the formula -------------------------------------------------------------------------------------------------------
 
 
 def test_the_formula_by_hand():
@@ -72,23 +72,29 @@ def test_the_formula_by_hand():
 
 
 def test_a_fresh_adapter_changes_nothing_and_still_gets_a_gradient():
-    network, x = Net(), (torch.randn(3, 2, 4, 4, generator=rng()), torch.rand(3, generator=rng()), torch.randn(3, 6, generator=rng()))
+    network, x = (
+        Net(),
+        (torch.randn(3, 2, 4, 4, generator=rng()), torch.rand(3, generator=rng()), torch.randn(3, 6, generator=rng())),
+    )
     before = network(*x)
     adapters = Adapters(network, settings(), rng())
     with adapters.attached():
         after = network(*x)
         after.square().mean().backward()
     assert torch.equal(before, after)
-    assert all(low.up.grad.abs().sum() > 0 for low in adapters.lows.values()), "an adapter at zero that gets no gradient never learns"
+    assert all(low.up.grad.abs().sum() > 0 for low in adapters.lows.values()), (
+        "an adapter at zero that gets no gradient never learns"
+    )
     assert all(p.grad is None for p in network.parameters())
 
 
 @pytest.mark.parametrize(
-    "rank, alpha, rslora, scale", [(4, 0.0, False, 1.0), (4, 2.0, False, 0.5), (4, 0.0, True, 2.0), (16, 8.0, True, 2.0)]
+    "rank, alpha, rslora, scale",
+    [(4, 0.0, False, 1.0), (4, 2.0, False, 0.5), (4, 0.0, True, 2.0), (16, 8.0, True, 2.0)],
 )
 def test_alpha_over_rank_and_rslora_by_hand(rank, alpha, rslora, scale):
     """alpha 0 means alpha = rank. rsLoRA divides by sqrt(rank): 4 / 2 = 2 and 8 / 4 = 2."""
-    assert scale_of(rank, alpha or rank, rslora) == scale
+    assert adapter_scale(rank, alpha or rank, rslora) == scale
     low = Adapters(nn.Sequential(nn.Linear(16, 16)), settings(rank=rank, alpha=alpha, rslora=rslora)).low("0")
     assert low.scale == scale
 
@@ -125,7 +131,8 @@ def test_a_convolution_in_the_file_is_the_change_of_its_weight():
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.filterwarnings("ignore")  # peft's own
 def test_the_formula_is_the_one_of_peft(rslora):
-    """Oracle: peft's LoraConfig on the same network, with our weights copied in; Linear, strided 3x3 and 1x1 convolutions."""
+    """Oracle: peft's LoraConfig on the same network, with our weights copied in; Linear, strided 3x3 and 1x1
+    convolutions."""
     import copy
 
     from peft import LoraConfig, inject_adapter_in_model
@@ -133,7 +140,9 @@ def test_the_formula_is_the_one_of_peft(rslora):
     network = seeded(ConvNet())
     theirs = copy.deepcopy(network)
     ours = learnt(network, rank=2, alpha=3.0, rslora=rslora, conv=True, conv_rank=2, conv_alpha=3.0)
-    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, use_rslora=rslora, target_modules=["emb", "op", "skip"]), theirs)
+    inject_adapter_in_model(
+        LoraConfig(r=2, lora_alpha=3, use_rslora=rslora, target_modules=["emb", "op", "skip"]), theirs
+    )
     with torch.no_grad():
         for name in ours.layers:
             layer = theirs.get_submodule(name)
@@ -166,7 +175,7 @@ def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
     assert not all(torch.equal(first[k], other[k]) for k in first)
 
 
-# -- borrowed and given back --------------------------------------------------------------------------------------------------
+# -- borrowed and given back -------------------------------------------------------------------------------------------
 
 
 def test_the_strength_comes_back_after_an_error_and_an_interrupt():
@@ -247,7 +256,7 @@ def test_adapters_of_some_layers_only():
         assert hooks(network) == 2
 
 
-# -- the file -----------------------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def test_layers_that_learnt_nothing_are_left_out_of_the_file_and_named():
@@ -256,7 +265,9 @@ def test_layers_that_learnt_nothing_are_left_out_of_the_file_and_named():
         adapters.low("skip").up.zero_()
     tensors, untouched = adapters.tensors()
     assert untouched == ["skip"]
-    assert sorted(tensors) == [f"lora_unet_{n}.{s}" for n in ("emb", "op") for s in ("alpha", "lora_down.weight", "lora_up.weight")]
+    assert sorted(tensors) == [
+        f"lora_unet_{n}.{s}" for n in ("emb", "op") for s in ("alpha", "lora_down.weight", "lora_up.weight")
+    ]
     assert all(t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad for t in tensors.values())
 
 
@@ -270,12 +281,16 @@ def test_the_file_is_a_copy_that_later_steps_do_not_change():
 
 
 def test_keys_are_those_of_kohya_or_the_callers_own():
-    assert kohya("lora_unet", "double_blocks.0.img_attn.qkv") == "lora_unet_double_blocks_0_img_attn_qkv"
+    assert kohya_lora_key("lora_unet", "double_blocks.0.img_attn.qkv") == "lora_unet_double_blocks_0_img_attn_qkv"
     tensors, _ = learnt(seeded(nn.Sequential(nn.Linear(6, 5)))).tensors(lambda name: f"diffusion_model.{name}")
-    assert sorted(tensors) == ["diffusion_model.0.alpha", "diffusion_model.0.lora_down.weight", "diffusion_model.0.lora_up.weight"]
+    assert sorted(tensors) == [
+        "diffusion_model.0.alpha",
+        "diffusion_model.0.lora_down.weight",
+        "diffusion_model.0.lora_up.weight",
+    ]
 
 
-# -- which layers -------------------------------------------------------------------------------------------------------------
+# -- which layers ------------------------------------------------------------------------------------------------------
 
 
 class Leaf(nn.Module):
@@ -307,10 +322,15 @@ def named(names):
     return root
 
 
-# family -> (attention, mlp, steering and ends: chosen by "all linear" only). Names as ComfyUI's classes have them, one of each kind.
+# family -> (attention, mlp, steering and ends: chosen by "all linear" only). Names as ComfyUI's classes have them, one
+# of each kind.
 UNET = (
     [f"input_blocks.1.1.{n}" for n in ("proj_in*1", "proj_out*1")]
-    + [f"input_blocks.1.1.transformer_blocks.0.{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")],
+    + [
+        f"input_blocks.1.1.transformer_blocks.0.{a}.{n}"
+        for a in ("attn1", "attn2")
+        for n in ("to_q", "to_k", "to_v", "to_out.0")
+    ],
     [f"middle_block.1.transformer_blocks.0.ff.net.{n}" for n in ("0.proj", "2")],
     ["time_embed.0", "label_emb.0.0", "input_blocks.1.0.emb_layers.1", "input_blocks.4.0.skip_connection*1"],
 )
@@ -378,13 +398,23 @@ FAMILIES = {
     ),
 }  # fmt: skip
 CONVOLUTIONS = {  # trained by `conv`, never trained
-    "SD1.5": (["input_blocks.1.0.in_layers.2*3", "input_blocks.3.0.op*3", "output_blocks.2.1.conv*3"], ["input_blocks.0.0*3", "out.2*3"]),
-    "UNet of diffusers": (["down_blocks.0.resnets.0.conv1*3", "down_blocks.0.downsamplers.0.conv*3"], ["conv_in*3", "conv_out*3"]),
+    "SD1.5": (
+        ["input_blocks.1.0.in_layers.2*3", "input_blocks.3.0.op*3", "output_blocks.2.1.conv*3"],
+        ["input_blocks.0.0*3", "out.2*3"],
+    ),
+    "UNet of diffusers": (
+        ["down_blocks.0.resnets.0.conv1*3", "down_blocks.0.downsamplers.0.conv*3"],
+        ["conv_in*3", "conv_out*3"],
+    ),
     "SD3": ([], ["x_embedder.proj*2"]),
     "HunyuanVideo": ([], ["img_in.proj*2"]),
     "Wan": ([], ["patch_embedding*2"]),
 }
-DISTILLED = ["distilled_guidance_layer.in_proj", "distilled_guidance_layer.layers.0.in_layer", "distilled_guidance_layer.out_proj"]
+DISTILLED = [
+    "distilled_guidance_layer.in_proj",
+    "distilled_guidance_layer.layers.0.in_layer",
+    "distilled_guidance_layer.out_proj",
+]
 
 
 def plain(names):
@@ -395,7 +425,10 @@ def plain(names):
 def test_presets_choose_attention_mlps_or_all_and_leave_modulation_alone(family):
     attention, mlp, rest = FAMILIES[family]
     network = named([*rest, *attention, *mlp])
-    chosen = {targets: set(select(network, settings(targets=targets))) for targets in ("attention", "attention+mlp", "all linear")}
+    chosen = {
+        targets: set(select_target_layers(network, settings(targets=targets)))
+        for targets in ("attention", "attention+mlp", "all linear")
+    }
     assert chosen["attention"] == plain(attention)
     assert chosen["attention+mlp"] == plain(attention + mlp)
     assert chosen["all linear"] == plain(attention + mlp + rest)
@@ -407,46 +440,53 @@ def test_conv_trains_the_convolutions_of_a_unet_and_never_the_stem_or_the_head(f
     trained, never = CONVOLUTIONS[family]
     network = named([*FAMILIES[family][0], *trained, *never])
     attention = plain(FAMILIES[family][0])
-    assert set(select(network, settings(targets="attention", conv=True))) == attention | plain(trained)
-    assert set(select(network, settings(targets="attention", conv=False))) == attention
+    assert set(select_target_layers(network, settings(targets="attention", conv=True))) == attention | plain(trained)
+    assert set(select_target_layers(network, settings(targets="attention", conv=False))) == attention
 
 
 @pytest.mark.parametrize(
-    "values", [{"targets": t} for t in ("attention", "attention+mlp", "all linear")] + [{"targets": "regex", "pattern": "."}]
+    "values",
+    [{"targets": t} for t in ("attention", "attention+mlp", "all linear")] + [{"targets": "regex", "pattern": "."}],
 )
 def test_chromas_distilled_guidance_layer_is_never_chosen(values):
     network = named([*DISTILLED, *FAMILIES["Chroma"][0]])
-    assert set(select(network, settings(**values))) == plain(FAMILIES["Chroma"][0])
+    assert set(select_target_layers(network, settings(**values))) == plain(FAMILIES["Chroma"][0])
 
 
 def test_a_pattern_chooses_by_name():
     network = named([*FAMILIES["SD1.5"][0], *FAMILIES["SD1.5"][1]])
-    assert set(select(network, settings(targets="regex", pattern=r"attn2\.to_[kv]$"))) == {
+    assert set(select_target_layers(network, settings(targets="regex", pattern=r"attn2\.to_[kv]$"))) == {
         "input_blocks.1.1.transformer_blocks.0.attn2.to_k",
         "input_blocks.1.1.transformer_blocks.0.attn2.to_v",
     }
 
 
 def test_layers_are_found_by_what_they_have_and_not_by_their_class():
-    """Transposed and grouped convolutions and embeddings are no place for an adapter, nor is a layer without a name: the root."""
+    """Transposed and grouped convolutions and embeddings are no place for an adapter, nor is a layer without a name:
+    the root."""
     network = nn.ModuleDict({
         "linear": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 3), "video": nn.Conv3d(4, 4, 3), "quantised": Leaf(), "norm": nn.LayerNorm(4),
         "words": nn.Embedding(4, 4), "up": nn.ConvTranspose2d(4, 4, 2), "depthwise": nn.Conv2d(4, 4, 3, groups=4),
     })  # fmt: skip
-    assert list(adaptable(network)) == ["linear", "conv", "video", "quantised"]
-    assert adaptable(nn.Conv2d(4, 4, 1)) == {} and adaptable(nn.Linear(4, 4)) == {}
+    assert list(find_adaptable_layers(network)) == ["linear", "conv", "video", "quantised"]
+    assert find_adaptable_layers(nn.Conv2d(4, 4, 1)) == {} and find_adaptable_layers(nn.Linear(4, 4)) == {}
 
 
 def test_a_rank_beyond_the_layer_is_refused_with_the_largest_one_that_fits():
-    with pytest.raises(ValueError, match=r"Layer emb: rank is 9, but it has only 8 inputs and 8 outputs. Choose a rank of at most 8"):
+    with pytest.raises(
+        ValueError, match=r"Layer emb: rank is 9, but it has only 8 inputs and 8 outputs. Choose a rank of at most 8"
+    ):
         Adapters(ConvNet(), settings(rank=9))
-    with pytest.raises(ValueError, match=r"Layer op: rank is 4, but it has only 3 inputs and 6 outputs. Choose a rank of at most 3"):
+    with pytest.raises(
+        ValueError, match=r"Layer op: rank is 4, but it has only 3 inputs and 6 outputs. Choose a rank of at most 3"
+    ):
         Adapters(ConvNet(), settings(conv=True, conv_rank=4))
 
 
 def test_targets_that_match_nothing_say_what_the_model_has():
     with pytest.raises(
-        ValueError, match=r"No layer matches targets = 'attention'; nothing would be trained. The model has 3 layers such as emb, op"
+        ValueError,
+        match=r"No layer matches targets = 'attention'; nothing would be trained. The model has 3 layers such as emb, op",
     ):
         Adapters(ConvNet(), settings(targets="attention"))
     with pytest.raises(ValueError, match=r"targets = 'regex', pattern = 'attn9'; nothing"):

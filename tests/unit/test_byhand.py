@@ -34,29 +34,37 @@ def written(folder, captions, **about):
     """What is written when the pictures of these names get these captions."""
     data = read_folder(folder, **about)
     edits = {record.id: captions[Path(record.path).stem] for record in data if Path(record.path).stem in captions}
-    return sidecars.write(manual_edits.put(data, edits), edits, [folder.parent], now=NOW)
+    return sidecars.write_caption_files(manual_edits.apply_manual_edits(data, edits), edits, [folder.parent], now=NOW)
 
 
-# -- what the grid wrote -----------------------------------------------------------------------------------------------------------
+# -- what the grid wrote -----------------------------------------------------------------------------------------------
 
 
 def test_edits_replace_captions_by_the_pictures_bytes(folder):
     data = read_folder(folder)
-    edits = manual_edits.parse(json.dumps({data[0].id: " a green ball ", data[2].id: ["one", "two", "one", ""], data[1].id: ""}))
+    edits = manual_edits.parse_manual_edits(
+        json.dumps({data[0].id: " a green ball ", data[2].id: ["one", "two", "one", ""], data[1].id: ""})
+    )
     (folder / "a.png").rename(folder / "z.png")
-    assert [r.captions for r in manual_edits.put(read_folder(folder), edits)] == [(), ("one", "two"), ("a green ball",)]
+    assert [r.captions for r in manual_edits.apply_manual_edits(read_folder(folder), edits)] == [
+        (),
+        ("one", "two"),
+        ("a green ball",),
+    ]
     assert data[0].captions == ("a rëd ball",)
 
 
 def test_nothing_written_changes_nothing(folder):
     data = read_folder(folder)
-    assert manual_edits.put(data, manual_edits.parse(" \n")) == data
+    assert manual_edits.apply_manual_edits(data, manual_edits.parse_manual_edits(" \n")) == data
 
 
 def test_edits_of_pictures_that_are_gone_are_told_and_not_fatal(folder):
     data = read_folder(folder)
-    edits = manual_edits.parse(json.dumps({data[0].id: "new", data[1].id: "a blue ball", "f" * 40: "gone"}))
-    assert manual_edits.about(data, manual_edits.put(data, edits), edits).splitlines() == [
+    edits = manual_edits.parse_manual_edits(
+        json.dumps({data[0].id: "new", data[1].id: "a blue ball", "f" * 40: "gone"})
+    )
+    assert manual_edits.format_manual_edits(data, manual_edits.apply_manual_edits(data, edits), edits).splitlines() == [
         "1 of 3 captions edited by hand",
         "1 edits are of pictures that are not in this dataset (ffffffffff); they are kept in case those come back.",
     ]
@@ -77,15 +85,19 @@ def test_edits_of_pictures_that_are_gone_are_told_and_not_fatal(folder):
 )
 def test_what_the_grid_would_not_write_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        manual_edits.parse(text)
+        manual_edits.parse_manual_edits(text)
 
 
-# -- what the grid is drawn from -----------------------------------------------------------------------------------------------------
+# -- what the grid is drawn from ---------------------------------------------------------------------------------------
 
 
 def test_each_picture_has_a_card_with_a_small_picture(folder, tmp_path):
-    cards = manual_edits.cards(read_folder(folder), tmp_path / "thumbs")
-    assert [(card.name, card.captions, card.why) for card in cards] == [("a.png", ("a rëd ball",), ""), ("b.png", ("a blue ball",), ""), ("c.png", (), "")]
+    cards = manual_edits.build_caption_cards(read_folder(folder), tmp_path / "thumbs")
+    assert [(card.name, card.captions, card.why) for card in cards] == [
+        ("a.png", ("a rëd ball",), ""),
+        ("b.png", ("a blue ball",), ""),
+        ("c.png", (), ""),
+    ]
     with Image.open(tmp_path / "thumbs" / cards[0].thumb) as thumb:
         assert thumb.size == (256, 171)
     assert sorted(file.name for file in (tmp_path / "thumbs").iterdir()) == sorted(card.thumb for card in cards)
@@ -93,31 +105,33 @@ def test_each_picture_has_a_card_with_a_small_picture(folder, tmp_path):
 
 def test_thumbnails_are_made_once_and_another_crop_has_its_own(folder, tmp_path):
     data = read_folder(folder)
-    first = manual_edits.cards(data, tmp_path / "thumbs")
+    first = manual_edits.build_caption_cards(data, tmp_path / "thumbs")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "thumbs").iterdir()}
-    assert manual_edits.cards(data, tmp_path / "thumbs") == first
+    assert manual_edits.build_caption_cards(data, tmp_path / "thumbs") == first
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "thumbs").iterdir()} == made
     cropped = dataclasses.replace(data[0], crop=(0, 0, 100, 100))
-    assert manual_edits.card(cropped, tmp_path / "thumbs").thumb != first[0].thumb
+    assert manual_edits.build_caption_card(cropped, tmp_path / "thumbs").thumb != first[0].thumb
 
 
 def test_a_picture_that_cannot_be_opened_has_a_card_that_says_why(folder, tmp_path):
     data = read_folder(folder)
     (folder / "b.png").unlink()
-    cards = manual_edits.cards(data, tmp_path / "thumbs")
+    cards = manual_edits.build_caption_cards(data, tmp_path / "thumbs")
     assert [bool(card.thumb) for card in cards] == [True, False, True]
     assert "Load the dataset again" in cards[1].why
 
 
 def test_progress_is_told_and_an_interrupt_goes_through(folder, tmp_path):
     seen = []
-    manual_edits.cards(read_folder(folder), tmp_path / "thumbs", report=lambda *step: seen.append(step))
+    manual_edits.build_caption_cards(read_folder(folder), tmp_path / "thumbs", report=lambda *step: seen.append(step))
     assert seen == [(1, 3, "a.png"), (2, 3, "b.png"), (3, 3, "c.png")]
     with pytest.raises(KeyboardInterrupt):
-        manual_edits.cards(read_folder(folder), tmp_path / "others", check_interrupt=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        manual_edits.build_caption_cards(
+            read_folder(folder), tmp_path / "others", check_interrupt=lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
 
 
-# -- what reaches the files ------------------------------------------------------------------------------------------------------------
+# -- what reaches the files --------------------------------------------------------------------------------------------
 
 
 def test_the_file_that_is_read_is_the_one_that_is_written_and_its_bytes_are_kept(folder):
@@ -157,9 +171,9 @@ def test_two_pictures_with_one_caption_file_must_agree(folder):
     data = read_folder(folder)
     edits = {data[0].id: ("other",)}
     with pytest.raises(ValueError, match="a.png and .*a.webp share the caption file a.txt"):
-        sidecars.write(manual_edits.put(data, edits), edits, [folder.parent])
+        sidecars.write_caption_files(manual_edits.apply_manual_edits(data, edits), edits, [folder.parent])
     both = edits | {data[1].id: ("other",)}
-    assert len(sidecars.write(manual_edits.put(data, both), both, [folder.parent])) == 1
+    assert len(sidecars.write_caption_files(manual_edits.apply_manual_edits(data, both), both, [folder.parent])) == 1
 
 
 def test_pictures_outside_the_roots_are_refused_before_anything_is_written(folder, tmp_path):
@@ -170,9 +184,9 @@ def test_pictures_outside_the_roots_are_refused_before_anything_is_written(folde
     data = read_folder(folder.parent / "link")
     edits = {data[0].id: ("new",)}
     with pytest.raises(ValueError, match="lies outside .*Turn save_to_files off"):
-        sidecars.write(manual_edits.put(data, edits), edits, [folder.parent])
+        sidecars.write_caption_files(manual_edits.apply_manual_edits(data, edits), edits, [folder.parent])
     with pytest.raises(ValueError, match="was made by Trainyard"):
-        sidecars.write(manual_edits.put(data, edits), edits, [tmp_path], [elsewhere])
+        sidecars.write_caption_files(manual_edits.apply_manual_edits(data, edits), edits, [tmp_path], [elsewhere])
     assert [file.name for file in elsewhere.iterdir()] == ["x.png"]
 
 
@@ -186,8 +200,8 @@ def test_a_caption_file_that_is_a_link_out_of_the_roots_is_refused(folder, tmp_p
 
 
 def test_what_was_written_is_told(folder):
-    lines = sidecars.about(written(folder, {"a": ("new",), "c": ("new",)}))
+    lines = sidecars.format_written_captions(written(folder, {"a": ("new",), "c": ("new",)}))
     assert lines[0] == "2 caption files written"
     assert ".trainyard-replaced" in lines[1] and lines[2].endswith("c.txt (new)")
-    assert sidecars.about(None) == []
-    assert sidecars.about([]) == ["no caption file needed a change"]
+    assert sidecars.format_written_captions(None) == []
+    assert sidecars.format_written_captions([]) == ["no caption file needed a change"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, captioned, encoded, picture, repaint
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.cache import Cache, Shelf, size
+from trainyard.trainers.data.cache import DiskCache, LruCache, count_tensor_bytes
 from trainyard.trainers.data.captions.variants import CaptionSettings
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import open_image
@@ -16,34 +16,43 @@ from trainyard.trainers.data.records import open_image
 
 def test_values_return_exactly(tmp_path):
     tree = {
-        "bf16": torch.randn(2, 3).bfloat16(), "fp16": torch.randn(4).half(), "fp32": torch.randn(1, 2, 3),
-        "long": torch.arange(3), "bool": torch.tensor(True),
-        "none": None, "int": 7, "float": 0.1, "text": "ä", "list": [torch.ones(2), {"deep": (1, torch.zeros(0))}],
+        "bf16": torch.randn(2, 3).bfloat16(),
+        "fp16": torch.randn(4).half(),
+        "fp32": torch.randn(1, 2, 3),
+        "long": torch.arange(3),
+        "bool": torch.tensor(True),
+        "none": None,
+        "int": 7,
+        "float": 0.1,
+        "text": "ä",
+        "list": [torch.ones(2), {"deep": (1, torch.zeros(0))}],
     }
-    Cache(tmp_path).write("a", tree)
-    back = Cache(tmp_path).load("a")
+    DiskCache(tmp_path).write("a", tree)
+    back = DiskCache(tmp_path).load("a")
     plain = ("none", "int", "float", "text")
     assert json.dumps([back[k] for k in plain]) == json.dumps([tree[k] for k in plain])
     pairs = [(back[k], tree[k]) for k in ("bf16", "fp16", "fp32", "long", "bool")]
     pairs += [(back["list"][0], tree["list"][0]), (back["list"][1]["deep"][1], tree["list"][1]["deep"][1])]
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs) and isinstance(back["list"][1]["deep"], tuple)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs) and isinstance(
+        back["list"][1]["deep"], tuple
+    )
 
 
 def test_views_of_one_tensor_are_stored_apart(tmp_path):
     whole = torch.arange(6.0).view(2, 3)
-    Cache(tmp_path).write("a", {"row": whole[1], "column": whole[:, 0], "again": whole})
-    back = Cache(tmp_path).load("a")
+    DiskCache(tmp_path).write("a", {"row": whole[1], "column": whole[:, 0], "again": whole})
+    back = DiskCache(tmp_path).load("a")
     assert back["row"].tolist() == [3, 4, 5] and back["column"].tolist() == [0, 3] and torch.equal(back["again"], whole)
 
 
 def test_shapes_come_from_the_header(tmp_path):
-    cache = Cache(tmp_path)
+    cache = DiskCache(tmp_path)
     cache.write("a", {"mean": torch.zeros(4, 2, 3), "std": None})
     assert cache.shapes("a") == {"mean": (4, 2, 3), "std": None} and cache.shapes("b") is None
 
 
 def test_tensors_loaded_in_inference_mode_can_be_trained_with(tmp_path):
-    cache = Cache(tmp_path)
+    cache = DiskCache(tmp_path)
     with torch.inference_mode():
         cache.write("a", {"mean": torch.ones(2)})
         loaded = cache.load("a")["mean"]
@@ -54,7 +63,7 @@ def test_tensors_loaded_in_inference_mode_can_be_trained_with(tmp_path):
 
 def test_memory_stays_within_its_budget_and_keeps_the_last_used(tmp_path):
     """each value has 400 bytes, the budget 1000: two fit"""
-    cache = Cache(tmp_path, budget=1000)
+    cache = DiskCache(tmp_path, budget=1000)
     for name in "abc":
         cache.write(name, {"x": torch.zeros(100)})
     a, _, again, c = cache.load("a"), cache.load("b"), cache.load("a"), cache.load("c")
@@ -63,14 +72,14 @@ def test_memory_stays_within_its_budget_and_keeps_the_last_used(tmp_path):
 
 
 def test_a_value_above_the_budget_is_not_kept():
-    shelf = Shelf(budget=10)
+    shelf = LruCache(budget=10)
     assert shelf.get("a", lambda: {"x": torch.ones(100)})["x"].sum() == 100
     assert not shelf.values and shelf.held == 0
 
 
 def test_a_file_that_vanished_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="gone or damaged. Run Encode Dataset again"):
-        Cache(tmp_path).load("a")
+        DiskCache(tmp_path).load("a")
 
 
 def test_leftovers_of_a_killed_process_are_swept_and_others_work_is_left(tmp_path):
@@ -78,7 +87,7 @@ def test_leftovers_of_a_killed_process_are_swept_and_others_work_is_left(tmp_pat
     old.touch()
     young.touch()
     os.utime(old, (time.time() - 7200,) * 2)
-    Cache(tmp_path)
+    DiskCache(tmp_path)
     assert not old.exists() and young.exists()
 
 
@@ -101,16 +110,19 @@ def test_moved_pictures_are_not_encoded_again(tmp_path):
     assert encoded(tmp_path, vae=vae, folder="elsewhere").fingerprint == first.fingerprint and vae.calls == 2
 
 
-@pytest.mark.parametrize("change, images, texts", [
-    (dict(vae=FakeVae("other")), 2, 0),
-    (dict(text=FakeText("other")), 0, 3),
-    (dict(buckets=BucketSettings(resolution=32, step=8, upscale=True)), 2, 0),
-    (dict(buckets=BucketSettings(resolution=32, step=8)), 0, 0),  # pictures of 16 px stay at 16 px
-    (dict(flip=True), 2, 0),
-    (dict(ground=(0, 0, 0)), 2, 0),
-    (dict(captions=CaptionSettings(trigger="sks")), 0, 2),
-    (dict(captions=CaptionSettings(dropout=0.5)), 0, 0),
-])
+@pytest.mark.parametrize(
+    "change, images, texts",
+    [
+        (dict(vae=FakeVae("other")), 2, 0),
+        (dict(text=FakeText("other")), 0, 3),
+        (dict(buckets=BucketSettings(resolution=32, step=8, upscale=True)), 2, 0),
+        (dict(buckets=BucketSettings(resolution=32, step=8)), 0, 0),  # pictures of 16 px stay at 16 px
+        (dict(flip=True), 2, 0),
+        (dict(ground=(0, 0, 0)), 2, 0),
+        (dict(captions=CaptionSettings(trigger="sks")), 0, 2),
+        (dict(captions=CaptionSettings(dropout=0.5)), 0, 0),
+    ],
+)
 def test_what_a_change_touches_is_encoded_again(tmp_path, change, images, texts):
     captioned(tmp_path / "in", 2)
     before = encoded(tmp_path)
@@ -152,7 +164,9 @@ def test_an_interrupt_comes_between_pictures(tmp_path):
     assert vae.calls == 2 and encoded(tmp_path, vae=vae) and vae.calls == 4
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:-1]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:-1]]
+)
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     captioned(tmp_path / "in", 2)
     good = encoded(tmp_path)
@@ -186,7 +200,7 @@ def test_encode_does_not_hold_what_it_encoded(tmp_path):
     data = encoded(tmp_path)
     assert data.store.shelf.held == 0
     data.batch([0], torch.Generator())
-    assert 0 < data.store.shelf.held == sum(size(value) for value, _ in data.store.shelf.values.values())
+    assert 0 < data.store.shelf.held == sum(count_tensor_bytes(value) for value, _ in data.store.shelf.values.values())
 
 
 def test_a_picture_that_changes_while_the_graph_waits_is_refused(tmp_path):
@@ -216,11 +230,17 @@ def test_a_vae_that_overflows_is_an_error_and_not_a_dataset(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2  # the two texts
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(vae=FakeVae(factor=16)), "step is 8 px and this VAE makes one latent cell of 16 px"),
-    (dict(buckets=BucketSettings(resolution=64, step=64)), r"2 of 2 images cannot be placed\. 0\.png: an image of 16x16 px"),
-    (dict(text=FakeText(odd=object())), "cannot be stored.*cross_attn .Tensor.*odd .object"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(vae=FakeVae(factor=16)), "step is 8 px and this VAE makes one latent cell of 16 px"),
+        (
+            dict(buckets=BucketSettings(resolution=64, step=64)),
+            r"2 of 2 images cannot be placed\. 0\.png: an image of 16x16 px",
+        ),
+        (dict(text=FakeText(odd=object())), "cannot be stored.*cross_attn .Tensor.*odd .object"),
+    ],
+)
 def test_what_cannot_be_encoded_is_said_before_any_picture(tmp_path, change, message):
     captioned(tmp_path / "in", 2)
     vae = change.get("vae", FakeVae())

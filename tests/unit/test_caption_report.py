@@ -1,55 +1,83 @@
 """The figures of a caption report, worked by hand."""
 
-from trainyard.trainers.data.captions.caption_report import as_text, report
-from trainyard.trainers.data.records import Dataset, Record
+from trainyard.trainers.data.captions.caption_report import build_caption_report, format_caption_report
+from trainyard.trainers.data.records import ImageDataset, ImageRecord
 
 
 def dataset(*captions, tags=()):
-    return Dataset(tuple(Record(id=str(i), path=f"/set/{i}.png", size=(8, 8), captions=c, tags=tags) for i, c in enumerate(captions)))
+    return ImageDataset(
+        tuple(
+            ImageRecord(id=str(i), path=f"/set/{i}.png", size=(8, 8), captions=c, tags=tags)
+            for i, c in enumerate(captions)
+        )
+    )
 
 
 def words(text):
     return {"l": len(text.split()), "t5xxl": 10 * len(text.split())}
 
 
-MIXED = dataset(("sks, red ball",), ("sks, red ball",), ("SKS, Red_Ball, a very long piece of prose about it",), (), ("ball", "a ball"))
+MIXED = dataset(
+    ("sks, red ball",),
+    ("sks, red ball",),
+    ("SKS, Red_Ball, a very long piece of prose about it",),
+    (),
+    ("ball", "a ball"),
+)
 
 
 def test_by_hand():
     """five pictures, one without caption, two that share theirs, one with two captions"""
-    found = report(MIXED, trigger="sks")
+    found = build_caption_report(MIXED, trigger="sks")
     assert (found["pictures"], found["captioned"], found["captions"], found["different captions"]) == (5, 4, 5, 4)
     assert (found["with alternatives"], found["pictures with the same caption"]) == (1, 2)
-    assert (found["without caption"], found["trigger missing"], found["longest"]) == (["3.png"], ["3.png", "4.png"], "2.png")
-    assert found["tags"] == {"red ball": 3, "sks": 3, "a ball": 1, "ball": 1}, "prose is no tag, and spelling does not count"
+    assert (found["without caption"], found["trigger missing"], found["longest"]) == (
+        ["3.png"],
+        ["3.png", "4.png"],
+        "2.png",
+    )
+    assert found["tags"] == {"red ball": 3, "sks": 3, "a ball": 1, "ball": 1}, (
+        "prose is no tag, and spelling does not count"
+    )
     assert found["words"] == {"mean": 3.8, "most": 10}
     assert found["most repeated"] == {"sks, red ball": 2}
 
 
 def test_a_pictures_own_tags_count_once_with_those_of_its_caption():
-    assert report(dataset(("cat, mat",), tags=("Cat", "outdoors")))["tags"] == {"cat": 1, "mat": 1, "outdoors": 1}
+    assert build_caption_report(dataset(("cat, mat",), tags=("Cat", "outdoors")))["tags"] == {
+        "cat": 1,
+        "mat": 1,
+        "outdoors": 1,
+    }
 
 
 def test_tokens_are_counted_per_text_encoder_with_the_limit_of_each():
-    found = report(dataset((" ".join("a" * 76),), ("a b",)), tokens=words)
-    assert found["tokens"]["l"] == {"mean": 39.0, "most": 76, "longest": "0.png", "limit": 75, "over": ["0.png"], "chunks": 2}
+    found = build_caption_report(dataset((" ".join("a" * 76),), ("a b",)), tokens=words)
+    assert found["tokens"]["l"] == {
+        "mean": 39.0,
+        "most": 76,
+        "longest": "0.png",
+        "limit": 75,
+        "over": ["0.png"],
+        "chunks": 2,
+    }
     assert found["tokens"]["t5xxl"] == {"mean": 390.0, "most": 760, "longest": "0.png", "limit": 512, "over": ["0.png"]}
 
 
 def test_warnings_say_what_and_which():
-    found = report(MIXED, trigger="sks", tokens=lambda text: {"l": 100})["warnings"]
+    found = build_caption_report(MIXED, trigger="sks", tokens=lambda text: {"l": 100})["warnings"]
     assert found == [
         "1 of 5 pictures have no caption: 3.png",
         "2 of 5 pictures do not say the trigger 'sks': 3.png, 4.png",
         "2 of 5 pictures share their caption with another (40% > 30%); equal words teach no difference",
         "5 captions have more than 75 tokens in l (read in up to 2 chunks): 0.png, 1.png, 2.png, 4.png, 4.png",
     ]
-    assert report(dataset(("a",), ("b",), ("c",), ("c",)))["warnings"] != []
-    assert report(dataset(("a",), ("b",), ("c",)), tokens=words)["warnings"] == []
+    assert build_caption_report(dataset(("a",), ("b",), ("c",), ("c",)))["warnings"] != []
+    assert build_caption_report(dataset(("a",), ("b",), ("c",)), tokens=words)["warnings"] == []
 
 
 def test_the_report_reads_well():
-    assert as_text(report(MIXED, trigger="sks"), tags=2).splitlines() == [
+    assert format_caption_report(build_caption_report(MIXED, trigger="sks"), tags=2).splitlines() == [
         "5 pictures, 4 with captions, 1 with alternatives",
         "5 captions, 4 different",
         "words: 3.8 on average, 10 at most; longest: 2.png",
@@ -68,5 +96,7 @@ def test_the_report_reads_well():
 
 
 def test_a_dataset_without_any_caption_has_a_report_too():
-    assert as_text(report(dataset((), ()), tokens=words)).splitlines() == [
-        "2 pictures, 0 with captions, 0 with alternatives", "0 captions, 0 different", "! 2 of 2 pictures have no caption: 0.png, 1.png"]  # fmt: skip
+    assert format_caption_report(build_caption_report(dataset((), ()), tokens=words)).splitlines() == [
+        "2 pictures, 0 with captions, 0 with alternatives", "0 captions, 0 different", "! 2 of 2 pictures have no "
+                                                                                       "caption: 0.png, "
+                                                                                       "1.png"]  # fmt: skip

@@ -1,15 +1,20 @@
 """Captions become the texts that are encoded."""
 
 import pytest
-from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings, record_rng, variants
-from trainyard.trainers.data.records import Record
+from trainyard.trainers.data.captions.variants import (
+    CAPTION_MODE_EMPTY,
+    CaptionSettings,
+    caption_variants,
+    make_record_rng,
+)
+from trainyard.trainers.data.records import ImageRecord
 
 TAGS = "a, b, c, d, e"
 
 
 def told(*captions, seed=0, id="x", **settings):
-    record = Record(id, "x.png", (1, 1), captions=captions)
-    return variants(record, CaptionSettings(**settings), record_rng(record, seed))
+    record = ImageRecord(id, "x.png", (1, 1), captions=captions)
+    return caption_variants(record, CaptionSettings(**settings), make_record_rng(record, seed))
 
 
 def test_captions_pass_through():
@@ -17,7 +22,7 @@ def test_captions_pass_through():
 
 
 def test_empty_mode_forgets_captions_and_trigger():
-    assert told("a red ball", caption_mode=EMPTY, trigger="sks") == ("",)
+    assert told("a red ball", caption_mode=CAPTION_MODE_EMPTY, trigger="sks") == ("",)
 
 
 FRONT = {"a ball": "sks, a ball", "": "sks", "sks": "sks", "sks ball": "sks ball", "sksy ball": "sks, sksy ball"}
@@ -57,13 +62,16 @@ def test_shuffles_depend_on_seed_and_record_only():
     assert told(TAGS, shuffle=True) != told(TAGS, shuffle=True, id="y")
 
 
-@pytest.mark.parametrize("bad", [dict(dropout=1.1), dict(variants=0), dict(caption_mode="none"), dict(keep_tokens=-1), dict(dropout=float("nan"))])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(dropout=1.1), dict(variants=0), dict(caption_mode="none"), dict(keep_tokens=-1), dict(dropout=float("nan"))],
+)
 def test_settings_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         CaptionSettings(**bad)
 
 
-# -- what is fixed and what is free ---------------------------------------------------------------------------------------------------
+# -- what is fixed and what is free ------------------------------------------------------------------------------------
 
 ALL = dict(variants=64)
 
@@ -99,7 +107,9 @@ def test_tag_dropout_drops_its_share():
     tags = ", ".join(f"t{i}" for i in range(200))
     texts = told(tags, tag_dropout=0.25, **ALL)
     kept = sum(t.count("t") for t in texts) / len(texts) / 200
-    assert kept == pytest.approx(0.75, abs=0.02) and all(t.split(", ") == sorted(t.split(", "), key=tags.index) for t in texts)
+    assert kept == pytest.approx(0.75, abs=0.02) and all(
+        t.split(", ") == sorted(t.split(", "), key=tags.index) for t in texts
+    )
 
 
 def test_few_wildcards_are_all_encoded_and_none_twice():
@@ -109,7 +119,9 @@ def test_few_wildcards_are_all_encoded_and_none_twice():
 def test_many_wildcards_are_drawn_as_often_as_there_are_variants():
     many = "{a|b|c|d} {e|f|g|h} {i|j|k|l}"
     texts = told(many, wildcards=True, variants=16)
-    assert 10 < len(texts) <= 16 and texts == told(many, wildcards=True, variants=16) != told(many, wildcards=True, variants=16, seed=1)
+    assert 10 < len(texts) <= 16 and texts == told(many, wildcards=True, variants=16) != told(
+        many, wildcards=True, variants=16, seed=1
+    )
     assert not any(set(t) & set("{|}") for t in texts)
 
 

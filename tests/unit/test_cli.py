@@ -24,7 +24,7 @@ FAST = ["--steps", "6", "--rank", "4", "--batch", "2", "--learning-rate", "0.01"
 def files(tmp_path, monkeypatch):
     """[--model, --images, --out] of a tiny checkpoint and four drawn pictures of 32 px."""
     path = fakes.vocabulary(tmp_path)
-    monkeypatch.setattr(words, "vocabulary_file", lambda: path)
+    monkeypatch.setattr(words, "find_clip_vocabulary", lambda: path)
     fakes.sd3_file(tmp_path / "tiny.safetensors")
     images = tmp_path / "images"
     images.mkdir()
@@ -44,7 +44,11 @@ def test_one_command_trains_plots_and_draws_the_difference(files, tmp_path, caps
     out = tmp_path / "out"
     tensors, metadata = read_safetensors(out / "my lora.safetensors")
     assert any(v.any() for k, v in tensors.items() if k.endswith("lora_B.weight"))
-    assert metadata["ss_steps"] == "6" and metadata["ss_num_train_images"] == "4" and metadata["modelspec.prediction_type"] == "flow"
+    assert (
+        metadata["ss_steps"] == "6"
+        and metadata["ss_num_train_images"] == "4"
+        and metadata["modelspec.prediction_type"] == "flow"
+    )
     assert json.loads(metadata["trainyard"])["AdapterSettings"]["rank"] == 4
     with Image.open(out / "my lora-loss.png") as plot, Image.open(out / "my lora-samples.png") as sheet:
         assert plot.width > 300
@@ -57,14 +61,33 @@ def test_one_command_trains_plots_and_draws_the_difference(files, tmp_path, caps
 def test_the_sheet_shows_the_model_without_and_with_the_lora(files, tmp_path, monkeypatch):
     """Rows alternate: base, LoRA. The base rows are what the untouched model draws."""
     shown = []
-    monkeypatch.setattr(cli, "sheet", lambda rows, left, top: shown.append((rows, left, top)) or Image.new("RGB", (1, 1)))
-    assert cli.main(["lora", *files, *FAST, "--learning-rate", "0.5", "--samples", "red star", "--sample-seeds", "1", "--sample-steps", "2"]) == 0
+    monkeypatch.setattr(
+        cli, "draw_image_grid", lambda rows, left, top: shown.append((rows, left, top)) or Image.new("RGB", (1, 1))
+    )
+    assert (
+        cli.main(
+            [
+                "lora",
+                *files,
+                *FAST,
+                "--learning-rate",
+                "0.5",
+                "--samples",
+                "red star",
+                "--sample-seeds",
+                "1",
+                "--sample-steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     ((base,), (changed,)), left, top = shown[0]
     assert left == ["red star", "red star + LoRA"] and top == ["seed 0"] and base.size == (32, 32)
-    from trainyard.trainers.engines.diffusers import load
+    from trainyard.trainers.engines.diffusers import load_engine
 
-    untouched = load(files[1], "cpu").sample(["red star"], 0, (32, 32), steps=2)[0]
-    assert base.tobytes() == cli.picture(untouched).tobytes() != changed.tobytes()
+    untouched = load_engine(files[1], "cpu").sample(["red star"], 0, (32, 32), steps=2)[0]
+    assert base.tobytes() == cli.sample_to_pil(untouched).tobytes() != changed.tobytes()
 
 
 def test_three_and_three_steps_are_six(files, tmp_path):
@@ -80,10 +103,10 @@ def test_three_and_three_steps_are_six(files, tmp_path):
 def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(files, tmp_path, monkeypatch, capsys):
     whole, broken = (with_value(files, "--out", tmp_path / name) for name in ("whole", "broken"))
     assert cli.main(["lora", *whole, *FAST]) == 0
-    line = cli.Screen.line
+    line = cli.ConsoleOutput.line
     train = cli.train
     monkeypatch.setattr(cli, "train", lambda *a, **k: train(*a, **k, interval=0))
-    monkeypatch.setattr(cli.Screen, "line", lambda self, text, force=False: (
+    monkeypatch.setattr(cli.ConsoleOutput, "line", lambda self, text, force=False: (
         line(self, text, force), signal.raise_signal(signal.SIGINT) if text.startswith("step 3/6") else None))  # fmt: skip
     handler = signal.getsignal(signal.SIGINT)
     assert cli.main(["lora", *broken, *FAST]) == 130
@@ -92,9 +115,11 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(files, tmp_path, mon
     (run,) = (tmp_path / "broken" / ".runs").iterdir()
     assert json.loads((run / "run.json").read_text())["step"] == 3
     monkeypatch.undo()
-    monkeypatch.setattr(words, "vocabulary_file", lambda: tmp_path / words.VOCABULARY)
+    monkeypatch.setattr(words, "find_clip_vocabulary", lambda: tmp_path / words.CLIP_VOCABULARY_NAME)
     assert cli.main(["lora", *broken, *FAST]) == 0
-    assert (tmp_path / "broken" / "lora.safetensors").read_bytes() == (tmp_path / "whole" / "lora.safetensors").read_bytes()
+    assert (tmp_path / "broken" / "lora.safetensors").read_bytes() == (
+        tmp_path / "whole" / "lora.safetensors"
+    ).read_bytes()
 
 
 def test_a_finished_run_is_not_trained_twice(files, tmp_path, monkeypatch, capsys):
@@ -124,19 +149,42 @@ def test_the_text_encoder_learns_too_when_asked(files, tmp_path):
 
 
 def test_every_setting_has_an_argument_and_its_default(files):
-    args = cli.parser().parse_args(["lora", *files])
-    names = [cli.option(record, f.name) for record in cli.RECORDS for f in dataclasses.fields(record)]
+    args = cli.make_argument_parser().parse_args(["lora", *files])
+    names = [
+        cli.settings_option_name(record, f.name) for record in cli.SETTINGS_RECORDS for f in dataclasses.fields(record)
+    ]
     assert len(names) == len(set(names)), "two records share a name, and their arguments would too"
-    for record in cli.RECORDS:
-        assert cli.settings(args, record) == record()
+    for record in cli.SETTINGS_RECORDS:
+        assert cli.settings_from_arguments(args, record) == record()
 
 
 def test_settings_arrive_where_they_belong(files):
-    values = ["--beta1", "0.8", "--conv", "--targets", "all linear", "--trigger", "sks", "--no-shuffle", "--step", "8", "--min-time", "0.25"]
-    args = cli.parser().parse_args(["lora", *files, *values])
-    made = {record.__name__: cli.settings(args, record) for record in cli.RECORDS}
-    assert made["OptimizerSettings"].beta1 == 0.8 and made["AdapterSettings"].conv and made["AdapterSettings"].targets == "all linear"
-    assert made["CaptionSettings"].trigger == "sks" and made["BucketSettings"].step == 8 and made["NoiseSettings"].min_time == 0.25
+    values = [
+        "--beta1",
+        "0.8",
+        "--conv",
+        "--targets",
+        "all linear",
+        "--trigger",
+        "sks",
+        "--no-shuffle",
+        "--step",
+        "8",
+        "--min-time",
+        "0.25",
+    ]
+    args = cli.make_argument_parser().parse_args(["lora", *files, *values])
+    made = {record.__name__: cli.settings_from_arguments(args, record) for record in cli.SETTINGS_RECORDS}
+    assert (
+        made["OptimizerSettings"].beta1 == 0.8
+        and made["AdapterSettings"].conv
+        and made["AdapterSettings"].targets == "all linear"
+    )
+    assert (
+        made["CaptionSettings"].trigger == "sks"
+        and made["BucketSettings"].step == 8
+        and made["NoiseSettings"].min_time == 0.25
+    )
 
 
 @pytest.mark.parametrize("change, says", [
@@ -158,7 +206,7 @@ def test_a_mistake_is_one_plain_line(files, capsys, change, says):
 
 def test_missing_captions_are_named_before_the_model_is_loaded(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "images" / "2.txt").unlink()
-    monkeypatch.setattr(cli.Job, "engine", lambda self: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(cli.CommandLineJob, "engine", lambda self: pytest.fail("the model was loaded first"))
     assert cli.main(["lora", *files, *FAST]) == 2
     assert "Captions are asked for, and 1 of 4 images have none: 2.png" in capsys.readouterr().err
 
@@ -191,5 +239,7 @@ def test_unreadable_images_are_named_and_left_out(files, tmp_path, capsys):
 
 def test_the_module_runs_from_the_roots_folder():
     """python -m trainers, outside the package that the tests import it as."""
-    done = subprocess.run([sys.executable, "-m", "trainers", "lora", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainers", "lora", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "--learning-rate" in done.stdout and done.stderr == ""

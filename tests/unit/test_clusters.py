@@ -5,13 +5,13 @@ import pytest
 import torch
 from trainyard.trainers.data.similarity.clusters import (
     AGGLOMERATIVE,
-    METHODS,
+    CLUSTER_METHODS,
     ClusterSettings,
-    clustered,
-    cut,
-    distances,
-    merges,
-    silhouettes,
+    average_linkage,
+    cluster_features,
+    cut_dendrogram,
+    pairwise_distances,
+    silhouette_samples,
 )
 
 
@@ -26,24 +26,24 @@ def blobs(sizes=(12, 8, 5), spread=0.05, seed=0):
     return rows.astype(np.float32), truth[order]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CLUSTER_METHODS)
 def test_groups_that_are_there_are_found_and_counted(method):
     rows, truth = blobs()
-    found = clustered(rows, ClusterSettings(method=method))
+    found = cluster_features(rows, ClusterSettings(method=method))
     assert found.count == 3
     assert list(found.labels) == truth.tolist(), "numbered from the largest"
     assert found.silhouette > 0.8
     assert found.tried[3] == max(found.tried.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CLUSTER_METHODS)
 def test_the_number_of_groups_can_be_said(method):
-    assert clustered(blobs()[0], ClusterSettings(method=method, clusters=7)).count == 7
+    assert cluster_features(blobs()[0], ClusterSettings(method=method, clusters=7)).count == 7
 
 
 def test_the_same_seed_gives_the_same_groups():
     rows = np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
-    runs = [clustered(rows, ClusterSettings(clusters=5, seed=3)).labels for _ in range(2)]
+    runs = [cluster_features(rows, ClusterSettings(clusters=5, seed=3)).labels for _ in range(2)]
     assert runs[0] == runs[1]
 
 
@@ -52,30 +52,34 @@ def test_average_linkage_is_that_of_scipy():
     from scipy.spatial.distance import pdist
 
     rows = np.random.default_rng(2).standard_normal((30, 4))
-    tree = merges(distances(torch.from_numpy(rows)))
+    tree = average_linkage(pairwise_distances(torch.from_numpy(rows)))
     oracle = linkage(pdist(rows), "average")
     assert np.allclose([d for *_, d in tree], oracle[:, 2])
     for count in (2, 5, 11):
-        ours, theirs = cut(tree, 30, count).numpy(), fcluster(oracle, count, "maxclust")
+        ours, theirs = cut_dendrogram(tree, 30, count).numpy(), fcluster(oracle, count, "maxclust")
         assert len({*zip(ours, theirs, strict=True)}) == count, "the same groups under other numbers"
 
 
 def test_a_silhouette_by_hand():
-    """On a line 0, 1 | 10: the first is 1 from its own and 10 from the other: (10 - 1) / 10; the second (9 - 1) / 9; one alone is 0."""
-    apart = distances(torch.tensor([[0.0], [1.0], [10.0]]))
-    assert silhouettes(apart, torch.tensor([0, 0, 1])).tolist() == pytest.approx([0.9, 8 / 9, 0.0])
+    """On a line 0, 1 | 10: the first is 1 from its own and 10 from the other: (10 - 1) / 10; the second (9 - 1) / 9;
+    one alone is 0."""
+    apart = pairwise_distances(torch.tensor([[0.0], [1.0], [10.0]]))
+    assert silhouette_samples(apart, torch.tensor([0, 0, 1])).tolist() == pytest.approx([0.9, 8 / 9, 0.0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CLUSTER_METHODS)
 def test_copies_of_one_picture_are_one_group(method):
     rows = np.tile(np.eye(4, dtype=np.float32)[0], (5, 1))
-    found = clustered(rows, ClusterSettings(method=method))
+    found = cluster_features(rows, ClusterSettings(method=method))
     assert found.count == 1
-    assert clustered(np.concatenate([rows, np.eye(4, dtype=np.float32)[1:2]]), ClusterSettings(method=method)).count == 2
+    assert (
+        cluster_features(np.concatenate([rows, np.eye(4, dtype=np.float32)[1:2]]), ClusterSettings(method=method)).count
+        == 2
+    )
 
 
 def test_too_few_pictures_and_too_many_groups_are_refused_in_words():
     with pytest.raises(ValueError, match="1 pictures cannot make two or more groups"):
-        clustered(np.ones((1, 3), np.float32), ClusterSettings())
+        cluster_features(np.ones((1, 3), np.float32), ClusterSettings())
     with pytest.raises(ValueError, match="3 pictures cannot make 4 groups"):
-        clustered(np.eye(3, dtype=np.float32), ClusterSettings(clusters=4, method=AGGLOMERATIVE))
+        cluster_features(np.eye(3, dtype=np.float32), ClusterSettings(clusters=4, method=AGGLOMERATIVE))

@@ -5,7 +5,15 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from trainyard.trainers.data.quality.colour import RIM, ciede2000, contrast, main_colours, otsu, rgb_to_lab, shrunk_and_grown
+from trainyard.trainers.data.quality.colour import (
+    RIM_WIDTH,
+    ciede2000,
+    dominant_colours,
+    erode_and_dilate,
+    measure_contrast,
+    otsu_threshold,
+    rgb_to_lab,
+)
 
 # Sharma, Wu and Dalal, "The CIEDE2000 color-difference formula", 2005, table 1
 SHARMA = """
@@ -56,7 +64,12 @@ def test_ciede2000_gives_the_published_differences():
 
 @pytest.mark.parametrize(
     ("rgb", "lab"),
-    [((255, 255, 255), (100, 0, 0)), ((0, 0, 0), (0, 0, 0)), ((255, 0, 0), (53.24, 80.09, 67.20)), ((0, 0, 255), (32.30, 79.19, -107.86))],
+    [
+        ((255, 255, 255), (100, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+    ],
 )
 def test_white_black_red_and_blue_in_lab(rgb, lab):
     assert rgb_to_lab(rgb) == pytest.approx(lab, abs=0.05)
@@ -74,20 +87,21 @@ def figure(skin, ground, size=(512, 768), seed=0):
 
 
 @pytest.mark.parametrize(
-    ("ground", "expected"), [(SKIN, 0), ("#d9c7a8", 9), ("#ffffff", 21), ("#00ff00", 42), ("#2850a0", 53), ("#181818", 63)]
+    ("ground", "expected"),
+    [(SKIN, 0), ("#d9c7a8", 9), ("#ffffff", 21), ("#00ff00", 42), ("#2850a0", 53), ("#181818", 63)],
 )
 def test_a_skin_coloured_figure_stands_out_from_its_ground_by(ground, expected):
     """beige hides it, white is clear enough, green, blue and near-black are far away"""
     picture = figure(SKIN, ground)
-    assert contrast(picture).dE == pytest.approx(expected, abs=2.5)
+    assert measure_contrast(picture).dE == pytest.approx(expected, abs=2.5)
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=80)
-    assert contrast(Image.open(jpeg)).dE == pytest.approx(expected, abs=3.5)
+    assert measure_contrast(Image.open(jpeg)).dE == pytest.approx(expected, abs=3.5)
 
 
 def test_lightness_is_told_apart_from_colour():
     """grey 119 has L 50, black L 0"""
-    found = contrast(figure((119, 119, 119), "#000000"))
+    found = measure_contrast(figure((119, 119, 119), "#000000"))
     assert found.dL == pytest.approx(50, abs=2)
 
 
@@ -98,40 +112,40 @@ def test_a_mask_says_where_the_subject_is():
     for draw, fill in ((ImageDraw.Draw(picture), "#8a7c7c"), (ImageDraw.Draw(mask), 255)):
         draw.ellipse([20, 20, 120, 120], fill=fill)
     ImageDraw.Draw(picture).ellipse([150, 150, 300, 300], fill="#0000ff")
-    assert contrast(picture).dE > 30
-    assert contrast(picture, mask).dE < 12
+    assert measure_contrast(picture).dE > 30
+    assert measure_contrast(picture, mask).dE < 12
 
 
 def test_without_a_ground_there_is_no_contrast():
     picture = figure(SKIN, "#ffffff")
-    assert contrast(picture, Image.new("L", picture.size, 255)) is None
-    assert contrast(picture, Image.new("L", picture.size, 0)) is None
+    assert measure_contrast(picture, Image.new("L", picture.size, 255)) is None
+    assert measure_contrast(picture, Image.new("L", picture.size, 0)) is None
 
 
 def test_one_colour_all_over_is_a_contrast_of_nothing():
-    assert contrast(Image.new("RGB", (64, 64), "#446688")).dE == 0
+    assert measure_contrast(Image.new("RGB", (64, 64), "#446688")).dE == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 500), (3000, 20)])
 def test_the_smallest_and_narrowest_pictures_are_no_error(size):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    found = contrast(Image.fromarray(noise))
+    found = measure_contrast(Image.fromarray(noise))
     assert found is None or np.isfinite(found.dE)
 
 
 def test_otsu_splits_two_heaps_between_them():
     values = np.r_[np.full(900, 1.0), np.full(100, 9.0)]
-    assert 1 < otsu(values) < 9
+    assert 1 < otsu_threshold(values) < 9
 
 
 def test_specks_on_the_border_are_no_main_colour():
     colours = np.r_[np.full((980, 3), 10.0), np.full((20, 3), 90.0)].astype(np.float32)
-    assert main_colours(colours).max() < 50
+    assert dominant_colours(colours).max() < 50
 
 
 def test_a_single_pixel_grows_and_a_single_hole_shrinks_by_the_whole_rim():
     spot = np.zeros((41, 41), bool)
     spot[20, 20] = True
-    square = 2 * RIM + 1
-    assert shrunk_and_grown(spot, RIM)[1].sum() == square**2
-    assert (~shrunk_and_grown(~spot, RIM)[0]).sum() == square**2
+    square = 2 * RIM_WIDTH + 1
+    assert erode_and_dilate(spot, RIM_WIDTH)[1].sum() == square**2
+    assert (~erode_and_dilate(~spot, RIM_WIDTH)[0]).sum() == square**2

@@ -1,4 +1,5 @@
-"""Compiled blocks on a small network: the same gradients, programs that are shared where blocks are alike, and none left behind."""
+"""Compiled blocks on a small network: the same gradients, programs that are shared where blocks are alike, and none
+left behind."""
 
 import shutil
 import sys
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.memory import compile
-from trainyard.trainers.memory.checkpointing import Blocks, checkpointed
-from trainyard.trainers.memory.compile import TOLERANCE, Compiler, copied
-from trainyard.trainers.memory.plan import OFF, PER_BLOCK, PER_BLOCK_CPU
+from trainyard.trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
+from trainyard.trainers.memory.compile import COMPILED_GRADIENT_TOLERANCE, BlockCompiler, clone_function
+from trainyard.trainers.memory.plan import PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
 from trainyard.trainers.settings import AdapterSettings
 
 RANK_2 = AdapterSettings(rank=2, targets="all linear")
@@ -59,24 +60,26 @@ def gradients(net, adapters, x, strength=1.0):
     with adapters.at(strength):
         loss = net(x).square().mean()
     loss.backward()
-    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in adapters.parameters()])
+    return torch.cat(
+        [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in adapters.parameters()]
+    )
 
 
 def away(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
 
 
-def both(backend, plan=OFF, settings=RANK_2):
+def both(backend, plan=PLAN_OFF, settings=RANK_2):
     """(distance of the gradients with and without, Compiler after the fact)."""
     net = Net()
     adapters = shaken(net, settings)
-    compiler = Compiler(adapters, placeless, backend=backend)
+    compiler = BlockCompiler(adapters, placeless, backend=backend)
     with adapters.attached(), compiler.ready():
         for strength in (1.0, -1.0):
             plain = gradients(net, adapters, rows(5), strength)
-            with checkpointed({Layer}, adapters, Blocks(plan, compiler=compiler)):
+            with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(plan, compiler=compiler)):
                 distance = away(gradients(net, adapters, rows(5), strength), plain)
-            assert distance <= TOLERANCE, f"{distance:.1e} at strength {strength:+}"
+            assert distance <= COMPILED_GRADIENT_TOLERANCE, f"{distance:.1e} at strength {strength:+}"
         count = programs(compiler)
     return distance, compiler, count
 
@@ -85,7 +88,7 @@ def programs(compiler):
     return sum(len(known) for known in compiler.programs.values())
 
 
-@pytest.mark.parametrize("plan", [OFF, PER_BLOCK, PER_BLOCK_CPU])
+@pytest.mark.parametrize("plan", [PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU])
 @pytest.mark.parametrize("settings", [RANK_2, AdapterSettings(rank=2, targets="all linear", algorithm="DoRA"),
                                       AdapterSettings(rank=2, targets="all linear", algorithm="LoKr", factor=4)], ids=["LoRA", "DoRA", "LoKr"])  # fmt: skip
 def test_compiled_blocks_give_the_same_gradients_within_the_tolerance(plan, settings):
@@ -95,31 +98,36 @@ def test_compiled_blocks_give_the_same_gradients_within_the_tolerance(plan, sett
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")) or sys.platform == "win32", reason="INDUCTOR NOT TESTED: no C++ compiler here")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")) or sys.platform == "win32",
+    reason="INDUCTOR NOT TESTED: no C++ compiler here",
+)
 def test_the_compiler_that_users_get_keeps_the_tolerance_too():
     distance, compiler, _ = both("inductor")
     assert not compiler.trouble, compiler.trouble
-    assert distance <= TOLERANCE
+    assert distance <= COMPILED_GRADIENT_TOLERANCE
 
 
 def test_blocks_with_and_without_an_adapter_share_no_program():
-    """torch does not look whether a layer has hooks: with a program of the bare block, the second block's adapter would learn nothing."""
+    """torch does not look whether a layer has hooks: with a program of the bare block, the second block's adapter would
+    learn nothing."""
     net = Net(depth=2)
     adapters = shaken(net, AdapterSettings(rank=2, targets="regex", pattern="blocks.1"))
-    compiler = Compiler(adapters, placeless, backend="aot_eager")
+    compiler = BlockCompiler(adapters, placeless, backend="aot_eager")
     with adapters.attached(), compiler.ready():
         plain = gradients(net, adapters, rows(5))
-        with checkpointed({Layer}, adapters, Blocks(OFF, compiler=compiler)):
-            assert away(gradients(net, adapters, rows(5)), plain) <= TOLERANCE
+        with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)):
+            assert away(gradients(net, adapters, rows(5)), plain) <= COMPILED_GRADIENT_TOLERANCE
         assert plain.any() and programs(compiler) == 2
 
 
 def test_each_shape_has_its_program_up_to_a_limit_and_backward_finds_the_one_of_its_forward(monkeypatch):
-    """Two shapes in one step, computed again in backward: a program for all shapes would keep other tensors than the first one did."""
-    monkeypatch.setattr(compile, "SHAPES", 2)
+    """Two shapes in one step, computed again in backward: a program for all shapes would keep other tensors than the
+    first one did."""
+    monkeypatch.setattr(compile, "MAX_SHAPES_PER_BLOCK", 2)
     net = Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, backend="aot_eager")
+    compiler = BlockCompiler(adapters, placeless, backend="aot_eager")
 
     def step():
         adapters.zero_grad()
@@ -128,16 +136,20 @@ def test_each_shape_has_its_program_up_to_a_limit_and_backward_finds_the_one_of_
 
     with adapters.attached(), compiler.ready():
         plain = step()
-        with checkpointed({Layer}, adapters, Blocks(PER_BLOCK, compiler=compiler)):
-            assert away(step(), plain) <= TOLERANCE
+        with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_PER_BLOCK, compiler=compiler)):
+            assert away(step(), plain) <= COMPILED_GRADIENT_TOLERANCE
         assert programs(compiler) == 2
 
 
 def test_strengths_that_are_only_looked_at_get_no_program():
     net = Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, backend="eager")
-    with adapters.attached(), compiler.ready(), checkpointed({Layer}, adapters, Blocks(OFF, compiler=compiler)):
+    compiler = BlockCompiler(adapters, placeless, backend="eager")
+    with (
+        adapters.attached(),
+        compiler.ready(),
+        checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
+    ):
         gradients(net, adapters, rows(5))
         with torch.no_grad(), adapters.at(0.7):
             net(rows(5))
@@ -149,17 +161,22 @@ def test_strengths_that_are_only_looked_at_get_no_program():
 
 def test_where_no_program_can_be_made_it_says_so_once_and_goes_on_with_the_same_gradients():
     def broken(graph, inputs):
-        raise RuntimeError("Cannot find a working triton installation. Either the package is not installed\nor it is too old")
+        raise RuntimeError(
+            "Cannot find a working triton installation. Either the package is not installed\nor it is too old"
+        )
 
     said, net = [], Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, said.append, backend=broken)
+    compiler = BlockCompiler(adapters, placeless, said.append, backend=broken)
     with adapters.attached(), compiler.ready():
         plain = gradients(net, adapters, rows(5))
-        with checkpointed({Layer}, adapters, Blocks(PER_BLOCK, compiler=compiler)):
+        with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_PER_BLOCK, compiler=compiler)):
             for _ in range(2):
                 assert torch.equal(gradients(net, adapters, rows(5)), plain)
-    assert said == ["Blocks are not compiled: the package triton is not there (triton-windows on Windows). Training goes on without, with the same result."]
+    assert said == [
+        "Blocks are not compiled: the package triton is not there (triton-windows on Windows). Training goes on "
+        "without, with the same result."
+    ]
 
 
 def test_a_machine_without_a_c_compiler_is_told_so():
@@ -170,8 +187,12 @@ def test_a_machine_without_a_c_compiler_is_told_so():
 
     said, net = [], Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, said.append, backend=broken)
-    with adapters.attached(), compiler.ready(), checkpointed({Layer}, adapters, Blocks(OFF, compiler=compiler)):
+    compiler = BlockCompiler(adapters, placeless, said.append, backend=broken)
+    with (
+        adapters.attached(),
+        compiler.ready(),
+        checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
+    ):
         net(rows(5))
     assert "no C++ compiler" in said[0] and len(said) == 1
 
@@ -184,10 +205,15 @@ def test_a_backward_that_cannot_be_compiled_is_known_in_forward():
 
     said, net = [], Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, said.append, backend=aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=nope))
+    compiler = BlockCompiler(
+        adapters,
+        placeless,
+        said.append,
+        backend=aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=nope),
+    )
     with adapters.attached(), compiler.ready():
         plain = gradients(net, adapters, rows(5))
-        with checkpointed({Layer}, adapters, Blocks(OFF, compiler=compiler)):
+        with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)):
             assert torch.equal(gradients(net, adapters, rows(5)), plain)
     assert "RuntimeError: no program for backward" in said[0]
 
@@ -195,12 +221,16 @@ def test_a_backward_that_cannot_be_compiled_is_known_in_forward():
 def test_an_error_at_work_is_no_trouble_of_the_compiler():
     net = Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, backend=lambda graph, inputs: full)
+    compiler = BlockCompiler(adapters, placeless, backend=lambda graph, inputs: full)
 
     def full(*inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with adapters.attached(), compiler.ready(), checkpointed({Layer}, adapters, Blocks(OFF, compiler=compiler)):
+    with (
+        adapters.attached(),
+        compiler.ready(),
+        checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
+    ):
         with pytest.raises(torch.OutOfMemoryError):
             net(rows(5))
     assert not compiler.trouble
@@ -219,8 +249,13 @@ def test_nothing_is_left_behind_also_after_an_error():
     limit = torch._dynamo.config.recompile_limit
     net = Net()
     adapters = shaken(net)
-    compiler = Compiler(adapters, placeless, backend="eager")
-    with pytest.raises(KeyboardInterrupt), adapters.attached(), compiler.ready(), checkpointed({Layer}, adapters, Blocks(OFF, compiler=compiler)):
+    compiler = BlockCompiler(adapters, placeless, backend="eager")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        adapters.attached(),
+        compiler.ready(),
+        checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
+    ):
         net(rows(5))
         raise KeyboardInterrupt
     assert Layer.forward is before and not compiler.programs and torch._dynamo.config.recompile_limit == limit
@@ -229,7 +264,7 @@ def test_nothing_is_left_behind_also_after_an_error():
 
 def test_a_copied_function_answers_as_the_original():
     def f(a, b=2, *, c=3):
-        return a, b, c, TOLERANCE
+        return a, b, c, COMPILED_GRADIENT_TOLERANCE
 
-    assert copied(f)(1, c=4) == f(1, c=4) and copied(f).__code__ is not f.__code__
-    assert copied(len) is len
+    assert clone_function(f)(1, c=4) == f(1, c=4) and clone_function(f).__code__ is not f.__code__
+    assert clone_function(len) is len

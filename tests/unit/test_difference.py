@@ -6,17 +6,33 @@ import dataclasses
 import pytest
 import torch
 from trainyard.tests.unit.toy import SHAPE, WORDS, Denoiser, Net, pairs, prompts, rng, shaken
-from trainyard.trainers.data.encoded import Encoded
-from trainyard.trainers.diffusion import Density
-from trainyard.trainers.methods.image_pairs import Change, ImageSlider
-from trainyard.trainers.methods.prompts import Difference, keep, leco, replace, text_slider
-from trainyard.trainers.methods.rollouts import Model, Noise, Pictures, Point, Rollouts, Task, lifetimes, planned, way_levels
+from trainyard.trainers.data.encoded import EncodedDataset
+from trainyard.trainers.diffusion import NoiseLevelDensity
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from trainyard.trainers.methods.prompts import (
+    PromptDifferenceTraining,
+    make_leco_targets,
+    make_preserve_targets,
+    make_replacement_targets,
+    make_slider_targets,
+)
+from trainyard.trainers.methods.rollouts import (
+    ImagePoints,
+    LatentPoint,
+    NoisePoints,
+    PromptTask,
+    RolloutPoints,
+    StudentTeacherModel,
+    count_planned_forwards,
+    rollout_lifetimes,
+    sample_rollout_levels,
+)
 from trainyard.trainers.settings import NoiseSettings, PointSettings
 
 
 def model(prediction="flow"):
     network = Net()
-    return Model(Denoiser(network, prediction), shaken(network), prompts())
+    return StudentTeacherModel(Denoiser(network, prediction), shaken(network), prompts())
 
 
 class Says:
@@ -66,37 +82,38 @@ def test_leco_goal_by_hand(action, loss):
     Erase: goal = 1 - 6 = -5; target 4 -> loss 81."""
     says = Says({"n": 1.0, "p": 5.0, "u": 2.0}, 4.0)
     says.on = Switch()
-    task = Task(leco("t", "p", "n", "u", action, 2.0), "t")
-    m = Model(says, says.on, {p: {"prompt": p} for p in ("t", "n", "p", "u")})
+    task = PromptTask(make_leco_targets("t", "p", "n", "u", action, 2.0), "t")
+    m = StudentTeacherModel(says, says.on, {p: {"prompt": p} for p in ("t", "n", "p", "u")})
     x, sigma = torch.zeros(1, 1, 2, 2), torch.ones(1)
     answers = m.frozen(x, sigma, task.asked)
-    assert Difference(m, [task], Given(Point(0, x, sigma, answers))).loss(rng()).tolist() == [loss]
+    assert PromptDifferenceTraining(m, [task], Given(LatentPoint(0, x, sigma, answers))).loss(rng()).tolist() == [loss]
 
 
 def test_a_slider_pulls_both_ways_by_hand():
-    """target 1, positive 5, negative 2, guidance 2: +1 goes to 1 + 6 = 7 and -1 to 1 - 6 = -5. A student that says 4 at both is wrong by
-    3 and by 9."""
+    """target 1, positive 5, negative 2, guidance 2: +1 goes to 1 + 6 = 7 and -1 to 1 - 6 = -5. A student that says 4 at
+    both is wrong by 3 and by 9."""
     says = Says({"t": 1.0, "p": 5.0, "n": 2.0}, 4.0)
     says.on = Switch()
-    task = Task(text_slider("t", "p", "n", 2.0), "t")
-    m = Model(says, says.on, {p: {"prompt": p} for p in "tpn"})
+    task = PromptTask(make_slider_targets("t", "p", "n", 2.0), "t")
+    m = StudentTeacherModel(says, says.on, {p: {"prompt": p} for p in "tpn"})
     x, sigma = torch.zeros(1, 1, 2, 2), torch.ones(1)
-    point = Point(0, x, sigma, m.frozen(x, sigma, task.asked))
-    assert Difference(m, [task], Given(point)).loss(rng()).tolist() == [9.0, 81.0]
+    point = LatentPoint(0, x, sigma, m.frozen(x, sigma, task.asked))
+    assert PromptDifferenceTraining(m, [task], Given(point)).loss(rng()).tolist() == [9.0, 81.0]
 
 
 def test_prompts_that_are_the_same_are_asked_once():
-    """p1atdev's default erase: target = positive and neutral = unconditional; goal = (1 + g) * neutral - g * positive."""
-    (pull,) = leco("cat", "cat", "", "", "erase", 2.0)
+    """p1atdev's default erase: target = positive and neutral = unconditional; goal = (1 + g) * neutral - g *
+    positive."""
+    (pull,) = make_leco_targets("cat", "cat", "", "", "erase", 2.0)
     assert dict((p, w) for w, p in pull.goal) == {"": 3.0, "cat": -2.0}
-    assert Task((pull,), "cat").asked == ("", "cat") and Task((pull,), "cat").texts == ("", "cat")
+    assert PromptTask((pull,), "cat").asked == ("", "cat") and PromptTask((pull,), "cat").texts == ("", "cat")
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 def test_the_loss_is_the_literal_one_in_the_networks_own_terms(prediction):
     """mean over pixels of (e_student - (e_n + g (e_p - e_u)))^2, with e what the network itself answers."""
     m, g = model(prediction), 1.7
-    task = Task(leco("cat", "red cat", "dog", "old", "enhance", g), "cat")
+    task = PromptTask(make_leco_targets("cat", "red cat", "dog", "old", "enhance", g), "cat")
     x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
     words = lambda prompt: m.conds[prompt]["cross_attn"].flatten(1).expand(2, -1)
     with torch.no_grad(), m.adapters.at(0):
@@ -104,19 +121,23 @@ def test_the_loss_is_the_literal_one_in_the_networks_own_terms(prediction):
     with torch.no_grad():
         student = m.denoiser.network(x, sigma, words("cat"))
     literal = (student - (e["dog"] + g * (e["red cat"] - e["old"]))).square().flatten(1).mean(1)
-    point = Point(0, x, sigma, m.frozen(x, sigma, task.asked))
-    torch.testing.assert_close(Difference(m, [task], Given(point)).loss(rng()).detach(), literal, rtol=2e-4, atol=1e-6)
+    point = LatentPoint(0, x, sigma, m.frozen(x, sigma, task.asked))
+    torch.testing.assert_close(
+        PromptDifferenceTraining(m, [task], Given(point)).loss(rng()).detach(), literal, rtol=2e-4, atol=1e-6
+    )
 
 
 def test_two_polarities_of_one_step_have_the_gradients_of_two_steps():
     """A graph at +1 and one at -1 that are alive together must not read each other's strength."""
     both, one = model(), model()
-    task = Task(text_slider("cat", "old", "young", 1.5), "cat")
+    task = PromptTask(make_slider_targets("cat", "old", "young", 1.5), "cat")
     x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
-    point = Point(0, x, sigma, both.frozen(x, sigma, task.asked))
-    Difference(both, [task], Given(point)).loss(rng()).sum().backward()
+    point = LatentPoint(0, x, sigma, both.frozen(x, sigma, task.asked))
+    PromptDifferenceTraining(both, [task], Given(point)).loss(rng()).sum().backward()
     for pull in task.pulls:
-        Difference(one, [dataclasses.replace(task, pulls=(pull,))], Given(point)).loss(rng()).sum().backward()
+        PromptDifferenceTraining(one, [dataclasses.replace(task, pulls=(pull,))], Given(point)).loss(
+            rng()
+        ).sum().backward()
     for a, b in zip(both.adapters.parameters(), one.adapters.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert both.adapters.strength == 1.0
@@ -125,7 +146,10 @@ def test_two_polarities_of_one_step_have_the_gradients_of_two_steps():
 def test_the_strength_comes_back_after_an_error():
     m = model()
     m.denoiser.network.forward = lambda *_: 1 / 0
-    for ask in (lambda: m.frozen(torch.zeros(1, *SHAPE), torch.ones(1), [""]), lambda: m.student(torch.zeros(1, *SHAPE), torch.ones(1), "", -1)):
+    for ask in (
+        lambda: m.frozen(torch.zeros(1, *SHAPE), torch.ones(1), [""]),
+        lambda: m.student(torch.zeros(1, *SHAPE), torch.ones(1), "", -1),
+    ):
         with pytest.raises(ZeroDivisionError):
             ask()
         assert m.adapters.strength == 1.0
@@ -133,27 +157,39 @@ def test_the_strength_comes_back_after_an_error():
 
 def test_renormalised_goals_are_as_strong_as_the_models_own_answer():
     from trainyard.trainers.diffusion import slope
-    from trainyard.trainers.methods.prompts import as_strong_as
+    from trainyard.trainers.methods.prompts import match_slope_statistics
 
-    x, sigma, answer = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8]), torch.randn(2, *SHAPE, generator=rng(2))
-    point = Point(0, x, sigma)
-    turned = slope(x, sigma, as_strong_as(answer, answer * 3 + torch.randn(x.shape, generator=rng(4)), point))
+    x, sigma, answer = (
+        torch.randn(2, *SHAPE, generator=rng(1)),
+        torch.tensor([0.3, 0.8]),
+        torch.randn(2, *SHAPE, generator=rng(2)),
+    )
+    point = LatentPoint(0, x, sigma)
+    turned = slope(x, sigma, match_slope_statistics(answer, answer * 3 + torch.randn(x.shape, generator=rng(4)), point))
     own = slope(x, sigma, answer)
     torch.testing.assert_close(turned.mean((1, 2, 3)), own.mean((1, 2, 3)))
     torch.testing.assert_close(turned.std((1, 2, 3)), own.std((1, 2, 3)))
-    torch.testing.assert_close(as_strong_as(answer, answer, point), answer)
+    torch.testing.assert_close(match_slope_statistics(answer, answer, point), answer)
 
 
-# -- points -----------------------------------------------------------------------------------------------------------------------
+# -- points ------------------------------------------------------------------------------------------------------------
 
 
 def rollouts(m, tasks=None, noise=None, **settings):
-    tasks = tasks or [Task(leco("cat", "cat", "", "", "erase", 1.0), "cat", shapes=(SHAPE,), batch=2)]
-    return Rollouts(m, tasks, PointSettings(**{"sampling_steps": 5, "ways": 3, "refresh": 4, **settings}), noise or NoiseSettings(), 3.0)
+    tasks = tasks or [
+        PromptTask(make_leco_targets("cat", "cat", "", "", "erase", 1.0), "cat", shapes=(SHAPE,), batch=2)
+    ]
+    return RolloutPoints(
+        m,
+        tasks,
+        PointSettings(**{"sampling_steps": 5, "ways": 3, "refresh": 4, **settings}),
+        noise or NoiseSettings(),
+        3.0,
+    )
 
 
 def test_a_way_is_the_samplers_own_and_every_state_on_it_is_a_point():
-    from trainyard.trainers.diffusion import guided, per_sample, slope
+    from trainyard.trainers.diffusion import denoise_with_guidance, per_sample, slope
 
     m = model()
     way = rollouts(m).walk(rng(5))
@@ -161,12 +197,13 @@ def test_a_way_is_the_samplers_own_and_every_state_on_it_is_a_point():
     for a, b in zip(way, way[1:], strict=False):
         assert (b.sigma < a.sigma).all()
         with torch.no_grad():
-            x0 = guided(m.denoiser, a.x, a.sigma, m.conds["cat"], m.conds[""], 3.0)
+            x0 = denoise_with_guidance(m.denoiser, a.x, a.sigma, m.conds["cat"], m.conds[""], 3.0)
         torch.testing.assert_close(b.x, a.x + slope(a.x, a.sigma, x0) * per_sample(b.sigma - a.sigma, a.x))
 
 
 def test_forwards_are_counted_and_cached_answers_cost_nothing():
-    """At first two ways of five points, batch 2, guidance 3: 2 * 4 * 2 * 2 = 32 forwards; each point asks two prompts for two samples once."""
+    """At first two ways of five points, batch 2, guidance 3: 2 * 4 * 2 * 2 = 32 forwards; each point asks two prompts
+    for two samples once."""
     m = model()
     points = rollouts(m)
     asked = set()
@@ -195,7 +232,7 @@ def test_ways_come_one_by_one_and_then_the_oldest_goes():
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.7), (0.5, 0.52), (0.9, 1.0)])
 def test_every_wanted_level_lies_in_the_band_and_there_is_always_one(low, high):
     for seed in range(20):
-        levels, wanted = way_levels(6, 3, low, high, rng(seed))
+        levels, wanted = sample_rollout_levels(6, 3, low, high, rng(seed))
         assert (levels[1:] < levels[:-1]).all() and levels.min() >= low and any(wanted)
         for level, good in zip(levels, wanted, strict=True):
             assert not good or (level >= low - 1e-6).all() and (level <= high + 1e-6).all()
@@ -226,21 +263,27 @@ def test_a_state_that_was_taken_does_not_change_with_later_draws():
 
 def test_points_of_pictures_and_of_noise():
     m = model()
-    task = Task(text_slider("cat", "old", "young"), "cat", shapes=(SHAPE,), batch=2)
-    pictures = Pictures(m, [task], pairs(2), NoiseSettings(), Density(), 1)
+    task = PromptTask(make_slider_targets("cat", "old", "young"), "cat", shapes=(SHAPE,), batch=2)
+    pictures = ImagePoints(m, [task], pairs(2), NoiseSettings(), NoiseLevelDensity(), 1)
     point = pictures.draw(rng(0))
-    assert point.x.shape == (1, *SHAPE) and set(point.answers) == {"cat", "old", "young"} and m.spent == dict(rollout=0, frozen=3, student=0)
-    fresh = Noise(m, [task], NoiseSettings(min_time=0.9)).draw(rng(0))
+    assert (
+        point.x.shape == (1, *SHAPE)
+        and set(point.answers) == {"cat", "old", "young"}
+        and m.spent == dict(rollout=0, frozen=3, student=0)
+    )
+    fresh = NoisePoints(m, [task], NoiseSettings(min_time=0.9)).draw(rng(0))
     assert fresh.x.shape == (2, *SHAPE) and (fresh.sigma >= 0.9).all()
 
 
 def test_tasks_are_drawn_by_weight():
-    light, heavy = (Task(keep(p), p, shapes=(SHAPE,), weight=w) for p, w in (("cat", 1.0), ("dog", 9.0)))
-    drawn = [Noise(model(), [light, heavy], NoiseSettings()).draw(rng(seed)).task for seed in range(200)]
+    light, heavy = (
+        PromptTask(make_preserve_targets(p), p, shapes=(SHAPE,), weight=w) for p, w in (("cat", 1.0), ("dog", 9.0))
+    )
+    drawn = [NoisePoints(model(), [light, heavy], NoiseSettings()).draw(rng(seed)).task for seed in range(200)]
     assert 160 < sum(drawn) < 198
 
 
-# -- pairs of pictures ------------------------------------------------------------------------------------------------------------
+# -- pairs of pictures -------------------------------------------------------------------------------------------------
 
 
 def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():
@@ -266,8 +309,8 @@ def test_graded_strengths_come_in_opposite_twos():
 
 
 def test_the_change_by_hand():
-    """The frozen model errs by e_b on `before` and by e_a on `after`: the goals are after + e_b and before + e_a, so a model that is the same
-    amount off everywhere has nothing to unlearn."""
+    """The frozen model errs by e_b on `before` and by e_a on `after`: the goals are after + e_b and before + e_a, so a
+    model that is the same amount off everywhere has nothing to unlearn."""
 
     class Off(Says):
         """2 above the truth, frozen or not; `b` is 0 and `a` is 1 everywhere."""
@@ -286,9 +329,13 @@ def test_the_change_by_hand():
 
     says = Off({}, 0.0)
     says.on = Switch()
-    data = Encoded.from_core([{"samples": torch.full((1, 1, 2, 2), v)} for v in (0.0, 1.0)], [[[torch.zeros(1, 1, WORDS), {}]]])
-    data.items = [dataclasses.replace(item, pair="p", strength=s) for item, s in zip(data.items, (-1.0, 1.0), strict=True)]
-    method = Change(says, says.on, data, NoiseSettings())
+    data = EncodedDataset.from_core(
+        [{"samples": torch.full((1, 1, 2, 2), v)} for v in (0.0, 1.0)], [[[torch.zeros(1, 1, WORDS), {}]]]
+    )
+    data.items = [
+        dataclasses.replace(item, pair="p", strength=s) for item, s in zip(data.items, (-1.0, 1.0), strict=True)
+    ]
+    method = AddiftTraining(says, says.on, data, NoiseSettings())
     assert method.loss(rng()).tolist() == [0.0, 0.0]
 
 
@@ -296,7 +343,7 @@ def test_the_change_by_hand():
 def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
     """For eps: student(after_t) -> frozen eps(before_t), and the other way round at minus (hako-mikan, ADDifT)."""
     m = model(prediction)
-    method = Change(m.denoiser, m.adapters, pairs(1), NoiseSettings())
+    method = AddiftTraining(m.denoiser, m.adapters, pairs(1), NoiseSettings())
     ((_, after), (_, before)), (a, b), noise, sigma = method.drawn(rng(4))
     seen_b, seen_a = m.denoiser.noised(b, noise, sigma), m.denoiser.noised(a, noise, sigma)
     eps = lambda x, x0: (x - x0) / sigma.view(-1, 1, 1, 1)
@@ -305,7 +352,7 @@ def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
             goal = eps(seen_b, m.denoiser.denoise(seen_b, sigma, before.conds))
         with m.adapters.at(0.25):
             student = eps(seen_a, m.denoiser.denoise(seen_a, sigma, after.conds))
-    fresh = Change(m.denoiser, m.adapters, pairs(1), NoiseSettings())
+    fresh = AddiftTraining(m.denoiser, m.adapters, pairs(1), NoiseSettings())
     found = fresh.loss(rng(4))[0].detach()
     if prediction == "eps":
         torch.testing.assert_close(found, (student - goal).square().mean(), rtol=1e-3, atol=1e-6)
@@ -314,45 +361,50 @@ def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
 
 
 def test_pictures_without_a_partner_are_named():
-    from trainyard.trainers.data.pairs import paired
-    from trainyard.trainers.data.records import Dataset, Record
+    from trainyard.trainers.data.pairs import pair_datasets
+    from trainyard.trainers.data.records import ImageDataset, ImageRecord
 
-    make = lambda *names, size=(64, 64): Dataset(tuple(Record(n, f"/x/{n}.png", size) for n in names))
+    make = lambda *names, size=(64, 64): ImageDataset(tuple(ImageRecord(n, f"/x/{n}.png", size) for n in names))
     with pytest.raises(ValueError, match=r"2 have no partner, c \(only positive\), d \(only negative\)"):
-        paired(make("a", "c"), make("a", "d"))
+        pair_datasets(make("a", "c"), make("a", "d"))
     with pytest.raises(ValueError, match="different shape, 64x64 and 64x32"):
-        paired(make("a"), make("a", size=(64, 32)))
-    both = paired(make("a", "b"), make("a", "b"))
+        pair_datasets(make("a"), make("a", size=(64, 32)))
+    both = pair_datasets(make("a", "b"), make("a", "b"))
     assert [(r.pair, r.strength) for r in both] == [("a", 1.0), ("b", 1.0), ("a", -1.0), ("b", -1.0)]
-    graded = paired(make("a"), make("a"), 2.0, paired(make("a"), make("a")))
+    graded = pair_datasets(make("a"), make("a"), 2.0, pair_datasets(make("a"), make("a")))
     assert {r.strength for r in graded} == {1.0, -1.0, 2.0, -2.0}
     with pytest.raises(ValueError, match="strength -1 already"):
-        paired(make("a"), make("a"), 1.0, paired(make("a"), make("a")))
+        pair_datasets(make("a"), make("a"), 1.0, pair_datasets(make("a"), make("a")))
 
 
 def test_replacing_is_one_pull():
-    assert replace("cat", "dog") == (dataclasses.replace(replace("cat", "dog")[0], goal=((1.0, "dog"),)),)
+    assert make_replacement_targets("cat", "dog") == (
+        dataclasses.replace(make_replacement_targets("cat", "dog")[0], goal=((1.0, "dog"),)),
+    )
 
 
 @pytest.mark.parametrize("noise", [NoiseSettings(), NoiseSettings(min_time=0.3, max_time=0.8)])
 def test_forwards_are_spent_as_they_were_planned(noise):
     """Ways and students to the forward; the frozen model's answers within 3 % of what is expected."""
     m = model()
-    tasks = [Task(pulls, "cat", shapes=(SHAPE,), batch=2) for pulls in (text_slider("cat", "old", "young"), keep("dog"))]
+    tasks = [
+        PromptTask(pulls, "cat", shapes=(SHAPE,), batch=2)
+        for pulls in (make_slider_targets("cat", "old", "young"), make_preserve_targets("dog"))
+    ]
     for seed in range(4):
         points = rollouts(m, tasks[:1], noise)
         for step in range(203):
             points.draw(rng(1000 * seed + step))
     spent = {kind: count / 4 for kind, count in m.spent.items()}
-    plan = planned(points.settings, tasks[:1], noise, 3.0, 203)
+    plan = count_planned_forwards(points.settings, tasks[:1], noise, 3.0, 203)
     assert plan["rollout"] == spent["rollout"] and plan["student"] == 203 * 4  # draw() asks no student
     assert spent["frozen"] == pytest.approx(plan["frozen"], rel=0.03)
-    both = planned(points.settings, tasks, noise, 1.0, 203)
+    both = count_planned_forwards(points.settings, tasks, noise, 1.0, 203)
     assert both["rollout"] == plan["rollout"] / 2 and both["student"] == 203 * 3
 
 
 def test_a_way_is_kept_until_there_are_more_than_is_wanted():
-    """Of three ways the first two are there at once, and every 4 updates one comes. In 10 updates: eras of 4, 4 and 2 draws among 2, 3 and 3
-    ways; the first way goes when the fourth comes."""
-    assert lifetimes(3, 4, 10) == [[(2, 4), (3, 4)], [(2, 4), (3, 4), (3, 2)], [(3, 4), (3, 2)], [(3, 2)]]
-    assert lifetimes(1, 4, 5) == [[(1, 4)], [(1, 1)]]
+    """Of three ways the first two are there at once, and every 4 updates one comes. In 10 updates: eras of 4, 4 and 2
+    draws among 2, 3 and 3 ways; the first way goes when the fourth comes."""
+    assert rollout_lifetimes(3, 4, 10) == [[(2, 4), (3, 4)], [(2, 4), (3, 4), (3, 2)], [(3, 4), (3, 2)], [(3, 2)]]
+    assert rollout_lifetimes(1, 4, 5) == [[(1, 4)], [(1, 1)]]

@@ -8,23 +8,23 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from trainyard.tests.drawn import BICUBIC, jpeg, softened, texture
 from trainyard.trainers.data.quality import duplicates
 from trainyard.trainers.data.quality.duplicates import (
-    ADD,
-    FLAG,
+    ADD_COPY_CAPTIONS,
+    FLAG_COPIES,
+    DuplicatePair,
     DuplicateSettings,
-    Pair,
-    Print,
-    alike,
-    closest,
+    ImageSignature,
+    compute_image_signature,
     deduplicate,
-    fingerprint,
-    grouped,
-    near,
+    find_feature_pairs,
+    find_hash_pairs,
+    group_duplicates,
+    iterate_close_hashes,
+    make_duplicate_tiles,
     popcount,
-    tiles,
 )
-from trainyard.trainers.data.quality.thumbnails import Looking
+from trainyard.trainers.data.quality.thumbnails import ScanOptions
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.similarity.diversity import kernel_of, sampled, vendi, vendi_of_features
+from trainyard.trainers.data.similarity.diversity import sample_evenly, signature_kernel, vendi, vendi_from_features
 
 CHANGES = {
     "jpeg 40": lambda picture: jpeg(picture, 40),
@@ -43,24 +43,29 @@ def scene(seed):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_changed_copy_is_near_its_original(change, seed):
-    prints = [fingerprint(scene(seed)), fingerprint(CHANGES[change](scene(seed)))]
-    (pair,) = near(prints, 10)
+    prints = [compute_image_signature(scene(seed)), compute_image_signature(CHANGES[change](scene(seed)))]
+    (pair,) = find_hash_pairs(prints, 10)
     assert ("mirrored" in pair.why) == ("mirrored" in change)
 
 
 def test_a_mirror_image_is_another_picture_when_asked():
-    assert near([fingerprint(scene(0)), fingerprint(ImageOps.mirror(scene(0)))], 10, mirrored=False) == []
+    assert (
+        find_hash_pairs(
+            [compute_image_signature(scene(0)), compute_image_signature(ImageOps.mirror(scene(0)))], 10, mirrored=False
+        )
+        == []
+    )
 
 
 def test_different_pictures_are_far_apart():
-    prints = [fingerprint(scene(seed)) for seed in range(60)]
-    assert near(prints, 10) == []
+    prints = [compute_image_signature(scene(seed)) for seed in range(60)]
+    assert find_hash_pairs(prints, 10) == []
 
 
 def test_the_hash_of_the_mirror_image_is_known_without_mirroring():
     for seed in range(5):
         picture = scene(seed).resize((32, 32))
-        here, mirrored = fingerprint(picture), fingerprint(ImageOps.mirror(picture))
+        here, mirrored = compute_image_signature(picture), compute_image_signature(ImageOps.mirror(picture))
         assert bin(here.mirrored ^ mirrored.hash).count("1") <= 1
         assert bin(here.hash ^ mirrored.mirrored).count("1") <= 1
 
@@ -69,14 +74,23 @@ def test_the_same_shape_in_another_colour_is_another_picture():
     def disc(colour):
         picture = Image.new("RGB", (200, 200), "#eeeeee")
         ImageDraw.Draw(picture).ellipse([50, 30, 150, 130], fill=colour)
-        return fingerprint(picture)
+        return compute_image_signature(picture)
 
-    assert near([disc("#cc2222"), disc("#2222cc")], 10) == []
-    assert len(near([disc("#cc2222"), disc("#c82525")], 10)) == 1
+    assert find_hash_pairs([disc("#cc2222"), disc("#2222cc")], 10) == []
+    assert len(find_hash_pairs([disc("#cc2222"), disc("#c82525")], 10)) == 1
 
 
 def test_plain_pictures_are_not_all_duplicates_of_each_other():
-    assert near([fingerprint(Image.new("RGB", (64, 64), colour)) for colour in ("#404040", "#808080", "#818181")], 10) == []
+    assert (
+        find_hash_pairs(
+            [
+                compute_image_signature(Image.new("RGB", (64, 64), colour))
+                for colour in ("#404040", "#808080", "#818181")
+            ],
+            10,
+        )
+        == []
+    )
 
 
 def test_bits_are_counted_as_python_counts_them(monkeypatch):
@@ -89,39 +103,42 @@ def test_bits_are_counted_as_python_counts_them(monkeypatch):
 
 def test_the_fast_search_finds_what_a_slow_one_does(monkeypatch):
     """across the borders of its blocks"""
-    monkeypatch.setattr(duplicates, "BLOCK", 7)
+    monkeypatch.setattr(duplicates, "COMPARISON_BLOCK", 7)
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**16, 40).astype(np.uint64)  # 16 bits: many are near
     slow = [(i, j, bin(int(hashes[i] ^ hashes[j])).count("1")) for i in range(40) for j in range(i + 1, 40)]
-    assert sorted(closest(hashes, hashes, 4, np.ones(40, bool))) == [pair for pair in slow if pair[2] <= 4]
+    assert sorted(iterate_close_hashes(hashes, hashes, 4, np.ones(40, bool))) == [pair for pair in slow if pair[2] <= 4]
 
 
 def test_five_thousand_hashes_are_compared_in_a_few_seconds():
     rng = np.random.default_rng(0)
     colours = np.zeros((4, 4, 2))
     numbers = [int(n) for n in rng.integers(0, 2**63, 10_000)]
-    prints = [Print(numbers[i], numbers[5000 + i], 50.0, colours) for i in range(4998)]
-    prints += [Print(numbers[0] ^ 0b111, 0, 50.0, colours), Print(2**63 + 7, numbers[1], 50.0, colours)]
+    prints = [ImageSignature(numbers[i], numbers[5000 + i], 50.0, colours) for i in range(4998)]
+    prints += [
+        ImageSignature(numbers[0] ^ 0b111, 0, 50.0, colours),
+        ImageSignature(2**63 + 7, numbers[1], 50.0, colours),
+    ]
     start = time.perf_counter()
-    found = near(prints, 10)
+    found = find_hash_pairs(prints, 10)
     assert time.perf_counter() - start < 10
     assert (0, 4998) in {(pair.first, pair.second) for pair in found}
     assert (1, 4999) in {(pair.first, pair.second) for pair in found}, "the mirror image works in both directions"
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------------------
+# -- groups ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_of_a_copy_belongs_to_the_original_in_whatever_order_they_are_found():
-    ties = [Pair(1, 2, "a"), Pair(3, 5, "b"), Pair(2, 5, "c"), Pair(6, 7, "d")]
+    ties = [DuplicatePair(1, 2, "a"), DuplicatePair(3, 5, "b"), DuplicatePair(2, 5, "c"), DuplicatePair(6, 7, "d")]
     for pairs in (ties, ties[::-1], [ties[2], ties[0], ties[3], ties[1]]):
-        first, second = grouped(pairs, order=lambda index: index)
+        first, second = group_duplicates(pairs, order=lambda index: index)
         assert (first.best, set(first.rest)) == (1, {2, 3, 5})
         assert (second.best, second.rest) == (6, (7,))
 
 
 def test_the_best_one_of_a_group_is_the_one_that_comes_first_in_the_order():
-    (group,) = grouped([Pair(1, 2, "a"), Pair(2, 3, "b")], order=lambda index: -index)
+    (group,) = group_duplicates([DuplicatePair(1, 2, "a"), DuplicatePair(2, 3, "b")], order=lambda index: -index)
     assert (group.best, group.rest) == (3, (2, 1))
     assert group.why == {2: "b", 1: "a"}
 
@@ -129,8 +146,8 @@ def test_the_best_one_of_a_group_is_the_one_that_comes_first_in_the_order():
 def test_features_tie_what_a_hash_does_not():
     """cosines by hand: 1 and 0.96 are alike, 0.6 is not"""
     features = np.array([[1, 0], [0.96, 0.28], [0.6, 0.8], [0, 0]], np.float32)
-    assert [(pair.first, pair.second) for pair in alike(features, 0.95)] == [(0, 1)]
-    assert alike(None, 0.95) == []
+    assert [(pair.first, pair.second) for pair in find_feature_pairs(features, 0.95)] == [(0, 1)]
+    assert find_feature_pairs(None, 0.95) == []
 
 
 def folder_of(tmp_path, **pictures):
@@ -146,7 +163,13 @@ def kept(dataset):
 
 def test_the_largest_copy_stays_and_takes_nothing_of_the_others_unless_asked(tmp_path):
     small, large = scene(0), scene(0).resize((640, 480))
-    dataset = folder_of(tmp_path, a_small=small, b_other=scene(1), c_large=texture((640, 480), 7), d_copy=texture((640, 480), 7).resize((320, 240)))
+    dataset = folder_of(
+        tmp_path,
+        a_small=small,
+        b_other=scene(1),
+        c_large=texture((640, 480), 7),
+        d_copy=texture((640, 480), 7).resize((320, 240)),
+    )
     large.save(tmp_path / "e.png")
     done = deduplicate(dataset, DuplicateSettings())
     assert kept(done.dataset) == ["a_small.png", "b_other.png", "c_large.png"]
@@ -154,7 +177,7 @@ def test_the_largest_copy_stays_and_takes_nothing_of_the_others_unless_asked(tmp
     ((path, why),) = done.dataset.skipped
     assert path.endswith("d_copy.png")
     assert "of c_large.png" in why and "bits <= 10" in why
-    merged = deduplicate(dataset, DuplicateSettings(captions=ADD)).dataset
+    merged = deduplicate(dataset, DuplicateSettings(captions=ADD_COPY_CAPTIONS)).dataset
     assert merged[2].captions == ("caption of c_large", "caption of d_copy")
     assert dataset[2].captions == ("caption of c_large",), "the dataset that came in is what it was"
 
@@ -166,7 +189,9 @@ def test_more_pixels_without_more_detail_do_not_win(tmp_path):
 
 
 def test_of_equally_large_copies_the_sharpest_stays_and_of_equal_ones_that_with_a_caption(tmp_path):
-    dataset = folder_of(tmp_path, a=softened(texture((300, 300), 3), 0.7), b=texture((300, 300), 3), c=texture((300, 300), 3))
+    dataset = folder_of(
+        tmp_path, a=softened(texture((300, 300), 3), 0.7), b=texture((300, 300), 3), c=texture((300, 300), 3)
+    )
     (tmp_path / "b.txt").unlink()
     dataset = read_folder(tmp_path)
     assert kept(deduplicate(dataset, DuplicateSettings()).dataset) == ["c.png"]
@@ -174,7 +199,7 @@ def test_of_equally_large_copies_the_sharpest_stays_and_of_equal_ones_that_with_
 
 def test_flagged_copies_all_stay(tmp_path):
     dataset = folder_of(tmp_path, a=scene(0), b=jpeg(scene(0), 50), c=scene(1))
-    done = deduplicate(dataset, DuplicateSettings(duplicates=FLAG))
+    done = deduplicate(dataset, DuplicateSettings(duplicates=FLAG_COPIES))
     assert [record.flags != () for record in done.dataset] == [False, True, False]
     assert done.dataset[1].flags[0].startswith("duplicate (of a.png, ")
     assert done.dataset.skipped == ()
@@ -190,7 +215,7 @@ def test_a_vision_model_finds_the_crop_that_the_hash_misses(tmp_path):
         seen.extend(picture.size for picture in pictures)
         return np.array([[1, 0], [0.98, 0.199], [0, 1]], np.float32)
 
-    done = deduplicate(dataset, DuplicateSettings(), Looking(features=features))
+    done = deduplicate(dataset, DuplicateSettings(), ScanOptions(features=features))
     assert kept(done.dataset) == ["a.png", "c.png"]
     assert "cosine 0.980 >= 0.95" in done.dataset.skipped[0][1]
     assert len(seen) == 3
@@ -207,28 +232,28 @@ def test_a_broken_picture_stays_and_is_reported(tmp_path):
 
 def test_the_sheet_shows_groups_side_by_side(tmp_path):
     dataset = folder_of(tmp_path, a=scene(0), b=scene(1), c=scene(0), d=scene(1))
-    shown = tiles(deduplicate(dataset, DuplicateSettings()))
+    shown = make_duplicate_tiles(deduplicate(dataset, DuplicateSettings()))
     assert [tile.lines[0] for tile in shown] == ["1: stays", "1: the same file", "2: stays", "2: the same file"]
 
 
-# -- diversity -------------------------------------------------------------------------------------------------------------------
+# -- diversity ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_vendi_score_of_n_different_pictures_is_n_and_of_one_picture_n_times_1():
     assert vendi(np.eye(7)) == pytest.approx(7)
     assert vendi(np.ones((7, 7))) == pytest.approx(1)
     assert vendi(np.kron(np.eye(3), np.ones((4, 4)))) == pytest.approx(3), "three pictures, four times each"
-    assert vendi_of_features(np.eye(5)) == pytest.approx(5)
-    assert vendi_of_features(np.repeat(np.eye(3), 20, axis=0)) == pytest.approx(3), "by the smaller matrix"
+    assert vendi_from_features(np.eye(5)) == pytest.approx(5)
+    assert vendi_from_features(np.repeat(np.eye(3), 20, axis=0)) == pytest.approx(3), "by the smaller matrix"
 
 
 def test_without_a_vision_model_different_pictures_count_more_than_copies():
-    different = [fingerprint(scene(seed)) for seed in range(12)]
-    copies = [fingerprint(jpeg(scene(seed % 3), 90 - seed)) for seed in range(12)]
-    assert vendi(kernel_of(different)) > 8
-    assert vendi(kernel_of(copies)) == pytest.approx(3, abs=0.5)
+    different = [compute_image_signature(scene(seed)) for seed in range(12)]
+    copies = [compute_image_signature(jpeg(scene(seed % 3), 90 - seed)) for seed in range(12)]
+    assert vendi(signature_kernel(different)) > 8
+    assert vendi(signature_kernel(copies)) == pytest.approx(3, abs=0.5)
 
 
 def test_a_sample_is_even_and_keeps_both_ends():
-    assert sampled(range(5), 10) == [0, 1, 2, 3, 4]
-    assert sampled(range(101), 3) == [0, 50, 100]
+    assert sample_evenly(range(5), 10) == [0, 1, 2, 3, 4]
+    assert sample_evenly(range(101), 3) == [0, 50, 100]

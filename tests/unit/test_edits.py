@@ -1,4 +1,5 @@
-"""Every operation on captions by hand, what holds for all captions, and what is said of a line that is not understood."""
+"""Every operation on captions by hand, what holds for all captions, and what is said of a line that is not
+understood."""
 
 import dataclasses
 import random
@@ -6,12 +7,18 @@ from collections import Counter
 
 import pytest
 from trainyard.trainers.data.captions import edits
-from trainyard.trainers.data.captions.edits import OPERATIONS, apply, parse, preview, split
-from trainyard.trainers.data.records import Dataset, Record
+from trainyard.trainers.data.captions.edits import (
+    EDIT_OPERATIONS,
+    apply_edits,
+    format_edit_preview,
+    parse_edits,
+    split_tags,
+)
+from trainyard.trainers.data.records import ImageDataset, ImageRecord
 
 
 def record(*captions, tags=(), id="a" * 40, path="/set/cat.png"):
-    return Record(id=id, path=path, size=(8, 8), captions=captions, tags=tags)
+    return ImageRecord(id=id, path=path, size=(8, 8), captions=captions, tags=tags)
 
 
 def words(text):
@@ -21,7 +28,7 @@ def words(text):
 
 def edit(lines, caption, seed=0, tokens=words, **about):
     """The caption after these lines; '' when none is left."""
-    after = edits.edited(record(*filter(None, [caption]), **about), parse(lines), seed, tokens)
+    after = edits.edit_record(record(*filter(None, [caption]), **about), parse_edits(lines), seed, tokens)
     return after.captions[0] if after.captions else ""
 
 
@@ -107,12 +114,27 @@ def test_by_hand(lines, before, after):
 
 def test_every_operation_has_an_example():
     used = {line.split(":")[0].strip().lower() for lines, _, _ in BY_HAND for line in lines.split("\n")}
-    assert set(OPERATIONS) - used == {"shuffle"}, "shuffle has a test of its own"
+    assert set(EDIT_OPERATIONS) - used == {"shuffle"}, "shuffle has a test of its own"
 
 
-# -- what holds for every caption ----------------------------------------------------------------------------------------------------
+# -- what holds for every caption --------------------------------------------------------------------------------------
 
-PIECES = ("cat", "Cat", "long_hair", "long hair", "a cat on a mat", "hat (red)", r"hat \(red\)", "^_^", "🐈", "猫", "長い髪", "", " ", "sks")
+PIECES = (
+    "cat",
+    "Cat",
+    "long_hair",
+    "long hair",
+    "a cat on a mat",
+    "hat (red)",
+    r"hat \(red\)",
+    "^_^",
+    "🐈",
+    "猫",
+    "長い髪",
+    "",
+    " ",
+    "sks",
+)
 
 
 def captions(number=300):
@@ -121,8 +143,10 @@ def captions(number=300):
         yield rng.choice((", ", ",", "，", "、", ", \n")).join(rng.choices(PIECES, k=rng.randrange(8)))
 
 
-TWICE = ("trigger: sks", "prefix: oh,", "suffix: , end", "remove: cat", "blacklist: hair", "keep: cat, sks", "dedupe", "sort", "sort: keep 1",
-         "merge: tags, prose", "merge: prose, tags", "strip: boilerplate", "truncate: 4", "lower", "underscores: to spaces", "escape: parentheses")  # fmt: skip
+TWICE = ("trigger: sks", "prefix: oh,", "suffix: , end", "remove: cat", "blacklist: hair", "keep: cat, "
+                                                                                           "sks", "dedupe", "sort", "sort: keep 1",
+         "merge: tags, prose", "merge: prose, tags", "strip: boilerplate", "truncate: 4", "lower", "underscores: to "
+                                                                                                   "spaces", "escape: parentheses")  # fmt: skip
 
 
 @pytest.mark.parametrize("line", TWICE)
@@ -136,13 +160,13 @@ def test_doing_it_twice_is_doing_it_once(line):
 def test_another_order_loses_and_adds_no_tag(line):
     for caption in captions():
         before, after = caption.strip(), edit(line, caption.strip())
-        assert Counter(split(before.replace("\n", ","))) == Counter(split(after.replace("\n", ","))), caption
+        assert Counter(split_tags(before.replace("\n", ","))) == Counter(split_tags(after.replace("\n", ","))), caption
 
 
 def test_dedupe_leaves_each_tag_once():
     for caption in captions():
         for line in edit("dedupe", caption.strip()).split("\n"):
-            assert len(set(map(edits.key, split(line)))) == len(split(line)), caption
+            assert len(set(map(edits.caption_tag_key, split_tags(line)))) == len(split_tags(line)), caption
 
 
 @pytest.mark.parametrize("most", [1, 3, 7])
@@ -152,11 +176,16 @@ def test_a_truncated_caption_never_exceeds_its_length_and_ends_between_words(mos
 
     for caption in captions():
         caption = caption.strip()
-        by_words, by_letters = edit(f"truncate: {most} words", caption), edit(f"truncate: {most}", caption, tokens=letters)
+        by_words, by_letters = (
+            edit(f"truncate: {most} words", caption),
+            edit(f"truncate: {most}", caption, tokens=letters),
+        )
         assert len(by_words.split()) <= most
         assert len(by_letters) <= most, "the encoder that counts most decides"
         assert caption.startswith(by_words) and caption.startswith(by_letters)
-        assert not (caption + " ")[len(by_words)].isascii() or not (caption + " ")[len(by_words)].isalnum(), "between words"
+        assert not (caption + " ")[len(by_words)].isascii() or not (caption + " ")[len(by_words)].isalnum(), (
+            "between words"
+        )
 
 
 def test_a_shuffle_follows_the_seed_and_the_picture_alone():
@@ -166,42 +195,46 @@ def test_a_shuffle_follows_the_seed_and_the_picture_alone():
     assert edit("shuffle", tags) == alone
     assert edit("shuffle", tags, seed=1) != alone
     assert edit("shuffle", tags, id="b" * 40) != alone
-    data = Dataset((record("x, y, z", id="c" * 40), record(tags)))
-    assert apply(data, parse("shuffle"))[1].captions == (alone,)
+    data = ImageDataset((record("x, y, z", id="c" * 40), record(tags)))
+    assert apply_edits(data, parse_edits("shuffle"))[1].captions == (alone,)
     assert edit("shuffle: keep 3", tags).startswith("a, b, c, ")
 
 
-# -- datasets ------------------------------------------------------------------------------------------------------------------------
+# -- datasets ----------------------------------------------------------------------------------------------------------
 
 
 def test_alternatives_are_edited_each_and_equal_or_empty_ones_are_dropped():
-    assert edits.edited(record("cat, b", "b, cat", "cat"), parse("remove: cat")).captions == ("b",)
+    assert edits.edit_record(record("cat, b", "b, cat", "cat"), parse_edits("remove: cat")).captions == ("b",)
 
 
 def test_a_dataset_is_not_changed_and_nothing_but_captions_differs():
-    data = Dataset((record("a"), record("b", path="/set/b.png")), skipped=(("x", "why"),))
-    after = apply(data, parse("trigger: sks"))
+    data = ImageDataset((record("a"), record("b", path="/set/b.png")), skipped=(("x", "why"),))
+    after = apply_edits(data, parse_edits("trigger: sks"))
     assert data[0].captions == ("a",)
     assert [dataclasses.replace(r, captions=()) for r in after] == [dataclasses.replace(r, captions=()) for r in data]
     assert after.skipped == data.skipped
 
 
 def test_the_preview_shows_the_first_changes_and_counts_all():
-    data = Dataset(tuple(record(*caption, path=f"/set/{i}.png") for i, caption in enumerate([["a"], ["sks, b"], [], ["c"]])))
-    text = preview(data, apply(data, parse("trigger: sks")), show=2)
+    data = ImageDataset(
+        tuple(record(*caption, path=f"/set/{i}.png") for i, caption in enumerate([["a"], ["sks, b"], [], ["c"]]))
+    )
+    text = format_edit_preview(data, apply_edits(data, parse_edits("trigger: sks")), show=2)
     assert text.splitlines() == [
-        "3 of 4 pictures changed", "", "0.png", "- a", "+ sks, a", "", "2.png", "- (no caption)", "+ sks", "", "... and 1 more"]  # fmt: skip
+        "3 of 4 pictures "
+        "changed", "", "0.png", "- a", "+ sks, a", "", "2.png", "- (no caption)", "+ sks", "", "... and 1 "
+                                                                                               "more"]  # fmt: skip
 
 
 def test_progress_is_told_and_an_interrupt_goes_through():
-    seen, data = [], Dataset((record("a"), record("b")))
-    apply(data, parse("lower"), report=lambda *step: seen.append(step))
+    seen, data = [], ImageDataset((record("a"), record("b")))
+    apply_edits(data, parse_edits("lower"), report=lambda *step: seen.append(step))
     assert seen == [(1, 2, "cat.png"), (2, 2, "cat.png")]
     with pytest.raises(KeyboardInterrupt):
-        apply(data, parse("lower"), check_interrupt=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        apply_edits(data, parse_edits("lower"), check_interrupt=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
-# -- what is said of a line that is not understood -------------------------------------------------------------------------------------
+# -- what is said of a line that is not understood ---------------------------------------------------------------------
 
 WRONG = [
     ("triger: sks", "there is no operation 'triger'. Did you mean 'trigger'?"),
@@ -230,16 +263,19 @@ WRONG = [
 @pytest.mark.parametrize(("line", "message"), WRONG, ids=[line for line, _ in WRONG])
 def test_a_wrong_line_is_named_with_what_is_possible(line, message):
     with pytest.raises(ValueError, match=message) as error:
-        parse(f"lower\n\n{line}")
+        parse_edits(f"lower\n\n{line}")
     assert str(error.value).startswith(f"Line 3 of the edits, {line!r}: ")
 
 
 def test_tokens_without_a_text_encoder_are_an_error_that_offers_words():
-    with pytest.raises(ValueError, match="Line 1 of the edits, 'truncate: 2', on cat.png: .*Connect CLIP, or write 'truncate: 40 words'"):
+    with pytest.raises(
+        ValueError,
+        match="Line 1 of the edits, 'truncate: 2', on cat.png: .*Connect CLIP, or write 'truncate: 40 words'",
+    ):
         edit("truncate: 2", "one two three", tokens=None)
 
 
 def test_a_pattern_that_would_never_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(edits, "REGEX_SECONDS", 0.05)
+    monkeypatch.setattr(edits, "REGEX_TIMEOUT_SECONDS", 0.05)
     with pytest.raises(ValueError, match="took more than 0.05 s"):
         edit("s/(a|aa)+$/b/", "a" * 60 + "c")

@@ -1,4 +1,5 @@
-"""Encoding at size: pictures stream through, the next one is opened while the VAE works, and a record's own bucket is kept."""
+"""Encoding at size: pictures stream through, the next one is opened while the VAE works, and a record's own bucket is
+kept."""
 
 import gc
 import os
@@ -12,12 +13,12 @@ from PIL import Image
 from trainyard.tests.fakes_data import Cut, FakeVae, captioned, encoded, picture
 from trainyard.trainers.data import encode as module
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
-from trainyard.trainers.data.encode import AHEAD, ahead
+from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.encode import PREFETCH_IMAGES, prefetch_results
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset
+from trainyard.trainers.data.records import ImageDataset
 
-NO_CAPTIONS = CaptionSettings(caption_mode=EMPTY)
+NO_CAPTIONS = CaptionSettings(caption_mode=CAPTION_MODE_EMPTY)
 
 
 def openers():
@@ -25,20 +26,20 @@ def openers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("trainyard-open")]
 
 
-# -- opened ahead -------------------------------------------------------------------------------------------------------------
+# -- opened ahead ------------------------------------------------------------------------------------------------------
 
 
 def test_results_come_in_order_and_no_more_than_the_next_ones_are_begun():
     begun = []
-    for used, result in enumerate(ahead(lambda i=i: begun.append(i) or i for i in range(20))):
-        assert result == used and len(begun) <= used + 1 + AHEAD, (used, begun)
+    for used, result in enumerate(prefetch_results(lambda i=i: begun.append(i) or i for i in range(20))):
+        assert result == used and len(begun) <= used + 1 + PREFETCH_IMAGES, (used, begun)
     assert begun == list(range(20)) and not openers()
 
 
 def test_a_failure_comes_at_its_own_turn_and_ends_the_thread():
     """what was read before it is used first, so a broken last picture costs nothing of the others"""
     tasks = [lambda: 1, lambda: 2, lambda: 1 / 0, lambda: 4]
-    results = ahead(tasks)
+    results = prefetch_results(tasks)
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -46,9 +47,10 @@ def test_a_failure_comes_at_its_own_turn_and_ends_the_thread():
 
 
 def test_the_next_picture_is_opened_while_the_vae_works(tmp_path, monkeypatch):
-    """the VAE waits in its first call until a second picture has been opened; one after the other it would wait for ever"""
+    """the VAE waits in its first call until a second picture has been opened; one after the other it would wait for
+    ever"""
     captioned(tmp_path / "in", 3)
-    second, names, original = threading.Event(), [], module.opened
+    second, names, original = threading.Event(), [], module.open_bucketed_image
 
     def opened(p, ground):
         names.append(threading.current_thread().name)
@@ -61,7 +63,7 @@ def test_the_next_picture_is_opened_while_the_vae_works(tmp_path, monkeypatch):
             assert second.wait(20), "no second picture was opened"
             return super().encode(images)
 
-    monkeypatch.setattr(module, "opened", opened)
+    monkeypatch.setattr(module, "open_bucketed_image", opened)
     assert len(encoded(tmp_path, vae=Waiting())) == 3 and all(name.startswith("trainyard-open") for name in names)
 
 
@@ -86,16 +88,28 @@ def test_nothing_is_opened_when_all_is_on_disk(tmp_path, monkeypatch):
 def test_the_same_picture_twice_is_encoded_once(tmp_path):
     captioned(tmp_path / "in", 2)
     (first, second), vae = read_folder(tmp_path / "in"), FakeVae()
-    data = encoded(tmp_path, dataset=Dataset((first, replace(first, captions=("another",)), second)), vae=vae)
+    data = encoded(tmp_path, dataset=ImageDataset((first, replace(first, captions=("another",)), second)), vae=vae)
     assert vae.calls == 2 and data.items[0].latent == data.items[1].latent
 
 
 def test_progress_names_the_picture_at_work(tmp_path):
     captioned(tmp_path / "in", 3)
     vae, seen = FakeVae(), []
-    encoded(tmp_path, vae=vae, captions=NO_CAPTIONS, report=lambda done, total, text: seen.append((done, total, text, vae.calls)))
+    encoded(
+        tmp_path,
+        vae=vae,
+        captions=NO_CAPTIONS,
+        report=lambda done, total, text: seen.append((done, total, text, vae.calls)),
+    )
     # (done, of, name, pictures through the VAE): the empty text, then each picture before and after its turn
-    assert seen[-6:] == [(1, 4, "0.png", 0), (2, 4, "0.png", 1), (2, 4, "1.png", 1), (3, 4, "1.png", 2), (3, 4, "2.png", 2), (4, 4, "2.png", 3)]
+    assert seen[-6:] == [
+        (1, 4, "0.png", 0),
+        (2, 4, "0.png", 1),
+        (2, 4, "1.png", 1),
+        (3, 4, "1.png", 2),
+        (3, 4, "2.png", 2),
+        (4, 4, "2.png", 3),
+    ]
 
 
 def rss():
@@ -105,8 +119,8 @@ def rss():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch):
-    """between the 100th and the 1000th picture of 192 px the process grows by less than 2 MiB (0.4 to 0.6 measured): names and
-    numbers. Held pictures would be 97 MiB, as tensors for the VAE 380 MiB."""
+    """between the 100th and the 1000th picture of 192 px the process grows by less than 2 MiB (0.4 to 0.6 measured):
+    names and numbers. Held pictures would be 97 MiB, as tensors for the VAE 380 MiB."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time, and no memory
     (tmp_path / "in").mkdir()
     for i in range(1000):
@@ -126,38 +140,48 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch)
     assert len(data) == 1000 and growth < 2, f"{growth:.1f} MiB"
 
 
-# -- buckets that are decided already -------------------------------------------------------------------------------------------
+# -- buckets that are decided already ----------------------------------------------------------------------------------
 
 
 def in_bucket(root, bucket, size=(40, 24)):
     picture(root / "in" / "a.png", size)
     (record,) = read_folder(root / "in")
-    return Dataset((replace(record, bucket=bucket),))
+    return ImageDataset((replace(record, bucket=bucket),))
 
 
 def test_a_record_is_encoded_at_the_size_it_carries(tmp_path):
     """40x24 px covers 16x16 as 27x16: 11 columns are cut, 5 on the left; by the settings it would be 32x24"""
-    (item,) = encoded(tmp_path, dataset=in_bucket(tmp_path, (16, 16)), captions=NO_CAPTIONS, buckets=BucketSettings(resolution=32, step=8)).items
+    (item,) = encoded(
+        tmp_path,
+        dataset=in_bucket(tmp_path, (16, 16)),
+        captions=NO_CAPTIONS,
+        buckets=BucketSettings(resolution=32, step=8),
+    ).items
     assert item.bucket == (16, 16) and item.shape == (3, 2, 2)
     assert item.size == dict(width=40, height=24, crop_w=5, crop_h=0, target_width=16, target_height=16)
 
 
 def test_another_bucket_is_another_latent_and_another_dataset(tmp_path):
-    datas = [encoded(tmp_path, dataset=in_bucket(tmp_path, bucket), captions=NO_CAPTIONS) for bucket in (None, (16, 16), (24, 16))]
+    datas = [
+        encoded(tmp_path, dataset=in_bucket(tmp_path, bucket), captions=NO_CAPTIONS)
+        for bucket in (None, (16, 16), (24, 16))
+    ]
     assert len({data.items[0].latent for data in datas}) == len({data.fingerprint for data in datas}) == 3
 
 
 @pytest.mark.parametrize("bucket", [(16, 20), (0, 16)])
 def test_a_bucket_that_no_latent_fits_is_refused_before_any_picture(tmp_path, bucket):
     vae = FakeVae()
-    with pytest.raises(ValueError, match=rf"a\.png is to be trained at {bucket[0]}x{bucket[1]} px and this VAE.*multiple of 8"):
+    with pytest.raises(
+        ValueError, match=rf"a\.png is to be trained at {bucket[0]}x{bucket[1]} px and this VAE.*multiple of 8"
+    ):
         encoded(tmp_path, dataset=in_bucket(tmp_path, bucket), captions=NO_CAPTIONS, vae=vae)
     assert vae.calls == 0
 
 
 def test_merged_pictures_are_encoded_in_one_bucket(tmp_path):
-    """50x70 px at 32*32 px with steps of 8: 27 x 37.9 -> 24x32, or 24x40 (scaled 28.6 wide), and 32x32 would cut 12.8: 24x40. Among
-    others of 32x32 it is scaled to 32x45 there, and .29 is cut off"""
+    """50x70 px at 32*32 px with steps of 8: 27 x 37.9 -> 24x32, or 24x40 (scaled 28.6 wide), and 32x32 would cut 12.8:
+    24x40. Among others of 32x32 it is scaled to 32x45 there, and .29 is cut off"""
     for name, size in (("a", (50, 50)), ("b", (50, 50)), ("c", (50, 70))):
         picture(tmp_path / "in" / f"{name}.png", size)
     sizes = dict(resolution=32, step=8, max_crop=0.3)
@@ -166,7 +190,7 @@ def test_merged_pictures_are_encoded_in_one_bucket(tmp_path):
         assert [item.bucket for item in data.items] == [(32, 32), (32, 32), expected]
 
 
-# -- what a VAE may answer ------------------------------------------------------------------------------------------------------
+# -- what a VAE may answer ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -190,7 +214,8 @@ def test_one_bad_number_of_a_half_precision_vae_stops_the_encode_and_names_the_p
 
 
 def test_every_text_of_a_wildcard_is_encoded_though_the_caption_was_cached(tmp_path):
-    """Encoded once without the switch, then with it: the cache of the first time does not stand in for the texts of the second."""
+    """Encoded once without the switch, then with it: the cache of the first time does not stand in for the texts of the
+    second."""
     captioned(tmp_path / "in", 1)
     (text,) = (tmp_path / "in").glob("*.txt")
     text.write_text("a {red|blue} hat, small;;;round ||| x", encoding="utf-8")

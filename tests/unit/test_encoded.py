@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from trainyard.tests.fakes_data import FakeVae, captioned, encoded, picture
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.cache import Memory, size
-from trainyard.trainers.data.captions.variants import EMPTY, CaptionSettings
-from trainyard.trainers.data.encoded import Deck, Encoded, EncodedItem
+from trainyard.trainers.data.cache import MemoryStore, count_tensor_bytes
+from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.encoded import BucketBatchSampler, EncodedDataset, EncodedItem
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset
+from trainyard.trainers.data.records import ImageDataset
 
 
 def rng(seed=0):
@@ -26,7 +26,7 @@ def drawn(data, pick=0, count=400):
     return [data.batch([pick], generator) for _ in range(count)]
 
 
-# -- batches ------------------------------------------------------------------------------------------------------------------
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_holds_its_own_pictures_captions_and_sizes(tmp_path):
@@ -36,21 +36,28 @@ def test_a_batch_holds_its_own_pictures_captions_and_sizes(tmp_path):
     assert batch.index == [2, 0] and batch.captions == ["caption 2", "caption 0"] and batch.mask is None
     assert batch.x0.shape == (2, 3, 2, 2) and data.channels == 3
     assert torch.equal(batch.x0[0], data.store.load(data.items[2].latent)["mean"])
-    assert batch.conds[0]["cross_attn"].mean() == len("caption 2") and batch.conds[0]["pooled_output"].dtype == torch.float16
+    assert (
+        batch.conds[0]["cross_attn"].mean() == len("caption 2")
+        and batch.conds[0]["pooled_output"].dtype == torch.float16
+    )
     sizes = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
     assert [batch.conds[1][name] for name in sizes] == [16, 16, 0, 0, 16, 16] and batch.conds[1]["mask"] is None
 
 
 def test_sizes_are_each_pictures_own_and_the_mirrors_crop_is_mirrored(tmp_path):
-    """21x16 px are 336 > 256 px: sqrt(256 * 1.3125) = 18.3 -> 16 wide, 13.97 -> 8 high; by width 16/8 = 2 (off .69), by height
-    8 * 1.3125 = 10.5 -> 11 -> 8: 8/8 = 1 (off .31): scaled to 11x8, bucket 8x8, 1 px cut on the left and 2 on the right"""
+    """21x16 px are 336 > 256 px: sqrt(256 * 1.3125) = 18.3 -> 16 wide, 13.97 -> 8 high; by width 16/8 = 2 (off .69), by
+    height 8 * 1.3125 = 10.5 -> 11 -> 8: 8/8 = 1 (off .31): scaled to 11x8, bucket 8x8, 1 px cut on the left and 2 on
+    the right"""
     picture(tmp_path / "in" / "a.png", (21, 16))
     kohya = BucketSettings(resolution=16, step=8, rules="kohya")
-    data = encoded(tmp_path, flip=True, captions=CaptionSettings(caption_mode=EMPTY), buckets=kohya)
+    data = encoded(tmp_path, flip=True, captions=CaptionSettings(caption_mode=CAPTION_MODE_EMPTY), buckets=kohya)
     plain = dict(width=21, height=16, crop_w=1, crop_h=0, target_width=8, target_height=8)
     (item,) = data.items
     assert item.bucket == (8, 8) and item.size == plain and item.flipped_size == {**plain, "crop_w": 2}
-    seen = {(batch.conds[0]["crop_w"], torch.equal(batch.x0[0], data.store.load(item.flipped)["mean"])) for batch in drawn(data, count=50)}
+    seen = {
+        (batch.conds[0]["crop_w"], torch.equal(batch.x0[0], data.store.load(item.flipped)["mean"]))
+        for batch in drawn(data, count=50)
+    }
     assert seen == {(1, False), (2, True)}
 
 
@@ -76,14 +83,18 @@ def test_dropout_tells_its_share_of_draws_nothing(tmp_path):
 @pytest.mark.parametrize("dropout, expected", [(0.0, "caption 0"), (1.0, "")])
 def test_dropout_of_none_and_of_all(tmp_path, dropout, expected):
     captioned(tmp_path / "in", 1)
-    assert {batch.captions[0] for batch in drawn(encoded(tmp_path, captions=CaptionSettings(dropout=dropout)), count=100)} == {expected}
+    assert {
+        batch.captions[0] for batch in drawn(encoded(tmp_path, captions=CaptionSettings(dropout=dropout)), count=100)
+    } == {expected}
 
 
 def test_every_variant_is_told_about_equally_often(tmp_path):
     """3 captions in 600 draws: 200 +- 58 is five standard deviations"""
     picture(tmp_path / "in" / "a.png")
     record = dataclasses.replace(read_folder(tmp_path / "in")[0], captions=("a", "bb", "ccc"))
-    counts = Counter(batch.captions[0] for batch in drawn(encoded(tmp_path, dataset=Dataset((record,))), count=600))
+    counts = Counter(
+        batch.captions[0] for batch in drawn(encoded(tmp_path, dataset=ImageDataset((record,))), count=600)
+    )
     assert sorted(counts) == ["a", "bb", "ccc"] and all(abs(count - 200) <= 58 for count in counts.values()), counts
 
 
@@ -109,7 +120,10 @@ def test_latents_are_fp32_whatever_the_vae_gave(tmp_path):
 
     captioned(tmp_path / "in", 1)
     data = encoded(tmp_path, vae=Half())
-    assert data.store.load(data.items[0].latent)["mean"].dtype == torch.bfloat16 and data.batch([0], rng()).x0.dtype == torch.float32
+    assert (
+        data.store.load(data.items[0].latent)["mean"].dtype == torch.bfloat16
+        and data.batch([0], rng()).x0.dtype == torch.float32
+    )
 
 
 def test_video_latents_pass_through(tmp_path):
@@ -120,7 +134,7 @@ def test_video_latents_pass_through(tmp_path):
     assert batch.x0.shape == (2, 3, 1, 2, 2) and batch.mask.shape == (2, 1, 1, 2, 2) and data.channels == 3
 
 
-# -- masks --------------------------------------------------------------------------------------------------------------------
+# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 def test_masks_are_the_mean_of_each_cell_and_mirror_with_the_picture(tmp_path):
@@ -149,7 +163,7 @@ def test_a_changed_mask_is_read_again_and_the_picture_is_not_encoded_again(tmp_p
     assert vae.calls == 1 and len(prints) == 2
 
 
-# -- from ComfyUI's own LATENT[] and CONDITIONING[] ---------------------------------------------------------------------------
+# -- from ComfyUI's own LATENT[] and CONDITIONING[] --------------------------------------------------------------------
 
 
 def latents(*batches, shape=(4, 2, 2)):
@@ -157,12 +171,15 @@ def latents(*batches, shape=(4, 2, 2)):
 
 
 def conditioning(*values, rows=1):
-    return [[[torch.full((rows, 3, 4), float(v)), {"pooled_output": torch.full((rows, 2), float(v)), "width": 512}]] for v in values]
+    return [
+        [[torch.full((rows, 3, 4), float(v)), {"pooled_output": torch.full((rows, 2), float(v)), "width": 512}]]
+        for v in values
+    ]
 
 
 def test_stacks_are_split_and_paired_in_order():
     given = latents(2, 1)
-    data = Encoded.from_core(given, conditioning(1, 2, 3))
+    data = EncodedDataset.from_core(given, conditioning(1, 2, 3))
     batch = data.batch([0, 1, 2], rng())
     assert torch.equal(batch.x0, torch.cat([latent["samples"] for latent in given])) and data.channels == 4
     assert [cond["cross_attn"].shape for cond in batch.conds] == [(1, 3, 4)] * 3
@@ -170,42 +187,50 @@ def test_stacks_are_split_and_paired_in_order():
 
 
 def test_a_bucket_of_stacked_conditionings_is_split_too():
-    """core's Resolution Bucket: a stack of latents and one CONDITIONING of as many entries; a tensor of many rows is split as well"""
+    """core's Resolution Bucket: a stack of latents and one CONDITIONING of as many entries; a tensor of many rows is
+    split as well"""
     entries = [conditioning(1)[0][0], conditioning(2)[0][0]]
     rows = torch.arange(2.0).view(2, 1, 1).expand(2, 3, 4)
-    data = Encoded.from_core(latents(4), [entries, [[rows, {"pooled_output": rows[:, 0]}]]])
+    data = EncodedDataset.from_core(latents(4), [entries, [[rows, {"pooled_output": rows[:, 0]}]]])
     conds = data.batch([0, 1, 2, 3], rng()).conds
     assert [cond["cross_attn"].mean().item() for cond in conds] == [1, 2, 0, 1]
     assert conds[3]["pooled_output"].tolist() == [[1, 1, 1, 1]]
 
 
 def test_one_conditioning_may_serve_all_latents():
-    data = Encoded.from_core(latents(1, 1, 1), conditioning(5))
+    data = EncodedDataset.from_core(latents(1, 1, 1), conditioning(5))
     assert [cond["cross_attn"].mean().item() for cond in data.batch([0, 2], rng()).conds] == [5, 5]
 
 
-@pytest.mark.parametrize("counts, conds, message", [
-    ((2, 1), (1, 2), "3 latents and 2 conditionings do not pair up"),
-    ((1,), (), "1 latents and 0 conditionings"),
-    ((), (1,), "0 latents and 1 conditionings"),
-])
+@pytest.mark.parametrize(
+    "counts, conds, message",
+    [
+        ((2, 1), (1, 2), "3 latents and 2 conditionings do not pair up"),
+        ((1,), (), "1 latents and 0 conditionings"),
+        ((), (1,), "0 latents and 1 conditionings"),
+    ],
+)
 def test_a_count_mismatch_names_both_counts(counts, conds, message):
     with pytest.raises(ValueError, match=message):
-        Encoded.from_core(latents(*counts), conditioning(*conds))
+        EncodedDataset.from_core(latents(*counts), conditioning(*conds))
 
 
 def test_latents_of_different_vaes_are_refused():
     with pytest.raises(ValueError, match="The latents have 4 and 16 channels. Encode all images with the same VAE"):
-        Encoded.from_core(latents(1) + latents(1, shape=(16, 2, 2)), conditioning(1))
+        EncodedDataset.from_core(latents(1) + latents(1, shape=(16, 2, 2)), conditioning(1))
 
 
-NO_LATENTS = [({"samples": torch.zeros(2, 2)}, r"holds a tensor of shape \(2, 2\)"), ({}, "holds NoneType"), (3, "holds NoneType")]
+NO_LATENTS = [
+    ({"samples": torch.zeros(2, 2)}, r"holds a tensor of shape \(2, 2\)"),
+    ({}, "holds NoneType"),
+    (3, "holds NoneType"),
+]
 
 
 @pytest.mark.parametrize("bad, message", NO_LATENTS)
 def test_what_is_no_latent_is_refused(bad, message):
     with pytest.raises(ValueError, match=f"Latent 0 {message}"):
-        Encoded.from_core([bad], conditioning(1))
+        EncodedDataset.from_core([bad], conditioning(1))
 
 
 def test_noise_masks_become_loss_masks():
@@ -213,15 +238,15 @@ def test_noise_masks_become_loss_masks():
     mask = torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     first, second = latents(1, 1)
-    batch = Encoded.from_core([{**first, "noise_mask": mask}, second], conditioning(1)).batch([0, 1], rng())
+    batch = EncodedDataset.from_core([{**first, "noise_mask": mask}, second], conditioning(1)).batch([0, 1], rng())
     assert batch.mask[0, 0].tolist() == [[1, 1], [0, 0]] and batch.mask[1].eq(1).all()
     with pytest.raises(ValueError, match="3 samples and 2 masks"):
-        Encoded.from_core([{**latents(3)[0], "noise_mask": torch.ones(2, 16, 16)}], conditioning(1))
+        EncodedDataset.from_core([{**latents(3)[0], "noise_mask": torch.ones(2, 16, 16)}], conditioning(1))
 
 
 def test_tensors_of_a_node_in_inference_mode_can_be_trained_with():
     with torch.inference_mode():
-        data = Encoded.from_core(latents(1), conditioning(1))
+        data = EncodedDataset.from_core(latents(1), conditioning(1))
     batch, weight = data.batch([0], rng()), torch.ones(1, requires_grad=True)
     (batch.x0 * weight).sum().backward()
     (batch.conds[0]["cross_attn"] * weight).sum().backward()
@@ -229,26 +254,31 @@ def test_tensors_of_a_node_in_inference_mode_can_be_trained_with():
 
 
 def test_the_fingerprint_of_core_data_is_its_content():
-    same = [Encoded.from_core(latents(2), conditioning(1)).fingerprint for _ in range(2)]
-    others = [Encoded.from_core(latents(2), conditioning(2)), Encoded.from_core(latents(1, 1), conditioning(1))]
-    others += [Encoded.from_core(latents(2), conditioning(1), conditioning(0)[0], 0.1)]
+    same = [EncodedDataset.from_core(latents(2), conditioning(1)).fingerprint for _ in range(2)]
+    others = [
+        EncodedDataset.from_core(latents(2), conditioning(2)),
+        EncodedDataset.from_core(latents(1, 1), conditioning(1)),
+    ]
+    others += [EncodedDataset.from_core(latents(2), conditioning(1), conditioning(0)[0], 0.1)]
     assert same[0] == same[1] and len({same[0], *(other.fingerprint for other in others)}) == 4
 
 
 def test_dropout_of_core_data_needs_an_empty_conditioning():
     with pytest.raises(ValueError, match="dropout is 0.5, and nothing was given for the empty caption"):
-        Encoded.from_core(latents(1), conditioning(1), dropout=0.5)
-    data = Encoded.from_core(latents(1), conditioning(1), empty=conditioning(0)[0], dropout=1.0)
+        EncodedDataset.from_core(latents(1), conditioning(1), dropout=0.5)
+    data = EncodedDataset.from_core(latents(1), conditioning(1), empty=conditioning(0)[0], dropout=1.0)
     assert data.batch([0], rng()).conds[0]["cross_attn"].sum() == 0
 
 
-# -- the deck -----------------------------------------------------------------------------------------------------------------
+# -- the deck ----------------------------------------------------------------------------------------------------------
 
 
 def deck_of(*groups, batch=2):
     """A deck of items given as (shape, repeats)."""
-    items = [EncodedItem(str(i), "", "", shape, ("c",), ("",), repeats=repeats) for i, (shape, repeats) in enumerate(groups)]
-    return Deck(Encoded(items, Memory(), 4, "f"), batch)
+    items = [
+        EncodedItem(str(i), "", "", shape, ("c",), ("",), repeats=repeats) for i, (shape, repeats) in enumerate(groups)
+    ]
+    return BucketBatchSampler(EncodedDataset(items, MemoryStore(), 4, "f"), batch)
 
 
 SMALL, LARGE = (4, 2, 2), (4, 3, 2)
@@ -312,8 +342,8 @@ def test_an_epoch_through_a_small_memory_gives_the_same_batches(tmp_path):
     large, small = encoded(tmp_path), encoded(tmp_path)
     small.store.shelf.budget = 600
     for data in (large, small):
-        deck, generator = Deck(data, 3), rng()
+        deck, generator = BucketBatchSampler(data, 3), rng()
         data.seen = [data.batch(deck.draw(generator), generator).x0 for _ in range(len(deck))]
         assert data.store.shelf.held <= data.store.shelf.budget
-        assert data.store.shelf.held == sum(size(value) for value, _ in data.store.shelf.values.values())
+        assert data.store.shelf.held == sum(count_tensor_bytes(value) for value, _ in data.store.shelf.values.values())
     assert torch.equal(torch.cat(large.seen), torch.cat(small.seen)) and small.store.shelf.held < large.store.shelf.held

@@ -6,12 +6,12 @@ import pytest
 import torch
 from trainyard.tests import fakes_engine as fakes
 from trainyard.trainers.adapters.adapters import Adapters
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.diffusion import denoising_loss, slope
 from trainyard.trainers.engines import text as words
-from trainyard.trainers.engines.diffusers import load, packed, sigmas_of, unpacked
+from trainyard.trainers.engines.diffusers import load_engine, pack_flux_latents, scheduler_sigmas, unpack_flux_latents
 from trainyard.trainers.loop import train
-from trainyard.trainers.methods.lora import Lora
+from trainyard.trainers.methods.lora import LoraTraining
 from trainyard.trainers.settings import AdapterSettings, RunSettings
 
 FAMILIES = list(fakes.FOLDERS)
@@ -34,7 +34,7 @@ def engines(tmp_path_factory):
 
     def get(family):
         if family not in made:
-            made[family] = load(fakes.folder(family, tmp_path_factory.mktemp(family)), "cpu")
+            made[family] = load_engine(fakes.folder(family, tmp_path_factory.mktemp(family)), "cpu")
         return made[family]
 
     return get
@@ -43,7 +43,7 @@ def engines(tmp_path_factory):
 @pytest.fixture
 def short_vocabulary(tmp_path, monkeypatch):
     path = fakes.vocabulary(tmp_path)
-    monkeypatch.setattr(words, "vocabulary_file", lambda: path)
+    monkeypatch.setattr(words, "find_clip_vocabulary", lambda: path)
 
 
 def problem(engine, seed=0):
@@ -88,17 +88,20 @@ def test_a_perfect_answer_has_no_loss(engines, family, monkeypatch):
     _, sigma, conds, x0, noise = problem(engine)
     conds = conds[:1] * 2  # of one length, so that both are answered at once
     perfect = noise - x0 if engine.denoiser.flow else noise
-    monkeypatch.setattr(engine.denoiser, "velocity" if engine.denoiser.flow else "output", lambda *_: perfect, raising=False)
+    monkeypatch.setattr(
+        engine.denoiser, "velocity" if engine.denoiser.flow else "output", lambda *_: perfect, raising=False
+    )
     assert denoising_loss(engine.denoiser, x0, noise, sigma, conds).max() < 1e-6
     x = engine.denoiser.noised(x0, noise, sigma)
     assert torch.allclose(slope(x, sigma, engine.denoiser.denoise(x, sigma, conds)), perfect, atol=1e-4)
 
 
 def test_a_perfect_v_prediction_has_no_loss(tmp_path, monkeypatch):
-    """v = (noise - sigma x0) / sqrt(1 + sigma^2) in these coordinates (Salimans & Ho 2022), also at zero terminal SNR."""
+    """v = (noise - sigma x0) / sqrt(1 + sigma^2) in these coordinates (Salimans & Ho 2022), also at zero terminal
+    SNR."""
     (tmp_path / "model_index.json").write_text("{}")
     fakes.sdxl(tmp_path, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    engine = load(tmp_path, "cpu")
+    engine = load_engine(tmp_path, "cpu")
     assert engine.prediction == "v" and engine.denoiser.sigmas[-1] == pytest.approx(4518.8, rel=1e-3)
     _, _, conds, x0, noise = problem(engine)
     sigma = engine.denoiser.sigma_at(torch.tensor([0.1, 1.0]))
@@ -109,7 +112,7 @@ def test_a_perfect_v_prediction_has_no_loss(tmp_path, monkeypatch):
 
 def test_the_noise_levels_of_stable_diffusion_by_hand():
     """First and last of beta 0.00085 ... 0.012 in square roots over 1000 steps: 0.0292 and 14.6146."""
-    sigmas = sigmas_of({})
+    sigmas = scheduler_sigmas({})
     assert sigmas[0] == pytest.approx((0.00085 / (1 - 0.00085)) ** 0.5)
     assert sigmas[-1] == pytest.approx(14.6146, abs=1e-3)
 
@@ -123,22 +126,28 @@ def test_the_schedule_is_finite_and_rises_from_clean_to_noise(engines, family):
 def test_a_discrete_model_finds_the_timestep_of_each_of_its_noise_levels(engines):
     unet = engines("sd15").denoiser
     assert unet.timestep(unet.sigmas.float()).tolist() == list(range(1000))
-    assert unet.sigma_at(torch.tensor([0.5004, 1.0])).tolist() == pytest.approx([unet.sigmas[500].item(), unet.sigmas[999].item()])
+    assert unet.sigma_at(torch.tensor([0.5004, 1.0])).tolist() == pytest.approx(
+        [unet.sigmas[500].item(), unet.sigmas[999].item()]
+    )
 
 
 def test_flux_tokens_come_back_as_the_latent_they_were():
     """The first token holds the four cells of the upper left corner, channel by channel."""
     x = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
-    assert packed(x)[0, 0].tolist() == [0, 1, 6, 7, 24, 25, 30, 31, 48, 49, 54, 55]
-    assert torch.equal(unpacked(packed(x), x.shape), x)
+    assert pack_flux_latents(x)[0, 0].tolist() == [0, 1, 6, 7, 24, 25, 30, 31, 48, 49, 54, 55]
+    assert torch.equal(unpack_flux_latents(pack_flux_latents(x), x.shape), x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_latent_format_is_the_familys(engines, family):
     engine = engines(family)
-    scale, shift = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}[family]
+    scale, shift = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}[
+        family
+    ]
     assert engine.denoiser.model_space(torch.tensor([[[[2.0]]]])).item() == pytest.approx((2.0 - shift) * scale)
-    assert engine.denoiser.latent_space(engine.denoiser.model_space(torch.ones(1, 1, 1, 1))).item() == pytest.approx(1.0)
+    assert engine.denoiser.latent_space(engine.denoiser.model_space(torch.ones(1, 1, 1, 1))).item() == pytest.approx(
+        1.0
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,11 +155,11 @@ def test_a_lora_trains_and_only_its_adapters_move(engines, family):
     engine = engines(family)
     rng = torch.Generator().manual_seed(1)
     latents = [{"samples": torch.randn(4, engine.vae.channels, 8, 8, generator=rng)}]
-    data = Encoded.from_core(latents, [[[c["cross_attn"], {k: v for k, v in c.items() if k != "cross_attn"}]] for c in
+    data = EncodedDataset.from_core(latents, [[[c["cross_attn"], {k: v for k, v in c.items() if k != "cross_attn"}]] for c in
                                        engine.text.encode(["red", "blue", "star", "a"])])  # fmt: skip
     before = {k: v.clone() for k, v in engine.network.state_dict().items()}
     adapters = Adapters(engine.network, AdapterSettings(rank=4, targets="all linear", conv=True, conv_rank=4), rng)
-    method = Lora(engine.denoiser, adapters, data, density=engine.family.density, batch=2)
+    method = LoraTraining(engine.denoiser, adapters, data, density=engine.family.density, batch=2)
     with adapters.attached():
         before_training = loss_on_unseen_seeds(method)
         train(method, RunSettings(steps=20, learning_rate=3e-2))
@@ -169,13 +178,19 @@ def loss_on_unseen_seeds(method):
 def test_a_file_fills_fresh_adapters_with_what_was_saved(engines, family):
     engine = engines(family)
     x, sigma, conds, _, _ = problem(engine)
-    first, second = (Adapters(engine.network, AdapterSettings(rank=4), torch.Generator().manual_seed(i)) for i in range(2))
+    first, second = (
+        Adapters(engine.network, AdapterSettings(rank=4), torch.Generator().manual_seed(i)) for i in range(2)
+    )
     with torch.no_grad():
         for low in list(first.lows.values())[1:]:  # the first layer never learns, and is not in the file
             low.up.normal_(generator=torch.Generator().manual_seed(3))
     tensors, untouched = engine.lora_tensors(first)
     prefix = ("transformer.", "lora_A.weight") if engine.denoiser.flow else ("lora_unet_", "lora_down.weight")
-    assert len(untouched) == 1 and all(k.startswith(prefix[0]) for k in tensors) and any(k.endswith(prefix[1]) for k in tensors)
+    assert (
+        len(untouched) == 1
+        and all(k.startswith(prefix[0]) for k in tensors)
+        and any(k.endswith(prefix[1]) for k in tensors)
+    )
     engine.load_lora(tensors, second)
     answers = []
     for adapters in (first, second):
@@ -198,12 +213,15 @@ def test_a_text_encoder_gets_gradients_and_kohyas_names(engines, family):
     reached = [name for name in text.layers if text.low(name).up.grad is not None and text.low(name).up.grad.any()]
     first_layers = [n for n in text.layers if ".layers.0." in n]
     assert set(first_layers) <= set(reached)
-    keys = {k.rsplit(".lora_", 1)[0] for k in engine.lora_tensors(Adapters(engine.network, AdapterSettings(rank=2)), text)[0]}
+    keys = {
+        k.rsplit(".lora_", 1)[0]
+        for k in engine.lora_tensors(Adapters(engine.network, AdapterSettings(rank=2)), text)[0]
+    }
     prefix = "lora_te_" if family == "sd15" else "lora_te1_"
     assert f"{prefix}text_model_encoder_layers_0_self_attn_q_proj" in keys
 
 
-# -- text ------------------------------------------------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, shape, pooled", [
@@ -212,7 +230,9 @@ def test_a_text_encoder_gets_gradients_and_kohyas_names(engines, family):
 def test_conditionings_have_the_shape_that_comfyui_gives(engines, family, shape, pooled):
     (cond,) = engines(family).text.encode(["red star"])
     assert cond["cross_attn"].shape == (1, *shape)
-    assert ("pooled_output" in cond) == (pooled is not None) and (pooled is None or cond["pooled_output"].shape == (1, pooled))
+    assert ("pooled_output" in cond) == (pooled is not None) and (
+        pooled is None or cond["pooled_output"].shape == (1, pooled)
+    )
 
 
 def test_a_long_caption_is_read_in_chunks_that_each_begin_and_end(engines):
@@ -228,13 +248,17 @@ def test_the_empty_caption_is_start_end_and_padding(engines):
 
 
 def test_clip_l_alone_leaves_the_rest_of_sd3s_text_at_zero(tmp_path, short_vocabulary):
-    engine = load(fakes.sd3_file(tmp_path / "m.safetensors"), "cpu")
+    engine = load_engine(fakes.sd3_file(tmp_path / "m.safetensors"), "cpu")
     (cond,) = engine.text.encode(["red star"])
-    assert cond["cross_attn"].shape == (1, 77, 4096) and not cond["cross_attn"][..., 64:].any() and cond["cross_attn"][..., :64].any()
+    assert (
+        cond["cross_attn"].shape == (1, 77, 4096)
+        and not cond["cross_attn"][..., 64:].any()
+        and cond["cross_attn"][..., :64].any()
+    )
 
 
 def test_encoders_that_differ_have_different_identities(engines, tmp_path):
-    again = load(fakes.folder("sdxl", tmp_path), "cpu")
+    again = load_engine(fakes.folder("sdxl", tmp_path), "cpu")
     assert engines("sdxl").text.identity == again.text.identity != engines("sd3").text.identity
     assert engines("sdxl").vae.identity == again.vae.identity != engines("sd3").vae.identity
     with torch.no_grad():
@@ -245,20 +269,20 @@ def test_encoders_that_differ_have_different_identities(engines, tmp_path):
 def test_a_missing_vocabulary_names_the_package(monkeypatch):
     monkeypatch.setattr(words.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install --no-deps open_clip_torch"):
-        words.vocabulary_file()
+        words.find_clip_vocabulary()
 
 
 def test_byte_letters_name_every_byte_once():
-    letters = words.byte_letters()
+    letters = words.byte_to_letter()
     assert len(set(letters)) == 256 and letters[0] == "!" and not any(c.isspace() for c in letters)
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------------------
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_tiny_autoencoder_speaks_unscaled_latents(tmp_path, short_vocabulary):
     """TAESD's own output is model space, so unscaled = raw / 1.5305 + 0.0609, and model_space gives raw back."""
-    engine = load(fakes.sd3_file(tmp_path / "m.safetensors"), "cpu")
+    engine = load_engine(fakes.sd3_file(tmp_path / "m.safetensors"), "cpu")
     images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     latent, spread = engine.vae.encode(images)
     with torch.no_grad():
@@ -285,22 +309,25 @@ def test_samples_are_pictures_that_depend_on_seed_prompt_and_guidance(engines, f
         assert not torch.equal(first, other)
 
 
-# -- files --------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_and_a_file_of_the_same_weights_give_the_same_model(tmp_path, short_vocabulary):
-    engine = load(fakes.sd3_file(tmp_path / "m.safetensors"), "cpu")
+    engine = load_engine(fakes.sd3_file(tmp_path / "m.safetensors"), "cpu")
     (tmp_path / "model_index.json").write_text("{}")
     engine.network.save_pretrained(tmp_path / "transformer")
     engine.vae.model.save_pretrained(tmp_path / "vae")
     engine.text.encoders["l"].model.save_pretrained(tmp_path / "text_encoder")
     (tmp_path / "tokenizer").mkdir()
-    words.write_vocabulary(words.vocabulary_file(), tmp_path / "tokenizer")
-    again = load(tmp_path, "cpu")
+    words.write_clip_vocabulary(words.find_clip_vocabulary(), tmp_path / "tokenizer")
+    again = load_engine(tmp_path, "cpu")
     x, sigma, conds, _, _ = problem(engine)
     images = torch.rand(1, 16, 16, 3)
     with torch.no_grad():
-        answers = engine.denoiser.denoise(x, sigma, conds), again.denoiser.denoise(x, sigma, again.text.encode(CAPTIONS))
+        answers = (
+            engine.denoiser.denoise(x, sigma, conds),
+            again.denoiser.denoise(x, sigma, again.text.encode(CAPTIONS)),
+        )
     assert torch.allclose(*answers, atol=1e-4)
     assert torch.allclose(engine.vae.encode(images)[0], again.vae.encode(images)[0], atol=1e-5)
 
@@ -319,7 +346,7 @@ def test_a_folder_and_a_file_of_the_same_weights_give_the_same_model(tmp_path, s
 ])  # fmt: skip
 def test_a_model_that_cannot_be_used_says_why(tmp_path, short_vocabulary, what, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        load(unusable(tmp_path, what), "cpu")
+        load_engine(unusable(tmp_path, what), "cpu")
 
 
 def unusable(folder, what):
@@ -355,8 +382,10 @@ def test_a_unet_file_whose_family_is_not_described_here_names_the_remedy(tmp_pat
     monkeypatch.setattr(single_file, "snapshot_download", offline, raising=True)
     path = tmp_path / "sd15.safetensors"
     fakes.write_safetensors(path, {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)})
-    with pytest.raises(ValueError, match="is a UNet checkpoint.*Convert it to a diffusers folder.*or train inside ComfyUI"):
-        load(path, "cpu")
+    with pytest.raises(
+        ValueError, match="is a UNet checkpoint.*Convert it to a diffusers folder.*or train inside ComfyUI"
+    ):
+        load_engine(path, "cpu")
 
 
 def test_conditionings_and_latents_must_be_as_many(engines):

@@ -1,17 +1,23 @@
-"""Fixed questions about differences: by hand, the same each time, near what training draws, and no cost or change of the training."""
+"""Fixed questions about differences: by hand, the same each time, near what training draws, and no cost or change of
+the training."""
 
 import dataclasses
 
 import pytest
 import torch
 from trainyard.tests.unit.toy import SHAPE, Denoiser, Net, dataset, pairs, prompts, shaken
-from trainyard.trainers.diffusion import Density
+from trainyard.trainers.diffusion import NoiseLevelDensity
 from trainyard.trainers.loop import train
-from trainyard.trainers.methods.image_pairs import Change, ImageSlider
-from trainyard.trainers.methods.prompts import Difference, keep, leco, text_slider
-from trainyard.trainers.methods.rollouts import Model, Noise, Pictures, Rollouts, Task
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from trainyard.trainers.methods.prompts import (
+    PromptDifferenceTraining,
+    make_leco_targets,
+    make_preserve_targets,
+    make_slider_targets,
+)
+from trainyard.trainers.methods.rollouts import ImagePoints, NoisePoints, PromptTask, RolloutPoints, StudentTeacherModel
 from trainyard.trainers.monitor import fixed_batches
-from trainyard.trainers.monitor.validation import RESTORE, ValidationSettings, Watch
+from trainyard.trainers.monitor.validation import RESTORE_BEST, ValidationMonitor, ValidationSettings
 from trainyard.trainers.settings import NoiseSettings, PointSettings, RunSettings
 
 PLAIN, BAND = NoiseSettings(), NoiseSettings(min_time=0.3, max_time=0.8)
@@ -20,47 +26,52 @@ SETTINGS = PointSettings(sampling_steps=5, ways=3, refresh=4)
 
 def model():
     network = Net()
-    return Model(Denoiser(network), shaken(network), prompts())
+    return StudentTeacherModel(Denoiser(network), shaken(network), prompts())
 
 
 def sliding(method=ImageSlider, noise=PLAIN):
     m = model()
-    return method(m.denoiser, m.adapters, pairs(), noise, Density(), 2)
+    return method(m.denoiser, m.adapters, pairs(), noise, NoiseLevelDensity(), 2)
 
 
 def tasks(batch=2):
-    return [Task(pulls, "cat", "", 1.0, (SHAPE,), batch) for pulls in (text_slider("cat", "old", "young"), keep("dog"))]
+    return [
+        PromptTask(pulls, "cat", "", 1.0, (SHAPE,), batch)
+        for pulls in (make_slider_targets("cat", "old", "young"), make_preserve_targets("dog"))
+    ]
 
 
 def moving(kind="rollout", noise=PLAIN):
     """A Difference on points of a kind."""
     m = model()
     points = {
-        "rollout": lambda: Rollouts(m, tasks(), SETTINGS, noise, 2.0),
-        "pictures": lambda: Pictures(m, tasks(), dataset(), noise, Density(), 2),
-        "noise": lambda: Noise(m, tasks(), noise),
+        "rollout": lambda: RolloutPoints(m, tasks(), SETTINGS, noise, 2.0),
+        "pictures": lambda: ImagePoints(m, tasks(), dataset(), noise, NoiseLevelDensity(), 2),
+        "noise": lambda: NoisePoints(m, tasks(), noise),
     }[kind]()
-    return Difference(m, tasks(), points)
+    return PromptDifferenceTraining(m, tasks(), points)
 
 
 def exam_of(method, kind="rollout", rows=4, batch=3, noise=PLAIN, levels=4):
-    asked = fixed_batches.asking(method)
+    asked = fixed_batches.with_separate_counts(method)
     points = {
-        "rollout": lambda: fixed_batches.on_ways(asked.model, asked.tasks, SETTINGS, noise, 2.0, levels),
-        "pictures": lambda: fixed_batches.on_pictures(method.model.denoiser, asked.tasks, dataset(), Density(), noise, levels, range(rows)),
-        "noise": lambda: fixed_batches.on_noise(method.model.denoiser, asked.tasks, noise, levels),
+        "rollout": lambda: fixed_batches.points_on_rollouts(asked.model, asked.tasks, SETTINGS, noise, 2.0, levels),
+        "pictures": lambda: fixed_batches.points_on_images(
+            method.model.denoiser, asked.tasks, dataset(), NoiseLevelDensity(), noise, levels, range(rows)
+        ),
+        "noise": lambda: fixed_batches.points_on_noise(method.model.denoiser, asked.tasks, noise, levels),
     }[kind]()
-    return fixed_batches.point_exam(asked, points, rows, batch, kind)
+    return fixed_batches.build_point_validation(asked, points, rows, batch, kind)
 
 
 def pair_exam(method, count=2, levels=4, batch=3, data=None):
-    return fixed_batches.pair_exam(method, data or method.data, count, levels, batch)
+    return fixed_batches.build_pair_validation(method, data or method.data, count, levels, batch)
 
 
 KINDS = ("rollout", "pictures", "noise")
 MADE = {
     "image slider": (lambda: sliding(), pair_exam),
-    "change": (lambda: sliding(Change), pair_exam),
+    "change": (lambda: sliding(AddiftTraining), pair_exam),
     **{kind: (lambda kind=kind: moving(kind), lambda m, kind=kind: exam_of(m, kind)) for kind in KINDS},
 }
 
@@ -95,7 +106,8 @@ def test_points_lie_in_the_band_that_is_trained(kind):
 
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_measured_moves_with_the_weights_and_is_not_moved_by_its_own_points(name):
-    """The points of ways are those of the frozen model: the student, which changes, does not choose what it is asked."""
+    """The points of ways are those of the frozen model: the student, which changes, does not choose what it is
+    asked."""
     make, ask = MADE[name]
     method = make()
     exam = ask(method)
@@ -118,9 +130,9 @@ def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
     for level, sigma in enumerate(exam.sigmas_of_first()):
         both = []
         for strength, index in pair.at.items():
-            batch = method.data.batch([index], fixed_batches.chance("pair", pair.name))
+            batch = method.data.batch([index], fixed_batches.validation_rng("pair", pair.name))
             x0 = method.denoiser.model_space(batch.x0)
-            noise = fixed_batches.randn_like(x0, fixed_batches.chance("noise", pair.name, level))
+            noise = fixed_batches.cpu_randn_like(x0, fixed_batches.validation_rng("noise", pair.name, level))
             sigma = torch.tensor([float(sigma)])
             with torch.no_grad(), method.adapters.at(strength):
                 answer = method.denoiser.denoise(method.denoiser.noised(x0, noise, sigma), sigma, batch.conds)
@@ -135,8 +147,13 @@ def test_a_perfect_student_has_no_loss_at_its_points():
     with torch.no_grad():
         for p in m.adapters.parameters():
             p.zero_()
-    method = Difference(m, [Task(keep("cat"), "cat", "", 1.0, (SHAPE,), 1)], None)
-    exam = fixed_batches.point_exam(fixed_batches.asking(method), fixed_batches.on_ways(m, method.tasks, SETTINGS, NoiseSettings(), 1.0, 4), 2, 2)
+    method = PromptDifferenceTraining(m, [PromptTask(make_preserve_targets("cat"), "cat", "", 1.0, (SHAPE,), 1)], None)
+    exam = fixed_batches.build_point_validation(
+        fixed_batches.with_separate_counts(method),
+        fixed_batches.points_on_rollouts(m, method.tasks, SETTINGS, NoiseSettings(), 1.0, 4),
+        2,
+        2,
+    )
     assert exam.losses().abs().max() < 1e-8
 
 
@@ -146,7 +163,9 @@ def test_each_task_is_asked_in_its_turn_and_the_frozen_model_only_once():
     spent = dict(exam.method.model.spent)
     assert [exam.points(row).task for row in range(4)] == [0, 1, 0, 1]
     assert spent["rollout"] == 4 * (5 - 1) * 2
-    assert spent["frozen"] == 2 * 4 * 3 + 2 * 4 * 1, "three prompts of the slider and one of what is kept, at four points of two ways each"
+    assert spent["frozen"] == 2 * 4 * 3 + 2 * 4 * 1, (
+        "three prompts of the slider and one of what is kept, at four points of two ways each"
+    )
     exam.losses()
     assert exam.method.model.spent["frozen"] == spent["frozen"]
 
@@ -165,10 +184,10 @@ def test_weights_and_other_noise_of_the_training_are_not_measured():
 
 def test_measurements_of_other_questions_are_told_apart():
     keys = {exam_of(moving(), rows=4).key, exam_of(moving(), rows=3).key, exam_of(moving("noise"), "noise").key,
-            pair_exam(sliding()).key, pair_exam(sliding(Change)).key, pair_exam(sliding(), levels=5).key}  # fmt: skip
+            pair_exam(sliding()).key, pair_exam(sliding(AddiftTraining)).key, pair_exam(sliding(), levels=5).key}  # fmt: skip
     assert len(keys) == 6
     other = moving()
-    other.tasks = [Task(leco("cat", "old", "dog", ""), "cat", "", 1.0, (SHAPE,), 2)]
+    other.tasks = [PromptTask(make_leco_targets("cat", "old", "dog", ""), "cat", "", 1.0, (SHAPE,), 2)]
     assert exam_of(other).key not in keys
 
 
@@ -177,7 +196,7 @@ def test_a_run_that_is_looked_at_is_the_run_that_is_not(name):
     make, ask = MADE[name]
     run = RunSettings(steps=7, learning_rate=0.01, save_every=0)
     plain, seen = make(), make()
-    watch = Watch(ValidationSettings(every=2), {"training": ask(seen)})
+    watch = ValidationMonitor(ValidationSettings(every=2), {"training": ask(seen)})
     losses = train(plain, run), train(seen, run, watch=watch)
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
@@ -187,11 +206,16 @@ def test_a_run_that_is_looked_at_is_the_run_that_is_not(name):
 
 def test_the_best_weights_of_a_slider_are_restored_and_a_run_ends_when_nothing_is_gained():
     method = sliding()
-    watch = Watch(ValidationSettings(every=1, best=RESTORE, patience=2), {"validation": pair_exam(method, data=pairs(seed=91))})
+    watch = ValidationMonitor(
+        ValidationSettings(every=1, best=RESTORE_BEST, patience=2),
+        {"validation": pair_exam(method, data=pairs(seed=91))},
+    )
     train(method, RunSettings(steps=40, learning_rate=1.0, save_every=0), watch=watch)
     best = min(watch.history[1:], key=lambda entry: entry["loss"])
     assert watch.history[-1]["step"] < 40 and watch.best["step"] == best["step"]
-    assert float(watch.exams["validation"].losses().mean()) == pytest.approx(best["loss"], rel=1e-5), "the weights are those of the best step"
+    assert float(watch.exams["validation"].losses().mean()) == pytest.approx(best["loss"], rel=1e-5), (
+        "the weights are those of the best step"
+    )
 
 
 def test_an_interrupt_is_heard_at_every_forward():

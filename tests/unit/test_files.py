@@ -15,12 +15,12 @@ from trainyard.trainers.files import (
     LoraFile,
     lora_metadata,
     read_safetensors,
-    read_tree,
+    read_state_tree,
     tensor_hash,
-    write_bytes,
+    write_bytes_atomically,
     write_lora,
     write_safetensors,
-    write_tree,
+    write_state_tree,
 )
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
@@ -29,14 +29,24 @@ RECORDS = {"adapter": AdapterSettings, "optimizing": OptimizerSettings, "noise":
 
 def metadata(*, dataset=None, base="sdxl_base_v1-0", **records):
     made = {name: records.get(name, record()) for name, record in RECORDS.items()}
-    about = dict(title="star", architecture="stable-diffusion-xl-v1-base", prediction="epsilon", resolution="1024x1024", steps=300)
+    about = dict(
+        title="star",
+        architecture="stable-diffusion-xl-v1-base",
+        prediction="epsilon",
+        resolution="1024x1024",
+        steps=300,
+    )
     return lora_metadata(base=base, dataset=dataset or {"images": 12, "dropout": 0.1}, **about, **made)
 
 
 def lora(value=1.0):
     key = "lora_unet_attn_to_q"
     up, down = torch.full((3, 2), value), torch.randn(2, 3, generator=rng())
-    return LoraFile({f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)}, metadata(), 300)
+    return LoraFile(
+        {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)},
+        metadata(),
+        300,
+    )
 
 
 def names(folder):
@@ -44,7 +54,7 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-# -- atomic -------------------------------------------------------------------------------------------------------------------
+# -- atomic ------------------------------------------------------------------------------------------------------------
 
 
 def no_space(*args):
@@ -54,13 +64,13 @@ def no_space(*args):
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file_and_no_rubbish_and_says_how_much_is_needed(fails, tmp_path, monkeypatch):
     path = tmp_path / "star.safetensors"
-    write_bytes(path, b"old")
+    write_bytes_atomically(path, b"old")
     monkeypatch.setattr(os, fails, no_space)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 2**19))
     with pytest.raises(
         OSError, match=r"could not be written \(No space left on device\): 1\.5 MiB are needed and 0\.5 MiB are free"
     ) as full:
-        write_bytes(path, bytes(3 * 2**19))
+        write_bytes_atomically(path, bytes(3 * 2**19))
     assert full.value.errno == errno.ENOSPC and str(path) in str(full.value)
     assert path.read_bytes() == b"old" and names(tmp_path) == ["star.safetensors"]
 
@@ -71,9 +81,11 @@ def test_a_disk_that_is_really_full_is_told_apart_from_success(tmp_path, monkeyp
     import builtins
 
     real = open
-    monkeypatch.setattr(builtins, "open", lambda path, mode="r", *a, **k: real("/dev/full" if mode == "wb" else path, mode, *a, **k))
+    monkeypatch.setattr(
+        builtins, "open", lambda path, mode="r", *a, **k: real("/dev/full" if mode == "wb" else path, mode, *a, **k)
+    )
     with pytest.raises(OSError, match="No space left on device"):
-        write_bytes(tmp_path / "star.safetensors", b"new")
+        write_bytes_atomically(tmp_path / "star.safetensors", b"new")
     assert names(tmp_path) == []
 
 
@@ -82,10 +94,10 @@ def test_an_interrupt_while_writing_leaves_the_old_file_and_no_rubbish(tmp_path,
         raise KeyboardInterrupt
 
     path = tmp_path / "star.safetensors"
-    write_bytes(path, b"old")
+    write_bytes_atomically(path, b"old")
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_bytes(path, b"new")
+        write_bytes_atomically(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["star.safetensors"]
 
 
@@ -94,11 +106,11 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1])
-    write_bytes(tmp_path / "new folder" / "star", b"new")
+    write_bytes_atomically(tmp_path / "new folder" / "star", b"new")
     assert order == ["sync", "replace"] and names(tmp_path / "new folder") == ["star"]
 
 
-# -- the same bytes -----------------------------------------------------------------------------------------------------------
+# -- the same bytes ----------------------------------------------------------------------------------------------------
 
 
 def test_the_same_content_gives_the_same_bytes_whatever_the_order_of_its_metadata(tmp_path):
@@ -151,7 +163,7 @@ def test_a_file_cut_short_is_an_error(tmp_path):
         read_safetensors(tmp_path / "f")
 
 
-# -- trees --------------------------------------------------------------------------------------------------------------------
+# -- trees -------------------------------------------------------------------------------------------------------------
 
 
 def same(a, b):
@@ -180,14 +192,14 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_tree_comes_back_equal_in_every_bit(name, tmp_path):
-    write_tree(tmp_path / "state", TREES[name])
-    assert same(TREES[name], read_tree(tmp_path / "state")), read_tree(tmp_path / "state")
+    write_state_tree(tmp_path / "state", TREES[name])
+    assert same(TREES[name], read_state_tree(tmp_path / "state")), read_state_tree(tmp_path / "state")
 
 
 def test_one_tensor_in_two_places_is_two_tensors_afterwards(tmp_path):
     shared = torch.ones(2)
-    write_tree(tmp_path / "state", {"a": shared, "b": shared, "part": shared[:1]})
-    back = read_tree(tmp_path / "state")
+    write_state_tree(tmp_path / "state", {"a": shared, "b": shared, "part": shared[:1]})
+    back = read_state_tree(tmp_path / "state")
     back["a"].zero_()
     assert back["b"].tolist() == [1.0, 1.0] and back["part"].tolist() == [1.0]
 
@@ -195,10 +207,10 @@ def test_one_tensor_in_two_places_is_two_tensors_afterwards(tmp_path):
 def test_a_lora_is_no_saved_state(tmp_path):
     write_lora(tmp_path / "star.safetensors", lora())
     with pytest.raises(ValueError, match=r"star\.safetensors is no saved state"):
-        read_tree(tmp_path / "star.safetensors")
+        read_state_tree(tmp_path / "star.safetensors")
 
 
-# -- LoRA files ---------------------------------------------------------------------------------------------------------------
+# -- LoRA files --------------------------------------------------------------------------------------------------------
 
 
 def test_a_lora_file_holds_its_tensors_its_metadata_and_a_hash_of_its_values(tmp_path):
@@ -223,14 +235,17 @@ def test_a_lora_with_nan_is_refused_and_the_old_file_stays(value, tmp_path):
     write_lora(path, lora())
     before = path.read_bytes()
     with pytest.raises(
-        ValueError, match=r"holds NaN or infinite values \(1 tensors, first lora_unet_attn_to_q.lora_up.weight\).*Lower the learning rate"
+        ValueError,
+        match=r"holds NaN or infinite values \(1 tensors, first lora_unet_attn_to_q.lora_up.weight\).*Lower the learning rate",
     ):
         write_lora(path, lora(value))
     assert path.read_bytes() == before
 
 
 def test_an_empty_lora_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="This LoRA is empty: no layer has learnt anything yet. Train for at least one step"):
+    with pytest.raises(
+        ValueError, match="This LoRA is empty: no layer has learnt anything yet. Train for at least one step"
+    ):
         write_lora(tmp_path / "star.safetensors", LoraFile({}, metadata()))
     assert names(tmp_path) == []
 
@@ -263,8 +278,12 @@ def test_the_records_of_the_run_come_back_from_the_metadata():
     records = {"adapter": AdapterSettings(rank=3, targets="attention"), "optimizing": OptimizerSettings(clip=0.5), "noise": NoiseSettings(),
                "run": RunSettings(seed=2**63 - 1)}  # fmt: skip
     told = json.loads(metadata(**records)["trainyard"])
-    assert {record: told[type(record).__name__] for record in records.values()} == {record: record.to_dict() for record in records.values()}
-    assert [type(record).from_dict(told[type(record).__name__]) for record in records.values()] == list(records.values())
+    assert {record: told[type(record).__name__] for record in records.values()} == {
+        record: record.to_dict() for record in records.values()
+    }
+    assert [type(record).from_dict(told[type(record).__name__]) for record in records.values()] == list(
+        records.values()
+    )
 
 
 def test_no_clock_time_is_in_a_file(tmp_path, monkeypatch):

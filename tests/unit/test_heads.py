@@ -4,7 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from trainyard.trainers.scores.aesthetic_heads import Chain, Head, check_width, read_head, read_pooler
+from trainyard.trainers.scores.aesthetic_heads import (
+    AestheticHead,
+    AestheticMLP,
+    check_embedding_width,
+    read_aesthetic_head,
+    read_siglip_pooler,
+)
 
 SIZES = (768, 1024, 128, 64, 16, 1)
 
@@ -30,21 +36,27 @@ def test_laions_mlp_has_no_activations_and_sees_embeddings_of_unit_length(tmp_pa
     tensors, path = laion(), tmp_path / f"head.{ending}"
     torch.save(tensors, path) if ending == "pth" else save_file(tensors, path)
     embedding = torch.randn(3, 768)
-    head = read_head(path)
+    head = read_aesthetic_head(path)
     assert torch.allclose(head(embedding), by_hand(tensors, embedding), atol=1e-5)
     assert torch.allclose(head(embedding), head(7 * embedding), atol=1e-5)
 
 
 def test_the_first_predictor_is_one_layer(tmp_path):
     torch.save({"weight": torch.full((1, 4), 2.0), "bias": torch.tensor([1.0])}, tmp_path / "v1.pth")
-    assert read_head(tmp_path / "v1.pth")(torch.tensor([[3.0, 0, 4, 0]])).tolist() == pytest.approx([1 + 2 * (0.6 + 0.8)])
+    assert read_aesthetic_head(tmp_path / "v1.pth")(torch.tensor([[3.0, 0, 4, 0]])).tolist() == pytest.approx(
+        [1 + 2 * (0.6 + 0.8)]
+    )
 
 
 def test_layers_are_put_in_the_order_of_their_numbers(tmp_path):
-    tensors = {f"layers.{i}.{part}": value for i in range(11) for part, value in (("weight", torch.eye(2)), ("bias", torch.zeros(2)))}
+    tensors = {
+        f"layers.{i}.{part}": value
+        for i in range(11)
+        for part, value in (("weight", torch.eye(2)), ("bias", torch.zeros(2)))
+    }
     tensors |= {"layers.11.weight": torch.tensor([[1.0, 0.0]]), "layers.11.bias": torch.zeros(1)}
     torch.save(tensors, tmp_path / "deep.pth")
-    assert read_head(tmp_path / "deep.pth").width == 2
+    assert read_aesthetic_head(tmp_path / "deep.pth").width == 2
 
 
 class Surprise:
@@ -55,7 +67,7 @@ class Surprise:
 def test_a_file_that_would_run_code_is_not_opened(tmp_path, capsys):
     torch.save({"weight": Surprise()}, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match="could run code"):
-        read_head(tmp_path / "bad.pth")
+        read_aesthetic_head(tmp_path / "bad.pth")
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -71,14 +83,14 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path, capsys):
 def test_files_of_another_kind_are_refused_in_words(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=message):
-        read_head(tmp_path / "other.safetensors")
+        read_aesthetic_head(tmp_path / "other.safetensors")
 
 
 def test_a_wrong_encoder_is_named_with_the_right_one():
-    head = Head(Chain([(torch.zeros(1, 768), None)]))
-    check_width(head, 768)
+    head = AestheticHead(AestheticMLP([(torch.zeros(1, 768), None)]))
+    check_embedding_width(head, 768)
     with pytest.raises(ValueError, match=r"768 numbers .* gives 1280 \(CLIP ViT-bigG/14\)\. It wants CLIP ViT-L/14"):
-        check_width(head, 1280)
+        check_embedding_width(head, 1280)
 
 
 def test_siglips_pooling_is_that_of_transformers(tmp_path):
@@ -86,16 +98,18 @@ def test_siglips_pooling_is_that_of_transformers(tmp_path):
     from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
     torch.manual_seed(0)
-    oracle = SiglipMultiheadAttentionPoolingHead(SiglipVisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=1))
+    oracle = SiglipMultiheadAttentionPoolingHead(
+        SiglipVisionConfig(hidden_size=64, intermediate_size=96, num_attention_heads=1)
+    )
     nn.init.normal_(oracle.probe)
     tensors = {f"vision_model.head.{name}": value.detach().clone() for name, value in oracle.state_dict().items()}
     save_file({**tensors, "vision_model.post_layernorm.weight": torch.zeros(64)}, tmp_path / "siglip.safetensors")
     tokens = torch.randn(2, 9, 64)
     with torch.no_grad():
-        assert torch.allclose(read_pooler(tmp_path / "siglip.safetensors")(tokens), oracle(tokens), atol=1e-5)
+        assert torch.allclose(read_siglip_pooler(tmp_path / "siglip.safetensors")(tokens), oracle(tokens), atol=1e-5)
 
 
 def test_a_siglip_file_without_its_pooling_layer_says_which_file_has_it(tmp_path):
     save_file({"vision_model.post_layernorm.weight": torch.zeros(64)}, tmp_path / "sigclip.safetensors")
     with pytest.raises(ValueError, match="google/siglip-so400m-patch14-384"):
-        read_pooler(tmp_path / "sigclip.safetensors")
+        read_siglip_pooler(tmp_path / "sigclip.safetensors")

@@ -13,10 +13,27 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-HOST = set("comfy comfy_api comfy_extras comfy_execution folder_paths nodes server execution node_helpers latent_preview".split())
-HEAVY = {"timm", "onnx", "onnxruntime", "diffusers", "transformers", "peft", "scipy", "torchvision", "pytorch_optimizer", "accelerate"}
-BROUGHT = set("torch torchvision torchaudio numpy safetensors transformers pillow einops scipy tqdm psutil aiohttp".split())
-# For training; for models that look at images; for score models that look through a loaded one; for samples drawn while a model trains.
+HOST = set(
+    "comfy comfy_api comfy_extras comfy_execution folder_paths nodes server execution node_helpers "
+    "latent_preview".split()
+)
+HEAVY = {
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "diffusers",
+    "transformers",
+    "peft",
+    "scipy",
+    "torchvision",
+    "pytorch_optimizer",
+    "accelerate",
+}
+BROUGHT = set(
+    "torch torchvision torchaudio numpy safetensors transformers pillow einops scipy tqdm psutil aiohttp".split()
+)
+# For training; for models that look at images; for score models that look through a loaded one; for samples drawn while
+# a model trains.
 DOORS = ("nodes/host/", "nodes/data/loaded_models.py", "nodes/scores/backbones.py", "nodes/train/previews.py")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -30,7 +47,8 @@ def name_of(path):
 
 
 def imports(path, everywhere=True):
-    """Absolute dotted names that a file imports; relative ones are resolved from the pack's root, as `.trainers.loop`."""
+    """Absolute dotted names that a file imports; relative ones are resolved from the pack's root, as
+    `.trainers.loop`."""
     tree = ast.parse(path.read_text(), str(path))
     nodes = ast.walk(tree) if everywhere else at_import_time(tree)
     return [name for node in nodes for name in imported(node, path)]
@@ -69,7 +87,9 @@ def top(name):
 def test_trainers_import_nothing_of_comfyui_or_of_the_rooms_above(path):
     names = imports(path)
     assert not [name for name in names if top(name) in HOST | {"trainyard"}]
-    assert not [name for name in names if name.startswith(".") and not name.startswith(".trainers")], "reaches above trainers/"
+    assert not [name for name in names if name.startswith(".") and not name.startswith(".trainers")], (
+        "reaches above trainers/"
+    )
 
 
 @pytest.mark.parametrize("path", modules("trainers"), ids=name_of)
@@ -84,9 +104,18 @@ def test_nodes_import_heavy_packages_only_inside_functions_and_never_the_pack_by
     assert not by_name, "use relative imports: the pack's folder may have any name"
 
 
-@pytest.mark.parametrize("path", [path for path in modules("nodes") if not name_of(path).startswith(DOORS)], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in modules("nodes") if not name_of(path).startswith(DOORS)], ids=name_of
+)
 def test_only_the_host_doors_touch_samplers_and_model_management(path):
-    closed = ("comfy.samplers", "comfy.sample", "comfy.sampler_helpers", "comfy.model_management", "comfy.model_patcher", "comfy.ops")
+    closed = (
+        "comfy.samplers",
+        "comfy.sample",
+        "comfy.sampler_helpers",
+        "comfy.model_management",
+        "comfy.model_patcher",
+        "comfy.ops",
+    )
     assert not [name for name in imports(path) if name.startswith(closed)]
 
 
@@ -99,8 +128,16 @@ def test_a_method_knows_neither_the_loop_nor_another_methods_private_names(path)
 
 
 def test_data_and_settings_and_diffusion_know_no_methods():
-    low = [*modules("trainers/data"), *modules("trainers/adapters"), *(ROOT / "trainers" / f"{room}.py" for room in ("settings", "diffusion", "files"))]
-    assert not [name_of(path) for path in low if path.is_file() and any(name.startswith(".trainers.methods") for name in imports(path))]
+    low = [
+        *modules("trainers/data"),
+        *modules("trainers/adapters"),
+        *(ROOT / "trainers" / f"{room}.py" for room in ("settings", "diffusion", "files")),
+    ]
+    assert not [
+        name_of(path)
+        for path in low
+        if path.is_file() and any(name.startswith(".trainers.methods") for name in imports(path))
+    ]
 
 
 def test_importing_the_pack_and_its_trainers_loads_no_heavy_package_and_nothing_of_comfyui():
@@ -120,7 +157,9 @@ print(*sorted(set(name.split(".")[0] for name in sys.modules) & {HEAVY | HOST}))
 
 
 def test_the_root_imports_nothing_of_comfyui_at_module_scope():
-    assert not [name for name in imports(ROOT / "__init__.py", everywhere=False) if top(name) in HOST | HEAVY | {"torch"}]
+    assert not [
+        name for name in imports(ROOT / "__init__.py", everywhere=False) if top(name) in HOST | HEAVY | {"torch"}
+    ]
 
 
 def test_the_pack_speaks_the_new_node_interface_only():
@@ -130,7 +169,9 @@ def test_the_pack_speaks_the_new_node_interface_only():
 
 
 def lines(name):
-    return [line.strip() for line in (ROOT / name).read_text().splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip() for line in (ROOT / name).read_text().splitlines() if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_the_requirements_file_lists_exactly_the_projects_dependencies():
@@ -144,7 +185,12 @@ def test_nothing_that_comfyui_brings_is_required_or_capped():
 
 
 def test_torch_is_named_in_no_requirements_file():
-    assert not [name.name for name in ROOT.glob("requirements*.txt") for line in lines(name.name) if line.lower().startswith("torch")]
+    assert not [
+        name.name
+        for name in ROOT.glob("requirements*.txt")
+        for line in lines(name.name)
+        if line.lower().startswith("torch")
+    ]
 
 
 def test_the_registry_finds_what_it_asks_for():

@@ -1,4 +1,5 @@
-"""DoRA, LoHa and LoKr: the formula, the file, and what each costs; rules by layer name, dropout, and starting from a file."""
+"""DoRA, LoHa and LoKr: the formula, the file, and what each costs; rules by layer name, dropout, and starting from a
+file."""
 
 import copy
 import math
@@ -9,13 +10,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainyard.tests.unit.test_adapters import ConvNet, seeded, settings
 from trainyard.tests.unit.toy import Net, rng
-from trainyard.trainers.adapters.adapters import Adapters, by_base
-from trainyard.trainers.adapters.layers import Hada, Low, split
+from trainyard.trainers.adapters.adapters import Adapters, group_tensors_by_layer
+from trainyard.trainers.adapters.layers import LohaLayer, LoraLayer, factorize_dimension
 from trainyard.trainers.loop import parameter_groups
 from trainyard.trainers.optimizers import make_optimizer
-from trainyard.trainers.settings import ALGORITHMS, AdapterSettings, OptimizerSettings, block_rules
+from trainyard.trainers.settings import ADAPTER_ALGORITHMS, AdapterSettings, OptimizerSettings, parse_block_rules
 
-NEW = [name for name in ALGORITHMS if name != "LoRA"]
+NEW = [name for name in ADAPTER_ALGORITHMS if name != "LoRA"]
 X = torch.randn(2, 3, 8, 8, generator=rng())
 
 
@@ -46,7 +47,7 @@ def change(tensors, weight):
 
 def merged(network, tensors, strength):
     """The network with the file in its weights. DoRA is ComfyUI's: the row norm is that of W alone."""
-    for base, parts in by_base(tensors).items():
+    for base, parts in group_tensors_by_layer(tensors).items():
         merge(network.get_submodule(base.removeprefix("lora_unet_")).weight, parts, strength)
     return network
 
@@ -61,12 +62,15 @@ def merge(weight, parts, strength):
 
 @pytest.mark.parametrize("strength", [1.0, -1.0, 0.5])
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ADAPTER_ALGORITHMS)
 def test_the_file_merged_into_the_weights_gives_the_trained_output(algorithm, rank, strength):
-    """Linear, strided 3x3 and 1x1 convolution; at rank 2 the matrices of LoKr are whole, at rank 1 of some layers products."""
+    """Linear, strided 3x3 and 1x1 convolution; at rank 2 the matrices of LoKr are whole, at rank 1 of some layers
+    products."""
     network = seeded(ConvNet())
     with torch.no_grad():
-        adapters = shaken(network, algorithm=algorithm, rank=rank, conv_rank=rank, conv=True, alpha=3.0, conv_alpha=0.5, factor=2)
+        adapters = shaken(
+            network, algorithm=algorithm, rank=rank, conv_rank=rank, conv=True, alpha=3.0, conv_alpha=0.5, factor=2
+        )
         with adapters.at(strength):
             trained = network(X)
         tensors = adapters.tensors()[0]
@@ -75,7 +79,7 @@ def test_the_file_merged_into_the_weights_gives_the_trained_output(algorithm, ra
     assert torch.allclose(trained, loaded, rtol=1e-4, atol=1e-4), (trained - loaded).abs().max()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ADAPTER_ALGORITHMS)
 def test_every_algorithm_starts_as_no_change_and_every_number_learns(algorithm):
     network = seeded(ConvNet())
     before = network(X)
@@ -93,46 +97,56 @@ def test_every_algorithm_starts_as_no_change_and_every_number_learns(algorithm):
 
 
 def test_dora_by_hand():
-    """W = [[3, 4]], B A = [[3, -4]], s = 1, so W + BA = [[6, 0]]; |W| = 5, |W + BA| = 6; magnitude 0.2 -> gain 1.2 * 5 / 6 = 1.
-    x = (1, 1): W x = 7, W' x = 6 * 1 = 6, at strength 2: 7 + 2 * (6 - 7) = 5. The bias of 10 is not scaled."""
+    """W = [[3, 4]], B A = [[3, -4]], s = 1, so W + BA = [[6, 0]]; |W| = 5, |W + BA| = 6; magnitude 0.2 -> gain 1.2 * 5
+    / 6 = 1. x = (1, 1): W x = 7, W' x = 6 * 1 = 6, at strength 2: 7 + 2 * (6 - 7) = 5. The bias of 10 is not scaled."""
     network = nn.Sequential(nn.Linear(2, 1))
     network[0].weight.data, network[0].bias.data = torch.tensor([[3.0, 4.0]]), torch.tensor([10.0])
     adapters = Adapters(network, settings(algorithm="DoRA", rank=1))
     low = adapters.low("0")
-    low.down.data, low.up.data, low.magnitude.data = torch.tensor([[3.0, -4.0]]), torch.tensor([[1.0]]), torch.tensor([0.2])
+    low.down.data, low.up.data, low.magnitude.data = (
+        torch.tensor([[3.0, -4.0]]),
+        torch.tensor([[1.0]]),
+        torch.tensor([0.2]),
+    )
     with adapters.attached():
         assert network(torch.ones(1, 2)).item() == pytest.approx(16.0)
         with adapters.at(2.0):
             assert network(torch.ones(1, 2)).item() == pytest.approx(15.0)
-    assert adapters.tensors()[0]["lora_unet_0.dora_scale"].tolist() == [[pytest.approx(5.0)]], "ComfyUI: dora_scale / |W| = 1"
+    assert adapters.tensors()[0]["lora_unet_0.dora_scale"].tolist() == [[pytest.approx(5.0)]], (
+        "ComfyUI: dora_scale / |W| = 1"
+    )
 
 
 def test_loha_by_hand():
-    """rank 1: w1 = [[1], [2]] [[1, 3]] = [[1, 3], [2, 6]], w2 = [[1], [1]] [[2, 1]] = [[2, 1], [2, 1]]; product [[2, 3], [4, 6]];
-    x = (1, 1): (5, 10)."""
-    low = Hada(nn.Linear(2, 2), 1, 1.0)
+    """rank 1: w1 = [[1], [2]] [[1, 3]] = [[1, 3], [2, 6]], w2 = [[1], [1]] [[2, 1]] = [[2, 1], [2, 1]]; product [[2,
+    3], [4, 6]]; x = (1, 1): (5, 10)."""
+    low = LohaLayer(nn.Linear(2, 2), 1, 1.0)
     low.w1_a.data, low.w1_b.data = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 3.0]])
     low.w2_a.data, low.w2_b.data = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0, 1.0]])
     assert low(torch.ones(1, 2)).tolist() == [[5.0, 10.0]]
 
 
 def test_lokr_by_hand():
-    """kron([[1, 2], [3, 4]], [[0, 1], [1, 0]]) = [[0,1,0,2],[1,0,2,0],[0,3,0,4],[3,0,4,0]]; x = (1, 2, 3, 4): (10, 7, 22, 15)."""
+    """kron([[1, 2], [3, 4]], [[0, 1], [1, 0]]) = [[0,1,0,2],[1,0,2,0],[0,3,0,4],[3,0,4,0]]; x = (1, 2, 3, 4): (10, 7,
+    22, 15)."""
     adapters = Adapters(nn.Sequential(nn.Linear(4, 4)), settings(algorithm="LoKr", rank=2, factor=2))
     low = adapters.low("0")
     low.w1.data, low.w2.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert low(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[10.0, 7.0, 22.0, 15.0]]
 
 
-@pytest.mark.parametrize("count, factor, expected", [(128, 8, (8, 16)), (128, 0, (8, 16)), (360, 8, (8, 45)), (360, 0, (18, 20)), (127, 8, (1, 127))])
+@pytest.mark.parametrize(
+    "count, factor, expected",
+    [(128, 8, (8, 16)), (128, 0, (8, 16)), (360, 8, (8, 45)), (360, 0, (18, 20)), (127, 8, (1, 127))],
+)
 def test_lokr_splits_a_width_into_two_factors(count, factor, expected):
-    assert split(count, factor) == expected
+    assert factorize_dimension(count, factor) == expected
 
 
 @pytest.mark.parametrize("rank", [2, 6])
 def test_loha_gives_the_same_with_and_without_the_dense_matrix(rank):
     layer = seeded(nn.Linear(40, 30))
-    low = Hada(layer, rank, 1.0, rng=rng())
+    low = LohaLayer(layer, rank, 1.0, rng=rng())
     with torch.no_grad():
         low.w2_a.copy_(torch.randn(low.w2_a.shape, generator=rng(1)))
     x = torch.randn(5, 40, generator=rng(2))
@@ -166,7 +180,7 @@ def test_the_formulas_are_those_of_peft(algorithm):
 
 
 def copy_to_peft(theirs, low, layer):
-    if isinstance(low, Hada):
+    if isinstance(low, LohaLayer):
         for part in ("w1_a", "w1_b", "w2_a", "w2_b"):
             getattr(theirs, f"hada_{part}")["default"].copy_(getattr(low, part))
         return
@@ -182,12 +196,13 @@ def copy_to_peft(theirs, low, layer):
     there.copy_(((1 + low.magnitude) * layer.weight.flatten(1).norm(dim=1)).view(there.shape))
 
 
-# -- costs ----------------------------------------------------------------------------------------------------------------------
+# -- costs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm, most", [("LoRA", 0.05), ("DoRA", 0.06), ("LoHa", 0.25), ("LoKr", 0.25)])
 def test_what_an_algorithm_costs_beside_the_layer_itself(algorithm, most):
-    """FLOPs of forward and backward over those of the frozen layer alone, 512 wide, 1024 tokens, rank 4. A dense gradient would be 0.5."""
+    """FLOPs of forward and backward over those of the frozen layer alone, 512 wide, 1024 tokens, rank 4. A dense
+    gradient would be 0.5."""
     network, x = nn.Sequential(nn.Linear(512, 512)).requires_grad_(False), torch.randn(1024, 512)
 
     def flops():
@@ -202,14 +217,18 @@ def test_what_an_algorithm_costs_beside_the_layer_itself(algorithm, most):
     assert more <= most, f"{algorithm}: {more:.1%} more"
 
 
-# -- rules by layer name ----------------------------------------------------------------------------------------------------------
+# -- rules by layer name -----------------------------------------------------------------------------------------------
 
 
 def test_rules_give_layers_their_own_rank_alpha_and_rate():
-    """ff.up: rank 2 of 4 keeps the scale 0.5; to_q: alpha 8 of rank 8; to_out is left out; the rest is as the node says."""
+    """ff.up: rank 2 of 4 keeps the scale 0.5; to_q: alpha 8 of rank 8; to_out is left out; the rest is as the node
+    says."""
     text = "ff.up: rank=2 lr=0.5   # a remark\n\nto_q: rank=8 alpha=8\nto_out: rank=0"
     adapters = Adapters(Net(), AdapterSettings(rank=4, alpha=2.0, blocks=text))
-    found = {name.rsplit(".", 1)[1]: (low.rank, low.scale, low.up.rate) for name, low in ((n, adapters.low(n)) for n in adapters.layers)}
+    found = {
+        name.rsplit(".", 1)[1]: (low.rank, low.scale, low.up.rate)
+        for name, low in ((n, adapters.low(n)) for n in adapters.layers)
+    }
     assert found == {"to_q": (8, 1.0, 1.0), "up": (2, 0.5, 0.5), "down": (4, 0.5, 1.0)}
 
 
@@ -222,7 +241,14 @@ def test_lora_plus_and_rules_reach_the_optimizer():
 
 
 def test_without_rules_the_optimizer_has_one_group():
-    assert len(make_optimizer(parameter_groups(Adapters(Net(), AdapterSettings()), {"model": 1e-3}), OptimizerSettings()).param_groups) == 1
+    assert (
+        len(
+            make_optimizer(
+                parameter_groups(Adapters(Net(), AdapterSettings()), {"model": 1e-3}), OptimizerSettings()
+            ).param_groups
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +269,10 @@ def test_a_rule_that_is_none_is_refused_with_its_line(text, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("attn2: rank=4", r"blocks, line 1: 'attn2: rank=4' matches none of the 4 layers that targets chooses, such as blocks.0.attn.to_q"),
+        (
+            "attn2: rank=4",
+            r"blocks, line 1: 'attn2: rank=4' matches none of the 4 layers that targets chooses, such as blocks.0.attn.to_q",
+        ),
         ("attn: rank=4\nto_q: rank=2", r"line 2: 'to_q: rank=2' comes too late"),
         ("blocks: rank=0", "leaves out every layer"),
     ],
@@ -254,10 +283,10 @@ def test_a_rule_that_decides_nothing_is_refused(text, message):
 
 
 def test_no_text_is_no_rule():
-    assert block_rules(" \n# only a remark\n") == ()
+    assert parse_block_rules(" \n# only a remark\n") == ()
 
 
-# -- dropout ----------------------------------------------------------------------------------------------------------------------
+# -- dropout -----------------------------------------------------------------------------------------------------------
 
 
 def test_dropout_is_of_the_step_alone_and_can_be_had_again():
@@ -271,12 +300,15 @@ def test_dropout_is_of_the_step_alone_and_can_be_had_again():
     assert torch.equal(dropped, again) and not torch.equal(dropped, other) and not torch.equal(dropped, whole)
     assert torch.equal(network(x), whole)
     with adapters.at(0.3), later():
-        assert torch.equal(network(x), dropped), "a block that is computed again drops the same, at the strength of then"
+        assert torch.equal(network(x), dropped), (
+            "a block that is computed again drops the same, at the strength of then"
+        )
     assert adapters.strength == 1.0 and adapters.luck is None
 
 
 def ranks_seen(shape, **dropout):
-    """What a layer of zeros says of ones when its adapter passes all 64 ranks on as they are: its inner values, which are all 1."""
+    """What a layer of zeros says of ones when its adapter passes all 64 ranks on as they are: its inner values, which
+    are all 1."""
     network = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
     network[0].weight.zero_()
     adapters = Adapters(network, settings(rank=64, **dropout))
@@ -297,7 +329,9 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean():
 def test_rank_dropout_leaves_out_whole_ranks_for_each_picture_and_keeps_the_mean():
     """A rank is there for all tokens of a picture or for none, and pictures differ."""
     seen = ranks_seen((200, 5), rank_dropout=0.25)
-    assert {round(v, 4) for v in seen.unique().tolist()} == {0.0, 1.3333} and seen.mean().item() == pytest.approx(1, abs=0.02)
+    assert {round(v, 4) for v in seen.unique().tolist()} == {0.0, 1.3333} and seen.mean().item() == pytest.approx(
+        1, abs=0.02
+    )
     assert torch.equal(seen, seen[:, :1].expand_as(seen)) and not torch.equal(seen[0], seen[1])
 
 
@@ -333,18 +367,20 @@ def test_without_dropout_a_step_draws_nothing():
 @pytest.mark.parametrize("algorithm", ["LoHa", "LoKr"])
 @pytest.mark.parametrize("name", ["dropout", "rank_dropout"])
 def test_dropout_of_inner_values_is_refused_where_there_are_none(algorithm, name):
-    with pytest.raises(ValueError, match=f"{name} is 0.1 and algorithm is {algorithm}.*module_dropout, or set {name} to 0"):
+    with pytest.raises(
+        ValueError, match=f"{name} is 0.1 and algorithm is {algorithm}.*module_dropout, or set {name} to 0"
+    ):
         AdapterSettings(algorithm=algorithm, **{name: 0.1})
 
 
-# -- starting from a file -----------------------------------------------------------------------------------------------------------
+# -- starting from a file ----------------------------------------------------------------------------------------------
 
 
 def from_file(tensors):
-    return {base.removeprefix("lora_unet_"): parts for base, parts in by_base(tensors).items()}
+    return {base.removeprefix("lora_unet_"): parts for base, parts in group_tensors_by_layer(tensors).items()}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ADAPTER_ALGORITHMS)
 def test_adapters_that_start_from_a_file_give_what_the_file_gives(algorithm):
     """The file has alpha 3, here it is 1: what is taken over is the effect."""
     network = seeded(ConvNet())
@@ -369,10 +405,22 @@ def test_a_file_in_the_names_of_peft_is_taken_over_too():
 @pytest.mark.parametrize(
     "file, here, message",
     [
-        (dict(rank=1), dict(rank=2), r"start_from does not fit at layer emb: .*the file has rank 1, so set rank to that"),
-        (dict(algorithm="LoHa"), {}, r"layer emb: it has no lora_down.weight, but alpha, hada_w1_a.*choose the algorithm of the file"),
+        (
+            dict(rank=1),
+            dict(rank=2),
+            r"start_from does not fit at layer emb: .*the file has rank 1, so set rank to that",
+        ),
+        (
+            dict(algorithm="LoHa"),
+            {},
+            r"layer emb: it has no lora_down.weight, but alpha, hada_w1_a.*choose the algorithm of the file",
+        ),
         ({}, dict(algorithm="DoRA"), r"layer emb: it has no dora_scale.*choose the algorithm of the file"),
-        (dict(conv=True), dict(conv=False), r"start_from has 1 layers that are not trained here, such as op.*would be lost"),
+        (
+            dict(conv=True),
+            dict(conv=False),
+            r"start_from has 1 layers that are not trained here, such as op.*would be lost",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_layer(file, here, message):
@@ -383,8 +431,17 @@ def test_a_file_that_does_not_fit_is_refused_by_layer(file, here, message):
 
 
 def test_the_layer_of_every_kind_of_key_is_found():
-    keys = ["a.lora_up.weight", "a.lora_down.weight", "a.alpha", "b.hada_w1_a", "b.alpha", "c.lokr_w2_b", "a.dora_scale", "d.e.lora_A.weight"]
-    found = by_base({key: torch.zeros(1) for key in keys})
+    keys = [
+        "a.lora_up.weight",
+        "a.lora_down.weight",
+        "a.alpha",
+        "b.hada_w1_a",
+        "b.alpha",
+        "c.lokr_w2_b",
+        "a.dora_scale",
+        "d.e.lora_A.weight",
+    ]
+    found = group_tensors_by_layer({key: torch.zeros(1) for key in keys})
     assert {base: sorted(parts) for base, parts in found.items()} == {
         "a": ["alpha", "dora_scale", "lora_down.weight", "lora_up.weight"], "b": ["alpha", "hada_w1_a"], "c": ["lokr_w2_b"],
         "d.e": ["lora_A.weight"],
@@ -393,14 +450,15 @@ def test_the_layer_of_every_kind_of_key_is_found():
 
 def test_the_first_matrix_of_a_lora_is_drawn_as_before():
     """Runs from before the other algorithms begin with the very same numbers."""
-    low = Low(nn.Linear(6, 5), 2, 2.0, rng=rng(4))
+    low = LoraLayer(nn.Linear(6, 5), 2, 2.0, rng=rng(4))
     wanted = torch.empty(2, 6)
     nn.init.kaiming_uniform_(wanted, a=math.sqrt(5), generator=rng(4))
     assert torch.equal(low.down, wanted)
 
 
 def test_half_precision_keeps_a_gain_that_is_nearly_1():
-    """W x = 100 in bf16, whose next numbers are 99.5 and 100.5; a magnitude of 0.004 is 0.4 more, and counts in the mean of many rows."""
+    """W x = 100 in bf16, whose next numbers are 99.5 and 100.5; a magnitude of 0.004 is 0.4 more, and counts in the
+    mean of many rows."""
     network = nn.Sequential(nn.Linear(1, 1, bias=False)).requires_grad_(False)
     network[0].weight.fill_(1.0)
     adapters = Adapters(network, settings(algorithm="DoRA", rank=1))

@@ -5,21 +5,21 @@ import pytest
 import torch
 from trainyard.tests.fakes_data import picture
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.similarity.clusters import ClusterSettings, clustered
+from trainyard.trainers.data.similarity.clusters import ClusterSettings, cluster_features
 from trainyard.trainers.data.similarity.similar import (
-    Features,
-    asked_for,
-    found_in,
-    group_sheet,
-    group_words,
-    grouped,
-    similar,
-    similar_sheet,
-    similar_words,
+    ImageFeatures,
+    collect_matched_images,
+    draw_clusters_sheet,
+    draw_similarity_sheet,
+    find_similar_images,
+    format_clusters_report,
+    format_similarity_report,
+    select_query_images,
+    split_by_cluster,
     unit_rows,
 )
-from trainyard.trainers.scores.backbones import seen_by
-from trainyard.trainers.scores.networks import About, ScoreModel, network_of
+from trainyard.trainers.scores.backbones import extract_trunk_features
+from trainyard.trainers.scores.networks import ScoreModelInfo, ScorerEnsemble, build_scorer
 
 
 @pytest.fixture
@@ -31,56 +31,59 @@ def dataset(tmp_path):
 
 def features(dataset, angles=(0, 5, 10, 90, 95, 100), kind=""):
     turn = np.radians(np.array(angles, float))
-    return Features(dataset, unit_rows(np.stack([np.cos(turn), np.sin(turn)], 1) * 3), "eyes", kind)
+    return ImageFeatures(dataset, unit_rows(np.stack([np.cos(turn), np.sin(turn)], 1) * 3), "eyes", kind)
 
 
 def test_the_nearest_come_first_with_their_cosines_and_never_the_picture_itself(dataset):
     eyes = features(dataset)
-    (found,) = similar(asked_for(eyes, "p0", everything=False), eyes, most=3)
+    (found,) = find_similar_images(select_query_images(eyes, "p0", everything=False), eyes, most=3)
     assert [m.index for m in found] == [1, 2, 3]
     assert [m.cosine for m in found] == pytest.approx(np.cos(np.radians([5, 10, 90])), abs=1e-6)
-    assert [m.index for m in similar(asked_for(eyes, "p0", False), eyes, 9, least=0.9)[0]] == [1, 2]
+    assert [m.index for m in find_similar_images(select_query_images(eyes, "p0", False), eyes, 9, least=0.9)[0]] == [
+        1,
+        2,
+    ]
 
 
 def test_several_queries_have_a_row_each_and_their_finds_are_listed_once(dataset):
     eyes = features(dataset)
-    asked = asked_for(eyes, "", everything=True)
-    matches = similar(asked, eyes, most=2, least=0.5)
-    found = found_in(eyes, matches)
+    asked = select_query_images(eyes, "", everything=True)
+    matches = find_similar_images(asked, eyes, most=2, least=0.5)
+    found = collect_matched_images(eyes, matches)
     assert len(found) == len(set(found.records)) == 6
-    sheet = similar_sheet(asked, eyes, matches)
+    sheet = draw_similarity_sheet(asked, eyes, matches)
     assert sheet.height > sheet.width, "six rows of three"
-    assert "p3.png: p4.png 0.996, p5.png 0.985" in similar_words(asked, eyes, matches)
+    assert "p3.png: p4.png 0.996, p5.png 0.985" in format_similarity_report(asked, eyes, matches)
 
 
 def test_nothing_alike_is_said_in_words(dataset):
     eyes = features(dataset, (0, 60, 120, 180, 240, 300))
-    asked = asked_for(eyes, "", everything=False)
-    matches = similar(asked, eyes, 3, least=0.9)
+    asked = select_query_images(eyes, "", everything=False)
+    matches = find_similar_images(asked, eyes, 3, least=0.9)
     assert matches == [[]]
-    assert "nothing that is alike enough" in similar_words(asked, eyes, matches)
-    assert similar_sheet(asked, eyes, matches).width > 100
+    assert "nothing that is alike enough" in format_similarity_report(asked, eyes, matches)
+    assert draw_similarity_sheet(asked, eyes, matches).width > 100
 
 
 def test_rows_of_different_eyes_are_not_compared(dataset):
     with pytest.raises(ValueError, match="cannot be compared"):
-        similar(features(dataset, kind="a"), features(dataset, kind="b"), 3)
+        find_similar_images(features(dataset, kind="a"), features(dataset, kind="b"), 3)
     with pytest.raises(ValueError, match="No file name of 6 pictures holds 'cat'"):
-        asked_for(features(dataset), "cat", False)
+        select_query_images(features(dataset), "cat", False)
 
 
 def test_groups_become_datasets_with_flags_a_sheet_and_words(dataset):
     eyes = features(dataset)
-    found = clustered(eyes.rows, ClusterSettings())
-    parts, whole = grouped(eyes, found)
+    found = cluster_features(eyes.rows, ClusterSettings())
+    parts, whole = split_by_cluster(eyes, found)
     assert [len(part) for part in parts] == [3, 3]
     assert whole[0].flags[0].startswith("group 1 of 2 (silhouette 0.9")
     assert [r.path for r in whole] == [r.path for r in dataset]
-    words = group_words(eyes, found)
+    words = format_clusters_report(eyes, found)
     assert "6 pictures in 2 groups" in words
     assert "most typical p1.png" in words
-    assert group_sheet(eyes, found).width > 6 * 160
-    again, _ = grouped(Features(whole, eyes.rows, "eyes"), found)
+    assert draw_clusters_sheet(eyes, found).width > 6 * 160
+    again, _ = split_by_cluster(ImageFeatures(whole, eyes.rows, "eyes"), found)
     assert len(again[0][0].flags) == 1, "the group of before is not kept beside the new one"
 
 
@@ -90,8 +93,11 @@ def test_copies_amount_to_one_picture(dataset):
 
 
 def test_a_score_models_trunk_sees_latents_of_several_sizes_in_their_order():
-    model = ScoreModel([network_of(About(width=8, depth=1)).eval()], About(width=8, depth=1))
-    latents = [torch.randn(4, *size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(8, 8), (6, 10), (8, 8)])]
-    rows = seen_by(model, latents)
-    assert np.allclose(rows[2], seen_by(model, latents[2:])[0], atol=1e-5)
+    model = ScorerEnsemble([build_scorer(ScoreModelInfo(width=8, depth=1)).eval()], ScoreModelInfo(width=8, depth=1))
+    latents = [
+        torch.randn(4, *size, generator=torch.Generator().manual_seed(i))
+        for i, size in enumerate([(8, 8), (6, 10), (8, 8)])
+    ]
+    rows = extract_trunk_features(model, latents)
+    assert np.allclose(rows[2], extract_trunk_features(model, latents[2:])[0], atol=1e-5)
     assert rows.shape == (3, model.networks[0].trunk.size)

@@ -25,7 +25,10 @@ def test_what_a_translation_lacks_and_what_no_node_has_any_more_is_named():
     translated = json.loads(json.dumps(english))
     del translated["Train"]["inputs"]["more"]
     translated["Train"]["inputs"]["old"] = {"name": "alt"}
-    assert locales.differences(english, translated) == (["Train/inputs/more/name", "Train/inputs/more/tooltip"], ["Train/inputs/old/name"])
+    assert locales.differences(english, translated) == (
+        ["Train/inputs/more/name", "Train/inputs/more/tooltip"],
+        ["Train/inputs/old/name"],
+    )
 
 
 def named(**texts):
@@ -33,7 +36,10 @@ def named(**texts):
 
 
 def test_a_text_that_changed_loses_its_translation_and_a_sentence_that_moved_takes_it_along():
-    before, now = named(model="The model.", steps="How long.", old="Kept."), named(model="Another model.", steps="How long.", new="Kept.")
+    before, now = (
+        named(model="The model.", steps="How long.", old="Kept."),
+        named(model="Another model.", steps="How long.", new="Kept."),
+    )
     translated = named(model="Das Modell.", steps="Wie lange.", old="Behalten.")
     left = locales.flat(locales.carried(before, now, translated))
     assert left == {
@@ -70,14 +76,21 @@ def test_a_translation_has_every_text_of_the_english_one(file):
     assert locales.differences(english, json.loads(file.read_text("utf-8"))) == ([], [])
 
 
-# -- the page's own words ---------------------------------------------------------------------------------------------------
+# -- the page's own words ----------------------------------------------------------------------------------------------
 
 WEB = locales.ROOT / "web"
 WORD = re.compile(r"\bword\('([^']+)'")
 ACT = re.compile(r"\bact\('([^']+)', '([^']+)'")
 CHOSEN = (  # where the word depends on the run: its status, what was measured, which cards are shown
     *("training", "stopped", "finished", "failed"),
-    *(f"{how} {noun}" for how, nouns in (("fixed", ("pictures", "pairs", "points")), ("trained", ("pictures", "pairs", "points", "scores"))) for noun in nouns),
+    *(
+        f"{how} {noun}"
+        for how, nouns in (
+            ("fixed", ("pictures", "pairs", "points")),
+            ("trained", ("pictures", "pairs", "points", "scores")),
+        )
+        for noun in nouns
+    ),
     *("minus the score", "minus the held-out score", "validation", "all", "edited", "without caption"),
     *("No picture matches the filter.", "Run to see the pictures."),
 )
@@ -101,7 +114,12 @@ def test_every_word_of_the_page_is_translated_and_no_other(language):
 
 def test_the_words_that_depend_on_the_run_are_those_that_the_server_sends():
     """Each is somewhere in the code as it is written here."""
-    code = "\n".join(file.read_text("utf-8") for folder in ("nodes", "trainers", "web") for file in (locales.ROOT / folder).rglob("*.*") if file.suffix in (".py", ".js", ".mjs"))
+    code = "\n".join(
+        file.read_text("utf-8")
+        for folder in ("nodes", "trainers", "web")
+        for file in (locales.ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".js", ".mjs")
+    )
     nouns = {word.split()[-1] for word in CHOSEN if word.startswith(("fixed ", "trained "))}
     spoken = {word for word in CHOSEN if not word.startswith(("fixed ", "trained "))} | nouns
     assert [word for word in sorted(spoken) if not re.search(rf"""['"]{re.escape(word)}['"]""", code)] == []

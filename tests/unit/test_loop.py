@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from trainyard.tests.unit.toy import Line, Stop
-from trainyard.trainers.loop import Clock, Diverged, Progress, spoken, step_rng, train
+from trainyard.trainers.loop import Diverged, TrainingClock, TrainingProgress, format_time_left, step_rng, train
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
 
 PLAIN = OptimizerSettings(optimizer="SGD", beta1=0.0, weight_decay=0.0, clip=0.0)
@@ -60,7 +60,7 @@ def learnt(steps, optimizing=None, **settings):
     return method, train(method, run(steps, **settings), optimizing)
 
 
-# -- steps --------------------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_by_hand():
@@ -71,11 +71,17 @@ def test_a_step_by_hand():
 
 
 def test_the_chance_of_a_step_depends_on_seed_and_step_alone():
-    draws = {(seed, step): torch.randn(3, generator=step_rng(seed, step)).tolist() for seed in (0, 1, 11) for step in (0, 1, 10, 110)}
+    draws = {
+        (seed, step): torch.randn(3, generator=step_rng(seed, step)).tolist()
+        for seed in (0, 1, 11)
+        for step in (0, 1, 10, 110)
+    }
     assert len({tuple(v) for v in draws.values()}) == len(draws), "two steps share their chance"
     torch.manual_seed(7)
     assert torch.randn(3, generator=step_rng(1, 10)).tolist() == draws[1, 10]
-    assert step_rng(0, 0).initial_seed() == 0x2BC42E553A894A51 >> 1, "printf 0/0 | b2sum -l 64; another seed would change saved runs"
+    assert step_rng(0, 0).initial_seed() == 0x2BC42E553A894A51 >> 1, (
+        "printf 0/0 | b2sum -l 64; another seed would change saved runs"
+    )
 
 
 def test_the_loop_reads_and_changes_no_global_seed():
@@ -143,7 +149,7 @@ def test_text_encoder_parameters_learn_at_a_tenth_or_at_their_own_rate():
         assert [-p[0].item() for p in method.named.values()] == pytest.approx([0.05, moved])
 
 
-# -- saves --------------------------------------------------------------------------------------------------------------------
+# -- saves -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_saves_every_so_many_steps_and_at_its_end():
@@ -173,11 +179,11 @@ def test_a_safety_copy_is_kept_every_few_minutes(monkeypatch):
 
 
 def test_a_saved_step_is_not_saved_again_as_a_safety_copy(monkeypatch):
-    monkeypatch.setattr(Clock, "safety_seconds", math.inf)
+    monkeypatch.setattr(TrainingClock, "safety_seconds", math.inf)
     shelf = Shelf()
     train(Line(), run(4, save_every=0), store=shelf)
     assert shelf.saves == [(4, "finished")]
-    monkeypatch.setattr(Clock, "safety_seconds", -1)
+    monkeypatch.setattr(TrainingClock, "safety_seconds", -1)
     shelf = Shelf()
     train(Line(), run(4, save_every=2), store=shelf)
     assert shelf.saves == [(1, "auto"), (2, "step"), (3, "auto"), (4, "finished")]
@@ -208,13 +214,14 @@ def test_a_state_with_other_parameters_is_refused():
         train(Line(), run(2), store=shelf)
 
 
-# -- every way out ------------------------------------------------------------------------------------------------------------
+# -- every way out -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trouble", [Stop(), ValueError("bad picture"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_whatever_stops_a_loss_the_last_complete_step_is_saved_and_the_run_goes_on_exactly(trouble, accumulate):
-    """Raised in the fourth step; with accumulation in the second half of it, when one half's gradient is already there."""
+    """Raised in the fourth step; with accumulation in the second half of it, when one half's gradient is already
+    there."""
     optimizing = OptimizerSettings(accumulate=accumulate)
     shelf, method = Shelf(), Faulty(4 * accumulate, trouble)
     with pytest.raises(type(trouble)):
@@ -272,7 +279,10 @@ def test_an_interrupt_before_the_first_step_keeps_the_start():
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_with_its_step_and_keeps_the_last_good_state(number):
     shelf = Shelf()
-    with pytest.raises(Diverged, match=r"The loss became (nan|inf) .* at step 4\. The last good state is kept\. Lower the learning rate"):
+    with pytest.raises(
+        Diverged,
+        match=r"The loss became (nan|inf) .* at step 4\. The last good state is kept\. Lower the learning rate",
+    ):
         train(Faulty(4, number), run(9, save_every=2), store=shelf)
     assert shelf.saves == [(2, "step")]
     assert shelf.state["step"] == 2 and all(p.isfinite().all() for p in shelf.state["params"])
@@ -317,7 +327,7 @@ def test_a_store_that_fails_twice_raises_its_first_error():
         train(Line(), run(4, save_every=2), store=Full())
 
 
-# -- reports ------------------------------------------------------------------------------------------------------------------
+# -- reports -----------------------------------------------------------------------------------------------------------
 
 
 def test_reports_come_at_most_every_interval_and_see_every_loss_at_the_end():
@@ -350,8 +360,18 @@ def test_a_resumed_run_reports_its_first_new_step_and_the_time_that_is_left(monk
 
 def test_the_progress_line_says_step_loss_and_time():
     """The mean of the last 20 losses: 1."""
-    assert Progress(30, 100, [9.0] * 10 + [1.0] * 20, 1e-4, 125).line() == "step 30/100 · loss 1.0000 · 2 min left"
-    assert [spoken(s) for s in (0, 59.6, 89, 90, 5399, 5400, math.inf)] == ["0 s", "60 s", "89 s", "2 min", "90 min", "1.5 h", "?"]
+    assert (
+        TrainingProgress(30, 100, [9.0] * 10 + [1.0] * 20, 1e-4, 125).line() == "step 30/100 · loss 1.0000 · 2 min left"
+    )
+    assert [format_time_left(s) for s in (0, 59.6, 89, 90, 5399, 5400, math.inf)] == [
+        "0 s",
+        "60 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "1.5 h",
+        "?",
+    ]
 
 
 def test_reading_no_loss_between_reports_keeps_a_gpu_from_waiting():

@@ -1,7 +1,8 @@
-"""Two hundred folders in which things are wrong, drawn from a seed: each is read or refused in words, and no file in it changes.
+"""Two hundred folders in which things are wrong, drawn from a seed: each is read or refused in words, and no file in it
+changes.
 
-A word is a ValueError that names a file of the folder and says what to do, or an entry in Dataset.skipped. What the reader lets
-through must open afterwards, and save and load again as it was.
+A word is a ValueError that names a file of the folder and says what to do, or an entry in Dataset.skipped. What the
+reader lets through must open afterwards, and save and load again as it was.
 """
 
 import csv
@@ -17,15 +18,17 @@ import zlib
 
 import pytest
 from PIL import Image
-from trainyard.trainers.data.readers import folder_state, read_folder
-from trainyard.trainers.data.records import Dataset, open_image, open_mask
-from trainyard.trainers.data.writers import LAYOUTS, SaveSettings, save_dataset
+from trainyard.trainers.data.readers import hash_folder_state, read_folder
+from trainyard.trainers.data.records import ImageDataset, open_image, open_mask
+from trainyard.trainers.data.writers import SAVE_LAYOUTS, SaveSettings, save_dataset
 
 CASES = 200
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of what it can still read; a user would see a line in the log
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # Pillow warns of what it can still read; a user would see a line in the log
 
 
-# -- odd and broken pictures --------------------------------------------------------------------------------------------------------
+# -- odd and broken pictures -------------------------------------------------------------------------------------------
 
 
 def image(rng, mode="RGB", size=None):
@@ -47,7 +50,9 @@ def chunk(name, data):
 def huge_header(rng):
     """A PNG of a few bytes that promises 60000 x 60000 px."""
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def cut(rng):
@@ -63,12 +68,20 @@ def flipped_bytes(rng):
 
 
 def wrong_exif(rng):
-    exif = rng.choice((b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0", b"Exif\0\0" + rng.randbytes(60)))
+    exif = rng.choice(
+        (
+            b"Exif\0\0",
+            b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0",
+            b"Exif\0\0" + rng.randbytes(60),
+        )
+    )
     return saved(image(rng), "JPEG", exif=exif)
 
 
 def animation(rng):
-    return saved(image(rng, size=(9, 9)), "GIF", save_all=True, append_images=[image(rng, size=(9, 9)) for _ in range(3)])
+    return saved(
+        image(rng, size=(9, 9)), "GIF", save_all=True, append_images=[image(rng, size=(9, 9)) for _ in range(3)]
+    )
 
 
 def see_through_palette(rng):
@@ -88,7 +101,7 @@ PICTURES = [
 ]  # fmt: skip
 
 
-# -- odd and broken texts -------------------------------------------------------------------------------------------------------------
+# -- odd and broken texts ----------------------------------------------------------------------------------------------
 
 
 def caption(rng):
@@ -100,18 +113,50 @@ def caption(rng):
 
 def value(rng, depth=0):
     """Anything that JSON can hold, and a few things that only Python reads."""
-    simple = [None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "a ball", "x" * 5000, "a\0b", "\ud800", "../../etc/passwd", "val"]
+    simple = [
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        1.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "a ball",
+        "x" * 5000,
+        "a\0b",
+        "\ud800",
+        "../../etc/passwd",
+        "val",
+    ]
     if depth < 2 and rng.random() < 0.3:
-        return [value(rng, depth + 1) for _ in range(rng.randint(0, 3))] if rng.random() < 0.5 else row(rng, (), depth + 1)
+        return (
+            [value(rng, depth + 1) for _ in range(rng.randint(0, 3))] if rng.random() < 0.5 else row(rng, (), depth + 1)
+        )
     return rng.choice(simple)
 
 
 def row(rng, names, depth=0):
-    keys = ("caption", "captions", "text", "tags", "score", "repeats", "split", "mask", "pair", "strength", "train_resolution")
+    keys = (
+        "caption",
+        "captions",
+        "text",
+        "tags",
+        "score",
+        "repeats",
+        "split",
+        "mask",
+        "pair",
+        "strength",
+        "train_resolution",
+    )
     facts = {key: value(rng, depth) for key in rng.sample(keys, rng.randint(0, 5))}
     facts |= rng.choice(({}, {"caption": "a ball"}, {"score": 3, "tags": "a, b"}))
     if names and rng.random() < 0.8:
-        facts[rng.choice(("file_name", "file", "image", "path"))] = rng.choice((*names, "gone.png", "C:\\x\\a.png", "../a.png", "", 3, None))
+        facts[rng.choice(("file_name", "file", "image", "path"))] = rng.choice(
+            (*names, "gone.png", "C:\\x\\a.png", "../a.png", "", 3, None)
+        )
     return facts
 
 
@@ -122,7 +167,17 @@ def as_json(thing):
 def broken(rng, data):
     if rng.random() < 0.6:
         return data
-    return rng.choice((data[: len(data) // 2], data + b"}", b"\xff\xfe" + data, data.replace(b'"', b""), b"[" * 50_000, b"9" * 5000, b"\0" * 10))
+    return rng.choice(
+        (
+            data[: len(data) // 2],
+            data + b"}",
+            b"\xff\xfe" + data,
+            data.replace(b'"', b""),
+            b"[" * 50_000,
+            b"9" * 5000,
+            b"\0" * 10,
+        )
+    )
 
 
 def table(rng, names):
@@ -132,23 +187,55 @@ def table(rng, names):
         return "metadata.jsonl", broken(rng, b"\n".join(map(as_json, rows)))
     if kind == "csv":
         return "metadata.csv", broken(rng, as_csv(rng, rows, names))
-    keyed = {rng.choice((*names, "gone", "a/b", "", "\ud800")): value(rng) if rng.random() < 0.3 else row(rng, ()) for _ in range(4)}
+    keyed = {
+        rng.choice((*names, "gone", "a/b", "", "\ud800")): value(rng) if rng.random() < 0.3 else row(rng, ())
+        for _ in range(4)
+    }
     return "metadata.json", broken(rng, as_json(rng.choice((keyed, keyed, rows, value(rng)))))
 
 
 def as_csv(rng, rows, names):
-    columns = rng.choice((["file", "text", "score"], ["file_name", "tags", "repeats", "mask"], ["text"], ["file", "file"], ["", "path", "split"]))
+    columns = rng.choice(
+        (
+            ["file", "text", "score"],
+            ["file_name", "tags", "repeats", "mask"],
+            ["text"],
+            ["file", "file"],
+            ["", "path", "split"],
+        )
+    )
     out = io.StringIO()
     writer = csv.writer(out, delimiter=rng.choice(",;\t"))
     writer.writerow(columns)
     for _ in rows:
-        writer.writerow([rng.choice((*names, "a ball", "nan", "-1", "1e400", "9" * 5000, "../x", "")) for _ in range(rng.randint(0, 5))])
+        writer.writerow(
+            [
+                rng.choice((*names, "a ball", "nan", "-1", "1e400", "9" * 5000, "../x", ""))
+                for _ in range(rng.randint(0, 5))
+            ]
+        )
     return out.getvalue().encode("utf-8", "surrogateescape")
 
 
-# -- a folder in which things are wrong -----------------------------------------------------------------------------------------------
+# -- a folder in which things are wrong --------------------------------------------------------------------------------
 
-NAMES = ["a", "b", "Ä ö", "🙂", "a.png", "con", "x.mask", "#%&{}", "name " * 20, "-rf", "'\"`$(x)", "1_2", "a\tb", "a\nb", "..a"]
+NAMES = [
+    "a",
+    "b",
+    "Ä ö",
+    "🙂",
+    "a.png",
+    "con",
+    "x.mask",
+    "#%&{}",
+    "name " * 20,
+    "-rf",
+    "'\"`$(x)",
+    "1_2",
+    "a\tb",
+    "a\nb",
+    "..a",
+]
 ENDINGS = [".png", ".jpg", ".PNG", ".webp", ".gif", ".tif", ".bmp"]
 FOLDERS = ["1_cat", "0_cat", "10_", "99999999999999999999_huge", "007_x", "nothing", "2_ Ä", "masks", ".hidden", "3_\t"]
 
@@ -177,12 +264,22 @@ def beside(picture, rng):
     if rng.random() < 0.3:
         put(picture.with_suffix(".json"), broken(rng, as_json(value(rng) if rng.random() < 0.3 else row(rng, ()))))
     if rng.random() < 0.3:
-        put(picture.with_name(picture.stem + ".mask.png"), rng.choice((rng.choice(PICTURES)(rng), saved(image(rng, "L")))))
+        put(
+            picture.with_name(picture.stem + ".mask.png"),
+            rng.choice((rng.choice(PICTURES)(rng), saved(image(rng, "L")))),
+        )
 
 
 def odd(root, rng):
     """Links in circles, folders with the names of files, and names that are no text."""
-    links = {"loop": "loop", "gone.png": "nowhere.png", "5_round": ".", "a.png": "a.png", "circle.txt": "circle.txt", "6_up": ".."}
+    links = {
+        "loop": "loop",
+        "gone.png": "nowhere.png",
+        "5_round": ".",
+        "a.png": "a.png",
+        "circle.txt": "circle.txt",
+        "6_up": "..",
+    }
     for name, target in rng.sample(sorted(links.items()), rng.randint(0, 3)):
         if not os.path.lexists(root / name):
             (root / name).symlink_to(target)
@@ -204,7 +301,13 @@ def tree(root):
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = pathlib.Path(place, name)
-            what = os.readlink(path) if path.is_symlink() else hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else ""
+            what = (
+                os.readlink(path)
+                if path.is_symlink()
+                else hashlib.sha1(path.read_bytes()).hexdigest()
+                if path.is_file()
+                else ""
+            )
             found[str(path)] = what, path.lstat().st_mtime_ns
     return found
 
@@ -220,30 +323,38 @@ def told(record):
 def accounted(root, dataset):
     """Every picture directly inside is a record or skipped."""
     known = {r.path for r in dataset} | {path for path, _ in dataset.skipped}
-    pictures = [p for p in root.iterdir() if p.suffix.lower() in ENDINGS and not p.name.lower().endswith(".mask.png") and not p.is_dir()]
+    pictures = [
+        p
+        for p in root.iterdir()
+        if p.suffix.lower() in ENDINGS and not p.name.lower().endswith(".mask.png") and not p.is_dir()
+    ]
     return [p for p in pictures if not p.name.startswith(".") and str(p) not in known]
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_a_malformed_folder_is_read_or_refused_in_words_and_stays_as_it_was(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # what a power cut would leave is not asked here, and waiting for the disk is slow
+    monkeypatch.setattr(
+        os, "fsync", lambda _: None
+    )  # what a power cut would leave is not asked here, and waiting for the disk is slow
     rng = random.Random(seed)
     root = tmp_path / "set"
     options = make(root, rng)
     before = tree(root)
-    folder_state(root)
+    hash_folder_state(root)
     try:
         dataset = read_folder(root, **options)
     except ValueError as error:
         assert "set" in str(error) and str(error).endswith(".") and len(str(error)) > 40, f"says too little: {error}"
-        dataset = Dataset(())
+        dataset = ImageDataset(())
     else:
         assert accounted(root, dataset) == [], "left out in silence"
-        assert not [reason for _, reason in dataset.skipped if len(reason) < 20 or "Errno" in reason or " at 0x" in reason]
-        assert Dataset.from_json(dataset.to_json()) == dataset
+        assert not [
+            reason for _, reason in dataset.skipped if len(reason) < 20 or "Errno" in reason or " at 0x" in reason
+        ]
+        assert ImageDataset.from_json(dataset.to_json()) == dataset
     seen = sorted(told(record) for record in dataset)
     if seen:
-        settings = SaveSettings(layout=LAYOUTS[seed % 3], image_format=("keep", "png")[seed % 2])
+        settings = SaveSettings(layout=SAVE_LAYOUTS[seed % 3], image_format=("keep", "png")[seed % 2])
         saved_to = save_dataset(dataset, tmp_path / "saved", settings).folder
         back = read_folder(saved_to, caption_lines=options["caption_lines"])
         assert back.skipped == () and sorted(told(record) for record in back) == seen
@@ -251,7 +362,8 @@ def test_a_malformed_folder_is_read_or_refused_in_words_and_stays_as_it_was(tmp_
 
 
 def test_the_malformed_folders_are_worth_their_name(tmp_path):
-    """Of the 200, at least 20 are refused as a whole, at least 100 have something to report, at least 100 still give pictures."""
+    """Of the 200, at least 20 are refused as a whole, at least 100 have something to report, at least 100 still give
+    pictures."""
     refused = reported = usable = 0
     for seed in range(CASES):
         root = tmp_path / str(seed)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from PIL import Image
-from trainyard.trainers.data.readers import folder_state, read_folder
+from trainyard.trainers.data.readers import hash_folder_state, read_folder
 
 
 def picture(folder, name, size=(8, 6), mode="RGB", colour=7):
@@ -25,7 +25,9 @@ def folder(tmp_path):
 def put(folder, **files):
     """Files by name, two underscores for the dot: a__txt="..."; what is no text is written as JSON."""
     for name, value in files.items():
-        (folder / name.replace("__", ".")).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        (folder / name.replace("__", ".")).write_text(
+            value if isinstance(value, str) else json.dumps(value), encoding="utf-8"
+        )
 
 
 def captions(dataset):
@@ -36,7 +38,7 @@ def reasons(dataset):
     return {pathlib.Path(path).name: reason for path, reason in dataset.skipped}
 
 
-# -- what is read -------------------------------------------------------------------------------------------------------------------
+# -- what is read ------------------------------------------------------------------------------------------------------
 
 
 SAYING = {"caption": "a ball", "tags": "red, round ,red", "score": 7.5, "repeats": 3, "split": "val", "mood": "glad"}
@@ -55,19 +57,34 @@ def tell(folder, how):
     if how == "jsonl":
         put(folder, metadata__jsonl=json.dumps({"file_name": "./a.png", **SAYING}) + "\n\n")
     if how == "csv":
-        put(folder, metadata__csv='File,caption,tags,score,repeats,split,extra\r\na.png,a ball,"red, round ,red",7.5,3,val,x\r\n')
+        put(
+            folder,
+            metadata__csv='File,caption,tags,score,repeats,split,extra\r\na.png,a ball,"red, round '
+            ',red",7.5,3,val,x\r\n',
+        )
     if how == "semicolons":
-        put(folder, metadata__csv="path;text;tags;score;repeats;split\na.png;a ball;red, round;7.5;3;validation\nb.png\n")
+        put(
+            folder,
+            metadata__csv="path;text;tags;score;repeats;split\na.png;a ball;red, round;7.5;3;validation\nb.png\n",
+        )
     if how == "probabilities":
         put(folder, a__json={**SAYING, "tags": {"red": 0.9, "round": 0.4}})
 
 
-@pytest.mark.parametrize("how", ["sidecar", "kohya", "kohya path", "list", "jsonl", "csv", "semicolons", "probabilities"])
+@pytest.mark.parametrize(
+    "how", ["sidecar", "kohya", "kohya path", "list", "jsonl", "csv", "semicolons", "probabilities"]
+)
 def test_every_way_of_telling_tells_the_same(folder, how):
     tell(folder, how)
     dataset = read_folder(folder, repeats=2)
     told, other = dataset
-    assert (told.captions, told.tags, told.score, told.repeats, told.split) == (("a ball",), ("red", "round"), 7.5, 6, "validation")
+    assert (told.captions, told.tags, told.score, told.repeats, told.split) == (
+        ("a ball",),
+        ("red", "round"),
+        7.5,
+        6,
+        "validation",
+    )
     assert (other.captions, other.tags, other.score, other.repeats, other.split) == ((), (), None, 2, "train")
     assert dataset.skipped == ()
 
@@ -101,11 +118,19 @@ def test_the_nearest_source_of_each_fact_counts(tmp_path):
         picture(folder, f"{name}.png")
     row = lambda names, text, **more: [{"file_name": f"{n}.png", "text": f"{text} {n}", **more} for n in names]
     put(root, metadata__csv="file,text\n" + "\n".join(f"2_cat/{n}.png,root {n}" for n in "abcdef"))
-    put(folder, metadata__json={n: f"json {n}" for n in "abcde"}, metadata__csv="file,text,tags\n" + "\n".join(f"{n}.png,csv {n},t" for n in "abcd"))
+    put(
+        folder,
+        metadata__json={n: f"json {n}" for n in "abcde"},
+        metadata__csv="file,text,tags\n" + "\n".join(f"{n}.png,csv {n},t" for n in "abcd"),
+    )
     put(folder, metadata__jsonl="\n".join(map(json.dumps, row("abc", "jsonl", score=1))))
-    put(folder, a__txt="txt a", a__caption="no", a__json={"caption": "no", "score": 2}, b__json={"caption": "sidecar b"})
+    put(
+        folder, a__txt="txt a", a__caption="no", a__json={"caption": "no", "score": 2}, b__json={"caption": "sidecar b"}
+    )
     dataset = read_folder(root)
-    assert captions(dataset) == [(text,) for text in ("txt a", "sidecar b", "jsonl c", "csv d", "json e", "root f", "cat")]
+    assert captions(dataset) == [
+        (text,) for text in ("txt a", "sidecar b", "jsonl c", "csv d", "json e", "root f", "cat")
+    ]
     assert [r.score for r in dataset] == [2, 1, 1, None, None, None, None]
     assert [r.tags for r in dataset] == [("t",)] * 4 + [()] * 3
 
@@ -128,7 +153,10 @@ def test_repeats_of_a_row_take_the_place_of_the_folders_and_none_leaves_the_pict
 def test_a_table_of_another_name_is_read_when_asked_for_and_the_usual_ones_are_not(folder):
     put(folder, metadata__csv="file,text\na.png,no\n", tags__tsv="image\ttext\na.png\tyes, this\n")
     assert captions(read_folder(folder, metadata=folder / "tags.tsv")) == [("yes, this",), ()]
-    for name, message in (("none.csv", "does not exist"), ("a.png", r"a\.png is no \.json, \.jsonl, \.csv or \.tsv file")):
+    for name, message in (
+        ("none.csv", "does not exist"),
+        ("a.png", r"a\.png is no \.json, \.jsonl, \.csv or \.tsv file"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_folder(folder, metadata=folder / name)
 
@@ -138,7 +166,7 @@ def test_pairs_and_their_strength_can_be_told(folder):
     assert [(r.pair, r.strength) for r in read_folder(folder)] == [("one", -1.0), (None, None)]
 
 
-# -- what is wrong ------------------------------------------------------------------------------------------------------------------
+# -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -180,8 +208,10 @@ def test_a_row_with_a_wrong_value_takes_its_picture_out_and_says_why(folder, row
     ("metadata.json", '[{"text": "x"}]', "entry 1 names no picture; it needs file_name, file, image or path"),
     ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name"', "line 2 is no JSON"),
     ("metadata.jsonl", "[1]\n", "line 1 names no picture"),
-    ("metadata.jsonl", '{"file": "a.png"}\n{"file": "a.png"}\n{"file": "A"}', "1 row of metadata.jsonl for a picture that had one; the first counts: a.png"),
-    ("metadata.csv", "a.png,a ball\n", "has no column named file_name, file, image or path; its first line holds a.png, a ball"),
+    ("metadata.jsonl", '{"file": "a.png"}\n{"file": "a.png"}\n{"file": "A"}', "1 row of metadata.jsonl for a picture "
+                                                                              "that had one; the first counts: a.png"),
+    ("metadata.csv", "a.png,a ball\n", "has no column named file_name, file, image or path; its first line holds "
+                                       "a.png, a ball"),
     ("metadata.csv", "file,text,text\n", "two columns named text"),
     ("metadata.csv", "file,text\na.png,one,two\n", None),
     ("metadata.csv", 'file,text\na.png,"one\nb.png,two\n', "cannot be read as CSV"),
@@ -192,7 +222,10 @@ def test_wrong_tables_are_reported_and_the_pictures_are_read(folder, name, conte
     (folder / name).write_text(content)
     dataset = read_folder(folder)
     if message is None:
-        assert re.search("entry 'a' is 5; it must be an object|line 2 has more cells than the header. Put texts", reasons(dataset)["a.png"])
+        assert re.search(
+            "entry 'a' is 5; it must be an object|line 2 has more cells than the header. Put texts",
+            reasons(dataset)["a.png"],
+        )
         assert len(dataset) == 1
     else:
         assert len(dataset) == 2 and any(message in reason for _, reason in dataset.skipped), dataset.skipped
@@ -216,7 +249,7 @@ def test_a_caption_that_is_no_text_takes_its_picture_out(folder, data, message):
     assert message in reasons(read_folder(folder))["a.png"]
 
 
-# -- masks ----------------------------------------------------------------------------------------------------------------------------
+# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 def test_masks_come_from_beside_then_metadata_then_their_folder_then_alpha(tmp_path):
@@ -228,7 +261,12 @@ def test_masks_come_from_beside_then_metadata_then_their_folder_then_alpha(tmp_p
     picture(folder / "other", "m.png", mode="L")
     put(folder, metadata__csv="file,mask\na.png,other/m.png\nb.png,other/m.png\n")
     dataset = read_folder(folder, masks=masks, alpha_mask=True)
-    assert [str(pathlib.Path(r.mask).relative_to(tmp_path)) for r in dataset] == ["set/a.mask.png", "set/other/m.png", "masks/c.bmp", "set/d.png"]
+    assert [str(pathlib.Path(r.mask).relative_to(tmp_path)) for r in dataset] == [
+        "set/a.mask.png",
+        "set/other/m.png",
+        "masks/c.bmp",
+        "set/d.png",
+    ]
 
 
 def test_masks_of_kohya_folders_may_lie_in_folders_of_the_same_names(tmp_path):
@@ -255,23 +293,38 @@ def test_masks_that_do_not_fit_are_said(tmp_path):
     assert "is 8x8 px and its image 8x6 px. Make the mask as large" in reasons(dataset)["a.png"]
     assert "no image for 1 mask: z.png" in reasons(dataset)["masks"]
     (masks / "a.png").rename(masks / "y.png")
-    with pytest.raises(ValueError, match=r"No mask in .*masks has the name of an image in .*set; it holds y\.png, z\.png"):
+    with pytest.raises(
+        ValueError, match=r"No mask in .*masks has the name of an image in .*set; it holds y\.png, z\.png"
+    ):
         read_folder(folder, masks=masks)
     with pytest.raises(ValueError, match="is the folder of the images themselves"):
         read_folder(folder, masks=folder)
 
 
-@pytest.mark.parametrize("change", ["a.txt", "a.json", "metadata.csv", "tags.csv", "a.mask.png", "deep/er/m.png", "1_x/b.txt", "../masks/a.png", "../linked/c.txt"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "a.txt",
+        "a.json",
+        "metadata.csv",
+        "tags.csv",
+        "a.mask.png",
+        "deep/er/m.png",
+        "1_x/b.txt",
+        "../masks/a.png",
+        "../linked/c.txt",
+    ],
+)
 def test_every_file_that_is_read_is_noticed_when_it_changes(tmp_path, change):
     folder, masks = tmp_path / "set", tmp_path / "masks"
     for place in (folder, masks, tmp_path / "linked"):
         picture(place, "c.png")
     (folder / "1_linked").symlink_to(tmp_path / "linked")
-    before = folder_state(folder, masks)
-    assert folder_state(folder, masks) == before
+    before = hash_folder_state(folder, masks)
+    assert hash_folder_state(folder, masks) == before
     (folder / change).parent.mkdir(parents=True, exist_ok=True)
     (folder / change).write_text("x")
-    assert folder_state(folder, masks) != before
+    assert hash_folder_state(folder, masks) != before
 
 
 def test_a_link_that_leads_back_is_not_read_twice(folder):

@@ -1,7 +1,7 @@
 """The contract that every method keeps, in one table: a new method is one more row.
 
-Loss falls on unseen seeds · only owned parameters move · resume is exact · files load back equal · an interrupt leaves no trace ·
-the same seed gives the same bytes · a reference curve.
+Loss falls on unseen seeds · only owned parameters move · resume is exact · files load back equal · an interrupt leaves
+no trace · the same seed gives the same bytes · a reference curve.
 """
 
 import dataclasses
@@ -16,23 +16,57 @@ import pytest
 import torch
 from torch import nn
 from trainyard.tests.unit.test_kinds import merge
-from trainyard.tests.unit.toy import CHANNELS, SHAPE, SIDE, WORDS, Denoiser, Net, Stop, adapters, dataset, folder, pairs, prompts, rng
-from trainyard.trainers.adapters.adapters import Adapters, by_base
-from trainyard.trainers.data.cache import Memory
+from trainyard.tests.unit.toy import (
+    CHANNELS,
+    SHAPE,
+    SIDE,
+    WORDS,
+    Denoiser,
+    Net,
+    Stop,
+    adapters,
+    dataset,
+    folder,
+    pairs,
+    prompts,
+    rng,
+)
+from trainyard.trainers.adapters.adapters import Adapters, group_tensors_by_layer
+from trainyard.trainers.data.cache import MemoryStore
 from trainyard.trainers.data.signed_prompts import SignedPrompt
-from trainyard.trainers.data.views import CROP, GREY, SHUFFLED, TURNED, View, Views
-from trainyard.trainers.diffusion import Density, denoising_loss
+from trainyard.trainers.data.views import CROP_VIEW, GREY_VIEW, ROTATED_VIEW, SHUFFLED_VIEW, EncodedView, ViewDataset
+from trainyard.trainers.diffusion import NoiseLevelDensity, denoising_loss
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import step_rng, train
-from trainyard.trainers.methods.image_pairs import Change, ImageSlider
-from trainyard.trainers.methods.leco_score import Injected, LecoScore, LecoScoreSettings, Walked, tasks_of
-from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.methods.prior import Prior, PriorSettings
-from trainyard.trainers.methods.prompts import Difference, keep, leco, replace, text_slider
-from trainyard.trainers.methods.rollouts import Model, Noise, Pictures, Rollouts, Task
-from trainyard.trainers.scores.networks import About, LatentResNet, ScoreModel, Scorer, network_of, outputs_of, seeded
-from trainyard.trainers.scores.objective import Score, ScoreSettings, targets
-from trainyard.trainers.scores.pretext import Pretext, PretextSettings, heads_for
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from trainyard.trainers.methods.leco_score import (
+    LecoScoreSettings,
+    LecoScoreTraining,
+    NoisedImageStates,
+    RolloutStates,
+    build_score_tasks,
+)
+from trainyard.trainers.methods.lora import LoraTraining
+from trainyard.trainers.methods.prior import PriorData, PriorSettings
+from trainyard.trainers.methods.prompts import (
+    PromptDifferenceTraining,
+    make_leco_targets,
+    make_preserve_targets,
+    make_replacement_targets,
+    make_slider_targets,
+)
+from trainyard.trainers.methods.rollouts import ImagePoints, NoisePoints, PromptTask, RolloutPoints, StudentTeacherModel
+from trainyard.trainers.scores.networks import (
+    LatentResNet,
+    ScoreModelInfo,
+    Scorer,
+    ScorerEnsemble,
+    build_scorer,
+    call_with_seed,
+    head_output_size,
+)
+from trainyard.trainers.scores.objective import ScoreSettings, ScoreTraining, score_targets
+from trainyard.trainers.scores.pretext import PretextSettings, PretextTraining, build_pretext_heads
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -41,8 +75,8 @@ RATE = 0.01
 
 @dataclasses.dataclass
 class Made:
-    """A method with all that it borrows. `output`: what the trained network says to fixed inputs; `loaded(tensors)`: the same said by a
-    network that knows only the file, as another program would load it."""
+    """A method with all that it borrows. `output`: what the trained network says to fixed inputs; `loaded(tensors)`:
+    the same said by a network that knows only the file, as another program would load it."""
 
     method: object
     frozen: list  # tensors that training must leave alone
@@ -53,18 +87,28 @@ class Made:
 
 def fixed_inputs():
     draw = rng(77)
-    return torch.randn(3, CHANNELS, SIDE, SIDE, generator=draw), torch.rand(3, generator=draw), torch.randn(3, WORDS, generator=draw)
+    return (
+        torch.randn(3, CHANNELS, SIDE, SIDE, generator=draw),
+        torch.rand(3, generator=draw),
+        torch.randn(3, WORDS, generator=draw),
+    )
 
 
 def make_lora(prediction="flow", seed=0, prior=None, adapter=None, **settings):
     network, data = Net(), dataset()
     added = adapters(network, seed, **{"alpha": 2.0, **(adapter or {})})
     noise = NoiseSettings(**settings)
-    method = Lora(Denoiser(network, prediction), added, data, noise, Density("logit-normal"), batch=2, prior=prior)
+    method = LoraTraining(
+        Denoiser(network, prediction), added, data, noise, NoiseLevelDensity("logit-normal"), batch=2, prior=prior
+    )
     latents = [data.store.load(item.latent)["mean"] for item in data.items]
     return Made(
         method,
-        [*network.parameters(), *latents, *(data.store.load(item.caption_keys[0])["cross_attn"] for item in data.items)],
+        [
+            *network.parameters(),
+            *latents,
+            *(data.store.load(item.caption_keys[0])["cross_attn"] for item in data.items),
+        ],
         lambda: added.tensors()[0],
         lambda: network(*fixed_inputs()),
         lambda tensors: merged(Net(), tensors)(*fixed_inputs()),
@@ -73,7 +117,7 @@ def make_lora(prediction="flow", seed=0, prior=None, adapter=None, **settings):
 
 def merged(network, tensors):
     """The file in the weights, as a loader puts it there."""
-    parts = by_base(tensors)
+    parts = group_tensors_by_layer(tensors)
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear) and (found := parts.get("lora_unet_" + name.replace(".", "_"))):
             merge(layer.weight, found, 1.0)
@@ -83,21 +127,25 @@ def merged(network, tensors):
 def make_difference(pulls, batch=1, prediction="flow", points="rollout", seed=0, **rest):
     network = Net()
     added = adapters(network, seed, alpha=2.0)
-    model = Model(Denoiser(network, prediction), added, prompts())
-    tasks = [Task(pulls, "cat", shapes=(SHAPE,), batch=batch)]
+    model = StudentTeacherModel(Denoiser(network, prediction), added, prompts())
+    tasks = [PromptTask(pulls, "cat", shapes=(SHAPE,), batch=batch)]
     noise = NoiseSettings(min_time=0.8) if points == "noise" else NoiseSettings()
     source = {
-        "rollout": lambda: Rollouts(model, tasks, PointSettings(sampling_steps=4, ways=2, refresh=2), noise, 2.0),
-        "pictures": lambda: Pictures(model, tasks, dataset(), noise, Density(), batch),
-        "noise": lambda: Noise(model, tasks, noise),
+        "rollout": lambda: RolloutPoints(model, tasks, PointSettings(sampling_steps=4, ways=2, refresh=2), noise, 2.0),
+        "pictures": lambda: ImagePoints(model, tasks, dataset(), noise, NoiseLevelDensity(), batch),
+        "noise": lambda: NoisePoints(model, tasks, noise),
     }[points]()
-    return made_of(Difference(model, tasks, source, **rest), network, added)
+    return made_of(PromptDifferenceTraining(model, tasks, source, **rest), network, added)
 
 
 def make_pairs(kind, prediction="flow", seed=0, **rest):
     network = Net()
     added = adapters(network, seed, alpha=2.0)
-    return made_of(kind(Denoiser(network, prediction), added, pairs(), NoiseSettings(), Density(), **rest), network, added)
+    return made_of(
+        kind(Denoiser(network, prediction), added, pairs(), NoiseSettings(), NoiseLevelDensity(), **rest),
+        network,
+        added,
+    )
 
 
 def make_leco_score(prediction="flow", seed=0, **settings):
@@ -105,11 +153,19 @@ def make_leco_score(prediction="flow", seed=0, **settings):
     network = Net()
     added = adapters(network, seed, alpha=2.0)
     chosen = LecoScoreSettings(**{"sampling_steps": 5, "ways": 2, "refresh": 2, "anchor": 0.1, **settings})
-    model = Model(Denoiser(network, prediction), added, prompts())
-    judge = ScoreModel([seeded(1, lambda: random_scorer()).requires_grad_(False)], About(channels=CHANNELS))
-    tasks = tasks_of([SignedPrompt("cat"), SignedPrompt("dog", -1.0)], [SHAPE], 1 if chosen.slider else 2, chosen)
-    places = Injected(model, dataset(), chosen, 2) if chosen.target == "direct_align" else Walked(model, tasks, chosen, 2.0)
-    made = made_of(LecoScore(model, [(judge, 1.0)], places, chosen), network, added)
+    model = StudentTeacherModel(Denoiser(network, prediction), added, prompts())
+    judge = ScorerEnsemble(
+        [call_with_seed(1, lambda: random_scorer()).requires_grad_(False)], ScoreModelInfo(channels=CHANNELS)
+    )
+    tasks = build_score_tasks(
+        [SignedPrompt("cat"), SignedPrompt("dog", -1.0)], [SHAPE], 1 if chosen.slider else 2, chosen
+    )
+    places = (
+        NoisedImageStates(model, dataset(), chosen, 2)
+        if chosen.target == "direct_align"
+        else RolloutStates(model, tasks, chosen, 2.0)
+    )
+    made = made_of(LecoScoreTraining(model, [(judge, 1.0)], places, chosen), network, added)
     made.frozen += list(judge.networks[0].parameters())
     return made
 
@@ -130,34 +186,58 @@ def made_of(method, network, added):
 
 def make_score(task="regression", backbone="latent ResNet", prediction="flow", seed=0):
     """Scores of four random latents; the file is the network itself."""
-    data, about = dataset(), About(backbone=backbone, task=task, channels=CHANNELS, width=8, depth=1, outputs=outputs_of(task), high=3.0, mean=1.5)
-    network = seeded(seed, lambda: network_of(about))
+    data, about = (
+        dataset(),
+        ScoreModelInfo(
+            backbone=backbone,
+            task=task,
+            channels=CHANNELS,
+            width=8,
+            depth=1,
+            outputs=head_output_size(task),
+            high=3.0,
+            mean=1.5,
+        ),
+    )
+    network = call_with_seed(seed, lambda: build_scorer(about))
     settings = ScoreSettings(batch=2)
     pairs = [(0, 1), (2, 1), (3, 0), (2, 3)]
-    method = Score(Denoiser(None, prediction), network, data, about, targets([0.0, 1.0, 2.0, 3.0], about), pairs, settings)
+    method = ScoreTraining(
+        Denoiser(None, prediction), network, data, about, score_targets([0.0, 1.0, 2.0, 3.0], about), pairs, settings
+    )
     x, level = fixed_inputs()[:2]
 
     def loaded(tensors):
-        other = network_of(about)
+        other = build_scorer(about)
         other.load_state_dict(tensors)
         return other(x, level)
 
-    return Made(method, [data.store.load(item.latent)["mean"] for item in data.items], lambda: dict(network.state_dict()), lambda: network(x, level), loaded)
+    return Made(
+        method,
+        [data.store.load(item.latent)["mean"] for item in data.items],
+        lambda: dict(network.state_dict()),
+        lambda: network(x, level),
+        loaded,
+    )
 
 
 def make_pretext(backbone="latent ResNet", prediction="flow", seed=0):
     """All tasks on six views of four pictures, views of one picture being alike; the file is the trunk itself."""
-    draw, store, pictures = rng(9), Memory(), []
+    draw, store, pictures = rng(9), MemoryStore(), []
     for number in range(4):
         middle = torch.randn(SHAPE, generator=draw)
-        views = [View(f"{number}/{i}", i) for i in range(6)]
-        store.update({view.key: {"mean": middle + 0.3 * torch.randn(SHAPE, generator=draw), "std": None} for view in views})
-        pictures.append({CROP: views[:2], TURNED: views[:4], SHUFFLED: views[2:5], GREY: views[4:]})
-    views = Views(tuple(pictures), (), store, SHAPE, "")
+        views = [EncodedView(f"{number}/{i}", i) for i in range(6)]
+        store.update(
+            {view.key: {"mean": middle + 0.3 * torch.randn(SHAPE, generator=draw), "std": None} for view in views}
+        )
+        pictures.append(
+            {CROP_VIEW: views[:2], ROTATED_VIEW: views[:4], SHUFFLED_VIEW: views[2:5], GREY_VIEW: views[4:]}
+        )
+    views = ViewDataset(tuple(pictures), (), store, SHAPE, "")
     settings = PretextSettings(backbone=backbone, batch=2, rotation=0.5, jigsaw=0.5, colours=1.0, classes=0.5)
-    make = lambda: network_of(About(backbone=backbone, channels=CHANNELS, width=8, depth=1)).trunk
-    trunk = seeded(seed, make)
-    method = Pretext(Denoiser(None, prediction), trunk, seeded(seed, lambda: heads_for(trunk, SHAPE, settings, 2)), views, range(4), settings,
+    make = lambda: build_scorer(ScoreModelInfo(backbone=backbone, channels=CHANNELS, width=8, depth=1)).trunk
+    trunk = call_with_seed(seed, make)
+    method = PretextTraining(Denoiser(None, prediction), trunk, call_with_seed(seed, lambda: build_pretext_heads(trunk, SHAPE, settings, 2)), views, range(4), settings,
                      labels=[0, 1, 0, None])  # fmt: skip
     x, level = fixed_inputs()[:2]
 
@@ -166,7 +246,13 @@ def make_pretext(backbone="latent ResNet", prediction="flow", seed=0):
         other.load_state_dict(tensors)
         return other(x, level)
 
-    return Made(method, [value["mean"] for value in store.values()], lambda: dict(trunk.state_dict()), lambda: trunk(x, level), loaded)
+    return Made(
+        method,
+        [value["mean"] for value in store.values()],
+        lambda: dict(trunk.state_dict()),
+        lambda: trunk(x, level),
+        loaded,
+    )
 
 
 METHODS = {
@@ -174,24 +260,42 @@ METHODS = {
     "lora, eps, min-SNR": lambda seed=0: make_lora("eps", seed, weighting="min-SNR"),
     "lora, v": lambda seed=0: make_lora("v", seed),
     "lora, v, soft-min-SNR, Huber, offset": lambda seed=0: make_lora(
-        "v", seed, weighting="soft-min-SNR", loss="scheduled Huber", noise_offset=0.1, pyramid_levels=2, perturbation=0.1
+        "v",
+        seed,
+        weighting="soft-min-SNR",
+        loss="scheduled Huber",
+        noise_offset=0.1,
+        pyramid_levels=2,
+        perturbation=0.1,
     ),
     "lora, DoRA": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "DoRA"}),
-    "lora, LoHa, module dropout": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "LoHa", "module_dropout": 0.1}),
+    "lora, LoHa, module dropout": lambda seed=0: make_lora(
+        "flow", seed, adapter={"algorithm": "LoHa", "module_dropout": 0.1}
+    ),
     "lora, LoKr": lambda seed=0: make_lora("flow", seed, adapter={"algorithm": "LoKr", "rank": 2, "factor": 4}),
     "lora, rank dropout": lambda seed=0: make_lora("flow", seed, adapter={"rank_dropout": 0.3}),
     "lora, dropout, LoRA+": lambda seed=0: make_lora("flow", seed, adapter={"dropout": 0.2, "up_rate": 4.0}),
     "lora, prior by prompts and images": lambda seed=0: make_lora(
-        "flow", seed, prior=Prior(PriorSettings(class_prompt="cat", weight=0.5), {"cat": prompts()["cat"]}, dataset(3, seed=9))
+        "flow",
+        seed,
+        prior=PriorData(PriorSettings(class_prompt="cat", weight=0.5), {"cat": prompts()["cat"]}, dataset(3, seed=9)),
     ),
-    "leco": lambda seed=0: make_difference(leco("cat", "cat", "", "", "erase", 1.0), 2, seed=seed),
-    "leco, eps": lambda seed=0: make_difference(leco("cat", "red cat", "cat", "dog", "enhance", 2.0), 2, "eps", seed=seed),
-    "leco on pictures": lambda seed=0: make_difference(leco("cat", "old", "", "young"), 2, points="pictures", seed=seed),
-    "text slider": lambda seed=0: make_difference(text_slider("cat", "old", "young", 2.0), seed=seed),
-    "text slider, renormalised, v": lambda seed=0: make_difference(text_slider("cat", "old", "young", 3.0), 1, "v", seed=seed, renormalise=True),
-    "replace from noise, and keep": lambda seed=0: make_difference(replace("cat", "dog") + keep("old"), points="noise", seed=seed),
+    "leco": lambda seed=0: make_difference(make_leco_targets("cat", "cat", "", "", "erase", 1.0), 2, seed=seed),
+    "leco, eps": lambda seed=0: make_difference(
+        make_leco_targets("cat", "red cat", "cat", "dog", "enhance", 2.0), 2, "eps", seed=seed
+    ),
+    "leco on pictures": lambda seed=0: make_difference(
+        make_leco_targets("cat", "old", "", "young"), 2, points="pictures", seed=seed
+    ),
+    "text slider": lambda seed=0: make_difference(make_slider_targets("cat", "old", "young", 2.0), seed=seed),
+    "text slider, renormalised, v": lambda seed=0: make_difference(
+        make_slider_targets("cat", "old", "young", 3.0), 1, "v", seed=seed, renormalise=True
+    ),
+    "replace from noise, and keep": lambda seed=0: make_difference(
+        make_replacement_targets("cat", "dog") + make_preserve_targets("old"), points="noise", seed=seed
+    ),
     "image slider": lambda seed=0: make_pairs(ImageSlider, seed=seed),
-    "change": lambda seed=0: make_pairs(Change, "eps", seed, strength=0.5),
+    "change": lambda seed=0: make_pairs(AddiftTraining, "eps", seed, strength=0.5),
     "leco score": lambda seed=0: make_leco_score(seed=seed),
     "leco score, next step, eps": lambda seed=0: make_leco_score("eps", seed, target="next_step"),
     "leco score, direct align, v": lambda seed=0: make_leco_score("v", seed, target="direct_align"),
@@ -238,9 +342,12 @@ def run(steps, seed=0, save_every=0):
 
 
 def trained(made, steps, where=None, *, report=None, seed=0, save_every=0):
-    """(losses, run folder) of a run that is kept in the folder `where`; `interval` 0 so that a report may stop any step."""
+    """(losses, run folder) of a run that is kept in the folder `where`; `interval` 0 so that a report may stop any
+    step."""
     store = folder(where, made.export, steps) if where else None
-    losses = train(made.method, run(steps, seed, save_every), OptimizerSettings(warmup=2), report=report, store=store, interval=0)
+    losses = train(
+        made.method, run(steps, seed, save_every), OptimizerSettings(warmup=2), report=report, store=store, interval=0
+    )
     return losses, store
 
 
@@ -288,7 +395,8 @@ def test_only_owned_parameters_move_and_all_of_them_do(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_is_the_same_run(name, tmp_path):
-    """3 + 3 steps through the disk, with every object made anew, equal 6: losses, resume state and LoRA, byte for byte."""
+    """3 + 3 steps through the disk, with every object made anew, equal 6: losses, resume state and LoRA, byte for
+    byte."""
     whole, whole_store = trained(METHODS[name](), 6, tmp_path / "whole")
     trained(METHODS[name](), 3, tmp_path / "parts")
     parts, parts_store = trained(METHODS[name](), 6, tmp_path / "parts")
@@ -299,7 +407,8 @@ def test_a_resumed_run_is_the_same_run(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(name, tmp_path):
     first, same, other = (
-        kept(trained(METHODS[name](seed), 4, tmp_path / where, seed=seed)[1]) for where, seed in (("a", 5), ("b", 5), ("c", 6))
+        kept(trained(METHODS[name](seed), 4, tmp_path / where, seed=seed)[1])
+        for where, seed in (("a", 5), ("b", 5), ("c", 6))
     )
     assert first == same
     assert first[1] != other[1]
@@ -343,29 +452,37 @@ def interrupted_in_loss(made, where):
 @pytest.mark.parametrize("interrupted", [interrupted_in_report, interrupted_in_loss])
 @pytest.mark.parametrize("name", METHODS)
 def test_an_interrupt_leaves_no_trace(name, interrupted, tmp_path):
-    """Stopped after 4 of 6 steps, or in the middle of the fifth: the work is kept, and the run goes on as if nothing had happened."""
+    """Stopped after 4 of 6 steps, or in the middle of the fifth: the work is kept, and the run goes on as if nothing
+    had happened."""
     whole, whole_store = trained(METHODS[name](), 6, tmp_path / "whole")
     made = METHODS[name]()
     with pytest.raises(Stop):
         interrupted(made, tmp_path / "cut")
     cut = folder(tmp_path / "cut", made.export, 6)
-    assert cut.load()["step"] == 4 and cut.lora_path(4).exists() and not cut.lora_path(6).exists() and cut.finished() is None
+    assert (
+        cut.load()["step"] == 4
+        and cut.lora_path(4).exists()
+        and not cut.lora_path(6).exists()
+        and cut.finished() is None
+    )
     losses, store = trained(METHODS[name](), 6, tmp_path / "cut")
     assert losses == whole and kept(store) == kept(whole_store)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_reference_curve_has_not_changed(name):
-    """A change that should not alter results leaves these numbers alone; a change that should comes with new ones and says why."""
+    """A change that should not alter results leaves these numbers alone; a change that should comes with new ones and
+    says why."""
     losses, _ = trained(METHODS[name](), 8)
     assert losses == pytest.approx(CURVES[name], rel=1e-4), losses
 
 
-# -- killed -------------------------------------------------------------------------------------------------------------------
+# -- killed ------------------------------------------------------------------------------------------------------------
 
 
 def victim(where, moment):
-    """A run of 6 steps, saved every 2, that kills its own process in step 4's loss or while the state of step 4 is being replaced."""
+    """A run of 6 steps, saved every 2, that kills its own process in step 4's loss or while the state of step 4 is
+    being replaced."""
     torch.set_num_threads(1)
     made, count = make_lora(), []
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -385,7 +502,8 @@ def victim(where, moment):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 here")
 @pytest.mark.parametrize("moment", ["in a step", "in a save"])
 def test_a_run_killed_with_signal_9_goes_on_from_its_last_save(moment, tmp_path):
-    """A real process, killed in step 4 or with the new state written but not yet in place: step 2 is what is left of both."""
+    """A real process, killed in step 4 or with the new state written but not yet in place: step 2 is what is left of
+    both."""
     lines = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import trainyard_plugin"
     lines += f"; from trainyard.tests.unit.test_methods import victim; victim({str(tmp_path / 'cut')!r}, {moment!r})"
     died = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=120)
@@ -397,23 +515,25 @@ def test_a_run_killed_with_signal_9_goes_on_from_its_last_save(moment, tmp_path)
     assert losses == whole and kept(store) == kept(whole_store)
 
 
-# -- what is particular to the LoRA -------------------------------------------------------------------------------------------
+# -- what is particular to the LoRA ------------------------------------------------------------------------------------
 
 
 def lora(data, batch=1, network=None, **rest):
     network = network or Net()
-    return Lora(Denoiser(network), adapters(network), data, batch=batch, **rest)
+    return LoraTraining(Denoiser(network), adapters(network), data, batch=batch, **rest)
 
 
 def test_a_batch_of_two_captions_equals_two_batches_of_one():
-    """The same pictures, noise and noise levels: the losses per sample agree, and so does the gradient of their mean."""
+    """The same pictures, noise and noise levels: the losses per sample agree, and so does the gradient of their
+    mean."""
     data = dataset()
     method = lora(data)
     batch = data.batch([0, 1], rng())
     noise, sigma = torch.randn(batch.x0.shape, generator=rng(1)), torch.tensor([0.3, 0.8])
     both = denoising_loss(method.denoiser, batch.x0, noise, sigma, batch.conds)
     each = [
-        denoising_loss(method.denoiser, batch.x0[i : i + 1], noise[i : i + 1], sigma[i : i + 1], batch.conds[i : i + 1]) for i in (0, 1)
+        denoising_loss(method.denoiser, batch.x0[i : i + 1], noise[i : i + 1], sigma[i : i + 1], batch.conds[i : i + 1])
+        for i in (0, 1)
     ]
     assert torch.allclose(both, torch.cat(each), atol=1e-6)
     params = method.parameters()
@@ -422,7 +542,8 @@ def test_a_batch_of_two_captions_equals_two_batches_of_one():
 
 
 def test_what_the_mask_hides_is_not_learnt():
-    """A network that does not look at x, so that pixels behind the mask could only reach the loss through the mask: they do not."""
+    """A network that does not look at x, so that pixels behind the mask could only reach the loss through the mask:
+    they do not."""
 
     class Blind(nn.Module):
         def __init__(self):
@@ -457,7 +578,7 @@ def test_the_noise_range_of_the_settings_is_kept(prediction):
 
     network = Net()
     model = Listening(network, prediction)
-    method = Lora(model, adapters(network), dataset(), NoiseSettings(min_time=0.4, max_time=0.6), batch=4)
+    method = LoraTraining(model, adapters(network), dataset(), NoiseSettings(min_time=0.4, max_time=0.6), batch=4)
     for step in range(50):
         method.loss(step_rng(0, step))
     low, high = model.sigma_at(torch.tensor([0.4, 0.6]))
@@ -465,15 +586,18 @@ def test_the_noise_range_of_the_settings_is_kept(prediction):
 
 
 def test_a_text_encoder_learns_beside_the_model_at_its_own_rate():
-    """`encode` gives conditionings with gradients. AdamW's first step is the rate itself: 0.01 for the model, a tenth for the encoder."""
+    """`encode` gives conditionings with gradients. AdamW's first step is the rate itself: 0.01 for the model, a tenth
+    for the encoder."""
     network, words = Net(), nn.Sequential(nn.Linear(WORDS, WORDS))
     text = Adapters(words.requires_grad_(False), AdapterSettings(rank=2, targets="all linear"), rng())
     text.attach()
     encode = lambda batch: [{"cross_attn": words(c["cross_attn"])} for c in batch.conds]
-    method = Lora(Denoiser(network), adapters(network), dataset(), batch=2, text_adapters=text, encode=encode)
+    method = LoraTraining(Denoiser(network), adapters(network), dataset(), batch=2, text_adapters=text, encode=encode)
     assert list(method.groups()) == ["model", "text encoder"]
     assert {id(p) for p in method.parameters()} == {id(p) for ps in method.groups().values() for p in ps}
     train(method, run(1))
     owners = {"model": method.adapters, "text": text}
     moved = {name: max(low.up.abs().max().item() for low in owner.lows.values()) for name, owner in owners.items()}
-    assert moved["model"] == pytest.approx(RATE, rel=0.01) and moved["text"] == pytest.approx(RATE / 10, rel=0.01), moved
+    assert moved["model"] == pytest.approx(RATE, rel=0.01) and moved["text"] == pytest.approx(RATE / 10, rel=0.01), (
+        moved
+    )

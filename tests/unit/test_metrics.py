@@ -5,17 +5,17 @@ import pytest
 from trainyard.trainers.scores.metrics import (
     accuracy,
     auroc,
-    f1,
-    fitted_curve,
-    fitted_line,
+    average_ranks,
+    bootstrap_interval,
+    f1_score,
+    fit_calibration_line,
+    fit_isotonic_curve,
     grouped_folds,
-    interval,
     mae,
-    pairwise,
+    merge_paired_groups,
+    pairwise_accuracy,
     plcc,
-    ranks,
     srcc,
-    tied,
 )
 
 
@@ -27,7 +27,7 @@ def noisy(count, spread, seed=0):
 
 
 def test_ties_share_the_mean_of_their_ranks():
-    assert ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
+    assert average_ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -43,26 +43,27 @@ def test_correlations_are_scipys_also_with_ties(seed):
 
 
 def test_figures_by_hand():
-    """said 1 2 4 3 of rated 1 2 3 4: one pair of six is wrong; ranks differ by 1 twice, so SRCC = 1 - 6 * 2 / (4 * 15) = .8"""
+    """said 1 2 4 3 of rated 1 2 3 4: one pair of six is wrong; ranks differ by 1 twice, so SRCC = 1 - 6 * 2 / (4 * 15)
+    = .8"""
     said, rated = [1, 2, 4, 3], [1, 2, 3, 4]
-    assert pairwise(said, rated) == pytest.approx(5 / 6)
+    assert pairwise_accuracy(said, rated) == pytest.approx(5 / 6)
     assert srcc(said, rated) == pytest.approx(0.8)
     assert mae(said, rated) == 0.5
-    assert pairwise([1, 1], [1, 2]) == 0.5, "a tie counts half"
+    assert pairwise_accuracy([1, 1], [1, 2]) == 0.5, "a tie counts half"
     assert auroc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
-    assert f1([1, 1, -1, 1], [1, 1, 1, 0]) == pytest.approx(2 / 3), "precision 2/3, recall 2/3"
+    assert f1_score([1, 1, -1, 1], [1, 1, 1, 0]) == pytest.approx(2 / 3), "precision 2/3, recall 2/3"
     assert accuracy([0, 1, 2], [0, 1, 1]) == pytest.approx(2 / 3)
 
 
 def test_what_never_changes_agrees_with_nothing():
     assert srcc([2, 2, 2], [1, 2, 3]) == plcc([1, 2, 3], [5, 5, 5]) == 0
-    assert pairwise([1, 2], [3, 3]) == auroc([1, 2], [1, 1]) == 0.5
-    assert f1([-1, -1], [0, 0]) == 0
+    assert pairwise_accuracy([1, 2], [3, 3]) == auroc([1, 2], [1, 1]) == 0.5
+    assert f1_score([-1, -1], [0, 0]) == 0
 
 
 def test_intervals_cover_the_truth_about_19_times_of_20():
     """Sixty samples of a known correlation: said = rated + noise of the same size, so Pearson's is 1 / sqrt(2)."""
-    found = [interval(plcc, *noisy(80, 1.0, seed), seed=seed, draws=200) for seed in range(60)]
+    found = [bootstrap_interval(plcc, *noisy(80, 1.0, seed), seed=seed, draws=200) for seed in range(60)]
     inside = sum(f.low <= 2**-0.5 <= f.high for f in found)
     assert 50 <= inside <= 60, inside
     assert all(f.low <= f.value <= f.high for f in found)
@@ -73,35 +74,43 @@ def test_an_interval_of_pure_chance_includes_it():
     includes = 0
     for seed in range(40):
         said, rated = rng.normal(size=30), rng.normal(size=30)
-        one, other = interval(srcc, said, rated, seed, 200), interval(pairwise, said, rated, seed, 200)
+        one, other = (
+            bootstrap_interval(srcc, said, rated, seed, 200),
+            bootstrap_interval(pairwise_accuracy, said, rated, seed, 200),
+        )
         includes += (one.low <= 0 <= one.high) and (other.low <= 0.5 <= other.high)
     assert includes >= 34, includes
 
 
 def test_the_pairwise_interval_by_tables_is_that_of_drawing_again():
     said, rated = noisy(40, 1.0)
-    fast = interval(pairwise, said, rated, draws=2000)
-    slow = interval(lambda a, b: pairwise(a, b), said, rated, draws=2000)
+    fast = bootstrap_interval(pairwise_accuracy, said, rated, draws=2000)
+    slow = bootstrap_interval(lambda a, b: pairwise_accuracy(a, b), said, rated, draws=2000)
     assert fast.value == slow.value
     assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.02)
 
 
 def test_copies_of_a_picture_are_no_independent_evidence():
-    """Each picture ten times over: told of it, the interval is as wide as without the copies, and three times narrower otherwise."""
+    """Each picture ten times over: told of it, the interval is as wide as without the copies, and three times narrower
+    otherwise."""
     said, rated = noisy(40, 1.0)
     width = lambda f: f.high - f.low
-    once = width(interval(srcc, said, rated))
+    once = width(bootstrap_interval(srcc, said, rated))
     copies = np.repeat(said, 10), np.repeat(rated, 10)
-    told = width(interval(srcc, *copies, groups=np.repeat(np.arange(40), 10).tolist()))
+    told = width(bootstrap_interval(srcc, *copies, groups=np.repeat(np.arange(40), 10).tolist()))
     assert told == pytest.approx(once, rel=0.15)
-    assert width(interval(srcc, *copies)) < 0.5 * once
+    assert width(bootstrap_interval(srcc, *copies)) < 0.5 * once
 
 
 def test_the_same_seed_gives_the_same_interval():
-    assert interval(srcc, *noisy(30, 1.0), seed=4) == interval(srcc, *noisy(30, 1.0), seed=4) != interval(srcc, *noisy(30, 1.0), seed=5)
+    assert (
+        bootstrap_interval(srcc, *noisy(30, 1.0), seed=4)
+        == bootstrap_interval(srcc, *noisy(30, 1.0), seed=4)
+        != bootstrap_interval(srcc, *noisy(30, 1.0), seed=5)
+    )
 
 
-# -- folds ---------------------------------------------------------------------------------------------------------------------------
+# -- folds -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -126,26 +135,26 @@ def test_fewer_groups_than_folds_are_an_error_that_says_how_many_fit():
 
 
 def test_both_sides_of_a_pair_are_tied_and_ties_go_on():
-    names = tied(["a", "b", "c", "d", "a"], [(0, 1), (2, 3)])
+    names = merge_paired_groups(["a", "b", "c", "d", "a"], [(0, 1), (2, 3)])
     assert names[0] == names[1] == names[4] and names[2] == names[3] and names[0] != names[2]
 
 
-# -- calibration -----------------------------------------------------------------------------------------------------------------------
+# -- calibration -------------------------------------------------------------------------------------------------------
 
 
 def test_a_line_by_hand():
     """said 0 1 2, rated 1 3 5"""
-    assert fitted_line([0, 1, 2], [1, 3, 5]) == pytest.approx((2, 1))
+    assert fit_calibration_line([0, 1, 2], [1, 3, 5]) == pytest.approx((2, 1))
 
 
 def test_a_line_never_turns_a_scorer_around():
-    assert fitted_line([0, 1, 2], [5, 3, 1]) == (0, 3)
-    assert fitted_line([1, 1], [2, 4]) == (0, 3)
+    assert fit_calibration_line([0, 1, 2], [5, 3, 1]) == (0, 3)
+    assert fit_calibration_line([1, 1], [2, 4]) == (0, 3)
 
 
 def test_a_curve_by_hand():
     """rated 1 3 2 4 over said 0 1 2 3: the middle two pool to 2.5 at 1.5"""
-    assert fitted_curve([0, 1, 2, 3], [1, 3, 2, 4]) == ((0, 1), (1.5, 2.5), (3, 4))
+    assert fit_isotonic_curve([0, 1, 2, 3], [1, 3, 2, 4]) == ((0, 1), (1.5, 2.5), (3, 4))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -154,7 +163,7 @@ def test_a_curve_is_scipys_isotonic_regression(seed):
 
     said, rated = noisy(80, 1.0, seed)
     order = np.argsort(said)
-    ours = fitted_curve(said, rated)
+    ours = fit_isotonic_curve(said, rated)
     theirs = isotonic_regression(rated[order]).x
     assert sorted({round(y, 6) for _, y in ours}) == sorted({round(float(y), 6) for y in theirs})
     assert all(a[0] < b[0] and a[1] <= b[1] for a, b in zip(ours, ours[1:], strict=False))

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 from trainyard.tests.unit.toy import Line, rng
-from trainyard.trainers.files import read_tree, write_tree
+from trainyard.trainers.files import read_state_tree, write_state_tree
 from trainyard.trainers.loop import train
-from trainyard.trainers.optimizers import deliver, make_optimizer, rate_factor, settled
-from trainyard.trainers.settings import OPTIMIZERS, SCHEDULES, OptimizerSettings, RunSettings
+from trainyard.trainers.optimizers import apply_eval_weights, eval_weights_applied, lr_schedule_factor, make_optimizer
+from trainyard.trainers.settings import LR_SCHEDULES, OPTIMIZERS, OptimizerSettings, RunSettings
 
 IN_TORCH = ("AdamW", "RAdam", "SGD")
 INSTALLED = [name for name in OPTIMIZERS if name != "AdamW8bit"]  # bitsandbytes is not in the development environment
@@ -19,11 +19,14 @@ RATE = {"Prodigy": 1.0, "SGD": 0.05, "Lion": 0.02}  # where 0.05 is not a sensib
 def optimizer_or_skip(name, params, **settings):
     if name not in IN_TORCH:
         pytest.importorskip("pytorch_optimizer")
-    return make_optimizer([{"params": params, "lr": RATE.get(name, 0.05)}], OptimizerSettings(optimizer=name, **settings))
+    return make_optimizer(
+        [{"params": params, "lr": RATE.get(name, 0.05)}], OptimizerSettings(optimizer=name, **settings)
+    )
 
 
 def problem(seed=0):
-    """(parameters, target): a matrix and a vector, as a LoRA's tensors are of several shapes, and where they should go."""
+    """(parameters, target): a matrix and a vector, as a LoRA's tensors are of several shapes, and where they should
+    go."""
     draw = rng(seed)
     shapes = ((5, 4), (6,))
     return [torch.nn.Parameter(torch.zeros(s)) for s in shapes], [torch.randn(s, generator=draw) for s in shapes]
@@ -55,7 +58,8 @@ def test_an_optimizer_moves_every_parameter_and_gets_nearer(name):
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_an_optimizer_read_back_from_disk_goes_on_bit_for_bit(name, tmp_path):
-    """4 + 4 steps through a file, with new objects, equal 8 steps in one go; the second four see other targets than the first."""
+    """4 + 4 steps through a file, with new objects, equal 8 steps in one go; the second four see other targets than the
+    first."""
     (whole, target), (first, _), (second, _) = problem(), problem(), problem()
     optimizer = optimizer_or_skip(name, whole)
     steps(optimizer, whole, target, 4)
@@ -63,8 +67,8 @@ def test_an_optimizer_read_back_from_disk_goes_on_bit_for_bit(name, tmp_path):
 
     optimizer = optimizer_or_skip(name, first)
     steps(optimizer, first, target, 4)
-    write_tree(tmp_path / "state", {"params": first, "optimizer": optimizer.state_dict()})
-    saved = read_tree(tmp_path / "state")
+    write_state_tree(tmp_path / "state", {"params": first, "optimizer": optimizer.state_dict()})
+    saved = read_state_tree(tmp_path / "state")
     optimizer = optimizer_or_skip(name, second)
     with torch.no_grad():
         for p, value in zip(second, saved["params"], strict=True):
@@ -108,7 +112,7 @@ def test_groups_keep_their_own_rates():
     assert [g["lr"] for g in make_optimizer(groups, OptimizerSettings()).param_groups] == [1e-3, 1e-4]
 
 
-# -- missing packages ---------------------------------------------------------------------------------------------------------
+# -- missing packages --------------------------------------------------------------------------------------------------
 
 
 def without(monkeypatch, *missing):
@@ -119,10 +123,15 @@ def without(monkeypatch, *missing):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-@pytest.mark.parametrize("name, package", [("AdamW8bit", "bitsandbytes"), ("Prodigy", "pytorch-optimizer"), ("Lion", "pytorch-optimizer")])
+@pytest.mark.parametrize(
+    "name, package", [("AdamW8bit", "bitsandbytes"), ("Prodigy", "pytorch-optimizer"), ("Lion", "pytorch-optimizer")]
+)
 def test_a_missing_package_gives_the_line_to_type(name, package, monkeypatch):
     without(monkeypatch, "bitsandbytes", "pytorch_optimizer")
-    with pytest.raises(RuntimeError, match=rf"The optimizer {name} needs a package that is not installed\. Run: pip install {package}\n"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"The optimizer {name} needs a package that is not installed\. Run: pip install {package}\n",
+    ):
         make_optimizer([{"params": problem()[0], "lr": 1.0}], OptimizerSettings(optimizer=name))
 
 
@@ -134,7 +143,7 @@ def test_torchs_optimizers_need_no_package(name, monkeypatch):
     assert all((p != 0).all() for p in params)
 
 
-# -- schedule-free ------------------------------------------------------------------------------------------------------------
+# -- schedule-free -----------------------------------------------------------------------------------------------------
 
 
 def test_schedule_free_delivers_its_average_and_returns_to_its_training_point_bit_for_bit():
@@ -144,7 +153,7 @@ def test_schedule_free_delivers_its_average_and_returns_to_its_training_point_bi
     steps(optimizer, params, target, 5)
     before = [p.detach().clone() for p in params]
     averages = [(p.detach() - 0.1 * optimizer.state[p]["z"]) / 0.9 for p in params]
-    with settled(optimizer, params):
+    with eval_weights_applied(optimizer, params):
         assert all(torch.allclose(p, x, atol=1e-6) for p, x in zip(params, averages, strict=True))
         assert not any(torch.equal(p, y) for p, y in zip(params, before, strict=True))
     assert all(torch.equal(p, y) for p, y in zip(params, before, strict=True))
@@ -153,7 +162,9 @@ def test_schedule_free_delivers_its_average_and_returns_to_its_training_point_bi
     steps(other, undisturbed, target, 5)
     steps(other, undisturbed, target, 5)
     steps(optimizer, params, target, 5)
-    assert all(torch.equal(a, b) for a, b in zip(params, undisturbed, strict=True)), "looking at the average changed the run"
+    assert all(torch.equal(a, b) for a, b in zip(params, undisturbed, strict=True)), (
+        "looking at the average changed the run"
+    )
 
 
 def test_the_training_point_returns_after_an_error_too():
@@ -161,9 +172,11 @@ def test_the_training_point_returns_after_an_error_too():
     optimizer = optimizer_or_skip("ScheduleFreeAdamW", params)
     steps(optimizer, params, target, 3)
     before = [p.detach().clone() for p in params]
-    with pytest.raises(OSError), settled(optimizer, params):
+    with pytest.raises(OSError), eval_weights_applied(optimizer, params):
         raise OSError("disk full")
-    assert all(torch.equal(p, y) for p, y in zip(params, before, strict=True)) and optimizer.param_groups[0]["train_mode"]
+    assert (
+        all(torch.equal(p, y) for p, y in zip(params, before, strict=True)) and optimizer.param_groups[0]["train_mode"]
+    )
 
 
 def test_a_finished_run_leaves_the_average_that_it_saved(tmp_path):
@@ -179,7 +192,12 @@ def test_a_finished_run_leaves_the_average_that_it_saved(tmp_path):
             seen.append((why, method.w.item(), state["params"][0].item()))
 
     method = Line()
-    train(method, RunSettings(steps=5, learning_rate=0.1, save_every=0), OptimizerSettings(optimizer="ScheduleFreeAdamW"), store=Store())
+    train(
+        method,
+        RunSettings(steps=5, learning_rate=0.1, save_every=0),
+        OptimizerSettings(optimizer="ScheduleFreeAdamW"),
+        store=Store(),
+    )
     ((why, delivered, training_point),) = seen
     assert why == "finished" and delivered != training_point
     assert method.w.item() == delivered
@@ -190,17 +208,17 @@ def test_other_optimizers_deliver_what_they_train():
     optimizer = optimizer_or_skip("AdamW", params)
     steps(optimizer, params, target, 2)
     before = [p.detach().clone() for p in params]
-    with settled(optimizer, params):
+    with eval_weights_applied(optimizer, params):
         pass
-    deliver(optimizer)
+    apply_eval_weights(optimizer)
     assert all(torch.equal(p, y) for p, y in zip(params, before, strict=True))
 
 
-# -- schedules ----------------------------------------------------------------------------------------------------------------
+# -- schedules ---------------------------------------------------------------------------------------------------------
 
 
 def factors(schedule, steps=8, **settings):
-    return [rate_factor(step, steps, OptimizerSettings(schedule=schedule, **settings)) for step in range(steps)]
+    return [lr_schedule_factor(step, steps, OptimizerSettings(schedule=schedule, **settings)) for step in range(steps)]
 
 
 HALF = 0.5**0.5
@@ -213,12 +231,12 @@ BY_HAND = {  # of 8 steps, at t = 0, 1/8, ... 7/8
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_schedules_by_hand(schedule):
     assert factors(schedule, restarts=2) == pytest.approx(BY_HAND[schedule], abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_the_warmup_rises_in_equal_parts_and_the_schedule_fills_the_rest(schedule):
     """Warmup 3: 1/4, 2/4, 3/4, and then the schedule of 8 steps from its start."""
     with_warmup = factors(schedule, steps=11, warmup=3, restarts=2)
@@ -226,13 +244,14 @@ def test_the_warmup_rises_in_equal_parts_and_the_schedule_fills_the_rest(schedul
     assert with_warmup[3:] == pytest.approx(BY_HAND[schedule], abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_a_warmup_as_long_as_the_run_never_gets_full(schedule):
     assert factors(schedule, steps=3, warmup=3) == [0.25, 0.5, 0.75] and factors(schedule, steps=1) == [1.0]
 
 
 def test_the_loop_gives_every_step_the_rate_of_the_schedule():
-    """SGD without momentum on a loss with gradient 1: the parameter falls by the sum of the rates, 0.1 * (1/3 + 2/3 + 1 + 3/4 + 1/2 + 1/4)."""
+    """SGD without momentum on a loss with gradient 1: the parameter falls by the sum of the rates, 0.1 * (1/3 + 2/3 + 1
+    + 3/4 + 1/2 + 1/4)."""
 
     class Slope:
         def __init__(self):

@@ -7,25 +7,37 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from trainyard.trainers.memory.checkpointing import Blocks, Dropped, Offload, Tally, checkpointed
+from trainyard.trainers.memory.checkpointing import (
+    ActivationCounter,
+    CheckpointPolicy,
+    CountedPassError,
+    CpuOffloadHooks,
+    checkpoint_blocks,
+)
 from trainyard.trainers.memory.plan import (
-    OFF,
-    OFFLOADED,
-    PER_BLOCK,
-    PER_BLOCK_CPU,
-    PLANS,
-    Block,
-    Forecast,
-    Measured,
-    cheaper,
-    chosen,
-    forecast,
-    largest_batch,
-    split,
+    CHECKPOINTING_PLANS,
+    PLAN_OFF,
+    PLAN_OFFLOADED,
+    PLAN_PER_BLOCK,
+    PLAN_PER_BLOCK_CPU,
+    BlockMemory,
+    RunForecast,
+    StepMemory,
+    choose_checkpointing_plan,
+    largest_fitting_batch,
+    largest_fitting_microbatch,
+    make_run_forecast,
+    next_cheaper_plan,
 )
 
 MIB = 2**20
-FOUR = Measured(total=440 * MIB, outside=20 * MIB, blocks=(Block(10 * MIB, 100 * MIB, 20 * MIB), *[Block(10 * MIB, 100 * MIB)] * 3), largest=10 * MIB, adapters=MIB)
+FOUR = StepMemory(
+    total=440 * MIB,
+    outside=20 * MIB,
+    blocks=(BlockMemory(10 * MIB, 100 * MIB, 20 * MIB), *[BlockMemory(10 * MIB, 100 * MIB)] * 3),
+    largest=10 * MIB,
+    adapters=MIB,
+)
 WEIGHTY = replace(FOUR, weights=200 * MIB, heaviest=50 * MIB)
 
 
@@ -35,119 +47,135 @@ def kept(measured, plan):
 
 
 def test_each_plan_keeps_less_than_the_one_before():
-    assert kept(FOUR, OFF) == 440 * MIB
-    assert kept(FOUR, PER_BLOCK) == (20 + 100 + 4 * 10) * MIB
-    assert kept(FOUR, PER_BLOCK_CPU) == (20 + 100 + 10) * MIB
+    assert kept(FOUR, PLAN_OFF) == 440 * MIB
+    assert kept(FOUR, PLAN_PER_BLOCK) == (20 + 100 + 4 * 10) * MIB
+    assert kept(FOUR, PLAN_PER_BLOCK_CPU) == (20 + 100 + 10) * MIB
 
 
 def test_a_large_first_block_is_computed_again_when_nothing_else_waits_any_more():
     """A UNet's: 100 inside with 10 given at first, then three small ones that are given 20 each."""
-    unet = Measured(total=1000, outside=0, blocks=(Block(10, 100), *[Block(20, 30)] * 3))
-    assert kept(unet, PER_BLOCK) == 110
-    unet = Measured(total=1000, outside=0, blocks=(*[Block(20, 30)] * 3, Block(10, 100)))
-    assert kept(unet, PER_BLOCK) == 170
+    unet = StepMemory(total=1000, outside=0, blocks=(BlockMemory(10, 100), *[BlockMemory(20, 30)] * 3))
+    assert kept(unet, PLAN_PER_BLOCK) == 110
+    unet = StepMemory(total=1000, outside=0, blocks=(*[BlockMemory(20, 30)] * 3, BlockMemory(10, 100)))
+    assert kept(unet, PLAN_PER_BLOCK) == 170
 
 
 def test_the_peak_adds_gradients_in_flight_and_the_optimizers_numbers():
-    assert FOUR.peak(PER_BLOCK) - kept(FOUR, PER_BLOCK) == (2 * 10 + 2 * 1) * MIB
+    assert FOUR.peak(PLAN_PER_BLOCK) - kept(FOUR, PLAN_PER_BLOCK) == (2 * 10 + 2 * 1) * MIB
 
 
 def test_the_adapters_gradients_come_one_after_the_other_from_the_last_block_on_unless_those_of_a_batch_before_are_there():
     """The first block is the worst moment here, when three of four blocks have theirs."""
-    first = Measured(total=10**9, outside=0, blocks=(Block(0, 1000), *[Block(0, 10)] * 3), adapters=400)
-    assert first.peak(PER_BLOCK) == 1000 + 300 + 2 * 400
-    assert replace(first, accumulated=True).peak(PER_BLOCK) == 1000 + 400 + 2 * 400
-    assert replace(first, blocks=first.blocks[::-1]).peak(PER_BLOCK) == 1000 + 2 * 400
+    first = StepMemory(total=10**9, outside=0, blocks=(BlockMemory(0, 1000), *[BlockMemory(0, 10)] * 3), adapters=400)
+    assert first.peak(PLAN_PER_BLOCK) == 1000 + 300 + 2 * 400
+    assert replace(first, accumulated=True).peak(PLAN_PER_BLOCK) == 1000 + 400 + 2 * 400
+    assert replace(first, blocks=first.blocks[::-1]).peak(PLAN_PER_BLOCK) == 1000 + 2 * 400
 
 
 def test_what_is_kept_behind_a_block_is_free_when_its_turn_comes():
-    late = Measured(total=10**9, outside=150, blocks=(Block(10, 300, before=50), Block(10, 100)))
-    assert kept(late, PER_BLOCK) == 50 + 10 + 300
-    early = Measured(total=10**9, outside=150, blocks=(Block(10, 100, before=50), Block(10, 300, before=100)))
-    assert kept(early, PER_BLOCK) == 150 + 20 + 300
-    small = Measured(total=10**9, outside=900, blocks=(Block(10, 100),))
-    assert kept(small, PER_BLOCK) == 910, "before the first block's turn all of it is there"
+    late = StepMemory(total=10**9, outside=150, blocks=(BlockMemory(10, 300, before=50), BlockMemory(10, 100)))
+    assert kept(late, PLAN_PER_BLOCK) == 50 + 10 + 300
+    early = StepMemory(
+        total=10**9, outside=150, blocks=(BlockMemory(10, 100, before=50), BlockMemory(10, 300, before=100))
+    )
+    assert kept(early, PLAN_PER_BLOCK) == 150 + 20 + 300
+    small = StepMemory(total=10**9, outside=900, blocks=(BlockMemory(10, 100),))
+    assert kept(small, PLAN_PER_BLOCK) == 910, "before the first block's turn all of it is there"
 
 
 def test_twice_the_batch_needs_twice_the_activations_and_the_same_adapters():
     twice = FOUR.scaled(2)
-    assert kept(twice, PER_BLOCK) == 2 * kept(FOUR, PER_BLOCK)
+    assert kept(twice, PLAN_PER_BLOCK) == 2 * kept(FOUR, PLAN_PER_BLOCK)
     assert twice.adapters == FOUR.adapters
 
 
-@pytest.mark.parametrize(("free", "plan"), [(1000, OFF), (400, PER_BLOCK), (175, PER_BLOCK_CPU), (60, OFFLOADED), (10, OFFLOADED)])
+@pytest.mark.parametrize(
+    ("free", "plan"),
+    [(1000, PLAN_OFF), (400, PLAN_PER_BLOCK), (175, PLAN_PER_BLOCK_CPU), (60, PLAN_OFFLOADED), (10, PLAN_OFFLOADED)],
+)
 def test_the_fastest_plan_that_fits_is_chosen_and_else_the_smallest(free, plan):
-    assert chosen(WEIGHTY, free * MIB) == plan
+    assert choose_checkpointing_plan(WEIGHTY, free * MIB) == plan
 
 
 def test_weights_that_leave_make_room_for_activations_but_one_block_comes_back():
-    assert WEIGHTY.peak(OFFLOADED) == WEIGHTY.peak(PER_BLOCK_CPU) + 50 * MIB
-    assert WEIGHTY.fits(OFFLOADED, 60 * MIB) and not WEIGHTY.fits(PER_BLOCK_CPU, 60 * MIB)
-    assert replace(WEIGHTY, weights=0).fits(OFFLOADED, 60 * MIB) is False, "nothing is gained where they are away already"
+    assert WEIGHTY.peak(PLAN_OFFLOADED) == WEIGHTY.peak(PLAN_PER_BLOCK_CPU) + 50 * MIB
+    assert WEIGHTY.fits(PLAN_OFFLOADED, 60 * MIB) and not WEIGHTY.fits(PLAN_PER_BLOCK_CPU, 60 * MIB)
+    assert replace(WEIGHTY, weights=0).fits(PLAN_OFFLOADED, 60 * MIB) is False, (
+        "nothing is gained where they are away already"
+    )
 
 
 @pytest.mark.parametrize("free", [0, 10, 60])
 def test_a_plan_fits_once_what_is_missing_has_left_and_not_a_byte_before(free):
-    missing = FOUR.missing(PER_BLOCK_CPU, free * MIB)
-    assert FOUR.fits(PER_BLOCK_CPU, free * MIB + missing) and not FOUR.fits(PER_BLOCK_CPU, free * MIB + missing - 1)
-    assert Forecast(PER_BLOCK_CPU, FOUR.peak(PER_BLOCK_CPU), free * MIB + missing).fits
-    assert FOUR.missing(PER_BLOCK_CPU, 10**12) == 0
+    missing = FOUR.missing(PLAN_PER_BLOCK_CPU, free * MIB)
+    assert FOUR.fits(PLAN_PER_BLOCK_CPU, free * MIB + missing) and not FOUR.fits(
+        PLAN_PER_BLOCK_CPU, free * MIB + missing - 1
+    )
+    assert RunForecast(PLAN_PER_BLOCK_CPU, FOUR.peak(PLAN_PER_BLOCK_CPU), free * MIB + missing).fits
+    assert FOUR.missing(PLAN_PER_BLOCK_CPU, 10**12) == 0
 
 
 def test_an_open_batch_is_the_largest_that_fits_and_never_more_than_eight():
-    fits = lambda batch, free: FOUR.scaled(batch).peak(OFF) <= 0.9 * free
+    fits = lambda batch, free: FOUR.scaled(batch).peak(PLAN_OFF) <= 0.9 * free
     for free in (100 * MIB, 600 * MIB, 1500 * MIB, 2800 * MIB, 10**12):
-        batch = largest_batch(FOUR, free, OFF)
+        batch = largest_fitting_batch(FOUR, free, PLAN_OFF)
         assert batch == 1 or fits(batch, free)
         assert batch == 8 or not fits(batch + 1, free)
-    assert (largest_batch(FOUR, 100 * MIB, OFF), largest_batch(FOUR, 10**12, OFF)) == (1, 8)
+    assert (largest_fitting_batch(FOUR, 100 * MIB, PLAN_OFF), largest_fitting_batch(FOUR, 10**12, PLAN_OFF)) == (1, 8)
 
 
 @pytest.mark.parametrize(("free", "part"), [(10000, 12), (3200, 6), (2300, 4), (700, 1), (1, 1)])
 def test_a_batch_is_split_into_equal_parts_as_large_as_fit(free, part):
-    assert split(FOUR.scaled(12), free * MIB, OFF, 12) == part
+    assert largest_fitting_microbatch(FOUR.scaled(12), free * MIB, PLAN_OFF, 12) == part
 
 
 def test_a_model_without_blocks_has_only_one_need():
-    bare = Measured(total=10, outside=10, blocks=())
-    assert {kept(bare, plan) for plan in PLANS} == {10}
+    bare = StepMemory(total=10, outside=10, blocks=())
+    assert {kept(bare, plan) for plan in CHECKPOINTING_PLANS} == {10}
 
 
 def test_the_next_cheaper_plan_and_none_after_the_last():
-    assert [cheaper(plan) for plan in PLANS] == [PER_BLOCK, PER_BLOCK_CPU, OFFLOADED, None]
-    assert cheaper("auto") is None
+    assert [next_cheaper_plan(plan) for plan in CHECKPOINTING_PLANS] == [
+        PLAN_PER_BLOCK,
+        PLAN_PER_BLOCK_CPU,
+        PLAN_OFFLOADED,
+        None,
+    ]
+    assert next_cheaper_plan("auto") is None
 
 
 def test_the_room_for_a_larger_batch_is_what_the_forecast_says_fits():
-    told = forecast(FOUR.scaled(2), PER_BLOCK, 2000 * MIB, batch=2)
-    grown = lambda batch: FOUR.scaled(batch).peak(PER_BLOCK)
+    told = make_run_forecast(FOUR.scaled(2), PLAN_PER_BLOCK, 2000 * MIB, batch=2)
+    grown = lambda batch: FOUR.scaled(batch).peak(PLAN_PER_BLOCK)
     assert grown(told.room) <= 0.9 * 2000 * MIB < grown(told.room + 1)
 
 
 def test_what_a_real_step_took_beyond_the_count_is_part_of_the_forecast():
-    assert forecast(FOUR, OFF, MIB, extra=7).peak == FOUR.peak(OFF) + 7
+    assert make_run_forecast(FOUR, PLAN_OFF, MIB, extra=7).peak == FOUR.peak(PLAN_OFF) + 7
 
 
 def test_the_line_says_memory_time_and_finish():
-    line = Forecast(PER_BLOCK, 1300 * MIB, 8 * 1024 * MIB, seconds=0.42, room=4).line(1000, now=0)
+    line = RunForecast(PLAN_PER_BLOCK, 1300 * MIB, 8 * 1024 * MIB, seconds=0.42, room=4).line(1000, now=0)
     assert line.startswith("per block, batch 1: 1.3 of 8 GiB free, 0.42 s a step, 7 min, until ")
     assert line.endswith("batch up to 4 fits")
 
 
 def test_the_line_says_what_left_the_device():
-    assert "2 GiB of weights wait in the CPU's memory" in Forecast(OFFLOADED, 100, 2**30, away=2 * 2**30).line(10)
-    assert "weights" not in Forecast(PER_BLOCK, 100, 2**30).line(10)
+    assert "2 GiB of weights wait in the CPU's memory" in RunForecast(PLAN_OFFLOADED, 100, 2**30, away=2 * 2**30).line(
+        10
+    )
+    assert "weights" not in RunForecast(PLAN_PER_BLOCK, 100, 2**30).line(10)
 
 
 def test_room_for_a_batch_that_is_used_already_is_no_news():
-    assert "fits" not in Forecast(OFF, 100, 2**30, room=4, batch=4).line(10)
+    assert "fits" not in RunForecast(PLAN_OFF, 100, 2**30, room=4, batch=4).line(10)
 
 
 def test_a_forecast_that_does_not_fit_says_what_to_do():
-    assert "lower batch or resolution" in Forecast(PER_BLOCK_CPU, 100 * MIB, 50 * MIB).line(10)
+    assert "lower batch or resolution" in RunForecast(PLAN_PER_BLOCK_CPU, 100 * MIB, 50 * MIB).line(10)
 
 
-# -- blocks ---------------------------------------------------------------------------------------------------------------------
+# -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -196,30 +224,30 @@ class Strength:
 
 def gradients(plan):
     net, x = Net(), torch.randn(300, 256, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    with checkpointed({Layer}, Strength(), Blocks(plan)):
+    with checkpoint_blocks({Layer}, Strength(), CheckpointPolicy(plan)):
         net(x).square().mean().backward()
     return [x.grad, *(p.grad for p in net.parameters())]
 
 
-@pytest.mark.parametrize("plan", PLANS[1:])
+@pytest.mark.parametrize("plan", CHECKPOINTING_PLANS[1:])
 def test_gradients_are_the_same_bit_for_bit_under_every_plan(plan):
-    for got, wanted in zip(gradients(plan), gradients(OFF), strict=True):
+    for got, wanted in zip(gradients(plan), gradients(PLAN_OFF), strict=True):
         assert torch.equal(got, wanted)
 
 
 def test_the_blocks_class_is_as_before_after_an_error():
     before = Layer.forward
-    with pytest.raises(KeyError), checkpointed({Layer}, Strength()):
+    with pytest.raises(KeyError), checkpoint_blocks({Layer}, Strength()):
         raise KeyError
     assert Layer.forward is before
 
 
 def test_a_pass_that_is_counted_keeps_nothing_and_has_no_backward():
     net, x = Net().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
-    blocks = Blocks(tally=Tally(net.parameters()))
-    with checkpointed({Layer}, Strength(), blocks), blocks.tally:
+    blocks = CheckpointPolicy(tally=ActivationCounter(net.parameters()))
+    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.tally:
         loss = net(x).square().mean()
-    with pytest.raises(Dropped):
+    with pytest.raises(CountedPassError):
         loss.backward()
 
 
@@ -227,8 +255,8 @@ def test_the_count_equals_what_autograd_keeps():
     """Of a frozen layer, sin keeps its argument; the products keep only weights. The loss keeps the last output."""
     net, x = Net().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
     one = 300 * 256 * 4
-    blocks = Blocks(tally=Tally(net.parameters()))
-    with checkpointed({Layer}, Strength(), blocks), blocks.tally:
+    blocks = CheckpointPolicy(tally=ActivationCounter(net.parameters()))
+    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.tally:
         net(x).square().mean()
     measured = blocks.tally.measured(adapters=0)
     assert [b.inside for b in measured.blocks] == [one] * 3
@@ -241,8 +269,8 @@ def test_the_count_equals_what_autograd_keeps():
 def test_a_piece_that_is_kept_outside_and_given_to_a_block_counts_once(first):
     """It stays on the device in any case: whatever is done with the inputs of blocks saves nothing of it."""
     net, x = Layer().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
-    one, blocks = 300 * 256 * 4, Blocks(tally=Tally(net.parameters()))
-    with checkpointed({Layer}, Strength(), blocks), blocks.tally:
+    one, blocks = 300 * 256 * 4, CheckpointPolicy(tally=ActivationCounter(net.parameters()))
+    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.tally:
         early = x.sin().sum() if first else 0
         out = net(x, {"scale": 1.0}, shift=torch.zeros(()))
         (out.sum() + early + (0 if first else x.sin().sum())).square()
@@ -251,12 +279,12 @@ def test_a_piece_that_is_kept_outside_and_given_to_a_block_counts_once(first):
     assert (block.inputs, block.inside) == (4, one), "the shift has four bytes"
     assert block.before == (one if first else 0)
     assert one <= measured.outside < one + 100
-    assert kept(measured, PER_BLOCK_CPU) >= (2 * one if first else one)
+    assert kept(measured, PLAN_PER_BLOCK_CPU) >= (2 * one if first else one)
 
 
 def test_an_input_that_all_blocks_share_makes_one_trip(monkeypatch):
     trips = []
-    original = Offload.pack
+    original = CpuOffloadHooks.pack
 
     def pack(self, tensor):
         saved = original(self, tensor)
@@ -264,8 +292,8 @@ def test_an_input_that_all_blocks_share_makes_one_trip(monkeypatch):
         return saved
 
     net, x = Net(), torch.randn(300, 256, requires_grad=True)
-    monkeypatch.setattr(Offload, "pack", pack)
-    with checkpointed({Layer}, Strength(), Blocks(PER_BLOCK_CPU)):
+    monkeypatch.setattr(CpuOffloadHooks, "pack", pack)
+    with checkpoint_blocks({Layer}, Strength(), CheckpointPolicy(PLAN_PER_BLOCK_CPU)):
         net(x)
     large = [t for t in trips if not torch.is_tensor(t)]
     assert len(large) == 6, "x and shift of three blocks"
@@ -273,10 +301,10 @@ def test_an_input_that_all_blocks_share_makes_one_trip(monkeypatch):
 
 
 def test_no_copy_outlives_the_tensor_it_was_made_of():
-    before = len(Offload.copies)
-    gradients(PER_BLOCK_CPU)
+    before = len(CpuOffloadHooks.copies)
+    gradients(PLAN_PER_BLOCK_CPU)
     gc.collect()
-    assert len(Offload.copies) == before
+    assert len(CpuOffloadHooks.copies) == before
 
 
 def test_strength_in_backward_is_that_of_the_forward():
@@ -287,7 +315,7 @@ def test_strength_in_backward_is_that_of_the_forward():
             seen.append(adapters.now)
             return x.sin()
 
-    with checkpointed({Asking}, adapters):
+    with checkpoint_blocks({Asking}, adapters):
         adapters.now = -1.0
         y = Asking()(torch.ones(3, requires_grad=True))
         adapters.now = 1.0

@@ -10,14 +10,33 @@ from trainyard.tests.fakes_data import FakeVae
 from trainyard.tests.unit.toy import Denoiser
 from trainyard.trainers.data.labels import folder_labels, read_labels
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.sets import joined
-from trainyard.trainers.data.views import CROP, GREY, ORDERS, SHUFFLED, TURNED, Draft, drawn, encode_views, shuffled
+from trainyard.trainers.data.sets import join_datasets
+from trainyard.trainers.data.views import (
+    CROP_VIEW,
+    GREY_VIEW,
+    QUARTER_PERMUTATIONS,
+    ROTATED_VIEW,
+    SHUFFLED_VIEW,
+    ViewSpec,
+    encode_views,
+    render_view,
+    shuffle_quarters,
+)
 from trainyard.trainers.loop import step_rng
-from trainyard.trainers.scores.files import read_score_model, tensors_of, write_score_model
-from trainyard.trainers.scores.networks import PRETRAINED, TRUNKS, ScorerSettings
-from trainyard.trainers.scores.pretext import HIDDEN, Pretext, PretextSettings, felt, heads_for, hidden_error, hiding, nt_xent
-from trainyard.trainers.scores.pretraining import out_of_fold, pretrained, retrieved
-from trainyard.trainers.scores.resume import Unfinished
+from trainyard.trainers.scores.files import read_score_model, score_model_tensors, write_score_model
+from trainyard.trainers.scores.networks import LATENT_BACKBONES, PRETRAINING_TASK, ScorerSettings
+from trainyard.trainers.scores.pretext import (
+    MASK_RATIO,
+    PretextSettings,
+    PretextTraining,
+    build_pretext_heads,
+    features_and_map,
+    masked_mse,
+    nt_xent,
+    sample_block_mask,
+)
+from trainyard.trainers.scores.pretraining import predict_out_of_fold, pretrain_backbone, retrieval_hits
+from trainyard.trainers.scores.resume import ResumeFolder
 
 ALL = dict(inpaint=1.0, simclr=0.5, rotation=1.0, jigsaw=1.0, colours=1.0, classes=1.0)
 
@@ -37,19 +56,21 @@ def folder(tmp_path):
 
 @pytest.fixture
 def dataset(folder):
-    return joined([read_folder(folder / "red"), read_folder(folder / "green")])
+    return join_datasets([read_folder(folder / "red"), read_folder(folder / "green")])
 
 
 def views_of(dataset, tmp_path, settings=None, vae=None):
     settings = settings or PretextSettings(**ALL)
-    return encode_views(dataset, settings.kinds(), size=32, crops=3, seed=0, vae=vae or FakeVae(factor=4), cache_dir=tmp_path / "cache")
+    return encode_views(
+        dataset, settings.kinds(), size=32, crops=3, seed=0, vae=vae or FakeVae(factor=4), cache_dir=tmp_path / "cache"
+    )
 
 
 def test_quarters_are_shuffled_before_encoding_and_do_not_touch():
     square = Image.new("RGB", (64, 64))
     for quarter, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]):
         square.paste(colour, (quarter % 2 * 32, quarter // 2 * 32, quarter % 2 * 32 + 32, quarter // 2 * 32 + 32))
-    page = shuffled(square, (3, 2, 1, 0))
+    page = shuffle_quarters(square, (3, 2, 1, 0))
     assert page.getpixel((16, 16)) == (255, 255, 0)
     assert page.getpixel((48, 48)) == (255, 0, 0)
     assert page.getpixel((32, 16)) == (128, 128, 128), "a gap"
@@ -58,21 +79,28 @@ def test_quarters_are_shuffled_before_encoding_and_do_not_touch():
 def test_a_crop_keeps_proportions_and_a_turn_turns():
     picture = Image.new("RGB", (80, 40))
     picture.paste((255, 255, 255), (40, 0, 80, 20))
-    whole = drawn(Draft(TURNED, label=0), picture, 40)
+    whole = render_view(ViewSpec(ROTATED_VIEW, label=0), picture, 40)
     assert whole.getpixel((35, 5)) == (255, 255, 255)
     assert whole.getpixel((5, 5)) == (0, 0, 0)
-    assert drawn(Draft(TURNED, label=1), picture, 40).getpixel((5, 5)) == (255, 255, 255), "anticlockwise"
-    assert drawn(Draft(CROP, mirrored=True), picture, 40).getpixel((5, 5)) == (255, 255, 255)
+    assert render_view(ViewSpec(ROTATED_VIEW, label=1), picture, 40).getpixel((5, 5)) == (255, 255, 255), (
+        "anticlockwise"
+    )
+    assert render_view(ViewSpec(CROP_VIEW, mirrored=True), picture, 40).getpixel((5, 5)) == (255, 255, 255)
 
 
 def test_views_are_encoded_once_and_are_what_they_say(dataset, tmp_path):
     vae = FakeVae(factor=4)
     views = views_of(dataset, tmp_path, vae=vae)
     first = views.pictures[0]
-    assert {kind: len(v) for kind, v in first.items()} == {CROP: 3, TURNED: 4, SHUFFLED: 3, GREY: 2}
-    assert [v.label for v in first[TURNED]] == [0, 1, 2, 3]
-    assert all(0 <= v.label < len(ORDERS) for v in first[SHUFFLED])
-    grey, coloured = (views.latent(v) for v in first[GREY])
+    assert {kind: len(v) for kind, v in first.items()} == {
+        CROP_VIEW: 3,
+        ROTATED_VIEW: 4,
+        SHUFFLED_VIEW: 3,
+        GREY_VIEW: 2,
+    }
+    assert [v.label for v in first[ROTATED_VIEW]] == [0, 1, 2, 3]
+    assert all(0 <= v.label < len(QUARTER_PERMUTATIONS) for v in first[SHUFFLED_VIEW])
+    grey, coloured = (views.latent(v) for v in first[GREY_VIEW])
     assert float((grey[0] - grey[1]).abs().max()) < 1e-6
     assert float((coloured[0] - coloured[1]).abs().max()) > 0.1
     calls = vae.calls
@@ -82,7 +110,7 @@ def test_views_are_encoded_once_and_are_what_they_say(dataset, tmp_path):
 
 def test_only_what_the_tasks_need_is_encoded(dataset, tmp_path):
     views = views_of(dataset, tmp_path, PretextSettings())
-    assert set(views.pictures[0]) == {CROP}
+    assert set(views.pictures[0]) == {CROP_VIEW}
 
 
 def test_contrast_by_hand():
@@ -97,34 +125,34 @@ def test_hidden_error_by_hand():
     truth, guess, hidden = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 2, 2)
     hidden[0, 0, 0] = 1
     guess[0, 1, 0, 0], guess[0, 0, 1, 1] = 2.0, 9.0
-    assert hidden_error(guess, truth, hidden).tolist() == [1.0]
+    assert masked_mse(guess, truth, hidden).tolist() == [1.0]
 
 
 def test_six_blocks_in_ten_are_hidden():
-    hidden = hiding((3, 4, 20, 20), torch.Generator().manual_seed(0))
+    hidden = sample_block_mask((3, 4, 20, 20), torch.Generator().manual_seed(0))
     assert hidden.shape == (3, 1, 20, 20)
-    assert hidden.mean((1, 2, 3)).tolist() == pytest.approx([HIDDEN] * 3)
+    assert hidden.mean((1, 2, 3)).tolist() == pytest.approx([MASK_RATIO] * 3)
     assert torch.equal(hidden[..., ::2, ::2], hidden[..., 1::2, 1::2])
 
 
-@pytest.mark.parametrize("backbone", TRUNKS)
+@pytest.mark.parametrize("backbone", LATENT_BACKBONES)
 @pytest.mark.parametrize("shape", [(4, 8, 8), (16, 10, 6), (4, 1, 8, 8)])
 def test_a_map_of_any_shape_is_painted_back_to_a_latent_of_its_size(backbone, shape):
-    trunk, settings = TRUNKS[backbone](shape[0], 8, 1), PretextSettings(backbone=backbone)
-    heads = heads_for(trunk, shape, settings, 0)
+    trunk, settings = LATENT_BACKBONES[backbone](shape[0], 8, 1), PretextSettings(backbone=backbone)
+    heads = build_pretext_heads(trunk, shape, settings, 0)
     x = torch.randn(2, *shape)
-    features, state = felt(trunk, x, torch.zeros(2))
+    features, state = features_and_map(trunk, x, torch.zeros(2))
     assert features.shape == (2, trunk.size)
     assert heads["inpaint"](state, shape[-2:]).shape == (2, shape[0], *shape[-2:])
     assert not trunk.last._forward_hooks
 
 
-@pytest.mark.parametrize("backbone", TRUNKS)
+@pytest.mark.parametrize("backbone", LATENT_BACKBONES)
 def test_every_task_learns_and_its_loss_is_one_number_per_picture(dataset, tmp_path, backbone):
     settings = PretextSettings(**ALL, backbone=backbone, batch=4)
-    views, trunk = views_of(dataset, tmp_path), TRUNKS[backbone](3, 8, 1)
-    heads = heads_for(trunk, views.shape, settings, 2)
-    method = Pretext(Denoiser(), trunk, heads, views, range(16), settings, labels=[0] * 8 + [None] * 8)
+    views, trunk = views_of(dataset, tmp_path), LATENT_BACKBONES[backbone](3, 8, 1)
+    heads = build_pretext_heads(trunk, views.shape, settings, 2)
+    method = PretextTraining(Denoiser(), trunk, heads, views, range(16), settings, labels=[0] * 8 + [None] * 8)
     for name, _ in settings.tasks():
         assert method.asked[name]([0, 1, 8], step_rng(0, 1)).shape == (3,)
     loss = method.loss(step_rng(0, 0))
@@ -137,10 +165,13 @@ def test_every_task_learns_and_its_loss_is_one_number_per_picture(dataset, tmp_p
 
 def test_the_same_seed_gives_the_same_backbone_and_the_file_loads_back(dataset, tmp_path):
     settings = PretextSettings(steps=3, batch=4, size=32)
-    runs = [pretrained(views_of(dataset, tmp_path, settings), Denoiser(), ScorerSettings(width=8, depth=1), settings) for _ in range(2)]
+    runs = [
+        pretrain_backbone(views_of(dataset, tmp_path, settings), Denoiser(), ScorerSettings(width=8, depth=1), settings)
+        for _ in range(2)
+    ]
     a, b = (run.model.networks[0].state_dict() for run in runs)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert runs[0].model.about.task == PRETRAINED
+    assert runs[0].model.about.task == PRETRAINING_TASK
     write_score_model(tmp_path / "b.safetensors", runs[0].model)
     assert read_score_model(tmp_path / "b.safetensors").about == runs[0].model.about
     assert runs[0].model.value(torch.randn(2, 3, 8, 8), torch.zeros(2)).tolist() == [0, 0], "it has no head yet"
@@ -148,8 +179,8 @@ def test_the_same_seed_gives_the_same_backbone_and_the_file_loads_back(dataset, 
 
 def test_a_pretraining_that_is_stopped_goes_on_and_gives_the_same_backbone(dataset, tmp_path, monkeypatch):
     settings = PretextSettings(steps=6, batch=4, size=32)
-    views, losses, calls = views_of(dataset, tmp_path, settings), Pretext.loss, []
-    train = lambda **more: pretrained(views, Denoiser(), ScorerSettings(width=8, depth=1), settings, **more)
+    views, losses, calls = views_of(dataset, tmp_path, settings), PretextTraining.loss, []
+    train = lambda **more: pretrain_backbone(views, Denoiser(), ScorerSettings(width=8, depth=1), settings, **more)
     whole = train()
 
     def stopping(self, rng):
@@ -158,22 +189,30 @@ def test_a_pretraining_that_is_stopped_goes_on_and_gives_the_same_backbone(datas
             raise KeyboardInterrupt
         return losses(self, rng)
 
-    monkeypatch.setattr(Pretext, "loss", stopping)
-    work = Unfinished(tmp_path / "work")
+    monkeypatch.setattr(PretextTraining, "loss", stopping)
+    work = ResumeFolder(tmp_path / "work")
     with pytest.raises(KeyboardInterrupt):
         train(work=work)
     assert work.saved == "network 1, step 3"
-    parts = train(work=Unfinished(tmp_path / "work"))
-    ours, theirs = tensors_of(parts.model), tensors_of(whole.model)
-    assert parts.losses == whole.losses and parts.report == whole.report and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    parts = train(work=ResumeFolder(tmp_path / "work"))
+    ours, theirs = score_model_tensors(parts.model), score_model_tensors(whole.model)
+    assert (
+        parts.losses == whole.losses
+        and parts.report == whole.report
+        and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    )
 
 
 def test_probes_tell_before_from_after(dataset, tmp_path):
-    records = tuple(replace(r, score=float(i)) for i, r in enumerate(dataset)) + tuple(replace(r, score=float(i + 16)) for i, r in enumerate(dataset))
+    records = tuple(replace(r, score=float(i)) for i, r in enumerate(dataset)) + tuple(
+        replace(r, score=float(i + 16)) for i, r in enumerate(dataset)
+    )
     dataset = replace(dataset, records=records)
     settings = PretextSettings(steps=30, batch=8, size=32)
     views = views_of(dataset, tmp_path, settings)
-    done = pretrained(views, Denoiser(), ScorerSettings(width=8, depth=1), settings, labels=folder_labels(views.dataset))
+    done = pretrain_backbone(
+        views, Denoiser(), ScorerSettings(width=8, depth=1), settings, labels=folder_labels(views.dataset)
+    )
     probes = ("same picture found", "ridge SRCC", "ridge class accuracy")
     assert set(done.model.about.metrics) == {*probes, *(f"{name}, untrained" for name in probes)}
     assert done.model.about.metrics["ridge class accuracy"] == [1.0, 1.0, 1.0], "red from green, with its interval"
@@ -184,8 +223,8 @@ def test_probes_tell_before_from_after(dataset, tmp_path):
 
 def test_the_nearest_crop_by_hand():
     rows = torch.tensor([[1.0, 0], [0, 1], [-1, -1]])
-    assert retrieved(rows, rows * 2 + 0.1).all()
-    assert retrieved(rows[[1, 0, 2]], rows).tolist() == [False, False, True]
+    assert retrieval_hits(rows, rows * 2 + 0.1).all()
+    assert retrieval_hits(rows[[1, 0, 2]], rows).tolist() == [False, False, True]
 
 
 def test_ridge_finds_a_line_and_nothing_in_noise():
@@ -193,9 +232,9 @@ def test_ridge_finds_a_line_and_nothing_in_noise():
     rows = torch.randn(80, 200, generator=rng)
     line = rows[:, :1] + 0.1 * torch.randn(80, 1, generator=rng)
     few = rows[:, :20]
-    assert torch.corrcoef(torch.cat([out_of_fold(few, line), line], 1).T)[0, 1] > 0.95
+    assert torch.corrcoef(torch.cat([predict_out_of_fold(few, line), line], 1).T)[0, 1] > 0.95
     chance = torch.randn(80, 1, generator=rng)
-    assert abs(torch.corrcoef(torch.cat([out_of_fold(few, chance), chance], 1).T)[0, 1]) < 0.35
+    assert abs(torch.corrcoef(torch.cat([predict_out_of_fold(few, chance), chance], 1).T)[0, 1]) < 0.35
 
 
 def test_nothing_to_learn_is_refused():
@@ -207,7 +246,7 @@ def test_classes_without_classes_are_refused(folder, tmp_path):
     settings = PretextSettings(classes=1.0, size=32)
     views = views_of(read_folder(folder / "red"), tmp_path, settings)
     with pytest.raises(ValueError, match="the pictures have 0 classes"):
-        pretrained(views, Denoiser(), ScorerSettings(width=8), settings, labels=folder_labels(views.dataset))
+        pretrain_backbone(views, Denoiser(), ScorerSettings(width=8), settings, labels=folder_labels(views.dataset))
 
 
 def test_a_size_that_the_vae_cannot_cut_is_refused(dataset, tmp_path):

@@ -1,12 +1,13 @@
-"""Prior preservation by hand: the frozen model as teacher, class images beside the subject's, and what a run depends on."""
+"""Prior preservation by hand: the frozen model as teacher, class images beside the subject's, and what a run depends
+on."""
 
 import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, Net, adapters, dataset, prompts, rng
 from trainyard.trainers.loop import step_rng, train
-from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.methods.prior import Prior, PriorSettings
-from trainyard.trainers.settings import RunSettings, fingerprint
+from trainyard.trainers.methods.lora import LoraTraining
+from trainyard.trainers.methods.prior import PriorData, PriorSettings
+from trainyard.trainers.settings import RunSettings, compute_fingerprint
 
 CONDS = {name: prompts()[name] for name in ("cat", "dog")}
 
@@ -17,7 +18,7 @@ def settings(**values):
 
 def method(prior=None, batch=2, seed=0, data=None):
     network = Net()
-    return Lora(Denoiser(network), adapters(network, seed), data or dataset(), batch=batch, prior=prior)
+    return LoraTraining(Denoiser(network), adapters(network, seed), data or dataset(), batch=batch, prior=prior)
 
 
 def shaken(made, size=0.3):
@@ -28,7 +29,7 @@ def shaken(made, size=0.3):
     return made
 
 
-# -- the class prompts ------------------------------------------------------------------------------------------------------------
+# -- the class prompts -------------------------------------------------------------------------------------------------
 
 
 def test_class_prompts_are_lines_and_wildcards_each_once():
@@ -44,24 +45,24 @@ def test_too_many_class_prompts_are_refused_with_their_number():
 
 def test_a_prior_of_nothing_is_refused_with_both_ways():
     with pytest.raises(ValueError, match="nothing to preserve. Write a class_prompt .* or connect class images"):
-        Prior(PriorSettings())
+        PriorData(PriorSettings())
 
 
-# -- the frozen model as teacher ----------------------------------------------------------------------------------------------------
+# -- the frozen model as teacher ---------------------------------------------------------------------------------------
 
 
 def test_adapters_that_changed_nothing_have_nothing_to_preserve():
-    with_prior, without = (method(Prior(settings(), CONDS)), method())
+    with_prior, without = (method(PriorData(settings(), CONDS)), method())
     assert torch.equal(with_prior.loss(step_rng(0, 0)), without.loss(step_rng(0, 0)))
 
 
 def test_what_is_preserved_adds_weight_times_the_drift_to_every_sample():
     """By hand: the mean square of (student - teacher) / sigma under the drawn prompts, at the step's own x."""
-    losses = {w: shaken(method(Prior(settings(weight=w), CONDS))).loss(step_rng(0, 0)) for w in (0.0, 1.0, 3.0)}
+    losses = {w: shaken(method(PriorData(settings(weight=w), CONDS))).loss(step_rng(0, 0)) for w in (0.0, 1.0, 3.0)}
     drift = losses[1.0] - losses[0.0]
     assert drift[0].item() == pytest.approx(drift[1].item(), rel=1e-4) and drift[0] > 0
     assert torch.allclose(losses[3.0] - losses[0.0], 3 * drift, rtol=1e-4)
-    made = shaken(method(Prior(settings(), CONDS)))
+    made = shaken(method(PriorData(settings(), CONDS)))
     batch_rng = step_rng(0, 0)
     _, x, sigma = made.denoised(made.data.batch(made.deck.draw(batch_rng), batch_rng), batch_rng)
     told = [CONDS[list(CONDS)[i]] for i in torch.randint(2, (2,), generator=batch_rng).tolist()]
@@ -73,12 +74,12 @@ def test_what_is_preserved_adds_weight_times_the_drift_to_every_sample():
 
 def test_the_part_that_learns_is_the_same_with_and_without():
     first = shaken(method()).loss(step_rng(0, 0))
-    second = shaken(method(Prior(settings(weight=0.0), CONDS))).loss(step_rng(0, 0))
+    second = shaken(method(PriorData(settings(weight=0.0), CONDS))).loss(step_rng(0, 0))
     assert torch.equal(first, second)
 
 
 def test_only_the_student_gets_a_gradient_and_the_strength_comes_back():
-    made = shaken(method(Prior(settings(), CONDS)))
+    made = shaken(method(PriorData(settings(), CONDS)))
     made.loss(step_rng(0, 0)).mean().backward()
     assert all(p.grad is not None for p in made.adapters.parameters()) and made.adapters.strength == 1.0
 
@@ -96,19 +97,19 @@ def drift_after(prior, steps=150):
 
 
 def test_a_preserved_prompt_drifts_less():
-    without, kept = drift_after(None), drift_after(Prior(settings(weight=5.0), CONDS))
+    without, kept = drift_after(None), drift_after(PriorData(settings(weight=5.0), CONDS))
     assert kept < 0.5 * without, f"{without:.4f} -> {kept:.4f}"
 
 
-# -- class images -------------------------------------------------------------------------------------------------------------------
+# -- class images ------------------------------------------------------------------------------------------------------
 
 
 def test_class_images_are_learnt_beside_the_subject():
     """loss = subject's + 2 * mean(class images'), each noised by the same step's chance, one after the other."""
     images = dataset(3, seed=9)
-    made = method(Prior(PriorSettings(weight=2.0), data=images))
+    made = method(PriorData(PriorSettings(weight=2.0), data=images))
     found = made.loss(step_rng(0, 0))
-    other = method(Prior(PriorSettings(weight=2.0), data=images))
+    other = method(PriorData(PriorSettings(weight=2.0), data=images))
     chance = step_rng(0, 0)
     subject = other.denoised(other.data.batch(other.deck.draw(chance), chance), chance)[0]
     kept = other.denoised(images.batch(other.kept.deck.draw(chance), chance), chance)[0]
@@ -119,7 +120,7 @@ def test_a_resumed_run_draws_the_same_class_images():
     def run(parts):
         state, losses = None, []
         for steps in parts:
-            made = method(Prior(settings(), CONDS, dataset(5, seed=9)))
+            made = method(PriorData(settings(), CONDS, dataset(5, seed=9)))
             if state is not None:
                 made.load_state(state)
             losses += [made.loss(step_rng(0, step)).sum().item() for step in steps]
@@ -135,8 +136,8 @@ def test_a_state_without_a_prior_is_that_of_before():
 
 def test_everything_that_changes_the_result_is_part_of_the_run():
     found = [
-        fingerprint(*prior.parts())
-        for prior in (Prior(settings(), CONDS, source="a"), Prior(settings(weight=2.0), CONDS, source="a"), Prior(settings(), CONDS, source="b"),
-                      Prior(settings(), CONDS, dataset(), "a"), Prior(settings(class_prompt="cat"), CONDS, source="a"))
+        compute_fingerprint(*prior.parts())
+        for prior in (PriorData(settings(), CONDS, source="a"), PriorData(settings(weight=2.0), CONDS, source="a"), PriorData(settings(), CONDS, source="b"),
+                      PriorData(settings(), CONDS, dataset(), "a"), PriorData(settings(class_prompt="cat"), CONDS, source="a"))
     ]  # fmt: skip
     assert len(set(found)) == 5

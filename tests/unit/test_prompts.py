@@ -2,14 +2,15 @@
 
 import pytest
 from trainyard.trainers.data.prompts import PromptRow, read_prompt_file, read_prompts
-from trainyard.trainers.methods.prompts import tasks_of
+from trainyard.trainers.methods.prompts import build_prompt_tasks
 
 SAME = {
     "text": "# a comment\nred car -> blue car | guidance: 2 | weight: 0.5\n\ncat | action: erase\n",
     "csv": "target,positive,action,guidance,weight\nred car,blue car,replace,2,0.5\ncat,,erase,,\n",
     "tsv": "target\tpositive\taction\tguidance\tweight\nred car\tblue car\treplace\t2\t0.5\ncat\t\terase\t\t\n",
     "yaml": "- target: red car\n  positive: blue car\n  action: replace\n  guidance: 2\n  weight: 0.5\n- target: cat\n",
-    "json": '[{"target": "red car", "positive": "blue car", "action": "replace", "guidance_scale": 2, "weight": 0.5}, {"target": "cat"}]',
+    "json": '[{"target": "red car", "positive": "blue car", "action": "replace", "guidance_scale": 2, "weight": 0.5}, '
+    '{"target": "cat"}]',
 }
 SHAPES = lambda row: ((4, 8, 8),)
 
@@ -34,10 +35,16 @@ def test_a_file_is_read_by_its_ending_and_errors_name_it(tmp_path):
 
 
 def test_the_peers_files_are_read_and_their_guidance_counts():
-    """The slider repository's own files say `guidance: 4`, which its reader drops; p1atdev's say guidance_scale and batch_size."""
-    (one,) = read_prompts("- target: person\n  positive: old person\n  unconditional: young person\n  neutral: person\n  action: enhance\n  guidance: 4\n")
+    """The slider repository's own files say `guidance: 4`, which its reader drops; p1atdev's say guidance_scale and
+    batch_size."""
+    (one,) = read_prompts(
+        "- target: person\n  positive: old person\n  unconditional: young person\n  neutral: person\n  action: "
+        "enhance\n  guidance: 4\n"
+    )
     assert one.guidance == 4.0 and one.base == "person" and one.plus == "old person"
-    (two,) = read_prompts("- target: cat\n  guidance_scale: 1.5\n  batch_size: 2\n  resolution: 512\n  dynamic_resolution: true\n")
+    (two,) = read_prompts(
+        "- target: cat\n  guidance_scale: 1.5\n  batch_size: 2\n  resolution: 512\n  dynamic_resolution: true\n"
+    )
     assert (two.guidance, two.batch, two.resolution, two.dynamic_resolution) == (1.5, 2, 512, True)
 
 
@@ -78,19 +85,29 @@ def test_defaults_fill_what_a_row_leaves_out():
     assert (one.guidance, two.guidance, one.action) == (2.0, 3.0, "enhance")
 
 
-# -- tasks --------------------------------------------------------------------------------------------------------------------
+# -- tasks -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_becomes_a_task_and_what_it_preserves_others():
     (row,) = read_prompts("red car | positive: red | preserve: blue car; tree | weight: 2")
-    erase, *kept = tasks_of([row], SHAPES, kept=0.5)
-    assert dict((p, w) for w, p in erase.pulls[0].goal) == {"": 2.0, "red": -1.0} and erase.scene == "red car" and erase.weight == 2.0
-    assert [(task.scene, task.weight, task.pulls[0].goal) for task in kept] == [("blue car", 0.5, ((1.0, "blue car"),)), ("tree", 0.5, ((1.0, "tree"),))]
+    erase, *kept = build_prompt_tasks([row], SHAPES, kept=0.5)
+    assert (
+        dict((p, w) for w, p in erase.pulls[0].goal) == {"": 2.0, "red": -1.0}
+        and erase.scene == "red car"
+        and erase.weight == 2.0
+    )
+    assert [(task.scene, task.weight, task.pulls[0].goal) for task in kept] == [
+        ("blue car", 0.5, ((1.0, "blue car"),)),
+        ("tree", 0.5, ((1.0, "tree"),)),
+    ]
 
 
 def test_attributes_are_put_before_every_prompt_in_turn():
-    (row,) = read_prompts("- target: person\n  positive: old person\n  negative: young person\n  attributes: male, female\n  guidance: 2\n")
-    male, female = tasks_of([row], SHAPES, slider=True)
+    (row,) = read_prompts(
+        "- target: person\n  positive: old person\n  negative: young person\n  attributes: male, female\n  guidance: "
+        "2\n"
+    )
+    male, female = build_prompt_tasks([row], SHAPES, slider=True)
     assert [pull.strength for pull in male.pulls] == [1.0, -1.0]
     assert male.pulls[0].goal == ((1.0, "male person"), (2.0, "male old person"), (-2.0, "male young person"))
     assert female.scene == "female person" and male.weight == female.weight == 0.5
@@ -99,5 +116,5 @@ def test_attributes_are_put_before_every_prompt_in_turn():
 def test_a_goal_that_the_model_reaches_already_is_refused():
     """p1atdev's default for enhance, guidance 1, is: uncond + 1 * (target - uncond), the target itself."""
     with pytest.raises(ValueError, match="nothing would be learnt. Raise guidance above 1"):
-        tasks_of(read_prompts("cat | action: enhance"), SHAPES)
-    assert tasks_of(read_prompts("cat | action: enhance | guidance: 2"), SHAPES)
+        build_prompt_tasks(read_prompts("cat | action: enhance"), SHAPES)
+    assert build_prompt_tasks(read_prompts("cat | action: enhance | guidance: 2"), SHAPES)

@@ -1,4 +1,5 @@
-"""Check Dataset: each fault is found on one side of its threshold and not on the other, and what follows is what was asked."""
+"""Check Dataset: each fault is found on one side of its threshold and not on the other, and what follows is what was
+asked."""
 
 import json
 from dataclasses import replace
@@ -7,12 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from trainyard.tests.drawn import barred, enlarged, jpeg, softened, texture
-from trainyard.trainers.data.quality.quality import QualitySettings, acted, as_json, check
-from trainyard.trainers.data.quality.quality_report import report, sheet
-from trainyard.trainers.data.quality.thumbnails import Looking
+from trainyard.trainers.data.quality.quality import (
+    QualitySettings,
+    apply_quality_actions,
+    check_dataset_quality,
+    format_quality_json,
+)
+from trainyard.trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report
+from trainyard.trainers.data.quality.thumbnails import ScanOptions
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset
-from trainyard.trainers.data.sheets import BAD
+from trainyard.trainers.data.records import ImageDataset
+from trainyard.trainers.data.sheets import BAD_COLOUR
 
 SMALL = dict(resolution=512, reject_below=128, warn_below=256)  # so that drawn pictures need not be large
 ON = ("blur", "enlarged", "duplicates", "contrast", "exposure", "borders", "shape", "captions")
@@ -31,12 +37,15 @@ def folder_of(root, **pictures):
 
 
 def flags_of(root, picture, settings):
-    (record,) = acted(folder_of(root, a=picture), *done(folder_of(root, a=picture), replace(settings, on_reject="flag", on_warn="flag")))
+    (record,) = apply_quality_actions(
+        folder_of(root, a=picture),
+        *done(folder_of(root, a=picture), replace(settings, on_reject="flag", on_warn="flag")),
+    )
     return record.flags
 
 
 def done(dataset, settings, **more):
-    return check(dataset, settings, **more), settings
+    return check_dataset_quality(dataset, settings, **more), settings
 
 
 def texture_on(ground, colour):
@@ -58,20 +67,27 @@ def burnt(share):
     [
         ((), dict(reject_below=300), texture((400, 299)), texture((400, 300)), "resolution (short side 299 px < 300)"),
         ((), dict(warn_below=300), texture((400, 299)), texture((400, 300)), "resolution (short side 299 px < 300)"),
-        ((), dict(resolution=512), texture((384, 384)), texture((512, 512)), "upscaling (1.33x to fill its bucket 512x512 > 1.05x)"),
+        ((), dict(resolution=512), texture((384, 384)), texture((512, 512)), "upscaling (1.33x to fill its bucket "
+                                                                             "512x512 > 1.05x)"),
         (("blur",), {}, softened(texture((512, 512)), 2), texture((512, 512)), "blur (FFT share 0.0"),
         (("enlarged",), {}, enlarged(texture((512, 512)), 3), texture((512, 512)), "enlarged (by about "),
-        (("contrast",), {}, texture_on("#d9c7a8", "#dcb496"), texture_on("#2850a0", "#dcb496"), "contrast (subject and ground dE 9."),
-        (("exposure",), {}, texture((512, 512), mean=30, spread=12), texture((512, 512)), "dark (brightest hundredth 0.2"),
-        (("exposure",), {}, texture((512, 512), mean=252, spread=2), texture((512, 512)), "bright (darkest twentieth 0.9"),
+        (("contrast",), {}, texture_on("#d9c7a8", "#dcb496"), texture_on("#2850a0", "#dcb496"), "contrast (subject and "
+                                                                                                "ground dE 9."),
+        (("exposure",), {}, texture((512, 512), mean=30, spread=12), texture((512, 512)), "dark (brightest hundredth "
+                                                                                          "0.2"),
+        (("exposure",), {}, texture((512, 512), mean=252, spread=2), texture((512, 512)), "bright (darkest twentieth "
+                                                                                          "0.9"),
         (("exposure",), {}, burnt(0.35), burnt(0.25), "clipped (3"),
         (("borders",), {}, barred(texture((512, 472)), top=40), texture((512, 512)), "bars (top 40 px > 2)"),
         (("shape",), {}, texture((1600, 512)), texture((1400, 512)), "aspect (short to long side 0.32 < 0.35)"),
-        (("shape",), {}, Image.new("RGB", (512, 512), "#778899"), texture((512, 512)), "plain (entropy 0.00 bits < 1.5)"),
+        (("shape",), {}, Image.new("RGB", (512, 512), "#778899"), texture((512, 512)), "plain (entropy 0.00 bits < "
+                                                                                       "1.5)"),
     ],
     ids=["reject", "warn", "upscaling", "blur", "enlarged", "contrast", "dark", "bright", "clipped", "bars", "aspect", "plain"],
 )  # fmt: skip
-def test_a_fault_is_flagged_with_its_figure_and_threshold_and_a_good_picture_is_not(tmp_path, checks, values, bad, good, flag):
+def test_a_fault_is_flagged_with_its_figure_and_threshold_and_a_good_picture_is_not(
+    tmp_path, checks, values, bad, good, flag
+):
     values = {"resolution": 128, **values}
     if checks == ("enlarged",):
         values["resolution"] = 512
@@ -102,8 +118,10 @@ def test_the_mask_decides_what_is_the_subject(tmp_path):
 
 
 def test_copies_name_the_one_they_are_copies_of(tmp_path):
-    dataset = folder_of(tmp_path, a=texture((400, 300), 0), b=texture((400, 300), 1), c=jpeg(texture((400, 300), 0), 50))
-    checked = acted(dataset, *done(dataset, only("duplicates", resolution=128)))
+    dataset = folder_of(
+        tmp_path, a=texture((400, 300), 0), b=texture((400, 300), 1), c=jpeg(texture((400, 300), 0), 50)
+    )
+    checked = apply_quality_actions(dataset, *done(dataset, only("duplicates", resolution=128)))
     assert [record.flags for record in checked][:2] == [(), ()]
     (flag,) = checked[2].flags
     assert flag.startswith("duplicate (to a.png, ") and flag.endswith(" bits <= 10)")
@@ -117,20 +135,24 @@ def test_a_vision_model_adds_cosines_and_is_asked_once_per_picture(tmp_path):
         asked.extend(pictures)
         return np.tile(np.array([[0.6, 0.8]], np.float32), (len(pictures), 1))
 
-    found = check(dataset, only("duplicates", resolution=128), looking=Looking(features=features))
-    assert [str(finding) for one in found.pictures for finding in one.findings] == ["duplicate (to a.png, cosine 1.000 >= 0.95)"]
+    found = check_dataset_quality(dataset, only("duplicates", resolution=128), looking=ScanOptions(features=features))
+    assert [str(finding) for one in found.pictures for finding in one.findings] == [
+        "duplicate (to a.png, cosine 1.000 >= 0.95)"
+    ]
     assert found.vendi == pytest.approx(1)
     assert "2 pictures count as 1.0 different ones (Vendi score, from features of the vision model)" in found.notes[0]
     assert len(asked) == 2
 
 
-# -- captions --------------------------------------------------------------------------------------------------------------------
+# -- captions ----------------------------------------------------------------------------------------------------------
 
 
 def captioned(tmp_path, *captions):
     texture((256, 256)).save(tmp_path / "a.png")
     record = read_folder(tmp_path)[0]
-    return Dataset(tuple(replace(record, captions=(text,) if isinstance(text, str) else text) for text in captions))
+    return ImageDataset(
+        tuple(replace(record, captions=(text,) if isinstance(text, str) else text) for text in captions)
+    )
 
 
 def words(text):
@@ -141,7 +163,9 @@ def test_captions_are_checked_for_emptiness_trigger_and_length(tmp_path):
     """80 words are two chunks of CLIP-L; 600 are too many for T5 as well"""
     texts = ("sks cat", "", "a dog", "SKS " + "word " * 79, "sks " + "word " * 599, ("sks one", "two"))
     dataset = captioned(tmp_path, *texts)
-    checked = acted(dataset, *done(dataset, only("captions", trigger="sks", resolution=128), tokens=words))
+    checked = apply_quality_actions(
+        dataset, *done(dataset, only("captions", trigger="sks", resolution=128), tokens=words)
+    )
     assert [record.flags for record in checked] == [
         (),
         ("caption (empty)",),
@@ -154,7 +178,7 @@ def test_captions_are_checked_for_emptiness_trigger_and_length(tmp_path):
 
 def test_without_a_trigger_and_a_counter_only_empty_captions_are_found(tmp_path):
     dataset = captioned(tmp_path, "word " * 600, " ")
-    checked = acted(dataset, *done(dataset, only("captions", resolution=128)))
+    checked = apply_quality_actions(dataset, *done(dataset, only("captions", resolution=128)))
     assert [record.flags for record in checked] == [(), ("caption (empty)",)]
 
 
@@ -162,20 +186,26 @@ def test_without_a_trigger_and_a_counter_only_empty_captions_are_found(tmp_path)
 def test_many_identical_captions_are_a_note_about_the_set(tmp_path, same, told):
     """3 of 10 are 30 %, which is allowed; 4 are not"""
     dataset = captioned(tmp_path, *["a photo"] * same, *(f"text {i}" for i in range(10 - same)))
-    notes = "\n".join(check(dataset, only("captions", resolution=128)).notes)
+    notes = "\n".join(check_dataset_quality(dataset, only("captions", resolution=128)).notes)
     assert ("identical captions: 40% > 30% read 'a photo'" in notes) == told
 
 
-# -- what follows ----------------------------------------------------------------------------------------------------------------
+# -- what follows ------------------------------------------------------------------------------------------------------
 
 
 def messy(tmp_path):
     """a good, b too small with mask, caption and score, c soft, d broken."""
-    dataset = folder_of(tmp_path, a=texture((512, 512), 0), b=texture((100, 100), 1), c=softened(texture((512, 512), 2), 3), d=texture((512, 512), 3))
+    dataset = folder_of(
+        tmp_path,
+        a=texture((512, 512), 0),
+        b=texture((100, 100), 1),
+        c=softened(texture((512, 512), 2), 3),
+        d=texture((512, 512), 3),
+    )
     Image.new("L", (100, 100), 255).save(tmp_path / "b.mask.png")
     dataset = read_folder(tmp_path)
     (tmp_path / "d.png").write_bytes(b"no picture any more")
-    return Dataset(tuple(replace(record, score=5.0) for record in dataset), (("e.png", "was skipped before"),))
+    return ImageDataset(tuple(replace(record, score=5.0) for record in dataset), (("e.png", "was skipped before"),))
 
 
 SETTINGS = only("blur", "duplicates", "captions", resolution=128)
@@ -187,11 +217,14 @@ def names(dataset):
 
 def test_a_drop_takes_mask_score_and_caption_along_and_says_why(tmp_path):
     dataset = messy(tmp_path)
-    checked = acted(dataset, *done(dataset, SETTINGS))
+    checked = apply_quality_actions(dataset, *done(dataset, SETTINGS))
     assert names(checked) == ["a.png", "c.png"]
     assert not [record for record in checked if record.mask or record.captions == ("caption of b",)]
     assert checked.skipped[0] == ("e.png", "was skipped before")
-    assert [(path.rpartition("/")[2], why.split(" (")[0]) for path, why in checked.skipped[1:]] == [("b.png", "resolution"), ("d.png", "unreadable")]
+    assert [(path.rpartition("/")[2], why.split(" (")[0]) for path, why in checked.skipped[1:]] == [
+        ("b.png", "resolution"),
+        ("d.png", "unreadable"),
+    ]
     assert "100 px < 128" in checked.skipped[1][1]
     assert checked[1].flags[0].startswith("blur (")
     assert len(dataset) == 4 and not dataset[2].flags, "the dataset that came in is what it was"
@@ -209,7 +242,7 @@ def test_a_drop_takes_mask_score_and_caption_along_and_says_why(tmp_path):
 )
 def test_each_severity_has_its_own_action(tmp_path, on_reject, on_warn, stay, flagged):
     dataset = messy(tmp_path)
-    checked = acted(dataset, *done(dataset, replace(SETTINGS, on_reject=on_reject, on_warn=on_warn)))
+    checked = apply_quality_actions(dataset, *done(dataset, replace(SETTINGS, on_reject=on_reject, on_warn=on_warn)))
     assert "".join(name[0] for name in names(checked)) == stay
     assert "".join(name[0] for name, record in zip(names(checked), checked, strict=True) if record.flags) == flagged
 
@@ -217,15 +250,15 @@ def test_each_severity_has_its_own_action(tmp_path, on_reject, on_warn, stay, fl
 def test_flags_of_before_stay_and_none_is_set_twice(tmp_path):
     dataset = messy(tmp_path)
     dataset = replace(dataset, records=tuple(replace(record, flags=("mine",)) for record in dataset))
-    once = acted(dataset, *done(dataset, SETTINGS))
+    once = apply_quality_actions(dataset, *done(dataset, SETTINGS))
     assert once[0].flags == ("mine",)
-    assert acted(once, *done(once, SETTINGS)) == once
+    assert apply_quality_actions(once, *done(once, SETTINGS)) == once
 
 
 def test_the_report_counts_and_lists_the_worst_first(tmp_path):
     dataset = messy(tmp_path)
     found, settings = done(dataset, SETTINGS)
-    lines = report(found, settings).splitlines()
+    lines = format_quality_report(found, settings).splitlines()
     assert lines[0] == "4 pictures checked: 2 rejected (dropped), 1 with warnings (flagged), 1 good"
     assert "- resolution: 1 (rejected)" in lines
     worst = lines[lines.index("Worst first") + 1 :]
@@ -235,7 +268,7 @@ def test_the_report_counts_and_lists_the_worst_first(tmp_path):
 
 def test_the_figures_are_json_for_every_picture(tmp_path):
     dataset = messy(tmp_path)
-    figures = json.loads(as_json(check(dataset, SETTINGS)))
+    figures = json.loads(format_quality_json(check_dataset_quality(dataset, SETTINGS)))
     assert [picture["severity"] for picture in figures["pictures"]] == ["good", "reject", "warn", "reject"]
     assert figures["pictures"][0]["size"] == [512, 512]
     assert figures["pictures"][2]["fine"] < 0.007
@@ -244,8 +277,8 @@ def test_the_figures_are_json_for_every_picture(tmp_path):
 
 def test_the_sheet_frames_the_worst_in_red_first(tmp_path):
     dataset = messy(tmp_path)
-    page = sheet(check(dataset, SETTINGS))
-    assert page.getpixel((9, 60)) == tuple(int(BAD[i : i + 2], 16) for i in (1, 3, 5))
+    page = draw_quality_sheet(check_dataset_quality(dataset, SETTINGS))
+    assert page.getpixel((9, 60)) == tuple(int(BAD_COLOUR[i : i + 2], 16) for i in (1, 3, 5))
 
 
 def test_a_mistake_of_our_own_is_never_taken_for_a_bad_picture(tmp_path, monkeypatch):
@@ -256,36 +289,38 @@ def test_a_mistake_of_our_own_is_never_taken_for_a_bad_picture(tmp_path, monkeyp
     def mistaken(*_):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(quality, "fingerprint", mistaken)
+    monkeypatch.setattr(quality, "compute_image_signature", mistaken)
     with pytest.raises(TypeError, match="a bug"):
-        check(dataset, SETTINGS)
+        check_dataset_quality(dataset, SETTINGS)
 
 
 def test_a_mask_that_does_not_fit_is_reported_for_its_picture_only(tmp_path):
     dataset = folder_of(tmp_path, a=texture((512, 512)), b=texture((512, 512), 1))
     Image.new("L", (512, 300), 255).save(tmp_path / "b.mask.png")
-    masked = Dataset((dataset[0], replace(dataset[1], mask=str(tmp_path / "b.mask.png"))))
-    found = check(masked, only("contrast", resolution=128, min_contrast=0.0))
+    masked = ImageDataset((dataset[0], replace(dataset[1], mask=str(tmp_path / "b.mask.png"))))
+    found = check_dataset_quality(masked, only("contrast", resolution=128, min_contrast=0.0))
     assert found.pictures[0].findings == ()
     assert "b.mask.png is 512x300 px and its image 512x512 px" in str(found.pictures[1].findings[0])
 
 
 def test_an_empty_dataset_is_no_error_to_check():
-    found = check(Dataset(()), QualitySettings())
-    assert acted(Dataset(()), found, QualitySettings()) == Dataset(())
-    assert report(found, QualitySettings()).startswith("0 pictures checked")
+    found = check_dataset_quality(ImageDataset(()), QualitySettings())
+    assert apply_quality_actions(ImageDataset(()), found, QualitySettings()) == ImageDataset(())
+    assert format_quality_report(found, QualitySettings()).startswith("0 pictures checked")
 
 
 def test_the_number_of_threads_changes_nothing(tmp_path):
     dataset = messy(tmp_path)
-    one, four = (check(dataset, SETTINGS, looking=Looking(threads=threads)) for threads in (1, 4))
-    assert as_json(one) == as_json(four)
+    one, four = (check_dataset_quality(dataset, SETTINGS, looking=ScanOptions(threads=threads)) for threads in (1, 4))
+    assert format_quality_json(one) == format_quality_json(four)
 
 
 def test_progress_reaches_the_end_and_an_interrupt_ends_the_check(tmp_path):
-    dataset = Dataset(messy(tmp_path).records * 5)
+    dataset = ImageDataset(messy(tmp_path).records * 5)
     seen = []
-    check(dataset, SETTINGS, looking=Looking(report=lambda done, total, text: seen.append((done, total))))
+    check_dataset_quality(
+        dataset, SETTINGS, looking=ScanOptions(report=lambda done, total, text: seen.append((done, total)))
+    )
     assert seen[-1] == (20, 20)
 
     class Cut(BaseException):
@@ -299,10 +334,12 @@ def test_progress_reaches_the_end_and_an_interrupt_ends_the_check(tmp_path):
             raise Cut
 
     with pytest.raises(Cut):
-        check(dataset, SETTINGS, looking=Looking(check_interrupt=cut))
+        check_dataset_quality(dataset, SETTINGS, looking=ScanOptions(check_interrupt=cut))
     assert len(calls) == 2
 
 
 def test_similar_must_be_wider_than_duplicate():
-    with pytest.raises(ValueError, match="similar_bits is 5 and max_bits is 10; similar_bits must be at least max_bits"):
+    with pytest.raises(
+        ValueError, match="similar_bits is 5 and max_bits is 10; similar_bits must be at least max_bits"
+    ):
         QualitySettings(similar_bits=5)

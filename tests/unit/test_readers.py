@@ -10,8 +10,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
-from trainyard.trainers.data.readers import extensions, folder_state, read_folder, require_captions
-from trainyard.trainers.data.records import Dataset
+from trainyard.trainers.data.readers import hash_folder_state, image_extensions, read_folder, require_captions
+from trainyard.trainers.data.records import ImageDataset
 
 
 def picture(folder, name, size=(8, 6), colour=(200, 10, 10), mode="RGB"):
@@ -30,7 +30,7 @@ def test_image_2_comes_before_image_10(tmp_path):
     assert names(read_folder(tmp_path)) == ["b.png", "Img1.png", "img2.png", "img10.png"]
 
 
-@pytest.mark.parametrize("ending", extensions())
+@pytest.mark.parametrize("ending", image_extensions())
 def test_every_accepted_ending_is_read_in_either_case(tmp_path, ending):
     file = picture(tmp_path, f"a{ending}")
     file.rename(tmp_path / f"a{ending.upper()}")
@@ -116,7 +116,9 @@ def test_a_truncated_image_is_reported_and_left_out(tmp_path, name):
         read_folder(tmp_path, strict=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM" + bytes(60), b"\xff\xd8\xff\xe0"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM" + bytes(60), b"\xff\xd8\xff\xe0"]
+)
 def test_a_folder_of_junk_says_what_is_wrong_with_it(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"None of the 1 images in .* can be used: .*a\.png cannot be decoded"):
@@ -135,7 +137,11 @@ def test_a_link_to_nowhere_is_reported(tmp_path):
     picture(tmp_path, "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     dataset = read_folder(tmp_path)
-    assert names(dataset) == ["a.png"] and dataset.skipped[0][0].endswith("b.png") and "No such file" in dataset.skipped[0][1]
+    assert (
+        names(dataset) == ["a.png"]
+        and dataset.skipped[0][0].endswith("b.png")
+        and "No such file" in dataset.skipped[0][1]
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are no text")
@@ -143,7 +149,7 @@ def test_folder_names_that_are_no_text_can_still_be_captions(tmp_path):
     folder = tmp_path / os.fsdecode(b"2_caf\xe9")
     picture(folder, "a.png")
     (record,) = dataset = read_folder(tmp_path)
-    assert record.captions == ("caf?",) and Dataset.from_json(dataset.to_json()) == dataset
+    assert record.captions == ("caf?",) and ImageDataset.from_json(dataset.to_json()) == dataset
     record.captions[0].encode("utf-8")
 
 
@@ -157,7 +163,9 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path):
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     picture(tmp_path / "cats", "a.png")
-    with pytest.raises(ValueError, match=r"it holds 1 \.mp4\. Not read: cats .*call it 1_name.*Images end in \.png, \.jpg"):
+    with pytest.raises(
+        ValueError, match=r"it holds 1 \.mp4\. Not read: cats .*call it 1_name.*Images end in \.png, \.jpg"
+    ):
         read_folder(tmp_path)
 
 
@@ -167,7 +175,9 @@ def test_images_without_captions_are_named_when_captions_are_asked_for(tmp_path)
     (tmp_path / "0.txt").write_text("zero", encoding="utf-8")
     (tmp_path / "1.txt").write_text("  \n", encoding="utf-8")
     dataset = read_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"6 of 7 images have none: 1\.png, 2\.png, 3\.png, 4\.png, 5\.png, \.\.\.\. Put a text file"):
+    with pytest.raises(
+        ValueError, match=r"6 of 7 images have none: 1\.png, 2\.png, 3\.png, 4\.png, 5\.png, \.\.\.\. Put a text file"
+    ):
         require_captions(dataset)
     require_captions(dataset[:1])
 
@@ -182,10 +192,10 @@ def test_progress_counts_every_file(tmp_path):
 
 def test_folder_state_changes_with_images_and_captions_only(tmp_path):
     picture(tmp_path / "1_cat", "a.png")
-    before = folder_state(tmp_path)
-    assert folder_state(tmp_path) == before
+    before = hash_folder_state(tmp_path)
+    assert hash_folder_state(tmp_path) == before
     (tmp_path / "1_cat" / "a.txt").write_text("a cat", encoding="utf-8")
-    assert folder_state(tmp_path) != before
+    assert hash_folder_state(tmp_path) != before
 
 
 def test_reading_keeps_no_pixels(tmp_path):

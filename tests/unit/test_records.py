@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset, Record, open_image, open_mask
+from trainyard.trainers.data.records import ImageDataset, ImageRecord, open_image, open_mask
 
 
 def record_of(folder, **changes):
@@ -114,17 +114,30 @@ def test_a_file_that_changed_or_went_away_is_refused(tmp_path):
 
 
 def example():
-    return Record("ab", "/x/ä.png", (30, 20), (1, 2, 11, 12), ("one", "two"), ("t",), 0.5, "/x/m.png", "cd", 3, "val", ("blurred",))
+    return ImageRecord(
+        "ab",
+        "/x/ä.png",
+        (30, 20),
+        (1, 2, 11, 12),
+        ("one", "two"),
+        ("t",),
+        0.5,
+        "/x/m.png",
+        "cd",
+        3,
+        "val",
+        ("blurred",),
+    )
 
 
 def test_a_dataset_is_equal_after_json():
-    dataset = Dataset((example(), Record("ef", "b.png", (1, 1))), (("c.png", "broken"),))
-    assert Dataset.from_json(dataset.to_json()) == dataset
+    dataset = ImageDataset((example(), ImageRecord("ef", "b.png", (1, 1))), (("c.png", "broken"),))
+    assert ImageDataset.from_json(dataset.to_json()) == dataset
 
 
 def test_a_record_from_elsewhere_with_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match="no field colour; it knows bucket, captions, crop"):
-        Record.from_dict({"id": "a", "path": "b", "size": [1, 1], "colour": 1})
+        ImageRecord.from_dict({"id": "a", "path": "b", "size": [1, 1], "colour": 1})
 
 
 SEEN = [dict(id="x"), dict(crop=None), dict(captions=("one",)), dict(mask_id="x"), dict(repeats=1), dict(split="train")]
@@ -132,15 +145,15 @@ SEEN = [dict(id="x"), dict(crop=None), dict(captions=("one",)), dict(mask_id="x"
 
 @pytest.mark.parametrize("change", SEEN)
 def test_the_fingerprint_changes_with_what_training_sees(change):
-    changed = Dataset((dataclasses.replace(example(), **change),))
-    assert changed.fingerprint() != Dataset((example(),)).fingerprint()
+    changed = ImageDataset((dataclasses.replace(example(), **change),))
+    assert changed.fingerprint() != ImageDataset((example(),)).fingerprint()
 
 
 def test_the_fingerprint_stays_when_files_move():
     moved = dataclasses.replace(example(), path="/y/b.png", mask="/y/b.mask.png")
-    assert Dataset((moved,)).fingerprint() == Dataset((example(),)).fingerprint()
+    assert ImageDataset((moved,)).fingerprint() == ImageDataset((example(),)).fingerprint()
 
 
 def test_a_slice_of_a_dataset_is_a_dataset():
-    dataset = Dataset((example(), Record("ef", "b.png", (1, 1))))
+    dataset = ImageDataset((example(), ImageRecord("ef", "b.png", (1, 1))))
     assert dataset[1:].records == (dataset[1],) and len(dataset) == 2

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from trainyard.tests.unit.toy import Line, Stop, folder
-from trainyard.trainers.files import read_safetensors, read_tree
+from trainyard.trainers.files import read_safetensors, read_state_tree
 from trainyard.trainers.loop import train
-from trainyard.trainers.runs import RunFolder, checked_name
+from trainyard.trainers.runs import RunFolder, check_run_name
 from trainyard.trainers.settings import RunSettings
 
 
@@ -29,27 +29,27 @@ def about(store):
     return json.loads((store.folder / "run.json").read_text("utf-8"))
 
 
-# -- names --------------------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["star", "my star 2", "  star  ", "a.b-c_d+e", "Öl 3", "звезда", "9", "x" * 100])
 def test_a_plain_name_is_taken_without_the_spaces_around_it(name):
-    assert checked_name(name) == name.strip()
+    assert check_run_name(name) == name.strip()
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "../star", "a/b", "a\\b", "/etc", "C:star", "~star", ".hidden", "_star", "-rf", "star.", "a\0b",
                                   "a\nb", "a*b", "x" * 101, "star\u202e"])  # fmt: skip
 def test_a_name_that_could_leave_its_folder_or_hide_is_refused(name):
     with pytest.raises(ValueError, match="The run name is .*; use letters, digits, spaces"):
-        checked_name(name)
+        check_run_name(name)
 
 
 def test_a_message_shows_the_name_as_it_was_given():
     with pytest.raises(ValueError, match=r"The run name is '\.\./star'; use letters"):
-        checked_name("../star")
+        check_run_name("../star")
 
 
-# -- what is kept -------------------------------------------------------------------------------------------------------------
+# -- what is kept ------------------------------------------------------------------------------------------------------
 
 
 def method_losses(store):
@@ -59,11 +59,28 @@ def method_losses(store):
 def test_a_run_leaves_its_state_its_recipe_and_its_loras(tmp_path):
     _, store = kept(tmp_path, 5, save_every=2)
     assert store.folder == tmp_path / "toy-01234567"
-    assert files(store) == ["resume.state", "run.json", "toy-step000002.safetensors", "toy-step000004.safetensors", "toy.safetensors"]
-    known = {"name": "toy", "fingerprint": "0123456789abcdef", "step": 5, "steps": 5, "why": "finished", "early": False, "ending": {}, "note": "toy"}
+    assert files(store) == [
+        "resume.state",
+        "run.json",
+        "toy-step000002.safetensors",
+        "toy-step000004.safetensors",
+        "toy.safetensors",
+    ]
+    known = {
+        "name": "toy",
+        "fingerprint": "0123456789abcdef",
+        "step": 5,
+        "steps": 5,
+        "why": "finished",
+        "early": False,
+        "ending": {},
+        "note": "toy",
+    }
     assert about(store) == {**known, "loss": pytest.approx(sum(method_losses(store)) / 5)}
     tensors, metadata = read_safetensors(store.lora_path(4))
-    assert metadata["ss_steps"] == "4" and tensors["w"].item() == kept(tmp_path / "other", 4)[1].load()["params"][0].item()
+    assert (
+        metadata["ss_steps"] == "4" and tensors["w"].item() == kept(tmp_path / "other", 4)[1].load()["params"][0].item()
+    )
 
 
 def test_an_interrupt_keeps_the_lora_of_its_step(tmp_path):
@@ -79,9 +96,13 @@ def test_an_interrupt_keeps_the_lora_of_its_step(tmp_path):
 
 
 def test_a_safety_copy_writes_the_state_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainyard.trainers.loop.Clock.safety_seconds", -1)
+    monkeypatch.setattr("trainyard.trainers.loop.TrainingClock.safety_seconds", -1)
     seen = []
-    _, store = kept(tmp_path, 3, report=lambda progress: seen.append(files(folder(tmp_path, None, 3))) if progress.step == 2 else None)
+    _, store = kept(
+        tmp_path,
+        3,
+        report=lambda progress: seen.append(files(folder(tmp_path, None, 3))) if progress.step == 2 else None,
+    )
     assert seen[-1] == ["resume.state", "run.json"]
 
 
@@ -99,7 +120,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
     assert parts_store.lora_path(6).read_bytes() == whole_store.lora_path(6).read_bytes()
 
 
-# -- whose it is --------------------------------------------------------------------------------------------------------------
+# -- whose it is -------------------------------------------------------------------------------------------------------
 
 
 def test_another_recipe_of_the_same_name_lives_in_another_folder(tmp_path):
@@ -113,13 +134,17 @@ def test_a_state_of_another_recipe_is_refused(tmp_path):
     kept(tmp_path, 3)
     other = folder(tmp_path, None, 3, fingerprint="01234567ffffffff")
     assert other.finished() is None
-    with pytest.raises(ValueError, match=r"resume\.state belongs to another recipe; choose another run name, or move that folder away"):
+    with pytest.raises(
+        ValueError, match=r"resume\.state belongs to another recipe; choose another run name, or move that folder away"
+    ):
         other.load()
 
 
 def test_fewer_steps_than_are_done_are_refused_with_the_number(tmp_path):
     kept(tmp_path, 5)
-    with pytest.raises(ValueError, match=r"Run 'toy' has already done 5 steps, and 3 are asked for\. Ask for more steps to continue it"):
+    with pytest.raises(
+        ValueError, match=r"Run 'toy' has already done 5 steps, and 3 are asked for\. Ask for more steps to continue it"
+    ):
         folder(tmp_path, None, 3).load()
 
 
@@ -129,7 +154,8 @@ def test_a_damaged_state_says_which_folder_to_move_away(damage, tmp_path):
     store.state_path.write_bytes(damage)
     for ask in (store.load, store.finished):
         with pytest.raises(
-            ValueError, match=r"resume\.state is no readable safetensors file.*Move the folder .*toy-01234567 away, or choose another"
+            ValueError,
+            match=r"resume\.state is no readable safetensors file.*Move the folder .*toy-01234567 away, or choose another",
         ):
             ask()
 
@@ -139,7 +165,7 @@ def test_a_folder_without_a_run_has_nothing_to_load(tmp_path):
     assert store.load() is None and store.finished() is None and not store.folder.exists()
 
 
-# -- finished -----------------------------------------------------------------------------------------------------------------
+# -- finished ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_found_again_by_another_process(tmp_path):
@@ -147,7 +173,7 @@ def test_a_finished_run_is_found_again_by_another_process(tmp_path):
     again = RunFolder(tmp_path, "toy", "0123456789abcdef", {}, 4)
     lora, found = again.finished()
     assert found == losses and lora.steps == 4 and lora.metadata["ss_steps"] == "4"
-    assert torch.equal(lora["w"], read_tree(again.state_path)["params"][0])
+    assert torch.equal(lora["w"], read_state_tree(again.state_path)["params"][0])
 
 
 @pytest.mark.parametrize("missing", ["toy.safetensors", "resume.state", "run.json"])
@@ -161,7 +187,8 @@ def test_a_run_that_misses_a_file_is_not_taken_for_finished_and_can_be_finished_
 
 
 def test_a_longer_run_is_not_finished_by_the_lora_of_the_shorter_one(tmp_path, monkeypatch):
-    """3 steps are done; the run goes on to 6 and dies between its state and its LoRA: `toy.safetensors` is still that of step 3."""
+    """3 steps are done; the run goes on to 6 and dies between its state and its LoRA: `toy.safetensors` is still that
+    of step 3."""
     kept(tmp_path, 3)
 
     def die(path, made, *rest):

@@ -6,18 +6,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from trainyard.trainers.data.quality.thumbnails import Looking
+from trainyard.trainers.data.quality.thumbnails import ScanOptions
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset, Record, sha1
-from trainyard.trainers.data.sets import SplitSettings, joined, parsed_weights, similar, split, twice
+from trainyard.trainers.data.records import ImageDataset, ImageRecord, sha1_hex
+from trainyard.trainers.data.sets import (
+    SplitSettings,
+    find_repeated_images,
+    group_near_duplicates,
+    join_datasets,
+    parse_dataset_weights,
+    split_dataset,
+)
 
 
 def record(name, **facts):
-    return Record(sha1(name.encode()), f"/set/{name}.png", (8, 8), **facts)
+    return ImageRecord(sha1_hex(name.encode()), f"/set/{name}.png", (8, 8), **facts)
 
 
 def dataset(count, prefix="p", **facts):
-    return Dataset(tuple(record(f"{prefix}x{i}y", **facts) for i in range(count)), ((f"/{prefix}/broken.png", "broken"),))
+    return ImageDataset(
+        tuple(record(f"{prefix}x{i}y", **facts) for i in range(count)), ((f"/{prefix}/broken.png", "broken"),)
+    )
 
 
 def repeats(joined_set):
@@ -29,23 +38,25 @@ def ids(some):
 
 
 def test_half_as_often_is_two_repeats_against_one():
-    assert repeats(joined([dataset(1), dataset(2, "q")], [1, 0.5])) == [2, 1, 1]
+    assert repeats(join_datasets([dataset(1), dataset(2, "q")], [1, 0.5])) == [2, 1, 1]
 
 
 def test_repeats_that_are_whole_already_are_not_multiplied():
     """10 repeats at weight 1/2 are 5: no common factor is needed"""
-    assert repeats(joined([dataset(1, repeats=3), dataset(1, "q", repeats=10)], [1, 0.5])) == [3, 5]
+    assert repeats(join_datasets([dataset(1, repeats=3), dataset(1, "q", repeats=10)], [1, 0.5])) == [3, 5]
 
 
 def test_thirds_and_halves_meet_at_six():
-    assert repeats(joined([dataset(1), dataset(1, "q"), dataset(1, "r")], parsed_weights("1, 1/2 1/3", 3))) == [6, 3, 2]
+    assert repeats(
+        join_datasets([dataset(1), dataset(1, "q"), dataset(1, "r")], parse_dataset_weights("1, 1/2 1/3", 3))
+    ) == [6, 3, 2]
 
 
 def test_joining_keeps_every_fact_and_every_skipped_file_once():
     one = dataset(1, captions=("a",), mask="/m.png", score=2.0)
-    both = joined([one, one])
+    both = join_datasets([one, one])
     assert both.records == one.records * 2 and both.skipped == one.skipped
-    assert twice(both) == [(one[0].path, one[0].path)] and twice(one) == []
+    assert find_repeated_images(both) == [(one[0].path, one[0].path)] and find_repeated_images(one) == []
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -59,45 +70,45 @@ def test_joining_keeps_every_fact_and_every_skipped_file_once():
 ])  # fmt: skip
 def test_weights_that_make_no_sense_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        joined([dataset(1), dataset(1, "q")], parsed_weights(text, 2))
+        join_datasets([dataset(1), dataset(1, "q")], parse_dataset_weights(text, 2))
 
 
 def test_no_weights_are_ones():
-    assert parsed_weights("  ", 3) == [Fraction(1)] * 3
+    assert parse_dataset_weights("  ", 3) == [Fraction(1)] * 3
 
 
 def test_a_split_takes_about_its_share_and_marks_both_sides():
-    train, held = split(dataset(1000), SplitSettings(share=0.2))
+    train, held = split_dataset(dataset(1000), SplitSettings(share=0.2))
     assert 160 <= len(held) <= 240 and len(train) + len(held) == 1000
     assert {r.split for r in train} == {"train"} and {r.split for r in held} == {"validation"}
     assert train.skipped == dataset(1).skipped
 
 
 def test_adding_a_picture_moves_no_other_one():
-    before = split(dataset(200), SplitSettings())[1]
-    after = split(dataset(300), SplitSettings())[1]
+    before = split_dataset(dataset(200), SplitSettings())[1]
+    after = split_dataset(dataset(300), SplitSettings())[1]
     assert ids(before) == ids(after) & ids(dataset(200)) and len(after) > len(before)
 
 
 def test_order_and_place_do_not_matter_and_the_seed_does():
     whole = dataset(100)
     settings = SplitSettings(share=0.3)
-    assert ids(split(Dataset(whole.records[::-1]), settings)[1]) == ids(split(whole, settings)[1])
-    assert ids(split(whole, SplitSettings(share=0.3, seed=1))[1]) != ids(split(whole, settings)[1])
+    assert ids(split_dataset(ImageDataset(whole.records[::-1]), settings)[1]) == ids(split_dataset(whole, settings)[1])
+    assert ids(split_dataset(whole, SplitSettings(share=0.3, seed=1))[1]) != ids(split_dataset(whole, settings)[1])
 
 
 def test_a_number_of_pictures_is_exact_and_a_new_picture_takes_the_place_of_one_at_most():
-    before, after = (ids(split(dataset(count), SplitSettings(pictures=7))[1]) for count in (40, 41))
+    before, after = (ids(split_dataset(dataset(count), SplitSettings(pictures=7))[1]) for count in (40, 41))
     assert len(before) == len(after) == 7 and len(before - after) <= 1
 
 
 def test_a_small_dataset_still_gives_one_picture_to_validation():
-    assert len(split(dataset(3), SplitSettings(share=0.01))[1]) == 1
+    assert len(split_dataset(dataset(3), SplitSettings(share=0.01))[1]) == 1
 
 
 def test_files_whose_names_differ_in_a_number_only_stay_together():
     names = [f"{animal}{end}" for animal in ("cat", "dog", "owl", "fox") for end in ("", "_1", " (2)", "-copy", "03")]
-    train, held = split(Dataset(tuple(map(record, names))), SplitSettings(pictures=1, by="file name"))
+    train, held = split_dataset(ImageDataset(tuple(map(record, names))), SplitSettings(pictures=1, by="file name"))
     assert len(held) == 5 and len(train) == 15
     assert len({r.path.removeprefix("/set/")[:3] for r in held}) == 1
 
@@ -106,36 +117,52 @@ def test_a_new_member_does_not_move_its_family():
     for seed in range(20):
         some = [record(f"{name}_{i}") for name in ("cat", "dog", "owl") for i in range(3)]
         settings = SplitSettings(pictures=1, by="file name", seed=seed)
-        families = [{r.path[5:8] for r in split(Dataset(tuple(records)), settings)[1]} for records in (some, [*some, record("cat_99")])]
+        families = [
+            {r.path[5:8] for r in split_dataset(ImageDataset(tuple(records)), settings)[1]}
+            for records in (some, [*some, record("cat_99")])
+        ]
         assert families[0] == families[1]
 
 
 def test_folders_and_pairs_and_groups_and_equal_files_stay_together():
     """a-b share a folder, b-c a pair, c-d a group, d-e their bytes: all five or none"""
-    chain = [Record(i, path, (1, 1), pair=pair) for i, path, pair in (
-        ("1", "/f/a.png", None), ("2", "/f/b.png", "p"), ("3", "/g/c.png", "p"), ("4", "/h/d.png", None), ("4", "/i/e.png", None))]
-    rest = [Record(str(i), f"/{i}/z.png", (1, 1)) for i in range(5, 30)]
+    chain = [
+        ImageRecord(i, path, (1, 1), pair=pair)
+        for i, path, pair in (
+            ("1", "/f/a.png", None),
+            ("2", "/f/b.png", "p"),
+            ("3", "/g/c.png", "p"),
+            ("4", "/h/d.png", None),
+            ("4", "/i/e.png", None),
+        )
+    ]
+    rest = [ImageRecord(str(i), f"/{i}/z.png", (1, 1)) for i in range(5, 30)]
     for seed in range(20):
-        held = split(Dataset((*chain, *rest)), SplitSettings(share=0.3, by="folder", seed=seed), groups={"3": "g", "4": "g"})[1]
+        held = split_dataset(
+            ImageDataset((*chain, *rest)), SplitSettings(share=0.3, by="folder", seed=seed), groups={"3": "g", "4": "g"}
+        )[1]
         assert sum(r.id in set("1234") for r in held) in (0, 5)
 
 
 def test_near_duplicates_do_not_stand_on_both_sides(tmp_path):
     """each of twelve pictures lies there again, smaller, brighter or mirrored"""
-    shapes = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64)) for i in range(12)]
+    shapes = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64))
+        for i in range(12)
+    ]
     changes = (lambda p: p.resize((48, 48)), lambda p: p.point(lambda v: min(v + 6, 255)), ImageOps.mirror)
     for i, shape in enumerate(shapes):
         shape.save(tmp_path / f"{i}.png")
         changes[i % 3](shape).save(tmp_path / f"copy of {i}.png")
     pictures = read_folder(tmp_path)
-    train, held = split(pictures, SplitSettings(share=0.4), similar(pictures, Looking()))
+    train, held = split_dataset(pictures, SplitSettings(share=0.4), group_near_duplicates(pictures, ScanOptions()))
     number = lambda side: sorted(int(Path(r.path).stem.split()[-1]) for r in side)
     assert not set(number(train)) & set(number(held)) and len(held) >= 2
 
 
 def test_a_split_can_be_the_one_that_the_metadata_names():
-    marked = Dataset((record("a"), record("b", split="validation"), record("c", split="test")))
-    train, held = split(marked, SplitSettings(by="as marked"))
+    marked = ImageDataset((record("a"), record("b", split="validation"), record("c", split="test")))
+    train, held = split_dataset(marked, SplitSettings(by="as marked"))
     assert ids(train) == {marked[0].id} and len(held) == 2
 
 
@@ -147,4 +174,4 @@ def test_a_split_can_be_the_one_that_the_metadata_names():
 ])  # fmt: skip
 def test_a_side_without_pictures_is_refused(count, settings, message):
     with pytest.raises(ValueError, match=message):
-        split(dataset(count), SplitSettings(**settings))
+        split_dataset(dataset(count), SplitSettings(**settings))

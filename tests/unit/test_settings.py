@@ -13,11 +13,11 @@ from trainyard.trainers.settings import (
     OptimizerSettings,
     RunSettings,
     Settings,
-    choice,
-    fingerprint,
-    number,
-    switch,
-    text,
+    choice_field,
+    compute_fingerprint,
+    number_field,
+    switch_field,
+    text_field,
 )
 
 RECORDS = [AdapterSettings, OptimizerSettings, NoiseSettings, RunSettings, CaptionSettings, BucketSettings]
@@ -33,11 +33,11 @@ OTHERS = {  # settings of one record that are only valid together, and texts
 class Oven(Settings):
     """A record with one field of each kind."""
 
-    minutes: int = number(10, 1, 120, "How long.", unit="minutes")
-    heat: float = number(180.0, 20.0, 300.0, "How hot.")
-    shelf: str = choice("middle", ("low", "middle", "high"), "Where.")
-    fan: bool = switch(False, "Blow.")
-    dish: str = text("", "What.")
+    minutes: int = number_field(10, 1, 120, "How long.", unit="minutes")
+    heat: float = number_field(180.0, 20.0, 300.0, "How hot.")
+    shelf: str = choice_field("middle", ("low", "middle", "high"), "Where.")
+    fan: bool = switch_field(False, "Blow.")
+    dish: str = text_field("", "What.")
 
 
 def another(field):
@@ -70,10 +70,10 @@ def test_a_record_loads_back_equal_from_json(record):
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_every_setting_changes_the_fingerprint(record):
-    prints = {fingerprint(record())}
+    prints = {compute_fingerprint(record())}
     for field in dataclasses.fields(record):
         if (value := another(field)) is not None and field.name not in OTHERS.get(record, {}):
-            prints.add(fingerprint(record(**{field.name: value})))
+            prints.add(compute_fingerprint(record(**{field.name: value})))
     alone = [f for f in dataclasses.fields(record) if another(f) is not None and f.name not in OTHERS.get(record, {})]
     assert alone and len(prints) == 1 + len(alone)
 
@@ -92,7 +92,11 @@ def test_a_number_just_outside_its_limits_is_refused_and_at_its_limits_taken(rec
         if "lo" not in field.metadata or field.name in OTHERS.get(record, {}):
             continue
         lo, hi = field.metadata["lo"], field.metadata["hi"]
-        beyond = (lo - 1, hi + 1) if isinstance(field.default, int) else (math.nextafter(lo, -math.inf), math.nextafter(hi, math.inf))
+        beyond = (
+            (lo - 1, hi + 1)
+            if isinstance(field.default, int)
+            else (math.nextafter(lo, -math.inf), math.nextafter(hi, math.inf))
+        )
         for value in beyond:
             with pytest.raises(ValueError, match=rf"^{field.name} is .*; it must lie between"):
                 record(**{field.name: value})
@@ -107,7 +111,8 @@ def test_nan_and_infinity_are_refused(name, value):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("minutes", True), ("heat", False), ("heat", "180"), ("minutes", None), ("heat", [1.0]), ("heat", 1j)]
+    "name, value",
+    [("minutes", True), ("heat", False), ("heat", "180"), ("minutes", None), ("heat", [1.0]), ("heat", 1j)],
 )
 def test_what_is_no_number_is_refused_and_true_is_none(name, value):
     with pytest.raises(ValueError, match=rf"{name} is .*; it must be a number\."):
@@ -139,7 +144,9 @@ def test_a_number_takes_the_type_of_its_default():
 
 
 def test_a_setting_that_a_record_does_not_know_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"Oven has no setting grill, smoke; it knows dish, fan, heat, minutes, shelf\."):
+    with pytest.raises(
+        ValueError, match=r"Oven has no setting grill, smoke; it knows dish, fan, heat, minutes, shelf\."
+    ):
         Oven.from_dict({"heat": 200.0, "smoke": 1, "grill": 2})
 
 
@@ -165,11 +172,15 @@ def test_a_noise_range_that_is_empty_or_upside_down_is_refused(low, high):
 
 
 def test_fingerprints_are_the_same_in_every_process_and_tell_records_apart():
-    """blake2b of [{"Oven": {"dish": "", "fan": false, "heat": 200.0, "minutes": 10, "shelf": "middle"}}], worked out apart:
-    by it a finished run is found again after a restart."""
-    assert fingerprint(Oven(heat=200)) == fingerprint(Oven(heat=200.0)) == "230d62f5a514d151931a169391fcc7ee"
-    assert fingerprint(Oven(), {"b": 1, "a": 2}) == fingerprint(Oven(), {"a": 2, "b": 1})
-    assert fingerprint("ab", "c") != fingerprint("a", "bc") != fingerprint("a", "b", "c")
-    assert fingerprint(Oven().to_dict()) != fingerprint(Oven())
+    """blake2b of [{"Oven": {"dish": "", "fan": false, "heat": 200.0, "minutes": 10, "shelf": "middle"}}], worked out
+    apart: by it a finished run is found again after a restart."""
+    assert (
+        compute_fingerprint(Oven(heat=200))
+        == compute_fingerprint(Oven(heat=200.0))
+        == "230d62f5a514d151931a169391fcc7ee"
+    )
+    assert compute_fingerprint(Oven(), {"b": 1, "a": 2}) == compute_fingerprint(Oven(), {"a": 2, "b": 1})
+    assert compute_fingerprint("ab", "c") != compute_fingerprint("a", "bc") != compute_fingerprint("a", "b", "c")
+    assert compute_fingerprint(Oven().to_dict()) != compute_fingerprint(Oven())
     with pytest.raises(ValueError):
-        fingerprint(math.nan)
+        compute_fingerprint(math.nan)

@@ -1,4 +1,5 @@
-"""The toy world's ruler: what is drawn is read back in pixels, also through noise and blur as a small VAE leaves them."""
+"""The toy world's ruler: what is drawn is read back in pixels, also through noise and blur as a small VAE leaves
+them."""
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_weights_in_eight_bits_are_within_half_a_step_of_the_row():
     back = world.unpack(world.pack(state))
     step = state["a.weight"].abs().amax((1, 2, 3)) / 127
     worst = (back["a.weight"] - state["a.weight"]).abs().amax((1, 2, 3)) / step
-    assert worst.max() < 0.6, worst       # half a step, and what the float16 scale adds at 127 steps
+    assert worst.max() < 0.6, worst  # half a step, and what the float16 scale adds at 127 steps
     assert (back["a.bias"] - state["a.bias"]).abs().max() < 2e-3
 
 
@@ -112,7 +113,8 @@ def test_the_position_table_says_column_then_row():
 
 
 def test_the_seed_still_gives_the_words_that_the_transformer_was_trained_on():
-    """Four places of the token table, written down when the weights were made: a torch release that draws otherwise makes a deaf world."""
+    """Four places of the token table, written down when the weights were made: a torch release that draws otherwise
+    makes a deaf world."""
     table = torch.randn((49408, world.CLIP), generator=torch.Generator().manual_seed(world.TEXT_SEED))
     assert next(iter(world.text_table())) == "transformer.text_model.embeddings.token_embedding.weight"
     places = torch.stack([table[0, 0], table[736, 0], table[736, 3], table[-1, -1]])

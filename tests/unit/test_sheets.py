@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset
-from trainyard.trainers.data.sheets import BAD, EDGE, WARN, Tile, contact_sheet, overview, overview_tile
+from trainyard.trainers.data.records import ImageDataset
+from trainyard.trainers.data.sheets import (
+    BAD_COLOUR,
+    NEUTRAL_COLOUR,
+    WARN_COLOUR,
+    SheetTile,
+    draw_contact_sheet,
+    draw_dataset_sheet,
+    make_dataset_tile,
+)
 
 
 @pytest.fixture
@@ -20,38 +28,50 @@ def dataset(tmp_path):
 
 
 def test_a_tile_tells_name_size_repeats_score_split_and_the_beginning_of_the_caption(dataset):
-    tile = overview_tile(dataset[0], 192)
-    assert tile.lines == ("0.png", "40x20 x3 score 7.5 validation", "a green field, and so on", "and on and on for many ...")
-    assert tile.colour == EDGE and overview_tile(dataset[1], 192).lines[2] == "(no caption)"
+    tile = make_dataset_tile(dataset[0], 192)
+    assert tile.lines == (
+        "0.png",
+        "40x20 x3 score 7.5 validation",
+        "a green field, and so on",
+        "and on and on for many ...",
+    )
+    assert tile.colour == NEUTRAL_COLOUR and make_dataset_tile(dataset[1], 192).lines[2] == "(no caption)"
 
 
 def test_flags_frame_their_picture_and_a_lost_file_says_why(dataset):
-    flagged = overview_tile(dataclasses.replace(dataset[0], flags=("blur (FFT share 0.003 < 0.007)",)), 192)
-    assert flagged.colour == WARN and flagged.lines[-1] == "blur (FFT share 0.003 < 0.007)"
-    lost = overview_tile(dataclasses.replace(dataset[0], path="/gone.png"), 192)
-    assert lost.colour == BAD and " ".join(lost.lines).startswith("gone.png Cannot read /gone.png")
+    flagged = make_dataset_tile(dataclasses.replace(dataset[0], flags=("blur (FFT share 0.003 < 0.007)",)), 192)
+    assert flagged.colour == WARN_COLOUR and flagged.lines[-1] == "blur (FFT share 0.003 < 0.007)"
+    lost = make_dataset_tile(dataclasses.replace(dataset[0], path="/gone.png"), 192)
+    assert lost.colour == BAD_COLOUR and " ".join(lost.lines).startswith("gone.png Cannot read /gone.png")
 
 
 def test_each_page_shows_its_own_pictures(dataset):
     """two pages of three: greens 0, 40, 80 on the first, 120 and 160 on the second"""
     for page, greens in ((1, {0, 40, 80}), (2, {120, 160})):
-        pixels = np.asarray(overview(dataset, page, per_page=3, cell=64))
+        pixels = np.asarray(draw_dataset_sheet(dataset, page, per_page=3, cell=64))
         seen = {int(g) for r, g, b in np.unique(pixels.reshape(-1, 3), axis=0) if r == b == 0}
         assert seen == greens
 
 
-@pytest.mark.parametrize(("page", "pictures", "words"), [(3, 5, "page is 3, and 5 pictures at 3 a page fill 2 pages"), (0, 5, "page is 0"), (1, 0, "fill 0 pages")])
+@pytest.mark.parametrize(
+    ("page", "pictures", "words"),
+    [(3, 5, "page is 3, and 5 pictures at 3 a page fill 2 pages"), (0, 5, "page is 0"), (1, 0, "fill 0 pages")],
+)
 def test_a_page_that_is_not_there_is_refused(dataset, page, pictures, words):
     with pytest.raises(ValueError, match=words):
-        overview(dataset[:pictures], page, per_page=3)
+        draw_dataset_sheet(dataset[:pictures], page, per_page=3)
 
 
 def test_a_long_line_ends_in_dots_and_no_tiles_are_refused():
-    page = contact_sheet([Tile(Image.new("RGB", (8, 8)), ("word " * 50,), WARN)], cell=64)
-    assert page.width < 100 and ImageColor.getrgb(WARN) in set(map(tuple, np.asarray(page).reshape(-1, 3).tolist()))
+    page = draw_contact_sheet([SheetTile(Image.new("RGB", (8, 8)), ("word " * 50,), WARN_COLOUR)], cell=64)
+    assert page.width < 100 and ImageColor.getrgb(WARN_COLOUR) in set(
+        map(tuple, np.asarray(page).reshape(-1, 3).tolist())
+    )
     with pytest.raises(ValueError, match="no pictures to show"):
-        contact_sheet([])
+        draw_contact_sheet([])
 
 
 def test_odd_names_are_shown(dataset):
-    assert isinstance(overview(Dataset((dataclasses.replace(dataset[0], captions=("käfer 🙂\ud800",)),))), Image.Image)
+    assert isinstance(
+        draw_dataset_sheet(ImageDataset((dataclasses.replace(dataset[0], captions=("käfer 🙂\ud800",)),))), Image.Image
+    )

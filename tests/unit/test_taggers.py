@@ -1,4 +1,5 @@
-"""Taggers: the right tags for drawn pictures through timm and onnxruntime, and every rule between a probability and a word by hand."""
+"""Taggers: the right tags for drawn pictures through timm and onnxruntime, and every rule between a probability and a
+word by hand."""
 
 import json
 import shutil
@@ -9,21 +10,34 @@ import torch
 from PIL import Image
 from trainyard.tests import tiny_tagger
 from trainyard.trainers.captioners import taggers
-from trainyard.trainers.captioners.taggers import load, square
-from trainyard.trainers.captioners.tags import KAOMOJI, Label, TaggerSettings, mcut, renamed, tags_of
+from trainyard.trainers.captioners.taggers import load_tagger, pad_to_white_square
+from trainyard.trainers.captioners.tags import (
+    TAGGER_KAOMOJI,
+    TaggerSettings,
+    TagLabel,
+    mcut,
+    parse_replacements,
+    select_tags,
+)
 
 
 def picked(probabilities, **settings):
     """Tags for {name or (name, category): probability}."""
-    labels = [Label(*(name if isinstance(name, tuple) else (name,))) for name in probabilities]
-    return tags_of(labels, probabilities.values(), TaggerSettings(**settings))
+    labels = [TagLabel(*(name if isinstance(name, tuple) else (name,))) for name in probabilities]
+    return select_tags(labels, probabilities.values(), TaggerSettings(**settings))
 
 
-# -- from probabilities to words -------------------------------------------------------------------------------------------
+# -- from probabilities to words ---------------------------------------------------------------------------------------
 
 
 def test_ordinary_tags_and_characters_have_thresholds_of_their_own():
-    found = {"solo": 0.35, "hat": 0.34, ("ann", "character"): 0.85, ("bob", "character"): 0.84, ("general", "rating"): 0.99}
+    found = {
+        "solo": 0.35,
+        "hat": 0.34,
+        ("ann", "character"): 0.85,
+        ("bob", "character"): 0.84,
+        ("general", "rating"): 0.99,
+    }
     assert picked(found) == ("ann", "solo")
     assert picked(found, general_threshold=0.3, character_threshold=0.5) == ("ann", "bob", "solo", "hat")
 
@@ -54,9 +68,11 @@ def test_undesired_tags_are_found_in_any_spelling():
     assert picked({"long_hair": 0.9, "Solo": 0.8, "hat": 0.7}, undesired="Long Hair, solo,") == ("hat",)
 
 
-@pytest.mark.parametrize("text", ["long_hair -> lange haare; hat -> cap, headwear; solo ->", "long hair,lange haare;hat,cap"])
+@pytest.mark.parametrize(
+    "text", ["long_hair -> lange haare; hat -> cap, headwear; solo ->", "long hair,lange haare;hat,cap"]
+)
 def test_tags_are_replaced_in_our_spelling_and_in_kohyas(text):
-    names = renamed(text)
+    names = parse_replacements(text)
     assert names["long_hair"] == ("lange haare",) and "cap" in names["hat"]
 
 
@@ -79,7 +95,13 @@ def test_a_character_expands_into_name_and_series():
 
 
 def test_orders_by_hand():
-    found = {"sky": 0.9, ("ann", "character"): 0.87, ("wolf", "species"): 0.8, ("monet", "artist"): 0.7, ("lore_x", "lore"): 0.95}
+    found = {
+        "sky": 0.9,
+        ("ann", "character"): 0.87,
+        ("wolf", "species"): 0.8,
+        ("monet", "artist"): 0.7,
+        ("lore_x", "lore"): 0.95,
+    }
     assert picked(found, order="probability") == ("lore x", "sky", "ann", "wolf", "monet")
     assert picked(found, order="characters first") == ("ann", "lore x", "sky", "wolf", "monet")
     assert picked(found, order="category") == ("ann", "monet", "wolf", "sky", "lore x")
@@ -102,7 +124,7 @@ def test_the_best_rating_is_written_where_it_is_wanted():
 
 
 def test_underscores_become_spaces_except_in_faces():
-    assert len(KAOMOJI) == 19
+    assert len(TAGGER_KAOMOJI) == 19
     assert picked({"long_hair": 0.9, "^_^": 0.8, "||_||": 0.7}) == ("long hair", "^_^", "||_||")
     assert picked({"long_hair": 0.9}, spaces=False) == ("long_hair",)
 
@@ -113,31 +135,31 @@ def test_parentheses_are_escaped_only_when_asked():
     assert picked(found, escape_parentheses=True) == (r"ann \(book\)",)
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------------
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(48, 32), (31, 64), (32, 32), (33, 200)])
 def test_pictures_are_prepared_as_the_slow_version_does_to_the_last_bit(size):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
-    fast = square(picture, tiny_tagger.SIZE)[:, :, ::-1].astype(np.float32)
+    fast = pad_to_white_square(picture, tiny_tagger.SIZE)[:, :, ::-1].astype(np.float32)
     assert np.array_equal(fast, tiny_tagger.slowly_prepared(picture))
 
 
 def test_what_is_transparent_is_white():
     picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    assert (square(picture, 32) == 255).all()
+    assert (pad_to_white_square(picture, 32) == 255).all()
 
 
 def test_pictures_for_timm_equal_timms_own_transform(timm_folder):
     timm = pytest.importorskip("timm")
-    tagger = load(timm_folder, TaggerSettings(channels="RGB"))
+    tagger = load_tagger(timm_folder, TaggerSettings(channels="RGB"))
     picture = tiny_tagger.drawn("red", size=(48, 48))
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=tagger.module))
     assert np.array_equal(tagger.prepared(picture), transform(picture).numpy())
 
 
-# -- taggers that were trained on three colours ----------------------------------------------------------------------------
+# -- taggers that were trained on three colours ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -163,23 +185,29 @@ WORDS = {"red": ("rosa", "red"), "green": ("green",), "blue": ("bluebell", "blue
 
 @pytest.mark.parametrize("colour", WORDS)
 def test_a_picture_gets_the_tag_of_its_colour_and_no_other(folder, colour):
-    said = load(folder).caption(tiny_tagger.drawn(colour, shift=2), "a prompt that taggers leave aside")
+    said = load_tagger(folder).caption(tiny_tagger.drawn(colour, shift=2), "a prompt that taggers leave aside")
     others = set(tiny_tagger.COLOURS) - {colour}
     assert colour in said.tags and not others & set(said.tags)
     assert said.text == ", ".join(said.tags)
 
 
 def test_characters_and_ratings_come_out_of_a_real_list_of_tags(folder):
-    told = load(folder, TaggerSettings(expand_characters=True, ratings="last", drop_overlaps=True)).caption(tiny_tagger.drawn("red")).tags
-    assert set(told) == {"rosa", "toy story", "red", "red square", "bright"} and told[0] == "rosa" and told[-1] == "bright"
+    told = (
+        load_tagger(folder, TaggerSettings(expand_characters=True, ratings="last", drop_overlaps=True))
+        .caption(tiny_tagger.drawn("red"))
+        .tags
+    )
+    assert (
+        set(told) == {"rosa", "toy story", "red", "red square", "bright"} and told[0] == "rosa" and told[-1] == "bright"
+    )
 
 
 def test_blue_and_red_change_places_for_a_tagger_that_is_told_the_wrong_order_of_colours(folder):
-    assert "blue" in load(folder, TaggerSettings(channels="RGB")).caption(tiny_tagger.drawn("red")).tags
+    assert "blue" in load_tagger(folder, TaggerSettings(channels="RGB")).caption(tiny_tagger.drawn("red")).tags
 
 
 def test_a_batch_answers_as_its_pictures_do_one_by_one(folder):
-    tagger = load(folder)
+    tagger = load_tagger(folder)
     batch = np.stack([tagger.prepared(tiny_tagger.drawn(colour)) for colour in WORDS])
     together = tagger.run(batch)
     assert together.shape == (3, len(tiny_tagger.TAGS)) and together.dtype == np.float32
@@ -187,7 +215,7 @@ def test_a_batch_answers_as_its_pictures_do_one_by_one(folder):
 
 
 def test_the_network_may_be_moved_by_its_host_and_follows_its_dtype(timm_folder):
-    tagger = load(timm_folder)
+    tagger = load_tagger(timm_folder)
     assert isinstance(tagger.module, torch.nn.Module)
     tagger.module.to(torch.bfloat16)
     assert "green" in tagger.caption(tiny_tagger.drawn("green")).tags
@@ -195,25 +223,25 @@ def test_the_network_may_be_moved_by_its_host_and_follows_its_dtype(timm_folder)
 
 def test_an_onnx_file_that_ends_without_a_sigmoid_says_the_same(onnx_folder, tmp_path):
     bare = tiny_tagger.onnx_folder(tmp_path / "bare", sigmoid=False)
-    one, other = load(onnx_folder), load(bare)
+    one, other = load_tagger(onnx_folder), load_tagger(bare)
     picture = one.prepared(tiny_tagger.drawn("blue"))[None]
     np.testing.assert_allclose(one.run(picture), other.run(picture), atol=1e-5)
 
 
 def test_the_identity_changes_with_the_settings_and_with_the_weights(onnx_folder, tmp_path):
     copy = shutil.copytree(onnx_folder, tmp_path / onnx_folder.name)
-    before = load(onnx_folder).identity
-    assert load(copy).identity == before
-    assert load(copy, TaggerSettings(general_threshold=0.4)).identity != before
+    before = load_tagger(onnx_folder).identity
+    assert load_tagger(copy).identity == before
+    assert load_tagger(copy, TaggerSettings(general_threshold=0.4)).identity != before
     with (copy / "model.onnx").open("r+b") as file:
         file.seek(-40, 2)
         byte = file.read(1)
         file.seek(-40, 2)
         file.write(bytes([byte[0] ^ 1]))
-    assert taggers.sample(copy / "model.onnx") != taggers.sample(onnx_folder / "model.onnx")
+    assert taggers.hash_file_samples(copy / "model.onnx") != taggers.hash_file_samples(onnx_folder / "model.onnx")
 
 
-# -- folders that are not what they should be ------------------------------------------------------------------------------
+# -- folders that are not what they should be --------------------------------------------------------------------------
 
 
 def test_e621_lists_and_other_names_of_lists_are_read(onnx_folder, tmp_path):
@@ -222,42 +250,44 @@ def test_e621_lists_and_other_names_of_lists_are_read(onnx_folder, tmp_path):
     folder.mkdir()
     shutil.copy(onnx_folder / "model.onnx", folder)
     tiny_tagger.write_tags(folder, [("wolf", 5), *tiny_tagger.TAGS[1:]], "tags-selected.csv")
-    assert load(folder).labels[0] == Label("wolf", "species")
+    assert load_tagger(folder).labels[0] == TagLabel("wolf", "species")
     (folder / "tags-selected.csv").rename(folder / "anything.csv")
-    assert load(folder).labels[0] == Label("wolf", "species")
+    assert load_tagger(folder).labels[0] == TagLabel("wolf", "species")
 
 
 def test_a_folder_that_is_missing_or_holds_no_tagger_says_what_to_download(tmp_path):
     with pytest.raises(ValueError, match="no tagger folder .*hf download SmilingWolf"):
-        load(tmp_path / "nowhere")
+        load_tagger(tmp_path / "nowhere")
     (tmp_path / "readme.md").write_text("x")
     with pytest.raises(ValueError, match=r"0 lists of tags .* but readme\.md; .*hf download"):
-        load(tmp_path)
+        load_tagger(tmp_path)
     tiny_tagger.write_tags(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no tagger that can be run, but readme\.md, selected_tags\.csv.*needs model\.onnx"):
-        load(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"holds no tagger that can be run, but readme\.md, selected_tags\.csv.*needs model\.onnx"
+    ):
+        load_tagger(tmp_path)
 
 
 def test_a_list_that_does_not_belong_to_the_model_is_refused_with_both_counts(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     tiny_tagger.write_tags(copy, tiny_tagger.TAGS[:-1])
     with pytest.raises(ValueError, match="answers 8 tags and its list names 7"):
-        load(copy)
+        load_tagger(copy)
 
 
 def test_a_package_that_is_missing_is_named_with_the_line_to_type(timm_folder, onnx_folder, monkeypatch):
-    monkeypatch.setattr(taggers, "installed", lambda package: False)
+    monkeypatch.setattr(taggers, "is_package_installed", lambda package: False)
     for folder, package in ((timm_folder, "timm"), (onnx_folder, "onnxruntime")):
         with pytest.raises(ImportError, match=f"python -m pip install {package}"):
-            load(folder)
+            load_tagger(folder)
 
 
 def test_with_both_files_the_one_that_can_be_run_is_chosen(timm_folder, onnx_folder, tmp_path, monkeypatch):
     both = shutil.copytree(timm_folder, tmp_path / "both")
     shutil.copy(onnx_folder / "model.onnx", both)
-    assert load(both).module is not None
-    monkeypatch.setattr(taggers, "installed", lambda package: package == "onnxruntime")
-    assert load(both).module is None
+    assert load_tagger(both).module is not None
+    monkeypatch.setattr(taggers, "is_package_installed", lambda package: package == "onnxruntime")
+    assert load_tagger(both).module is None
 
 
 class Session:
@@ -272,19 +302,19 @@ class Session:
 
 def test_an_onnx_file_with_pixels_first_is_normalised_as_its_config_says():
     config = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
-    network = taggers.onnx_network("model.onnx", config, Session(["n", 3, 8, 8]))
+    network = taggers.make_onnx_network("model.onnx", config, Session(["n", 3, 8, 8]))
     assert network.prepared(np.full((8, 8, 3), 255, np.uint8)).tolist() == np.full((3, 8, 8), 2.0).tolist()
     with pytest.raises(ValueError, match="no config.json beside it names mean and std"):
-        taggers.onnx_network("model.onnx", {}, Session(["n", 3, 8, 8]))
+        taggers.make_onnx_network("model.onnx", {}, Session(["n", 3, 8, 8]))
     with pytest.raises(ValueError, match=r"of shape \['n', 9\]; a tagger wants"):
-        taggers.onnx_network("model.onnx", {}, Session(["n", 9]))
+        taggers.make_onnx_network("model.onnx", {}, Session(["n", 9]))
 
 
 def test_a_damaged_config_is_named(timm_folder, tmp_path):
     copy = shutil.copytree(timm_folder, tmp_path / "copy")
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        load(copy)
+        load_tagger(copy)
 
 
 def test_weights_that_do_not_fit_the_architecture_are_an_error_with_its_name(timm_folder, tmp_path):
@@ -292,4 +322,4 @@ def test_weights_that_do_not_fit_the_architecture_are_an_error_with_its_name(tim
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_args": {**config["model_args"], "embed_dim": 64}}))
     with pytest.raises(ValueError, match="'vit_tiny_patch16_224'. cannot be loaded with timm"):
-        load(copy)
+        load_tagger(copy)

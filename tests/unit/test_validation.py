@@ -6,13 +6,22 @@ import math
 import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, Net, Perfect, Stop, adapters, dataset, folder
-from trainyard.trainers.diffusion import Density, fixed_sigmas, random_sigma
+from trainyard.trainers.diffusion import NoiseLevelDensity, sample_sigmas, stratified_sigmas
 from trainyard.trainers.files import read_safetensors
-from trainyard.trainers.loop import Progress, train
-from trainyard.trainers.methods.lora import Lora
-from trainyard.trainers.monitor.tensorboard import Board, board_in
-from trainyard.trainers.monitor.validation import RESTORE, Exam, ValidationSettings, Watch, best_of, picked, relative, without_gain
-from trainyard.trainers.runs import RunFolder, deleted, listed
+from trainyard.trainers.loop import TrainingProgress, train
+from trainyard.trainers.methods.lora import LoraTraining
+from trainyard.trainers.monitor.tensorboard import TensorBoardLog, create_tensorboard_log
+from trainyard.trainers.monitor.validation import (
+    RESTORE_BEST,
+    ImageValidationLoss,
+    ValidationMonitor,
+    ValidationSettings,
+    best_measurement,
+    measurements_without_gain,
+    pick_validation_images,
+    relative_losses,
+)
+from trainyard.trainers.runs import RunFolder, delete_run_folder, list_run_records
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
 
 
@@ -20,17 +29,19 @@ def made(seed=0):
     """(method, its adapters) on four pictures."""
     network = Net()
     added = adapters(network, seed)
-    return Lora(Denoiser(network), added, dataset(), batch=2), added
+    return LoraTraining(Denoiser(network), added, dataset(), batch=2), added
 
 
 def exam(method, data=None, count=3, **more):
     data = data or method.data
-    return Exam(method.denoiser, data, picked(data, count), method.density, method.noise, batch=4, **more)
+    return ImageValidationLoss(
+        method.denoiser, data, pick_validation_images(data, count), method.density, method.noise, batch=4, **more
+    )
 
 
 def watch(method, held_out=None, **settings):
     exams = {"validation": exam(method, held_out)} if held_out else {}
-    return Watch(ValidationSettings(**{"every": 2, **settings}), {**exams, "training": exam(method)})
+    return ValidationMonitor(ValidationSettings(**{"every": 2, **settings}), {**exams, "training": exam(method)})
 
 
 def run(steps, **more):
@@ -51,22 +62,26 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# -- the questions ---------------------------------------------------------------------------------------------------------------
+# -- the questions -----------------------------------------------------------------------------------------------------
 
 
 def test_the_levels_are_the_middles_of_equal_shares_of_what_training_draws():
     """Uniform flow: shares of an eighth have their middles at 1/16, 3/16, ..."""
-    sigmas = fixed_sigmas(Denoiser(Net()), Density(), torch.zeros(1, 2, 4, 4), 8)
+    sigmas = stratified_sigmas(Denoiser(Net()), NoiseLevelDensity(), torch.zeros(1, 2, 4, 4), 8)
     assert sigmas.tolist() == pytest.approx([(2 * k + 1) / 16 for k in range(8)])
 
 
 @pytest.mark.parametrize("prediction", ["flow", "eps"])
-@pytest.mark.parametrize("density", [Density("logit-normal", 0.3, 0.8, 3.0), Density("uniform", shift="resolution")])
+@pytest.mark.parametrize(
+    "density", [NoiseLevelDensity("logit-normal", 0.3, 0.8, 3.0), NoiseLevelDensity("uniform", shift="resolution")]
+)
 def test_a_tenth_of_all_draws_lies_below_the_first_of_five_levels(prediction, density):
     denoiser, x0 = Denoiser(Net(), prediction), torch.zeros(20_000, 2, 4, 4)
-    drawn = random_sigma(denoiser, density, x0, torch.Generator().manual_seed(0), 0.1, 0.9)
-    levels = fixed_sigmas(denoiser, density, x0[:1], 5, 0.1, 0.9)
-    assert [(drawn < level).float().mean().item() for level in levels] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=0.015)
+    drawn = sample_sigmas(denoiser, density, x0, torch.Generator().manual_seed(0), 0.1, 0.9)
+    levels = stratified_sigmas(denoiser, density, x0[:1], 5, 0.1, 0.9)
+    assert [(drawn < level).float().mean().item() for level in levels] == pytest.approx(
+        [0.1, 0.3, 0.5, 0.7, 0.9], abs=0.015
+    )
 
 
 def test_two_measurements_of_the_same_weights_are_equal_and_a_perfect_model_has_no_loss():
@@ -75,7 +90,7 @@ def test_two_measurements_of_the_same_weights_are_equal_and_a_perfect_model_has_
     assert first.shape == (3, 8) and torch.equal(first, second)
     one = dataset(1)
     perfect = Perfect(one.store.load(one.items[0].latent)["mean"][None])
-    assert Exam(perfect, one, [0], Density()).losses().abs().max() < 1e-10
+    assert ImageValidationLoss(perfect, one, [0], NoiseLevelDensity()).losses().abs().max() < 1e-10
 
 
 def test_the_batch_size_changes_no_answer():
@@ -95,16 +110,17 @@ def test_dropped_captions_and_masks_are_as_in_training_but_without_dropout():
 
 
 def test_pictures_are_spread_over_the_set():
-    assert picked(dataset(4), 2) == [0, 2] and picked(dataset(4), 9) == [0, 1, 2, 3]
+    assert pick_validation_images(dataset(4), 2) == [0, 2] and pick_validation_images(dataset(4), 9) == [0, 1, 2, 3]
 
 
 def test_the_worst_picture_is_the_worst_at_its_noise_level():
-    """Two levels, the second ten times as hard for all. Picture 1 has twice what others have: 2 / (4/3) = 1.5 at both levels."""
+    """Two levels, the second ten times as hard for all. Picture 1 has twice what others have: 2 / (4/3) = 1.5 at both
+    levels."""
     losses = torch.tensor([[1.0, 10.0], [2.0, 20.0], [1.0, 10.0]])
-    assert relative(losses).tolist() == pytest.approx([0.75, 1.5, 0.75])
+    assert relative_losses(losses).tolist() == pytest.approx([0.75, 1.5, 0.75])
 
 
-# -- what follows ----------------------------------------------------------------------------------------------------------------
+# -- what follows ------------------------------------------------------------------------------------------------------
 
 
 def entries(*losses, first=0, apart=10):
@@ -112,13 +128,16 @@ def entries(*losses, first=0, apart=10):
 
 
 def test_the_best_is_the_lowest_of_trained_weights():
-    assert best_of(entries(0.1, 0.5, 0.3, 0.4))["step"] == 20
-    assert best_of(entries(0.1, None)) is None
+    assert best_measurement(entries(0.1, 0.5, 0.3, 0.4))["step"] == 20
+    assert best_measurement(entries(0.1, None)) is None
 
 
-@pytest.mark.parametrize("losses, gain, since", [((9, 5, 4, 3), 0.0, 0), ((9, 5, 6, 5), 0.0, 2), ((9, 5, 4.99, 4.98), 0.01, 2), ((9, 5, None), 0.0, 1)])
+@pytest.mark.parametrize(
+    "losses, gain, since",
+    [((9, 5, 4, 3), 0.0, 0), ((9, 5, 6, 5), 0.0, 2), ((9, 5, 4.99, 4.98), 0.01, 2), ((9, 5, None), 0.0, 1)],
+)
 def test_patience_counts_measurements_without_a_gain(losses, gain, since):
-    assert without_gain(entries(*losses), gain) == since
+    assert measurements_without_gain(entries(*losses), gain) == since
 
 
 def test_a_run_is_measured_before_on_the_way_and_at_its_end(tmp_path):
@@ -130,7 +149,9 @@ def test_a_run_is_measured_before_on_the_way_and_at_its_end(tmp_path):
 def test_held_out_pictures_come_with_the_gap_to_training_pictures(tmp_path):
     _, _, seen, _ = trained(tmp_path, 40, held_out=dataset(3, seed=77), every=20)
     last = seen.history[-1]
-    assert last["held_out"] and last["loss"] > last["training"], "what was learnt by heart does not carry over to random pictures"
+    assert last["held_out"] and last["loss"] > last["training"], (
+        "what was learnt by heart does not carry over to random pictures"
+    )
     assert "against training pictures" in seen.line()
 
 
@@ -163,10 +184,10 @@ def stop_at(step):
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_stopped_run_goes_on_with_its_measurements_and_its_best(tmp_path, stop):
-    whole_losses, whole, all_seen, _ = trained(tmp_path, 6, "whole", best=RESTORE)
+    whole_losses, whole, all_seen, _ = trained(tmp_path, 6, "whole", best=RESTORE_BEST)
     with pytest.raises(Stop):
-        trained(tmp_path, 6, "cut", best=RESTORE, report=stop_at(stop))
-    losses, tensors, seen, _ = trained(tmp_path, 6, "cut", best=RESTORE)
+        trained(tmp_path, 6, "cut", best=RESTORE_BEST, report=stop_at(stop))
+    losses, tensors, seen, _ = trained(tmp_path, 6, "cut", best=RESTORE_BEST)
     assert losses == whole_losses and same(tensors, whole)
     assert seen.history == all_seen.history and seen.best["step"] == all_seen.best["step"]
 
@@ -204,13 +225,16 @@ def test_measurements_of_other_pictures_are_left_behind(tmp_path):
     assert [entry["step"] for entry in seen.history] == [4, 6]
 
 
-class Told(Watch):
+class Told(ValidationMonitor):
     """A Watch that is told what it measures: losses by step."""
 
     told = ()
 
     def measure(self, step, params):
-        losses, self.exams["training"].losses = self.exams["training"].losses, lambda tick: torch.full((1, 8), float(self.told[step]))
+        losses, self.exams["training"].losses = (
+            self.exams["training"].losses,
+            lambda tick: torch.full((1, 8), float(self.told[step])),
+        )
         better = super().measure(step, params)
         self.exams["training"].losses = losses
         return better
@@ -227,22 +251,23 @@ def telling(losses):
 
 
 def test_the_best_weights_are_the_result_when_asked_for(tmp_path):
-    """Lowest after step 2: the file is that of a run of two steps, and the state still that of step 4, so that more steps can follow."""
-    _, tensors, seen, store = trained(tmp_path, 4, looking=telling([9, 5, 3, 4, 6]), best=RESTORE)
+    """Lowest after step 2: the file is that of a run of two steps, and the state still that of step 4, so that more
+    steps can follow."""
+    _, tensors, seen, store = trained(tmp_path, 4, looking=telling([9, 5, 3, 4, 6]), best=RESTORE_BEST)
     _, two, _, _ = trained(tmp_path, 2, "two", looking=None)
     assert same(tensors, two)
     state = store.load()
     assert (state["step"], state["delivered"]) == (4, 2)
     lora, losses = store.finished()
     assert lora.steps == 2 and lora.metadata["ss_steps"] == "2" and len(losses) == 4
-    more, _, _, _ = trained(tmp_path, 6, looking=telling([9, 5, 3, 4, 6, 7, 8]), best=RESTORE)
+    more, _, _, _ = trained(tmp_path, 6, looking=telling([9, 5, 3, 4, 6, 7, 8]), best=RESTORE_BEST)
     straight, _, _, _ = trained(tmp_path, 6, "straight", looking=None)
     assert more == straight
 
 
 def test_the_parameters_after_the_run_are_the_delivered_ones():
     method, added = made()
-    seen = telling([9, 5, 3, 4])(method, best=RESTORE)
+    seen = telling([9, 5, 3, 4])(method, best=RESTORE_BEST)
     train(method, run(3), watch=seen)
     other, more = made()
     train(other, run(2))
@@ -277,7 +302,7 @@ def test_less_patience_resumed_stops_at_once_and_no_patience_goes_on(tmp_path):
 
 def test_a_loss_that_is_no_number_is_never_the_best_and_is_written_as_null(tmp_path):
     _, _, seen, store = trained(tmp_path, 3, looking=telling([9, 5, math.nan, 6]))
-    assert best_of(seen.history)["step"] == 1
+    assert best_measurement(seen.history)["step"] == 1
     assert json.loads((store.folder / "validation.json").read_text())[2]["loss"] is None
     assert "best 5.0000 at step 1" in seen.line()
 
@@ -295,7 +320,7 @@ def test_the_worst_pictures_are_named_at_the_end(tmp_path):
     assert f"highest loss: {found[0]['image']}" in seen.line()
 
 
-# -- samples ---------------------------------------------------------------------------------------------------------------------
+# -- samples -----------------------------------------------------------------------------------------------------------
 
 
 def drawing(draw, every=2):
@@ -332,7 +357,9 @@ def test_trouble_in_a_preview_is_told_and_costs_nothing_else(tmp_path):
     losses, tensors, _, _ = trained(tmp_path, 4, looking=looking)
     plain_losses, plain, _, _ = trained(tmp_path, 4, "plain", looking=None)
     assert losses == plain_losses and same(tensors, plain)
-    assert [entry["text"] for kind, entry in told if kind == "trouble"] == [f"No samples at step {s}: division by zero" for s in (2, 4)]
+    assert [entry["text"] for kind, entry in told if kind == "trouble"] == [
+        f"No samples at step {s}: division by zero" for s in (2, 4)
+    ]
 
 
 def test_the_hosts_interrupt_in_a_preview_ends_the_run_and_keeps_the_step(tmp_path):
@@ -345,7 +372,7 @@ def test_the_hosts_interrupt_in_a_preview_ends_the_run_and_keeps_the_step(tmp_pa
     assert (about["step"], about["why"]) == (2, "stopped")
 
 
-# -- all runs --------------------------------------------------------------------------------------------------------------------
+# -- all runs ----------------------------------------------------------------------------------------------------------
 
 
 def test_runs_are_listed_with_their_loss_their_size_and_their_newest_file(tmp_path):
@@ -353,12 +380,32 @@ def test_runs_are_listed_with_their_loss_their_size_and_their_newest_file(tmp_pa
     trained(tmp_path, 2, "other", looking=None)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
-    (other, toy) = sorted(listed(tmp_path), key=lambda about: about["name"])
-    assert (toy["folder"], toy["lora"], toy["step"], toy["validation"]["step"]) == (store.folder.name, "toy.safetensors", 3, 3)
+    (other, toy) = sorted(list_run_records(tmp_path), key=lambda about: about["name"])
+    assert (toy["folder"], toy["lora"], toy["step"], toy["validation"]["step"]) == (
+        store.folder.name,
+        "toy.safetensors",
+        3,
+        3,
+    )
     assert toy["bytes"] == sum(f.stat().st_size for f in store.folder.rglob("*")) and other["loss"] > 0
 
 
-@pytest.mark.parametrize("name", ["..", "../outside", "/etc", "", ".", "no-such-run", "toy-01234567/..", "toy-01234567/samples", "a\\..\\b", "x\0y", "link"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        "../outside",
+        "/etc",
+        "",
+        ".",
+        "no-such-run",
+        "toy-01234567/..",
+        "toy-01234567/samples",
+        "a\\..\\b",
+        "x\0y",
+        "link",
+    ],
+)
 def test_nothing_but_a_run_below_the_root_is_deleted(tmp_path, name):
     root, outside = tmp_path / "runs", tmp_path / "outside"
     outside.mkdir()
@@ -367,23 +414,23 @@ def test_nothing_but_a_run_below_the_root_is_deleted(tmp_path, name):
     (root / "link").symlink_to(outside, target_is_directory=True)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="is no run|There is no run"):
-        deleted(root, name)
+        delete_run_folder(root, name)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_run_is_deleted_whole(tmp_path):
     _, _, _, store = trained(tmp_path, 2)
-    assert deleted(tmp_path, store.folder.name) > 0 and not store.folder.exists()
+    assert delete_run_folder(tmp_path, store.folder.name) > 0 and not store.folder.exists()
 
 
 def test_settings_name_what_they_refuse():
     with pytest.raises(ValueError, match="patience is -1; it must lie between 0 and 100000 measurements"):
         ValidationSettings(patience=-1)
     assert ValidationSettings(patience=3).ending() == {"patience": 3, "least_gain": 0.0}
-    assert ValidationSettings().ending() == {} == ValidationSettings(every=0, best=RESTORE, patience=3).ending()
+    assert ValidationSettings().ending() == {} == ValidationSettings(every=0, best=RESTORE_BEST, patience=3).ending()
 
 
-# -- TensorBoard -----------------------------------------------------------------------------------------------------------------
+# -- TensorBoard -------------------------------------------------------------------------------------------------------
 
 
 class Writer:
@@ -398,9 +445,9 @@ class Writer:
 
 def test_every_loss_is_written_once_by_its_step_also_after_a_stop():
     writer = Writer()
-    board = Board(writer, 2)  # two steps were written before the stop
+    board = TensorBoardLog(writer, 2)  # two steps were written before the stop
     for step in (3, 5):
-        board.report(Progress(step, 9, [float(i) for i in range(1, step + 1)], 1e-4, 0.0))
+        board.report(TrainingProgress(step, 9, [float(i) for i in range(1, step + 1)], 1e-4, 0.0))
     losses = [(value, step) for name, value, step in writer.written if name == "loss/training step"]
     assert losses == [(3.0, 3), (4.0, 4), (5.0, 5)]
     assert [step for name, _, step in writer.written if name == "learning rate"] == [3, 5]
@@ -408,13 +455,20 @@ def test_every_loss_is_written_once_by_its_step_also_after_a_stop():
 
 def test_measurements_are_written_by_noise_level_and_what_is_no_number_is_not():
     writer = Writer()
-    Board(writer, 0).notice("validation", {"step": 7, "loss": 0.5, "bins": [0.25, None], "sigmas": [0.1, 0.9], "held_out": True, "training": 0.4})
-    assert writer.written == [("loss/validation", 0.5, 7), ("loss/fixed training pictures", 0.4, 7), ("loss by noise level/0.1", 0.25, 7)]
+    TensorBoardLog(writer, 0).notice(
+        "validation",
+        {"step": 7, "loss": 0.5, "bins": [0.25, None], "sigmas": [0.1, 0.9], "held_out": True, "training": 0.4},
+    )
+    assert writer.written == [
+        ("loss/validation", 0.5, 7),
+        ("loss/fixed training pictures", 0.4, 7),
+        ("loss by noise level/0.1", 0.25, 7),
+    ]
 
 
 def test_event_files_are_what_tensorboard_reads(tmp_path):
-    board = board_in(tmp_path, 0)
-    board.report(Progress(2, 2, [1.0, 0.5], 1e-4, 0.0))
+    board = create_tensorboard_log(tmp_path, 0)
+    board.report(TrainingProgress(2, 2, [1.0, 0.5], 1e-4, 0.0))
     board.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from trainyard.trainers.data import writers
-from trainyard.trainers.data.metadata import TABLES
+from trainyard.trainers.data.metadata import METADATA_FILES
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import Dataset, open_image, open_mask
-from trainyard.trainers.data.writers import LAYOUTS, SaveSettings, save_dataset, summary
+from trainyard.trainers.data.records import ImageDataset, open_image, open_mask
+from trainyard.trainers.data.writers import SAVE_LAYOUTS, SaveSettings, format_save_summary, save_dataset
 
 
 class Cut(BaseException):
@@ -70,11 +70,13 @@ def facts(dataset):
 
 
 def state(folder):
-    return {str(f.relative_to(folder)): hashlib.sha1(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(folder)): hashlib.sha1(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()
+    }
 
 
 @pytest.mark.parametrize("image_format", ["keep", "png", "webp"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SAVE_LAYOUTS)
 def test_what_is_read_back_is_what_was_saved(source, tmp_path, layout, image_format):
     """captions, alternatives, tags, scores, repeats, splits, pairs, masks, alpha, and every pixel"""
     dataset = loaded(source)
@@ -91,7 +93,7 @@ def test_pictures_that_nothing_changed_are_copied_byte_for_byte(source, tmp_path
 
 
 def test_a_crop_is_saved_without_loss_and_takes_its_mask_along(source, tmp_path):
-    dataset = Dataset(tuple(dataclasses.replace(r, crop=(1, 2, 6, 7)) for r in loaded(source)))
+    dataset = ImageDataset(tuple(dataclasses.replace(r, crop=(1, 2, 6, 7)) for r in loaded(source)))
     saved = save_dataset(dataset, tmp_path / "out", SaveSettings())
     back = read_folder(saved.folder, caption_lines="alternatives")
     assert saved.copied == 0 and facts(back) == facts(dataset)
@@ -101,8 +103,10 @@ def test_a_crop_is_saved_without_loss_and_takes_its_mask_along(source, tmp_path)
 def test_a_jpg_shows_transparency_over_white_and_says_when_a_side_is_too_long(source, tmp_path, monkeypatch):
     saved = save_dataset(loaded(source), tmp_path / "out", SaveSettings(image_format="jpg", quality=100))
     names = {path.name for path in saved.folder.iterdir() if path.suffix == ".jpg"}
-    assert names == {"glass.jpg", "grey.jpg", "palette.jpg", "plain.jpg"} and saved.copied == 1, "photo.JPG is one already"
-    monkeypatch.setitem(writers.LONGEST_SIDE, ".webp", 10)
+    assert names == {"glass.jpg", "grey.jpg", "palette.jpg", "plain.jpg"} and saved.copied == 1, (
+        "photo.JPG is one already"
+    )
+    monkeypatch.setitem(writers.MAX_FORMAT_SIDE_PX, ".webp", 10)
     with pytest.raises(ValueError, match=r"is 12x8 px, and a \.webp ends at 10 px a side\. Save as png"):
         save_dataset(loaded(source), tmp_path / "other", SaveSettings(image_format="webp"))
 
@@ -110,21 +114,25 @@ def test_a_jpg_shows_transparency_over_white_and_says_when_a_side_is_too_long(so
 def test_kohyas_folders_hold_the_repeats(source, tmp_path):
     saved = save_dataset(loaded(source), tmp_path / "out", SaveSettings(layout="kohya", concept="my: cat"))
     assert sorted(p.name for p in saved.folder.iterdir() if p.is_dir()) == ["1_my_ cat", "2_my_ cat", "3_my_ cat"]
-    assert (saved.folder / "1_my_ cat" / "glass.txt").read_text() == "\n", "no caption, and not the folder's name instead"
+    assert (saved.folder / "1_my_ cat" / "glass.txt").read_text() == "\n", (
+        "no caption, and not the folder's name instead"
+    )
 
 
 def test_several_captions_are_lines_and_the_person_is_told(source, tmp_path):
     saved = save_dataset(loaded(source), tmp_path / "out", SaveSettings())
     assert (saved.folder / "photo.txt").read_text(encoding="utf-8") == "ein Käfer, rot\na beetle"
-    assert "set caption_lines to alternatives" in summary(saved, loaded(source))
+    assert "set caption_lines to alternatives" in format_save_summary(saved, loaded(source))
 
 
 def test_a_line_break_in_a_caption_stays_where_lines_mean_nothing_and_becomes_a_space_where_they_do(source, tmp_path):
     plain, other = loaded(source)[:2]
     broken = dataclasses.replace(plain, captions=("one\ntwo",))
-    saved = save_dataset(Dataset((broken,)), tmp_path / "a", SaveSettings())
+    saved = save_dataset(ImageDataset((broken,)), tmp_path / "a", SaveSettings())
     assert read_folder(saved.folder)[0].captions == ("one\ntwo",)
-    saved = save_dataset(Dataset((broken, dataclasses.replace(other, captions=("x", "y")))), tmp_path / "b", SaveSettings())
+    saved = save_dataset(
+        ImageDataset((broken, dataclasses.replace(other, captions=("x", "y")))), tmp_path / "b", SaveSettings()
+    )
     assert ("one two",) in {r.captions for r in read_folder(saved.folder, caption_lines="alternatives")}
 
 
@@ -133,9 +141,15 @@ def test_names_that_meet_are_told_apart_and_none_is_lost(tmp_path):
     for folder, name in (("1", "a.png"), ("1", "x.mask.jpg"), ("2", "a.jpg"), ("3", "A.png"), ("4", "a_2.png")):
         (tmp_path / folder).mkdir(exist_ok=True)
         pixels((8, 8), seed=int(folder)).save(tmp_path / folder / name)
-    dataset = Dataset(tuple(r for folder in "1234" for r in read_folder(tmp_path / folder)))
+    dataset = ImageDataset(tuple(r for folder in "1234" for r in read_folder(tmp_path / folder)))
     saved = save_dataset(dataset, tmp_path / "out", SaveSettings(image_format="png"))
-    assert sorted(p.name for p in saved.folder.glob("*.png")) == ["A_3.png", "a.png", "a_2.png", "a_2_2.png", "x.mask_.png"]
+    assert sorted(p.name for p in saved.folder.glob("*.png")) == [
+        "A_3.png",
+        "a.png",
+        "a_2.png",
+        "a_2_2.png",
+        "x.mask_.png",
+    ]
     assert len(read_folder(saved.folder)) == 5
     assert "4 pictures got another name" in saved.notes[0]
 
@@ -155,7 +169,7 @@ def test_the_same_dataset_is_saved_once(source, tmp_path):
     target = save_dataset(loaded(source), tmp_path / "out", SaveSettings()).folder
     before = [path.stat().st_mtime_ns for path in sorted(target.iterdir())]
     again = save_dataset(loaded(source), target, SaveSettings())
-    assert again.pictures == 5 and "It lies there already" in summary(again, loaded(source))
+    assert again.pictures == 5 and "It lies there already" in format_save_summary(again, loaded(source))
     assert [path.stat().st_mtime_ns for path in sorted(target.iterdir())] == before
     (target / "plain.mask.png").unlink()
     for settings in (SaveSettings(), SaveSettings(layout="kohya")):
@@ -166,7 +180,9 @@ def test_the_same_dataset_is_saved_once(source, tmp_path):
 def test_what_a_person_put_into_a_saved_folder_is_never_replaced(source, tmp_path):
     target = save_dataset(loaded(source), tmp_path / "out", SaveSettings()).folder
     (target / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds 1 file that Save Dataset did not put there: notes\.md\. It is not replaced"):
+    with pytest.raises(
+        ValueError, match=r"holds 1 file that Save Dataset did not put there: notes\.md\. It is not replaced"
+    ):
         save_dataset(loaded(source), target, SaveSettings(), overwrite=True)
     for folder in ("own", "odd"):
         (tmp_path / folder).mkdir()
@@ -192,7 +208,7 @@ def test_a_file_and_an_empty_dataset_are_refused(source, tmp_path):
     with pytest.raises(ValueError, match="is a file. Choose another name"):
         save_dataset(loaded(source), tmp_path / "file", SaveSettings())
     with pytest.raises(ValueError, match="no pictures to save"):
-        save_dataset(Dataset(()), tmp_path / "out", SaveSettings())
+        save_dataset(ImageDataset(()), tmp_path / "out", SaveSettings())
 
 
 def stop(error, at=3):
@@ -218,9 +234,16 @@ def test_an_interrupt_leaves_everything_as_it_was(source, tmp_path, overwrite):
 
 def test_a_full_disk_leaves_everything_as_it_was_and_says_so(source, tmp_path, monkeypatch):
     save_dataset(loaded(source)[:2], tmp_path / "out", SaveSettings())
-    before, write, full = state(tmp_path), writers.write, stop(OSError(errno.ENOSPC, "No space left on device"), 5)
-    monkeypatch.setattr(writers, "write", lambda *args: (full(), write(*args)))
-    with pytest.raises(OSError, match=r"could not be saved to .*out \(No space left on device\); \d+ MiB are free\. Nothing was changed"):
+    before, write, full = (
+        state(tmp_path),
+        writers.write_saved_file,
+        stop(OSError(errno.ENOSPC, "No space left on device"), 5),
+    )
+    monkeypatch.setattr(writers, "write_saved_file", lambda *args: (full(), write(*args)))
+    with pytest.raises(
+        OSError,
+        match=r"could not be saved to .*out \(No space left on device\); \d+ MiB are free\. Nothing was changed",
+    ):
         save_dataset(loaded(source), tmp_path / "out", SaveSettings(), overwrite=True)
     assert state(tmp_path) == before
 
@@ -228,7 +251,9 @@ def test_a_full_disk_leaves_everything_as_it_was_and_says_so(source, tmp_path, m
 def test_when_the_new_folder_cannot_be_moved_the_old_one_comes_back(source, tmp_path, monkeypatch):
     save_dataset(loaded(source)[:2], tmp_path / "out", SaveSettings())
     before, rename = state(tmp_path), os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if not str(a).endswith(".part") else stop(OSError(13, "denied"), 1)())
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: rename(a, b) if not str(a).endswith(".part") else stop(OSError(13, "denied"), 1)()
+    )
     with pytest.raises(OSError, match="denied"):
         save_dataset(loaded(source), tmp_path / "out", SaveSettings(), overwrite=True)
     assert state(tmp_path) == before
@@ -254,4 +279,4 @@ def test_saved_pictures_cannot_hide_behind_names_of_tables(tmp_path):
     pixels((8, 8)).save(tmp_path / "metadata.png")
     (tmp_path / "metadata.txt").write_text("a table")
     saved = save_dataset(read_folder(tmp_path), tmp_path / "out", SaveSettings(layout="metadata.jsonl"))
-    assert read_folder(saved.folder)[0].captions == ("a table",) and "metadata.jsonl" in TABLES
+    assert read_folder(saved.folder)[0].captions == ("a table",) and "metadata.jsonl" in METADATA_FILES

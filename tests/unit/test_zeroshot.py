@@ -5,13 +5,13 @@ import torch
 from PIL import Image
 from trainyard.trainers.captioners.tags import TaggerSettings
 from trainyard.trainers.captioners.zeroshot import (
-    NOTHING,
-    SENTENCES,
-    VOCABULARY,
-    Group,
-    ZeroShot,
-    described,
-    normalised,
+    DEFAULT_VOCABULARY,
+    NEUTRAL_WORDS,
+    SENTENCE_TEMPLATES,
+    VocabularyGroup,
+    ZeroShotTagger,
+    encode_words,
+    normalise_features,
     read_vocabulary,
 )
 
@@ -19,7 +19,8 @@ AXES = {"red": 0, "green": 1, "blue": 2}
 
 
 def words_near_axes(texts):
-    """Sentences point along the axis of the colour they name, those about nothing along the diagonal; wording adds a little of the fourth."""
+    """Sentences point along the axis of the colour they name, those about nothing along the diagonal; wording adds a
+    little of the fourth."""
     out = []
     for text in texts:
         feature = torch.tensor([0.0, 0.0, 0.0, 0.1 * (len(text) % 3)])
@@ -39,7 +40,12 @@ def painted(*colour):
 
 
 def asked(text, **settings):
-    return ZeroShot(mean_colours, words_near_axes, read_vocabulary(text), TaggerSettings(**{f"zero_shot_{name}": value for name, value in settings.items()}))
+    return ZeroShotTagger(
+        mean_colours,
+        words_near_axes,
+        read_vocabulary(text),
+        TaggerSettings(**{f"zero_shot_{name}": value for name, value in settings.items()}),
+    )
 
 
 @pytest.mark.parametrize(("word", "colour"), [("red", (255, 0, 0)), ("green", (10, 240, 10)), ("blue", (30, 20, 200))])
@@ -67,23 +73,28 @@ def test_lines_that_pick_come_first_in_their_own_order_then_the_surest_words():
 
 
 def test_probability_by_hand():
-    """cos(red) = 1 on a red picture, cos(nothing) = 1/sqrt(3) = 0.577: sigmoid(100 * 0.423) = 1; on grey both are 0.577 and 1."""
+    """cos(red) = 1 on a red picture, cos(nothing) = 1/sqrt(3) = 0.577: sigmoid(100 * 0.423) = 1; on grey both are 0.577
+    and 1."""
     red = asked("red").probabilities(painted(255, 0, 0))["red"]
     grey = asked("red").probabilities(painted(90, 90, 90))["red"]
     assert red == pytest.approx(1.0, abs=1e-6) and grey == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_word_exactly_as_near_as_nothing_has_half_a_chance():
-    same = ZeroShot(lambda p: torch.ones(1, 3), lambda texts: torch.ones(len(texts), 3), (Group(("a",)),))
+    same = ZeroShotTagger(
+        lambda p: torch.ones(1, 3), lambda texts: torch.ones(len(texts), 3), (VocabularyGroup(("a",)),)
+    )
     assert same.probabilities(painted(0, 0, 0))["a"] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_the_sentences_of_a_word_are_averaged_as_directions():
     """Two sentences of lengths 1 and 9 along x and y: their mean direction is the diagonal, not nearly y."""
-    told = {SENTENCES[0].format("w"): torch.tensor([1.0, 0.0])}
-    features = described(["w"], lambda texts: torch.stack([told.get(text, torch.tensor([0.0, 9.0])) for text in texts]))
-    count = len(SENTENCES)
-    torch.testing.assert_close(features[0], normalised(torch.tensor([1.0, count - 1.0])))
+    told = {SENTENCE_TEMPLATES[0].format("w"): torch.tensor([1.0, 0.0])}
+    features = encode_words(
+        ["w"], lambda texts: torch.stack([told.get(text, torch.tensor([0.0, 9.0])) for text in texts])
+    )
+    count = len(SENTENCE_TEMPLATES)
+    torch.testing.assert_close(features[0], normalise_features(torch.tensor([1.0, count - 1.0])))
 
 
 def test_words_are_asked_once_for_all_pictures_and_in_small_batches():
@@ -93,32 +104,37 @@ def test_words_are_asked_once_for_all_pictures_and_in_small_batches():
         calls.append(len(texts))
         return words_near_axes(texts)
 
-    asker = ZeroShot(mean_colours, counted, read_vocabulary(", ".join(f"red {n}" for n in range(40))))
+    asker = ZeroShotTagger(mean_colours, counted, read_vocabulary(", ".join(f"red {n}" for n in range(40))))
     asker.caption(painted(255, 0, 0))
     asker.caption(painted(0, 255, 0))
-    assert sum(calls) == (40 + len(NOTHING)) * len(SENTENCES) and max(calls) <= 32
+    assert sum(calls) == (40 + len(NEUTRAL_WORDS)) * len(SENTENCE_TEMPLATES) and max(calls) <= 32
 
 
 def test_the_vocabulary_is_read_line_by_line():
     groups = read_vocabulary("# remark\ncat,  black   dog ,cat,\n\ncolour: red, blue # two\n")
-    assert groups == (Group(("cat", "black dog")), Group(("red", "blue"), True, "colour"))
+    assert groups == (VocabularyGroup(("cat", "black dog")), VocabularyGroup(("red", "blue"), True, "colour"))
 
 
 def test_an_empty_vocabulary_means_the_one_that_comes_along_in_which_no_word_stands_twice():
     groups = read_vocabulary("  \n")
     words = [word for group in groups for word in group.words]
-    assert groups == read_vocabulary(VOCABULARY) and len(words) == len(set(words)) > 80
+    assert groups == read_vocabulary(DEFAULT_VOCABULARY) and len(words) == len(set(words)) > 80
     assert {group.name for group in groups if group.one} >= {"medium", "light", "framing"}
 
 
-@pytest.mark.parametrize(("text", "told"), [("colour: red", "offers 1 words"), ("# only a remark", "holds no words"), (" , ,", "holds no words")])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("colour: red", "offers 1 words"), ("# only a remark", "holds no words"), (" , ,", "holds no words")],
+)
 def test_a_vocabulary_that_says_nothing_is_an_error_that_shows_how(text, told):
     with pytest.raises(ValueError, match=told):
         read_vocabulary(text)
 
 
 def test_two_models_of_different_width_are_no_pair():
-    asker = ZeroShot(lambda p: torch.ones(1, 5), lambda texts: torch.ones(len(texts), 3), (Group(("a",)),))
+    asker = ZeroShotTagger(
+        lambda p: torch.ones(1, 5), lambda texts: torch.ones(len(texts), 3), (VocabularyGroup(("a",)),)
+    )
     with pytest.raises(ValueError, match="features are 5 numbers and the words' 3: CLIP_VISION and CLIP are no pair"):
         asker.caption(painted(0, 0, 0))
 
@@ -126,10 +142,10 @@ def test_two_models_of_different_width_are_no_pair():
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_features_that_are_no_directions_are_refused(value):
     with pytest.raises(ValueError, match="zero or not finite"):
-        normalised(torch.full((1, 4), value))
+        normalise_features(torch.full((1, 4), value))
 
 
 def test_the_identity_changes_with_words_settings_and_models():
     identities = {asked("red, blue").identity, asked("red").identity, asked("c: red, blue").identity, asked("red, blue", words=2).identity,
-                  ZeroShot(mean_colours, words_near_axes, read_vocabulary("red, blue"), name="other").identity}  # fmt: skip
+                  ZeroShotTagger(mean_colours, words_near_axes, read_vocabulary("red, blue"), name="other").identity}  # fmt: skip
     assert len(identities) == 5 and asked("red, blue").identity in identities

@@ -1,11 +1,12 @@
-"""Toy models of a few lines: a network of 4k weights with the layer names of a transformer, and datasets of a few random latents."""
+"""Toy models of a few lines: a network of 4k weights with the layer names of a transformer, and datasets of a few
+random latents."""
 
 import dataclasses
 
 import torch
 from torch import nn
 from trainyard.trainers.adapters.adapters import Adapters
-from trainyard.trainers.data.encoded import Encoded
+from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.diffusion import per_sample
 from trainyard.trainers.files import LoraFile
 from trainyard.trainers.runs import RunFolder
@@ -37,7 +38,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """(B, 2, 4, 4), (B,), (B, 6) -> (B, 2, 4, 4). Frozen random weights; norms and modulation are there to be left alone."""
+    """(B, 2, 4, 4), (B,), (B, 6) -> (B, 2, 4, 4). Frozen random weights; norms and modulation are there to be left
+    alone."""
 
     def __init__(self, width=24, seed=0):
         super().__init__()
@@ -53,7 +55,11 @@ class Net(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x, sigma, words):
-        h = self.img_in(x.flatten(1)) + self.txt_in(words) + self.time_mod(torch.cos(sigma[:, None].log1p() * torch.arange(4.0)))
+        h = (
+            self.img_in(x.flatten(1))
+            + self.txt_in(words)
+            + self.time_mod(torch.cos(sigma[:, None].log1p() * torch.arange(4.0)))
+        )
         for block in self.blocks:
             h = block(h)
         return self.final(self.norm(h)).view_as(x)
@@ -108,13 +114,16 @@ def dataset(count=4, seed=5, masks=False):
     if masks:
         for latent in latents:
             latent["noise_mask"] = (torch.rand(1, SIDE, SIDE, generator=draw) > 0.5).float()
-    return Encoded.from_core(latents, [[[torch.randn(1, 1, WORDS, generator=draw), {}]] for _ in range(count)])
+    return EncodedDataset.from_core(latents, [[[torch.randn(1, 1, WORDS, generator=draw), {}]] for _ in range(count)])
 
 
 def prompts(seed=3):
     """Prompt -> conditioning."""
     draw = rng(seed)
-    return {text: {"cross_attn": torch.randn(1, 1, WORDS, generator=draw)} for text in ("", "cat", "red cat", "dog", "old", "young")}
+    return {
+        text: {"cross_attn": torch.randn(1, 1, WORDS, generator=draw)}
+        for text in ("", "cat", "red cat", "dog", "old", "young")
+    }
 
 
 def pairs(count=3, strengths=(1.0, -1.0), seed=5):
@@ -127,7 +136,7 @@ def pairs(count=3, strengths=(1.0, -1.0), seed=5):
             latents.append({"samples": torch.randn(1, *SHAPE, generator=draw)})
             words.append([[caption, {}]])
             tags.append((f"scene {scene}", strength))
-    data = Encoded.from_core(latents, words)
+    data = EncodedDataset.from_core(latents, words)
     data.items = [dataclasses.replace(item, pair=p, strength=s) for item, (p, s) in zip(data.items, tags, strict=True)]
     return data
 
@@ -150,7 +159,14 @@ def shaken(network, seed=9):
 
 def folder(tmp_path, exported, steps, name="toy", fingerprint="0123456789abcdef"):
     """A RunFolder whose LoRAs are `exported()`: tensors by key."""
-    return RunFolder(tmp_path, name, fingerprint, {"note": "toy"}, steps, lambda step: LoraFile(exported(), {"ss_steps": str(step)}, step))
+    return RunFolder(
+        tmp_path,
+        name,
+        fingerprint,
+        {"note": "toy"},
+        steps,
+        lambda step: LoraFile(exported(), {"ss_steps": str(step)}, step),
+    )
 
 
 class Line:

@@ -1,13 +1,19 @@
-"""A workflow as the page saves it -> the prompt that the page would send. The browser test holds this against the page itself."""
+"""A workflow as the page saves it -> the prompt that the page would send. The browser test holds this against the page
+itself."""
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 DRAWN = ("Note", "MarkdownNote")  # exist in the page only
 
 
 def to_api(workflow, schemas):
-    """{node id: {class_type, inputs, _meta}}. `schemas` as /object_info gives them. No subgraphs, reroutes or bypassed nodes."""
+    """{node id: {class_type, inputs, _meta}}. `schemas` as /object_info gives them. No subgraphs, reroutes or bypassed
+    nodes."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    return {str(node["id"]): prompt_node(node, schemas[node["type"]], sources) for node in workflow["nodes"] if node["type"] not in DRAWN}
+    return {
+        str(node["id"]): prompt_node(node, schemas[node["type"]], sources)
+        for node in workflow["nodes"]
+        if node["type"] not in DRAWN
+    }
 
 
 def prompt_node(node, schema, sources):
@@ -17,7 +23,8 @@ def prompt_node(node, schema, sources):
 
 
 def widget_values(node, schema):
-    """The saved values by input name. They are saved by position, and a seed is followed by what happens to it after a run."""
+    """The saved values by input name. They are saved by position, and a seed is followed by what happens to it after a
+    run."""
     values, named = iter(node["widgets_values"]), {}
     for name, kind, about in widgets(schema):
         value = next(values, about.get("default"))

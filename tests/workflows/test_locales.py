@@ -1,6 +1,7 @@
 """The nodes in other languages: whole, exact, and what ComfyUI's page is given.
 
-`.venv/bin/python tools/locales.py check` says the same without a server; its docstring tells how a translation is brought up to date.
+`.venv/bin/python tools/locales.py check` says the same without a server; its docstring tells how a translation is
+brought up to date.
 """
 
 import re
@@ -59,19 +60,25 @@ def quoted_options(schemas):
             for name, (_, *about) in schema["input"].get(group, {}).items():
                 about = about[0] if about else {}
                 for option in about.get("options") or ():
-                    if re.search(rf"(?<!\w){re.escape(str(option))}:|['`]{re.escape(str(option))}['`]", about.get("tooltip", "")):
+                    if re.search(
+                        rf"(?<!\w){re.escape(str(option))}:|['`]{re.escape(str(option))}['`]", about.get("tooltip", "")
+                    ):
                         yield f"{node}/inputs/{name}/tooltip", str(option)
 
 
 def test_the_english_file_says_what_the_nodes_say(schemas, english):
     said = locales.flat({name: locales.texts(schema) for name, schema in schemas.items()})
     changed = sorted(path for path in said.keys() | english.keys() if said.get(path) != english.get(path))
-    assert changed == [], "run `.venv/bin/python tools/locales.py`, then `check` for what the other languages lack by that"
+    assert changed == [], (
+        "run `.venv/bin/python tools/locales.py`, then `check` for what the other languages lack by that"
+    )
 
 
 def test_a_translation_has_every_text_and_no_other(english, translated, language):
     missing, stale = sorted(english.keys() - translated.keys()), sorted(translated.keys() - english.keys())
-    assert (missing, stale) == ([], []), f"run `.venv/bin/python tools/locales.py todo {language}`, translate, then `fill {language}`"
+    assert (missing, stale) == ([], []), (
+        f"run `.venv/bin/python tools/locales.py todo {language}`, translate, then `fill {language}`"
+    )
 
 
 def test_what_is_called_a_translation_is_one(pairs):
@@ -79,7 +86,9 @@ def test_what_is_called_a_translation_is_one(pairs):
     same = [(path, text) for path, english, text in pairs if text == english and text not in TERMS]
     labels = [path for path, _ in same if path.endswith("/name")]
     assert [path for path, text in same if path not in labels or len(text.split()) > 3] == []
-    assert len(labels) < len([path for path, _, _ in pairs if path.endswith("/name")]) / 4, f"{len(labels)} labels are the English ones"
+    assert len(labels) < len([path for path, _, _ in pairs if path.endswith("/name")]) / 4, (
+        f"{len(labels)} labels are the English ones"
+    )
 
 
 def test_a_number_keeps_its_range_at_the_end(pairs):
@@ -113,14 +122,20 @@ def test_no_two_nodes_share_a_name(language):
 
 def test_the_folders_of_the_node_menu_that_are_the_packs_own_have_names(server, schemas, language):
     """model/training is ComfyUI's; what comes after it is ours."""
-    folders = {folder for schema in schemas.values() for folder in schema["category"].split("/")} - {"model", "training"}
+    folders = {folder for schema in schemas.values() for folder in schema["category"].split("/")} - {
+        "model",
+        "training",
+    }
     assert set(server.get("/i18n")[language].get("nodeCategories", {})) == folders, f"locales/{language}/main.json"
 
 
 @pytest.mark.parametrize("language", ["en", *LANGUAGES])
 def test_what_the_page_reads_as_a_template_holds_no_template_signs(language):
-    """vue-i18n: {x} would be filled in, | parts plurals, @ links. ComfyUI's page reads tooltips raw, and names and descriptions not."""
-    templates = {path: text for path, text in locales.flat(locales.read(language)).items() if not path.endswith("/tooltip")}
+    """vue-i18n: {x} would be filled in, | parts plurals, @ links. ComfyUI's page reads tooltips raw, and names and
+    descriptions not."""
+    templates = {
+        path: text for path, text in locales.flat(locales.read(language)).items() if not path.endswith("/tooltip")
+    }
     assert {path: text for path, text in templates.items() if set("{}|@") & set(text)} == {}
 
 

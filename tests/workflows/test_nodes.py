@@ -36,7 +36,11 @@ def promises(schema):
 
 
 def facts(name, about=None):
-    return {key: about[key] for key in FACTS if key in (about or {}) and not (key == "options" and name in READ_FROM_DISK + AS_IN_KSAMPLER)}
+    return {
+        key: about[key]
+        for key in FACTS
+        if key in (about or {}) and not (key == "options" and name in READ_FROM_DISK + AS_IN_KSAMPLER)
+    }
 
 
 def test_ids_inputs_and_outputs_are_those_that_saved_workflows_know(schemas):
@@ -50,8 +54,10 @@ def test_ids_inputs_and_outputs_are_those_that_saved_workflows_know(schemas):
     before, after = json.loads(known.read_text()), json.loads(found)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     pytest.fail(
-        f"The schema of {', '.join(changed)} changed, and saved workflows depend on it (widget values are saved by position: append, "
-        f"never insert). If it is meant: see `diff {known} {new}`, copy the second over the first, and tell users in CHANGELOG.md."
+        f"The schema of {', '.join(changed)} changed, and saved workflows depend on it (widget values are saved by "
+        "position: append, "
+        f"never insert). If it is meant: see `diff {known} {new}`, copy the second over the first, and tell users in "
+        "CHANGELOG.md."
     )
 
 
@@ -65,10 +71,14 @@ def every_input(schema):
 def test_every_input_says_what_it_is_for_and_every_number_its_range(schemas, node):
     for name, kind, about in every_input(schemas[node]):
         tooltip = about.get("tooltip", "")
-        assert len(tooltip.split()) >= 3 and tooltip.endswith((".", ")")), f"{node}.{name}: {tooltip!r} explains nothing"
+        assert len(tooltip.split()) >= 3 and tooltip.endswith((".", ")")), (
+            f"{node}.{name}: {tooltip!r} explains nothing"
+        )
         if kind in ("INT", "FLOAT"):
             low, high = re.search(r"\(([-\d.e+]+) to ([-\d.e+]+)", tooltip).groups()
-            assert (float(low), float(high)) == (float(about["min"]), float(about["max"])), f"{node}.{name}: {tooltip!r}"
+            assert (float(low), float(high)) == (float(about["min"]), float(about["max"])), (
+                f"{node}.{name}: {tooltip!r}"
+            )
             assert "e+" not in tooltip, f"{node}.{name}: {tooltip!r} is no number for people"
 
 
@@ -114,7 +124,7 @@ def test_no_seed_changes_by_itself_between_two_runs(schemas):
         assert about.get("control_after_generate") == "fixed", node
 
 
-# -- help pages ----------------------------------------------------------------------------------------------------------------------
+# -- help pages --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("node", IDS)
@@ -123,24 +133,37 @@ def test_the_help_page_names_every_input_output_and_choice(schemas, node):
     names = [name for name, _, _ in every_input(schemas[node])] + schemas[node]["output_name"]
     absent = [name for name in names if f"`{name}`" not in page]
     assert not absent, f"web/docs/{node}/en.md does not name {', '.join(absent)}"
-    options = [o for name, _, about in every_input(schemas[node]) if name not in READ_FROM_DISK + AS_IN_KSAMPLER for o in about.get("options", ())]
+    options = [
+        o
+        for name, _, about in every_input(schemas[node])
+        if name not in READ_FROM_DISK + AS_IN_KSAMPLER
+        for o in about.get("options", ())
+    ]
     assert all(option in page for option in options), f"web/docs/{node}/en.md leaves out one of {options}"
 
 
 @pytest.mark.parametrize("node", IDS)
 def test_defaults_in_the_help_page_are_the_nodes_own(schemas, node):
     """Lines such as: - **`name`** (default 16, 1 to 4096): what it does."""
-    rows = dict(re.findall(r"^- \*\*`(\w+)`\*\* \(default ([^,)]+)", (DOCS / node / "en.md").read_text(encoding="utf-8"), re.M))
+    rows = dict(
+        re.findall(r"^- \*\*`(\w+)`\*\* \(default ([^,)]+)", (DOCS / node / "en.md").read_text(encoding="utf-8"), re.M)
+    )
     for name, kind, about in every_input(schemas[node]):
         if kind in ("INT", "FLOAT"):
-            assert float(rows[name]) == about["default"], f"{node}.{name}: the page says {rows[name]}, the node {about['default']}"
+            assert float(rows[name]) == about["default"], (
+                f"{node}.{name}: the page says {rows[name]}, the node {about['default']}"
+            )
         if kind == "BOOLEAN":
             assert rows[name] == ("on" if about["default"] else "off"), f"{node}.{name}"
 
 
 def test_every_picture_of_a_help_page_exists():
     """They are looked up from docs/, not from the page's own folder."""
-    pictures = [(page, name) for page in DOCS.rglob("*.md") for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))]
+    pictures = [
+        (page, name)
+        for page in DOCS.rglob("*.md")
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    ]
     assert pictures
     for page, name in pictures:
         assert (DOCS / name).is_file(), f"{page} shows {name}, and there is no {DOCS / name}"
@@ -148,7 +171,12 @@ def test_every_picture_of_a_help_page_exists():
 
 def test_help_pages_use_lists_and_no_tables():
     """The panel is 200 to 350 px wide: a table's columns are squeezed or out of sight."""
-    tables = [(page.parent.name, line) for page in DOCS.rglob("*.md") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    tables = [
+        (page.parent.name, line)
+        for page in DOCS.rglob("*.md")
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
     assert tables == []
 
 

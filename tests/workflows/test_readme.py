@@ -14,10 +14,10 @@ def test_every_node_has_its_row(server):
 
 
 def test_every_family_is_named(comfy):
-    from trainyard.nodes.host.families import FAMILIES
+    from trainyard.nodes.host.families import MODEL_FAMILIES
 
     table = README[README.index("## Model families") :].split("\n## ")[0]
-    assert [family.label for family in FAMILIES.values() if family.label not in table] == []
+    assert [family.label for family in MODEL_FAMILIES.values() if family.label not in table] == []
 
 
 def test_every_link_into_the_repository_leads_somewhere():

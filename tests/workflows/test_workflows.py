@@ -8,7 +8,7 @@ from PIL import Image
 from trainyard.tests.toy import shapes
 from trainyard.tests.workflows.convert import DRAWN, to_api
 from trainyard.trainers.scores.files import write_score_model
-from trainyard.trainers.scores.networks import About, ScoreModel, network_of
+from trainyard.trainers.scores.networks import ScoreModelInfo, ScorerEnsemble, build_scorer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
@@ -28,7 +28,14 @@ SMALL = {  # what makes a workflow run in seconds on a small checkpoint and draw
     "TrainyardPoints": {"sampling_steps": 3, "ways": 1},
     "TrainyardStrengthSweep": {"resolution": 64, "steps": 2, "guidance": 1.0, "pictures": 1},
     "TrainyardSplitDataset": {"pictures": 1, "similar": False},
-    "TrainyardValidation": {"every": 2, "images": 1, "preview_every": 2, "sampling_steps": 2, "width": 64, "height": 64},
+    "TrainyardValidation": {
+        "every": 2,
+        "images": 1,
+        "preview_every": 2,
+        "sampling_steps": 2,
+        "width": 64,
+        "height": 64,
+    },
     "TrainyardTrainScoreModel": {"steps": 2, "members": 2, "width": 8, "depth": 1},
     "TrainyardSaveScoreModel": {"untrained": True},  # two steps teach nothing, and the node would not keep such a score
     "TrainyardPretrainScoreBackbone": {"steps": 2, "size": 64, "batch": 4, "width": 8, "depth": 1, "crops": 2},
@@ -41,8 +48,18 @@ SLIDER = {"TrainyardSaveLora", "TrainyardLossPlot", "TrainyardStrengthSweep", "S
 MADE = {  # nodes that must have shown something
     "01_first_lora": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
     "01b_lora_with_validation": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot"},
-    "02_caption_a_folder": {"TrainyardEditCaptions", "TrainyardEditCaptionsByHand", "TrainyardCaptionReport", "PreviewAny"},
-    "03_check_and_clean": {"TrainyardCheckDataset", "TrainyardDeduplicateDataset", "TrainyardPreviewDataset", "PreviewAny"},
+    "02_caption_a_folder": {
+        "TrainyardEditCaptions",
+        "TrainyardEditCaptionsByHand",
+        "TrainyardCaptionReport",
+        "PreviewAny",
+    },
+    "03_check_and_clean": {
+        "TrainyardCheckDataset",
+        "TrainyardDeduplicateDataset",
+        "TrainyardPreviewDataset",
+        "PreviewAny",
+    },
     "04_collage_lora": {"TrainyardBuildCollages", "TrainyardTrainLora", "TrainyardSaveLora", "SaveImage"},
     "05_image_pair_slider": {"TrainyardTrainImageSlider", *SLIDER},
     "06_leco": {"TrainyardTrainLeco", *SLIDER},
@@ -74,7 +91,9 @@ def test_there_are_workflows():
 
 @named(FILES)
 def test_the_nodes_of_a_workflow_exist(file, schemas):
-    assert [node["type"] for node in load(file)["nodes"] if node["type"] not in schemas and node["type"] not in DRAWN] == []
+    assert [
+        node["type"] for node in load(file)["nodes"] if node["type"] not in schemas and node["type"] not in DRAWN
+    ] == []
 
 
 @named(FILES)
@@ -99,16 +118,23 @@ def test_no_node_lies_on_another_and_every_node_lies_in_one_group(file):
     workflow = load(file)
     nodes = workflow["nodes"]
     assert [(a["id"], b["id"]) for i, a in enumerate(nodes) for b in nodes[i + 1 :] if overlap(box(a), box(b))] == []
-    groups = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in workflow["groups"])]
+    groups = [
+        (x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in workflow["groups"])
+    ]
     for node in nodes:
-        homes = sum(g[0] <= box(node)[0] and g[1] <= box(node)[1] and box(node)[2] <= g[2] and box(node)[3] <= g[3] for g in groups)
+        homes = sum(
+            g[0] <= box(node)[0] and g[1] <= box(node)[1] and box(node)[2] <= g[2] and box(node)[3] <= g[3]
+            for g in groups
+        )
         assert homes == (node["type"] not in DRAWN), f"node {node['id']} ({node['type']}) lies in {homes} groups"
 
 
 @named(FILES)
 def test_the_api_twin_is_the_same_graph(file, schemas):
     twin = FOLDER / "api" / file.name
-    assert load(twin) == to_api(load(file), schemas), f"{twin.name}: open the workflow, Export (API), save it as workflows/api/{file.name}"
+    assert load(twin) == to_api(load(file), schemas), (
+        f"{twin.name}: open the workflow, Export (API), save it as workflows/api/{file.name}"
+    )
 
 
 @named(FILES)
@@ -155,7 +181,7 @@ def rated_pictures(server, name):
 
 def score_model(server, file):
     """A score of random numbers for SD1.5's latents, where the server looks for score models."""
-    about = About(latent_format="SD15", channels=4, width=8, depth=1, trained=True)
+    about = ScoreModelInfo(latent_format="SD15", channels=4, width=8, depth=1, trained=True)
     path = server.base / "models" / "score_models" / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_score_model(path, ScoreModel([network_of(about)], about))
+    write_score_model(path, ScorerEnsemble([build_scorer(about)], about))

@@ -1,6 +1,7 @@
 """Low-rank adapters beside a frozen network, with a strength that may change between two calls of one step.
 
-An adapter adds to its layer's output (Hu et al. 2021: W x + s * alpha/rank * B A x; kinds.py has the others). It never builds a changed
+An adapter adds to its layer's output (Hu et al. 2021: W x + s * alpha/rank * B A x; kinds.py has the others). It never
+builds a changed
 weight: that would cost a dense weight gradient per layer, and would not work on quantised or offloaded weights.
 """
 
@@ -13,39 +14,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..settings import LOKR, AdapterSettings, block_rules
-from .layers import KINDS, Low, is_linear, size
+from ..settings import LOKR, AdapterSettings, parse_block_rules
+from .layers import ADAPTER_LAYERS, LoraLayer, is_linear, layer_features
 
-# Layer names over all families that ComfyUI loads: UNet attn1/attn2 and their proj_in/out, Flux and HunyuanVideo's fused
-# single-stream linear1/2, and the attention and feed-forward names of the other transformers, of T5 and of diffusers too. Diffusers keeps whole
-# transformers under `attentions.`, and a proj_out at the top is a model's last layer: neither makes a layer attention.
-ATTENTION = re.compile(r"(^|\.)\w*(attn|[aA]ttention(?!s\.))\w*\.|\.(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$")
-MLP = re.compile(r"(^|\.)(ff|ff_context|ffn|feed_forward|DenseReluDense|\w*mlp[CX]?)\.|\.proj_mlp$")
+# Layer names over all families that ComfyUI loads: UNet attn1/attn2 and their proj_in/out, Flux and HunyuanVideo's
+# fused single-stream linear1/2, and the attention and feed-forward names of the other transformers, of T5 and of
+# diffusers too. Diffusers keeps whole transformers under `attentions.`, and a proj_out at the top is a model's last
+# layer: neither makes a layer attention.
+ATTENTION_PATTERN = re.compile(
+    r"(^|\.)\w*(attn|[aA]ttention(?!s\.))\w*\.|\.(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$"
+)
+MLP_PATTERN = re.compile(r"(^|\.)(ff|ff_context|ffn|feed_forward|DenseReluDense|\w*mlp[CX]?)\.|\.proj_mlp$")
 # Modulation, time and guidance embedders steer the whole network.
-STEERING = re.compile(r"mod(ulation)?s?\b|adaLN|embed|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE)
-NEVER = "distilled_guidance"  # Chroma's distilled modulation breaks when it is trained
+MODULATION_PATTERN = re.compile(
+    r"mod(ulation)?s?\b|adaLN|embed|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE
+)
+NEVER_ADAPTED = "distilled_guidance"  # Chroma's distilled modulation breaks when it is trained
 # The first and last convolution of a UNet (four channels on one side) and a transformer's patch embedding.
-STEM = re.compile(r"^(conv_in|conv_out|input_blocks\.0\.0|out\.\d+)$|embed|^img_in\.")
+STEM_PATTERN = re.compile(r"^(conv_in|conv_out|input_blocks\.0\.0|out\.\d+)$|embed|^img_in\.")
 
 
-def wanted(settings: AdapterSettings):
+def make_layer_filter(settings: AdapterSettings):
     """name -> bool for linear layers and 1x1 convolutions."""
     if settings.targets == "regex":
         pattern = re.compile(settings.pattern)
         return lambda name: bool(pattern.search(name))
     if settings.targets == "all linear":
         return lambda name: True
-    groups = (ATTENTION,) if settings.targets == "attention" else (ATTENTION, MLP)
-    return lambda name: not STEERING.search(name) and any(group.search(name) for group in groups)
+    groups = (ATTENTION_PATTERN,) if settings.targets == "attention" else (ATTENTION_PATTERN, MLP_PATTERN)
+    return lambda name: not MODULATION_PATTERN.search(name) and any(group.search(name) for group in groups)
 
 
 def is_pointwise(layer) -> bool:
     return layer.weight.ndim == 2 or all(k == 1 for k in layer.kernel_size)
 
 
-def adaptable(network: nn.Module) -> dict[str, nn.Module]:
-    """Every linear and convolution layer that may be trained, found by what it has: quantised layers are no subclass of nn.Linear."""
-    return {name: m for name, m in network.named_modules() if name and NEVER not in name and (is_linear(m) or is_convolution(m))}
+def find_adaptable_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Every linear and convolution layer that may be trained, found by what it has: quantised layers are no subclass of
+    nn.Linear."""
+    return {
+        name: m
+        for name, m in network.named_modules()
+        if name and NEVER_ADAPTED not in name and (is_linear(m) or is_convolution(m))
+    }
 
 
 def is_convolution(m) -> bool:
@@ -54,11 +65,15 @@ def is_convolution(m) -> bool:
     return hasattr(m, "kernel_size") and plain and weight is not None and weight.ndim in (4, 5)
 
 
-def select(network: nn.Module, settings: AdapterSettings) -> dict[str, nn.Module]:
+def select_target_layers(network: nn.Module, settings: AdapterSettings) -> dict[str, nn.Module]:
     """Layers that get an adapter, in the network's own order. Raises ValueError when there are none."""
-    want = wanted(settings)
-    layers = adaptable(network)
-    chosen = {n: m for n, m in layers.items() if (want(n) if is_pointwise(m) else settings.conv and not STEM.search(n))}
+    want = make_layer_filter(settings)
+    layers = find_adaptable_layers(network)
+    chosen = {
+        n: m
+        for n, m in layers.items()
+        if (want(n) if is_pointwise(m) else settings.conv and not STEM_PATTERN.search(n))
+    }
     if not chosen:
         some = ", ".join(list(layers)[:6])
         raise ValueError(
@@ -69,23 +84,29 @@ def select(network: nn.Module, settings: AdapterSettings) -> dict[str, nn.Module
     return chosen
 
 
-def refuse_unused(rules, names):
+def check_unused_block_rules(rules, names):
     """ValueError for a rule of `blocks` that decides nothing."""
-    taken = {name: rule_for(name, rules) for name in names}
+    taken = {name: find_block_rule(name, rules) for name in names}
     for rule in rules:
         if rule in taken.values():
             continue
         if found := [name for name in names if rule.pattern.search(name)]:
-            raise ValueError(f"{rule.line} comes too late: {found[0]} and all else that it matches is taken by an earlier line. Move it up.")
-        raise ValueError(f"{rule.line} matches none of the {len(names)} layers that targets chooses, such as {', '.join(list(names)[:4])}.")
+            raise ValueError(
+                f"{rule.line} comes too late: {found[0]} and all else that it matches is taken by an earlier line. "
+                "Move it up."
+            )
+        raise ValueError(
+            f"{rule.line} matches none of the {len(names)} layers that targets chooses, such as "
+            f"{', '.join(list(names)[:4])}."
+        )
 
 
-def rule_for(name: str, rules):
+def find_block_rule(name: str, rules):
     """The first rule that matches, or None."""
     return next((rule for rule in rules if rule.pattern.search(name)), None)
 
 
-def made(name, layer, settings: AdapterSettings, rule, rng):
+def build_adapter_layer(name, layer, settings: AdapterSettings, rule, rng):
     """The adapter of one layer. Raises ValueError that names the layer."""
     rank, alpha = (settings.rank, settings.alpha) if is_pointwise(layer) else (settings.conv_rank, settings.conv_alpha)
     alpha = alpha or rank
@@ -95,17 +116,23 @@ def made(name, layer, settings: AdapterSettings, rule, rng):
         alpha = rule.alpha or rank
     more = {"factor": settings.factor} if settings.algorithm == LOKR else {}
     try:
-        low = KINDS[settings.algorithm](layer, rank, alpha, settings.rslora, rng, **more)
+        low = ADAPTER_LAYERS[settings.algorithm](layer, rank, alpha, settings.rslora, rng, **more)
     except ValueError as error:
-        raise ValueError(f"Layer {name}: {error}. Choose a rank of at most {min(size(layer))}, or narrow the adapter's targets.") from None
+        raise ValueError(
+            f"Layer {name}: {error}. Choose a rank of at most {min(layer_features(layer))}, or narrow the adapter's "
+            "targets."
+        ) from None
     for part, p in low.named_parameters():
-        p.rate = (rule.lr if rule else 1.0) * (settings.up_rate if part in low.upper else 1.0)  # of the run's; read by make_optimizer
+        p.rate = (rule.lr if rule else 1.0) * (
+            settings.up_rate if part in low.upper else 1.0
+        )  # of the run's; read by make_optimizer
     return low
 
 
 @dataclass(frozen=True)
-class Drop:
-    """Leaves out a share of some values, and a share of whole ranks for each picture, and enlarges the rest, the same ones whenever it is
+class RankDropout:
+    """Leaves out a share of some values, and a share of whole ranks for each picture, and enlarges the rest, the same
+    ones whenever it is
     asked: a block that is computed again for its gradient must drop what it dropped before."""
 
     share: float
@@ -115,13 +142,13 @@ class Drop:
     def __call__(self, inner: Tensor, axis: int) -> Tensor:
         """`axis`: that of the ranks; pictures lie along the first."""
         rng = torch.Generator(inner.device).manual_seed(self.seed)
-        inner = left(inner, inner.shape, self.share, rng) if self.share else inner
+        inner = apply_dropout(inner, inner.shape, self.share, rng) if self.share else inner
         whole = [1] * inner.ndim
         whole[0], whole[axis] = inner.shape[0], inner.shape[axis]
-        return left(inner, whole, self.ranks, rng) if self.ranks else inner
+        return apply_dropout(inner, whole, self.ranks, rng) if self.ranks else inner
 
 
-def left(inner: Tensor, shape, share: float, rng) -> Tensor:
+def apply_dropout(inner: Tensor, shape, share: float, rng) -> Tensor:
     """inner with a share of values of this shape left out, and the same mean."""
     kept = torch.rand(shape, generator=rng, device=inner.device) >= share
     return inner * (kept / (1 - share)).to(inner.dtype)
@@ -132,27 +159,36 @@ class Adapters(nn.Module):
 
     def __init__(self, network: nn.Module, settings: AdapterSettings, rng: torch.Generator | None = None):
         super().__init__()
-        chosen, rules = select(network, settings), block_rules(settings.blocks)
-        refuse_unused(rules, chosen)
-        of = {name: rule_for(name, rules) for name in chosen}
+        chosen, rules = select_target_layers(network, settings), parse_block_rules(settings.blocks)
+        check_unused_block_rules(rules, chosen)
+        of = {name: find_block_rule(name, rules) for name in chosen}
         self.layers = {name: layer for name, layer in chosen.items() if of[name] is None or of[name].rank != 0}
         if not self.layers:
             raise ValueError("blocks leaves out every layer (rank=0); nothing would be trained.")
-        self.lows = nn.ModuleDict({name.replace(".", "/"): made(name, m, settings, of[name], rng) for name, m in self.layers.items()})
+        self.lows = nn.ModuleDict(
+            {
+                name.replace(".", "/"): build_adapter_layer(name, m, settings, of[name], rng)
+                for name, m in self.layers.items()
+            }
+        )
         self.settings, self.strength = settings, 1.0
         self.luck: int | None = None  # of a step that leaves something out
         self._hooks: list = []
         self.mark = f"trainyard {id(self)}"  # where a layer holds its adapter while these are attached
         self.__dict__["guest"] = None  # Adapters that these give way to
 
-    def low(self, name: str) -> Low:
+    def low(self, name: str) -> LoraLayer:
         return self.lows[name.replace(".", "/")]
 
     def attach(self):
-        """Start adding to the layers' outputs; `detach` takes every hook off again. Attaching twice adds nothing twice."""
+        """Start adding to the layers' outputs; `detach` takes every hook off again. Attaching twice adds nothing
+        twice."""
         self.detach()
         for number, (name, layer) in enumerate(self.layers.items()):
-            layer.__dict__[self.mark] = (self.low(name), number)  # and one hook for all layers, so that compiled blocks can share a program
+            layer.__dict__[self.mark] = (
+                self.low(name),
+                number,
+            )  # and one hook for all layers, so that compiled blocks can share a program
             self._hooks.append(layer.register_forward_hook(self._add, with_kwargs=True))
 
     def _add(self, layer, args, kwargs, out):
@@ -161,15 +197,19 @@ class Adapters(nn.Module):
         low, number = getattr(layer, self.mark)
         x = args[0] if args else kwargs["input"]
         left_out, drop = self.dropped(number)
-        return out + low.change(layer, x, out, 0.0 if left_out else self.strength, drop)  # 0: autograd still finds its way
+        return out + low.change(
+            layer, x, out, 0.0 if left_out else self.strength, drop
+        )  # 0: autograd still finds its way
 
-    def dropped(self, number) -> tuple[bool, Drop | None]:
+    def dropped(self, number) -> tuple[bool, RankDropout | None]:
         """(whether layer `number` is left out, what leaves out its inner values) in this step."""
         if self.luck is None:
             return False, None
         s, seed = self.settings, (self.luck + number * 0x9E3779B97F4A7C15) % 2**63
         coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if s.module_dropout else 1.0
-        return coin < s.module_dropout, Drop(s.dropout, s.rank_dropout, seed) if s.dropout or s.rank_dropout else None
+        return coin < s.module_dropout, RankDropout(
+            s.dropout, s.rank_dropout, seed
+        ) if s.dropout or s.rank_dropout else None
 
     @property
     def drops(self) -> bool:
@@ -178,7 +218,8 @@ class Adapters(nn.Module):
 
     @contextlib.contextmanager
     def dropping(self, rng: torch.Generator):
-        """A step with the dropout of the settings; rng is asked only when there is any. Everywhere else nothing is left out."""
+        """A step with the dropout of the settings; rng is asked only when there is any. Everywhere else nothing is left
+        out."""
         before = self.luck
         if self.drops:
             self.luck = int(torch.randint(2**62, (1,), generator=rng))
@@ -227,8 +268,8 @@ class Adapters(nn.Module):
 
     @property
     def moment(self) -> float | None:
-        """The strength that a compiled block would be made for; None while it could not follow: dropout draws anew in every step, and a
-        guest brings hooks of its own."""
+        """The strength that a compiled block would be made for; None while it could not follow: dropout draws anew in
+        every step, and a guest brings hooks of its own."""
         return None if self.luck is not None or self.guest is not None else self.strength
 
     def kind_at(self, layer) -> tuple | None:
@@ -259,21 +300,25 @@ class Adapters(nn.Module):
         return self
 
     def load(self, by_layer: dict[str, dict[str, Tensor]]):
-        """Start from the tensors of a file, by layer path and suffix. Layers that the file lacks start at no change. Raises ValueError when
-        something in the file would be lost."""
+        """Start from the tensors of a file, by layer path and suffix. Layers that the file lacks start at no change.
+        Raises ValueError when something in the file would be lost."""
         if lost := [name for name in by_layer if name not in self.layers]:
-            raise ValueError(f"start_from has {len(lost)} layers that are not trained here, such as {lost[0]}, and they would be lost. Choose "
-                             "targets (and conv, text_encoder, blocks) that cover them.")
+            raise ValueError(
+                f"start_from has {len(lost)} layers that are not trained here, such as {lost[0]}, and they would be "
+                "lost. Choose targets (and conv, text_encoder, blocks) that cover them."
+            )
         for name, tensors in by_layer.items():
             try:
-                self.low(name).load(self.layers[name], {ALIASES.get(suffix, suffix): value for suffix, value in tensors.items()})
+                self.low(name).load(
+                    self.layers[name], {PEFT_SUFFIXES.get(suffix, suffix): value for suffix, value in tensors.items()}
+                )
             except ValueError as error:
                 raise ValueError(f"start_from does not fit at layer {name}: {error}.") from None
 
     def tensors(self, key=None) -> tuple[dict[str, Tensor], list[str]]:
-        """(file tensors, names of untouched layers). `key` maps a layer's path to its name in the file. Adapters whose output
-        is still zero (layers the model never calls) are left out: loading them would change nothing."""
-        key = key or (lambda name: kohya("lora_unet", name))
+        """(file tensors, names of untouched layers). `key` maps a layer's path to its name in the file. Adapters whose
+        output is still zero (layers the model never calls) are left out: loading them would change nothing."""
+        key = key or (lambda name: kohya_lora_key("lora_unet", name))
         out, untouched = {}, []
         for name in self.layers:
             low = self.low(name)
@@ -285,19 +330,21 @@ class Adapters(nn.Module):
         return out, untouched
 
 
-def kohya(prefix: str, name: str) -> str:
+def kohya_lora_key(prefix: str, name: str) -> str:
     """The key every tool loads: lora_unet_double_blocks_0_img_attn_qkv (kohya-ss sd-scripts, networks/lora.py)."""
     return f"{prefix}_{name.replace('.', '_')}"
 
 
-SUFFIX = re.compile(r"\.(lora_(up|down|mid|A|B)(\.weight)?|hada_\w+|lokr_\w+|oft_blocks|alpha|dora_scale|diff(_b)?|w_norm|b_norm)$")
-ALIASES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # peft's names
+LORA_KEY_SUFFIX = re.compile(
+    r"\.(lora_(up|down|mid|A|B)(\.weight)?|hada_\w+|lokr_\w+|oft_blocks|alpha|dora_scale|diff(_b)?|w_norm|b_norm)$"
+)
+PEFT_SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # peft's names
 
 
-def by_base(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def group_tensors_by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """A file's tensors by layer key and suffix."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        base = SUFFIX.sub("", key)
+        base = LORA_KEY_SUFFIX.sub("", key)
         found.setdefault(base, {})[key[len(base) + 1 :]] = value
     return found

@@ -1,7 +1,7 @@
 """The algorithms that an adapter can have, each as an addition to its layer's output.
 
-LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024, LyCORIS). All start as no change at
-all, hold their numbers in fp32 and compute in the dtype of what flows through the layer.
+LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024, LyCORIS). All
+start as no change at all, hold their numbers in fp32 and compute in the dtype of what flows through the layer.
 """
 
 from __future__ import annotations
@@ -21,57 +21,63 @@ def is_linear(m) -> bool:
     return hasattr(m, "in_features") and hasattr(m, "out_features") and weight is not None and weight.ndim == 2
 
 
-def size(layer) -> tuple[int, int]:
+def layer_features(layer) -> tuple[int, int]:
     """(inputs, outputs) of a layer."""
     return (layer.in_features, layer.out_features) if is_linear(layer) else (layer.in_channels, layer.out_channels)
 
 
-def kernel(layer) -> tuple[int, ...]:
+def conv_kernel_size(layer) -> tuple[int, ...]:
     return () if is_linear(layer) else tuple(layer.kernel_size)
 
 
-def geometry(layer) -> dict | None:
+def conv_arguments(layer) -> dict | None:
     return None if is_linear(layer) else dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
 
-def scale_of(rank, alpha, rslora) -> float:
+def adapter_scale(rank, alpha, rslora) -> float:
     """The factor a loader applies is alpha / rank; rsLoRA (Kalajdzievski 2023) wants alpha / sqrt(rank)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def applied(x: Tensor, weight: Tensor, geometry: dict | None) -> Tensor:
+def apply_weight(x: Tensor, weight: Tensor, geometry: dict | None) -> Tensor:
     """What a layer with this weight and no bias answers."""
     if geometry is None:
         return F.linear(x, weight)
     return (F.conv2d if weight.ndim == 4 else F.conv3d)(x, weight, **geometry)
 
 
-def through(x: Tensor, down: Tensor, up: Tensor, factor: float, geometry: dict | None, drop: Callable | None = None) -> Tensor:
-    """factor * up(down(x)), scaled between the two products, where it is rank wide. `drop` leaves some of the inner values out."""
-    inner = applied(x, down, geometry)
+def apply_low_rank(
+    x: Tensor, down: Tensor, up: Tensor, factor: float, geometry: dict | None, drop: Callable | None = None
+) -> Tensor:
+    """factor * up(down(x)), scaled between the two products, where it is rank wide. `drop` leaves some of the inner
+    values out."""
+    inner = apply_weight(x, down, geometry)
     inner = inner if drop is None else drop(inner, -1 if geometry is None else 1)
-    return applied(inner if factor == 1 else inner * factor, up, None if geometry is None else {})
+    return apply_weight(inner if factor == 1 else inner * factor, up, None if geometry is None else {})
 
 
-class Low(nn.Module):
+class LoraLayer(nn.Module):
     """One LoRA (Linear, 1x1) or LoCon (k x k) adapter; `up` starts at zero, so that attaching changes nothing."""
 
-    parts = {"lora_down.weight": "down", "lora_up.weight": "up"}  # file suffix -> tensor here; the last one starts at zero
+    parts = {
+        "lora_down.weight": "down",
+        "lora_up.weight": "up",
+    }  # file suffix -> tensor here; the last one starts at zero
     upper = ("up",)  # what LoRA+ teaches faster
 
     def __init__(self, layer, rank: int, alpha: float, rslora: bool = False, rng: torch.Generator | None = None):
         super().__init__()
-        inputs, outputs = size(layer)
-        refuse_rank(layer, rank)
-        tail = kernel(layer)
+        inputs, outputs = layer_features(layer)
+        check_adapter_rank(layer, rank)
+        tail = conv_kernel_size(layer)
         self.down = nn.Parameter(torch.empty(rank, inputs, *tail))
         self.up = nn.Parameter(torch.zeros(outputs, rank, *(1 for _ in tail)))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5), generator=rng)
-        self.rank, self.scale, self.geometry = rank, scale_of(rank, alpha, rslora), geometry(layer)
+        self.rank, self.scale, self.geometry = rank, adapter_scale(rank, alpha, rslora), conv_arguments(layer)
 
     def forward(self, x: Tensor, strength: float = 1.0, drop: Callable | None = None) -> Tensor:
         """What the layer's output changes by, computed in the dtype of x."""
-        return through(x, self.down.to(x.dtype), self.up.to(x.dtype), self.scale * strength, self.geometry, drop)
+        return apply_low_rank(x, self.down.to(x.dtype), self.up.to(x.dtype), self.scale * strength, self.geometry, drop)
 
     def change(self, layer, x: Tensor, out: Tensor, strength: float, drop: Callable | None = None) -> Tensor:
         """The same, for adapters that must know what the layer answered."""
@@ -92,21 +98,28 @@ class Low(nn.Module):
         self.first.zero_()
 
     def tensors(self, layer) -> dict[str, Tensor]:
-        """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader agrees."""
+        """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader
+        agrees."""
         alpha = {} if self.scale is None else {"alpha": torch.tensor(self.scale * self.rank, dtype=torch.float32)}
         return {suffix: getattr(self, name) for suffix, name in self.parts.items()} | alpha
 
     @torch.no_grad()
     def load(self, layer, tensors: dict[str, Tensor]):
-        """Take over what a file holds for this layer, brought to the scale of here. Raises ValueError for another algorithm or size."""
+        """Take over what a file holds for this layer, brought to the scale of here. Raises ValueError for another
+        algorithm or size."""
         if missing := [suffix for suffix in self.parts if suffix not in tensors]:
-            raise ValueError(f"it has no {missing[0]}, but {', '.join(sorted(tensors))}; choose the algorithm of the file")
+            raise ValueError(
+                f"it has no {missing[0]}, but {', '.join(sorted(tensors))}; choose the algorithm of the file"
+            )
         for suffix, name in self.parts.items():
             own, given = getattr(self, name), tensors[suffix]
             if own.numel() != given.numel() or len(own) != len(given):
-                raise ValueError(f"its {suffix} is {tuple(given.shape)}, and {tuple(own.shape)} is wanted here; {self.other_size(tensors)}")
+                raise ValueError(
+                    f"its {suffix} is {tuple(given.shape)}, and {tuple(own.shape)} is wanted here; "
+                    f"{self.other_size(tensors)}"
+                )
             own.copy_(given.reshape(own.shape))
-        if self.scale is not None and abs((factor := file_scale(tensors, self.rank) / self.scale) - 1) > 1e-6:
+        if self.scale is not None and abs((factor := lora_file_scale(tensors, self.rank) / self.scale) - 1) > 1e-6:
             self.first.mul_(factor)
 
     def other_size(self, tensors) -> str:
@@ -114,21 +127,22 @@ class Low(nn.Module):
         return f"the file has rank {len(tensors['lora_down.weight'])}, so set rank to that, or it is from another model"
 
 
-class Dora(Low):
-    """Weight-decomposed LoRA: W' = (1 + magnitude) * |W| * (W + s B A) / |W + s B A|, row by row. `magnitude` is relative to the row's own
-    norm and starts at zero, so that weight decay pulls toward the model, and steps are as large for every layer.
+class DoraLayer(LoraLayer):
+    """Weight-decomposed LoRA: W' = (1 + magnitude) * |W| * (W + s B A) / |W + s B A|, row by row. `magnitude` is
+    relative to the row's own norm and starts at zero, so that weight decay pulls toward the model, and steps are as
+    large for every layer.
 
-    The norms of W are read once; those of W + s B A come from W A^T, as cheap as `rank` more tokens, and are taken as constants by the
-    gradient (section 4.3 of the paper)."""
+    The norms of W are read once; those of W + s B A come from W A^T, as cheap as `rank` more tokens, and are taken as
+    constants by the gradient (section 4.3 of the paper)."""
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         super().__init__(layer, rank, alpha, rslora, rng)
-        self.magnitude = nn.Parameter(torch.zeros(size(layer)[1]))
+        self.magnitude = nn.Parameter(torch.zeros(layer_features(layer)[1]))
         self.squares = None  # (outputs,) squared row norms of W, once the layer is loaded
 
     def change(self, layer, x, out, strength, drop=None):
         more = self.shaped(self.gain(layer) - 1).to(out.dtype)  # half precision would round a gain of 1.001 to 1
-        bias = whole(layer, "bias")
+        bias = effective_parameter(layer, "bias")
         own = out if bias is None else out - self.shaped(bias.to(out))
         low = self(x, 1.0, drop).to(out.dtype)
         return strength * (more * (own + low) + low)
@@ -140,7 +154,7 @@ class Dora(Low):
     @torch.no_grad()
     def shrinkage(self, layer) -> Tensor:
         """(outputs,) |W| / |W + s B A|, by |W|^2 + 2 s <W, B A> + s^2 |B A|^2."""
-        weight = dense(layer, self.down.device).flatten(1)
+        weight = dense_weight(layer, self.down.device).flatten(1)
         if self.squares is None:
             self.squares = weight.float().square().sum(1)
         down, up = self.down.flatten(1), self.up.flatten(1)
@@ -162,8 +176,8 @@ class Dora(Low):
         self.magnitude.zero_()
 
     def tensors(self, layer):
-        """dora_scale as ComfyUI reads it: it multiplies W + s B A by dora_scale over the row norm of W alone, where other tools and the
-        paper take that of W + s B A. Rows are the output axis."""
+        """dora_scale as ComfyUI reads it: it multiplies W + s B A by dora_scale over the row norm of W alone, where
+        other tools and the paper take that of W + s B A. Rows are the output axis."""
         gain = self.gain(layer)
         norms = self.squares.sqrt() + torch.finfo(torch.float32).eps
         return super().tensors(layer) | {"dora_scale": (gain * norms).view(-1, *[1] * (self.down.ndim - 1))}
@@ -176,55 +190,64 @@ class Dora(Low):
         shrinkage = self.shrinkage(layer)
         norms = self.squares.sqrt() + torch.finfo(torch.float32).eps
         if tensors["dora_scale"].numel() != len(norms):
-            raise ValueError(f"its dora_scale is {tuple(tensors['dora_scale'].shape)}, and {len(norms)} numbers are wanted here")
+            raise ValueError(
+                f"its dora_scale is {tuple(tensors['dora_scale'].shape)}, and {len(norms)} numbers are wanted here"
+            )
         self.magnitude.copy_(tensors["dora_scale"].flatten().to(norms) / norms / shrinkage - 1)
 
 
-class Hada(Low):
-    """LoHa: dW = s * (w1_a w1_b) * (w2_a w2_b) elementwise, rank up to rank^2. Where it is cheaper, dW is never built: its rows are those of
-    a LoRA of rank^2, the products of every row of w1_b with every row of w2_b. Starting sizes as in LyCORIS."""
+class LohaLayer(LoraLayer):
+    """LoHa: dW = s * (w1_a w1_b) * (w2_a w2_b) elementwise, rank up to rank^2. Where it is cheaper, dW is never built:
+    its rows are those of a LoRA of rank^2, the products of every row of w1_b with every row of w2_b. Starting sizes as
+    in LyCORIS."""
 
     parts = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_b": "w2_b", "hada_w2_a": "w2_a"}
     upper = ("w1_a", "w2_a")
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         nn.Module.__init__(self)
-        inputs, outputs = size(layer)
-        refuse_rank(layer, rank)
-        self.kernel, self.geometry = kernel(layer), geometry(layer)
+        inputs, outputs = layer_features(layer)
+        check_adapter_rank(layer, rank)
+        self.kernel, self.geometry = conv_kernel_size(layer), conv_arguments(layer)
         wide = inputs * math.prod(self.kernel)
-        for name, shape, std in (("w1_a", (outputs, rank), 0.1), ("w1_b", (rank, wide), 1.0), ("w2_b", (rank, wide), 1.0)):
+        for name, shape, std in (
+            ("w1_a", (outputs, rank), 0.1),
+            ("w1_b", (rank, wide), 1.0),
+            ("w2_b", (rank, wide), 1.0),
+        ):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=rng) * std))
         self.w2_a = nn.Parameter(torch.zeros(outputs, rank))
-        self.rank, self.scale, self.inputs = rank, scale_of(rank, alpha, rslora), inputs
+        self.rank, self.scale, self.inputs = rank, adapter_scale(rank, alpha, rslora), inputs
         self.thin = rank**2 * (wide + outputs) < wide * outputs
 
     def forward(self, x, strength=1.0, drop=None):
-        (w1_a, w1_b), (w2_a, w2_b) = ((a.to(x.dtype), b.to(x.dtype)) for a, b in ((self.w1_a, self.w1_b), (self.w2_a, self.w2_b)))
+        (w1_a, w1_b), (w2_a, w2_b) = (
+            (a.to(x.dtype), b.to(x.dtype)) for a, b in ((self.w1_a, self.w1_b), (self.w2_a, self.w2_b))
+        )
         factor = self.scale * strength
         if not self.thin:
             weight = (w1_a @ w1_b) * (w2_a @ w2_b) * factor
-            return applied(x, weight.view(-1, self.inputs, *self.kernel), self.geometry)
+            return apply_weight(x, weight.view(-1, self.inputs, *self.kernel), self.geometry)
         down = (w1_b[:, None] * w2_b[None]).view(-1, self.inputs, *self.kernel)  # (rank^2, inputs, ...)
         up = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)  # (outputs, rank^2)
-        return through(x, down, up.view(*up.shape, *(1 for _ in self.kernel)), factor, self.geometry)
+        return apply_low_rank(x, down, up.view(*up.shape, *(1 for _ in self.kernel)), factor, self.geometry)
 
     def other_size(self, tensors):
         return f"the file has rank {len(tensors['hada_w1_b'])}, so set rank to that, or it is from another model"
 
 
-class Kron(Low):
-    """LoKr: dW = s * kron(w1, w2), with w1 small and w2 = w2_a w2_b of the given rank, or whole where that is no larger. The layer's inputs
-    are seen as a table that w2 multiplies from one side and w1 from the other, so dW is never built. w2 of a convolution holds its kernel
-    in its columns."""
+class LokrLayer(LoraLayer):
+    """LoKr: dW = s * kron(w1, w2), with w1 small and w2 = w2_a w2_b of the given rank, or whole where that is no
+    larger. The layer's inputs are seen as a table that w2 multiplies from one side and w1 from the other, so dW is
+    never built. w2 of a convolution holds its kernel in its columns."""
 
     upper = ("w2_a",)
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None, factor=8):
         nn.Module.__init__(self)
-        inputs, outputs = size(layer)
-        self.kernel, self.geometry = kernel(layer), geometry(layer)
-        (rows, tall), (columns, wide) = split(outputs, factor), split(inputs, factor)
+        inputs, outputs = layer_features(layer)
+        self.kernel, self.geometry = conv_kernel_size(layer), conv_arguments(layer)
+        (rows, tall), (columns, wide) = factorize_dimension(outputs, factor), factorize_dimension(inputs, factor)
         self.table = (columns, wide)
         self.w1 = nn.Parameter(torch.empty(rows, columns))
         nn.init.kaiming_uniform_(self.w1, a=math.sqrt(5), generator=rng)
@@ -232,12 +255,15 @@ class Kron(Low):
         self.whole = rank >= max(tall, wide) / 2
         if self.whole:
             self.parts = {"lokr_w1": "w1", "lokr_w2": "w2"}
-            self.w2, self.scale = nn.Parameter(torch.zeros(tall, self.wide)), None  # loaders know no alpha for these: the scale is 1
+            self.w2, self.scale = (
+                nn.Parameter(torch.zeros(tall, self.wide)),
+                None,
+            )  # loaders know no alpha for these: the scale is 1
             return
         self.parts = {"lokr_w1": "w1", "lokr_w2_b": "w2_b", "lokr_w2_a": "w2_a"}
         self.w2_a, self.w2_b = nn.Parameter(torch.zeros(tall, rank)), nn.Parameter(torch.empty(rank, self.wide))
         nn.init.kaiming_uniform_(self.w2_b, a=math.sqrt(5), generator=rng)
-        self.scale = scale_of(rank, alpha, rslora)
+        self.scale = adapter_scale(rank, alpha, rslora)
 
     def forward(self, x, strength=1.0, drop=None):
         factor = (self.scale or 1.0) * strength
@@ -251,34 +277,35 @@ class Kron(Low):
     def second(self, x):
         """w2 on the last axis, or as a convolution."""
         if self.whole:
-            return applied(x, self.w2.to(x.dtype).view(-1, self.table[1], *self.kernel), self.geometry)
+            return apply_weight(x, self.w2.to(x.dtype).view(-1, self.table[1], *self.kernel), self.geometry)
         down = self.w2_b.to(x.dtype).view(-1, self.table[1], *self.kernel)
         up = self.w2_a.to(x.dtype)
-        return through(x, down, up.view(*up.shape, *(1 for _ in self.kernel)), 1.0, self.geometry)
+        return apply_low_rank(x, down, up.view(*up.shape, *(1 for _ in self.kernel)), 1.0, self.geometry)
 
     def other_size(self, tensors):
         return "set rank and factor to those of the file, or it is from another model"
 
 
-def split(count: int, factor: int) -> tuple[int, int]:
-    """(small, large) with small * large = count: the largest divisor that is no more than `factor` (0: no such limit) and the root."""
+def factorize_dimension(count: int, factor: int) -> tuple[int, int]:
+    """(small, large) with small * large = count: the largest divisor that is no more than `factor` (0: no such limit)
+    and the root."""
     most = min(factor or count, math.isqrt(count))
     small = next(d for d in range(most, 0, -1) if count % d == 0)
     return small, count // small
 
 
-def refuse_rank(layer, rank: int):
-    if rank > min(size(layer)):
-        raise ValueError("rank is {}, but it has only {} inputs and {} outputs".format(rank, *size(layer)))
+def check_adapter_rank(layer, rank: int):
+    if rank > min(layer_features(layer)):
+        raise ValueError("rank is {}, but it has only {} inputs and {} outputs".format(rank, *layer_features(layer)))
 
 
-def file_scale(tensors: dict[str, Tensor], rank: int) -> float:
+def lora_file_scale(tensors: dict[str, Tensor], rank: int) -> float:
     return float(tensors["alpha"]) / rank if "alpha" in tensors else 1.0
 
 
-def whole(layer, name: str) -> Tensor | None:
-    """The weight or bias as the layer uses it: with the host's patches that are applied at every call, and unpacked where it is
-    quantised."""
+def effective_parameter(layer, name: str) -> Tensor | None:
+    """The weight or bias as the layer uses it: with the host's patches that are applied at every call, and unpacked
+    where it is quantised."""
     value = getattr(layer, name, None)
     if value is None:
         return None
@@ -289,10 +316,10 @@ def whole(layer, name: str) -> Tensor | None:
     return value.detach()
 
 
-def dense(layer, device) -> Tensor:
+def dense_weight(layer, device) -> Tensor:
     """The layer's weight where it can be multiplied with: fp32, or half precision as it is."""
-    weight = whole(layer, "weight").to(device)
+    weight = effective_parameter(layer, "weight").to(device)
     return weight if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else weight.float()
 
 
-KINDS = {LORA: Low, DORA: Dora, LOHA: Hada, LOKR: Kron}
+ADAPTER_LAYERS = {LORA: LoraLayer, DORA: DoraLayer, LOHA: LohaLayer, LOKR: LokrLayer}

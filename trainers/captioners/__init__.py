@@ -9,7 +9,7 @@ from PIL import Image
 
 
 @dataclass(frozen=True)
-class Said:
+class CaptionResult:
     """What a captioner says of one picture."""
 
     text: str = ""  # prose, or the tags joined
@@ -21,6 +21,6 @@ class Captioner(Protocol):
 
     identity: str  # the model and every setting that changes the words: part of the cache's key
 
-    def caption(self, picture: Image.Image, prompt: str) -> Said:
+    def caption(self, picture: Image.Image, prompt: str) -> CaptionResult:
         """What it says of an RGB picture; taggers and file names leave the prompt aside."""
         ...

@@ -1,8 +1,8 @@
 """Taggers of the WD kind from a local folder: pictures in, the probability of every tag out.
 
-A folder holds a list of tags (selected_tags.csv) and a network: model.safetensors with timm's config.json, or model.onnx. The first runs
-on torch, wherever its host puts it; the second on onnxruntime. Pictures are prepared as the taggers were trained: on white, padded to a
-square, resized bicubically, blue first (SmilingWolf's wd-tagger).
+A folder holds a list of tags (selected_tags.csv) and a network: model.safetensors with timm's config.json, or
+model.onnx. The first runs on torch, wherever its host puts it; the second on onnxruntime. Pictures are prepared as the
+taggers were trained: on white, padded to a square, resized bicubically, blue first (SmilingWolf's wd-tagger).
 """
 
 from __future__ import annotations
@@ -18,33 +18,39 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.records import WHITE, over
-from ..settings import fingerprint
-from . import Said
-from .tags import CATEGORIES, Label, TaggerSettings, tags_of
+from ..data.records import WHITE, flatten_alpha
+from ..settings import compute_fingerprint
+from . import CaptionResult
+from .tags import TAG_CATEGORIES, TaggerSettings, TagLabel, select_tags
 
-TAG_LISTS = ("selected_tags.csv", "tags-selected.csv")
-SAMPLES, SAMPLE_BYTES = 16, 65536
-EXAMPLE = "hf download SmilingWolf/wd-eva02-large-tagger-v3 --local-dir models/wd14_tagger/wd-eva02-large-tagger-v3"
+TAG_LIST_FILES = ("selected_tags.csv", "tags-selected.csv")
+HASH_SAMPLES, HASH_SAMPLE_BYTES = 16, 65536
+TAGGER_DOWNLOAD_EXAMPLE = (
+    "hf download SmilingWolf/wd-eva02-large-tagger-v3 --local-dir models/wd14_tagger/wd-eva02-large-tagger-v3"
+)
 TIMM_PACKAGE, ONNX_PACKAGE = "timm", "onnxruntime"
-TIMM_WEIGHTS = "model.safetensors"  # the file that timm itself prefers
+TIMM_WEIGHTS_FILE = "model.safetensors"  # the file that timm itself prefers
 
 
 @dataclass
-class Tagger:
+class WdTagger:
     """A captioner that says tags. `module` is the network for the host to place, or None where onnxruntime runs it."""
 
     network: TimmNetwork | OnnxNetwork
-    labels: Sequence[Label]
+    labels: Sequence[TagLabel]
     settings: TaggerSettings
     name: str
     identity: str = field(init=False)
 
     def __post_init__(self):
         if self.network.outputs not in (None, len(self.labels)):
-            raise ValueError(f"{self.name} answers {self.network.outputs} tags and its list names {len(self.labels)}. "
-                             "Download the model and its .csv file together again.")
-        self.identity = f"{self.name} {fingerprint(self.settings, [[label.name, label.category] for label in self.labels])}"
+            raise ValueError(
+                f"{self.name} answers {self.network.outputs} tags and its list names {len(self.labels)}. Download the "
+                "model and its .csv file together again."
+            )
+        self.identity = (
+            f"{self.name} {compute_fingerprint(self.settings, [[label.name, label.category] for label in self.labels])}"
+        )
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -52,33 +58,33 @@ class Tagger:
 
     def prepared(self, picture: Image.Image) -> np.ndarray:
         """One picture as the network wants it."""
-        pixels = square(picture, self.network.size)
+        pixels = pad_to_white_square(picture, self.network.size)
         return self.network.prepared(pixels[:, :, ::-1] if self.settings.channels == "BGR" else pixels)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Probabilities (B, tags) of a batch of prepared pictures."""
         return self.network.run(batch)
 
-    def caption(self, picture: Image.Image, prompt: str = "") -> Said:
-        tags = tags_of(self.labels, self.run(self.prepared(picture)[None])[0], self.settings)
-        return Said(", ".join(tags), tags)
+    def caption(self, picture: Image.Image, prompt: str = "") -> CaptionResult:
+        tags = select_tags(self.labels, self.run(self.prepared(picture)[None])[0], self.settings)
+        return CaptionResult(", ".join(tags), tags)
 
 
-def load(folder, settings: TaggerSettings | None = None) -> Tagger:
+def load_tagger(folder, settings: TaggerSettings | None = None) -> WdTagger:
     """The tagger in this folder. ValueError says what it lacks, ImportError which package to install."""
     folder = Path(folder)
-    listing = tag_list(folder)
-    labels = read_tags(listing)
-    network, weights = network_in(folder)
-    return Tagger(network, labels, settings or TaggerSettings(), f"{folder.name} {sample(weights)}")
+    listing = find_tag_list(folder)
+    labels = read_tag_labels(listing)
+    network, weights = load_tagger_network(folder)
+    return WdTagger(network, labels, settings or TaggerSettings(), f"{folder.name} {hash_file_samples(weights)}")
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------------
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def square(picture: Image.Image, size: int) -> np.ndarray:
+def pad_to_white_square(picture: Image.Image, size: int) -> np.ndarray:
     """(size, size, 3) uint8: the whole picture on white, centred in a square, bicubic."""
-    picture = over(picture, WHITE)
+    picture = flatten_alpha(picture, WHITE)
     side = max(picture.size)
     ground = Image.new("RGB", (side, side), WHITE)
     ground.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -86,7 +92,7 @@ def square(picture: Image.Image, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class PixelNormaliser:
     """(pixel / 255 - mean) / std, channels first: what timm's networks are trained on."""
 
     mean: tuple[float, ...]
@@ -98,48 +104,57 @@ class Normaliser:
         return image.sub_(mean).div_(std).numpy()
 
 
-def normaliser(config: dict) -> Normaliser | None:
+def normaliser_from_config(config: dict) -> PixelNormaliser | None:
     """The one that a timm config.json names, or None."""
     known = config.get("pretrained_cfg") or {}
-    return Normaliser(tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
+    return PixelNormaliser(tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
 
 
-# -- the list of tags ----------------------------------------------------------------------------------------------------
+# -- the list of tags --------------------------------------------------------------------------------------------------
 
 
-def tag_list(folder: Path) -> Path:
+def find_tag_list(folder: Path) -> Path:
     """The .csv file that names the tags. ValueError when the folder holds none."""
     if not folder.is_dir():
-        raise ValueError(f"There is no tagger folder {folder}. For example: {EXAMPLE}")
-    known = [folder / name for name in TAG_LISTS if (folder / name).is_file()]
-    found = known or [path for path in sorted(folder.glob("*.csv")) if {"name", "category"} <= set(header(path))]
+        raise ValueError(f"There is no tagger folder {folder}. For example: {TAGGER_DOWNLOAD_EXAMPLE}")
+    known = [folder / name for name in TAG_LIST_FILES if (folder / name).is_file()]
+    found = known or [
+        path for path in sorted(folder.glob("*.csv")) if {"name", "category"} <= set(read_csv_header(path))
+    ]
     if len(found) != 1 and not known:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
-        remedy = "keep one of them" if found else f"download the whole folder, for example: {EXAMPLE}"
-        raise ValueError(f"{folder} holds {len(found)} lists of tags (.csv with the columns name and category), but {held}; {remedy}.")
+        remedy = "keep one of them" if found else f"download the whole folder, for example: {TAGGER_DOWNLOAD_EXAMPLE}"
+        raise ValueError(
+            f"{folder} holds {len(found)} lists of tags (.csv with the columns name and category), but {held}; "
+            f"{remedy}."
+        )
     return found[0]
 
 
-def header(path: Path) -> list[str]:
+def read_csv_header(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return next(csv.reader(file), [])
 
 
-def read_tags(path: Path) -> tuple[Label, ...]:
-    """The tags in the order of the network's outputs. Categories are numbers of Danbooru and e621 (0, 4, 9 ...) or words."""
+def read_tag_labels(path: Path) -> tuple[TagLabel, ...]:
+    """The tags in the order of the network's outputs. Categories are numbers of Danbooru and e621 (0, 4, 9 ...) or
+    words."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"name", "category"} <= set(rows[0]):
-        raise ValueError(f"{path} is no list of tags: it needs the columns name and category, and has {', '.join(header(path)) or 'none'}.")
-    return tuple(Label((row["name"] or "").strip(), category(row["category"] or "")) for row in rows)
+        raise ValueError(
+            f"{path} is no list of tags: it needs the columns name and category, and has "
+            f"{', '.join(read_csv_header(path)) or 'none'}."
+        )
+    return tuple(TagLabel((row["name"] or "").strip(), parse_tag_category(row["category"] or "")) for row in rows)
 
 
-def category(written: str) -> str:
+def parse_tag_category(written: str) -> str:
     written = written.strip().casefold()
-    return CATEGORIES.get(written, written or CATEGORIES["0"])
+    return TAG_CATEGORIES.get(written, written or TAG_CATEGORIES["0"])
 
 
-# -- networks ------------------------------------------------------------------------------------------------------------
+# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,7 +163,7 @@ class TimmNetwork:
 
     module: torch.nn.Module
     size: int
-    normalise: Normaliser
+    normalise: PixelNormaliser
 
     @property
     def outputs(self) -> int:
@@ -165,11 +180,12 @@ class TimmNetwork:
 
 @dataclass
 class OnnxNetwork:
-    """A network run by onnxruntime. Pixels last (N, H, W, 3): plain 0 to 255, as WD's; pixels first: normalised as config.json says."""
+    """A network run by onnxruntime. Pixels last (N, H, W, 3): plain 0 to 255, as WD's; pixels first: normalised as
+    config.json says."""
 
     session: object
     size: int
-    normalise: Normaliser | None
+    normalise: PixelNormaliser | None
     module = None
 
     @property
@@ -181,26 +197,30 @@ class OnnxNetwork:
         return self.normalise(pixels) if self.normalise else pixels.astype(np.float32)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        out = self.session.run(None, {self.session.get_inputs()[0].name: np.ascontiguousarray(batch)})[0].astype(np.float32)
+        out = self.session.run(None, {self.session.get_inputs()[0].name: np.ascontiguousarray(batch)})[0].astype(
+            np.float32
+        )
         logits = out.min() < 0 or out.max() > 1  # WD's .onnx files end with the sigmoid, others leave it out
         return torch.from_numpy(out).sigmoid().numpy() if logits else out
 
 
-def network_in(folder: Path):
+def load_tagger_network(folder: Path):
     """(network, its file). Torch goes first: its weights can be moved between GPU and RAM by the host."""
-    weights = folder / TIMM_WEIGHTS
+    weights = folder / TIMM_WEIGHTS_FILE
     onnx = next(iter(sorted(folder.glob("*.onnx"))), None)
-    config = read_config(folder)
-    if weights.is_file() and "architecture" in config and (onnx is None or installed(TIMM_PACKAGE)):
-        return timm_network(folder, config), weights
+    config = read_tagger_config(folder)
+    if weights.is_file() and "architecture" in config and (onnx is None or is_package_installed(TIMM_PACKAGE)):
+        return load_timm_network(folder, config), weights
     if onnx is not None:
-        return onnx_network(onnx, config), onnx
+        return make_onnx_network(onnx, config), onnx
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:12])
-    raise ValueError(f"{folder} holds no tagger that can be run, but {held}. It needs model.onnx, or {TIMM_WEIGHTS} with a config.json that "
-                     f"names timm's architecture, for example: {EXAMPLE}")
+    raise ValueError(
+        f"{folder} holds no tagger that can be run, but {held}. It needs model.onnx, or {TIMM_WEIGHTS_FILE} with a "
+        f"config.json that names timm's architecture, for example: {TAGGER_DOWNLOAD_EXAMPLE}"
+    )
 
 
-def read_config(folder: Path) -> dict:
+def read_tagger_config(folder: Path) -> dict:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -209,62 +229,79 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} is damaged ({error}). Download it again.") from error
 
 
-def installed(package: str) -> bool:
+def is_package_installed(package: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(package) is not None
 
 
-def needs(package: str, folder: Path):
-    if not installed(package):
-        raise ImportError(f"The tagger {folder.name} needs the Python package {package}, which is not installed. Type this with ComfyUI's own "
-                          f"Python, then restart: python -m pip install {package}")
+def require_package(package: str, folder: Path):
+    if not is_package_installed(package):
+        raise ImportError(
+            f"The tagger {folder.name} needs the Python package {package}, which is not installed. Type this with "
+            f"ComfyUI's own Python, then restart: python -m pip install {package}"
+        )
 
 
-def timm_network(folder: Path, config: dict) -> TimmNetwork:
-    needs(TIMM_PACKAGE, folder)
+def load_timm_network(folder: Path, config: dict) -> TimmNetwork:
+    require_package(TIMM_PACKAGE, folder)
     import timm
 
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
-    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:  # timm before 1.0.16 asserts that it knows no local-dir
-        raise ValueError(f"{folder.name} ({config['architecture']!r}) cannot be loaded with timm {timm.__version__}: {error}. If the folder was "
-                         "downloaded whole, a newer timm may read it: python -m pip install -U timm") from error
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AssertionError,
+    ) as error:  # timm before 1.0.16 asserts that it knows no local-dir
+        raise ValueError(
+            f"{folder.name} ({config['architecture']!r}) cannot be loaded with timm {timm.__version__}: {error}. If "
+            "the folder was downloaded whole, a newer timm may read it: python -m pip install -U timm"
+        ) from error
     known = module.pretrained_cfg
-    return TimmNetwork(module, known["input_size"][-1], Normaliser(tuple(known["mean"]), tuple(known["std"])))
+    return TimmNetwork(module, known["input_size"][-1], PixelNormaliser(tuple(known["mean"]), tuple(known["std"])))
 
 
-def onnx_network(path: Path, config: dict, session=None) -> OnnxNetwork:
+def make_onnx_network(path: Path, config: dict, session=None) -> OnnxNetwork:
     """Its input is (N, size, size, 3) or (N, 3, size, size)."""
-    session = session or onnx_session(path)
+    session = session or open_onnx_session(path)
     shape = session.get_inputs()[0].shape
     last = len(shape) == 4 and shape[3] == 3
     if not last and not (len(shape) == 4 and shape[1] == 3):
-        raise ValueError(f"{path} wants pictures of shape {shape}; a tagger wants (N, size, size, 3) or (N, 3, size, size).")
+        raise ValueError(
+            f"{path} wants pictures of shape {shape}; a tagger wants (N, size, size, 3) or (N, 3, size, size)."
+        )
     size = shape[2]
     if not isinstance(size, int):
         size = (config.get("pretrained_cfg") or {}).get("input_size", [448])[-1]
-    normalise = None if last else normaliser(config)
+    normalise = None if last else normaliser_from_config(config)
     if not last and normalise is None:
-        raise ValueError(f"{path} wants normalised pixels, and no config.json beside it names mean and std. Use a tagger of the WD kind, or "
-                         "its .safetensors version.")
+        raise ValueError(
+            f"{path} wants normalised pixels, and no config.json beside it names mean and std. Use a tagger of the WD "
+            "kind, or its .safetensors version."
+        )
     return OnnxNetwork(session, size, normalise)
 
 
-def onnx_session(path: Path):
-    needs(ONNX_PACKAGE, path.parent)
+def open_onnx_session(path: Path):
+    require_package(ONNX_PACKAGE, path.parent)
     import onnxruntime
 
     wishes = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    return onnxruntime.InferenceSession(str(path), providers=[p for p in wishes if p in onnxruntime.get_available_providers()])
+    return onnxruntime.InferenceSession(
+        str(path), providers=[p for p in wishes if p in onnxruntime.get_available_providers()]
+    )
 
 
-def sample(path: Path) -> str:
-    """12 hex digits over the file's length and pieces from all of it: another file, another captioner, without reading a gigabyte."""
+def hash_file_samples(path: Path) -> str:
+    """12 hex digits over the file's length and pieces from all of it: another file, another captioner, without reading
+    a gigabyte."""
     length = path.stat().st_size
     digest = hashlib.blake2b(str(length).encode(), digest_size=6)
     with path.open("rb") as file:
-        for index in range(SAMPLES):
-            file.seek(max(0, length - SAMPLE_BYTES) * index // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+        for index in range(HASH_SAMPLES):
+            file.seek(max(0, length - HASH_SAMPLE_BYTES) * index // (HASH_SAMPLES - 1))
+            digest.update(file.read(HASH_SAMPLE_BYTES))
     return digest.hexdigest()

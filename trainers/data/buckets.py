@@ -1,8 +1,8 @@
 """Which size each picture is trained at, and the picture fitted to its bucket. Sizes are (width, height) in pixels.
 
-`tight` takes for each picture the multiples of step that hold most of it, as ai-toolkit does, and merges buckets that hold too
-few pictures. `kohya` keeps to kohya-ss/sd-scripts (make_bucket_resolutions and BucketManager), so that a dataset that was tuned
-there falls into the same buckets here.
+`tight` takes for each picture the multiples of step that hold most of it, as ai-toolkit does, and merges buckets that
+hold too few pictures. `kohya` keeps to kohya-ss/sd-scripts (make_bucket_resolutions and BucketManager), so that a
+dataset that was tuned there falls into the same buckets here.
 """
 
 from __future__ import annotations
@@ -15,40 +15,88 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..settings import Settings, choice, number, switch
-from .records import Record
+from ..settings import Settings, choice_field, number_field, switch_field
+from .records import ImageRecord
 
-LEAST_STEP = 8
-TIGHT, KOHYA = RULES = ("tight", "kohya")
+MIN_BUCKET_STEP = 8
+TIGHT_RULES, KOHYA_RULES = BUCKET_RULES = ("tight", "kohya")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSettings(Settings):
-    """The sizes that images are trained at. An image keeps its aspect ratio; what does not fit is cropped at the centre."""
+    """The sizes that images are trained at. An image keeps its aspect ratio; what does not fit is cropped at the
+    centre."""
 
-    resolution: int = number(1024, 16, 8192, "Images are trained at about resolution x resolution pixels in all, in their own shape.",
-                             unit="px", step=8)
-    upscale: bool = switch(False, "Enlarge small images up to the resolution. Off: small images are trained at their own size.")
-    step: int = number(64, LEAST_STEP, 512, "Sides are multiples of this. Smaller crops less and makes more buckets.",
-                       unit="px", step=8, advanced=True)
-    min_side: int = number(256, 8, 8192, "With kohya's rules and upscale: the shortest side of a bucket.", unit="px", step=8, advanced=True)
-    max_side: int = number(2048, 8, 16384, "With kohya's rules and upscale: the longest side of a bucket.", unit="px", step=8, advanced=True)
-    rules: str = choice(TIGHT, RULES, "tight: each image as large as it can be with the least cut off. kohya: the very buckets of sd-scripts.")
-    merge: int = number(2, 1, 64, "With tight rules: buckets with fewer images than this are merged into the nearest one. 1 means never.",
-                        unit="images", advanced=True)
-    max_crop: float = number(0.12, 0.0, 0.9, "The largest share of an image that merging may cut off or shrink away; else it stays alone.",
-                             step=0.01, advanced=True)
+    resolution: int = number_field(
+        1024,
+        16,
+        8192,
+        "Images are trained at about resolution x resolution pixels in all, in their own shape.",
+        unit="px",
+        step=8,
+    )
+    upscale: bool = switch_field(
+        False, "Enlarge small images up to the resolution. Off: small images are trained at their own size."
+    )
+    step: int = number_field(
+        64,
+        MIN_BUCKET_STEP,
+        512,
+        "Sides are multiples of this. Smaller crops less and makes more buckets.",
+        unit="px",
+        step=8,
+        advanced=True,
+    )
+    min_side: int = number_field(
+        256, 8, 8192, "With kohya's rules and upscale: the shortest side of a bucket.", unit="px", step=8, advanced=True
+    )
+    max_side: int = number_field(
+        2048,
+        8,
+        16384,
+        "With kohya's rules and upscale: the longest side of a bucket.",
+        unit="px",
+        step=8,
+        advanced=True,
+    )
+    rules: str = choice_field(
+        TIGHT_RULES,
+        BUCKET_RULES,
+        "tight: each image as large as it can be with the least cut off. kohya: the very buckets of sd-scripts.",
+    )
+    merge: int = number_field(
+        2,
+        1,
+        64,
+        "With tight rules: buckets with fewer images than this are merged into the nearest one. 1 means never.",
+        unit="images",
+        advanced=True,
+    )
+    max_crop: float = number_field(
+        0.12,
+        0.0,
+        0.9,
+        "The largest share of an image that merging may cut off or shrink away; else it stays alone.",
+        step=0.01,
+        advanced=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.resolution < self.step:
-            raise ValueError(f"resolution is {self.resolution} and step is {self.step}; the step must not be larger than the resolution.")
-        if self.rules == KOHYA and self.upscale and self.max_side < self.resolution:
-            raise ValueError(f"max_side is {self.max_side} and resolution is {self.resolution}; max_side must be at least the resolution.")
+            raise ValueError(
+                f"resolution is {self.resolution} and step is {self.step}; the step must not be larger than the "
+                "resolution."
+            )
+        if self.rules == KOHYA_RULES and self.upscale and self.max_side < self.resolution:
+            raise ValueError(
+                f"max_side is {self.max_side} and resolution is {self.resolution}; max_side must be at least the "
+                "resolution."
+            )
 
 
 @dataclass(frozen=True)
-class Placement:
+class BucketPlacement:
     """The picture scaled to `scaled`, then `bucket` cut out of it at `crop` (left, top)."""
 
     bucket: tuple[int, int]
@@ -57,7 +105,9 @@ class Placement:
 
 
 @lru_cache(maxsize=16)
-def kohya(resolution: int, min_side: int = 256, max_side: int = 2048, step: int = 64) -> tuple[tuple[int, int], ...]:
+def make_bucket_resolutions(
+    resolution: int, min_side: int = 256, max_side: int = 2048, step: int = 64
+) -> tuple[tuple[int, int], ...]:
     """kohya's list of buckets: the largest multiples of step within resolution**2 pixels, sorted."""
     square = resolution // step * step
     sizes = {(square, square)}
@@ -68,60 +118,78 @@ def kohya(resolution: int, min_side: int = 256, max_side: int = 2048, step: int 
     return tuple(sorted(sizes))
 
 
-def placements(records: Iterable[Record], settings: BucketSettings) -> list[tuple[Record, Placement]]:
+def place_records(
+    records: Iterable[ImageRecord], settings: BucketSettings
+) -> list[tuple[ImageRecord, BucketPlacement]]:
     """Every record with its place, the same for the same records. ValueError that tells of all that have none.
 
     A record that carries a bucket goes there, scaled to cover it."""
     placed, misfits = [], []
     for record in records:
         try:
-            placed.append((record, own_place(record, settings)))
+            placed.append((record, initial_placement(record, settings)))
         except ValueError as error:
             misfits.append(f"{Path(record.path).name}: {error}")
     if misfits:
-        raise ValueError(f"{len(misfits)} of {len(placed) + len(misfits)} images cannot be placed. " + " ".join(misfits[:3]))
-    return merged(placed, settings) if settings.rules == TIGHT and settings.merge > 1 else placed
+        raise ValueError(
+            f"{len(misfits)} of {len(placed) + len(misfits)} images cannot be placed. " + " ".join(misfits[:3])
+        )
+    return merge_small_buckets(placed, settings) if settings.rules == TIGHT_RULES and settings.merge > 1 else placed
 
 
-def own_place(record: Record, settings: BucketSettings) -> Placement:
+def initial_placement(record: ImageRecord, settings: BucketSettings) -> BucketPlacement:
     """Where the record goes when no bucket is merged."""
-    return covering(record.frame, record.bucket) if record.bucket else assign(record.frame, settings)
+    return (
+        covering_placement(record.frame, record.bucket) if record.bucket else choose_placement(record.frame, settings)
+    )
 
 
-def assign(size: tuple[int, int], settings: BucketSettings) -> Placement:
+def choose_placement(size: tuple[int, int], settings: BucketSettings) -> BucketPlacement:
     """Where a picture of this size goes. ValueError when it is too small to train on."""
-    if settings.rules == TIGHT:
-        return tight(size, settings.resolution, settings.step, settings.upscale)
+    if settings.rules == TIGHT_RULES:
+        return tight_placement(size, settings.resolution, settings.step, settings.upscale)
     if settings.upscale:
-        return cover(size, kohya(settings.resolution, settings.min_side, settings.max_side, settings.step))
-    return shrink(size, settings.resolution, settings.step)
+        return kohya_placement(
+            size, make_bucket_resolutions(settings.resolution, settings.min_side, settings.max_side, settings.step)
+        )
+    return kohya_no_upscale_placement(size, settings.resolution, settings.step)
 
 
-# -- tight: one bucket per picture, then few buckets ------------------------------------------------------------------------
+# -- tight: one bucket per picture, then few buckets -------------------------------------------------------------------
 
 
-def tight(size, resolution: int, step: int, upscale: bool = False) -> Placement:
-    """The sides that the picture would have at resolution**2 pixels, each rounded down or up to a multiple of step: of the four
-    the largest within that area that cuts off less than a step and, without upscale, enlarges nothing."""
+def tight_placement(size, resolution: int, step: int, upscale: bool = False) -> BucketPlacement:
+    """The sides that the picture would have at resolution**2 pixels, each rounded down or up to a multiple of step: of
+    the four the largest within that area that cuts off less than a step and, without upscale, enlarges nothing."""
     scale = math.sqrt(resolution**2 / (size[0] * size[1]))
     wanted = [side * (scale if upscale else min(1.0, scale)) for side in size]
     sides = [(int(side // step * step), math.ceil(side / step) * step) for side in wanted]
-    buckets = [(w, h) for w in sides[0] for h in sides[1] if 0 < w * h <= resolution**2 and (upscale or (w <= size[0] and h <= size[1]))]
-    fitting = [bucket for bucket in buckets if overhang(size, bucket) < step]
+    buckets = [
+        (w, h)
+        for w in sides[0]
+        for h in sides[1]
+        if 0 < w * h <= resolution**2 and (upscale or (w <= size[0] and h <= size[1]))
+    ]
+    fitting = [bucket for bucket in buckets if bucket_overhang(size, bucket) < step]
     if not fitting:
-        raise ValueError(too_small(size, step, upscale))
-    return covering(size, max(fitting, key=lambda bucket: (bucket[0] * bucket[1], -overhang(size, bucket), bucket)))
+        raise ValueError(format_too_small_image(size, step, upscale))
+    return covering_placement(
+        size, max(fitting, key=lambda bucket: (bucket[0] * bucket[1], -bucket_overhang(size, bucket), bucket))
+    )
 
 
-def overhang(size, bucket) -> float:
+def bucket_overhang(size, bucket) -> float:
     """Pixels that a picture scaled to cover the bucket is longer than it, on its longer side."""
     scale = covering_scale(size, bucket)
     return max(size[0] * scale - bucket[0], size[1] * scale - bucket[1])
 
 
-def merged(placed: list[tuple[Record, Placement]], settings: BucketSettings) -> list[tuple[Record, Placement]]:
-    """The same records; those of buckets with fewer than settings.merge pictures go to the bucket that costs them least, the smallest
-    buckets first. Who has none within max_crop stays, and so does who came with a bucket of its own."""
+def merge_small_buckets(
+    placed: list[tuple[ImageRecord, BucketPlacement]], settings: BucketSettings
+) -> list[tuple[ImageRecord, BucketPlacement]]:
+    """The same records; those of buckets with fewer than settings.merge pictures go to the bucket that costs them
+    least, the smallest buckets first. Who has none within max_crop stays, and so does who came with a bucket of its
+    own."""
     result, members = list(placed), {}
     for index, (_, place) in enumerate(placed):
         members.setdefault(place.bucket, []).append(index)
@@ -130,25 +198,27 @@ def merged(placed: list[tuple[Record, Placement]], settings: BucketSettings) -> 
         for index in list(members[bucket]) if len(members[bucket]) < settings.merge else ():
             record, own = placed[index]
             if record.bucket is None and record.frame not in targets:
-                targets[record.frame] = nearest(record.frame, own.bucket, bucket, members, settings)
+                targets[record.frame] = nearest_bucket(record.frame, own.bucket, bucket, members, settings)
             if record.bucket is None and (target := targets[record.frame]):
-                result[index] = record, covering(record.frame, target)
+                result[index] = record, covering_placement(record.frame, target)
                 members[bucket].remove(index)
                 members[target].append(index)
     return result
 
 
-def nearest(size, own, left, members: dict[tuple[int, int], list[int]], settings: BucketSettings) -> tuple[int, int] | None:
+def nearest_bucket(
+    size, own, left, members: dict[tuple[int, int], list[int]], settings: BucketSettings
+) -> tuple[int, int] | None:
     """The inhabited bucket beside `left` that loses least of the picture; of equals the fuller one."""
     others = ((bucket, len(inside)) for bucket, inside in members.items() if inside and bucket != left)
-    losses = ((lost(size, own, bucket, settings.upscale), -count, bucket) for bucket, count in others)
+    losses = ((merge_loss(size, own, bucket, settings.upscale), -count, bucket) for bucket, count in others)
     least = min(losses, default=(math.inf, 0, left))
     return least[2] if least[0] <= settings.max_crop else None
 
 
-def lost(size, own, bucket, upscale: bool) -> float:
-    """The share of a picture that is cut off in this bucket, or the share of its own bucket's pixels that it gives up, whichever is
-    more. Infinite where it would have to be enlarged."""
+def merge_loss(size, own, bucket, upscale: bool) -> float:
+    """The share of a picture that is cut off in this bucket, or the share of its own bucket's pixels that it gives up,
+    whichever is more. Infinite where it would have to be enlarged."""
     scale = covering_scale(size, bucket)
     if scale > 1 and not upscale:
         return math.inf
@@ -156,73 +226,82 @@ def lost(size, own, bucket, upscale: bool) -> float:
     return max(1 - area / (size[0] * size[1] * scale**2), 1 - area / (own[0] * own[1]))
 
 
-# -- kohya ----------------------------------------------------------------------------------------------------------------------
+# -- kohya -------------------------------------------------------------------------------------------------------------
 
 
-def cover(size, buckets) -> Placement:
-    """kohya's default: the bucket of its own size, else of the nearest aspect ratio (the first of equals), scaled to cover it."""
+def kohya_placement(size, buckets) -> BucketPlacement:
+    """kohya's default: the bucket of its own size, else of the nearest aspect ratio (the first of equals), scaled to
+    cover it."""
     ratio = size[0] / size[1]
-    return covering(size, tuple(size) if tuple(size) in buckets else min(buckets, key=lambda b: abs(b[0] / b[1] - ratio)))
+    return covering_placement(
+        size, tuple(size) if tuple(size) in buckets else min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))
+    )
 
 
-def shrink(size, resolution: int, step: int) -> Placement:
+def kohya_no_upscale_placement(size, resolution: int, step: int) -> BucketPlacement:
     """kohya's bucket_no_upscale: scaled down to resolution**2 pixels when larger, then cropped to multiples of step."""
-    scaled = tuple(size) if size[0] * size[1] <= resolution**2 else shrunk(size, resolution, step)
+    scaled = tuple(size) if size[0] * size[1] <= resolution**2 else kohya_downscaled_size(size, resolution, step)
     bucket = scaled[0] // step * step, scaled[1] // step * step
     if 0 in bucket:
-        raise ValueError(too_small(size, step))
-    return centred(bucket, scaled)
+        raise ValueError(format_too_small_image(size, step))
+    return centred_placement(bucket, scaled)
 
 
-def shrunk(size, resolution, step):
-    """(width, height) of a too large picture: one side is a multiple of step, the one that keeps the aspect ratio better."""
+def kohya_downscaled_size(size, resolution, step):
+    """(width, height) of a too large picture: one side is a multiple of step, the one that keeps the aspect ratio
+    better."""
     ratio = size[0] / size[1]
-    width = half_up(math.sqrt(resolution**2 * ratio)) // step * step
-    height = half_up(resolution**2 / math.sqrt(resolution**2 * ratio)) // step * step
-    by_width = aspect(width, half_up(width / ratio) // step * step)
-    by_height = aspect(half_up(height * ratio) // step * step, height)
+    width = round_half_up(math.sqrt(resolution**2 * ratio)) // step * step
+    height = round_half_up(resolution**2 / math.sqrt(resolution**2 * ratio)) // step * step
+    by_width = aspect_ratio(width, round_half_up(width / ratio) // step * step)
+    by_height = aspect_ratio(round_half_up(height * ratio) // step * step, height)
     if abs(by_width - ratio) < abs(by_height - ratio):
-        return width, half_up(width / ratio)
-    return half_up(height * ratio), height
+        return width, round_half_up(width / ratio)
+    return round_half_up(height * ratio), height
 
 
-def aspect(width, height) -> float:
+def aspect_ratio(width, height) -> float:
     return width / height if height else math.inf
 
 
-def half_up(value: float) -> int:
+def round_half_up(value: float) -> int:
     return int(value + 0.5)
 
 
-def too_small(size, step: int, upscale: bool = False) -> str:
+def format_too_small_image(size, step: int, upscale: bool = False) -> str:
     remedy = "Choose" if upscale else "Turn upscale on, choose"
-    return f"an image of {size[0]}x{size[1]} px does not fill one step of {step} px. {remedy} a smaller step, or take the image out."
+    return (
+        f"an image of {size[0]}x{size[1]} px does not fill one step of {step} px. {remedy} a smaller step, or take the "
+        "image out."
+    )
 
 
-# -- both -----------------------------------------------------------------------------------------------------------------------
+# -- both --------------------------------------------------------------------------------------------------------------
 
 
-def covering(size, bucket) -> Placement:
+def covering_placement(size, bucket) -> BucketPlacement:
     """The picture scaled so that it just covers the bucket, and the middle cut out."""
     scale = covering_scale(size, bucket)
-    return centred(bucket, (max(bucket[0], half_up(size[0] * scale)), max(bucket[1], half_up(size[1] * scale))))
+    return centred_placement(
+        bucket, (max(bucket[0], round_half_up(size[0] * scale)), max(bucket[1], round_half_up(size[1] * scale)))
+    )
 
 
 def covering_scale(size, bucket) -> float:
     return max(bucket[0] / size[0], bucket[1] / size[1])
 
 
-def cropped(placement: Placement) -> float:
+def cropped_share(placement: BucketPlacement) -> float:
     """The share of the scaled picture that is cut off."""
     (width, height), (whole_width, whole_height) = placement.bucket, placement.scaled
     return 1 - width * height / (whole_width * whole_height)
 
 
-def centred(bucket, scaled) -> Placement:
-    return Placement(tuple(bucket), tuple(scaled), ((scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2))
+def centred_placement(bucket, scaled) -> BucketPlacement:
+    return BucketPlacement(tuple(bucket), tuple(scaled), ((scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2))
 
 
-def fit(image: Image.Image, placement: Placement) -> Image.Image:
+def resize_and_crop(image: Image.Image, placement: BucketPlacement) -> Image.Image:
     """The picture as its bucket shows it."""
     if image.size != placement.scaled:
         smaller = placement.scaled[0] <= image.width

@@ -1,7 +1,7 @@
 """What the VAE and the text encoder said, kept on disk as safetensors files named by a hash of everything that went in.
 
-A changed picture, setting or model gives another name, so nothing stale is ever read; files are replaced whole, so an encode
-that was killed continues where it stopped. In memory only the last-used values stay, up to a budget.
+A changed picture, setting or model gives another name, so nothing stale is ever read; files are replaced whole, so an
+encode that was killed continues where it stopped. In memory only the last-used values stay, up to a budget.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import read_tree, unpacked, write_tree
+from ..files import read_state_tree, unpack_state_tree, write_state_tree
 
 MIB = 2**20
-HOUR = 3600.0
+STALE_PART_SECONDS = 3600.0
 
 
-class Shelf:
+class LruCache:
     """The most recently used values, at most `budget` bytes of tensors in all; a larger value is not kept."""
 
     def __init__(self, budget: int):
@@ -34,7 +34,7 @@ class Shelf:
             self.values.move_to_end(key)
             return self.values[key][0]
         value = load()
-        self.put(key, value, size(value))
+        self.put(key, value, count_tensor_bytes(value))
         return value
 
     def put(self, key: str, value, nbytes: int):
@@ -47,14 +47,14 @@ class Shelf:
             self.held -= dropped
 
 
-class Cache:
-    """Trees (nested dicts and lists of tensors, numbers, text and None) by key, one file each. `load` values are shared: do not write
-    into their tensors."""
+class DiskCache:
+    """Trees (nested dicts and lists of tensors, numbers, text and None) by key, one file each. `load` values are
+    shared: do not write into their tensors."""
 
     def __init__(self, folder, budget: int = 512 * MIB):
-        self.folder, self.shelf = Path(folder), Shelf(budget)
+        self.folder, self.shelf = Path(folder), LruCache(budget)
         self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder)
+        remove_stale_parts(self.folder)
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -66,12 +66,12 @@ class Cache:
         try:
             with safe_open(str(self.path(key)), framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                return unpacked(json.loads((file.metadata() or {})["tree"]), shapes)
+                return unpack_state_tree(json.loads((file.metadata() or {})["tree"]), shapes)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
     def write(self, key: str, tree) -> None:
-        write_tree(self.path(key), tree)
+        write_state_tree(self.path(key), tree)
 
     def load(self, key: str):
         """The tree, from memory or disk."""
@@ -80,38 +80,42 @@ class Cache:
     def read(self, key: str):
         try:
             with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
-                return mapped(read_tree(self.path(key)), Tensor.clone)  # what read_tree gives are windows into the file
+                return map_tensors(
+                    read_state_tree(self.path(key)), Tensor.clone
+                )  # what read_tree gives are windows into the file
         except (OSError, ValueError) as error:
-            raise ValueError(f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again; only what is missing "
-                             "is encoded.") from error
+            raise ValueError(
+                f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again; only what is missing "
+                "is encoded."
+            ) from error
 
 
-class Memory(dict):
+class MemoryStore(dict):
     """The same door for values that live in memory only."""
 
     def load(self, key: str):
         return self[key]
 
 
-def mapped(tree, change):
+def map_tensors(tree, change):
     """The tree with change(tensor) in place of every tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
-        return {key: mapped(value, change) for key, value in tree.items()}
-    return type(tree)(mapped(value, change) for value in tree) if isinstance(tree, (list, tuple)) else tree
+        return {key: map_tensors(value, change) for key, value in tree.items()}
+    return type(tree)(map_tensors(value, change) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def size(tree) -> int:
+def count_tensor_bytes(tree) -> int:
     """Bytes of all tensors in the tree."""
     counted = []
-    mapped(tree, lambda tensor: counted.append(tensor.nbytes))
+    map_tensors(tree, lambda tensor: counted.append(tensor.nbytes))
     return sum(counted)
 
 
-def sweep(folder: Path) -> None:
+def remove_stale_parts(folder: Path) -> None:
     """Remove what a killed process left half written; younger files may belong to another process at work."""
     for part in folder.glob(".*.part"):
         with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > HOUR:
+            if time.time() - part.stat().st_mtime > STALE_PART_SECONDS:
                 part.unlink()

@@ -1,7 +1,8 @@
 """What training sees of a dataset: latents and conditionings, drawn in batches of one shape.
 
-Everything a step chooses (which pictures, mirrored or not, which caption, the sample of the VAE's posterior) comes from the
-generator that it is given. Tensors come from a store when they are needed, so memory does not grow with the dataset.
+Everything a step chooses (which pictures, mirrored or not, which caption, the sample of the VAE's posterior) comes from
+the generator that it is given. Tensors come from a store when they are needed, so memory does not grow with the
+dataset.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cache import Memory, mapped
+from .cache import MemoryStore, map_tensors
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class EncodedItem:
     captions: tuple[str, ...]
     bucket: tuple[int, int] | None = None  # pixels trained on; None where only latents were given
     flipped: str | None = None  # latent of the mirrored picture
-    size: dict[str, int] = field(default_factory=dict)  # width, height, crop_w, crop_h, target_width, target_height in pixels
+    size: dict[str, int] = field(
+        default_factory=dict
+    )  # width, height, crop_w, crop_h, target_width, target_height in pixels
     flipped_size: dict[str, int] = field(default_factory=dict)
     repeats: int = 1
     mask: str | None = None  # key of {"mask": (1, h, w)}, 1 = counts
@@ -41,14 +44,16 @@ class EncodedItem:
 @dataclass
 class Batch:
     x0: Tensor  # (B, C, ..., h, w) fp32, unscaled, as the VAE gives it
-    conds: list[dict]  # one dict of tensors (batch of 1), numbers and text per sample; tensors are shared, do not write into them
+    conds: list[
+        dict
+    ]  # one dict of tensors (batch of 1), numbers and text per sample; tensors are shared, do not write into them
     captions: list[str]
     mask: Tensor | None  # (B, 1, ..., h, w), 1 = counts
     index: list[int]
 
 
 @dataclass
-class Encoded:
+class EncodedDataset:
     """A dataset ready for training. `store.load(key)` gives a latent, a conditioning or a mask."""
 
     items: list[EncodedItem]
@@ -60,7 +65,9 @@ class Encoded:
 
     def __post_init__(self):
         if self.dropout and self.empty is None:
-            raise ValueError(f"dropout is {self.dropout}, and nothing was given for the empty caption. Give it, or set dropout to 0.")
+            raise ValueError(
+                f"dropout is {self.dropout}, and nothing was given for the empty caption. Give it, or set dropout to 0."
+            )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -71,7 +78,9 @@ class Encoded:
         flips = [self.items[i].flipped is not None and coin < 0.5 for i, (coin, _, _) in zip(picks, luck, strict=True)]
         told = [self.caption(self.items[i], *rest) for i, (_, *rest) in zip(picks, luck, strict=True)]
         x0 = torch.stack([self.latent(self.items[i], flip, rng) for i, flip in zip(picks, flips, strict=True)])
-        sizes = [self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)]
+        sizes = [
+            self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)
+        ]
         conds = [{**self.store.load(key), **size} for (key, _), size in zip(told, sizes, strict=True)]
         return Batch(x0, conds, [caption for _, caption in told], self.masks(picks, flips, x0), list(picks))
 
@@ -87,8 +96,10 @@ class Encoded:
     def require_conditionings(self) -> None:
         """ValueError where the pictures were encoded without a text encoder."""
         if self.empty is None and not all(item.caption_keys for item in self.items):
-            raise ValueError("These pictures were encoded without CLIP, which is enough for score models and for nothing else: there is no "
-                             "conditioning to train under, not even the empty one. Connect CLIP to Encode Dataset.")
+            raise ValueError(
+                "These pictures were encoded without CLIP, which is enough for score models and for nothing else: "
+                "there is no conditioning to train under, not even the empty one. Connect CLIP to Encode Dataset."
+            )
 
     def latent(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> Tensor:
         """(C, ..., h, w): a sample of the VAE's posterior, or its mean where that is all there is."""
@@ -112,37 +123,42 @@ class Encoded:
         return mask.flip(-1) if flip else mask
 
     @classmethod
-    def from_core(cls, latents, conditioning, empty=None, dropout: float = 0.0) -> Encoded:
+    def from_core(cls, latents, conditioning, empty=None, dropout: float = 0.0) -> EncodedDataset:
         """From ComfyUI's own LATENT[] ({"samples", "noise_mask"}) and CONDITIONING[] ([[tensor, extras], ...]).
 
-        Stacks are split into single samples; one conditioning may serve them all. `empty` is a CONDITIONING for caption dropout."""
+        Stacks are split into single samples; one conditioning may serve them all. `empty` is a CONDITIONING for caption
+        dropout."""
         with torch.inference_mode(False):  # nodes run in inference mode, and autograd refuses tensors made there
-            return from_core(latents, conditioning, empty, dropout)
+            return encoded_from_core(latents, conditioning, empty, dropout)
 
 
-def from_core(latents, conditioning, empty, dropout) -> Encoded:
+def encoded_from_core(latents, conditioning, empty, dropout) -> EncodedDataset:
     conds = [cond for entry in conditioning for cond in split_conditioning(entry)]
     samples = [sample for number, latent in enumerate(latents) for sample in split_latent(latent, number)]
     if len(conds) not in (1, len(samples)) or not samples:
-        raise ValueError(f"{len(samples)} latents and {len(conds)} conditionings do not pair up. "
-                         "Give one conditioning for each latent, or a single one for all of them.")
+        raise ValueError(
+            f"{len(samples)} latents and {len(conds)} conditionings do not pair up. Give one conditioning for each "
+            "latent, or a single one for all of them."
+        )
     if len({sample.shape[0] for sample, _ in samples}) > 1:
         counts = sorted({sample.shape[0] for sample, _ in samples})
-        raise ValueError(f"The latents have {' and '.join(map(str, counts))} channels. Encode all images with the same VAE.")
-    store = Memory({f"cond/{i}": cond for i, cond in enumerate(conds)})
-    items = [core_item(store, i, i if len(conds) > 1 else 0, *pair) for i, pair in enumerate(samples)]
+        raise ValueError(
+            f"The latents have {' and '.join(map(str, counts))} channels. Encode all images with the same VAE."
+        )
+    store = MemoryStore({f"cond/{i}": cond for i, cond in enumerate(conds)})
+    items = [make_core_item(store, i, i if len(conds) > 1 else 0, *pair) for i, pair in enumerate(samples)]
     if empty is not None:
         store["empty"] = split_conditioning(empty)[0]
     print_ = content_hash([dict(store), len(items), dropout])
-    return Encoded(items, store, samples[0][0].shape[0], print_, "empty" if empty is not None else None, dropout)
+    return EncodedDataset(items, store, samples[0][0].shape[0], print_, "empty" if empty is not None else None, dropout)
 
 
-def core_item(store: Memory, index: int, cond: int, sample: Tensor, mask: Tensor | None) -> EncodedItem:
+def make_core_item(store: MemoryStore, index: int, cond: int, sample: Tensor, mask: Tensor | None) -> EncodedItem:
     latent, mask_key = f"latent/{index}", None
     store[latent] = {"mean": sample, "std": None}
     if mask is not None:
         mask_key = f"mask/{index}"
-        store[mask_key] = {"mask": latent_mask(mask, *sample.shape[-2:])}
+        store[mask_key] = {"mask": mask_to_latent_grid(mask, *sample.shape[-2:])}
     return EncodedItem(str(index), "", latent, tuple(sample.shape), (f"cond/{cond}",), ("",), mask=mask_key)
 
 
@@ -151,15 +167,20 @@ def split_latent(latent: dict, number: int) -> list[tuple[Tensor, Tensor | None]
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if not isinstance(samples, Tensor) or samples.ndim < 4:
         found = f"a tensor of shape {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
-        raise ValueError(f"Latent {number} holds {found}; "
-                         "training needs (batch, channels, height, width) or (batch, channels, frames, height, width).")
+        raise ValueError(
+            f"Latent {number} holds {found}; training needs (batch, channels, height, width) or (batch, channels, "
+            "frames, height, width)."
+        )
     samples = samples.detach().cpu().clone()
     mask = latent.get("noise_mask")
     if mask is None:
         return [(sample, None) for sample in samples]
     mask = mask.detach().cpu().float().reshape(-1, 1, *mask.shape[-2:])
     if len(mask) not in (1, len(samples)):
-        raise ValueError(f"Latent {number} has {len(samples)} samples and {len(mask)} masks. Give one mask per sample, or one for all.")
+        raise ValueError(
+            f"Latent {number} has {len(samples)} samples and {len(mask)} masks. Give one mask per sample, or one for "
+            "all."
+        )
     return [(sample, mask[i % len(mask)]) for i, sample in enumerate(samples)]
 
 
@@ -167,17 +188,17 @@ def split_conditioning(conditioning) -> list[dict]:
     """One cond dict (batch of 1) per row of each [tensor, extras] pair."""
     conds = []
     for cross_attn, extras in conditioning:
-        whole = mapped({**extras, "cross_attn": cross_attn}, lambda tensor: tensor.detach().cpu().clone())
-        conds += [row(whole, i, len(cross_attn)) for i in range(len(cross_attn))]
+        whole = map_tensors({**extras, "cross_attn": cross_attn}, lambda tensor: tensor.detach().cpu().clone())
+        conds += [conditioning_row(whole, i, len(cross_attn)) for i in range(len(cross_attn))]
     return conds
 
 
-def row(cond: dict, index: int, count: int) -> dict:
+def conditioning_row(cond: dict, index: int, count: int) -> dict:
     """Row `index` of a cond of `count` rows: tensors with as many rows are cut, all else is common to them."""
-    return mapped(cond, lambda t: t[index : index + 1].clone() if count > 1 and t.ndim and len(t) == count else t)
+    return map_tensors(cond, lambda t: t[index : index + 1].clone() if count > 1 and t.ndim and len(t) == count else t)
 
 
-def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+def mask_to_latent_grid(mask: Tensor, height: int, width: int) -> Tensor:
     """(1, H, W) -> (1, height, width): the mean over the area of each latent cell."""
     return F.interpolate(mask[None].float(), (height, width), mode="area")[0]
 
@@ -190,23 +211,28 @@ def content_hash(tree) -> str:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
-    digest.update(repr(mapped(tree, add)).encode())
+    digest.update(repr(map_tensors(tree, add)).encode())
     return digest.hexdigest()
 
 
-class Deck:
-    """Batches of item indices with equal latent shape, without replacement: in one epoch each item comes `repeats` times.
+class BucketBatchSampler:
+    """Batches of item indices with equal latent shape, without replacement: in one epoch each item comes `repeats`
+    times.
 
-    The last batch of a shape may be smaller. The state is a seed and a position, so a resumed run draws the same cards."""
+    The last batch of a shape may be smaller. The state is a seed and a position, so a resumed run draws the same
+    cards."""
 
-    def __init__(self, data: Encoded, batch: int):
+    def __init__(self, data: EncodedDataset, batch: int):
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1.")
         self.size, self.cards = batch, {}
         for index, item in enumerate(data.items):
             self.cards.setdefault(item.shape, []).extend([index] * item.repeats)
         if not any(self.cards.values()):
-            raise ValueError(f"The dataset has {len(data.items)} images and every one is repeated 0 times. Give it images to learn from.")
+            raise ValueError(
+                f"The dataset has {len(data.items)} images and every one is repeated 0 times. Give it images to learn "
+                "from."
+            )
         self.seed, self.position, self.epoch, self.order = None, 0, 0, []
 
     def __len__(self) -> int:
@@ -225,20 +251,22 @@ class Deck:
         rng = torch.Generator().manual_seed(seed)
         batches = []
         for cards in self.cards.values():
-            mixed = shuffled(cards, rng)
+            mixed = shuffle_list(cards, rng)
             batches += [mixed[i : i + self.size] for i in range(0, len(mixed), self.size)]
-        return shuffled(batches, rng)
+        return shuffle_list(batches, rng)
 
     def state(self) -> dict:
         return {"seed": self.seed, "position": self.position, "epoch": self.epoch, "batches": len(self)}
 
     def load_state(self, state: dict) -> None:
         if state["batches"] != len(self):
-            raise ValueError(f"The saved run drew {state['batches']} batches per epoch and this one draws {len(self)}: the dataset or the "
-                             "batch size has changed. Put them back, or start a run with a new name.")
+            raise ValueError(
+                f"The saved run drew {state['batches']} batches per epoch and this one draws {len(self)}: the dataset "
+                "or the batch size has changed. Put them back, or start a run with a new name."
+            )
         self.seed, self.position, self.epoch = state["seed"], state["position"], state["epoch"]
         self.order = [] if self.seed is None else self.deal(self.seed)
 
 
-def shuffled(values: list, rng: torch.Generator) -> list:
+def shuffle_list(values: list, rng: torch.Generator) -> list:
     return [values[i] for i in torch.randperm(len(values), generator=rng).tolist()]

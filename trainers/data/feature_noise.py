@@ -1,7 +1,8 @@
-"""Pictures in the place of captions: an image embedding with noise stands for the text embedding that a caption of it would have.
+"""Pictures in the place of captions: an image embedding with noise stands for the text embedding that a caption of it
+would have.
 
-Trained so, a model needs no captions, and afterwards follows texts, because CLIP puts both near each other and the noise covers what lies
-between (LAFITE, Zhou et al. 2022, its fixed perturbation; CLIP-VQDiffusion).
+Trained so, a model needs no captions, and afterwards follows texts, because CLIP puts both near each other and the
+noise covers what lies between (LAFITE, Zhou et al. 2022, its fixed perturbation; CLIP-VQDiffusion).
 """
 
 from __future__ import annotations
@@ -12,21 +13,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..settings import Settings, number
+from ..settings import Settings, number_field
 
 
 @dataclass(frozen=True, kw_only=True)
 class LafiteSettings(Settings):
     """How far an image embedding is moved, and how often it is left out."""
 
-    alpha: float = number(0.25, 0.0, 2.0, "Noise against the embedding's own length. 0: the picture exactly; 0.25 suits most; near 1 only the "
-                          "rough content is left.", step=0.05)  # fmt: skip
-    drop: float = number(0.1, 0.0, 1.0, "Share of the steps that are trained on the empty caption instead, for guidance.", step=0.05)
-    variants: int = number(64, 1, 10_000, "Noises per picture that are drawn from while training.")
-    seed: int = number(0, 0, 2**63 - 1, "The same seed gives the same noise.")
+    alpha: float = number_field(
+        0.25,
+        0.0,
+        2.0,
+        "Noise against the embedding's own length. 0: the picture exactly; 0.25 suits most; near 1 only the rough "
+        "content is left.",
+        step=0.05,
+    )
+    drop: float = number_field(
+        0.1, 0.0, 1.0, "Share of the steps that are trained on the empty caption instead, for guidance.", step=0.05
+    )
+    variants: int = number_field(64, 1, 10_000, "Noises per picture that are drawn from while training.")
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed gives the same noise.")
 
 
-def perturbed(embedding: Tensor, alpha: float, rng: torch.Generator) -> Tensor:
+def perturb_embedding(embedding: Tensor, alpha: float, rng: torch.Generator) -> Tensor:
     """(..., D) as long as before: unit embedding + alpha * unit noise, renormalised."""
     if not alpha:
         return embedding

@@ -1,6 +1,7 @@
 """Between datasets and the graph's own pictures: tensors become files named by their content, records become tensors.
 
-Tensors are (B, H, W, channels) in 0..1, masks (B, H, W) or (H, W); in both directions white in a mask is what is learnt.
+Tensors are (B, H, W, channels) in 0..1, masks (B, H, W) or (H, W); in both directions white in a mask is what is
+learnt.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files import write_bytes
-from .metadata import plain
-from .records import Dataset, Record, open_image, open_mask, sha1
-from .writers import blob
+from ..files import write_bytes_atomically
+from .metadata import check_plain_text
+from .records import ImageDataset, ImageRecord, open_image, open_mask, sha1_hex
+from .writers import encode_image_bytes
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def dataset_of(images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = (), folder=".",
-               report: Callable[[int, int, str], None] | None = None, check_interrupt: Callable[[], None] | None = None) -> Dataset:
+def dataset_from_tensors(
+    images: Sequence[Tensor],
+    captions: Sequence[str] = (),
+    masks: Sequence[Tensor] = (),
+    folder=".",
+    report: Callable[[int, int, str], None] | None = None,
+    check_interrupt: Callable[[], None] | None = None,
+) -> ImageDataset:
     """A dataset of these pictures, each written once into the folder as a PNG that is called after its content.
 
     Captions and masks: none, one for all, one for each item of the list, or one for each picture."""
@@ -30,19 +37,21 @@ def dataset_of(images: Sequence[Tensor], captions: Sequence[str] = (), masks: Se
     if not pictures:
         raise ValueError("There are no pictures to make a dataset of.")
     counts = [len(batch) for batch in images]
-    texts = dealt([plain(text.strip(), "A caption") for text in captions], counts, "captions")
-    shapes = dealt([mask for batch in masks for mask in (batch if batch.ndim == 3 else batch[None])], counts, "masks")
+    texts = assign_per_image([check_plain_text(text.strip(), "A caption") for text in captions], counts, "captions")
+    shapes = assign_per_image(
+        [mask for batch in masks for mask in (batch if batch.ndim == 3 else batch[None])], counts, "masks"
+    )
     records = []
     for index, (picture, text, mask) in enumerate(zip(pictures, texts, shapes, strict=True)):
         if check_interrupt:
             check_interrupt()
-        records.append(record_of(index, picture, text, mask, Path(folder)))
+        records.append(save_image_record(index, picture, text, mask, Path(folder)))
         if report:
             report(index + 1, len(pictures), records[-1].id[:8])
-    return Dataset(tuple(records))
+    return ImageDataset(tuple(records))
 
 
-def dealt(things: Sequence, counts: list[int], what: str) -> list:
+def assign_per_image(things: Sequence, counts: list[int], what: str) -> list:
     """One thing for each picture; None for each when there are none."""
     total = sum(counts)
     if len(things) == len(counts) and len(things) != total:
@@ -50,44 +59,50 @@ def dealt(things: Sequence, counts: list[int], what: str) -> list:
     if len(things) in (0, 1):
         return list(things or [None]) * total
     if len(things) != total:
-        raise ValueError(f"There are {total} pictures in {len(counts)} batches, and {len(things)} {what}. Give none, one for all, "
-                         "one for each batch, or one for each picture.")
+        raise ValueError(
+            f"There are {total} pictures in {len(counts)} batches, and {len(things)} {what}. Give none, one for all, "
+            "one for each batch, or one for each picture."
+        )
     return list(things)
 
 
-def record_of(index: int, picture: Tensor, text: str | None, mask: Tensor | None, folder: Path) -> Record:
-    image = as_picture(picture, f"picture {index + 1}")
-    path, id_ = store(image, folder)
-    shape = mask_of(mask, image, index, folder) if mask is not None else (None, None)
-    return Record(id_, str(path), image.size, captions=(text,) if text else (), mask=shape[0], mask_id=shape[1])
+def save_image_record(index: int, picture: Tensor, text: str | None, mask: Tensor | None, folder: Path) -> ImageRecord:
+    image = tensor_to_image(picture, f"picture {index + 1}")
+    path, id_ = save_hashed_png(image, folder)
+    shape = save_mask_file(mask, image, index, folder) if mask is not None else (None, None)
+    return ImageRecord(id_, str(path), image.size, captions=(text,) if text else (), mask=shape[0], mask_id=shape[1])
 
 
-def mask_of(mask: Tensor, image: Image.Image, index: int, folder: Path) -> tuple[str, str]:
+def save_mask_file(mask: Tensor, image: Image.Image, index: int, folder: Path) -> tuple[str, str]:
     """(path, sha1) of a mask's file. ValueError for one that would let nothing be learnt, or of another shape."""
-    shape = as_picture(mask[..., None], f"mask {index + 1}")
+    shape = tensor_to_image(mask[..., None], f"mask {index + 1}")
     if shape.getextrema()[1] == 0:
-        raise ValueError(f"Mask {index + 1} is black everywhere ({shape.width}x{shape.height} px), so nothing of its picture would be learnt. "
-                         "White is what is learnt; Load Image gives a black mask where a picture has no transparency.")
+        raise ValueError(
+            f"Mask {index + 1} is black everywhere ({shape.width}x{shape.height} px), so nothing of its picture would "
+            "be learnt. White is what is learnt; Load Image gives a black mask where a picture has no transparency."
+        )
     if shape.width * image.height != shape.height * image.width:
-        raise ValueError(f"Mask {index + 1} is {shape.width}x{shape.height} px and its picture {image.width}x{image.height} px. "
-                         "Give a mask of the picture's shape.")
-    path, id_ = store(shape, folder)
+        raise ValueError(
+            f"Mask {index + 1} is {shape.width}x{shape.height} px and its picture {image.width}x{image.height} px. "
+            "Give a mask of the picture's shape."
+        )
+    path, id_ = save_hashed_png(shape, folder)
     return str(path), id_
 
 
-def store(picture: Image.Image, folder: Path) -> tuple[Path, str]:
+def save_hashed_png(picture: Image.Image, folder: Path) -> tuple[Path, str]:
     """(file, sha1 of its bytes): the picture as a PNG that is called after its content, written once."""
-    data = blob(picture, "PNG")
-    path = Path(folder) / f"{sha1(data)}.png"
+    data = encode_image_bytes(picture, "PNG")
+    path = Path(folder) / f"{sha1_hex(data)}.png"
     if not path.is_file() or path.stat().st_size != len(data):
-        write_bytes(path, data)
-    return path, sha1(data)
+        write_bytes_atomically(path, data)
+    return path, sha1_hex(data)
 
 
-def as_picture(tensor: Tensor, what: str) -> Image.Image:
+def tensor_to_image(tensor: Tensor, what: str) -> Image.Image:
     """(H, W, channels) in 0..1 -> a picture of 8 bits, rounded."""
     array = tensor.detach().cpu().float().numpy()
-    if array.ndim != 3 or array.shape[-1] not in MODES or 0 in array.shape:
+    if array.ndim != 3 or array.shape[-1] not in CHANNEL_MODES or 0 in array.shape:
         raise ValueError(f"{what} has the shape {tuple(array.shape)}; it must be height, width and 1, 3 or 4 channels.")
     if not np.isfinite(array).all():
         raise ValueError(f"{what} holds NaN or infinite values. Look at the node that made it.")
@@ -95,12 +110,16 @@ def as_picture(tensor: Tensor, what: str) -> Image.Image:
     return Image.fromarray(array if array.shape[-1] > 1 else array[..., 0])
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
+def image_to_batch_tensor(picture: Image.Image) -> Tensor:
     """(1, H, W, 3) of a picture in RGB, (1, H, W) of one in L, in 0..1."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
-def tensors_of(record: Record) -> tuple[Tensor, str, Tensor]:
+def record_to_tensors(record: ImageRecord) -> tuple[Tensor, str, Tensor]:
     """(image (1, H, W, 3), first caption or "", mask (1, H, W), white where the record has none)."""
-    image, mask = as_tensor(open_image(record)), open_mask(record)
-    return image, next(iter(record.captions), ""), torch.ones(image.shape[:3]) if mask is None else as_tensor(mask)
+    image, mask = image_to_batch_tensor(open_image(record)), open_mask(record)
+    return (
+        image,
+        next(iter(record.captions), ""),
+        torch.ones(image.shape[:3]) if mask is None else image_to_batch_tensor(mask),
+    )

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .encoded import Encoded
-from .records import Dataset, Record
+from .encoded import EncodedDataset
+from .records import ImageDataset, ImageRecord
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The items of one scene. `at`: strength -> index of the encoded item. A strength and its opposite are always both there."""
+class ImagePair:
+    """The items of one scene. `at`: strength -> index of the encoded item. A strength and its opposite are always both
+    there."""
 
     name: str
     at: dict[float, int]
@@ -35,67 +36,92 @@ class Pair:
         return tuple(sorted({abs(strength) for strength in self.at}))
 
 
-def paired(positive: Dataset, negative: Dataset, strength: float = 1.0, others: Dataset | None = None) -> Dataset:
-    """Both datasets as one, pictures of the same file name (its ending aside) as the two sides of a scene. `others`: pairs at other strengths.
+def pair_datasets(
+    positive: ImageDataset, negative: ImageDataset, strength: float = 1.0, others: ImageDataset | None = None
+) -> ImageDataset:
+    """Both datasets as one, pictures of the same file name (its ending aside) as the two sides of a scene. `others`:
+    pairs at other strengths.
 
     The two sides are trained at the same size: the negative picture takes the bucket of the positive one.
     Raises ValueError naming the pictures without a partner, and pairs of different shape."""
-    sides = [named(positive, "positive"), named(negative, "negative")]
+    sides = [index_records_by_stem(positive, "positive"), index_records_by_stem(negative, "negative")]
     lonely = sorted(sides[0].keys() ^ sides[1].keys())
     if lonely or not sides[0]:
-        raise ValueError(f"{len(positive)} positive and {len(negative)} negative pictures do not pair up: {describe(lonely, sides)}. "
-                         "Give both pictures of a pair the same file name, in two folders.")
+        raise ValueError(
+            f"{len(positive)} positive and {len(negative)} negative pictures do not pair up: "
+            f"{format_unpaired_images(lonely, sides)}. Give both pictures of a pair the same file name, in two folders."
+        )
     for name in sides[0]:
-        refuse_unequal(name, sides[0][name], sides[1][name])
-    records = [replace(side[name], pair=name, strength=sign * strength)
-               for sign, side in ((1, sides[0]), (-1, sides[1])) for name in side]
-    before = others or Dataset(())
+        require_same_aspect(name, sides[0][name], sides[1][name])
+    records = [
+        replace(side[name], pair=name, strength=sign * strength)
+        for sign, side in ((1, sides[0]), (-1, sides[1]))
+        for name in side
+    ]
+    before = others or ImageDataset(())
     if twice := sorted({(r.pair, r.strength) for r in before} & {(r.pair, r.strength) for r in records}):
-        raise ValueError(f"The pair {twice[0][0]!r} has a picture at strength {twice[0][1]:g} already. Give each grade a strength of its own.")
-    return Dataset((*before.records, *records), (*before.skipped, *positive.skipped, *negative.skipped))
+        raise ValueError(
+            f"The pair {twice[0][0]!r} has a picture at strength {twice[0][1]:g} already. Give each grade a strength "
+            "of its own."
+        )
+    return ImageDataset((*before.records, *records), (*before.skipped, *positive.skipped, *negative.skipped))
 
 
-def named(dataset: Dataset, side: str) -> dict[str, Record]:
+def index_records_by_stem(dataset: ImageDataset, side: str) -> dict[str, ImageRecord]:
     """Record by file name without its ending. ValueError for two pictures of one name."""
-    found: dict[str, Record] = {}
+    found: dict[str, ImageRecord] = {}
     for record in dataset:
         name = Path(record.path).stem
         if name in found:
-            raise ValueError(f"Two {side} pictures are called {name!r}: {found[name].path} and {record.path}. Rename one of each pair.")
+            raise ValueError(
+                f"Two {side} pictures are called {name!r}: {found[name].path} and {record.path}. Rename one of each "
+                "pair."
+            )
         found[name] = record
     return found
 
 
-def describe(lonely, sides) -> str:
+def format_unpaired_images(lonely, sides) -> str:
     if not lonely:
         return "there are none"
     shown = [f"{name} (only {'positive' if name in sides[0] else 'negative'})" for name in lonely[:5]]
     return f"{len(lonely)} have no partner, {', '.join(shown)}{', ...' if len(lonely) > 5 else ''}"
 
 
-def refuse_unequal(name, one: Record, other: Record) -> None:
+def require_same_aspect(name, one: ImageRecord, other: ImageRecord) -> None:
     (w, h), (v, g) = one.frame, other.frame
     if abs(w * g - v * h) > 0.02 * w * g:
-        raise ValueError(f"The pair {name!r} has pictures of different shape, {w}x{h} and {v}x{g} px: they show no change that can be told "
-                         "from the crop. Crop both alike.")
+        raise ValueError(
+            f"The pair {name!r} has pictures of different shape, {w}x{h} and {v}x{g} px: they show no change that can "
+            "be told from the crop. Crop both alike."
+        )
 
 
-def pairs_of(data: Encoded) -> list[Pair]:
-    """The pairs among encoded items. Raises ValueError for items without a pair, sides without their opposite, and unequal latents."""
+def collect_image_pairs(data: EncodedDataset) -> list[ImagePair]:
+    """The pairs among encoded items. Raises ValueError for items without a pair, sides without their opposite, and
+    unequal latents."""
     scenes: dict[str, dict[float, int]] = {}
     for index, item in enumerate(data.items):
         if item.pair is None or not item.strength:
-            raise ValueError(f"{item.path or f'picture {index}'} belongs to no pair. Put Image Pairs between Load Dataset and Encode Dataset.")
+            raise ValueError(
+                f"{item.path or f'picture {index}'} belongs to no pair. Put Image Pairs between Load Dataset and "
+                "Encode Dataset."
+            )
         scenes.setdefault(item.pair, {})[item.strength] = index
-    return [pair_of(name, at, data) for name, at in scenes.items()]
+    return [make_image_pair(name, at, data) for name, at in scenes.items()]
 
 
-def pair_of(name, at, data) -> Pair:
+def make_image_pair(name, at, data) -> ImagePair:
     if alone := [s for s in at if -s not in at]:
-        raise ValueError(f"The pair {name!r} has a picture at strength {alone[0]:g} and none at {-alone[0]:g}. Give both sides.")
+        raise ValueError(
+            f"The pair {name!r} has a picture at strength {alone[0]:g} and none at {-alone[0]:g}. Give both sides."
+        )
     items = [data.items[index] for index in at.values()]
     shapes = {item.shape for item in items}
     if len(shapes) > 1:
         sizes = ", ".join(f"{item.path} {item.bucket}" for item in items)
-        raise ValueError(f"The pictures of the pair {name!r} fell into different buckets: {sizes}. Crop them alike, or use the same size.")
-    return Pair(name, at, shapes.pop(), max(item.repeats for item in items))
+        raise ValueError(
+            f"The pictures of the pair {name!r} fell into different buckets: {sizes}. Crop them alike, or use the same "
+            "size."
+        )
+    return ImagePair(name, at, shapes.pop(), max(item.repeats for item in items))

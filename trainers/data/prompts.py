@@ -1,7 +1,7 @@
 """Prompts that a concept is moved by: rows from widgets, text, CSV, TSV, YAML or JSON.
 
-The keys are those of p1atdev/LECO's and the Concept Sliders' prompt files. A key that is not known is an error that names it: dropped
-silently, `guidance: 4` trains at 1 and looks like a method that does not work.
+The keys are those of p1atdev/LECO's and the Concept Sliders' prompt files. A key that is not known is an error that
+names it: dropped silently, `guidance: 4` trains at 1 and looks like a method that does not work.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-ACTIONS = ("erase", "enhance", "replace")
-ALIASES = {"guidance_scale": "guidance", "negative": "unconditional", "batch_size": "batch", "replacement": "positive"}
-FORMATS = ("auto", "text", "csv", "tsv", "yaml", "json")
-ENDINGS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
-COUNTS = {"resolution": (0, 16384), "batch": (1, 1024)}  # (least, most)
+PROMPT_ACTIONS = ("erase", "enhance", "replace")
+PROMPT_KEY_ALIASES = {
+    "guidance_scale": "guidance",
+    "negative": "unconditional",
+    "batch_size": "batch",
+    "replacement": "positive",
+}
+PROMPT_FORMATS = ("auto", "text", "csv", "tsv", "yaml", "json")
+PROMPT_FILE_FORMATS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
+INTEGER_RANGES = {"resolution": (0, 16384), "batch": (1, 1024)}  # (least, most)
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,31 @@ class PromptRow:
     dynamic_resolution: bool = False  # sides between half the resolution and all of it, drawn anew
     batch: int = 1
     preserve: tuple[str, ...] = ()  # prompts that must stay as they are
-    attributes: tuple[str, ...] = ()  # put before every prompt in turn, so that the change does not come with one of them
+    attributes: tuple[
+        str, ...
+    ] = ()  # put before every prompt in turn, so that the change does not come with one of them
 
     def __post_init__(self):
         if not self.target.strip():
             raise ValueError("target is empty. Write the words of the concept that is to be moved.")
-        if self.action not in ACTIONS:
-            raise ValueError(f"action is {self.action!r}; choose one of {', '.join(ACTIONS)}.")
+        if self.action not in PROMPT_ACTIONS:
+            raise ValueError(f"action is {self.action!r}; choose one of {', '.join(PROMPT_ACTIONS)}.")
         for name, positive in (("guidance", self.guidance), ("weight", self.weight)):
             if not 0 < positive < 1000:
-                raise ValueError(f"{name} is {positive:g}; it must be above 0{', or there is nothing to learn' if name == 'guidance' else ''}.")
+                raise ValueError(
+                    f"{name} is {positive:g}; it must be above "
+                    f"0{', or there is nothing to learn' if name == 'guidance' else ''}."
+                )
         if self.action == "replace":
             if self.positive is None or self.positive == self.target:
-                raise ValueError(f"action is replace and positive is {self.positive!r}; write what {self.target!r} is to become.")
+                raise ValueError(
+                    f"action is replace and positive is {self.positive!r}; write what {self.target!r} is to become."
+                )
         elif self.plus == self.unconditional:
-            raise ValueError(f"positive and unconditional are both {self.plus!r}: between them lies no direction to learn. Change one of them.")
+            raise ValueError(
+                f"positive and unconditional are both {self.plus!r}: between them lies no direction to learn. Change "
+                "one of them."
+            )
 
     @property
     def plus(self) -> str:
@@ -61,32 +76,41 @@ class PromptRow:
         return self.unconditional if self.neutral is None else self.neutral
 
 
-KEYS = tuple(f.name for f in fields(PromptRow))
+PROMPT_KEYS = tuple(f.name for f in fields(PromptRow))
 
 
 def read_prompts(text: str, form: str = "auto", defaults: dict | None = None) -> tuple[PromptRow, ...]:
-    """The rows of a text in one of FORMATS. `defaults` fill what a row leaves out. Raises ValueError naming the row and what is wrong."""
-    form = guessed(text) if form == "auto" else form
-    found = {"text": from_text, "csv": from_csv, "tsv": from_tsv, "yaml": from_yaml, "json": from_json}[form](text)
+    """The rows of a text in one of FORMATS. `defaults` fill what a row leaves out. Raises ValueError naming the row and
+    what is wrong."""
+    form = guess_prompt_format(text) if form == "auto" else form
+    found = {
+        "text": parse_text_prompts,
+        "csv": parse_csv_prompts,
+        "tsv": parse_tsv_prompts,
+        "yaml": parse_yaml_prompts,
+        "json": parse_json_prompts,
+    }[form](text)
     if not found:
-        raise ValueError("There are no prompts. Write one line per concept, for example: red car -> blue car | guidance: 2")
-    return tuple(row(number, values, defaults or {}) for number, values in found)
+        raise ValueError(
+            "There are no prompts. Write one line per concept, for example: red car -> blue car | guidance: 2"
+        )
+    return tuple(build_prompt_row(number, values, defaults or {}) for number, values in found)
 
 
 def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...]:
     """The rows of a file, by its ending."""
     path = Path(path)
-    form = ENDINGS.get(path.suffix.lower())
+    form = PROMPT_FILE_FORMATS.get(path.suffix.lower())
     if form is None:
-        raise ValueError(f"{path.name} ends in {path.suffix!r}; prompt files end in {', '.join(ENDINGS)}.")
-    text = text_of(path)
+        raise ValueError(f"{path.name} ends in {path.suffix!r}; prompt files end in {', '.join(PROMPT_FILE_FORMATS)}.")
+    text = read_utf8_text(path)
     try:
         return read_prompts(text, form, defaults)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def text_of(path) -> str:
+def read_utf8_text(path) -> str:
     """What a file says. Raises ValueError when it is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -94,7 +118,7 @@ def text_of(path) -> str:
         raise ValueError(f"{Path(path).name} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
 
 
-def guessed(text: str) -> str:
+def guess_prompt_format(text: str) -> str:
     """The format of a text without a file name."""
     first = next((line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")), "")
     if first.startswith(("[", "{")):
@@ -107,11 +131,12 @@ def guessed(text: str) -> str:
     return "text"
 
 
-# -- formats: each gives [(where, {key: value})] -----------------------------------------------------------------------------
+# -- formats: each gives [(where, {key: value})] -----------------------------------------------------------------------
 
 
-def from_text(text):
-    """One concept a line: `target`, `target -> positive` (replace), each followed by ` | key: value` as often as wanted; # comments."""
+def parse_text_prompts(text):
+    """One concept a line: `target`, `target -> positive` (replace), each followed by ` | key: value` as often as
+    wanted; # comments."""
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.strip().startswith("#"):
@@ -128,74 +153,86 @@ def from_text(text):
     return rows
 
 
-def from_csv(text, mark=","):
+def parse_csv_prompts(text, mark=","):
     reader = csv.DictReader(io.StringIO(text), delimiter=mark, skipinitialspace=True)
     rows = []
     for number, values in enumerate(reader, 2):
         if None in values:
-            raise ValueError(f"Line {number} has more cells than the header. Put texts that hold {mark!r} in double quotes.")
-        rows.append((f"Line {number}", {(key or "").strip(): value.strip() for key, value in values.items() if value and value.strip()}))
+            raise ValueError(
+                f"Line {number} has more cells than the header. Put texts that hold {mark!r} in double quotes."
+            )
+        rows.append(
+            (
+                f"Line {number}",
+                {(key or "").strip(): value.strip() for key, value in values.items() if value and value.strip()},
+            )
+        )
     return [(where, values) for where, values in rows if values]
 
 
-def from_tsv(text):
-    return from_csv(text, "\t")
+def parse_tsv_prompts(text):
+    return parse_csv_prompts(text, "\t")
 
 
-def from_yaml(text):
+def parse_yaml_prompts(text):
     import yaml
 
     try:
-        return listed(yaml.safe_load(text))
+        return number_prompt_rows(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ValueError(f"This is no YAML: {' '.join(str(error).split())}") from error
 
 
-def from_json(text):
+def parse_json_prompts(text):
     try:
-        return listed(json.loads(text))
+        return number_prompt_rows(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"This is no JSON: {error.msg} at line {error.lineno}.") from error
 
 
-def listed(values):
+def number_prompt_rows(values):
     values = [values] if isinstance(values, dict) else values or []
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError("A prompt file is a list of rows, each with keys such as target and action.")
     return [(f"Row {number}", value) for number, value in enumerate(values, 1)]
 
 
-# -- one row ------------------------------------------------------------------------------------------------------------------
+# -- one row -----------------------------------------------------------------------------------------------------------
 
 
-def row(where, values: dict, defaults: dict) -> PromptRow:
+def build_prompt_row(where, values: dict, defaults: dict) -> PromptRow:
     try:
-        named = {known(key): value for key, value in values.items()}
+        named = {resolve_prompt_key(key): value for key, value in values.items()}
         if len(named) < len(values):
             raise ValueError(f"two of {', '.join(map(str, values))} mean the same. Keep one.")
-        return PromptRow(**{**defaults, **{key: typed(key, value) for key, value in named.items() if value is not None}})
+        return PromptRow(
+            **{
+                **defaults,
+                **{key: convert_prompt_value(key, value) for key, value in named.items() if value is not None},
+            }
+        )
     except TypeError as error:
         raise ValueError(f"{where} has no target. Write the words of the concept that is to be moved.") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def known(key) -> str:
+def resolve_prompt_key(key) -> str:
     name = str(key).strip().lower().replace(" ", "_").replace("-", "_")
-    name = ALIASES.get(name, name)
-    if name not in KEYS:
-        near = difflib.get_close_matches(name, [*KEYS, *ALIASES], 1)
+    name = PROMPT_KEY_ALIASES.get(name, name)
+    if name not in PROMPT_KEYS:
+        near = difflib.get_close_matches(name, [*PROMPT_KEYS, *PROMPT_KEY_ALIASES], 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no key {str(key)!r}.{hint} The keys are {', '.join(KEYS)}.")
+        raise ValueError(f"there is no key {str(key)!r}.{hint} The keys are {', '.join(PROMPT_KEYS)}.")
     return name
 
 
-def typed(key, value):
+def convert_prompt_value(key, value):
     if key in ("guidance", "weight"):
-        return number(key, value)
-    if key in COUNTS:
-        low, high = COUNTS[key]
-        count = number(key, value)
+        return parse_prompt_number(key, value)
+    if key in INTEGER_RANGES:
+        low, high = INTEGER_RANGES[key]
+        count = parse_prompt_number(key, value)
         if count != int(count) or not low <= count <= high:
             raise ValueError(f"{key} is {value!r}; it must be a whole number from {low} to {high}.")
         return int(count)
@@ -205,15 +242,15 @@ def typed(key, value):
             raise ValueError(f"{key} is {value!r}; it must be true or false.")
         return words[str(value).lower()]
     if key == "attributes":
-        return several(value, ";,")
+        return split_prompt_list(value, ";,")
     if key == "preserve":
-        return several(value, ";")  # commas do not part prompts; they are part of them
+        return split_prompt_list(value, ";")  # commas do not part prompts; they are part of them
     if isinstance(value, (dict, list)):
         raise ValueError(f"{key} is {value!r}; it must be text.")
     return str(value).strip()
 
 
-def number(key, value) -> float:
+def parse_prompt_number(key, value) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError
@@ -222,7 +259,7 @@ def number(key, value) -> float:
         raise ValueError(f"{key} is {value!r}; it must be a number.") from None
 
 
-def several(value, marks) -> tuple[str, ...]:
+def split_prompt_list(value, marks) -> tuple[str, ...]:
     """The parts of a list, of lines, or of a text parted by any of the marks."""
     parts = value if isinstance(value, (list, tuple)) else re.split(f"[{marks}\n]", str(value))
     return tuple(part for part in (str(part).strip() for part in parts) if part)

@@ -1,7 +1,8 @@
-"""Ratings of pictures: from files beside them, from folder names, from lists of better and worse; and what is kept by them.
+"""Ratings of pictures: from files beside them, from folder names, from lists of better and worse; and what is kept by
+them.
 
-A rating is a number on any scale. metadata files and .json sidecars may hold one as `score`; `cat.score` beside `cat.png` holds nothing
-else, and counts before them.
+A rating is a number on any scale. metadata files and .json sidecars may hold one as `score`; `cat.score` beside
+`cat.png` holds nothing else, and counts before them.
 """
 
 from __future__ import annotations
@@ -13,180 +14,231 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..settings import Settings, choice, number, switch
-from .encoded import Encoded
-from .metadata import Names, count, finite, present, read_text, short, some
-from .quality.thumbnails import Looking
-from .readers import existing, images_in, printable, read_folder, subfolders
-from .records import Dataset, Record
-from .sets import similar
+from ..settings import Settings, choice_field, number_field, switch_field
+from .encoded import EncodedDataset
+from .metadata import (
+    ImageNameIndex,
+    format_count,
+    format_first_names,
+    is_file_or_broken_link,
+    parse_finite_number,
+    read_text_file,
+    shorten_value,
+)
+from .quality.thumbnails import ScanOptions
+from .readers import list_images, list_subfolders, make_printable, read_folder, require_folder
+from .records import ImageDataset, ImageRecord
+from .sets import group_near_duplicates
 
-FILES, FOLDERS = SOURCES = ("files", "folder names")
-RATED = re.compile(r"([+-]?\d+(?:\.\d+)?)_.*|([+-]?\d+(?:\.\d+)?)", re.DOTALL)
-BETTER, WORSE = "better", "worse"
-ENOUGH = 20
-
-
-# -- reading -------------------------------------------------------------------------------------------------------------------------
-
-
-def read_rated(folder, source: str = FILES, progress=None) -> Dataset:
-    """The pictures of a folder with their ratings. files: as `read_folder`, and .score files. folder names: of subfolders such as
-    `7.5_name` or `7.5`; the number is the rating, and no picture is repeated."""
-    if source not in SOURCES:
-        raise ValueError(f"The source of ratings is {source!r}; choose one of {', '.join(SOURCES)}.")
-    if source == FOLDERS:
-        return from_folder_names(folder, progress)
-    return with_sidecars(read_folder(folder, progress=progress))
+RATINGS_IN_FILES, RATINGS_IN_FOLDER_NAMES = RATING_SOURCES = ("files", "folder names")
+RATED_FOLDER_NAME = re.compile(r"([+-]?\d+(?:\.\d+)?)_.*|([+-]?\d+(?:\.\d+)?)", re.DOTALL)
+BETTER_COLUMN, WORSE_COLUMN = "better", "worse"
+MIN_RATED_IMAGES = 20
 
 
-def with_sidecars(dataset: Dataset) -> Dataset:
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_rated_folder(folder, source: str = RATINGS_IN_FILES, progress=None) -> ImageDataset:
+    """The pictures of a folder with their ratings. files: as `read_folder`, and .score files. folder names: of
+    subfolders such as `7.5_name` or `7.5`; the number is the rating, and no picture is repeated."""
+    if source not in RATING_SOURCES:
+        raise ValueError(f"The source of ratings is {source!r}; choose one of {', '.join(RATING_SOURCES)}.")
+    if source == RATINGS_IN_FOLDER_NAMES:
+        return read_folder_name_ratings(folder, progress)
+    return add_sidecar_scores(read_folder(folder, progress=progress))
+
+
+def add_sidecar_scores(dataset: ImageDataset) -> ImageDataset:
     """The dataset with the ratings of .score files. A broken one takes its picture out, with the reason."""
     records, skipped = [], list(dataset.skipped)
     for record in dataset:
         file = Path(record.path).with_suffix(".score")
         try:
-            records.append(replace(record, score=score_in(file)) if present(file) else record)
+            records.append(replace(record, score=read_score_file(file)) if is_file_or_broken_link(file) else record)
         except ValueError as error:
             skipped.append((record.path, str(error)))
-    return Dataset(tuple(records), tuple(skipped))
+    return ImageDataset(tuple(records), tuple(skipped))
 
 
-def score_in(file: Path) -> float:
-    text = read_text(file, "rating").strip()
-    score = finite(text)
+def read_score_file(file: Path) -> float:
+    text = read_text_file(file, "rating").strip()
+    score = parse_finite_number(text)
     if score is None:
-        raise ValueError(f"The rating {file} holds {short(repr(text))}; it must hold one number, such as 7.5.")
+        raise ValueError(f"The rating {file} holds {shorten_value(repr(text))}; it must hold one number, such as 7.5.")
     return score
 
 
-def from_folder_names(folder, progress=None) -> Dataset:
-    root = existing(folder)
-    rated = [(sub, RATED.fullmatch(sub.name)) for sub in subfolders(root) if images_in(sub)]
+def read_folder_name_ratings(folder, progress=None) -> ImageDataset:
+    root = require_folder(folder)
+    rated = [(sub, RATED_FOLDER_NAME.fullmatch(sub.name)) for sub in list_subfolders(root) if list_images(sub)]
     named = [(sub, float(match[1] or match[2])) for sub, match in rated if match]
     if not named:
-        raise ValueError(f"No folder in {root} is called after a rating. Call them 7.5_name or 7.5, with the pictures inside.")
-    parts = [rate_all(read_folder(sub, progress=progress), score) for sub, score in named]
+        raise ValueError(
+            f"No folder in {root} is called after a rating. Call them 7.5_name or 7.5, with the pictures inside."
+        )
+    parts = [set_uniform_score(read_folder(sub, progress=progress), score) for sub, score in named]
     missed = [(str(sub), "its name does not begin with a rating such as 7.5_") for sub, match in rated if not match]
-    loose = [(str(file), "it lies in no folder that is called after a rating") for file in images_in(root)]
-    return Dataset(tuple(r for part in parts for r in part), tuple([*(s for part in parts for s in part.skipped), *missed, *loose]))
+    loose = [(str(file), "it lies in no folder that is called after a rating") for file in list_images(root)]
+    return ImageDataset(
+        tuple(r for part in parts for r in part), tuple([*(s for part in parts for s in part.skipped), *missed, *loose])
+    )
 
 
-def rate_all(dataset: Dataset, score: float) -> Dataset:
+def set_uniform_score(dataset: ImageDataset, score: float) -> ImageDataset:
     return replace(dataset, records=tuple(replace(record, score=score) for record in dataset))
 
 
-def read_pairs(file, paths: Sequence[str]) -> list[tuple[int, int]]:
+def read_preference_table(file, paths: Sequence[str]) -> list[tuple[int, int]]:
     """(better, worse) as indices into paths, from a table with the columns better and worse that name pictures.
 
     ValueError for names that no single picture has, and for a picture that is better than itself."""
     file, found, unknown = Path(file), [], []
-    names = Names([Path(path) for path in paths], file.parent)
+    names = ImageNameIndex([Path(path) for path in paths], file.parent)
     places = {Path(path): index for index, path in enumerate(paths)}
-    for where, row in pair_rows(file):
-        sides = [names.find(row[side]) for side in (BETTER, WORSE)]
+    for where, row in read_preference_rows(file):
+        sides = [names.find(row[side]) for side in (BETTER_COLUMN, WORSE_COLUMN)]
         if any(len(side) != 1 for side in sides):
-            unknown += [row[name] for name, side in zip((BETTER, WORSE), sides, strict=True) if len(side) != 1]
+            unknown += [
+                row[name] for name, side in zip((BETTER_COLUMN, WORSE_COLUMN), sides, strict=True) if len(side) != 1
+            ]
             continue
         better, worse = (places[side[0]] for side in sides)
         if better == worse:
-            raise ValueError(f"{file}, {where} says that {row[BETTER]} is better than itself. Name two pictures.")
+            raise ValueError(
+                f"{file}, {where} says that {row[BETTER_COLUMN]} is better than itself. Name two pictures."
+            )
         found.append((better, worse))
     if unknown:
-        raise ValueError(f"{file} names {count(sorted(set(unknown)), 'picture')} that the dataset does not hold, or holds several times: "
-                         f"{some(sorted(set(unknown)))}. Write the file names, or paths from the folder of that file.")
+        raise ValueError(
+            f"{file} names {format_count(sorted(set(unknown)), 'picture')} that the dataset does not hold, or holds "
+            f"several times: {format_first_names(sorted(set(unknown)))}. Write the file names, or paths from the "
+            "folder of that file."
+        )
     if not found:
         raise ValueError(f"{file} holds no pair. Below its first line, better,worse, each line names two pictures.")
     return found
 
 
-def pair_rows(file: Path) -> list[tuple[str, dict[str, str]]]:
-    text = read_text(file, "list of pairs", 64 << 20)
+def read_preference_rows(file: Path) -> list[tuple[str, dict[str, str]]]:
+    text = read_text_file(file, "list of pairs", 64 << 20)
     header = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",", ";", "\t", key=header.count))
     reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    if not {BETTER, WORSE} <= set(reader.fieldnames):
-        raise ValueError(f"{file} begins with {short(repr(header))}; its first line must name the columns: better,worse.")
-    rows = [(f"line {reader.line_num}", {k: (row[k] or "").strip() for k in (BETTER, WORSE)}) for row in reader]
+    if not {BETTER_COLUMN, WORSE_COLUMN} <= set(reader.fieldnames):
+        raise ValueError(
+            f"{file} begins with {shorten_value(repr(header))}; its first line must name the columns: better,worse."
+        )
+    rows = [
+        (f"line {reader.line_num}", {k: (row[k] or "").strip() for k in (BETTER_COLUMN, WORSE_COLUMN)})
+        for row in reader
+    ]
     if empty := [where for where, row in rows if not all(row.values())]:
         raise ValueError(f"{file}, {empty[0]} names fewer than two pictures.")
     return rows
 
 
-# -- checking ------------------------------------------------------------------------------------------------------------------------
+# -- checking ----------------------------------------------------------------------------------------------------------
 
 
 def check_ratings(names: Sequence[str], scores: Sequence[float | None], few: bool = False) -> None:
     """ValueError for no ratings, too few, or all the same."""
     rated = [score for score in scores if score is not None]
     if not rated:
-        raise ValueError(f"None of the {len(scores)} pictures has a rating: {some([printable(Path(n).name) for n in names])}. Write a number into "
-                         "cat.score beside cat.png, a column score into metadata.csv, or put pictures into folders such as 7.5_name; then "
-                         "read them with Load Rated Pictures.")
-    check_enough(len(rated), few)
+        raise ValueError(
+            f"None of the {len(scores)} pictures has a rating: "
+            f"{format_first_names([make_printable(Path(n).name) for n in names])}. Write a number into cat.score "
+            "beside cat.png, a column score into metadata.csv, or put pictures into folders such as 7.5_name; then "
+            "read them with Load Rated Pictures."
+        )
+    check_rated_count(len(rated), few)
     if len(set(rated)) == 1:
-        raise ValueError(f"All {len(rated)} ratings are {rated[0]:g}, so there is nothing to learn from them. Rate some pictures lower and some higher.")
+        raise ValueError(
+            f"All {len(rated)} ratings are {rated[0]:g}, so there is nothing to learn from them. Rate some pictures "
+            "lower and some higher."
+        )
 
 
-def check_enough(rated: int, few: bool) -> None:
-    if rated < 2 or (rated < ENOUGH and not few):
-        raise ValueError(f"{rated} pictures are rated. So few can show that a graph runs; they cannot tell a taste from chance: with {ENOUGH} the order "
-                         "is known to about +-0.45 in Spearman's correlation, with 100 to +-0.2. Rate at least "
-                         f"{ENOUGH}, better 200, or switch few on to try it out.")
+def check_rated_count(rated: int, few: bool) -> None:
+    if rated < 2 or (rated < MIN_RATED_IMAGES and not few):
+        raise ValueError(
+            f"{rated} pictures are rated. So few can show that a graph runs; they cannot tell a taste from chance: "
+            f"with {MIN_RATED_IMAGES} the order is known to about +-0.45 in Spearman's correlation, with 100 to +-0.2. "
+            f"Rate at least {MIN_RATED_IMAGES}, better 200, or switch few on to try it out."
+        )
 
 
-def groups_of(data: Encoded, looking: Looking) -> list[str]:
-    """For each picture the name of the group of near-duplicates it belongs to; what has no file is known by its content alone."""
-    records = [Record(item.id, item.path, tuple(item.bucket or (1, 1))) for item in data.items if item.path]
-    names = similar(Dataset(tuple(records)), looking) if records else {}
+def duplicate_group_names(data: EncodedDataset, looking: ScanOptions) -> list[str]:
+    """For each picture the name of the group of near-duplicates it belongs to; what has no file is known by its content
+    alone."""
+    records = [ImageRecord(item.id, item.path, tuple(item.bucket or (1, 1))) for item in data.items if item.path]
+    names = group_near_duplicates(ImageDataset(tuple(records)), looking) if records else {}
     return [names.get(item.id, item.id) for item in data.items]
 
 
-# -- keeping by score ------------------------------------------------------------------------------------------------------------------
+# -- keeping by score --------------------------------------------------------------------------------------------------
 
-SHARE, THRESHOLD, NUMBER = "share", "threshold", "number"
+SELECT_SHARE, SELECT_THRESHOLD, SELECT_NUMBER = "share", "threshold", "number"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings(Settings):
     """Which pictures stay."""
 
-    by: str = choice(SHARE, (SHARE, THRESHOLD, NUMBER), "share: that part of them. threshold: those with at least this score. number: so many.")
-    share: float = number(0.5, 0.0, 1.0, "With by = share: this part of the pictures stays.", step=0.05)
-    threshold: float = number(5.0, -10_000.0, 10_000.0, "With by = threshold: the lowest score that stays, on the scale of the scores.", step=0.1)
-    number: int = number(100, 1, 1_000_000, "With by = number: how many stay.", unit="pictures")
-    lowest: bool = switch(False, "Keep the lowest scores instead of the highest.")
-    keep_order: bool = switch(True, "Keep the pictures in the order they came in. Off: the best first.")
+    by: str = choice_field(
+        SELECT_SHARE,
+        (SELECT_SHARE, SELECT_THRESHOLD, SELECT_NUMBER),
+        "share: that part of them. threshold: those with at least this score. number: so many.",
+    )
+    share: float = number_field(0.5, 0.0, 1.0, "With by = share: this part of the pictures stays.", step=0.05)
+    threshold: float = number_field(
+        5.0,
+        -10_000.0,
+        10_000.0,
+        "With by = threshold: the lowest score that stays, on the scale of the scores.",
+        step=0.1,
+    )
+    number: int = number_field(100, 1, 1_000_000, "With by = number: how many stay.", unit="pictures")
+    lowest: bool = switch_field(False, "Keep the lowest scores instead of the highest.")
+    keep_order: bool = switch_field(True, "Keep the pictures in the order they came in. Off: the best first.")
 
 
-def scored(dataset: Dataset, scores: Sequence[float]) -> Dataset:
+def set_image_scores(dataset: ImageDataset, scores: Sequence[float]) -> ImageDataset:
     """The dataset with these scores, one for each picture."""
     if len(scores) != len(dataset):
-        raise ValueError(f"There are {len(dataset)} pictures and {len(scores)} scores. Connect the scores of these very pictures.")
+        raise ValueError(
+            f"There are {len(dataset)} pictures and {len(scores)} scores. Connect the scores of these very pictures."
+        )
     return replace(dataset, records=tuple(replace(r, score=float(s)) for r, s in zip(dataset, scores, strict=True)))
 
 
-def ranked(dataset: Dataset, settings: RankSettings) -> tuple[Dataset, Dataset]:
+def select_by_score(dataset: ImageDataset, settings: RankSettings) -> tuple[ImageDataset, ImageDataset]:
     """(what stays, what goes). Ties stay in the order they came in."""
-    if unrated := [printable(Path(r.path).name) for r in dataset if r.score is None]:
-        raise ValueError(f"{count(unrated, 'picture')} of {len(dataset)} have no score: {some(unrated)}. Put Score Images before this node.")
+    if unrated := [make_printable(Path(r.path).name) for r in dataset if r.score is None]:
+        raise ValueError(
+            f"{format_count(unrated, 'picture')} of {len(dataset)} have no score: {format_first_names(unrated)}. Put "
+            "Score Images before this node."
+        )
     sign = 1 if settings.lowest else -1
     order = sorted(range(len(dataset)), key=lambda i: sign * dataset[i].score)
-    stays = order[: how_many(dataset, settings)]
+    stays = order[: count_selected_images(dataset, settings)]
     if not stays:
         scores = [r.score for r in dataset]
         reach = f"; the scores go from {min(scores):g} to {max(scores):g}" if scores else ""
-        raise ValueError(f"No picture of {len(dataset)} stays with {settings.by} = {getattr(settings, settings.by):g}{reach}. Choose another value.")
+        raise ValueError(
+            f"No picture of {len(dataset)} stays with {settings.by} = {getattr(settings, settings.by):g}{reach}. "
+            "Choose another value."
+        )
     goes = order[len(stays) :]
     if settings.keep_order:
         stays, goes = sorted(stays), sorted(goes)
-    return tuple(Dataset(tuple(dataset[i] for i in some_), dataset.skipped) for some_ in (stays, goes))
+    return tuple(ImageDataset(tuple(dataset[i] for i in some_), dataset.skipped) for some_ in (stays, goes))
 
 
-def how_many(dataset: Dataset, settings: RankSettings) -> int:
-    if settings.by == SHARE:
+def count_selected_images(dataset: ImageDataset, settings: RankSettings) -> int:
+    if settings.by == SELECT_SHARE:
         return round(settings.share * len(dataset))
-    if settings.by == NUMBER:
+    if settings.by == SELECT_NUMBER:
         return settings.number
     inside = (lambda s: s <= settings.threshold) if settings.lowest else (lambda s: s >= settings.threshold)
     return sum(inside(record.score) for record in dataset)

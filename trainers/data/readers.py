@@ -1,9 +1,11 @@
-"""From folders to datasets: images, what sidecars and metadata files say about them, masks, kohya's `N_name` folders, in natural order.
+"""From folders to datasets: images, what sidecars and metadata files say about them, masks, kohya's `N_name` folders,
+in natural order.
 
 A broken file is reported in Dataset.skipped and left out, or raised with strict=True; it is never left out silently.
 
-Of each fact the nearest source counts: the picture's own sidecars (.txt, then .caption, then .json), then the metadata file of its
-own folder, then that of the folder above, then the name of a kohya folder. An empty .txt says that there is no caption.
+Of each fact the nearest source counts: the picture's own sidecars (.txt, then .caption, then .json), then the metadata
+file of its own folder, then that of the folder above, then the name of a kohya folder. An empty .txt says that there is
+no caption.
 """
 
 from __future__ import annotations
@@ -21,28 +23,48 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from .metadata import MOST_REPEATS, TABLES, Note, bytes_of, count, present, read_table, sidecar_notes, some, together
-from .records import SIDEWAYS, Dataset, Record, check_mask_size, check_mode, has_alpha, orientation, sha1
+from .metadata import (
+    MAX_REPEATS,
+    METADATA_FILES,
+    ImageMetadata,
+    format_count,
+    format_first_names,
+    is_file_or_broken_link,
+    merge_metadata,
+    read_file_bytes,
+    read_metadata_table,
+    read_sidecar_metadata,
+)
+from .records import (
+    SIDEWAYS_ORIENTATIONS,
+    ImageDataset,
+    ImageRecord,
+    check_colour_mode,
+    check_mask_size,
+    has_alpha,
+    read_exif_orientation,
+    sha1_hex,
+)
 
-MASK = ".mask.png"
-KOHYA = re.compile(r"(\d+)_(.*)", re.DOTALL)
-ONE, ALTERNATIVES = "one", "alternatives"
-CAPTION_LINES = (ONE, ALTERNATIVES)
+MASK_SUFFIX = ".mask.png"
+KOHYA_FOLDER_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)
+ONE_CAPTION, ALTERNATIVE_CAPTIONS = "one", "alternatives"
+CAPTION_LINE_MODES = (ONE_CAPTION, ALTERNATIVE_CAPTIONS)
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderReadOptions:
     """What a folder is read with."""
 
     caption_extension: str
     alpha_mask: bool
     alternatives: bool
-    notes: dict[Path, list[Note]]  # from metadata files, the nearest first
+    notes: dict[Path, list[ImageMetadata]]  # from metadata files, the nearest first
     masks: dict[Path, Path]  # from the folder of masks
 
 
 @dataclass(frozen=True)
-class Listed:
+class FolderImage:
     """A picture that is to be read."""
 
     file: Path
@@ -51,7 +73,7 @@ class Listed:
 
 
 @dataclass
-class Skipped:
+class SkippedFiles:
     """What is left out, or noticed, with the reason; strict raises instead."""
 
     strict: bool
@@ -71,30 +93,34 @@ def read_folder(
     strict: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
     *,
-    caption_lines: str = ONE,
+    caption_lines: str = ONE_CAPTION,
     masks=None,
     metadata=None,
-) -> Dataset:
-    """The images of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of images without one).
+) -> ImageDataset:
+    """The images of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of images
+    without one).
 
     alpha_mask: images with transparency and no other mask use their alpha as the loss mask.
     progress(done, total, file name) is called after each file and may raise to stop.
-    caption_lines: "alternatives" takes every line of a caption as a caption of its own. masks: a folder of masks of the same stems.
+    caption_lines: "alternatives" takes every line of a caption as a caption of its own. masks: a folder of masks of the
+    same stems.
     metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json."""
-    if caption_lines not in CAPTION_LINES:
-        raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINES)}.")
-    root, skipped = existing(path), Skipped(strict)
-    masks = None if masks is None else existing(masks)
-    files = listing(root, masks, skipped)
+    if caption_lines not in CAPTION_LINE_MODES:
+        raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINE_MODES)}.")
+    root, skipped = require_folder(path), SkippedFiles(strict)
+    masks = None if masks is None else require_folder(masks)
+    files = list_folder_images(root, masks, skipped)
     if not files:
-        raise ValueError(nothing_found(root, skipped.found))
-    alternatives = caption_lines == ALTERNATIVES
-    notes = noted(root, [listed.file for listed in files], metadata, alternatives, skipped)
-    layout = Layout(caption_extension, alpha_mask, alternatives, notes, matched_masks(root, masks, files, skipped))
+        raise ValueError(format_no_images_found(root, skipped.found))
+    alternatives = caption_lines == ALTERNATIVE_CAPTIONS
+    notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped)
+    layout = FolderReadOptions(
+        caption_extension, alpha_mask, alternatives, notes, match_masks(root, masks, files, skipped)
+    )
     records = []
     for done, listed in enumerate(files, 1):
         try:
-            records.append(read_record(listed, repeats, layout))
+            records.append(read_image_record(listed, repeats, layout))
         except ValueError as error:
             skipped.add(listed.file, error)
         if progress:
@@ -103,14 +129,15 @@ def read_folder(
         own = {str(listed.file) for listed in files}
         reasons = "; ".join([reason for path, reason in skipped.found if path in own][:3])
         raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
-    return Dataset(tuple(records), tuple(skipped.found))
+    return ImageDataset(tuple(records), tuple(skipped.found))
 
 
-def folder_state(path, masks=None) -> str:
-    """A hash of every name, size and time below the folder and below the folder of masks: cheap to ask whether to read them again."""
+def hash_folder_state(path, masks=None) -> str:
+    """A hash of every name, size and time below the folder and below the folder of masks: cheap to ask whether to read
+    them again."""
     lines = []
-    for folder in [existing(path)] + ([existing(masks)] if masks is not None else []):
-        for file in files_below(folder):
+    for folder in [require_folder(path)] + ([require_folder(masks)] if masks is not None else []):
+        for file in list_files_below(folder):
             with suppress(OSError):  # a link to nowhere, or gone in the meantime
                 stat = file.stat()
                 lines.append(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}")
@@ -118,23 +145,25 @@ def folder_state(path, masks=None) -> str:
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def files_below(folder: Path) -> list[Path]:
+def list_files_below(folder: Path) -> list[Path]:
     """All files, sorted; of folders that are links, those directly inside `folder` are entered, as the reader does."""
-    linked = [entry for entry in subfolders(folder) if entry.is_symlink()]
+    linked = [entry for entry in list_subfolders(folder) if entry.is_symlink()]
     trees = [os.walk(folder), *(os.walk(entry) for entry in linked)]
     return sorted({Path(place, name) for tree in trees for place, _, names in tree for name in names})
 
 
-def require_captions(dataset: Dataset) -> None:
+def require_captions(dataset: ImageDataset) -> None:
     """ValueError naming the first images that have no caption."""
     bare = [Path(record.path).name for record in dataset if not any(caption.strip() for caption in record.captions)]
     if bare:
         names = ", ".join(bare[:5]) + (", ..." if len(bare) > 5 else "")
-        raise ValueError(f"Captions are asked for, and {len(bare)} of {len(dataset)} images have none: {names}. Put a text file of the "
-                         "same name beside each image, set a trigger word, or choose the caption mode 'empty (unconditional)'.")
+        raise ValueError(
+            f"Captions are asked for, and {len(bare)} of {len(dataset)} images have none: {names}. Put a text file of "
+            "the same name beside each image, set a trigger word, or choose the caption mode 'empty (unconditional)'."
+        )
 
 
-def existing(path) -> Path:
+def require_folder(path) -> Path:
     root = Path(path)
     if not root.exists():
         raise ValueError(f"The folder {root} does not exist. Check its name; paths are relative to {Path.cwd()}.")
@@ -143,90 +172,104 @@ def existing(path) -> Path:
     return root
 
 
-def listing(root: Path, masks: Path | None, skipped: Skipped) -> list[Listed]:
+def list_folder_images(root: Path, masks: Path | None, skipped: SkippedFiles) -> list[FolderImage]:
     """The images in natural order; folders that are not read go to skipped."""
-    files = [Listed(file, 1, None) for file in images_in(root)]
-    for folder in subfolders(root):
+    files = [FolderImage(file, 1, None) for file in list_images(root)]
+    for folder in list_subfolders(root):
         if masks is not None and folder.resolve() == masks.resolve():
             continue
         try:
-            files += listed_in(folder, root)
+            files += list_kohya_images(folder, root)
         except ValueError as error:
             skipped.found.append((str(folder), str(error)))  # also with strict: nothing in it was asked for
     return files
 
 
-def listed_in(folder: Path, root: Path) -> list[Listed]:
+def list_kohya_images(folder: Path, root: Path) -> list[FolderImage]:
     """The images of a subfolder called like 10_name. ValueError saying why it is not read."""
-    images, match = images_in(folder), KOHYA.fullmatch(folder.name)
+    images, match = list_images(folder), KOHYA_FOLDER_NAME.fullmatch(folder.name)
     if not match:
         if images:
             raise ValueError("its name does not begin with a number of repeats; call it 1_name to include its images")
         return []
     if int(match[1]) == 0:
         raise ValueError("its name asks for 0 repeats")
-    if int(match[1]) > MOST_REPEATS:
-        raise ValueError(f"its name asks for {match[1]} repeats; at most {MOST_REPEATS} are taken")
+    if int(match[1]) > MAX_REPEATS:
+        raise ValueError(f"its name asks for {match[1]} repeats; at most {MAX_REPEATS} are taken")
     if root.resolve().is_relative_to(folder.resolve()):
         raise ValueError("it is a link that leads back to the folder it lies in")
-    return [Listed(file, int(match[1]), printable(match[2].strip())) for file in images]
+    return [FolderImage(file, int(match[1]), make_printable(match[2].strip())) for file in images]
 
 
-def printable(name: str) -> str:
+def make_printable(name: str) -> str:
     """A file name as text: bytes that are no UTF-8 become question marks."""
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
-def subfolders(root: Path) -> list[Path]:
-    return sorted((entry for entry in entries(root) if entry.is_dir() and not entry.name.startswith(".")), key=natural)
+def list_subfolders(root: Path) -> list[Path]:
+    return sorted(
+        (entry for entry in list_folder_entries(root) if entry.is_dir() and not entry.name.startswith(".")),
+        key=natural_sort_key,
+    )
 
 
-def images_in(folder: Path) -> list[Path]:
-    return sorted((entry for entry in entries(folder) if is_image(entry)), key=natural)
+def list_images(folder: Path) -> list[Path]:
+    return sorted((entry for entry in list_folder_entries(folder) if is_image_file(entry)), key=natural_sort_key)
 
 
-def entries(folder: Path) -> list[Path]:
+def list_folder_entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions.") from error
+        raise ValueError(
+            f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions."
+        ) from error
 
 
-def is_image(file: Path) -> bool:
+def is_image_file(file: Path) -> bool:
     name = file.name.lower()
-    return file.suffix.lower() in extensions() and not name.endswith(MASK) and not name.startswith(".") and present(file)
+    return (
+        file.suffix.lower() in image_extensions()
+        and not name.endswith(MASK_SUFFIX)
+        and not name.startswith(".")
+        and is_file_or_broken_link(file)
+    )
 
 
 @lru_cache(maxsize=1)
-def extensions() -> tuple[str, ...]:
+def image_extensions() -> tuple[str, ...]:
     """The file name endings that are read; .avif where this Pillow can decode it."""
     usual = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
     return (*usual, ".avif") if ".avif" in Image.registered_extensions() else usual
 
 
-def natural(file: Path):
+def natural_sort_key(file: Path):
     """Sort key in which image 2 comes before image 10."""
     parts = re.split(r"([0-9]+)", file.name.casefold())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
 
 
-def nothing_found(root: Path, skipped) -> str:
+def format_no_images_found(root: Path, skipped) -> str:
     found = Counter(entry.suffix.lower() or "files without an ending" for entry in root.iterdir() if entry.is_file())
     holds = ", ".join(f"{count} {ending}" for ending, count in found.most_common(5)) or "no files"
-    folders = f" Not read: {'; '.join(f'{Path(folder).name} ({why})' for folder, why in skipped[:3])}." if skipped else ""
-    return f"No images in {root}: it holds {holds}.{folders} Images end in {', '.join(extensions())}."
+    folders = (
+        f" Not read: {'; '.join(f'{Path(folder).name} ({why})' for folder, why in skipped[:3])}." if skipped else ""
+    )
+    return f"No images in {root}: it holds {holds}.{folders} Images end in {', '.join(image_extensions())}."
 
 
-# -- what lies beside the images --------------------------------------------------------------------------------------------------
+# -- what lies beside the images ---------------------------------------------------------------------------------------
 
 
-def noted(root: Path, images: list[Path], metadata, alternatives: bool, skipped: Skipped) -> dict[Path, list[Note]]:
+def read_metadata_notes(
+    root: Path, images: list[Path], metadata, alternatives: bool, skipped: SkippedFiles
+) -> dict[Path, list[ImageMetadata]]:
     """What metadata files say about each image, the nearest file first."""
-    notes: dict[Path, list[Note]] = {}
-    for file in [existing_file(metadata)] if metadata is not None else tables_for(root, images):
+    notes: dict[Path, list[ImageMetadata]] = {}
+    for file in [require_metadata_file(metadata)] if metadata is not None else list_metadata_files(root, images):
         below = [image for image in images if metadata is not None or image.is_relative_to(file.parent)]
         try:
-            table = read_table(file, below, alternatives)
+            table = read_metadata_table(file, below, alternatives)
         except ValueError as error:
             if metadata is not None:
                 raise
@@ -239,29 +282,33 @@ def noted(root: Path, images: list[Path], metadata, alternatives: bool, skipped:
     return notes
 
 
-def existing_file(path) -> Path:
+def require_metadata_file(path) -> Path:
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"The metadata file {file} does not exist. Check its name; paths are relative to {Path.cwd()}.")
+        raise ValueError(
+            f"The metadata file {file} does not exist. Check its name; paths are relative to {Path.cwd()}."
+        )
     return file
 
 
-def tables_for(root: Path, images: list[Path]) -> list[Path]:
+def list_metadata_files(root: Path, images: list[Path]) -> list[Path]:
     """The metadata files of the images' own folders, then those of root."""
     folders = [*dict.fromkeys(image.parent for image in images if image.parent != root), root]
-    return [folder / name for folder in folders for name in TABLES if present(folder / name)]
+    return [folder / name for folder in folders for name in METADATA_FILES if is_file_or_broken_link(folder / name)]
 
 
-def matched_masks(root: Path, masks: Path | None, files: list[Listed], skipped: Skipped) -> dict[Path, Path]:
+def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skipped: SkippedFiles) -> dict[Path, Path]:
     """The mask of each image: of the same subfolder and stem inside the folder of masks, or else of the same stem."""
     if masks is None:
         return {}
     if masks.resolve() == root.resolve():
-        raise ValueError(f"{masks} is the folder of the images themselves. Give a folder of its own to the masks, "
-                         "or call them name.mask.png beside the images and choose no folder of masks.")
+        raise ValueError(
+            f"{masks} is the folder of the images themselves. Give a folder of its own to the masks, or call them "
+            "name.mask.png beside the images and choose no folder of masks."
+        )
     known: dict[str, Path] = {}
-    for folder in (masks, *subfolders(masks)):
-        for file in images_in(folder):
+    for folder in (masks, *list_subfolders(masks)):
+        for file in list_images(folder):
             stem = (file.relative_to(masks).parent / file.stem).as_posix()
             if stem in known:
                 skipped.add(file, f"{known[stem].name} is the mask of the same name already; remove one of them")
@@ -272,39 +319,52 @@ def matched_masks(root: Path, masks: Path | None, files: list[Listed], skipped: 
         if mask := known.get(stem) or known.get(listed.file.stem):
             found[listed.file] = mask
     if not found:
-        raise ValueError(f"No mask in {masks} has the name of an image in {root}; it holds {some([file.name for file in known.values()]) or 'no images'}. "
-                         "A mask is called like its image: cat.png for cat.jpg.")
+        raise ValueError(
+            f"No mask in {masks} has the name of an image in {root}; it holds "
+            f"{format_first_names([file.name for file in known.values()]) or 'no images'}. A mask is called like its "
+            "image: cat.png for cat.jpg."
+        )
     unused = [file.name for file in known.values() if file not in set(found.values())]
     if unused:
-        skipped.add(masks, f"no image for {count(unused, 'mask')}: {some(unused)}")
+        skipped.add(masks, f"no image for {format_count(unused, 'mask')}: {format_first_names(unused)}")
     return found
 
 
-# -- one file -----------------------------------------------------------------------------------------------------------------
+# -- one file ----------------------------------------------------------------------------------------------------------
 
 
-def read_record(listed: Listed, times: int, layout: Layout) -> Record:
+def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions) -> ImageRecord:
     """The record of one image file. Its bytes are read once for the hash and the size and are not kept."""
     file = listed.file
-    data = bytes_of(file)
-    size, alpha = probe(file, data)
-    notes = [*sidecar_notes(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
-    note = together(notes)
+    data = read_file_bytes(file)
+    size, alpha = probe_image(file, data)
+    notes = [*read_sidecar_metadata(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
+    note = merge_metadata(notes)
     if note.fault:
         raise ValueError(note.fault)
     repeats = listed.repeats if note.repeats is None else note.repeats
     if not repeats:
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
-    mask, mask_id = find_mask(file, size, note.mask or layout.masks.get(file))
+    mask, mask_id = find_image_mask(file, size, note.mask or layout.masks.get(file))
     if mask is None and alpha and layout.alpha_mask:
-        mask, mask_id = str(file), sha1(data)
-    return Record(
-        id=sha1(data), path=str(file), size=size, captions=captions_of(note, listed.name), tags=note.tags or (), score=note.score,
-        mask=mask, mask_id=mask_id, repeats=times * repeats, split=note.split or "train", pair=note.pair, strength=note.strength,
-    )  # fmt: skip
+        mask, mask_id = str(file), sha1_hex(data)
+    return ImageRecord(
+        id=sha1_hex(data),
+        path=str(file),
+        size=size,
+        captions=choose_captions(note, listed.name),
+        tags=note.tags or (),
+        score=note.score,
+        mask=mask,
+        mask_id=mask_id,
+        repeats=times * repeats,
+        split=note.split or "train",
+        pair=note.pair,
+        strength=note.strength,
+    )
 
 
-def captions_of(note: Note, name: str | None) -> tuple[str, ...]:
+def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:
     """What was said; else the tags in one line, as kohya joins them; else the folder's name."""
     if note.captions is not None:
         return note.captions
@@ -313,30 +373,38 @@ def captions_of(note: Note, name: str | None) -> tuple[str, ...]:
     return (name,) if name else ()
 
 
-def probe(file: Path, data: bytes):
-    """((width, height) upright, whether it has alpha). Decodes all of it, because only then does a truncated file show."""
+def probe_image(file: Path, data: bytes):
+    """((width, height) upright, whether it has alpha). Decodes all of it, because only then does a truncated file
+    show."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            check_mode(image.mode)
-            image.draft(None, (max(width // 8, 1), max(height // 8, 1)))  # a JPEG at an eighth: all its bytes, less time
-            image.load()  # before the orientation is asked for, which would load a PNG and take its error for a damaged mark
-            size = (height, width) if orientation(image) in SIDEWAYS else (width, height)
+            check_colour_mode(image.mode)
+            image.draft(
+                None, (max(width // 8, 1), max(height // 8, 1))
+            )  # a JPEG at an eighth: all its bytes, less time
+            # before the orientation is asked for, which would load a PNG and take its error for a damaged mark
+            image.load()
+            size = (height, width) if read_exif_orientation(image) in SIDEWAYS_ORIENTATIONS else (width, height)
             return size, has_alpha(image)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{file} cannot be decoded as an image (it is of no known kind). Replace it or take it out.") from error
+        raise ValueError(
+            f"{file} cannot be decoded as an image (it is of no known kind). Replace it or take it out."
+        ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... for broken files
-        raise ValueError(f"{file} cannot be decoded as an image ({error or type(error).__name__}). Replace it or take it out.") from error
+        raise ValueError(
+            f"{file} cannot be decoded as an image ({error or type(error).__name__}). Replace it or take it out."
+        ) from error
 
 
-def find_mask(file: Path, size, named: Path | None) -> tuple[str | None, str | None]:
+def find_image_mask(file: Path, size, named: Path | None) -> tuple[str | None, str | None]:
     """(path, sha1) of `name.mask.png` beside the image, else of the one that metadata or a folder of masks names."""
-    beside = file.with_name(file.stem + MASK)
-    mask = beside if present(beside) else named
+    beside = file.with_name(file.stem + MASK_SUFFIX)
+    mask = beside if is_file_or_broken_link(beside) else named
     if mask is None:
         return None, None
-    data = bytes_of(mask)
-    check_mask_size(mask, probe(mask, data)[0], size)
-    return str(mask), sha1(data)
+    data = read_file_bytes(mask)
+    check_mask_size(mask, probe_image(mask, data)[0], size)
+    return str(mask), sha1_hex(data)

@@ -1,7 +1,7 @@
 """What is known about each picture of a dataset, without holding the picture itself.
 
-A record's id is the sha1 of the file's bytes, so caches, splits and counters survive renaming and moving. Pixels are decoded
-when they are asked for, upright and in 8-bit RGB, and a file that has changed since it was read is refused.
+A record's id is the sha1 of the file's bytes, so caches, splits and counters survive renaming and moving. Pixels are
+decoded when they are asked for, upright and in 8-bit RGB, and a file that has changed since it was read is refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,27 @@ import numpy as np
 from PIL import Image
 
 WHITE = (255, 255, 255)
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-TURN = Image.Transpose
-TURNS = dict(zip(range(2, 9), (TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE, TURN.ROTATE_270,
-                               TURN.TRANSVERSE, TURN.ROTATE_90), strict=True))  # fmt: skip
+SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+PIL_TRANSPOSE = Image.Transpose
+ORIENTATION_TRANSPOSES = dict(
+    zip(
+        range(2, 9),
+        (
+            PIL_TRANSPOSE.FLIP_LEFT_RIGHT,
+            PIL_TRANSPOSE.ROTATE_180,
+            PIL_TRANSPOSE.FLIP_TOP_BOTTOM,
+            PIL_TRANSPOSE.TRANSPOSE,
+            PIL_TRANSPOSE.ROTATE_270,
+            PIL_TRANSPOSE.TRANSVERSE,
+            PIL_TRANSPOSE.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One picture. Sizes and boxes are in pixels of the upright (EXIF transposed) picture."""
 
     id: str  # sha1 of the file's bytes, hex
@@ -52,7 +65,7 @@ class Record:
         return right - left, bottom - top
 
     @classmethod
-    def from_dict(cls, values: dict) -> Record:
+    def from_dict(cls, values: dict) -> ImageRecord:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"A record has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
@@ -60,60 +73,71 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Dataset(Sequence):
+class ImageDataset(Sequence):
     """A list of records, and the files that were left out with the reason for each."""
 
-    records: tuple[Record, ...]
+    records: tuple[ImageRecord, ...]
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index):
-        return Dataset(self.records[index], self.skipped) if isinstance(index, slice) else self.records[index]
+        return ImageDataset(self.records[index], self.skipped) if isinstance(index, slice) else self.records[index]
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[ImageRecord]:
         return iter(self.records)
 
     def to_json(self) -> str:
         return json.dumps({"records": [asdict(record) for record in self.records], "skipped": self.skipped})
 
     @classmethod
-    def from_json(cls, text: str) -> Dataset:
+    def from_json(cls, text: str) -> ImageDataset:
         values = json.loads(text)
         skipped = tuple((path, reason) for path, reason in values.get("skipped", ()))
-        return cls(tuple(Record.from_dict(record) for record in values["records"]), skipped)
+        return cls(tuple(ImageRecord.from_dict(record) for record in values["records"]), skipped)
 
     def fingerprint(self) -> str:
         """32 hex digits over everything that training can see; where the files lie does not count."""
-        unseen, later = ("path", "mask"), ("bucket", "pair", "strength")  # later: not in the hash while they are not set
-        content = [{k: v for k, v in asdict(r).items() if k not in unseen and not (v is None and k in later)} for r in self.records]
+        unseen, later = (
+            ("path", "mask"),
+            ("bucket", "pair", "strength"),
+        )  # later: not in the hash while they are not set
+        content = [
+            {k: v for k, v in asdict(r).items() if k not in unseen and not (v is None and k in later)}
+            for r in self.records
+        ]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def sha1(data: bytes) -> str:
+def sha1_hex(data: bytes) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
 
 
-def open_image(record: Record, ground=WHITE) -> Image.Image:
+def open_image(record: ImageRecord, ground=WHITE) -> Image.Image:
     """The picture in RGB: upright, alpha laid over ground (red, green, blue), cropped to the record's crop."""
-    image = over(eight_bit(upright(decoded(record.path, record.id))), ground)
+    image = flatten_alpha(convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.path, record.id))), ground)
     return image.crop(record.crop) if record.crop else image
 
 
-def open_mask(record: Record) -> Image.Image | None:
-    """The loss mask in L, as large as open_image's picture; white counts fully, black not at all. None without a mask."""
+def open_mask(record: ImageRecord) -> Image.Image | None:
+    """The loss mask in L, as large as open_image's picture; white counts fully, black not at all. None without a
+    mask."""
     if record.mask is None:
         return None
     if record.mask == record.path:
-        mask = with_alpha(eight_bit(upright(decoded(record.path, record.id)))).getchannel("A")
+        mask = convert_to_rgba(
+            convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.path, record.id)))
+        ).getchannel("A")
     else:
-        mask = mask_file(record)
+        mask = open_mask_file(record)
     return mask.crop(record.crop) if record.crop else mask
 
 
-def mask_file(record: Record) -> Image.Image:
-    mask = over(eight_bit(upright(decoded(record.mask, record.mask_id))), (0, 0, 0)).convert("L")
+def open_mask_file(record: ImageRecord) -> Image.Image:
+    mask = flatten_alpha(
+        convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.mask, record.mask_id))), (0, 0, 0)
+    ).convert("L")
     check_mask_size(record.mask, mask.size, record.size)
     return mask if mask.size == tuple(record.size) else mask.resize(record.size, Image.Resampling.BOX)
 
@@ -121,35 +145,38 @@ def mask_file(record: Record) -> Image.Image:
 def check_mask_size(mask, mask_size, size) -> None:
     """ValueError unless the mask has the shape of its picture; a mask of half the size is fine."""
     if mask_size[0] * size[1] != mask_size[1] * size[0]:
-        raise ValueError(f"The mask {mask} is {mask_size[0]}x{mask_size[1]} px and its image {size[0]}x{size[1]} px. "
-                         "Make the mask as large as the image, or remove it.")
+        raise ValueError(
+            f"The mask {mask} is {mask_size[0]}x{mask_size[1]} px and its image {size[0]}x{size[1]} px. Make the mask "
+            "as large as the image, or remove it."
+        )
 
 
-def decoded(path: str, expected_id: str | None) -> Image.Image:
-    """The file's first frame, undecoded mode and all; ValueError when it is gone or no longer the file that was read."""
-    return Image.open(io.BytesIO(content(path, expected_id)))
+def open_unchanged_image(path: str, expected_id: str | None) -> Image.Image:
+    """The file's first frame, undecoded mode and all; ValueError when it is gone or no longer the file that was
+    read."""
+    return Image.open(io.BytesIO(read_unchanged_bytes(path, expected_id)))
 
 
-def content(path: str, expected_id: str | None) -> bytes:
+def read_unchanged_bytes(path: str, expected_id: str | None) -> bytes:
     """The file's bytes; ValueError when it is gone or no longer the file that was read."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror or error}. Load the dataset again.") from error
-    if expected_id is not None and sha1(data) != expected_id:
+    if expected_id is not None and sha1_hex(data) != expected_id:
         raise ValueError(f"{path} has changed since the dataset was loaded. Load the dataset again.")
     return data
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture as a camera's orientation mark wants it shown. Pillow's own exif_transpose also writes the marks anew, which
-    fails where others of them are damaged."""
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """The picture as a camera's orientation mark wants it shown. Pillow's own exif_transpose also writes the marks
+    anew, which fails where others of them are damaged."""
     image.load()
-    turn = TURNS.get(orientation(image))
+    turn = ORIENTATION_TRANSPOSES.get(read_exif_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def orientation(image: Image.Image) -> int:
+def read_exif_orientation(image: Image.Image) -> int:
     """1 to 8; 1, the usual one, also where the marks are damaged or say nothing known."""
     try:
         value = image.getexif().get(0x0112)
@@ -158,24 +185,28 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def check_mode(mode: str) -> None:
+def check_colour_mode(mode: str) -> None:
     """ValueError for pictures that cannot be shown in RGB."""
     try:
-        eight_bit(Image.new(mode, (1, 1))).convert("RGB")
+        convert_to_8bit(Image.new(mode, (1, 1))).convert("RGB")
     except ValueError as error:
         raise ValueError(f"its colours are stored as {mode}, which cannot be read as RGB. Save it as RGB") from error
 
 
-def eight_bit(image: Image.Image) -> Image.Image:
-    """The image itself, or modes of more than 8 bits per channel scaled to grey; PIL's own convert clips them to white."""
+def convert_to_8bit(image: Image.Image) -> Image.Image:
+    """The image itself, or modes of more than 8 bits per channel scaled to grey; PIL's own convert clips them to
+    white."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    return Image.fromarray(np.rint(values.clip(min=0) * (255.0 / white_level(image.mode, values))).clip(max=255).astype(np.uint8))
+    return Image.fromarray(
+        np.rint(values.clip(min=0) * (255.0 / white_level(image.mode, values))).clip(max=255).astype(np.uint8)
+    )
 
 
 def white_level(mode: str, values: np.ndarray) -> float:
-    """The value that means white. Floating point and 32-bit files do not say, so the smallest usual one that holds them all."""
+    """The value that means white. Floating point and 32-bit files do not say, so the smallest usual one that holds them
+    all."""
     if mode.startswith("I;16"):
         return 65535.0
     levels = (255.0, 65535.0, 2.0**31 - 1) if mode == "I" else (1.0, 255.0, 65535.0)
@@ -183,15 +214,15 @@ def white_level(mode: str, values: np.ndarray) -> float:
     return next((level for level in levels if brightest <= level), brightest)
 
 
-def with_alpha(image: Image.Image) -> Image.Image:
+def convert_to_rgba(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGBA" else image.convert("RGBA")
 
 
-def over(image: Image.Image, ground) -> Image.Image:
+def flatten_alpha(image: Image.Image, ground) -> Image.Image:
     """RGB; what is transparent shows the ground instead of the colour hidden beneath it."""
     if not has_alpha(image):
         return image.convert("RGB")
-    image = with_alpha(image)
+    image = convert_to_rgba(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image).convert("RGB")
 
 

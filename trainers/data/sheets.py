@@ -10,56 +10,71 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .readers import printable
-from .records import WHITE, Record, open_image
+from .readers import make_printable
+from .records import WHITE, ImageRecord, open_image
 
-PAPER, INK, EDGE = "#1e1e1e", "#e6e6e6", "#3a3a3a"
-GOOD, WARN, BAD = "#4caf50", "#ffb300", "#e53935"
-GAP, LINE, FONT = 10, 18, 14
+SHEET_BACKGROUND, SHEET_TEXT_COLOUR, NEUTRAL_COLOUR = "#1e1e1e", "#e6e6e6", "#3a3a3a"
+GOOD_COLOUR, WARN_COLOUR, BAD_COLOUR = "#4caf50", "#ffb300", "#e53935"
+SHEET_GAP_PX, SHEET_LINE_PX, SHEET_FONT_PX = 10, 18, 14
 
 
 @dataclass(frozen=True)
-class Tile:
+class SheetTile:
     """One picture of a sheet. The colour frames it and marks its first line."""
 
     picture: Image.Image
     lines: tuple[str, ...] = ()
-    colour: str = EDGE
+    colour: str = NEUTRAL_COLOUR
 
 
-def thumbnail(record: Record, side: int = 192, ground=WHITE) -> Image.Image:
+def make_thumbnail(record: ImageRecord, side: int = 192, ground=WHITE) -> Image.Image:
     """The record's picture, cropped as it is trained, at most side x side pixels and never enlarged."""
     picture = open_image(record, ground)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return picture
 
 
-def contact_sheet(tiles: Iterable[Tile], columns: int | None = None, cell: int = 192, title: str = "") -> Image.Image:
-    """RGB picture of the tiles in reading order; about as wide as it is high when columns is not given. Each picture keeps its shape
-    inside a cell of cell x cell pixels; lines that are too long end in an ellipsis. ValueError without tiles."""
+def draw_contact_sheet(
+    tiles: Iterable[SheetTile], columns: int | None = None, cell: int = 192, title: str = ""
+) -> Image.Image:
+    """RGB picture of the tiles in reading order; about as wide as it is high when columns is not given. Each picture
+    keeps its shape inside a cell of cell x cell pixels; lines that are too long end in an ellipsis. ValueError without
+    tiles."""
     tiles = list(tiles)
     if not tiles:
         raise ValueError("There are no pictures to show.")
     columns = columns or max(1, math.ceil(math.sqrt(len(tiles))))
-    text = LINE * max(len(tile.lines) for tile in tiles)
-    top = LINE + 2 * GAP if title else GAP
-    width, height = cell + GAP, cell + text + 2 * GAP
-    page = Image.new("RGB", (GAP + columns * width, top + math.ceil(len(tiles) / columns) * height), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=FONT)
-    draw.text((GAP, GAP), fitted(title, page.width - 2 * GAP, draw, font), fill=INK, font=font)
+    text = SHEET_LINE_PX * max(len(tile.lines) for tile in tiles)
+    top = SHEET_LINE_PX + 2 * SHEET_GAP_PX if title else SHEET_GAP_PX
+    width, height = cell + SHEET_GAP_PX, cell + text + 2 * SHEET_GAP_PX
+    page = Image.new(
+        "RGB", (SHEET_GAP_PX + columns * width, top + math.ceil(len(tiles) / columns) * height), SHEET_BACKGROUND
+    )
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=SHEET_FONT_PX)
+    draw.text(
+        (SHEET_GAP_PX, SHEET_GAP_PX),
+        truncate_to_width(title, page.width - 2 * SHEET_GAP_PX, draw, font),
+        fill=SHEET_TEXT_COLOUR,
+        font=font,
+    )
     for index, tile in enumerate(tiles):
-        left, upper = GAP + index % columns * width, top + index // columns * height
+        left, upper = SHEET_GAP_PX + index % columns * width, top + index // columns * height
         picture = tile.picture.convert("RGB")
         picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
         page.paste(picture, (left + (cell - picture.width) // 2, upper + (cell - picture.height) // 2))
         draw.rectangle([left - 2, upper - 2, left + cell + 1, upper + cell + 1], outline=tile.colour, width=2)
         for row, line in enumerate(tile.lines):
-            colour = tile.colour if row == 0 and tile.colour != EDGE else INK
-            draw.text((left, upper + cell + 4 + row * LINE), fitted(line, cell, draw, font), fill=colour, font=font)
+            colour = tile.colour if row == 0 and tile.colour != NEUTRAL_COLOUR else SHEET_TEXT_COLOUR
+            draw.text(
+                (left, upper + cell + 4 + row * SHEET_LINE_PX),
+                truncate_to_width(line, cell, draw, font),
+                fill=colour,
+                font=font,
+            )
     return page
 
 
-def fitted(line: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
+def truncate_to_width(line: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
     """The line itself, or its beginning and an ellipsis, at most width pixels wide."""
     line = " ".join(line.split())
     if draw.textlength(line, font=font) <= width:
@@ -69,31 +84,47 @@ def fitted(line: str, width: int, draw: ImageDraw.ImageDraw, font) -> str:
     return line.rstrip() + "..."
 
 
-def overview(dataset: Sequence[Record], page: int = 1, per_page: int = 24, cell: int = 192) -> Image.Image:
-    """One page of a dataset: each picture with its name, size, repeats, split, caption and flags. A picture that cannot be opened
-    any more says so in its place. ValueError when there is no such page."""
+def draw_dataset_sheet(
+    dataset: Sequence[ImageRecord], page: int = 1, per_page: int = 24, cell: int = 192
+) -> Image.Image:
+    """One page of a dataset: each picture with its name, size, repeats, split, caption and flags. A picture that cannot
+    be opened any more says so in its place. ValueError when there is no such page."""
     pages = max(1, math.ceil(len(dataset) / per_page))
     if not len(dataset) or not 1 <= page <= pages:
-        raise ValueError(f"page is {page}, and {len(dataset)} pictures at {per_page} a page fill {pages if len(dataset) else 0} pages.")
+        raise ValueError(
+            f"page is {page}, and {len(dataset)} pictures at {per_page} a page fill {pages if len(dataset) else 0} "
+            "pages."
+        )
     first = (page - 1) * per_page
     records = [dataset[index] for index in range(first, min(first + per_page, len(dataset)))]
     title = f"{first + 1} to {first + len(records)} of {len(dataset)} pictures, page {page} of {pages}"
-    return contact_sheet([overview_tile(record, cell) for record in records], cell=cell, title=title)
+    return draw_contact_sheet([make_dataset_tile(record, cell) for record in records], cell=cell, title=title)
 
 
-def overview_tile(record: Record, cell: int) -> Tile:
-    name, (width, height) = printable(Path(record.path).name), record.frame
-    facts = [f"{width}x{height}", *([f"x{record.repeats}"] if record.repeats != 1 else []), *(["mask"] if record.mask else []),
-             *([f"score {record.score:g}"] if record.score is not None else []), *([record.split] if record.split != "train" else [])]
+def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
+    name, (width, height) = make_printable(Path(record.path).name), record.frame
+    facts = [
+        f"{width}x{height}",
+        *([f"x{record.repeats}"] if record.repeats != 1 else []),
+        *(["mask"] if record.mask else []),
+        *([f"score {record.score:g}"] if record.score is not None else []),
+        *([record.split] if record.split != "train" else []),
+    ]
     more = f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""
     caption = (record.captions[0] if record.captions else "(no caption)") + more
     try:
-        picture = thumbnail(record, cell)
+        picture = make_thumbnail(record, cell)
     except (ValueError, OSError) as error:
-        return Tile(Image.new("RGB", (cell, cell), BAD), (name, *wrapped(str(error), cell, 4)), BAD)
-    return Tile(picture, (name, " ".join(facts), *wrapped(caption, cell, 2), *record.flags[:2]), WARN if record.flags else EDGE)
+        return SheetTile(
+            Image.new("RGB", (cell, cell), BAD_COLOUR), (name, *wrap_tile_text(str(error), cell, 4)), BAD_COLOUR
+        )
+    return SheetTile(
+        picture,
+        (name, " ".join(facts), *wrap_tile_text(caption, cell, 2), *record.flags[:2]),
+        WARN_COLOUR if record.flags else NEUTRAL_COLOUR,
+    )
 
 
-def wrapped(text: str, width: int, lines: int) -> list[str]:
+def wrap_tile_text(text: str, width: int, lines: int) -> list[str]:
     """The beginning of the text in lines that fit roughly; contact_sheet cuts what is still too long."""
-    return textwrap.wrap(printable(text), max(8, width // 7), max_lines=lines, placeholder=" ...")
+    return textwrap.wrap(make_printable(text), max(8, width // 7), max_lines=lines, placeholder=" ...")

@@ -1,6 +1,8 @@
-"""Datasets saved to folders that this and other trainers read: pictures with .txt files, kohya's `N_name`, or metadata.jsonl.
+"""Datasets saved to folders that this and other trainers read: pictures with .txt files, kohya's `N_name`, or
+metadata.jsonl.
 
-A folder is written beside its place under another name and moved there when it is whole. What is replaced is removed last, and only
+A folder is written beside its place under another name and moved there when it is whole. What is replaced is removed
+last, and only
 when every file in it came from here: nothing that a person put there is lost.
 """
 
@@ -18,34 +20,55 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..settings import Settings, choice, fingerprint, number, text
-from .metadata import count, some
-from .readers import MASK, extensions, printable
-from .records import Dataset, Record, content, decoded, eight_bit, has_alpha, open_image, open_mask, upright, with_alpha
+from ..settings import Settings, choice_field, compute_fingerprint, number_field, text_field
+from .metadata import format_count, format_first_names
+from .readers import MASK_SUFFIX, image_extensions, make_printable
+from .records import (
+    ImageDataset,
+    ImageRecord,
+    apply_exif_orientation,
+    convert_to_8bit,
+    convert_to_rgba,
+    has_alpha,
+    open_image,
+    open_mask,
+    open_unchanged_image,
+    read_unchanged_bytes,
+)
 
-TXT, KOHYA, JSONL = "folder + txt", "kohya", "metadata.jsonl"
-LAYOUTS = (TXT, KOHYA, JSONL)
-KEEP = "keep"
-ENDINGS = {KEEP: extensions(), "png": (".png",), "webp": (".webp",), "jpg": (".jpg", ".jpeg")}
-MARK = ".trainyard.json"  # in each saved folder: the files that were put there
-LONGEST_STEM = 180  # bytes; file systems take 255, and endings and numbers follow
-LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".png": 2**31 - 1}  # px that a format takes
+TXT_LAYOUT, KOHYA_LAYOUT, JSONL_LAYOUT = "folder + txt", "kohya", "metadata.jsonl"
+SAVE_LAYOUTS = (TXT_LAYOUT, KOHYA_LAYOUT, JSONL_LAYOUT)
+KEEP_FORMAT = "keep"
+FORMAT_EXTENSIONS = {KEEP_FORMAT: image_extensions(), "png": (".png",), "webp": (".webp",), "jpg": (".jpg", ".jpeg")}
+MANIFEST_FILE = ".trainyard.json"  # in each saved folder: the files that were put there
+MAX_STEM_BYTES = 180  # bytes; file systems take 255, and endings and numbers follow
+MAX_FORMAT_SIDE_PX = {".webp": 16383, ".jpg": 65500, ".png": 2**31 - 1}  # px that a format takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveSettings(Settings):
     """What a saved dataset looks like."""
 
-    layout: str = choice(TXT, LAYOUTS, "folder + txt: a text file beside each picture. kohya: the same in folders such as 10_name. "
-                         "metadata.jsonl: one file for all, as Hugging Face reads it.")
-    image_format: str = choice(KEEP, tuple(ENDINGS), "keep: pictures are copied byte for byte; cropped ones become PNG. png and webp: "
-                               "without loss. jpg: smaller, with loss, without transparency.")
-    quality: int = number(95, 1, 100, "Of jpg. Higher is better and larger.", advanced=True)
-    concept: str = text("images", "With kohya: the name after the number of repeats, as in 10_images.", advanced=True)
+    layout: str = choice_field(
+        TXT_LAYOUT,
+        SAVE_LAYOUTS,
+        "folder + txt: a text file beside each picture. kohya: the same in folders such as 10_name. metadata.jsonl: "
+        "one file for all, as Hugging Face reads it.",
+    )
+    image_format: str = choice_field(
+        KEEP_FORMAT,
+        tuple(FORMAT_EXTENSIONS),
+        "keep: pictures are copied byte for byte; cropped ones become PNG. png and webp: without loss. jpg: smaller, "
+        "with loss, without transparency.",
+    )
+    quality: int = number_field(95, 1, 100, "Of jpg. Higher is better and larger.", advanced=True)
+    concept: str = text_field(
+        "images", "With kohya: the name after the number of repeats, as in 10_images.", advanced=True
+    )
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedDataset:
     """What was written where."""
 
     folder: Path
@@ -55,10 +78,10 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordDestination:
     """Where a record goes: folder and names inside the saved folder."""
 
-    record: Record
+    record: ImageRecord
     folder: str  # "" or the name of a subfolder
     stem: str
     ending: str
@@ -69,8 +92,14 @@ class Place:
         return "/".join(filter(None, (self.folder, self.stem + self.ending)))
 
 
-def save_dataset(dataset: Dataset, folder, settings: SaveSettings, overwrite: bool = False,
-                 report: Callable[[int, int, str], None] | None = None, check_interrupt: Callable[[], None] | None = None) -> Saved:
+def save_dataset(
+    dataset: ImageDataset,
+    folder,
+    settings: SaveSettings,
+    overwrite: bool = False,
+    report: Callable[[int, int, str], None] | None = None,
+    check_interrupt: Callable[[], None] | None = None,
+) -> SavedDataset:
     """Write the dataset to a folder, whole or not at all; nothing is written where this very dataset lies already.
 
     ValueError when the folder holds anything else and overwrite is off, or holds what was not saved from here.
@@ -78,11 +107,13 @@ def save_dataset(dataset: Dataset, folder, settings: SaveSettings, overwrite: bo
     if not len(dataset):
         raise ValueError("The dataset has no pictures to save.")
     target = Path(folder).resolve()
-    places = planned(dataset, settings)
-    content_id = fingerprint(dataset.fingerprint(), settings, [place.file_name for place in places])
-    if not overwrite and already(target, content_id):
-        return Saved(target, len(places), 0, ("It lies there already, from an earlier run; nothing was written.",))
-    refuse(target, dataset, overwrite)
+    places = plan_destinations(dataset, settings)
+    content_id = compute_fingerprint(dataset.fingerprint(), settings, [place.file_name for place in places])
+    if not overwrite and is_already_saved(target, content_id):
+        return SavedDataset(
+            target, len(places), 0, ("It lies there already, from an earlier run; nothing was written.",)
+        )
+    check_save_folder(target, dataset, overwrite)
     lines = any(len(record.captions) > 1 for record in dataset)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -90,72 +121,95 @@ def save_dataset(dataset: Dataset, folder, settings: SaveSettings, overwrite: bo
         for done, place in enumerate(places, 1):
             if check_interrupt:
                 check_interrupt()
-            write_record(part, place, settings, lines)
+            write_record_files(part, place, settings, lines)
             if report:
                 report(done, len(places), place.file_name)
-        write_table(part, places, settings)
-        write_mark(part, content_id)
-        to_the_disk_itself(part)  # because another folder may be removed next
-        swap(part, target)
+        write_metadata_table(part, places, settings)
+        write_save_manifest(part, content_id)
+        fsync_folder(part)  # because another folder may be removed next
+        replace_saved_folder(part, target)
     except OSError as error:
         free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free / 2**20
-        raise OSError(error.errno, f"The dataset could not be saved to {target} ({error.strerror or error}); {free:.0f} MiB are free. "
-                                   "Nothing was changed there.") from error
+        raise OSError(
+            error.errno,
+            f"The dataset could not be saved to {target} ({error.strerror or error}); {free:.0f} MiB are free. Nothing "
+            "was changed there.",
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Saved(target, len(places), sum(place.copied for place in places), tuple(notes(places, settings, lines)))
+    return SavedDataset(
+        target, len(places), sum(place.copied for place in places), tuple(list_save_notes(places, settings, lines))
+    )
 
 
-def notes(places: list[Place], settings: SaveSettings, lines: bool):
+def list_save_notes(places: list[RecordDestination], settings: SaveSettings, lines: bool):
     """What a person should know about the saved folder."""
     renamed = [place.stem for place in places if place.stem != Path(place.record.path).stem]
     if renamed:
-        yield f"{count(renamed, 'picture')} got another name, because names were taken or no file names: {some(renamed)}"
-    if lines and settings.layout != JSONL:
+        yield (
+            f"{format_count(renamed, 'picture')} got another name, because names were taken or no file names: "
+            f"{format_first_names(renamed)}"
+        )
+    if lines and settings.layout != JSONL_LAYOUT:
         yield "Several captions of one picture are one per line: set caption_lines to alternatives when you load it."
 
 
-# -- where it may go ------------------------------------------------------------------------------------------------------------
+# -- where it may go ---------------------------------------------------------------------------------------------------
 
 
-def refuse(target: Path, dataset: Dataset, overwrite: bool) -> None:
+def check_save_folder(target: Path, dataset: ImageDataset, overwrite: bool) -> None:
     """ValueError unless the folder may be written."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file. Choose another name for the dataset.")
-    own = [path for record in dataset for path in (record.path, record.mask) if path and Path(path).resolve().is_relative_to(target)]
+    own = [
+        path
+        for record in dataset
+        for path in (record.path, record.mask)
+        if path and Path(path).resolve().is_relative_to(target)
+    ]
     if own:
-        raise ValueError(f"{target} holds pictures of this very dataset, {some([Path(path).name for path in own], 3)}. Save it under another name.")
+        raise ValueError(
+            f"{target} holds pictures of this very dataset, "
+            f"{format_first_names([Path(path).name for path in own], 3)}. Save it under another name."
+        )
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target} holds files already. Choose another name, or turn overwrite on to replace what was saved there before.")
-    if strange := strangers(target):
-        raise ValueError(f"{target} holds {count(strange, 'file')} that Save Dataset did not put there: {some(strange)}. "
-                         "It is not replaced; choose another name, or move them away.")
+        raise ValueError(
+            f"{target} holds files already. Choose another name, or turn overwrite on to replace what was saved there "
+            "before."
+        )
+    if strange := list_foreign_files(target):
+        raise ValueError(
+            f"{target} holds {format_count(strange, 'file')} that Save Dataset did not put there: "
+            f"{format_first_names(strange)}. It is not replaced; choose another name, or move them away."
+        )
 
 
-def strangers(target: Path) -> list[str]:
+def list_foreign_files(target: Path) -> list[str]:
     """Files in the folder that were not saved from here."""
-    names = (Path(folder, name).relative_to(target).as_posix() for folder, _, files in os.walk(target) for name in files)
-    return sorted(set(names) - set(mark(target)["files"]) - {MARK})
+    names = (
+        Path(folder, name).relative_to(target).as_posix() for folder, _, files in os.walk(target) for name in files
+    )
+    return sorted(set(names) - set(read_save_manifest(target)["files"]) - {MANIFEST_FILE})
 
 
-def already(target: Path, content_id: str) -> bool:
+def is_already_saved(target: Path, content_id: str) -> bool:
     """Whether the folder holds this very dataset, every file of it."""
-    known = mark(target)
+    known = read_save_manifest(target)
     return known["content"] == content_id and all((target / name).is_file() for name in known["files"])
 
 
-def mark(target: Path) -> dict:
+def read_save_manifest(target: Path) -> dict:
     """What a saved folder says of itself; nothing where it is no saved folder."""
     try:
-        values = json.loads((target / MARK).read_text(encoding="utf-8"))
+        values = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
         return {"content": values["content"], "files": list(map(str, values["files"]))}
     except (OSError, ValueError, KeyError, TypeError):
         return {"content": None, "files": []}
 
 
-def swap(part: Path, target: Path) -> None:
+def replace_saved_folder(part: Path, target: Path) -> None:
     """Put part in the place of target; what was there is removed afterwards."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if not target.exists():
@@ -170,23 +224,32 @@ def swap(part: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# -- names ------------------------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
-def planned(dataset: Dataset, settings: SaveSettings) -> list[Place]:
-    """A place for every record. Stems differ within a folder, also where case does not count, because a.png and a.jpg would share a.txt."""
+def plan_destinations(dataset: ImageDataset, settings: SaveSettings) -> list[RecordDestination]:
+    """A place for every record. Stems differ within a folder, also where case does not count, because a.png and a.jpg
+    would share a.txt."""
     taken: dict[str, set[str]] = {}
     places = []
     for record in dataset:
-        folder = f"{record.repeats}_{file_name(settings.concept) or 'images'}" if settings.layout == KOHYA else ""
-        ending = Path(printable(record.path)).suffix
-        copied = record.crop is None and ending.lower() in ENDINGS[settings.image_format]
-        stem = free(file_name(Path(record.path).stem) or "picture", taken.setdefault(folder, set()))
-        places.append(Place(record, folder, stem, ending if copied else ENDINGS[settings.image_format][0], copied))
+        folder = (
+            f"{record.repeats}_{safe_file_name(settings.concept) or 'images'}"
+            if settings.layout == KOHYA_LAYOUT
+            else ""
+        )
+        ending = Path(make_printable(record.path)).suffix
+        copied = record.crop is None and ending.lower() in FORMAT_EXTENSIONS[settings.image_format]
+        stem = reserve_free_stem(safe_file_name(Path(record.path).stem) or "picture", taken.setdefault(folder, set()))
+        places.append(
+            RecordDestination(
+                record, folder, stem, ending if copied else FORMAT_EXTENSIONS[settings.image_format][0], copied
+            )
+        )
     return places
 
 
-def free(stem: str, taken: set[str]) -> str:
+def reserve_free_stem(stem: str, taken: set[str]) -> str:
     """The stem, or the first of stem_2, stem_3 ... that is not taken; it is taken then."""
     name, number_ = stem, 2
     while name.casefold() in taken:
@@ -195,110 +258,131 @@ def free(stem: str, taken: set[str]) -> str:
     return name
 
 
-def file_name(name: str) -> str:
+def safe_file_name(name: str) -> str:
     """The name as every file system takes it."""
-    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", printable(name)).strip(" ").lstrip(".").rstrip(". ")
-    name = name.encode("utf-8")[:LONGEST_STEM].decode("utf-8", "ignore")
-    return name + "_" if name.lower().endswith(Path(MASK).stem) else name  # cat.mask.png would be the mask of cat
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", make_printable(name)).strip(" ").lstrip(".").rstrip(". ")
+    name = name.encode("utf-8")[:MAX_STEM_BYTES].decode("utf-8", "ignore")
+    return (
+        name + "_" if name.lower().endswith(Path(MASK_SUFFIX).stem) else name
+    )  # cat.mask.png would be the mask of cat
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
-def write_record(root: Path, place: Place, settings: SaveSettings, lines: bool) -> None:
+def write_record_files(root: Path, place: RecordDestination, settings: SaveSettings, lines: bool) -> None:
     """The picture, its mask and its text file."""
     folder, record = root / place.folder, place.record
     folder.mkdir(exist_ok=True)
-    write(folder / (place.stem + place.ending), content(record.path, record.id) if place.copied else encoded(record, place.ending, settings))
+    write_saved_file(
+        folder / (place.stem + place.ending),
+        read_unchanged_bytes(record.path, record.id)
+        if place.copied
+        else encode_saved_image(record, place.ending, settings),
+    )
     if record.mask is not None:
-        write(folder / (place.stem + MASK), mask_bytes(record))
-    if settings.layout != JSONL and (record.captions or record.tags or settings.layout == KOHYA):
-        write(folder / f"{place.stem}.txt", (caption_text(record, lines) or "\n").encode("utf-8"))
+        write_saved_file(folder / (place.stem + MASK_SUFFIX), encode_saved_mask(record))
+    if settings.layout != JSONL_LAYOUT and (record.captions or record.tags or settings.layout == KOHYA_LAYOUT):
+        write_saved_file(folder / f"{place.stem}.txt", (format_caption_file(record, lines) or "\n").encode("utf-8"))
 
 
-def caption_text(record: Record, lines: bool) -> str:
+def format_caption_file(record: ImageRecord, lines: bool) -> str:
     """The caption; with `lines` each alternative is a line of its own."""
     return "\n".join(" ".join(caption.split()) if lines else caption for caption in record.captions)
 
 
-def encoded(record: Record, ending: str, settings: SaveSettings) -> bytes:
+def encode_saved_image(record: ImageRecord, ending: str, settings: SaveSettings) -> bytes:
     """The picture as training sees it, upright and cropped; its transparency stays where the format has any."""
     width, height = record.frame
-    if max(width, height) > LONGEST_SIDE[ending]:
-        raise ValueError(f"{record.path} is {width}x{height} px, and a {ending} ends at {LONGEST_SIDE[ending]} px a side. Save as png.")
+    if max(width, height) > MAX_FORMAT_SIDE_PX[ending]:
+        raise ValueError(
+            f"{record.path} is {width}x{height} px, and a {ending} ends at {MAX_FORMAT_SIDE_PX[ending]} px a side. "
+            "Save as png."
+        )
     if ending == ".jpg":
-        return blob(open_image(record), "JPEG", quality=settings.quality, subsampling=0)
-    image, profile = shown(record)
+        return encode_image_bytes(open_image(record), "JPEG", quality=settings.quality, subsampling=0)
+    image, profile = open_image_and_profile(record)
     if ending == ".webp":
-        return blob(image, "WEBP", lossless=True, exact=True, icc_profile=profile or "")
-    return blob(image, "PNG", icc_profile=profile)
+        return encode_image_bytes(image, "WEBP", lossless=True, exact=True, icc_profile=profile or "")
+    return encode_image_bytes(image, "PNG", icc_profile=profile)
 
 
-def shown(record: Record) -> tuple[Image.Image, bytes | None]:
+def open_image_and_profile(record: ImageRecord) -> tuple[Image.Image, bytes | None]:
     """(the picture in L, RGB or RGBA, its colour profile)."""
-    image = upright(decoded(record.path, record.id))
+    image = apply_exif_orientation(open_unchanged_image(record.path, record.id))
     profile = image.info.get("icc_profile") if image.mode in ("L", "LA", "P", "RGB", "RGBA") else None
-    image = eight_bit(image)
-    image = with_alpha(image) if has_alpha(image) else image if image.mode == "L" else image.convert("RGB")
+    image = convert_to_8bit(image)
+    image = convert_to_rgba(image) if has_alpha(image) else image if image.mode == "L" else image.convert("RGB")
     return image.crop(record.crop) if record.crop else image, profile
 
 
-def mask_bytes(record: Record) -> bytes:
+def encode_saved_mask(record: ImageRecord) -> bytes:
     whole = record.crop is None and record.mask != record.path and record.mask.lower().endswith(".png")
-    return content(record.mask, record.mask_id) if whole else blob(open_mask(record), "PNG")
+    return read_unchanged_bytes(record.mask, record.mask_id) if whole else encode_image_bytes(open_mask(record), "PNG")
 
 
-def blob(image: Image.Image, kind: str, **options) -> bytes:
+def encode_image_bytes(image: Image.Image, kind: str, **options) -> bytes:
     data = io.BytesIO()
     image.save(data, kind, **options)
     return data.getvalue()
 
 
-def write_table(root: Path, places: list[Place], settings: SaveSettings) -> None:
+def write_metadata_table(root: Path, places: list[RecordDestination], settings: SaveSettings) -> None:
     """metadata.jsonl, with what has no other place."""
-    rows = [row(place, settings.layout) for place in places]
-    if settings.layout == JSONL or any(len(values) > 1 for values in rows):
-        kept = [values for values in rows if settings.layout == JSONL or len(values) > 1]
+    rows = [make_metadata_row(place, settings.layout) for place in places]
+    if settings.layout == JSONL_LAYOUT or any(len(values) > 1 for values in rows):
+        kept = [values for values in rows if settings.layout == JSONL_LAYOUT or len(values) > 1]
         lines = (json.dumps(values, ensure_ascii=False, allow_nan=False) for values in kept)
-        write(root / "metadata.jsonl", ("\n".join(lines) + "\n").encode("utf-8"))
+        write_saved_file(root / "metadata.jsonl", ("\n".join(lines) + "\n").encode("utf-8"))
 
 
-def write_mark(root: Path, content_id: str) -> None:
+def write_save_manifest(root: Path, content_id: str) -> None:
     """What was put there, so that nothing else is ever replaced."""
     files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    write(root / MARK, json.dumps({"saved by": "Trainyard, Save Dataset", "content": content_id, "files": files}, indent=1).encode("utf-8"))
+    write_saved_file(
+        root / MANIFEST_FILE,
+        json.dumps({"saved by": "Trainyard, Save Dataset", "content": content_id, "files": files}, indent=1).encode(
+            "utf-8"
+        ),
+    )
 
 
-def row(place: Place, layout: str) -> dict:
+def make_metadata_row(place: RecordDestination, layout: str) -> dict:
     """The line of metadata.jsonl for a record; only its name where there is nothing to tell."""
     record = place.record
     told = {"file_name": place.file_name}
-    if layout == JSONL:
+    if layout == JSONL_LAYOUT:
         told["text"] = record.captions[0] if record.captions else ""
         if len(record.captions) > 1 or (record.tags and not record.captions):
             told["captions"] = record.captions  # an empty list says that the tags are no caption
-    facts = {"tags": record.tags, "score": record.score, "pair": record.pair, "strength": record.strength,
-             "split": record.split if record.split != "train" else None,
-             "repeats": record.repeats if layout != KOHYA and record.repeats != 1 else None}  # fmt: skip
+    facts = {
+        "tags": record.tags,
+        "score": record.score,
+        "pair": record.pair,
+        "strength": record.strength,
+        "split": record.split if record.split != "train" else None,
+        "repeats": record.repeats if layout != KOHYA_LAYOUT and record.repeats != 1 else None,
+    }
     return told | {name: value for name, value in facts.items() if value not in (None, ())}
 
 
-def write(file: Path, data: bytes) -> None:
+def write_saved_file(file: Path, data: bytes) -> None:
     file.write_bytes(data)
 
 
-def to_the_disk_itself(root: Path) -> None:
-    """What was written so far survives a power cut. Once at the end: a wait for each file by itself is many times longer."""
+def fsync_folder(root: Path) -> None:
+    """What was written so far survives a power cut. Once at the end: a wait for each file by itself is many times
+    longer."""
     for file in root.rglob("*"):
         if file.is_file():
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
 
 
-def summary(saved: Saved, dataset: Dataset) -> str:
+def format_save_summary(saved: SavedDataset, dataset: ImageDataset) -> str:
     """What was saved, for people."""
     repeats = Counter(record.repeats for record in dataset)
-    lines = [f"{count(dataset, 'picture')} saved to {saved.folder}"]
+    lines = [f"{format_count(dataset, 'picture')} saved to {saved.folder}"]
     if set(repeats) != {1}:
         lines.append("repeats: " + ", ".join(f"{pictures} x {times}" for times, pictures in sorted(repeats.items())))
     return "\n".join([*lines, *saved.notes])

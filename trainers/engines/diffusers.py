@@ -1,9 +1,9 @@
 """The embedded engine: diffusers' models as Denoisers, in ComfyUI's conventions, for training without ComfyUI.
 
-    engine = load("model.safetensors")        # or a diffusers folder
-    adapters = Adapters(engine.network, AdapterSettings(), rng)
-    with adapters.attached():
-        x0 = engine.denoiser.denoise(x, sigma, conds)
+engine = load("model.safetensors")        # or a diffusers folder
+adapters = Adapters(engine.network, AdapterSettings(), rng)
+with adapters.attached():
+    x0 = engine.denoiser.denoise(x, sigma, conds)
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapters import Adapters, kohya
-from ..diffusion import Density, per_sample, shifted, trajectory
+from ..adapters.adapters import Adapters, kohya_lora_key
+from ..diffusion import NoiseLevelDensity, per_sample, sample_euler, shift_noise_level
 from . import single_file
 from . import text as words
-from .single_file import REMEDY
-from .text import T5, Clip, Text, clip_tokenizer, digest, text_key
-from .vae import Vae
+from .single_file import CONVERT_REMEDY
+from .text import ClipTextEncoder, T5TextEncoder, TextEncoders, hash_module_weights, load_clip_tokenizer, text_lora_key
+from .vae import DiffusersVae
 
-SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # in the order SDXL reads them
+SDXL_SIZE_KEYS = (
+    "height",
+    "width",
+    "crop_h",
+    "crop_w",
+    "target_height",
+    "target_width",
+)  # in the order SDXL reads them
 
 
-# -- conditionings of a batch --------------------------------------------------------------------------------------------------
+# -- conditionings of a batch ------------------------------------------------------------------------------------------
 
 
-def same_shapes(conds: list[dict]) -> list[list[int]]:
+def group_by_token_count(conds: list[dict]) -> list[list[int]]:
     """Indices of conditionings that can be stacked: long captions have more tokens than short ones."""
     groups: dict = {}
     for index, cond in enumerate(conds):
@@ -38,15 +45,15 @@ def same_shapes(conds: list[dict]) -> list[list[int]]:
     return list(groups.values())
 
 
-def stack(conds, name, like: Tensor) -> Tensor:
+def stack_conditionings(conds, name, like: Tensor) -> Tensor:
     return torch.cat([c[name].to(like.device, like.dtype) for c in conds])
 
 
-# -- denoisers -----------------------------------------------------------------------------------------------------------------
+# -- denoisers ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Model:
+class EngineDenoiser:
     """What all denoisers share. `scale`, `shift`: the family's latent format, (latent - shift) * scale."""
 
     network: nn.Module
@@ -72,13 +79,13 @@ class Model:
         if len(conds) != len(x):
             raise ValueError(f"{len(x)} latents came with {len(conds)} conditionings; give one for each.")
         x, sigma = x.to(self.device).float(), sigma.to(self.device).float()
-        groups = same_shapes(conds)
+        groups = group_by_token_count(conds)
         parts = [self.answer(x[g], sigma[g], [conds[i] for i in g]) for g in groups]
         order = torch.tensor([i for g in groups for i in g]).argsort()
         return torch.cat(parts)[order.to(x.device)]
 
 
-class Flow(Model):
+class FlowDenoiser(EngineDenoiser):
     """x = (1 - sigma) x0 + sigma noise; the network answers the velocity, noise - x0."""
 
     flow = True
@@ -89,7 +96,7 @@ class Flow(Model):
         return (1 - s) * x0 + s * noise
 
     def sigma_at(self, u):
-        return shifted(u, self.schedule_shift)
+        return shift_noise_level(u, self.schedule_shift)
 
     def native_scale(self, sigma):
         return sigma
@@ -98,13 +105,15 @@ class Flow(Model):
         return x - per_sample(sigma, x) * self.velocity(x.to(self.dtype), sigma, conds).float()
 
 
-class Sd3(Flow):
+class Sd3Denoiser(FlowDenoiser):
     def velocity(self, x, sigma, conds):
-        context, pooled = stack(conds, "cross_attn", x), stack(conds, "pooled_output", x)
-        return self.network(x, encoder_hidden_states=context, pooled_projections=pooled, timestep=sigma * 1000, return_dict=False)[0]
+        context, pooled = stack_conditionings(conds, "cross_attn", x), stack_conditionings(conds, "pooled_output", x)
+        return self.network(
+            x, encoder_hidden_states=context, pooled_projections=pooled, timestep=sigma * 1000, return_dict=False
+        )[0]
 
 
-class Flux(Flow):
+class FluxDenoiser(FlowDenoiser):
     """ComfyUI's schedule shift is exp(1.15) for Flux dev and 1 for schnell, which has no guidance."""
 
     @property
@@ -116,33 +125,35 @@ class Flux(Flow):
         return math.exp(1.15) if self.guided else 1.0
 
     def velocity(self, x, sigma, conds):
-        context, pooled = stack(conds, "cross_attn", x), stack(conds, "pooled_output", x)
-        guidance = torch.tensor([float(c.get("guidance", 1.0)) for c in conds], device=x.device) if self.guided else None
+        context, pooled = stack_conditionings(conds, "cross_attn", x), stack_conditionings(conds, "pooled_output", x)
+        guidance = (
+            torch.tensor([float(c.get("guidance", 1.0)) for c in conds], device=x.device) if self.guided else None
+        )
         out = self.network(
-            packed(x),
+            pack_flux_latents(x),
             encoder_hidden_states=context,
             pooled_projections=pooled,
             timestep=sigma,
-            img_ids=places(x),
+            img_ids=flux_position_ids(x),
             txt_ids=torch.zeros(context.shape[1], 3, device=x.device),
             guidance=guidance,
             return_dict=False,
         )[0]
-        return unpacked(out, x.shape)
+        return unpack_flux_latents(out, x.shape)
 
 
-def packed(x):
+def pack_flux_latents(x):
     """(B, C, H, W) -> (B, H/2 * W/2, 4C): Flux's tokens of 2 x 2 latent cells."""
     b, c, h, w = x.shape
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
 
 
-def unpacked(tokens, shape):
+def unpack_flux_latents(tokens, shape):
     b, c, h, w = shape
     return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-def places(x):
+def flux_position_ids(x):
     """(H/2 * W/2, 3): row and column of each of Flux's tokens."""
     h, w = x.shape[-2] // 2, x.shape[-1] // 2
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -150,7 +161,7 @@ def places(x):
 
 
 @dataclass
-class Unet(Model):
+class UnetDenoiser(EngineDenoiser):
     """SD1.5, SD2 and SDXL: x = x0 + sigma noise, answered at the whole timestep nearest to sigma."""
 
     sigmas: Tensor = None  # (1000,) rising
@@ -178,18 +189,32 @@ class Unet(Model):
 
     def output(self, x, t, conds):
         added = self.sdxl_extras(conds, x) if self.network.config.addition_embed_type == "text_time" else None
-        return self.network(x, t, encoder_hidden_states=stack(conds, "cross_attn", x), added_cond_kwargs=added, return_dict=False)[0]
+        return self.network(
+            x,
+            t,
+            encoder_hidden_states=stack_conditionings(conds, "cross_attn", x),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
 
     def sdxl_extras(self, conds, x):
         size = 8 * x.shape[-2], 8 * x.shape[-1]
-        default = dict(zip(SIZES, (*size, 0, 0, *size), strict=True))
-        sizes = [[float(c.get(k, default[k])) for k in SIZES] for c in conds]
-        return {"text_embeds": stack(conds, "pooled_output", x), "time_ids": torch.tensor(sizes, device=x.device, dtype=x.dtype)}
+        default = dict(zip(SDXL_SIZE_KEYS, (*size, 0, 0, *size), strict=True))
+        sizes = [[float(c.get(k, default[k])) for k in SDXL_SIZE_KEYS] for c in conds]
+        return {
+            "text_embeds": stack_conditionings(conds, "pooled_output", x),
+            "time_ids": torch.tensor(sizes, device=x.device, dtype=x.dtype),
+        }
 
 
-def sigmas_of(scheduler: dict) -> Tensor:
-    """(1000,) noise levels of a scheduler_config.json, in ComfyUI's numbers; zero terminal SNR ends at a large finite level."""
-    n, first, last = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+def scheduler_sigmas(scheduler: dict) -> Tensor:
+    """(1000,) noise levels of a scheduler_config.json, in ComfyUI's numbers; zero terminal SNR ends at a large finite
+    level."""
+    n, first, last = (
+        scheduler.get("num_train_timesteps", 1000),
+        scheduler.get("beta_start", 0.00085),
+        scheduler.get("beta_end", 0.012),
+    )
     if scheduler.get("beta_schedule", "scaled_linear") == "scaled_linear":
         betas = torch.linspace(first**0.5, last**0.5, n, dtype=torch.float64) ** 2
     else:
@@ -202,42 +227,43 @@ def sigmas_of(scheduler: dict) -> Tensor:
     return ((1 - alphas) / alphas).sqrt()
 
 
-# -- the engine ------------------------------------------------------------------------------------------------------------------
+# -- the engine --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Family:
-    """What a family's files are called, and how it is trained by default; equal to ComfyUI's side, nodes/families.py."""
+class EngineFamily:
+    """What a family's files are called, and how it is trained by default; equal to ComfyUI's side,
+    nodes/families.py."""
 
     base: str  # kohya's ss_base_model_version
     architecture: str  # modelspec
-    density: Density
+    density: NoiseLevelDensity
     guidance: float  # for sampling
 
 
-FAMILIES = {
-    "sd15": Family("sd_v1", "stable-diffusion-v1", Density(), 7.0),
-    "sd2": Family("sd_v2", "stable-diffusion-v2", Density(), 7.0),
-    "sdxl": Family("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", Density(), 6.0),
-    "sd3": Family("sd3_m", "stable-diffusion-3", Density("logit-normal"), 4.0),
-    "schnell": Family("flux1", "flux-1-schnell", Density("logit-normal"), 1.0),
-    "flux": Family("flux1", "flux-1-dev", Density("logit-normal", shift="resolution"), 1.0),
+ENGINE_FAMILIES = {
+    "sd15": EngineFamily("sd_v1", "stable-diffusion-v1", NoiseLevelDensity(), 7.0),
+    "sd2": EngineFamily("sd_v2", "stable-diffusion-v2", NoiseLevelDensity(), 7.0),
+    "sdxl": EngineFamily("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", NoiseLevelDensity(), 6.0),
+    "sd3": EngineFamily("sd3_m", "stable-diffusion-3", NoiseLevelDensity("logit-normal"), 4.0),
+    "schnell": EngineFamily("flux1", "flux-1-schnell", NoiseLevelDensity("logit-normal"), 1.0),
+    "flux": EngineFamily("flux1", "flux-1-dev", NoiseLevelDensity("logit-normal", shift="resolution"), 1.0),
 }
 
 
 @dataclass
-class Engine:
+class DiffusersEngine:
     """One loaded model: its denoiser, text side and autoencoder."""
 
     name: str  # of the family
-    denoiser: Model
-    text: Text
-    vae: Vae
+    denoiser: EngineDenoiser
+    text: TextEncoders
+    vae: DiffusersVae
     _identity: str = field(default="", init=False)
 
     @property
-    def family(self) -> Family:
-        return FAMILIES[self.name]
+    def family(self) -> EngineFamily:
+        return ENGINE_FAMILIES[self.name]
 
     @property
     def network(self) -> nn.Module:
@@ -246,7 +272,7 @@ class Engine:
     @property
     def identity(self) -> str:
         """32 hex digits over the weights that are trained on."""
-        self._identity = self._identity or digest(self.network)
+        self._identity = self._identity or hash_module_weights(self.network)
         return self._identity
 
     @property
@@ -260,13 +286,16 @@ class Engine:
         return [{**size, **self.text(caption)} for size, caption in zip(sizes, batch.captions, strict=True)]
 
     def key(self, name: str) -> str:
-        """A layer's name in a LoRA file: diffusers' spelling for transformers, kohya's for UNets. ComfyUI and diffusers load both."""
-        return f"transformer.{name}" if self.denoiser.flow else kohya("lora_unet", name)
+        """A layer's name in a LoRA file: diffusers' spelling for transformers, kohya's for UNets. ComfyUI and diffusers
+        load both."""
+        return f"transformer.{name}" if self.denoiser.flow else kohya_lora_key("lora_unet", name)
 
     def spelled(self, key: str) -> str:
-        return peft_key(key) if key.startswith("transformer.") else key
+        return to_peft_key(key) if key.startswith("transformer.") else key
 
-    def lora_tensors(self, adapters: Adapters, text_adapters: Adapters | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    def lora_tensors(
+        self, adapters: Adapters, text_adapters: Adapters | None = None
+    ) -> tuple[dict[str, Tensor], list[str]]:
         """(tensors by their key in the file, layers that never learnt)."""
         tensors, untouched = {}, []
         for owner, key in self.owners(adapters, text_adapters):
@@ -276,7 +305,7 @@ class Engine:
         return tensors, untouched
 
     def owners(self, adapters, text_adapters):
-        return [(adapters, self.key)] + ([(text_adapters, text_key)] if text_adapters is not None else [])
+        return [(adapters, self.key)] + ([(text_adapters, text_lora_key)] if text_adapters is not None else [])
 
     @torch.no_grad()
     def load_lora(self, tensors: dict[str, Tensor], adapters: Adapters, text_adapters: Adapters | None = None):
@@ -289,23 +318,33 @@ class Engine:
                 low.load(layer, found) if found else low.rest()
 
     @torch.no_grad()
-    def sample(self, prompts: list[str], seed: int, size: tuple[int, int], steps=20, cfg: float | None = None) -> Tensor:
-        """(N, H, W, 3) pictures in 0..1 of `size` (width, height), by Euler steps with classifier-free guidance, one seed for all."""
+    def sample(
+        self, prompts: list[str], seed: int, size: tuple[int, int], steps=20, cfg: float | None = None
+    ) -> Tensor:
+        """(N, H, W, 3) pictures in 0..1 of `size` (width, height), by Euler steps with classifier-free guidance, one
+        seed for all."""
         cfg = self.family.guidance if cfg is None else cfg
         conds, (empty,) = self.text.encode(prompts), self.text.encode([""])
         h, w = size[1] // self.vae.factor, size[0] // self.vae.factor
-        noise = torch.randn(1, self.vae.channels, h, w, generator=torch.Generator().manual_seed(seed)).expand(len(conds), -1, -1, -1)
+        noise = torch.randn(1, self.vae.channels, h, w, generator=torch.Generator().manual_seed(seed)).expand(
+            len(conds), -1, -1, -1
+        )
         sigmas = self.denoiser.sigma_at(torch.linspace(1, 0, steps + 1))
         sigmas[-1] = 0.0
-        x0 = trajectory(Guided(self.denoiser, empty, cfg), noise.to(self.denoiser.device), conds, sigmas.to(self.denoiser.device))
+        x0 = sample_euler(
+            GuidedDenoiser(self.denoiser, empty, cfg),
+            noise.to(self.denoiser.device),
+            conds,
+            sigmas.to(self.denoiser.device),
+        )
         return self.vae.decode(self.denoiser.latent_space(x0))
 
 
 @dataclass
-class Guided:
+class GuidedDenoiser:
     """Classifier-free guidance (Ho & Salimans 2022) as a denoiser of its own."""
 
-    denoiser: Model
+    denoiser: EngineDenoiser
     empty: dict
     cfg: float
 
@@ -319,15 +358,15 @@ class Guided:
         return without + self.cfg * (with_text - without)
 
 
-def peft_key(key: str) -> str:
+def to_peft_key(key: str) -> str:
     """Diffusers' spelling of a LoRA key: lora_A is down, lora_B is up."""
     return key.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
 
 
-# -- loading ---------------------------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load(path, device=None) -> Engine:
+def load_engine(path, device=None) -> DiffusersEngine:
     """The model of a diffusers folder or a single .safetensors file; nothing is fetched from the network.
 
     Raises FileNotFoundError or ValueError with the remedy for what is not there or not known."""
@@ -335,138 +374,184 @@ def load(path, device=None) -> Engine:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Give --model a diffusers folder or a .safetensors checkpoint.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    engine = load_folder(path) if path.is_dir() else load_file(path)
+    engine = load_diffusers_folder(path) if path.is_dir() else load_checkpoint_file(path)
     if device.type == "cuda":
         engine.network.to(device, torch.bfloat16)
     engine.text.device = engine.vae.device = device
     return engine
 
 
-def load_folder(path: Path) -> Engine:
+def load_diffusers_folder(path: Path) -> DiffusersEngine:
     """A folder with model_index.json, as pipeline.save_pretrained writes it."""
     if not (path / "model_index.json").exists():
-        raise ValueError(f"{path} has no model_index.json, so it is no diffusers folder. Give the folder that holds unet/ or transformer/.")
+        raise ValueError(
+            f"{path} has no model_index.json, so it is no diffusers folder. Give the folder that holds unet/ or "
+            "transformer/."
+        )
     if (path / "unet").is_dir():
-        return unet_engine(path)
-    kind = json.loads((path / "transformer" / "config.json").read_text())["_class_name"] if (path / "transformer").is_dir() else "nothing"
-    makers = {"SD3Transformer2DModel": sd3_folder, "FluxTransformer2DModel": flux_folder}
+        return load_unet_folder(path)
+    kind = (
+        json.loads((path / "transformer" / "config.json").read_text())["_class_name"]
+        if (path / "transformer").is_dir()
+        else "nothing"
+    )
+    makers = {"SD3Transformer2DModel": load_sd3_folder, "FluxTransformer2DModel": load_flux_folder}
     if kind not in makers:
         known = ", ".join(["UNet2DConditionModel", *makers])
         raise ValueError(f"{path} holds {kind}; the embedded engine knows {known}. Train it inside ComfyUI.")
     return makers[kind](path)
 
 
-def frozen(kind, path: Path, part: str):
+def load_frozen_module(kind, path: Path, part: str):
     """One module of a diffusers folder, fp32, from local files only."""
     module = kind.from_pretrained(str(path / part), local_files_only=True)
     return module.float().eval().requires_grad_(False)
 
 
-def folder_clip(path: Path, number: str, prefix: str, layer=None) -> Clip:
+def load_folder_clip(path: Path, number: str, prefix: str, layer=None) -> ClipTextEncoder:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     config = json.loads((path / f"text_encoder{number}" / "config.json").read_text())
     projected = "CLIPTextModelWithProjection" in config.get("architectures", [])
-    model = frozen(CLIPTextModelWithProjection if projected else CLIPTextModel, path, f"text_encoder{number}")
-    return Clip(clip_tokenizer(path / f"tokenizer{number}"), model, prefix, layer)
+    model = load_frozen_module(
+        CLIPTextModelWithProjection if projected else CLIPTextModel, path, f"text_encoder{number}"
+    )
+    return ClipTextEncoder(load_clip_tokenizer(path / f"tokenizer{number}"), model, prefix, layer)
 
 
-def folder_t5(path: Path, number: str, least: int) -> T5:
+def load_folder_t5(path: Path, number: str, least: int) -> T5TextEncoder:
     from transformers import AutoTokenizer, T5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(str(path / f"tokenizer{number}"), local_files_only=True)
-    return T5(tokenizer, frozen(T5EncoderModel, path, f"text_encoder{number}"), least)
+    return T5TextEncoder(tokenizer, load_frozen_module(T5EncoderModel, path, f"text_encoder{number}"), least)
 
 
-def folder_vae(path: Path, space: tuple[float, float]) -> tuple[Vae, tuple[float, float]]:
-    """(autoencoder, latent format). A tiny one gives model space itself; the family's format unscales its latents as ComfyUI does."""
+def load_folder_vae(path: Path, space: tuple[float, float]) -> tuple[DiffusersVae, tuple[float, float]]:
+    """(autoencoder, latent format). A tiny one gives model space itself; the family's format unscales its latents as
+    ComfyUI does."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     config = json.loads((path / "vae" / "config.json").read_text())
     if config["_class_name"] == "AutoencoderTiny":
-        return Vae(frozen(AutoencoderTiny, path, "vae"), *space, tiny=True), space
+        return DiffusersVae(load_frozen_module(AutoencoderTiny, path, "vae"), *space, tiny=True), space
     space = config.get("scaling_factor") or space[0], config.get("shift_factor") or 0.0
-    return Vae(frozen(AutoencoderKL, path, "vae"), *space), space
+    return DiffusersVae(load_frozen_module(AutoencoderKL, path, "vae"), *space), space
 
 
-def unet_engine(path: Path) -> Engine:
+def load_unet_folder(path: Path) -> DiffusersEngine:
     from diffusers import UNet2DConditionModel
 
-    unet = frozen(UNet2DConditionModel, path, "unet")
+    unet = load_frozen_module(UNet2DConditionModel, path, "unet")
     scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
     if unet.config.addition_embed_type == "text_time":
         name, space = "sdxl", (0.13025, 0.0)
-        encoders = {"l": folder_clip(path, "", "lora_te1", -2), "g": folder_clip(path, "_2", "lora_te2", -2)}
-        text = Text(encoders, words.side_by_side)
+        encoders = {"l": load_folder_clip(path, "", "lora_te1", -2), "g": load_folder_clip(path, "_2", "lora_te2", -2)}
+        text = TextEncoders(encoders, words.join_sdxl_states)
     else:
         name, space = ("sd15" if unet.config.cross_attention_dim == 768 else "sd2"), (0.18215, 0.0)
-        text = Text({"l": folder_clip(path, "", "lora_te")}, words.clip_alone)
-    vae, space = folder_vae(path, space)
+        text = TextEncoders({"l": load_folder_clip(path, "", "lora_te")}, words.join_clip_states)
+    vae, space = load_folder_vae(path, space)
     prediction = scheduler.get("prediction_type", "epsilon")
-    return Engine(name, Unet(unet, *space, sigmas=sigmas_of(scheduler), prediction=prediction), text, vae)
+    return DiffusersEngine(
+        name, UnetDenoiser(unet, *space, sigmas=scheduler_sigmas(scheduler), prediction=prediction), text, vae
+    )
 
 
-def sd3_folder(path: Path) -> Engine:
+def load_sd3_folder(path: Path) -> DiffusersEngine:
     from diffusers import SD3Transformer2DModel
 
     parts = {"l": ("", "lora_te1"), "g": ("_2", "lora_te2")}
-    encoders = {k: folder_clip(path, n, prefix, -2) for k, (n, prefix) in parts.items() if (path / f"text_encoder{n}").is_dir()}
+    encoders = {
+        k: load_folder_clip(path, n, prefix, -2)
+        for k, (n, prefix) in parts.items()
+        if (path / f"text_encoder{n}").is_dir()
+    }
     if (path / "text_encoder_3").is_dir():
-        encoders["t5"] = folder_t5(path, "_3", least=77)
-    vae, space = folder_vae(path, (1.5305, 0.0609))
-    return Engine("sd3", Sd3(frozen(SD3Transformer2DModel, path, "transformer"), *space), Text(encoders, words.sd3), vae)
+        encoders["t5"] = load_folder_t5(path, "_3", least=77)
+    vae, space = load_folder_vae(path, (1.5305, 0.0609))
+    return DiffusersEngine(
+        "sd3",
+        Sd3Denoiser(load_frozen_module(SD3Transformer2DModel, path, "transformer"), *space),
+        TextEncoders(encoders, words.join_sd3_states),
+        vae,
+    )
 
 
-def flux_folder(path: Path) -> Engine:
+def load_flux_folder(path: Path) -> DiffusersEngine:
     from diffusers import FluxTransformer2DModel
 
-    encoders = {"l": folder_clip(path, "", "lora_te1"), "t5": folder_t5(path, "_2", least=256)}
-    vae, space = folder_vae(path, (0.3611, 0.1159))
-    denoiser = Flux(frozen(FluxTransformer2DModel, path, "transformer"), *space)
-    return Engine("flux" if denoiser.guided else "schnell", denoiser, Text(encoders, words.flux), vae)
+    encoders = {"l": load_folder_clip(path, "", "lora_te1"), "t5": load_folder_t5(path, "_2", least=256)}
+    vae, space = load_folder_vae(path, (0.3611, 0.1159))
+    denoiser = FluxDenoiser(load_frozen_module(FluxTransformer2DModel, path, "transformer"), *space)
+    return DiffusersEngine(
+        "flux" if denoiser.guided else "schnell", denoiser, TextEncoders(encoders, words.join_flux_states), vae
+    )
 
 
-def load_file(path: Path) -> Engine:
-    """A single checkpoint: SD3-shaped ones directly, others when diffusers has their configuration in its local cache."""
+def load_checkpoint_file(path: Path) -> DiffusersEngine:
+    """A single checkpoint: SD3-shaped ones directly, others when diffusers has their configuration in its local
+    cache."""
     from ..files import read_safetensors
 
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is no .safetensors file. {REMEDY}")
+        raise ValueError(f"{path.name} is no .safetensors file. {CONVERT_REMEDY}")
     tensors, _ = read_safetensors(path)
-    return sd3_file(tensors) if single_file.is_sd3(tensors) else other_file(path, tensors)
+    return (
+        load_sd3_checkpoint(tensors) if single_file.is_sd3_checkpoint(tensors) else load_unet_checkpoint(path, tensors)
+    )
 
 
-def sd3_file(tensors) -> Engine:
+def load_sd3_checkpoint(tensors) -> DiffusersEngine:
     space = (1.5305, 0.0609)
-    if any(k.startswith(f"{single_file.TEXT}t5xxl.") for k in tensors):
-        raise ValueError(f"This checkpoint has a T5 text encoder inside, whose vocabulary is not at hand. {REMEDY}")
-    models = {"l": single_file.clip_model(tensors, "clip_l"), "g": single_file.clip_model(tensors, "clip_g")}
+    if any(k.startswith(f"{single_file.TEXT_ENCODERS_PREFIX}t5xxl.") for k in tensors):
+        raise ValueError(
+            f"This checkpoint has a T5 text encoder inside, whose vocabulary is not at hand. {CONVERT_REMEDY}"
+        )
+    models = {"l": single_file.load_clip_model(tensors, "clip_l"), "g": single_file.load_clip_model(tensors, "clip_g")}
     if not any(models.values()):
-        raise ValueError(f"This checkpoint has no text encoder inside, so it can read no captions. {REMEDY}")
+        raise ValueError(f"This checkpoint has no text encoder inside, so it can read no captions. {CONVERT_REMEDY}")
     prefixes = {"l": "lora_te1", "g": "lora_te2"}
-    encoders = {k: Clip(clip_tokenizer(pad_zero=k == "g"), m, prefixes[k], -2) for k, m in models.items() if m is not None}
-    model, tiny = single_file.autoencoder(tensors)
-    vae = Vae(model, *(single_file.format_of(tensors, space) if tiny else space), tiny=tiny)
-    return Engine("sd3", Sd3(single_file.sd3_transformer(tensors), *space), Text(encoders, words.sd3), vae)
+    encoders = {
+        k: ClipTextEncoder(load_clip_tokenizer(pad_zero=k == "g"), m, prefixes[k], -2)
+        for k, m in models.items()
+        if m is not None
+    }
+    model, tiny = single_file.load_autoencoder(tensors)
+    vae = DiffusersVae(model, *(single_file.read_latent_scaling(tensors, space) if tiny else space), tiny=tiny)
+    return DiffusersEngine(
+        "sd3",
+        Sd3Denoiser(single_file.load_sd3_transformer(tensors), *space),
+        TextEncoders(encoders, words.join_sd3_states),
+        vae,
+    )
 
 
-def other_file(path: Path, tensors) -> Engine:
-    """SD1.5 and SDXL files by diffusers' own reader, which needs the family's configuration in the local Hugging Face cache."""
+def load_unet_checkpoint(path: Path, tensors) -> DiffusersEngine:
+    """SD1.5 and SDXL files by diffusers' own reader, which needs the family's configuration in the local Hugging Face
+    cache."""
     import tempfile
 
-    if f"{single_file.MODEL}input_blocks.0.0.weight" not in tensors:
+    if f"{single_file.MODEL_PREFIX}input_blocks.0.0.weight" not in tensors:
         some = ", ".join(sorted(tensors)[:3])
-        raise ValueError(f"{path.name} is no checkpoint that the embedded engine knows (its first tensors are {some}). {REMEDY}")
+        raise ValueError(
+            f"{path.name} is no checkpoint that the embedded engine knows (its first tensors are {some}). "
+            f"{CONVERT_REMEDY}"
+        )
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    kind = StableDiffusionXLPipeline if any(k.startswith("conditioner.embedders.1.") for k in tensors) else StableDiffusionPipeline
+    kind = (
+        StableDiffusionXLPipeline
+        if any(k.startswith("conditioner.embedders.1.") for k in tensors)
+        else StableDiffusionPipeline
+    )
     try:
         pipeline = kind.from_single_file(str(path), local_files_only=True, torch_dtype=torch.float32)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path.name} is a UNet checkpoint, and diffusers' description of its family is not on this machine ({reason}). {REMEDY}"
+            f"{path.name} is a UNet checkpoint, and diffusers' description of its family is not on this machine "
+            f"({reason}). {CONVERT_REMEDY}"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
-        return load_folder(Path(folder))
+        return load_diffusers_folder(Path(folder))

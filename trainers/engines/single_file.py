@@ -1,30 +1,35 @@
-"""One checkpoint file of ComfyUI's layout as diffusers and transformers modules; sizes are read off the tensors, nothing is fetched."""
+"""One checkpoint file of ComfyUI's layout as diffusers and transformers modules; sizes are read off the tensors,
+nothing is fetched."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MODEL, TEXT, VAE = "model.diffusion_model.", "text_encoders.", "first_stage_model."
-REMEDY = "Convert it to a diffusers folder (diffusers' pipeline.save_pretrained) and give that folder, or train inside ComfyUI."
+MODEL_PREFIX, TEXT_ENCODERS_PREFIX, VAE_PREFIX = "model.diffusion_model.", "text_encoders.", "first_stage_model."
+CONVERT_REMEDY = (
+    "Convert it to a diffusers folder (diffusers' pipeline.save_pretrained) and give that folder, or train inside "
+    "ComfyUI."
+)
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def tensors_with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors below a prefix, without it, fp32."""
     return {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def is_sd3(tensors) -> bool:
-    return f"{MODEL}joint_blocks.0.x_block.attn.qkv.weight" in tensors
+def is_sd3_checkpoint(tensors) -> bool:
+    return f"{MODEL_PREFIX}joint_blocks.0.x_block.attn.qkv.weight" in tensors
 
 
-def count(tensors, prefix: str) -> int:
+def count_numbered_parts(tensors, prefix: str) -> int:
     """How many numbered parts follow a prefix, such as joint_blocks."""
     return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in tensors if k.startswith(prefix))
 
 
-def filled(make, tensors, what):
-    """The module that make() builds, with these weights, frozen. It is built without memory, which saves the time of inventing weights.
+def build_frozen_module(make, tensors, what):
+    """The module that make() builds, with these weights, frozen. It is built without memory, which saves the time of
+    inventing weights.
 
     Raises ValueError naming what is missing or unknown."""
     with torch.device("meta"):
@@ -33,17 +38,17 @@ def filled(make, tensors, what):
     if missing or unknown:
         some = ", ".join([*missing, *unknown][:4])
         counts = f"{len(missing)} tensors missing, {len(unknown)} unknown"
-        raise ValueError(f"The {what} of this checkpoint does not fit: {counts} ({some}). {REMEDY}")
+        raise ValueError(f"The {what} of this checkpoint does not fit: {counts} ({some}). {CONVERT_REMEDY}")
     for part_ in module.modules():
         if "position_ids" in part_._buffers:  # CLIP's own numbering, which no file needs to hold
             part_.position_ids = torch.arange(part_.position_ids.shape[-1])[None]
     return module.eval().requires_grad_(False)
 
 
-# -- SD3's transformer -------------------------------------------------------------------------------------------------------
+# -- SD3's transformer -------------------------------------------------------------------------------------------------
 
 
-def sd3_config(t: dict[str, Tensor]) -> dict:
+def read_sd3_config(t: dict[str, Tensor]) -> dict:
     """SD3Transformer2DModel's arguments. ComfyUI fixes heads = depth and 64 channels a head; diffusers takes both."""
     width, channels, patch, _ = t["x_embedder.proj.weight"].shape
     grid = round(t["pos_embed"].shape[1] ** 0.5)
@@ -53,37 +58,45 @@ def sd3_config(t: dict[str, Tensor]) -> dict:
         patch_size=patch,
         in_channels=channels,
         out_channels=t["final_layer.linear.weight"].shape[0] // patch**2,
-        num_layers=count(t, "joint_blocks."),
+        num_layers=count_numbered_parts(t, "joint_blocks."),
         attention_head_dim=64,
         num_attention_heads=width // 64,
         joint_attention_dim=t["context_embedder.weight"].shape[1],
         caption_projection_dim=t["context_embedder.weight"].shape[0],
         pooled_projection_dim=t["y_embedder.mlp.0.weight"].shape[1],
         pos_embed_max_size=grid,
-        dual_attention_layers=tuple(i for i in range(count(t, "joint_blocks.")) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in t),
+        dual_attention_layers=tuple(
+            i
+            for i in range(count_numbered_parts(t, "joint_blocks."))
+            if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in t
+        ),
         qk_norm="rms_norm" if norm else None,
     )
 
 
-def sd3_transformer(tensors):
+def load_sd3_transformer(tensors):
     from diffusers import SD3Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
-    t = part(tensors, MODEL)
-    return filled(lambda: SD3Transformer2DModel(**sd3_config(t)), convert_sd3_transformer_checkpoint_to_diffusers(dict(t)), "transformer")
+    t = tensors_with_prefix(tensors, MODEL_PREFIX)
+    return build_frozen_module(
+        lambda: SD3Transformer2DModel(**read_sd3_config(t)),
+        convert_sd3_transformer_checkpoint_to_diffusers(dict(t)),
+        "transformer",
+    )
 
 
-# -- text encoders -----------------------------------------------------------------------------------------------------------
+# -- text encoders -----------------------------------------------------------------------------------------------------
 
 
-def clip_config(t: dict[str, Tensor]) -> dict:
+def read_clip_config(t: dict[str, Tensor]) -> dict:
     """CLIPTextConfig's arguments; CLIP-L (width 768) uses quick GELU, the larger OpenCLIP ones GELU."""
     words, width = t["embeddings.token_embedding.weight"].shape
     return dict(
         vocab_size=words,
         hidden_size=width,
         intermediate_size=t["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=count(t, "encoder.layers."),
+        num_hidden_layers=count_numbered_parts(t, "encoder.layers."),
         num_attention_heads=width // 64,
         max_position_embeddings=t["embeddings.position_embedding.weight"].shape[0],
         hidden_act="quick_gelu" if width == 768 else "gelu",
@@ -94,23 +107,29 @@ def clip_config(t: dict[str, Tensor]) -> dict:
     )
 
 
-def clip_model(tensors, name: str):
-    """The CLIP text model `clip_l` or `clip_g` of the file, or None. Pooled states are projected for CLIP-G only, as in ComfyUI's SD3."""
+def load_clip_model(tensors, name: str):
+    """The CLIP text model `clip_l` or `clip_g` of the file, or None. Pooled states are projected for CLIP-G only, as in
+    ComfyUI's SD3."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    t = part(tensors, f"{TEXT}{name}.transformer.")
+    t = tensors_with_prefix(tensors, f"{TEXT_ENCODERS_PREFIX}{name}.transformer.")
     if not t:
         return None
     bare = {k.removeprefix("text_model."): v for k, v in t.items() if not k.endswith("position_ids")}
     kind = CLIPTextModelWithProjection if name == "clip_g" else CLIPTextModel
     if kind is CLIPTextModel:
         bare.pop("text_projection.weight", None)
-    prefix = text_prefix(kind)
-    return filled(lambda: kind(CLIPTextConfig(**clip_config(bare))), {prefixed(k, prefix): v for k, v in bare.items()}, name)
+    prefix = clip_key_prefix(kind)
+    return build_frozen_module(
+        lambda: kind(CLIPTextConfig(**read_clip_config(bare))),
+        {add_clip_prefix(k, prefix): v for k, v in bare.items()},
+        name,
+    )
 
 
-def text_prefix(kind) -> str:
-    """"text_model." where this version of transformers names CLIP's layers so; version 5 dropped it from CLIPTextModel."""
+def clip_key_prefix(kind) -> str:
+    """ "text_model." where this version of transformers names CLIP's layers so; version 5 dropped it from
+    CLIPTextModel."""
     from transformers import CLIPTextConfig
 
     with torch.device("meta"):
@@ -118,55 +137,58 @@ def text_prefix(kind) -> str:
     return "text_model." if any(k.startswith("text_model.") for k in names) else ""
 
 
-def prefixed(key, prefix):
+def add_clip_prefix(key, prefix):
     return key if key.startswith("text_projection.") else prefix + key
 
 
-# -- autoencoders ------------------------------------------------------------------------------------------------------------
+# -- autoencoders ------------------------------------------------------------------------------------------------------
 
 
-def tiny_autoencoder(t: dict[str, Tensor]):
+def load_tiny_autoencoder(t: dict[str, Tensor]):
     """TAESD as diffusers' AutoencoderTiny; ComfyUI's decoder counts one more layer, the clamp."""
     from diffusers import AutoencoderTiny
 
-    encoder = {f"encoder.layers.{k}": v for k, v in part(t, "taesd_encoder.").items()}
+    encoder = {f"encoder.layers.{k}": v for k, v in tensors_with_prefix(t, "taesd_encoder.").items()}
     decoder = {}
-    for key, value in part(t, "taesd_decoder.").items():
+    for key, value in tensors_with_prefix(t, "taesd_decoder.").items():
         index, rest = key.split(".", 1)
         decoder[f"decoder.layers.{int(index) - 1}.{rest}"] = value
     channels = t["taesd_decoder.1.weight"].shape[1]
-    return filled(lambda: AutoencoderTiny(latent_channels=channels), {**encoder, **decoder}, "autoencoder")
+    return build_frozen_module(lambda: AutoencoderTiny(latent_channels=channels), {**encoder, **decoder}, "autoencoder")
 
 
-def kl_autoencoder(t: dict[str, Tensor]):
-    """The autoencoder of SD3 and Flux files: AutoencoderKL without the two 1x1 convolutions around its latent, where the file has none."""
+def load_kl_autoencoder(t: dict[str, Tensor]):
+    """The autoencoder of SD3 and Flux files: AutoencoderKL without the two 1x1 convolutions around its latent, where
+    the file has none."""
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    levels = count(t, "encoder.down.")
+    levels = count_numbered_parts(t, "encoder.down.")
     widths = tuple(t[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
     config = dict(
         latent_channels=t["decoder.conv_in.weight"].shape[1],
         block_out_channels=widths,
-        layers_per_block=count(t, "encoder.down.0.block."),
+        layers_per_block=count_numbered_parts(t, "encoder.down.0.block."),
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         use_quant_conv="quant_conv.weight" in t,
         use_post_quant_conv="post_quant_conv.weight" in t,
     )
-    return filled(lambda: AutoencoderKL(**config), convert_ldm_vae_checkpoint(dict(t), config), "autoencoder")
+    return build_frozen_module(
+        lambda: AutoencoderKL(**config), convert_ldm_vae_checkpoint(dict(t), config), "autoencoder"
+    )
 
 
-def autoencoder(tensors):
+def load_autoencoder(tensors):
     """(model, is it a tiny one). Raises ValueError for a file without one."""
-    t = part(tensors, VAE)
+    t = tensors_with_prefix(tensors, VAE_PREFIX)
     if not t:
-        raise ValueError(f"This checkpoint has no VAE inside, so it can see no images. {REMEDY}")
+        raise ValueError(f"This checkpoint has no VAE inside, so it can see no images. {CONVERT_REMEDY}")
     tiny = "taesd_decoder.1.weight" in t
-    return (tiny_autoencoder(t) if tiny else kl_autoencoder(t)), tiny
+    return (load_tiny_autoencoder(t) if tiny else load_kl_autoencoder(t)), tiny
 
 
-def format_of(tensors, default: tuple[float, float]) -> tuple[float, float]:
+def read_latent_scaling(tensors, default: tuple[float, float]) -> tuple[float, float]:
     """(scale, shift) of a tiny autoencoder as the file states them."""
-    named = [tensors.get(f"{VAE}{k}") for k in ("vae_scale", "vae_shift")]
+    named = [tensors.get(f"{VAE_PREFIX}{k}") for k in ("vae_scale", "vae_shift")]
     return tuple(float(v) if isinstance(v, torch.Tensor) else d for v, d in zip(named, default, strict=True))

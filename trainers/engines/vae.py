@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .text import digest, placed
+from .text import hash_module_weights, module_on_device
 
 
 @dataclass
-class Vae:
-    """`scale` and `shift` map an unscaled latent to the model's space: (latent - shift) * scale (the family's latent format).
+class DiffusersVae:
+    """`scale` and `shift` map an unscaled latent to the model's space: (latent - shift) * scale (the family's latent
+    format).
 
     A tiny autoencoder (TAESD) speaks model space itself, so its latents are unscaled here, the way ComfyUI does it."""
 
@@ -26,7 +27,7 @@ class Vae:
     @property
     def identity(self) -> str:
         if not self._identity:
-            self._identity = digest(self.model, extra=(self.scale, self.shift, self.tiny))
+            self._identity = hash_module_weights(self.model, extra=(self.scale, self.shift, self.tiny))
         return self._identity
 
     @property
@@ -41,8 +42,9 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, H, W, 3) in 0..1 -> mean and standard deviation (B, C, h, w), or None where the autoencoder has no spread."""
-        with placed(self.model, self.device) as model:
+        """(B, H, W, 3) in 0..1 -> mean and standard deviation (B, C, h, w), or None where the autoencoder has no
+        spread."""
+        with module_on_device(self.model, self.device) as model:
             x = images.movedim(-1, 1).to(self.device, model.dtype) * 2 - 1
             if self.tiny:
                 return (model.encode(x).latents.float() / self.scale + self.shift).cpu(), None
@@ -52,7 +54,7 @@ class Vae:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) in 0..1."""
-        with placed(self.model, self.device) as model:
+        with module_on_device(self.model, self.device) as model:
             z = (latents - self.shift) * self.scale if self.tiny else latents
             pictures = model.decode(z.to(self.device, model.dtype)).sample
             return (pictures.float() * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).cpu()

@@ -1,4 +1,5 @@
-"""Blocks that keep less than autograd would: they compute the rest again during backward, or fetch their inputs from the CPU.
+"""Blocks that keep less than autograd would: they compute the rest again during backward, or fetch their inputs from
+the CPU.
 
 A model's block classes are changed as long as `checkpointed` is open; `Blocks.plan` may change between two steps."""
 
@@ -11,44 +12,44 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .compile import Compiler
-from .plan import OFF, OFFLOADED, PER_BLOCK, PER_BLOCK_CPU, Block, Measured
+from .compile import BlockCompiler
+from .plan import PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, BlockMemory, StepMemory
 
-SMALL = 64 * 1024  # bytes; less is not worth a trip
+MIN_OFFLOAD_BYTES = 64 * 1024  # bytes; less is not worth a trip
 
 
 @dataclass
-class Blocks:
+class CheckpointPolicy:
     """How the blocks of one network behave now."""
 
-    plan: str = PER_BLOCK
-    tally: Tally | None = None  # counts in place of keeping
-    compiler: Compiler | None = None  # calls the blocks, where they are to be compiled
+    plan: str = PLAN_PER_BLOCK
+    tally: ActivationCounter | None = None  # counts in place of keeping
+    compiler: BlockCompiler | None = None  # calls the blocks, where they are to be compiled
 
 
 @contextlib.contextmanager
-def checkpointed(classes, adapters, blocks: Blocks | None = None):
+def checkpoint_blocks(classes, adapters, blocks: CheckpointPolicy | None = None):
     """Blocks keep only their inputs and compute the rest again during backward (Chen et al. 2016), as `blocks` says."""
-    blocks = blocks or Blocks()
+    blocks = blocks or CheckpointPolicy()
     before = [(cls, cls.forward) for cls in classes]
     try:
         for cls, forward in before:
-            cls.forward = recomputing(forward, adapters, blocks)
+            cls.forward = wrap_block_forward(forward, adapters, blocks)
         yield blocks
     finally:
         for cls, forward in before:
             cls.forward = forward
 
 
-def recomputing(forward, adapters, blocks: Blocks):
+def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
     def run(module, *args, **kwargs):
         if blocks.tally is not None and torch.is_grad_enabled():
             with blocks.tally.block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
                 return forward(module, *args, **kwargs)
         call = forward if blocks.compiler is None else blocks.compiler.of(forward)
-        if not torch.is_grad_enabled() or blocks.plan == OFF:
+        if not torch.is_grad_enabled() or blocks.plan == PLAN_OFF:
             return call(module, *args, **kwargs)
-        tensors, restored = taken_out(args, kwargs)
+        tensors, restored = split_tensor_arguments(args, kwargs)
         again = adapters.as_now()  # backward comes when another strength may be set, and another dropout
 
         def block(*tensors):
@@ -56,15 +57,17 @@ def recomputing(forward, adapters, blocks: Blocks):
             with again():
                 return call(module, *args, **kwargs)
 
-        with Offload() if blocks.plan in (PER_BLOCK_CPU, OFFLOADED) else contextlib.nullcontext():
+        with CpuOffloadHooks() if blocks.plan in (PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED) else contextlib.nullcontext():
             return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     return run
 
 
-def taken_out(args, kwargs):
-    """(tensors, function(tensors) -> (args, kwargs)). Only what is a tensor by itself is seen by those who store a checkpoint's inputs.
-    Dicts are copied each time: the host writes the current block's number into its options, and recomputation must see those of this call."""
+def split_tensor_arguments(args, kwargs):
+    """(tensors, function(tensors) -> (args, kwargs)). Only what is a tensor by itself is seen by those who store a
+    checkpoint's inputs.
+    Dicts are copied each time: the host writes the current block's number into its options, and recomputation must see
+    those of this call."""
     values = [*args, *kwargs.values()]
     places = [i for i, value in enumerate(values) if torch.is_tensor(value)]
     others = [dict(v) if isinstance(v, dict) else None if torch.is_tensor(v) else v for v in values]
@@ -78,10 +81,10 @@ def taken_out(args, kwargs):
     return [values[i] for i in places], restored
 
 
-# -- by storage ----------------------------------------------------------------------------------------------------------------
+# -- by storage --------------------------------------------------------------------------------------------------------
 
 
-class Living(dict):
+class LiveStorageDict(dict):
     """Values by storage, forgotten when the storage dies: its address is used again."""
 
     def remember(self, tensor, key, value):
@@ -89,34 +92,41 @@ class Living(dict):
         weakref.finalize(tensor.untyped_storage(), self.pop, key, None)
 
 
-def key_of(tensor) -> int:
+def storage_key(tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class Offload(torch.autograd.graph.saved_tensors_hooks):
+class CpuOffloadHooks(torch.autograd.graph.saved_tensors_hooks):
     """What is saved under it waits in the CPU's memory. One that several blocks are given makes one trip."""
 
-    copies = Living()  # (storage, place in it, version) -> weak reference to its copy
+    copies = LiveStorageDict()  # (storage, place in it, version) -> weak reference to its copy
 
     def __init__(self):
         super().__init__(self.pack, self.unpack)
 
     def pack(self, tensor):
-        if tensor.numel() * tensor.element_size() < SMALL or isinstance(tensor, torch.nn.Parameter):
+        if tensor.numel() * tensor.element_size() < MIN_OFFLOAD_BYTES or isinstance(tensor, torch.nn.Parameter):
             return tensor
-        key = (key_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        key = (
+            storage_key(tensor),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor._version,
+        )
         known = self.copies.get(key)
         if known is None or (waiting := known()) is None:
-            waiting = Waiting(tensor)
+            waiting = OffloadedTensor(tensor)
             self.copies.remember(tensor, key, weakref.ref(waiting))
         return waiting
 
     @staticmethod
     def unpack(saved):
-        return saved.back() if isinstance(saved, Waiting) else saved
+        return saved.back() if isinstance(saved, OffloadedTensor) else saved
 
 
-class Waiting:
+class OffloadedTensor:
     """A tensor's copy in the CPU's memory, page-locked where the device can fetch it faster so."""
 
     def __init__(self, tensor):
@@ -128,35 +138,39 @@ class Waiting:
         return self.copy.to(self.device, non_blocking=self.device.type == "cuda", copy=self.device.type == "cpu")
 
 
-# -- counting ------------------------------------------------------------------------------------------------------------------
+# -- counting ----------------------------------------------------------------------------------------------------------
 
 
-class Dropped(RuntimeError):
+class CountedPassError(RuntimeError):
     """A backward was tried through a pass that was only counted."""
 
 
 @dataclass
-class Call:
+class BlockCall:
     before: int = 0  # of what was kept outside, when the call began
     inputs: int = 0
     inside: int = 0
-    seen: Living = field(default_factory=Living)
+    seen: LiveStorageDict = field(default_factory=LiveStorageDict)
 
 
-class Tally(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd would keep and keeps none of it: a forward pass under it needs no memory for activations, whatever the
-    model's size, and has no backward."""
+class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd would keep and keeps none of it: a forward pass under it needs no memory for activations,
+    whatever the model's size, and has no backward."""
 
     def __init__(self, weights):
         super().__init__(self.pack, self.unpack)
-        self.weights = {key_of(w) for w in weights}
-        self.all, self.given, self.apart = Living(), Living(), Living()  # apart: kept by what is no block
+        self.weights = {storage_key(w) for w in weights}
+        self.all, self.given, self.apart = (
+            LiveStorageDict(),
+            LiveStorageDict(),
+            LiveStorageDict(),
+        )  # apart: kept by what is no block
         self.total = self.outside = self.largest = 0
-        self.calls: list[Call] = []
-        self.now: Call | None = None
+        self.calls: list[BlockCall] = []
+        self.now: BlockCall | None = None
 
     def pack(self, tensor):
-        key, size = key_of(tensor), tensor.untyped_storage().nbytes()
+        key, size = storage_key(tensor), tensor.untyped_storage().nbytes()
         if key in self.weights:
             return None
         if key not in self.all:
@@ -175,16 +189,16 @@ class Tally(torch.autograd.graph.saved_tensors_hooks):
 
     @staticmethod
     def unpack(_):
-        raise Dropped("nothing was kept for a backward pass")
+        raise CountedPassError("nothing was kept for a backward pass")
 
     @contextlib.contextmanager
     def block(self, tensors):
         if self.now is not None:  # a block within a block is part of it
             yield
             return
-        self.now = Call(self.outside)
+        self.now = BlockCall(self.outside)
         for tensor in tensors:
-            key = key_of(tensor)
+            key = storage_key(tensor)
             if key not in self.given and key not in self.apart and key not in self.weights:
                 self.given.remember(tensor, key, self.now)
                 self.now.inputs += tensor.untyped_storage().nbytes()
@@ -194,7 +208,10 @@ class Tally(torch.autograd.graph.saved_tensors_hooks):
         finally:
             self.now = None
 
-    def measured(self, adapters: int) -> Measured:
+    def measured(self, adapters: int) -> StepMemory:
         before = [0, *(call.before for call in self.calls)]
-        blocks = tuple(Block(call.inputs, call.inside, call.before - b) for b, call in zip(before[:-1], self.calls, strict=True))
-        return Measured(self.total, self.outside, blocks, self.largest, adapters)
+        blocks = tuple(
+            BlockMemory(call.inputs, call.inside, call.before - b)
+            for b, call in zip(before[:-1], self.calls, strict=True)
+        )
+        return StepMemory(self.total, self.outside, blocks, self.largest, adapters)

@@ -1,7 +1,9 @@
-"""Blocks that run as programs made by torch.compile, one for all blocks that are built alike; where none can be made they run as before.
+"""Blocks that run as programs made by torch.compile, one for all blocks that are built alike; where none can be made
+they run as before.
 
-Only the call of a block is another one: the model's classes, weights and hooks stay as they are, and every program belongs to its Compiler
-and goes with it. A compiled block rounds in another order: gradients differ from those without by at most TOLERANCE of their size in fp32.
+Only the call of a block is another one: the model's classes, weights and hooks stay as they are, and every program
+belongs to its Compiler and goes with it. A compiled block rounds in another order: gradients differ from those without
+by at most TOLERANCE of their size in fp32.
 """
 
 from __future__ import annotations
@@ -15,42 +17,45 @@ from dataclasses import dataclass, field
 
 import torch
 
-BACKEND = "inductor"  # torch's own; needs a C++ compiler on the CPU, triton on a GPU
-TOLERANCE = 1e-4  # norm of the difference over the norm, of a step's gradients in fp32
-SHAPES = 8  # of pictures and texts that one kind of block gets programs for; each takes seconds to make, so rarer ones run without
+COMPILE_BACKEND = "inductor"  # torch's own; needs a C++ compiler on the CPU, triton on a GPU
+COMPILED_GRADIENT_TOLERANCE = 1e-4  # norm of the difference over the norm, of a step's gradients in fp32
+# of pictures and texts that one kind of block gets programs for; each takes seconds to make, so rarer ones run without
+MAX_SHAPES_PER_BLOCK = 8
 
 
 @dataclass
-class Compiler:
-    """Calls blocks through torch.compile. `plain(args, kwargs)` gives the same call without what differs between blocks and changes nothing
-    of their answer (a block's own number, say), so that they can share a program. `say(text)` is told once why there are none."""
+class BlockCompiler:
+    """Calls blocks through torch.compile. `plain(args, kwargs)` gives the same call without what differs between blocks
+    and changes nothing of their answer (a block's own number, say), so that they can share a program. `say(text)` is
+    told once why there are none."""
 
     adapters: object
     plain: Callable = lambda args, kwargs: (args, kwargs)
     say: Callable[[str], None] = lambda text: None
-    backend: str = field(default_factory=lambda: BACKEND)
+    backend: str = field(default_factory=lambda: COMPILE_BACKEND)
     trouble: str = ""  # why blocks run as before
     programs: dict = field(default_factory=dict)
     built: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block -> how it is built
     trained: set = field(default_factory=set)  # strengths that a gradient was asked for
 
     def of(self, forward):
-        """A function that calls a block as it was called the first time: what backward computes again must come from the same program."""
+        """A function that calls a block as it was called the first time: what backward computes again must come from
+        the same program."""
         chosen = None
 
         def call(module, *args, **kwargs):
             nonlocal chosen
             if chosen is None:
-                program = self.program(forward, module, shapes_of(args, kwargs))
+                program = self.program(forward, module, argument_shapes(args, kwargs))
                 chosen = forward if program is None else self.placeless(program)
                 if program is not None:
                     try:
                         return chosen(module, *args, **kwargs)
                     except Exception as error:
-                        if not of_the_compiler(error):
+                        if not is_compile_error(error):
                             raise
                         chosen = forward
-                        self.give_up(reason(error))
+                        self.give_up(describe_compile_error(error))
             return chosen(module, *args, **kwargs)
 
         return call
@@ -63,7 +68,8 @@ class Compiler:
         return run
 
     def program(self, forward, module, shapes):
-        """What to call in place of `forward`, or None. Strengths that are only looked at (a curve, a sweep) are not worth a program. Each
+        """What to call in place of `forward`, or None. Strengths that are only looked at (a curve, a sweep) are not
+        worth a program. Each
         shape has its own: a program for all shapes would take the place of one that a backward still needs."""
         strength, learning = self.adapters.moment, torch.is_grad_enabled()
         if self.trouble or strength is None:
@@ -73,32 +79,35 @@ class Compiler:
         elif strength and strength not in self.trained:
             return None
         if module not in self.built:
-            self.built[module] = building(module, self.adapters)
+            self.built[module] = block_signature(module, self.adapters)
         known = self.programs.setdefault((forward, self.built[module], strength, learning), {})
-        if shapes not in known and len(known) < SHAPES:
+        if shapes not in known and len(known) < MAX_SHAPES_PER_BLOCK:
             try:
-                known[shapes] = torch.compile(copied(forward), backend=self.backend, dynamic=False)
+                known[shapes] = torch.compile(clone_function(forward), backend=self.backend, dynamic=False)
             except RuntimeError as error:  # of a Python that torch.compile does not know yet, for example
-                self.give_up(reason(error))
+                self.give_up(describe_compile_error(error))
         return known.get(shapes)
 
     def give_up(self, why: str):
         self.trouble = why
         self.programs.clear()
-        self.say(without(why))
+        self.say(format_not_compiled(why))
 
     @contextlib.contextmanager
     def ready(self):
-        """What torch must be told while blocks are compiled. Programs for backward are made in forward, where a block can still run
-        without."""
+        """What torch must be told while blocks are compiled. Programs for backward are made in forward, where a block
+        can still run without."""
         import torch._dynamo
         import torch._functorch.config
 
-        dynamo = patched(torch._dynamo.config, recompile_limit=64, suppress_errors=False)
-        functorch = patched(torch._functorch.config, force_non_lazy_backward_lowering=True)
+        dynamo = patch_torch_config(torch._dynamo.config, recompile_limit=64, suppress_errors=False)
+        functorch = patch_torch_config(torch._functorch.config, force_non_lazy_backward_lowering=True)
         try:
             with dynamo, functorch, warnings.catch_warnings():
-                for noise in (r"The \.grad attribute of a Tensor that is not a leaf", r"`?torch\.jit\.script_method"):  # of torch about itself
+                for noise in (
+                    r"The \.grad attribute of a Tensor that is not a leaf",
+                    r"`?torch\.jit\.script_method",
+                ):  # of torch about itself
                     warnings.filterwarnings("ignore", message=noise)
                 yield self
         finally:
@@ -106,55 +115,62 @@ class Compiler:
             self.built.clear()
 
 
-def without(why: str) -> str:
+def format_not_compiled(why: str) -> str:
     return f"Blocks are not compiled: {why}. Training goes on without, with the same result."
 
 
-def patched(config, **values):
+def patch_torch_config(config, **values):
     """These values of a config of torch while inside; those that this release does not know are left out."""
     return config.patch({name: value for name, value in values.items() if hasattr(config, name)})
 
 
-def building(module, adapters) -> tuple:
+def block_signature(module, adapters) -> tuple:
     """Equal for blocks that may share a program. torch itself does not look whether a layer has hooks, or whose."""
-    return (type(module), *(layer(name, m, adapters) for name, m in module.named_modules()))
+    return (type(module), *(layer_signature(name, m, adapters) for name, m in module.named_modules()))
 
 
-def layer(name, m, adapters) -> tuple:
+def layer_signature(name, m, adapters) -> tuple:
     shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in m._parameters.items() if p is not None)
     return name, type(m), shapes, len(m._forward_hooks), len(m._forward_pre_hooks), adapters.kind_at(m)
 
 
-def shapes_of(args, kwargs) -> tuple:
+def argument_shapes(args, kwargs) -> tuple:
     return tuple(tuple(value.shape) for value in (*args, *kwargs.values()) if torch.is_tensor(value))
 
 
-def copied(function):
-    """The same function with code of its own: what torch.compile keeps by code is not found by those who call the original."""
+def clone_function(function):
+    """The same function with code of its own: what torch.compile keeps by code is not found by those who call the
+    original."""
     if not isinstance(function, types.FunctionType):
         return function
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
 
-def of_the_compiler(error: Exception) -> bool:
+def is_compile_error(error: Exception) -> bool:
     """Whether a program could not be made, in contrast to one that failed at work (out of memory, say)."""
-    return is_a(error, "TorchDynamoException", "CppCompileError", "InvalidCxxCompiler")
+    return is_torch_error(error, "TorchDynamoException", "CppCompileError", "InvalidCxxCompiler")
 
 
-def is_a(error: BaseException, *names: str) -> bool:
+def is_torch_error(error: BaseException, *names: str) -> bool:
     """By the names of torch's classes: not every release has all of them."""
     return any(cls.__name__ in names and cls.__module__.startswith("torch.") for cls in type(error).__mro__)
 
 
-def reason(error: Exception) -> str:
+def describe_compile_error(error: Exception) -> str:
     """One phrase for a person."""
     causes = []
     while error is not None:
         causes.append(error)
         error = getattr(error, "inner_exception", None) or error.__cause__
-    has = lambda name: any(is_a(cause, name) for cause in causes)
+    has = lambda name: any(is_torch_error(cause, name) for cause in causes)
     words = " ".join(map(str, causes))
     if has("InvalidCxxCompiler") or "No working C++ compiler" in words:
         return "this machine has no C++ compiler that torch finds (g++, clang, or cl on Windows)"
@@ -165,4 +181,6 @@ def reason(error: Exception) -> str:
     if has("CppCompileError"):
         return "the C++ compiler of this machine failed"
     lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
-    return f"torch.compile failed on this model ({type(causes[-1]).__name__}: {lines[0] if lines else 'no more is known'})".rstrip(".")
+    return (
+        f"torch.compile failed on this model ({type(causes[-1]).__name__}: {lines[0] if lines else 'no more is known'})"
+    ).rstrip(".")

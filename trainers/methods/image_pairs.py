@@ -1,35 +1,46 @@
-"""A difference learnt from pictures: image-pair sliders, and ADDifT, which learns what changed between before and after."""
+"""A difference learnt from pictures: image-pair sliders, and ADDifT, which learns what changed between before and
+after."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from ..adapters.adapters import Adapters
-from ..data.encoded import Batch, Deck, Encoded
-from ..data.pairs import Pair, pairs_of
-from ..diffusion import Denoiser, Density, density_for, loss_weight, native_error, noise_like, random_sigma
+from ..data.encoded import Batch, BucketBatchSampler, EncodedDataset
+from ..data.pairs import ImagePair, collect_image_pairs
+from ..diffusion import (
+    Denoiser,
+    NoiseLevelDensity,
+    loss_weight,
+    native_error,
+    resolve_noise_density,
+    sample_sigmas,
+    sample_training_noise,
+)
 from ..settings import NoiseSettings
-from .rollouts import one_of
+from .rollouts import sample_element
 
 
 @dataclass
-class Pairs:
-    """What both kinds share: pairs of encoded pictures, drawn with the same flip, noise and noise level on every side."""
+class ImagePairTraining:
+    """What both kinds share: pairs of encoded pictures, drawn with the same flip, noise and noise level on every
+    side."""
 
     denoiser: Denoiser
     adapters: Adapters
-    data: Encoded
+    data: EncodedDataset
     noise: NoiseSettings = NoiseSettings()
-    density: Density = Density()
+    density: NoiseLevelDensity = NoiseLevelDensity()
     batch: int = 1
-    deck: Deck = field(init=False)
+    deck: BucketBatchSampler = field(init=False)
 
     def __post_init__(self):
-        self.items: list[Pair] = pairs_of(self.data)
-        self.deck = Deck(self, self.batch)
-        self.density = density_for(self.noise, self.density)
+        self.items: list[ImagePair] = collect_image_pairs(self.data)
+        self.deck = BucketBatchSampler(self, self.batch)
+        self.density = resolve_noise_density(self.noise, self.density)
         self.spent = {"frozen": 0, "student": 0}
 
     def parameters(self):
@@ -44,17 +55,19 @@ class Pairs:
 
     def sides(self, pairs, rng) -> list[tuple[float, Batch]]:
         """[(strength, batch)]: the pictures at one randomly chosen size of strength, all with the same luck."""
-        size = one_of(pairs[0].sizes, rng)
+        size = sample_element(pairs[0].sizes, rng)
         seed = int(torch.randint(2**62, (1,), generator=rng))
         strengths = [strength for strength in pairs[0].strengths if abs(strength) == size]
-        return [(s, self.data.batch([pair.at[s] for pair in pairs], torch.Generator().manual_seed(seed))) for s in strengths]
+        return [
+            (s, self.data.batch([pair.at[s] for pair in pairs], torch.Generator().manual_seed(seed))) for s in strengths
+        ]
 
     def drawn(self, rng):
         """(sides, x0 of each side, noise, sigma): noise and sigma are the same for every side."""
         sides = self.sides([self.items[i] for i in self.deck.draw(rng)], rng)
         x0 = [self.denoiser.model_space(batch.x0) for _, batch in sides]
-        sigma = random_sigma(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
-        return sides, x0, noise_like(x0[0], rng, self.noise), sigma
+        sigma = sample_sigmas(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
+        return sides, x0, sample_training_noise(x0[0], rng, self.noise), sigma
 
     def loss(self, rng):
         """(sides * B,)"""
@@ -77,11 +90,16 @@ class Pairs:
 
     def weighted(self, x0_hat, goal, sigma, batch):
         mask = None if batch.mask is None else batch.mask.to(goal)
-        return loss_weight(self.denoiser, sigma, self.noise) * native_error(self.denoiser, x0_hat, goal, sigma, mask, self.noise)
+        return loss_weight(self.denoiser, sigma, self.noise) * native_error(
+            self.denoiser, x0_hat, goal, sigma, mask, self.noise
+        )
 
 
-class ImageSlider(Pairs):
-    """The picture of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual sliders)."""
+class ImageSlider(ImagePairTraining):
+    """The picture of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual
+    sliders)."""
+
+    fingerprint_name: ClassVar[str] = "ImageSlider"  # part of a run's fingerprint
 
     def compared(self, sides, x0, noise, sigma):
         return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
@@ -92,9 +110,12 @@ class ImageSlider(Pairs):
 
 
 @dataclass
-class Change(Pairs):
-    """ADDifT (hako-mikan 2025): with the same noise on both, the student on `after` at +m should err as the frozen model errs on `before`,
-    and on `before` at -m as it errs on `after`. What the model always gets wrong cancels, and only the change is left to learn."""
+class AddiftTraining(ImagePairTraining):
+    """ADDifT (hako-mikan 2025): with the same noise on both, the student on `after` at +m should err as the frozen
+    model errs on `before`, and on `before` at -m as it errs on `after`. What the model always gets wrong cancels, and
+    only the change is left to learn."""
+
+    fingerprint_name: ClassVar[str] = "Change"  # part of a run's fingerprint
 
     strength: float = 0.25
 

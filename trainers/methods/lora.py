@@ -5,31 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..adapters.adapters import Adapters
-from ..data.encoded import Batch, Deck, Encoded
-from ..diffusion import Denoiser, Density, denoising_loss, density_for, loss_weight, noise_like, randn_like, random_sigma
+from ..data.encoded import Batch, BucketBatchSampler, EncodedDataset
+from ..diffusion import (
+    Denoiser,
+    NoiseLevelDensity,
+    cpu_randn_like,
+    denoising_loss,
+    loss_weight,
+    resolve_noise_density,
+    sample_sigmas,
+    sample_training_noise,
+)
 from ..settings import NoiseSettings
-from .prior import Kept, Prior
+from .prior import PriorData, PriorLoss
 
 
 @dataclass
-class Lora:
-    """`encode` turns captions into conditionings with gradients, when the text encoder is trained too. `prior`: what must not be forgotten."""
+class LoraTraining:
+    """`encode` turns captions into conditionings with gradients, when the text encoder is trained too. `prior`: what
+    must not be forgotten."""
 
     denoiser: Denoiser
     adapters: Adapters
-    data: Encoded
+    data: EncodedDataset
     noise: NoiseSettings = NoiseSettings()
-    density: Density = Density()  # the family's own, used where the settings leave it open
+    density: NoiseLevelDensity = NoiseLevelDensity()  # the family's own, used where the settings leave it open
     batch: int = 1
     text_adapters: Adapters | None = None
     encode: object = None  # (captions) -> conds
-    prior: Prior | None = None
-    deck: Deck = field(init=False)
+    prior: PriorData | None = None
+    deck: BucketBatchSampler = field(init=False)
 
     def __post_init__(self):
-        self.deck = Deck(self.data, self.batch)
-        self.density = density_for(self.noise, self.density)
-        self.kept = None if self.prior is None else Kept(self.prior, self.batch)
+        self.deck = BucketBatchSampler(self.data, self.batch)
+        self.density = resolve_noise_density(self.noise, self.density)
+        self.kept = None if self.prior is None else PriorLoss(self.prior, self.batch)
 
     def groups(self):
         named = {"model": list(self.adapters.parameters())}
@@ -55,10 +65,10 @@ class Lora:
         """((B,) weighted loss, x, sigma) of these pictures, freshly noised."""
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode(batch) if self.encode else batch.conds
-        sigma = random_sigma(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
+        sigma = sample_sigmas(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
         mask = None if batch.mask is None else batch.mask.to(x0)
-        noise = noise_like(x0, rng, self.noise)
-        extra = self.noise.perturbation * randn_like(x0, rng) if self.noise.perturbation else None
+        noise = sample_training_noise(x0, rng, self.noise)
+        extra = self.noise.perturbation * cpu_randn_like(x0, rng) if self.noise.perturbation else None
         with self.adapters.dropping(rng):
             error = denoising_loss(self.denoiser, x0, noise, sigma, conds, mask, self.noise, extra)
         return loss_weight(self.denoiser, sigma, self.noise) * error, self.denoiser.noised(x0, noise, sigma), sigma

@@ -1,8 +1,10 @@
 """Prior preservation: what a LoRA must not forget while it learns.
 
-Two ways, alone or together. Class images: pictures of the class are learnt beside the subject's (Ruiz et al. 2023, DreamBooth). Class
-prompts: no pictures at all; under each of these prompts the model with its adapter should answer what it answers without, at the very
-latents of the step (the frozen model as teacher, as in ai-toolkit's differential output preservation).
+Two ways, alone or together. Class images: pictures of the class are learnt beside the subject's (Ruiz et al. 2023,
+DreamBooth). Class
+prompts: no pictures at all; under each of these prompts the model with its adapter should answer what it answers
+without, at the very latents of the step (the frozen model as teacher, as in ai-toolkit's differential output
+preservation).
 """
 
 from __future__ import annotations
@@ -12,56 +14,70 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.captions.variants import CaptionSettings, texts_of
-from ..data.encoded import Deck, Encoded
+from ..data.captions.variants import CaptionSettings, expand_caption
+from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..diffusion import native_error
-from ..settings import Settings, number, text
+from ..settings import Settings, number_field, text_field
 
-MOST_PROMPTS = 64
+MAX_CLASS_PROMPTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSettings(Settings):
     """What is kept, and how firmly."""
 
-    class_prompt: str = text("", "What the model must go on drawing as it does, without pictures: one prompt per line, such as: a photo of a dog. "
-                             "{a|b} stands for both.", multiline=True)  # fmt: skip
-    weight: float = number(1.0, 0.0, 1000.0, "How much what is kept counts against what is learnt.", step=0.1)
+    class_prompt: str = text_field(
+        "",
+        "What the model must go on drawing as it does, without pictures: one prompt per line, such as: a photo of a "
+        "dog. {a|b} stands for both.",
+        multiline=True,
+    )
+    weight: float = number_field(1.0, 0.0, 1000.0, "How much what is kept counts against what is learnt.", step=0.1)
 
     def prompts(self) -> list[str]:
         """Every prompt once. Raises ValueError when there are more than can be kept in memory."""
-        every = CaptionSettings(wildcards=True, variants=MOST_PROMPTS)
+        every = CaptionSettings(wildcards=True, variants=MAX_CLASS_PROMPTS)
         lines = [line.strip() for line in self.class_prompt.splitlines() if line.strip()]
-        found = list(dict.fromkeys(told for line in lines for told in texts_of(line, every, torch.Generator().manual_seed(0))))
-        if len(found) > MOST_PROMPTS:
-            raise ValueError(f"class_prompt stands for {len(found)} prompts and {MOST_PROMPTS} is the most. Use fewer lines or choices.")
+        found = list(
+            dict.fromkeys(
+                told for line in lines for told in expand_caption(line, every, torch.Generator().manual_seed(0))
+            )
+        )
+        if len(found) > MAX_CLASS_PROMPTS:
+            raise ValueError(
+                f"class_prompt stands for {len(found)} prompts and {MAX_CLASS_PROMPTS} is the most. Use fewer lines or "
+                "choices."
+            )
         return found
 
 
 @dataclass
-class Prior:
+class PriorData:
     """What the Prior Preservation node gives: `conds` by prompt, pictures, or both."""
 
     settings: PriorSettings
     conds: dict[str, dict] = field(default_factory=dict)
-    data: Encoded | None = None
+    data: EncodedDataset | None = None
     source: str = ""  # identity of the text encoder
 
     def __post_init__(self):
         if not self.conds and self.data is None:
-            raise ValueError("There is nothing to preserve. Write a class_prompt (and connect CLIP), or connect class images as encoded.")
+            raise ValueError(
+                "There is nothing to preserve. Write a class_prompt (and connect CLIP), or connect class images as "
+                "encoded."
+            )
 
     def parts(self) -> tuple:
         """What the result of a run depends on."""
         return self.settings, self.source, "" if self.data is None else self.data.fingerprint
 
 
-class Kept:
+class PriorLoss:
     """A Prior at work in one run: `loss` is asked once per step, after the step's own draws."""
 
-    def __init__(self, prior: Prior, batch: int):
+    def __init__(self, prior: PriorData, batch: int):
         self.prior, self.prompts = prior, list(prior.conds)
-        self.deck = None if prior.data is None else Deck(prior.data, batch)
+        self.deck = None if prior.data is None else BucketBatchSampler(prior.data, batch)
 
     def state(self) -> dict:
         return {} if self.deck is None else self.deck.state()

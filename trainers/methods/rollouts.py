@@ -1,8 +1,9 @@
-"""Where a difference between prompts is learnt: states x on the way from noise to a picture, and what the frozen model says there.
+"""Where a difference between prompts is learnt: states x on the way from noise to a picture, and what the frozen model
+says there.
 
-LECO (p1atdev/LECO) denoises anew for every update and keeps one state of the whole way. Here every state that a way passes is a point,
-the frozen model's answers at a point are asked once and kept, and the oldest way is walked again by the current student every so
-often, so that the points stay near those that the student itself would come to.
+LECO (p1atdev/LECO) denoises anew for every update and keeps one state of the whole way. Here every state that a way
+passes is a point, the frozen model's answers at a point are asked once and kept, and the oldest way is walked again by
+the current student every so often, so that the points stay near those that the student itself would come to.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapters import Adapters
-from ..data.cache import mapped
-from ..data.encoded import Deck, Encoded
-from ..diffusion import Denoiser, Density, density_for, randn_like, random_sigma, rollout
+from ..data.cache import map_tensors
+from ..data.encoded import BucketBatchSampler, EncodedDataset
+from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, resolve_noise_density, rollout, sample_sigmas
 from ..settings import NoiseSettings, PointSettings
 
 
 @dataclass(frozen=True)
-class Pull:
-    """The student under `prompt` at `strength` should answer the sum of weight * the frozen model's answer; the weights sum to 1."""
+class PromptTarget:
+    """The student under `prompt` at `strength` should answer the sum of weight * the frozen model's answer; the weights
+    sum to 1."""
 
     prompt: str
     goal: tuple[tuple[float, str], ...]
@@ -32,10 +34,11 @@ class Pull:
 
 
 @dataclass(frozen=True)
-class Task:
-    """Pulls that are learnt at the same points. `scene` is the prompt under which the points come about, `away` what guidance avoids."""
+class PromptTask:
+    """Pulls that are learnt at the same points. `scene` is the prompt under which the points come about, `away` what
+    guidance avoids."""
 
-    pulls: tuple[Pull, ...]
+    pulls: tuple[PromptTarget, ...]
     scene: str
     away: str = ""
     weight: float = 1.0  # how often it is drawn, against the other tasks
@@ -61,8 +64,9 @@ class NoAdapters:
 
 
 @dataclass
-class Model:
-    """The student and the frozen model in one: adapters at some strength, and at none. Counts forwards, one per sample."""
+class StudentTeacherModel:
+    """The student and the frozen model in one: adapters at some strength, and at none. Counts forwards, one per
+    sample."""
 
     denoiser: Denoiser
     adapters: Adapters
@@ -87,7 +91,7 @@ class Model:
             return self.denoiser.denoise(x, sigma, [self.conds[prompt]] * len(x))
 
     @torch.no_grad()
-    def walk(self, noise, sigmas, task: Task, strength, guidance):
+    def walk(self, noise, sigmas, task: PromptTask, strength, guidance):
         """[(x, sigma)]: the way of the current student from noise (B, ...) along sigmas (S, B)."""
         self.spent["rollout"] += len(noise) * (len(sigmas) - 1) * (1 if guidance == 1 else 2)
         with self.adapters.at(strength):
@@ -95,7 +99,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Point:
+class LatentPoint:
     """x (B, C, ...) at sigma (B,), and what the frozen model was already asked there."""
 
     task: int
@@ -108,7 +112,7 @@ class Point:
         return {"task": self.task, "x": self.x, "sigma": self.sigma, "answers": dict(self.answers), "after": self.after}
 
 
-def answered(model: Model, point: Point, task: Task) -> Point:
+def add_teacher_predictions(model: StudentTeacherModel, point: LatentPoint, task: PromptTask) -> LatentPoint:
     """The point with every answer that its task needs; those it holds already are not asked again."""
     missing = [prompt for prompt in task.asked if prompt not in point.answers]
     if not missing:
@@ -116,81 +120,118 @@ def answered(model: Model, point: Point, task: Task) -> Point:
     return replace(point, answers={**point.answers, **model.frozen(point.x, point.sigma, missing)})
 
 
-def pick(tasks: list[Task], rng) -> int:
+def sample_task_index(tasks: list[PromptTask], rng) -> int:
     """The number of a task, drawn by weight."""
     return int(torch.multinomial(torch.tensor([task.weight for task in tasks], dtype=torch.float64), 1, generator=rng))
 
 
-def one_of(values, rng):
+def sample_element(values, rng):
     return values[int(torch.randint(len(values), (1,), generator=rng))]
 
 
-FIRST_WAYS = 2
+INITIAL_ROLLOUTS = 2
 
 
-class Rollouts:
-    """Points on ways that the student walks from noise. It begins with two; every `refresh` updates one is walked and joins them, and of
-    more than `ways` the oldest goes. (All at once at the beginning would cost as much as forty updates, and soon be off-policy.)"""
+class RolloutPoints:
+    """Points on ways that the student walks from noise. It begins with two; every `refresh` updates one is walked and
+    joins them, and of more than `ways` the oldest goes. (All at once at the beginning would cost as much as forty
+    updates, and soon be off-policy.)"""
 
-    def __init__(self, model: Model, tasks: list[Task], settings: PointSettings, noise: NoiseSettings, guidance: float):
+    def __init__(
+        self,
+        model: StudentTeacherModel,
+        tasks: list[PromptTask],
+        settings: PointSettings,
+        noise: NoiseSettings,
+        guidance: float,
+    ):
         self.model, self.tasks, self.settings, self.guidance = model, tasks, settings, guidance
         self.low, self.high = noise.min_time, noise.max_time
-        self.ways: list[list[Point]] = []
+        self.ways: list[list[LatentPoint]] = []
         self.updates = 0
 
-    def draw(self, rng) -> Point:
+    def draw(self, rng) -> LatentPoint:
         """A random point with every answer that its task needs."""
         if not self.ways:
-            self.ways = [self.walk(rng) for _ in range(min(FIRST_WAYS, self.settings.ways))]
+            self.ways = [self.walk(rng) for _ in range(min(INITIAL_ROLLOUTS, self.settings.ways))]
         elif self.updates % self.settings.refresh == 0:
             self.ways = [*self.ways, self.walk(rng)][-self.settings.ways :]
         self.updates += 1
         way = int(torch.randint(len(self.ways), (1,), generator=rng))
         step = int(torch.randint(len(self.ways[way]), (1,), generator=rng))
         point = self.ways[way][step]
-        point = answered(self.model, point, self.tasks[point.task])
-        self.ways = replaced(self.ways, way, replaced(self.ways[way], step, point))
+        point = add_teacher_predictions(self.model, point, self.tasks[point.task])
+        self.ways = replace_element(self.ways, way, replace_element(self.ways[way], step, point))
         return point
 
-    def walk(self, rng) -> list[Point]:
+    def walk(self, rng) -> list[LatentPoint]:
         """The points of one new way whose noise levels are wanted."""
-        number = pick(self.tasks, rng)
+        number = sample_task_index(self.tasks, rng)
         task = self.tasks[number]
-        strength = one_of(sorted({pull.strength for pull in task.pulls}), rng)
-        return self.way(number, noise_of((task.batch, *one_of(task.shapes, rng)), self.model.denoiser, rng), strength, rng)
+        strength = sample_element(sorted({pull.strength for pull in task.pulls}), rng)
+        return self.way(
+            number,
+            sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng),
+            strength,
+            rng,
+        )
 
-    def way(self, number: int, noise: Tensor, strength: float, rng) -> list[Point]:
+    def way(self, number: int, noise: Tensor, strength: float, rng) -> list[LatentPoint]:
         """The same from given noise (B, ...), for one task; rng draws the noise levels."""
         task = self.tasks[number]
-        levels, wanted = way_levels(self.settings.sampling_steps, len(noise), self.low, self.high, rng)
-        sigmas, after = (self.sigmas(u).to(noise) for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0)))
+        levels, wanted = sample_rollout_levels(self.settings.sampling_steps, len(noise), self.low, self.high, rng)
+        sigmas, after = (
+            self.sigmas(u).to(noise) for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0))
+        )
         way = self.model.walk(noise, sigmas, task, strength, self.guidance)
-        return [Point(number, x, sigma, after=then) for (x, sigma), then, good in zip(way, after, wanted, strict=True) if good]
+        return [
+            LatentPoint(number, x, sigma, after=then)
+            for (x, sigma), then, good in zip(way, after, wanted, strict=True)
+            if good
+        ]
 
     def sigmas(self, levels):
         return self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape)
 
     def state(self) -> dict:
-        return {"updates": self.updates, "ways": [[point.state() for point in way] for way in self.ways], "spent": dict(self.model.spent)}
+        return {
+            "updates": self.updates,
+            "ways": [[point.state() for point in way] for way in self.ways],
+            "spent": dict(self.model.spent),
+        }
 
     def load_state(self, state: dict) -> None:
         self.updates, self.model.spent = state["updates"], dict(state["spent"])
-        self.ways = [[Point(**mapped(point, self.model.here)) for point in way] for way in state["ways"]]
+        self.ways = [[LatentPoint(**map_tensors(point, self.model.here)) for point in way] for way in state["ways"]]
 
 
-def planned(settings: PointSettings, tasks: list[Task], noise: NoiseSettings, guidance: float, updates: int, batch: int = 1) -> dict[str, float]:
-    """Forwards that so many updates are expected to cost, in the words of Model.spent. `batch`: of Pictures; other points have that of their
-    task. Pictures and noise are new each time, and so is what the frozen model says there.
+def count_planned_forwards(
+    settings: PointSettings,
+    tasks: list[PromptTask],
+    noise: NoiseSettings,
+    guidance: float,
+    updates: int,
+    batch: int = 1,
+) -> dict[str, float]:
+    """Forwards that so many updates are expected to cost, in the words of Model.spent. `batch`: of Pictures; other
+    points have that of their task. Pictures and noise are new each time, and so is what the frozen model says there.
 
-    Of Rollouts, a way costs steps - 1 forwards a sample, twice that under guidance. Of its points, each asked once, those cost the frozen model's
-    answers that are drawn while the way is kept."""
+    Of Rollouts, a way costs steps - 1 forwards a sample, twice that under guidance. Of its points, each asked once,
+    those cost the frozen model's answers that are drawn while the way is kept."""
     total = sum(task.weight for task in tasks)
     size = lambda task: batch if settings.points == "pictures" else task.batch
     mean = lambda count: sum(task.weight * size(task) * count(task) for task in tasks) / total
     if settings.points != "rollout":
-        return {"frozen": updates * mean(lambda task: len(task.asked)), "student": updates * mean(lambda task: len(task.pulls))}
-    points = sum(way_levels(settings.sampling_steps, 1, noise.min_time, noise.max_time, torch.Generator().manual_seed(0))[1])
-    lives = lifetimes(settings.ways, settings.refresh, updates)
+        return {
+            "frozen": updates * mean(lambda task: len(task.asked)),
+            "student": updates * mean(lambda task: len(task.pulls)),
+        }
+    points = sum(
+        sample_rollout_levels(
+            settings.sampling_steps, 1, noise.min_time, noise.max_time, torch.Generator().manual_seed(0)
+        )[1]
+    )
+    lives = rollout_lifetimes(settings.ways, settings.refresh, updates)
     missed = lambda life: math.prod((1 - 1 / (ways * points)) ** draws for ways, draws in life)
     return {
         "rollout": len(lives) * (settings.sampling_steps - 1) * (1 if guidance == 1 else 2) * mean(lambda task: 1),
@@ -199,18 +240,21 @@ def planned(settings: PointSettings, tasks: list[Task], noise: NoiseSettings, gu
     }
 
 
-def lifetimes(ways, refresh, updates) -> list[list[tuple[int, int]]]:
+def rollout_lifetimes(ways, refresh, updates) -> list[list[tuple[int, int]]]:
     """For each way that is walked in so many updates: [(ways at the same time, draws)] while it is kept."""
-    first = min(FIRST_WAYS, ways)
-    eras = [(min(ways, first + era), min(refresh, updates - era * refresh)) for era in range(math.ceil(updates / refresh))]
+    first = min(INITIAL_ROLLOUTS, ways)
+    eras = [
+        (min(ways, first + era), min(refresh, updates - era * refresh)) for era in range(math.ceil(updates / refresh))
+    ]
     born = [0] * first + list(range(1, len(eras)))
     gone = born[ways:] + [len(eras)] * ways
     return [eras[a:b] for a, b in zip(born, gone, strict=False)]
 
 
-def way_levels(steps, batch, low, high, rng):
-    """((S, B) levels from 1, pure noise, down to `low`; [S] whether each is at most `high`). Each level lies anywhere in its own stretch
-    of the way, so that in time every level is met; the last one is always wanted, however narrow the band."""
+def sample_rollout_levels(steps, batch, low, high, rng):
+    """((S, B) levels from 1, pure noise, down to `low`; [S] whether each is at most `high`). Each level lies anywhere
+    in its own stretch of the way, so that in time every level is met; the last one is always wanted, however narrow the
+    band."""
     edges = 1 - (1 - low) * torch.arange(steps) / (steps - 1)
     upper, lower = edges[:-1].clone(), edges[1:]
     upper[-1] = min(float(upper[-1]), high)
@@ -218,24 +262,32 @@ def way_levels(steps, batch, low, high, rng):
     return torch.cat([torch.ones(1, batch), inner]), [high == 1, *(float(top) <= high + 1e-6 for top in upper)]
 
 
-def noise_of(shape, denoiser, rng) -> Tensor:
+def sample_latent_noise(shape, denoiser, rng) -> Tensor:
     """(B, C, ..., h, w) normal noise as the model sees latents of this shape."""
-    return randn_like(denoiser.model_space(torch.zeros(shape)), rng)
+    return cpu_randn_like(denoiser.model_space(torch.zeros(shape)), rng)
 
 
-class Pictures:
+class ImagePoints:
     """Points on pictures of a dataset, freshly noised: no way is walked, and nothing is kept."""
 
-    def __init__(self, model: Model, tasks: list[Task], data: Encoded, noise: NoiseSettings, density: Density, batch: int):
+    def __init__(
+        self,
+        model: StudentTeacherModel,
+        tasks: list[PromptTask],
+        data: EncodedDataset,
+        noise: NoiseSettings,
+        density: NoiseLevelDensity,
+        batch: int,
+    ):
         self.model, self.tasks, self.data, self.noise = model, tasks, data, noise
-        self.density, self.deck = density_for(noise, density), Deck(data, batch)
+        self.density, self.deck = resolve_noise_density(noise, density), BucketBatchSampler(data, batch)
 
-    def draw(self, rng) -> Point:
+    def draw(self, rng) -> LatentPoint:
         x0 = self.model.denoiser.model_space(self.data.batch(self.deck.draw(rng), rng).x0)
-        sigma = random_sigma(self.model.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
-        number = pick(self.tasks, rng)
-        x = self.model.denoiser.noised(x0, randn_like(x0, rng), sigma)
-        return answered(self.model, Point(number, x, sigma), self.tasks[number])
+        sigma = sample_sigmas(self.model.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
+        number = sample_task_index(self.tasks, rng)
+        x = self.model.denoiser.noised(x0, cpu_randn_like(x0, rng), sigma)
+        return add_teacher_predictions(self.model, LatentPoint(number, x, sigma), self.tasks[number])
 
     def state(self) -> dict:
         return {"deck": self.deck.state(), "spent": dict(self.model.spent)}
@@ -245,21 +297,25 @@ class Pictures:
         self.model.spent = dict(state["spent"])
 
 
-class Noise:
-    """Points of fresh pure noise: the cheapest, and only right at high noise levels (iLECO of hako-mikan's sd-webui-traintrain, which
-    draws its noise once and uses it at every level)."""
+class NoisePoints:
+    """Points of fresh pure noise: the cheapest, and only right at high noise levels (iLECO of hako-mikan's
+    sd-webui-traintrain, which draws its noise once and uses it at every level)."""
 
-    def __init__(self, model: Model, tasks: list[Task], noise: NoiseSettings):
+    def __init__(self, model: StudentTeacherModel, tasks: list[PromptTask], noise: NoiseSettings):
         self.model, self.tasks, self.noise = model, tasks, noise
 
-    def draw(self, rng) -> Point:
-        number = pick(self.tasks, rng)
+    def draw(self, rng) -> LatentPoint:
+        number = sample_task_index(self.tasks, rng)
         task = self.tasks[number]
-        noise = noise_of((task.batch, *one_of(task.shapes, rng)), self.model.denoiser, rng)
+        noise = sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng)
         low, high = self.noise.min_time, self.noise.max_time
         levels = low + (high - low) * torch.rand(task.batch, generator=rng)
         sigma = self.model.denoiser.sigma_at(levels).to(noise)
-        return answered(self.model, Point(number, self.model.denoiser.noised(torch.zeros_like(noise), noise, sigma), sigma), task)
+        return add_teacher_predictions(
+            self.model,
+            LatentPoint(number, self.model.denoiser.noised(torch.zeros_like(noise), noise, sigma), sigma),
+            task,
+        )
 
     def state(self) -> dict:
         return {"spent": dict(self.model.spent)}
@@ -268,6 +324,6 @@ class Noise:
         self.model.spent = dict(state["spent"])
 
 
-def replaced(values: list, index: int, value) -> list:
+def replace_element(values: list, index: int, value) -> list:
     """A new list; states that were taken before keep theirs."""
     return [*values[:index], value, *values[index + 1 :]]

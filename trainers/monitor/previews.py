@@ -1,4 +1,5 @@
-"""Sample pictures on the way: what is drawn how often, and the sheet that shows each beside what the model drew before it learnt."""
+"""Sample pictures on the way: what is drawn how often, and the sheet that shows each beside what the model drew before
+it learnt."""
 
 from __future__ import annotations
 
@@ -7,64 +8,104 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..settings import Settings, number, text
-from .plots import INK, PAPER
+from ..settings import Settings, number_field, text_field
+from .plots import PLOT_BACKGROUND, PLOT_TEXT_COLOUR
 
-GAP, LINE, HEAD = 10, 24, 36  # pixels
+PREVIEW_GAP, PREVIEW_LABEL_HEIGHT, PREVIEW_HEADER_HEIGHT = 10, 24, 36  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewSettings(Settings):
     """What is drawn while a run trains. Nothing of it changes a step."""
 
-    preview_every: int = number(250, 0, 1_000_000, "Draw samples every so many steps, and at the end. 0 draws none.", unit="optimizer steps")
-    prompts: str = text("", "One prompt per line. Needs CLIP connected; empty: the first captions of the dataset, or what is connected to positive.", multiline=True)
-    negative_prompt: str = text("", "What guidance avoids, for prompts that are written here.")
-    preview_seed: int = number(0, 0, 2**63 - 1, "The seed of the first sample of each prompt; the second has the next one.")
-    pictures: int = number(1, 1, 16, "Samples of each prompt.", unit="pictures")
-    sampling_steps: int = number(20, 1, 1000, "Sampling steps of each sample.")
-    guidance: float = number(0.0, 0.0, 30.0, "Classifier-free guidance (cfg). 0 means 5, or 1 for models with guidance distilled into them.", step=0.5)
-    strength: float = number(1.0, -20.0, 20.0, "The adapter's strength in the samples.", step=0.1, advanced=True)
-    width: int = number(0, 0, 8192, "Width of the samples. 0 means the commonest size of the dataset, or 512.", unit="px", step=8, advanced=True)
-    height: int = number(0, 0, 8192, "Height of the samples. 0 means the commonest size of the dataset, or 512.", unit="px", step=8, advanced=True)
+    preview_every: int = number_field(
+        250, 0, 1_000_000, "Draw samples every so many steps, and at the end. 0 draws none.", unit="optimizer steps"
+    )
+    prompts: str = text_field(
+        "",
+        "One prompt per line. Needs CLIP connected; empty: the first captions of the dataset, or what is connected to "
+        "positive.",
+        multiline=True,
+    )
+    negative_prompt: str = text_field("", "What guidance avoids, for prompts that are written here.")
+    preview_seed: int = number_field(
+        0, 0, 2**63 - 1, "The seed of the first sample of each prompt; the second has the next one."
+    )
+    pictures: int = number_field(1, 1, 16, "Samples of each prompt.", unit="pictures")
+    sampling_steps: int = number_field(20, 1, 1000, "Sampling steps of each sample.")
+    guidance: float = number_field(
+        0.0,
+        0.0,
+        30.0,
+        "Classifier-free guidance (cfg). 0 means 5, or 1 for models with guidance distilled into them.",
+        step=0.5,
+    )
+    strength: float = number_field(1.0, -20.0, 20.0, "The adapter's strength in the samples.", step=0.1, advanced=True)
+    width: int = number_field(
+        0,
+        0,
+        8192,
+        "Width of the samples. 0 means the commonest size of the dataset, or 512.",
+        unit="px",
+        step=8,
+        advanced=True,
+    )
+    height: int = number_field(
+        0,
+        0,
+        8192,
+        "Height of the samples. 0 means the commonest size of the dataset, or 512.",
+        unit="px",
+        step=8,
+        advanced=True,
+    )
 
     def lines(self) -> list[str]:
         return [line.strip() for line in self.prompts.splitlines() if line.strip()]
 
 
-def sample_sheet(rows, titles, cell: int = 384) -> Image.Image:
-    """`rows`: (label, pictures), as many pictures as there are `titles`; None leaves a place empty. Many rows stand in several columns."""
-    size = fitted([picture for _, pictures in rows for picture in pictures if picture], cell)
+def draw_samples_sheet(rows, titles, cell: int = 384) -> Image.Image:
+    """`rows`: (label, pictures), as many pictures as there are `titles`; None leaves a place empty. Many rows stand in
+    several columns."""
+    size = fit_in_cell([picture for _, pictures in rows for picture in pictures if picture], cell)
     columns = max(1, round(math.sqrt(len(rows) * size[1] / (size[0] * len(titles)))))
     lines = math.ceil(len(rows) / columns)
-    block = (len(titles) * (size[0] + GAP), size[1] + LINE + GAP)
-    image = Image.new("RGB", (columns * block[0] + GAP, HEAD + lines * block[1]), PAPER)
+    block = (len(titles) * (size[0] + PREVIEW_GAP), size[1] + PREVIEW_LABEL_HEIGHT + PREVIEW_GAP)
+    image = Image.new(
+        "RGB", (columns * block[0] + PREVIEW_GAP, PREVIEW_HEADER_HEIGHT + lines * block[1]), PLOT_BACKGROUND
+    )
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
     for number_, (label, pictures) in enumerate(rows):
-        left, top = GAP + number_ // lines * block[0], HEAD + number_ % lines * block[1]
+        left, top = PREVIEW_GAP + number_ // lines * block[0], PREVIEW_HEADER_HEIGHT + number_ % lines * block[1]
         for place, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-            x = left + place * (size[0] + GAP)
+            x = left + place * (size[0] + PREVIEW_GAP)
             if number_ % lines == 0:
-                draw.text((x, HEAD / 2), title, fill=INK, font=font, anchor="lm")
+                draw.text((x, PREVIEW_HEADER_HEIGHT / 2), title, fill=PLOT_TEXT_COLOUR, font=font, anchor="lm")
             if picture:
-                image.paste(resized(picture, size), (x, top))
-        draw.text((left, top + size[1] + LINE / 2), shortened(draw, label, block[0] - GAP, font), fill=INK, font=font, anchor="lm")
+                image.paste(resize_preview(picture, size), (x, top))
+        draw.text(
+            (left, top + size[1] + PREVIEW_LABEL_HEIGHT / 2),
+            truncate_label(draw, label, block[0] - PREVIEW_GAP, font),
+            fill=PLOT_TEXT_COLOUR,
+            font=font,
+            anchor="lm",
+        )
     return image
 
 
-def fitted(pictures, cell: int) -> tuple[int, int]:
+def fit_in_cell(pictures, cell: int) -> tuple[int, int]:
     """The size of the first picture within a square of `cell`; small ones grow, so that they can be seen."""
     width, height = pictures[0].size if pictures else (1, 1)
     scale = cell / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def resized(picture: Image.Image, size) -> Image.Image:
+def resize_preview(picture: Image.Image, size) -> Image.Image:
     how = Image.Resampling.NEAREST if 2 * picture.width <= size[0] else Image.Resampling.LANCZOS
     return picture.convert("RGB").resize(size, how)
 
 
-def shortened(draw, label: str, width: float, font) -> str:
+def truncate_label(draw, label: str, width: float, font) -> str:
     """The label with … where it would be cut."""
     label = " ".join(label.split())
     if draw.textlength(label, font=font) <= width:

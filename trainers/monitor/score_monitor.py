@@ -1,7 +1,8 @@
 """What a run that follows a score really does to pictures: looked at every so many steps, on the same noise each time.
 
-The score that is trained always rises. Whether pictures became better is told by a second score that no gradient has seen; when that one
-falls while the trained one rises, the score model is being fooled, and the run ends with the adapters of its best moment.
+The score that is trained always rises. Whether pictures became better is told by a second score that no gradient has
+seen; when that one falls while the trained one rises, the score model is being fooled, and the run ends with the
+adapters of its best moment.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from ..methods.leco_score import LecoScore, told
-from ..scores.networks import ScoreModel, unit_view
-from .strength_curve import drift_of
-from .validation import Watch
+from ..methods.leco_score import LecoScoreTraining, predict_member_scores
+from ..scores.networks import ScorerEnsemble, to_scorer_input
+from .strength_curve import relative_drift
+from .validation import ValidationMonitor
 
-COLLAPSED = 0.6  # diversity below which pictures of a prompt look alike
-MARGIN = 0.02  # standard deviations by which the held-out score must fall, and the trained one rise
-PREVIEWS = 16  # looks whose pictures are kept
+COLLAPSE_THRESHOLD = 0.6  # diversity below which pictures of a prompt look alike
+REWARD_HACKING_MARGIN = 0.02  # standard deviations by which the held-out score must fall, and the trained one rise
+MAX_KEPT_PREVIEWS = 16  # looks whose pictures are kept
 
 
 @dataclass(frozen=True)
-class Look:
-    """Scores are in standard deviations of the ratings, as a difference to the frozen model's own pictures. Drift is the distance to those,
-    where 1 is the distance between two different pictures; diversity is 1 when the pictures of a prompt differ as much as without adapters."""
+class ScoreMeasurement:
+    """Scores are in standard deviations of the ratings, as a difference to the frozen model's own pictures. Drift is
+    the distance to those, where 1 is the distance between two different pictures; diversity is 1 when the pictures of a
+    prompt differ as much as without adapters."""
 
     step: int
     score: float
@@ -38,22 +40,25 @@ class Look:
 
     def line(self) -> str:
         held = "" if self.held_out is None else f", held out {self.held_out:+.2f}"
-        alarm = " (collapsing)" if self.diversity < COLLAPSED else ""
-        return (f"step {self.step}: score {self.score:+.2f}{held}, drift {self.drift:.2f}, diversity {self.diversity:.2f}{alarm}, "
-                f"anchor {self.anchor:.3g} at step drift {self.step_drift:.2f}")  # fmt: skip
+        alarm = " (collapsing)" if self.diversity < COLLAPSE_THRESHOLD else ""
+        return (
+            f"step {self.step}: score {self.score:+.2f}{held}, drift {self.drift:.2f}, diversity "
+            f"{self.diversity:.2f}{alarm}, anchor {self.anchor:.3g} at step drift {self.step_drift:.2f}"
+        )
 
 
 @dataclass
-class ScoreWatch:
-    """What trainers.loop.train takes as `watch`. `draw(prompt, strength) -> x0 (B, C, ...)` from the same noise every time."""
+class ScoreMonitor:
+    """What trainers.loop.train takes as `watch`. `draw(prompt, strength) -> x0 (B, C, ...)` from the same noise every
+    time."""
 
-    method: LecoScore
+    method: LecoScoreTraining
     draw: Callable[[str, float], Tensor]
     prompts: Sequence[str]
-    held_out: ScoreModel | None = None
+    held_out: ScorerEnsemble | None = None
     every: int = 50  # optimizer steps
     patience: int = 2  # looks
-    looks: list[Look] = field(default_factory=list)
+    looks: list[ScoreMeasurement] = field(default_factory=list)
     previews: dict[int, Tensor] = field(default_factory=dict)  # step -> one picture per prompt
     kept: list[Tensor] | None = None  # adapters of the look with the best held-out score
     still: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
@@ -67,23 +72,25 @@ class ScoreWatch:
         if self.still is None:
             self.still = [self.draw(prompt, 0.0) for prompt in self.prompts]
         now = [self.draw(prompt, 1.0) for prompt in self.prompts]
-        look = Look(
+        look = ScoreMeasurement(
             step,
             self.gain(self.method.scores, now),
             None if self.held_out is None else self.gain([(self.held_out, 1.0)], now),
-            drift_of(list(zip(self.still, now, strict=True))),
-            spread(now) / max(spread(self.still), 1e-12),
+            relative_drift(list(zip(self.still, now, strict=True))),
+            mean_prompt_diversity(now) / max(mean_prompt_diversity(self.still), 1e-12),
             float(self.method.anchor),
             float(self.method.drift),
         )
         self.looks.append(look)
         self.keep_previews(step, torch.cat([stack[:1] for stack in now]).half().cpu())
-        if better := look is top_of(self.trained):
+        if better := look is best_held_out(self.trained):
             self.kept = [p.detach().cpu().clone() for p in params]
         return better
 
     def gain(self, scores, now) -> float:
-        ask = lambda side: torch.cat([judged(self.method.denoiser, scores, *pair) for pair in zip(side, self.prompts, strict=True)]).mean()
+        ask = lambda side: torch.cat(
+            [score_latents(self.method.denoiser, scores, *pair) for pair in zip(side, self.prompts, strict=True)]
+        ).mean()
         before, after = ask(self.still), ask(now)
         return float(after - before)
 
@@ -93,23 +100,24 @@ class ScoreWatch:
         return self.looks[-1].line() if self.looks else ""
 
     @property
-    def trained(self) -> list[Look]:
+    def trained(self) -> list[ScoreMeasurement]:
         """The looks at adapters that have learnt something."""
         return [look for look in self.looks if look.step]
 
     @property
     def enough(self) -> bool:
         """Whether `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
-        top = top_of(self.looks)
+        top = best_held_out(self.looks)
         if top is None or len(self.looks) - 1 - self.looks.index(top) < self.patience:
             return False
         now = self.looks[-1]
-        return now.held_out < top.held_out - MARGIN and now.score > top.score + MARGIN
+        return now.held_out < top.held_out - REWARD_HACKING_MARGIN and now.score > top.score + REWARD_HACKING_MARGIN
 
     @property
     def best(self) -> dict | None:
-        """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score model was fooled."""
-        return {"step": top_of(self.trained).step, "params": self.kept} if self.enough else None
+        """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score
+        model was fooled."""
+        return {"step": best_held_out(self.trained).step, "params": self.kept} if self.enough else None
 
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
@@ -117,7 +125,7 @@ class ScoreWatch:
     def keep_previews(self, step, pictures):
         """At most PREVIEWS looks, evenly over the run: when there are more, every second one goes."""
         self.previews[step] = pictures
-        if len(self.previews) > PREVIEWS:
+        if len(self.previews) > MAX_KEPT_PREVIEWS:
             self.previews = {key: self.previews[key] for key in sorted(self.previews)[::2]}
 
     def strip(self) -> Tensor:
@@ -127,26 +135,29 @@ class ScoreWatch:
     def text(self) -> str:
         lines = [look.line() for look in self.looks]
         if self.enough:
-            top, now = top_of(self.looks), self.looks[-1]
-            lines.append(f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to {now.score:+.2f} and the held-out "
-                         f"one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters of step {self.best['step']} are kept")  # fmt: skip
+            top, now = best_held_out(self.looks), self.looks[-1]
+            lines.append(
+                f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to "
+                f"{now.score:+.2f} and the held-out one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters "
+                f"of step {self.best['step']} are kept"
+            )
         return "\n".join(lines)
 
     def state(self) -> dict:
         return {"looks": [asdict(look) for look in self.looks], "previews": dict(self.previews), "kept": self.kept}
 
     def load_state(self, state: dict) -> None:
-        self.looks = [Look(**look) for look in state["looks"]]
+        self.looks = [ScoreMeasurement(**look) for look in state["looks"]]
         self.previews, self.kept = dict(state["previews"]), state["kept"]
 
 
 @dataclass
-class WatchedScore:
-    """A ScoreWatch and what Validation and Previews asks for beside it: samples, and best weights and early stop by the score of its looks,
-    taken negative, so that lower is better as with a loss."""
+class ScoreAndValidationMonitor:
+    """A ScoreWatch and what Validation and Previews asks for beside it: samples, and best weights and early stop by the
+    score of its looks, taken negative, so that lower is better as with a loss."""
 
-    seen: ScoreWatch
-    asked: Watch
+    seen: ScoreMonitor
+    asked: ValidationMonitor
 
     @property
     def settings(self):
@@ -172,7 +183,7 @@ class WatchedScore:
         if self.seen.due(step, steps):
             better = self.seen.look(step, steps, params)
             if self.settings.every:
-                better = self.asked.keep(figure_of(self.seen.looks[-1]), params)
+                better = self.asked.keep(to_history_entry(self.seen.looks[-1]), params)
         if self.asked.draws(step, steps):
             self.asked.sample(step)
         return better
@@ -192,31 +203,39 @@ class WatchedScore:
         if "key" in state:
             self.asked.load_state(state)
         if self.settings.every:
-            self.asked.history = [figure_of(look) for look in self.seen.looks]
+            self.asked.history = [to_history_entry(look) for look in self.seen.looks]
 
 
-def figure_of(look: Look) -> dict:
+def to_history_entry(look: ScoreMeasurement) -> dict:
     """A look as a measurement: the held-out score where there is one, else the trained one."""
     held = look.held_out is not None
     loss = -(look.held_out if held else look.score)
-    return {"step": look.step, "loss": loss if math.isfinite(loss) else None, "bins": [], "sigmas": [], "held_out": held, "noun": "scores",
-            "figure": "minus the held-out score" if held else "minus the score", "where": "by the score model that pulls"}  # fmt: skip
+    return {
+        "step": look.step,
+        "loss": loss if math.isfinite(loss) else None,
+        "bins": [],
+        "sigmas": [],
+        "held_out": held,
+        "noun": "scores",
+        "figure": "minus the held-out score" if held else "minus the score",
+        "where": "by the score model that pulls",
+    }
 
 
-def top_of(looks) -> Look | None:
+def best_held_out(looks) -> ScoreMeasurement | None:
     """The look with the best held-out score, the first of equals; None where none was judged."""
     return max((look for look in looks if look.held_out is not None), key=lambda look: look.held_out, default=None)
 
 
 @torch.no_grad()
-def judged(denoiser, scores, x0: Tensor, prompt: str = "") -> Tensor:
+def score_latents(denoiser, scores, x0: Tensor, prompt: str = "") -> Tensor:
     """(B,) what the score models say of clean latents that were drawn for a prompt, their weighted mean."""
-    view, level = unit_view(denoiser, x0, torch.zeros(len(x0), device=x0.device))
-    said = [weight * told(score, view, level, [prompt] * len(x0)).mean(0) for score, weight in scores]
+    view, level = to_scorer_input(denoiser, x0, torch.zeros(len(x0), device=x0.device))
+    said = [weight * predict_member_scores(score, view, level, [prompt] * len(x0)).mean(0) for score, weight in scores]
     return sum(said) / sum(weight for _, weight in scores)
 
 
-def spread(stacks) -> float:
+def mean_prompt_diversity(stacks) -> float:
     """Mean distance between two pictures of the same prompt."""
     return sum(mean_distance(stack) for stack in stacks) / len(stacks)
 

@@ -1,8 +1,8 @@
 """How far an adapter moves pictures for each unit of strength, and what else moves: the curve of a slider.
 
-Pictures are drawn at several strengths from the same noise. How much of an attribute they have is asked of the frozen model itself:
-how much better it predicts their noise under one prompt than under another (diffusion classifiers, Li et al. 2023), or, where pairs of
-pictures show the attribute, how far they lie along the mean difference of those pairs.
+Pictures are drawn at several strengths from the same noise. How much of an attribute they have is asked of the frozen
+model itself: how much better it predicts their noise under one prompt than under another (diffusion classifiers, Li et
+al. 2023), or, where pairs of pictures show the attribute, how far they lie along the mean difference of those pairs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from torch import Tensor
 
 from ..data.prompts import PromptRow
 from ..diffusion import native_error, rollout
-from ..methods.rollouts import Model
+from ..methods.rollouts import StudentTeacherModel
 
-STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-OWN = "in the measure's own unit"
-LEAST = 0.02  # a reference that moves the measure less than this is no unit: ratios to it would be noise
-LEVELS = (0.3, 0.5, 0.7, 0.9)  # where the frozen model is asked; cleaner pictures tell little about their prompt
+CURVE_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+RAW_EFFECT_UNIT = "in the measure's own unit"
+MIN_REFERENCE_EFFECT = 0.02  # a reference that moves the measure less than this is no unit: ratios to it would be noise
+CLASSIFIER_NOISE_LEVELS = (
+    0.3,
+    0.5,
+    0.7,
+    0.9,
+)  # where the frozen model is asked; cleaner pictures tell little about their prompt
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What is measured: pictures of `scene`, which at +1 should have more of `toward` and less of `away`. `reference`: the prompt whose
-    pictures have the effect that counts as 1. `preserve`: prompts whose pictures should not move."""
+class SliderAxis:
+    """What is measured: pictures of `scene`, which at +1 should have more of `toward` and less of `away`. `reference`:
+    the prompt whose pictures have the effect that counts as 1. `preserve`: prompts whose pictures should not move."""
 
     scene: str
     toward: str
@@ -44,9 +49,9 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """effect[i] and drift[i] at strengths[i]. Effect 0 is without the adapter; 1 is what `unit` names. Drift is the distance to the
-    same picture without the adapter, where 1 is the distance between two different pictures."""
+class StrengthCurve:
+    """effect[i] and drift[i] at strengths[i]. Effect 0 is without the adapter; 1 is what `unit` names. Drift is the
+    distance to the same picture without the adapter, where 1 is the distance between two different pictures."""
 
     strengths: tuple[float, ...]
     effect: tuple[float, ...]
@@ -61,43 +66,50 @@ class Curve:
     @property
     def monotone(self) -> float:
         """Spearman's rank correlation of effect and strength; 1 for a slider that always goes on in its direction."""
-        return spearman(self.strengths, self.effect)
+        return spearman_correlation(self.strengths, self.effect)
 
     def strength_for(self, effect: float) -> float:
-        """The strength with this effect, on straight lines between the measured ones. Raises ValueError when none of them reaches it."""
+        """The strength with this effect, on straight lines between the measured ones. Raises ValueError when none of
+        them reaches it."""
         ordered = sorted(zip(self.strengths, self.effect, strict=True))
         for (a, low), (b, high) in zip(ordered, ordered[1:], strict=False):
             if min(low, high) <= effect <= max(low, high) and low != high:
                 return a + (b - a) * (effect - low) / (high - low)
-        raise ValueError(f"No measured strength has the effect {effect:g}: from {ordered[0][0]:g} to {ordered[-1][0]:g} it goes from "
-                         f"{min(self.effect):.3g} to {max(self.effect):.3g}. Ask for less, measure further, or train longer.")
+        raise ValueError(
+            f"No measured strength has the effect {effect:g}: from {ordered[0][0]:g} to {ordered[-1][0]:g} it goes "
+            f"from {min(self.effect):.3g} to {max(self.effect):.3g}. Ask for less, measure further, or train longer."
+        )
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "per_unit": self.per_unit, "monotone": self.monotone})
 
     def line(self) -> str:
         """A sentence for a person."""
-        drift = f", drift at 1 {self.drift[self.strengths.index(1.0)]:.2f}" if self.drift and 1.0 in self.strengths else ""
+        drift = (
+            f", drift at 1 {self.drift[self.strengths.index(1.0)]:.2f}" if self.drift and 1.0 in self.strengths else ""
+        )
         return f"effect per unit {self.per_unit:.2f} ({self.unit}), monotone {self.monotone:.2f}{drift}"
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def spearman_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation in [-1, 1], equal values sharing their mean rank; 0 when one of them never changes."""
-    x, y = torch.tensor(ranks(a)), torch.tensor(ranks(b))
+    x, y = torch.tensor(mid_ranks(a)), torch.tensor(mid_ranks(b))
     x, y = x - x.mean(), y - y.mean()
     size = float(x.norm() * y.norm())
     return float(x @ y) / size if size > 1e-12 else 0.0
 
 
-def ranks(values: Sequence[float]) -> list[float]:
+def mid_ranks(values: Sequence[float]) -> list[float]:
     return [(sum(v < value for v in values) + sum(v <= value for v in values) - 1) / 2 for value in values]
 
 
-# -- drawing and asking ----------------------------------------------------------------------------------------------------------
+# -- drawing and asking ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def drawn(model: Model, prompt: str, away: str, noise: Tensor, strength: float, steps: int, guidance: float) -> Tensor:
+def sample_from_noise(
+    model: StudentTeacherModel, prompt: str, away: str, noise: Tensor, strength: float, steps: int, guidance: float
+) -> Tensor:
     """x0 (B, C, ...) of pictures drawn from this noise by Euler steps."""
     levels = torch.linspace(1, 0, steps + 1)[:-1, None].expand(-1, len(noise))
     sigmas = model.denoiser.sigma_at(levels.flatten()).view(levels.shape).to(noise)
@@ -107,55 +119,61 @@ def drawn(model: Model, prompt: str, away: str, noise: Tensor, strength: float, 
 
 
 @torch.no_grad()
-def more_like(model: Model, x0: Tensor, toward: str, away: str, seed: int = 0) -> Tensor:
-    """(B,) how much better the frozen model predicts the noise on these pictures under `toward` than under `away`, in [-1, 1]."""
+def diffusion_classifier_score(model: StudentTeacherModel, x0: Tensor, toward: str, away: str, seed: int = 0) -> Tensor:
+    """(B,) how much better the frozen model predicts the noise on these pictures under `toward` than under `away`, in
+    [-1, 1]."""
     rng, total = torch.Generator().manual_seed(seed), 0.0
-    for level in LEVELS:
+    for level in CLASSIFIER_NOISE_LEVELS:
         sigma = model.denoiser.sigma_at(torch.full((len(x0),), level)).to(x0)
         x = model.denoiser.noised(x0, torch.randn(x0.shape, generator=rng).to(x0), sigma)
         answers = model.frozen(x, sigma, list(dict.fromkeys((toward, away))))
         error = {prompt: native_error(model.denoiser, answer, x0, sigma) for prompt, answer in answers.items()}
         total = total + (error[away] - error[toward]) / (error[away] + error[toward]).clamp(min=1e-12)
-    return total / len(LEVELS)
+    return total / len(CLASSIFIER_NOISE_LEVELS)
 
 
-def along(axis: Tensor) -> Callable[[Tensor], Tensor]:
-    """x0 (B, C, ...) -> (B,): how far pictures lie along a difference of pictures (1 or B, C, ...), in halves of that difference."""
+def make_axis_projection(axis: Tensor) -> Callable[[Tensor], Tensor]:
+    """x0 (B, C, ...) -> (B,): how far pictures lie along a difference of pictures (1 or B, C, ...), in halves of that
+    difference."""
     return lambda x0: 2 * (x0 * axis).flatten(1).sum(1) / axis.square().flatten(1).sum(1)
 
 
 @torch.no_grad()
-def measure(
+def measure_strength_curve(
     draw: Callable[[str, float], Tensor],
     scene: str,
     effect: Callable[[Tensor], Tensor],
     *,
     reference: str | None = None,
     preserve: Sequence[str] = (),
-    strengths: Sequence[float] = STRENGTHS,
-    unit: str = OWN,
-) -> Curve:
-    """The curve of an adapter. `draw(prompt, strength) -> x0 (B, C, ...)` draws from the same noise every time; `effect(x0) -> (B,)`.
-    With a `reference`, effect 1 is what its pictures have at strength 0, and `unit` says so."""
+    strengths: Sequence[float] = CURVE_STRENGTHS,
+    unit: str = RAW_EFFECT_UNIT,
+) -> StrengthCurve:
+    """The curve of an adapter. `draw(prompt, strength) -> x0 (B, C, ...)` draws from the same noise every time;
+    `effect(x0) -> (B,)`. With a `reference`, effect 1 is what its pictures have at strength 0, and `unit` says so."""
     still = draw(scene, 0.0)
     zero = effect(still).mean()
     whole = torch.ones(()) if reference is None else effect(draw(reference, 0.0)).mean() - zero
-    if abs(float(whole)) < LEAST:  # the reference looks like the scene: nothing to compare with
-        whole, unit = torch.ones(()), OWN
+    if abs(float(whole)) < MIN_REFERENCE_EFFECT:  # the reference looks like the scene: nothing to compare with
+        whole, unit = torch.ones(()), RAW_EFFECT_UNIT
     moved = [still if s == 0 else draw(scene, s) for s in strengths]
     kept = {prompt: draw(prompt, 0.0) for prompt in preserve}
-    drifts = [drift_of([(kept[p], draw(p, s)) for p in preserve] or [(still, x0)]) for s, x0 in zip(strengths, moved, strict=True)]
+    drifts = [
+        relative_drift([(kept[p], draw(p, s)) for p in preserve] or [(still, x0)])
+        for s, x0 in zip(strengths, moved, strict=True)
+    ]
     effects = tuple(float((effect(x0).mean() - zero) / whole) for x0 in moved)
-    return Curve(tuple(map(float, strengths)), effects, tuple(drifts), unit)
+    return StrengthCurve(tuple(map(float, strengths)), effects, tuple(drifts), unit)
 
 
-def drift_of(couples) -> float:
-    """Mean distance between two versions of the same pictures, as a share of what two independent pictures of the same spread differ by."""
+def relative_drift(couples) -> float:
+    """Mean distance between two versions of the same pictures, as a share of what two independent pictures of the same
+    spread differ by."""
     shares = [math.sqrt(float((b - a).square().mean()) / max(2 * float(a.var()), 1e-12)) for a, b in couples]
     return sum(shares) / len(shares)
 
 
-def axis_of(row: PromptRow, slider: bool = False) -> Axis:
+def row_slider_axis(row: PromptRow, slider: bool = False) -> SliderAxis:
     """What a row changes, for the curve of its adapter: from where to where, and whose pictures have effect 1."""
     first = row.attributes[0] if row.attributes else ""
     said = lambda prompt: f"{first} {prompt}".strip()
@@ -166,4 +184,6 @@ def axis_of(row: PromptRow, slider: bool = False) -> Axis:
         "replace": (row.plus, row.target, row.plus),
     }
     toward, away, reference = ends["slider" if slider else row.action]
-    return Axis(said(row.target), said(toward), said(away), None if reference is None else said(reference), row.preserve)
+    return SliderAxis(
+        said(row.target), said(toward), said(away), None if reference is None else said(reference), row.preserve
+    )

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 
 
-def board_in(folder, first_step: int):
-    """A Board that writes below `folder`; what an earlier attempt wrote after `first_step` is taken back. Raises RuntimeError with the pip
-    line when the package is missing."""
+def create_tensorboard_log(folder, first_step: int):
+    """A Board that writes below `folder`; what an earlier attempt wrote after `first_step` is taken back. Raises
+    RuntimeError with the pip line when the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise RuntimeError(
-            f"tensorboard is on in Validation and Previews, and the package cannot be imported ({error}). Run: pip install tensorboard\n"
+            f"tensorboard is on in Validation and Previews, and the package cannot be imported ({error}). Run: pip "
+            "install tensorboard\n"
             "Or switch it off: the chart in the node needs none."
         ) from error
-    return Board(SummaryWriter(str(folder), purge_step=first_step + 1), first_step)
+    return TensorBoardLog(SummaryWriter(str(folder), purge_step=first_step + 1), first_step)
 
 
-class Board:
+class TensorBoardLog:
     """Scalars of one run, by optimizer step."""
 
     def __init__(self, writer, done: int):
@@ -34,7 +35,8 @@ class Board:
     def notice(self, kind: str, entry: dict):
         if kind != "validation":
             return
-        self.add(f"loss/{'validation' if entry['held_out'] else entry.get('where', 'on fixed training pictures').partition(' ')[2]}", entry["loss"], entry["step"])
+        fixed = entry.get("where", "on fixed training pictures").partition(" ")[2]
+        self.add(f"loss/{'validation' if entry['held_out'] else fixed}", entry["loss"], entry["step"])
         if entry.get("training") is not None:
             self.add("loss/fixed training pictures", entry["training"], entry["step"])
         for sigma, value in zip(entry["sigmas"], entry["bins"], strict=True):

@@ -1,7 +1,8 @@
 """Whether a run learns what it should: the loss on pictures it does not train on, at fixed noise, while it trains.
 
-The training loss of a LoRA is mostly luck: which picture, which noise level. Here the same pictures are asked at the same noise levels
-under the same noise every time, so that two measurements differ by what was learnt and by nothing else. Validating never changes the
+The training loss of a LoRA is mostly luck: which picture, which noise level. Here the same pictures are asked at the
+same noise levels under the same noise every time, so that two measurements differ by what was learnt and by nothing
+else. Validating never changes the
 training: it uses chance of its own, and the weights of the next step are those of a run that was not looked at.
 """
 
@@ -15,49 +16,93 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..data.encoded import Encoded
-from ..diffusion import Denoiser, Density, fixed_sigmas, native_error, randn_like
-from ..settings import NoiseSettings, Settings, choice, fingerprint, number, switch
+from ..data.encoded import EncodedDataset
+from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, native_error, stratified_sigmas
+from ..settings import NoiseSettings, Settings, choice_field, compute_fingerprint, number_field, switch_field
 
-BEST = KEEP, RESTORE, OFF = ("keep a file", "restore at the end", "off")
+BEST_CHOICES = KEEP_BEST_FILE, RESTORE_BEST, BEST_OFF = ("keep a file", "restore at the end", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings(Settings):
     """What is measured while a run trains, and what follows from it. Nothing of it changes a step."""
 
-    every: int = number(100, 0, 1_000_000, "Measure the validation loss every so many steps, and at the end. 0 never measures.", unit="optimizer steps")
-    images: int = number(8, 1, 10_000, "At most so many pictures are measured, each at every noise level.", unit="images")
-    levels: int = number(8, 2, 64, "Noise levels, spread evenly over those that are trained. Each costs one forward per picture.", advanced=True)
-    best: str = choice(KEEP, BEST, "'keep a file' saves the LoRA of the lowest validation loss beside the last one; 'restore at the end' makes it the result.")
-    patience: int = number(0, 0, 100_000, "Stop after so many measurements without a better one; all work is kept. 0 never stops early.", unit="measurements")
-    least_gain: float = number(0.0, 0.0, 0.5, "For patience: a measurement counts as better when it is lower by more than this share.", step=0.001, advanced=True)
-    name_worst: int = number(50, 0, 100_000, "At the end, measure so many training pictures one by one and name the worst. 0 names none.", unit="images", advanced=True)
-    tensorboard: bool = switch(False, "Also write TensorBoard event files into the run's folder. Needs the package tensorboard.", advanced=True)
+    every: int = number_field(
+        100,
+        0,
+        1_000_000,
+        "Measure the validation loss every so many steps, and at the end. 0 never measures.",
+        unit="optimizer steps",
+    )
+    images: int = number_field(
+        8, 1, 10_000, "At most so many pictures are measured, each at every noise level.", unit="images"
+    )
+    levels: int = number_field(
+        8,
+        2,
+        64,
+        "Noise levels, spread evenly over those that are trained. Each costs one forward per picture.",
+        advanced=True,
+    )
+    best: str = choice_field(
+        KEEP_BEST_FILE,
+        BEST_CHOICES,
+        "'keep a file' saves the LoRA of the lowest validation loss beside the last one; 'restore at the end' makes it "
+        "the result.",
+    )
+    patience: int = number_field(
+        0,
+        0,
+        100_000,
+        "Stop after so many measurements without a better one; all work is kept. 0 never stops early.",
+        unit="measurements",
+    )
+    least_gain: float = number_field(
+        0.0,
+        0.0,
+        0.5,
+        "For patience: a measurement counts as better when it is lower by more than this share.",
+        step=0.001,
+        advanced=True,
+    )
+    name_worst: int = number_field(
+        50,
+        0,
+        100_000,
+        "At the end, measure so many training pictures one by one and name the worst. 0 names none.",
+        unit="images",
+        advanced=True,
+    )
+    tensorboard: bool = switch_field(
+        False, "Also write TensorBoard event files into the run's folder. Needs the package tensorboard.", advanced=True
+    )
 
     def ending(self) -> dict:
         """What decides which weights a run ends with; a finished run counts as finished only under the same."""
-        out = {"best": self.best} if self.every and self.best == RESTORE else {}
-        return {**out, "patience": self.patience, "least_gain": self.least_gain} if self.every and self.patience else out
+        out = {"best": self.best} if self.every and self.best == RESTORE_BEST else {}
+        return (
+            {**out, "patience": self.patience, "least_gain": self.least_gain} if self.every and self.patience else out
+        )
 
 
-# -- the questions --------------------------------------------------------------------------------------------------------------
+# -- the questions -----------------------------------------------------------------------------------------------------
 
 
-def chance(*what) -> torch.Generator:
+def validation_rng(*what) -> torch.Generator:
     """Chance that depends on its name alone, and is no step's."""
     digest = hashlib.blake2b("/".join(map(str, ("validation", *what))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @dataclass
-class Exam:
-    """Pictures that are asked at fixed noise levels under fixed noise. Nothing is kept between two measurements but the list of pictures."""
+class ImageValidationLoss:
+    """Pictures that are asked at fixed noise levels under fixed noise. Nothing is kept between two measurements but the
+    list of pictures."""
 
     denoiser: Denoiser
-    data: Encoded
+    data: EncodedDataset
     picks: list[int]
-    density: Density
+    density: NoiseLevelDensity
     noise: NoiseSettings = NoiseSettings()
     levels: int = 8
     batch: int = 1
@@ -70,29 +115,40 @@ class Exam:
     @property
     def key(self) -> str:
         """Changes with the questions: measurements of different exams are not to be compared."""
-        return fingerprint(self.data.fingerprint, self.picks, self.levels, self.noise, [self.density.kind, self.density.mean, self.density.std, self.density.shift])
+        return compute_fingerprint(
+            self.data.fingerprint,
+            self.picks,
+            self.levels,
+            self.noise,
+            [self.density.kind, self.density.mean, self.density.std, self.density.shift],
+        )
 
     @torch.no_grad()
     def losses(self, tick: Callable[[], None] = lambda: None) -> Tensor:
-        """(pictures, levels) native losses, unweighted, on the CPU. `tick()` is called before each forward and may raise."""
+        """(pictures, levels) native losses, unweighted, on the CPU. `tick()` is called before each forward and may
+        raise."""
         return torch.stack([self.of(pick, tick) for pick in self.picks])
 
     def of(self, pick: int, tick) -> Tensor:
         """(levels,) of one picture."""
         item = self.data.items[pick]
-        batch = self.data.batch([pick], chance("picture", item.id))
+        batch = self.data.batch([pick], validation_rng("picture", item.id))
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode(batch) if self.encode else batch.conds
         mask = None if batch.mask is None else batch.mask.to(x0)
         sigmas = self.sigmas(x0)
-        noise = torch.cat([randn_like(x0, chance("noise", item.id, level)) for level in range(self.levels)])
+        noise = torch.cat([cpu_randn_like(x0, validation_rng("noise", item.id, level)) for level in range(self.levels)])
         parts = []
         for at in torch.arange(self.levels).split(self.batch):
             tick()
             many = x0.expand(len(at), *x0.shape[1:])
             sigma, chosen = sigmas[at.to(sigmas.device)], noise[at.to(noise.device)]
             answer = self.denoiser.denoise(self.denoiser.noised(many, chosen, sigma), sigma, conds * len(at))
-            parts.append(native_error(self.denoiser, answer, many, sigma, None if mask is None else mask.expand(len(at), *mask.shape[1:])))
+            parts.append(
+                native_error(
+                    self.denoiser, answer, many, sigma, None if mask is None else mask.expand(len(at), *mask.shape[1:])
+                )
+            )
         return torch.cat(parts).float().cpu()
 
     def named(self, pick: int) -> dict:
@@ -101,46 +157,49 @@ class Exam:
         return {"image": item.path or item.id, "caption": item.captions[0] if item.captions else ""}
 
     def sigmas(self, x0) -> Tensor:
-        return fixed_sigmas(self.denoiser, self.density, x0, self.levels, self.noise.min_time, self.noise.max_time)
+        return stratified_sigmas(self.denoiser, self.density, x0, self.levels, self.noise.min_time, self.noise.max_time)
 
     def sigmas_of_first(self) -> list[float]:
         """The noise levels of the first picture, for people; other sizes may have others."""
         item = self.data.items[self.picks[0]]
-        return self.sigmas(self.denoiser.model_space(self.data.batch(self.picks[:1], chance("picture", item.id)).x0)).tolist()
+        return self.sigmas(
+            self.denoiser.model_space(self.data.batch(self.picks[:1], validation_rng("picture", item.id)).x0)
+        ).tolist()
 
 
-def picked(data: Encoded, count: int) -> list[int]:
+def pick_validation_images(data: EncodedDataset, count: int) -> list[int]:
     """At most `count` pictures, spread over the dataset in its own order."""
-    return spread([i for i, item in enumerate(data.items) if item.repeats] or list(range(len(data.items))), count)
+    return take_evenly([i for i, item in enumerate(data.items) if item.repeats] or list(range(len(data.items))), count)
 
 
-def spread(values, count: int) -> list:
+def take_evenly(values, count: int) -> list:
     """At most `count` of them, evenly."""
     return [values[i * len(values) // min(count, len(values))] for i in range(min(count, len(values)))]
 
 
-def relative(losses: Tensor) -> Tensor:
-    """(pictures, levels) -> (pictures,): each picture's loss as a multiple of what pictures have at the same noise level; 1 is average."""
+def relative_losses(losses: Tensor) -> Tensor:
+    """(pictures, levels) -> (pictures,): each picture's loss as a multiple of what pictures have at the same noise
+    level; 1 is average."""
     return (losses / losses.mean(0, keepdim=True).clamp(min=1e-12)).mean(1)
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# -- what follows ----------------------------------------------------------------------------------------------------------------
+# -- what follows ------------------------------------------------------------------------------------------------------
 
 
-def measured(history: list[dict]) -> list[dict]:
+def finite_measurements(history: list[dict]) -> list[dict]:
     """The entries of trained weights whose loss is a number: step 0 is the model alone, for comparison."""
     return [entry for entry in history if entry["step"] and entry["loss"] is not None]
 
 
-def best_of(history: list[dict]) -> dict | None:
-    return min(measured(history), key=lambda entry: entry["loss"], default=None)
+def best_measurement(history: list[dict]) -> dict | None:
+    return min(finite_measurements(history), key=lambda entry: entry["loss"], default=None)
 
 
-def without_gain(history: list[dict], least_gain: float) -> int:
+def measurements_without_gain(history: list[dict], least_gain: float) -> int:
     """How many measurements there are after the last one that was better than all before it by more than this share."""
     low, since = math.inf, 0
     for entry in history:
@@ -153,15 +212,16 @@ def without_gain(history: list[dict], least_gain: float) -> int:
 
 
 @dataclass
-class Watch:
+class ValidationMonitor:
     """What happens between two steps: measuring, sample pictures, and whether the run has had enough.
 
-    `tick()` may raise the host's interrupt, `say(text)` shows what goes on, `notice(kind, entry)` hears of each measurement ("validation"),
-    sample ("sample") and trouble ("trouble"). `draw(step)` gives the record of a sheet of samples, or None."""
+    `tick()` may raise the host's interrupt, `say(text)` shows what goes on, `notice(kind, entry)` hears of each
+    measurement ("validation"), sample ("sample") and trouble ("trouble"). `draw(step)` gives the record of a sheet of
+    samples, or None."""
 
     settings: ValidationSettings = ValidationSettings()
-    exams: dict[str, Exam] = field(default_factory=dict)  # "validation" or not, and "training"
-    each: Exam | None = None  # every training picture that is asked at the end
+    exams: dict[str, ImageValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
+    each: ImageValidationLoss | None = None  # every training picture that is asked at the end
     draw: Callable[[int], dict | None] | None = None
     preview_every: int = 0
     tick: Callable[[], None] = lambda: None
@@ -172,7 +232,7 @@ class Watch:
     worst: list[dict] = field(default_factory=list)
     best: dict | None = None  # {"step", "params"}: kept when it is to be restored
 
-    # -- when -------------------------------------------------------------------------------------------------------------
+    # -- when ----------------------------------------------------------------------------------------------------------
 
     def measures(self, step: int, steps: int) -> bool:
         due = bool(self.exams) and self.settings.every > 0 and (step % self.settings.every == 0 or step == steps)
@@ -189,9 +249,9 @@ class Watch:
     def enough(self) -> bool:
         """Whether the run should end here. It follows from the history alone, so a resumed run decides the same."""
         s = self.settings
-        return bool(s.every and s.patience and without_gain(self.history, s.least_gain) >= s.patience)
+        return bool(s.every and s.patience and measurements_without_gain(self.history, s.least_gain) >= s.patience)
 
-    # -- what -------------------------------------------------------------------------------------------------------------
+    # -- what ----------------------------------------------------------------------------------------------------------
 
     def look(self, step: int, steps: int, params: list[Tensor]) -> bool:
         """Measure and draw what is due with the weights as they are. True when they are the best so far."""
@@ -206,20 +266,30 @@ class Watch:
             self.say(f"step {step}: measuring {len(exam.picks)} {name} {exam.noun}")
             losses[name] = exam.losses(self.tick)
         name = next(iter(losses))  # the held-out pictures, where there are any
-        entry = {"step": step, "loss": finite(float(losses[name].mean())), "bins": [finite(v) for v in losses[name].mean(0).tolist()],
-                 "sigmas": self.exams[name].sigmas_of_first(), "held_out": name == "validation", "noun": self.exams[name].noun, "where": self.exams[name].where}  # fmt: skip
+        entry = {
+            "step": step,
+            "loss": finite_or_none(float(losses[name].mean())),
+            "bins": [finite_or_none(v) for v in losses[name].mean(0).tolist()],
+            "sigmas": self.exams[name].sigmas_of_first(),
+            "held_out": name == "validation",
+            "noun": self.exams[name].noun,
+            "where": self.exams[name].where,
+        }
         if len(losses) > 1:
-            entry |= {"training": finite(float(losses["training"].mean())), "training_bins": [finite(v) for v in losses["training"].mean(0).tolist()]}
+            entry |= {
+                "training": finite_or_none(float(losses["training"].mean())),
+                "training_bins": [finite_or_none(v) for v in losses["training"].mean(0).tolist()],
+            }
         return self.keep(entry, params)
 
     def keep(self, entry: dict, params) -> bool:
         """One more measurement. Whether its weights are to be kept as the best so far."""
         self.history.append(entry)
         self.notice("validation", entry)
-        better = best_of(self.history) is entry
-        if better and self.settings.best == RESTORE:
+        better = best_measurement(self.history) is entry
+        if better and self.settings.best == RESTORE_BEST:
             self.best = {"step": entry["step"], "params": [p.detach().to("cpu", copy=True) for p in params]}
-        return better and self.settings.best != OFF
+        return better and self.settings.best != BEST_OFF
 
     def sample(self, step: int) -> None:
         """An exception inside a preview costs that preview, never the run."""
@@ -237,44 +307,60 @@ class Watch:
             return
         self.say(f"measuring {len(self.each.picks)} training {self.each.noun} one by one")
         losses = self.each.losses(self.tick)
-        found = [{**self.each.named(pick), "loss": ratio, "bins": row}
-                 for pick, ratio, row in zip(self.each.picks, relative(losses).tolist(), losses.tolist(), strict=True)]  # fmt: skip
+        found = [
+            {**self.each.named(pick), "loss": ratio, "bins": row}
+            for pick, ratio, row in zip(self.each.picks, relative_losses(losses).tolist(), losses.tolist(), strict=True)
+        ]
         self.worst = sorted(found, key=lambda one: -one["loss"])
 
-    # -- the state --------------------------------------------------------------------------------------------------------
+    # -- the state -----------------------------------------------------------------------------------------------------
 
     @property
     def key(self) -> str:
-        return fingerprint({name: exam.key for name, exam in self.exams.items()})
+        return compute_fingerprint({name: exam.key for name, exam in self.exams.items()})
 
     def state(self) -> dict:
         """Copies: what was saved does not change when the run goes on."""
         best = self.best and {"step": self.best["step"], "params": list(self.best["params"])}
-        return {"key": self.key, "history": list(self.history), "samples": list(self.samples), "best": best, "worst": list(self.worst)}
+        return {
+            "key": self.key,
+            "history": list(self.history),
+            "samples": list(self.samples),
+            "best": best,
+            "worst": list(self.worst),
+        }
 
     def load_state(self, state: dict) -> None:
         """Measurements of other questions are left behind; the samples stay."""
         same = state["key"] == self.key
         self.samples = list(state["samples"])
         self.history = list(state["history"]) if same else []
-        self.best = state["best"] if same and self.settings.best == RESTORE else None
+        self.best = state["best"] if same and self.settings.best == RESTORE_BEST else None
 
-    # -- for people -------------------------------------------------------------------------------------------------------
+    # -- for people ----------------------------------------------------------------------------------------------------
 
     def line(self) -> str:
         """One phrase on how it went; nothing when nothing was measured."""
-        best = best_of(self.history)
-        parts = [] if best is None else [told(best, self.history[-1])]
+        best = best_measurement(self.history)
+        parts = [] if best is None else [format_validation_summary(best, self.history[-1])]
         if self.worst:
-            names = ", ".join(f"{one['image'].replace(chr(92), '/').split('/')[-1]} ({one['loss']:.2f} x)" for one in self.worst[:3])
+            names = ", ".join(
+                f"{one['image'].replace(chr(92), '/').split('/')[-1]} ({one['loss']:.2f} x)" for one in self.worst[:3]
+            )
             parts.append(f"highest loss: {names}")
         return "; ".join(parts)
 
 
-def told(best: dict, last: dict) -> str:
+def format_validation_summary(best: dict, last: dict) -> str:
     figure = last.get("figure", "validation loss")
     if last["loss"] is None:
         return f"the last {figure} is no number; best {best['loss']:.4f} at step {best['step']}"
-    gap = f", {last['loss'] / last['training'] - 1:+.0%} against training {last.get('noun', Exam.noun)}" if last.get("training") else ""
+    gap = (
+        f", {last['loss'] / last['training'] - 1:+.0%} against training {last.get('noun', ImageValidationLoss.noun)}"
+        if last.get("training")
+        else ""
+    )
     here = "" if last is best else f" (best {best['loss']:.4f} at step {best['step']})"
-    return f"{figure} {last['loss']:.4f}{here}{gap}" + ("" if last["held_out"] else f" {last.get('where', Exam.where)}")
+    return f"{figure} {last['loss']:.4f}{here}{gap}" + (
+        "" if last["held_out"] else f" {last.get('where', ImageValidationLoss.where)}"
+    )

@@ -1,7 +1,9 @@
-"""Aesthetic heads that others trained: a few linear layers on the embedding of a CLIP or SigLIP, which give a picture its rating.
+"""Aesthetic heads that others trained: a few linear layers on the embedding of a CLIP or SigLIP, which give a picture
+its rating.
 
-LAION's predictors (Schuhmann 2022: one linear layer, or five without activations between them) and Aesthetic Predictor V2.5 (discus0434) are
-such chains on embeddings of unit length. SigLIP's own embedding comes from a pooling layer that ComfyUI leaves out; `Pooler` is that layer.
+LAION's predictors (Schuhmann 2022: one linear layer, or five without activations between them) and Aesthetic Predictor
+V2.5 (discus0434) are such chains on embeddings of unit length. SigLIP's own embedding comes from a pooling layer that
+ComfyUI leaves out; `Pooler` is that layer.
 """
 
 from __future__ import annotations
@@ -14,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ENCODERS = {
+ENCODER_NAMES = {
     512: "CLIP ViT-B/32 or B/16",
     768: "CLIP ViT-L/14 (clip_vision of openai/clip-vit-large-patch14)",
     1024: "CLIP ViT-H/14",
     1152: "SigLIP so400m (sigclip_vision_patch14_384)",
     1280: "CLIP ViT-bigG/14",
 }
-POOLING = "vision_model.head."
-ATTENTION_HEADS = {768: 12, 1024: 16, 1152: 16}  # of SigLIP base, large and so400m: a file's shapes do not tell
-SIGLIP = 1152  # width at which a chain was trained on SigLIP's pooled embedding
+POOLER_PREFIX = "vision_model.head."
+SIGLIP_ATTENTION_HEADS = {768: 12, 1024: 16, 1152: 16}  # of SigLIP base, large and so400m: a file's shapes do not tell
+SIGLIP_WIDTH = 1152  # width at which a chain was trained on SigLIP's pooled embedding
 
 
-class Chain(nn.Module):
-    """Linear layers, one after the other: (B, width) -> (B,) ratings. Dropout between them does nothing when it is asked."""
+class AestheticMLP(nn.Module):
+    """Linear layers, one after the other: (B, width) -> (B,) ratings. Dropout between them does nothing when it is
+    asked."""
 
     def __init__(self, layers: list[tuple[Tensor, Tensor | None]]):
         super().__init__()
-        self.layers = nn.ModuleList(linear(*layer) for layer in layers)
+        self.layers = nn.ModuleList(linear_from_tensors(*layer) for layer in layers)
         self.requires_grad_(False)
 
     @property
@@ -45,7 +48,7 @@ class Chain(nn.Module):
         return h[:, 0]
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear_from_tensors(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight.data.copy_(weight)
     if bias is not None:
@@ -53,7 +56,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-class Pooler(nn.Module):
+class SiglipPooler(nn.Module):
     """SigLIP's attention pooling: (B, tokens, width) -> (B, width) (Zhai et al. 2023)."""
 
     def __init__(self, width: int, heads: int, hidden: int):
@@ -70,15 +73,18 @@ class Pooler(nn.Module):
         return (h + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layernorm(h)), approximate="tanh")))[:, 0]
 
 
-class Head(nn.Module):
-    """What an image encoder says -> (B,) ratings: embeddings (B, width), or tokens (B, T, width) where there is a pooler."""
+class AestheticHead(nn.Module):
+    """What an image encoder says -> (B,) ratings: embeddings (B, width), or tokens (B, T, width) where there is a
+    pooler."""
 
-    def __init__(self, chain: Chain, pooler: Pooler | None = None):
+    def __init__(self, chain: AestheticMLP, pooler: SiglipPooler | None = None):
         super().__init__()
         self.chain, self.pooler = chain, pooler
         if pooler is not None and pooler.probe.shape[-1] != chain.width:
-            raise ValueError(f"The head wants {chain.width} numbers a picture and the pooler gives {pooler.probe.shape[-1]}. Choose the SigLIP file that "
-                             f"the head was trained on: {encoder_for(chain.width)}.")
+            raise ValueError(
+                f"The head wants {chain.width} numbers a picture and the pooler gives {pooler.probe.shape[-1]}. Choose "
+                f"the SigLIP file that the head was trained on: {describe_encoder(chain.width)}."
+            )
 
     @property
     def width(self) -> int:
@@ -88,28 +94,30 @@ class Head(nn.Module):
         return self.chain(seen if self.pooler is None else self.pooler(seen))
 
 
-def encoder_for(width: int) -> str:
-    return ENCODERS.get(width, f"one that gives {width} numbers a picture")
+def describe_encoder(width: int) -> str:
+    return ENCODER_NAMES.get(width, f"one that gives {width} numbers a picture")
 
 
-def check_width(head: Head, width: int) -> None:
+def check_embedding_width(head: AestheticHead, width: int) -> None:
     """ValueError unless the encoder gives what the head wants."""
     if head.width != width:
-        raise ValueError(f"This head rates embeddings of {head.width} numbers and the connected CLIP_VISION gives {width} ({encoder_for(width)}). It wants "
-                         f"{encoder_for(head.width)}.")
+        raise ValueError(
+            f"This head rates embeddings of {head.width} numbers and the connected CLIP_VISION gives {width} "
+            f"({describe_encoder(width)}). It wants {describe_encoder(head.width)}."
+        )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_head(path, pooler_path=None) -> Head:
-    """The head in a .safetensors, .pth, .pt or .ckpt file, with SigLIP's pooler from a file that holds `vision_model.head.`. Only tensors
-    are read; a file that wants to run code is refused."""
-    chain = chain_of(tensors_in(path), Path(path).name)
-    return Head(chain, None if pooler_path is None else read_pooler(pooler_path))
+def read_aesthetic_head(path, pooler_path=None) -> AestheticHead:
+    """The head in a .safetensors, .pth, .pt or .ckpt file, with SigLIP's pooler from a file that holds
+    `vision_model.head.`. Only tensors are read; a file that wants to run code is refused."""
+    chain = build_aesthetic_mlp(read_head_tensors(path), Path(path).name)
+    return AestheticHead(chain, None if pooler_path is None else read_siglip_pooler(pooler_path))
 
 
-def tensors_in(path) -> dict[str, Tensor]:
+def read_head_tensors(path) -> dict[str, Tensor]:
     path = Path(path)
     if path.suffix in (".safetensors", ".sft"):
         from ..files import read_safetensors
@@ -119,47 +127,63 @@ def tensors_in(path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{path.name} holds more than weights, or is damaged ({reason}); it is not opened, because it could run code. Save its "
-                         "state_dict as .safetensors, or get it from its author's page.") from error
+        raise ValueError(
+            f"{path.name} holds more than weights, or is damaged ({reason}); it is not opened, because it could run "
+            "code. Save its state_dict as .safetensors, or get it from its author's page."
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path.name} holds {type(found).__name__} and not a plain list of named tensors. It is no aesthetic head.")
+        raise ValueError(
+            f"{path.name} holds {type(found).__name__} and not a plain list of named tensors. It is no aesthetic head."
+        )
     return found
 
 
-def chain_of(tensors: dict[str, Tensor], name: str) -> Chain:
+def build_aesthetic_mlp(tensors: dict[str, Tensor], name: str) -> AestheticMLP:
     """The linear layers in the order of the numbers in their names. ValueError for anything else."""
-    weights = sorted((key for key in tensors if key.endswith("weight")), key=natural)
-    layers = [(tensors[key].float(), biased(tensors, key)) for key in weights]
+    weights = sorted((key for key in tensors if key.endswith("weight")), key=layer_sort_key)
+    layers = [(tensors[key].float(), find_layer_bias(tensors, key)) for key in weights]
     others = set(tensors) - set(weights) - {key.removesuffix("weight") + "bias" for key in weights}
     if not layers or others or any(weight.ndim != 2 for weight, _ in layers):
         found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:4]) or "nothing"
-        raise ValueError(f"{name} is no aesthetic head, which is made of linear layers and nothing else; it holds {found}.")
+        raise ValueError(
+            f"{name} is no aesthetic head, which is made of linear layers and nothing else; it holds {found}."
+        )
     sizes = [tuple(weight.shape) for weight, _ in layers]
     if sizes[-1][0] != 1 or any(a[0] != b[1] for a, b in zip(sizes, sizes[1:], strict=False)):
-        raise ValueError(f"The layers of {name} do not follow on each other to one rating: {' -> '.join(f'{b} to {a}' for a, b in sizes)}.")
-    return Chain(layers)
+        raise ValueError(
+            f"The layers of {name} do not follow on each other to one rating: "
+            f"{' -> '.join(f'{b} to {a}' for a, b in sizes)}."
+        )
+    return AestheticMLP(layers)
 
 
-def natural(key: str) -> list:
+def layer_sort_key(key: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
-def biased(tensors, key: str) -> Tensor | None:
+def find_layer_bias(tensors, key: str) -> Tensor | None:
     bias = tensors.get(key.removesuffix("weight") + "bias")
     return None if bias is None else bias.float()
 
 
-def read_pooler(path) -> Pooler:
+def read_siglip_pooler(path) -> SiglipPooler:
     """SigLIP's pooling layer out of the whole model's file; nothing else of it is read."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        tensors = {key.removeprefix(POOLING): file.get_tensor(key).float() for key in file.keys() if key.startswith(POOLING)}
+        tensors = {
+            key.removeprefix(POOLER_PREFIX): file.get_tensor(key).float()
+            for key in file.keys()
+            if key.startswith(POOLER_PREFIX)
+        }
     if "probe" not in tensors:
-        raise ValueError(f"{Path(path).name} holds no pooling layer ({POOLING}*), as the files that ComfyUI's makers share do not. Put model.safetensors of "
-                         "google/siglip-so400m-patch14-384 (3.5 GB, of which 61 MB are read) into models/clip_vision and choose it here.")
+        raise ValueError(
+            f"{Path(path).name} holds no pooling layer ({POOLER_PREFIX}*), as the files that ComfyUI's makers share do "
+            "not. Put model.safetensors of google/siglip-so400m-patch14-384 (3.5 GB, of which 61 MB are read) into "
+            "models/clip_vision and choose it here."
+        )
     width, hidden = tensors["probe"].shape[-1], tensors["mlp.fc1.weight"].shape[0]
-    pooler = Pooler(width, ATTENTION_HEADS.get(width, max(1, width // 64)), hidden)
+    pooler = SiglipPooler(width, SIGLIP_ATTENTION_HEADS.get(width, max(1, width // 64)), hidden)
     pooler.load_state_dict(tensors)
     return pooler

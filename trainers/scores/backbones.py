@@ -1,7 +1,7 @@
 """What something that is loaded already sees of a latent, as numbers for a score model to learn from.
 
-`Looking` is a score model's trunk over a diffusion model's own states or over a decoded picture: only the two small layers after them are its
-own, so its file is small and the loaded model stays as it was.
+`Looking` is a score model's trunk over a diffusion model's own states or over a decoded picture: only the two small
+layers after them are its own, so its file is small and the loaded model stays as it was.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters
-from ..data.cache import Memory
-from ..data.encoded import Encoded
+from ..data.cache import MemoryStore
+from ..data.encoded import EncodedDataset
 from ..diffusion import Denoiser, per_sample
-from .networks import BACKBONES, ScoreModel, by_shape, sigma_of_level
+from .networks import BACKBONES, ScorerEnsemble, batch_indices_by_shape, level_to_sigma
 
-MODEL, DECODED = LOOKING = BACKBONES[2:]  # backbones that are made from something loaded
-LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # of noise, at which frozen features are remembered
-DRAWS = 3  # noises for each picture and level
-
-
-# -- trunks over something loaded ---------------------------------------------------------------------------------------------------------
+MODEL_FEATURES, DECODED_IMAGE = LOADED_BACKBONES = BACKBONES[2:]  # backbones that are made from something loaded
+CACHED_NOISE_LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # of noise, at which frozen features are remembered
+CACHED_NOISE_DRAWS = 3  # noises for each picture and level
 
 
-class Standard(nn.Module):
-    """Each number of a row moved and scaled to mean 0 and variance 1, as the first batch of training has them; fixed from then on. What loaded
-    models see differs little from picture to picture, and without this a head would learn the large numbers only."""
+# -- trunks over something loaded --------------------------------------------------------------------------------------
+
+
+class FeatureNorm(nn.Module):
+    """Each number of a row moved and scaled to mean 0 and variance 1, as the first batch of training has them; fixed
+    from then on. What loaded models see differs little from picture to picture, and without this a head would learn the
+    large numbers only."""
 
     LEAST = 4  # rows; fewer have no spread worth the name
 
@@ -58,15 +59,18 @@ class Standard(nn.Module):
         self.settled = True
 
 
-class Looking(nn.Module):
-    """A trunk (x, level) -> (B, size) over `look(x, level) -> (B, seen)`, which is no part of it: not saved, not trained, not moved.
+class LoadedModelTrunk(nn.Module):
+    """A trunk (x, level) -> (B, size) over `look(x, level) -> (B, seen)`, which is no part of it: not saved, not
+    trained, not moved.
 
     `adapters` of the loaded network are attached while it looks and at no other time; they are saved with the trunk."""
 
-    def __init__(self, look: Callable[[Tensor, Tensor], Tensor], seen: int, width: int, adapters: Adapters | None = None):
+    def __init__(
+        self, look: Callable[[Tensor, Tensor], Tensor], seen: int, width: int, adapters: Adapters | None = None
+    ):
         super().__init__()
         self.look, self.size = look, 8 * width
-        self.scale = Standard(seen)
+        self.scale = FeatureNorm(seen)
         self.layers = nn.Sequential(nn.Linear(seen, self.size), nn.SiLU())
         self.adapters = adapters
         self.__dict__["others"] = None  # Adapters that hang on the same network and must not be looked through
@@ -84,9 +88,12 @@ class Looking(nn.Module):
 
 
 @contextlib.contextmanager
-def looking_past(model: ScoreModel, adapters: Adapters):
-    """While adapters are trained on the very network that a score model looks through, it looks at the network as it was."""
-    trunks = [network.trunk for network in model.networks if isinstance(getattr(network, "trunk", None), Looking)]
+def bypass_adapters(model: ScorerEnsemble, adapters: Adapters):
+    """While adapters are trained on the very network that a score model looks through, it looks at the network as it
+    was."""
+    trunks = [
+        network.trunk for network in model.networks if isinstance(getattr(network, "trunk", None), LoadedModelTrunk)
+    ]
     before = [trunk.others for trunk in trunks]
     try:
         for trunk in trunks:
@@ -97,29 +104,31 @@ def looking_past(model: ScoreModel, adapters: Adapters):
             trunk.__dict__["others"] = other
 
 
-def as_the_model_sees(denoiser: Denoiser, x: Tensor, level: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(x, sigma) in the model's own scale: the inverse of `unit_view`. Levels below the floor are told to the model as the floor, because
-    it never saw less noise."""
-    sigma = sigma_of_level(denoiser, level)
+def from_scorer_input(denoiser: Denoiser, x: Tensor, level: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(x, sigma) in the model's own scale: the inverse of `unit_view`. Levels below the floor are told to the model as
+    the floor, because it never saw less noise."""
+    sigma = level_to_sigma(denoiser, level)
     one, zero = torch.ones(len(x), 1, device=x.device), torch.zeros(len(x), 1, device=x.device)
     a, b = denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
-    return x * per_sample((a.square() + b.square()).sqrt(), x), sigma_of_level(denoiser, level.clamp(min=floor))
+    return x * per_sample((a.square() + b.square()).sqrt(), x), level_to_sigma(denoiser, level.clamp(min=floor))
 
 
-def pooled(state: Tensor) -> Tensor:
-    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, 3 C): mean, maximum and spread over the places, each of mean 0 and variance 1 over
-    C, because stages differ in size by magnitudes. The mean alone tells colours and little of shapes."""
+def pool_hidden_states(state: Tensor) -> Tensor:
+    """(B, C, h, w), (B, C, t, h, w) or tokens (B, T, C) -> (B, 3 C): mean, maximum and spread over the places, each of
+    mean 0 and variance 1 over C, because stages differ in size by magnitudes. The mean alone tells colours and little
+    of shapes."""
     places = (state.transpose(1, 2) if state.ndim == 3 else state.flatten(2)).float()
     parts = places.mean(2), places.amax(2), places.std(2, correction=0)
     return torch.cat([F.layer_norm(part, part.shape[1:]) for part in parts], 1)
 
 
-# -- frozen features are computed once -----------------------------------------------------------------------------------------------------
+# -- frozen features are computed once ---------------------------------------------------------------------------------
 
 
-class Remembered:
-    """A look whose answers are kept, by what it is shown. For frozen models only. Each picture is looked at by itself: in a batch the last digits
-    would depend on its company, and a training that goes on after a stop would be another one. A model of real size hardly minds."""
+class FrozenFeatureCache:
+    """A look whose answers are kept, by what it is shown. For frozen models only. Each picture is looked at by itself:
+    in a batch the last digits would depend on its company, and a training that goes on after a stop would be another
+    one. A model of real size hardly minds."""
 
     def __init__(self, look):
         self.look, self.known = look, {}
@@ -127,7 +136,7 @@ class Remembered:
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return self.look(x, level)
-        keys = [print_of(row, at) for row, at in zip(x, level, strict=True)]
+        keys = [feature_cache_key(row, at) for row, at in zip(x, level, strict=True)]
         with torch.no_grad():
             for i, key in enumerate(keys):
                 if key not in self.known:
@@ -135,14 +144,19 @@ class Remembered:
         return torch.stack([self.known[key] for key in keys]).to(x.device, torch.float32)
 
 
-def print_of(row: Tensor, level: Tensor) -> bytes:
-    return hashlib.blake2b(row.detach().float().cpu().contiguous().numpy().tobytes() + f"{float(level):.6f}".encode(), digest_size=16).digest()
+def feature_cache_key(row: Tensor, level: Tensor) -> bytes:
+    return hashlib.blake2b(
+        row.detach().float().cpu().contiguous().numpy().tobytes() + f"{float(level):.6f}".encode(), digest_size=16
+    ).digest()
 
 
-class FewNoises:
-    """The same denoiser with a grid of levels and a few noises, so that what a frozen model says of a picture comes up again."""
+class FixedNoiseDenoiser:
+    """The same denoiser with a grid of levels and a few noises, so that what a frozen model says of a picture comes up
+    again."""
 
-    def __init__(self, denoiser: Denoiser, levels: Sequence[float] = LEVELS, draws: int = DRAWS):
+    def __init__(
+        self, denoiser: Denoiser, levels: Sequence[float] = CACHED_NOISE_LEVELS, draws: int = CACHED_NOISE_DRAWS
+    ):
         self.denoiser, self.levels, self.draws = denoiser, torch.tensor(levels), draws
 
     def __getattr__(self, name):
@@ -151,10 +165,12 @@ class FewNoises:
     def sigma_at(self, u: Tensor) -> Tensor:
         """The sigma of the grid's level that is nearest to the share u of the schedule."""
         level = self.levels[(u[:, None].cpu() - self.levels).abs().argmin(1)]
-        return sigma_of_level(self.denoiser, level).to(u.device)
+        return level_to_sigma(self.denoiser, level).to(u.device)
 
     def noised(self, x0, noise, sigma):
-        return self.denoiser.noised(x0, torch.stack([self.one_of(n) for n in noise]) if noise.ndim > 2 else noise, sigma)
+        return self.denoiser.noised(
+            x0, torch.stack([self.one_of(n) for n in noise]) if noise.ndim > 2 else noise, sigma
+        )
 
     def one_of(self, noise: Tensor) -> Tensor:
         """One of the few, by what chance drew."""
@@ -162,30 +178,33 @@ class FewNoises:
         return torch.randn(noise.shape, generator=torch.Generator().manual_seed(which)).to(noise)
 
 
-def remembered(data: Encoded, denoiser: Denoiser, trunk: Callable):
-    """(data, denoiser, trunk) for training on frozen features: each picture is looked at once per level and noise instead of at every step.
-    All members share what is remembered. The VAE's spread is left out: it would make every look a new one."""
+def cache_frozen_features(data: EncodedDataset, denoiser: Denoiser, trunk: Callable):
+    """(data, denoiser, trunk) for training on frozen features: each picture is looked at once per level and noise
+    instead of at every step. All members share what is remembered. The VAE's spread is left out: it would make every
+    look a new one."""
     keys = [key for item in data.items for key in (item.latent, item.flipped) if key]
-    means = Memory({key: {**data.store.load(key), "std": None} for key in keys})
-    shared: list[Remembered] = []
+    means = MemoryStore({key: {**data.store.load(key), "std": None} for key in keys})
+    shared: list[FrozenFeatureCache] = []
 
     def make(about):
         made = trunk(about)
-        if isinstance(made, Looking) and made.adapters is None:
-            shared.append(shared[0] if shared else Remembered(made.look))
+        if isinstance(made, LoadedModelTrunk) and made.adapters is None:
+            shared.append(shared[0] if shared else FrozenFeatureCache(made.look))
             made.look = shared[0]
         return made
 
-    return replace(data, store=means, dropout=0.0), FewNoises(denoiser), make
+    return replace(data, store=means, dropout=0.0), FixedNoiseDenoiser(denoiser), make
 
 
 @torch.no_grad()
-def seen_by(model: ScoreModel, latents: Sequence[torch.Tensor], device="cpu", report=None, check_interrupt=lambda: None) -> np.ndarray:
+def extract_trunk_features(
+    model: ScorerEnsemble, latents: Sequence[torch.Tensor], device="cpu", report=None, check_interrupt=lambda: None
+) -> np.ndarray:
     """(n, d) what the trunk of a score model's first network sees of clean latents (C, ..., h, w) in model space."""
     trunk, rows = model.networks[0].trunk, {}
     try:
         trunk.to(device)
-        for part in by_shape([tuple(x.shape) for x in latents]):
+        for part in batch_indices_by_shape([tuple(x.shape) for x in latents]):
             check_interrupt()
             x = torch.stack([latents[i] for i in part]).to(device, torch.float32)
             rows |= zip(part, trunk(x, torch.zeros(len(x), device=device)).float().cpu().numpy(), strict=True)

@@ -10,73 +10,92 @@ import torch
 from torch import nn
 
 from ..files import read_safetensors, tensor_hash, write_safetensors
-from .networks import About, ScoreModel, network_of, seeded
+from .networks import ScoreModelInfo, ScorerEnsemble, build_scorer, call_with_seed
 
-KIND, VERSION = "trainyard.score_model", "1"
-
-
-def tensors_of(model: ScoreModel) -> dict[str, torch.Tensor]:
-    return {f"{number}.{name}": value.detach().cpu().clone() for number, network in enumerate(model.networks)
-            for name, value in network.state_dict().items()}  # fmt: skip
+SCORE_MODEL_KEY, SCORE_MODEL_VERSION = "trainyard.score_model", "1"
 
 
-def identity_of(model: ScoreModel) -> str:
+def score_model_tensors(model: ScorerEnsemble) -> dict[str, torch.Tensor]:
+    return {
+        f"{number}.{name}": value.detach().cpu().clone()
+        for number, network in enumerate(model.networks)
+        for name, value in network.state_dict().items()
+    }
+
+
+def score_model_identity(model: ScorerEnsemble) -> str:
     """What tells one score model from another: its weights, or what it says of itself where those are not its own."""
-    return getattr(model, "identity", None) or tensor_hash(tensors_of(model))
+    return getattr(model, "identity", None) or tensor_hash(score_model_tensors(model))
 
 
-def write_score_model(path, model: ScoreModel, extra: dict[str, str] | None = None) -> None:
+def write_score_model(path, model: ScorerEnsemble, extra: dict[str, str] | None = None) -> None:
     """Atomic. Raises ValueError rather than keep numbers that are none."""
-    tensors = tensors_of(model)
+    tensors = score_model_tensors(model)
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
-        raise ValueError(f"This score model holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. "
-                         "Train it with a lower learning rate.")
+        raise ValueError(
+            f"This score model holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. "
+            "Train it with a lower learning rate."
+        )
     about = json.dumps(model.about.to_dict(), sort_keys=True, allow_nan=False)
-    spec = {"modelspec.title": f"score model ({model.about.backbone}, {model.about.task})", "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}"}
-    write_safetensors(path, tensors, {KIND: VERSION, "about": about, **spec, **(extra or {})})
+    spec = {
+        "modelspec.title": f"score model ({model.about.backbone}, {model.about.task})",
+        "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
+    }
+    write_safetensors(path, tensors, {SCORE_MODEL_KEY: SCORE_MODEL_VERSION, "about": about, **spec, **(extra or {})})
 
 
-def read_score_model(path, trunk: Callable[[About], nn.Module] | None = None) -> ScoreModel:
+def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None = None) -> ScorerEnsemble:
     """The model as it was saved. `trunk(about)` makes the trunk of backbones that come from a loaded model.
 
-    Raises ValueError for files of another kind, of a newer version, or with weights that do not fit what they say about themselves."""
+    Raises ValueError for files of another kind, of a newer version, or with weights that do not fit what they say about
+    themselves."""
     tensors, metadata = read_safetensors(path)
-    about = about_in(metadata, Path(path).name)
-    networks = [seeded(0, lambda: network_of(about, trunk and trunk(about))) for _ in range(about.members)]
+    about = parse_score_model_info(metadata, Path(path).name)
+    networks = [call_with_seed(0, lambda: build_scorer(about, trunk and trunk(about))) for _ in range(about.members)]
     for number, network in enumerate(networks):
-        own = {name.removeprefix(f"{number}."): value for name, value in tensors.items() if name.startswith(f"{number}.")}
+        own = {
+            name.removeprefix(f"{number}."): value for name, value in tensors.items() if name.startswith(f"{number}.")
+        }
         try:
             network.load_state_dict(own)
         except RuntimeError as error:
-            raise ValueError(f"{Path(path).name} does not hold the weights that it says it holds: {str(error).splitlines()[-1].strip()} "
-                             "It may be damaged; save it again, or fetch it again.") from error
+            raise ValueError(
+                f"{Path(path).name} does not hold the weights that it says it holds: "
+                f"{str(error).splitlines()[-1].strip()} It may be damaged; save it again, or fetch it again."
+            ) from error
         network.eval().requires_grad_(False)
-    return ScoreModel(networks, about)
+    return ScorerEnsemble(networks, about)
 
 
-def about_in(metadata: dict[str, str], name: str) -> About:
-    if KIND not in metadata:
+def parse_score_model_info(metadata: dict[str, str], name: str) -> ScoreModelInfo:
+    if SCORE_MODEL_KEY not in metadata:
         raise ValueError(f"{name} is no score model of Trainyard. Load a file that Save Score Model wrote.")
-    if metadata[KIND] != VERSION:
-        raise ValueError(f"{name} is a score model of version {metadata[KIND]}, and this Trainyard reads version {VERSION}. Update Trainyard.")
-    return About.from_dict(json.loads(metadata["about"]))
+    if metadata[SCORE_MODEL_KEY] != SCORE_MODEL_VERSION:
+        raise ValueError(
+            f"{name} is a score model of version {metadata[SCORE_MODEL_KEY]}, and this Trainyard reads version "
+            f"{SCORE_MODEL_VERSION}. Update Trainyard."
+        )
+    return ScoreModelInfo.from_dict(json.loads(metadata["about"]))
 
 
-def same(model: ScoreModel, path) -> bool:
+def score_file_matches(model: ScorerEnsemble, path) -> bool:
     """Whether the file holds this very model."""
     try:
         tensors, metadata = read_safetensors(path)
-        about = about_in(metadata, "").to_dict()
+        about = parse_score_model_info(metadata, "").to_dict()
     except ValueError:
         return False
-    ours = tensors_of(model)
+    ours = score_model_tensors(model)
     equal = tensors.keys() == ours.keys() and all(torch.equal(tensors[k], v) for k, v in ours.items())
     return equal and json.dumps(about, sort_keys=True) == json.dumps(model.about.to_dict(), sort_keys=True)
 
 
-def check_fits(about: About, latent_format: str, channels: int) -> None:
-    """ValueError unless the model judges latents of this kind. A format that is not known ("") is judged by its channels alone."""
+def check_score_latent_format(about: ScoreModelInfo, latent_format: str, channels: int) -> None:
+    """ValueError unless the model judges latents of this kind. A format that is not known ("") is judged by its
+    channels alone."""
     if about.channels != channels or (latent_format and about.latent_format and latent_format != about.latent_format):
-        raise ValueError(f"This score model judges latents of {about.latent_format or 'an unnamed format'} ({about.channels} channels), and these "
-                         f"are of {latent_format or 'an unnamed format'} ({channels} channels). Each kind of latent needs a score model of "
-                         "its own: train or distil one for it.")
+        raise ValueError(
+            f"This score model judges latents of {about.latent_format or 'an unnamed format'} ({about.channels} "
+            f"channels), and these are of {latent_format or 'an unnamed format'} ({channels} channels). Each kind of "
+            "latent needs a score model of its own: train or distil one for it."
+        )

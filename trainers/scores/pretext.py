@@ -1,7 +1,9 @@
-"""A latent backbone learns from pictures without ratings: what is hidden, which crops belong together, how a picture was turned or shuffled,
-which colours it had, which folder it came from. The tasks share the trunk and are summed by weights.
+"""A latent backbone learns from pictures without ratings: what is hidden, which crops belong together, how a picture
+was turned or shuffled, which colours it had, which folder it came from. The tasks share the trunk and are summed by
+weights.
 
-Measured on 600 pictures and 64 ratings (reference bed of this project): hidden parts help a score most, crops help likeness most.
+Measured on 600 pictures and 64 ratings (reference bed of this project): hidden parts help a score most, crops help
+likeness most.
 """
 
 from __future__ import annotations
@@ -15,37 +17,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.encoded import Deck
-from ..data.views import CROP, GREY, ORDERS, SHUFFLED, TURNED, View, Views
+from ..data.encoded import BucketBatchSampler
+from ..data.views import (
+    CROP_VIEW,
+    GREY_VIEW,
+    QUARTER_PERMUTATIONS,
+    ROTATED_VIEW,
+    SHUFFLED_VIEW,
+    EncodedView,
+    ViewDataset,
+)
 from ..diffusion import Denoiser
-from ..settings import Settings, choice, number
-from .networks import TRUNKS, one_frame
-from .objective import seen
+from ..settings import Settings, choice_field, number_field
+from .networks import LATENT_BACKBONES, squeeze_single_frame
+from .objective import noised_scorer_input
 
-HIDDEN = 0.6  # share of the blocks that are hidden
-BLOCK = 2  # latent cells
-TAU = 0.2
-NOISIEST = 0.7  # of the schedule: beyond, little is left to learn a picture by
-PROJECTED = 128
+MASK_RATIO = 0.6  # share of the blocks that are hidden
+MASK_BLOCK_SIZE = 2  # latent cells
+SIMCLR_TEMPERATURE = 0.2
+MAX_PRETEXT_NOISE = 0.7  # of the schedule: beyond, little is left to learn a picture by
+PROJECTION_WIDTH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretextSettings(Settings):
     """What a backbone learns before it sees a rating."""
 
-    backbone: str = choice("latent ResNet", tuple(TRUNKS), "latent ResNet suits some hundred to some thousand pictures; latent ViT wants tens of thousands.")
-    inpaint: float = number(1.0, 0.0, 100.0, "Weight of: guess the 60 % of the latent that are hidden. Helps a score most.", step=0.1)
-    simclr: float = number(0.5, 0.0, 100.0, "Weight of: tell which two crops show the same picture. Helps likeness most.", step=0.1)
-    steps: int = number(2000, 1, 10_000_000, "Steps in all. Each sees a batch of pictures.", unit="optimizer steps")
-    batch: int = number(32, 2, 1024, "Pictures per step. simclr wants many.", unit="pictures")
-    size: int = number(512, 16, 2048, "Side of the squares that are encoded. Nothing is stretched.", unit="px", step=16)
-    seed: int = number(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same file, bit for bit.")
-    learning_rate: float = number(1e-3, 1e-7, 1.0, "Learning rate of AdamW, falling to 0 as a cosine.", step=1e-4, advanced=True)
-    rotation: float = number(0.0, 0.0, 100.0, "Weight of: tell by how many quarter turns a picture was turned.", step=0.1, advanced=True)
-    jigsaw: float = number(0.0, 0.0, 100.0, "Weight of: tell how the four quarters of a picture were shuffled.", step=0.1, advanced=True)
-    colours: float = number(0.0, 0.0, 100.0, "Weight of: guess the colours of a grey picture.", step=0.1, advanced=True)
-    classes: float = number(0.0, 0.0, 100.0, "Weight of: tell which class a picture belongs to: its folder, or what labels says.", step=0.1, advanced=True)
-    crops: int = number(4, 2, 64, "Crops of each picture that are encoded, of 70 to 100 % of its square, some of them mirrored.", unit="crops", advanced=True)
+    backbone: str = choice_field(
+        "latent ResNet",
+        tuple(LATENT_BACKBONES),
+        "latent ResNet suits some hundred to some thousand pictures; latent ViT wants tens of thousands.",
+    )
+    inpaint: float = number_field(
+        1.0, 0.0, 100.0, "Weight of: guess the 60 % of the latent that are hidden. Helps a score most.", step=0.1
+    )
+    simclr: float = number_field(
+        0.5, 0.0, 100.0, "Weight of: tell which two crops show the same picture. Helps likeness most.", step=0.1
+    )
+    steps: int = number_field(
+        2000, 1, 10_000_000, "Steps in all. Each sees a batch of pictures.", unit="optimizer steps"
+    )
+    batch: int = number_field(32, 2, 1024, "Pictures per step. simclr wants many.", unit="pictures")
+    size: int = number_field(
+        512, 16, 2048, "Side of the squares that are encoded. Nothing is stretched.", unit="px", step=16
+    )
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same file, bit for bit.")
+    learning_rate: float = number_field(
+        1e-3, 1e-7, 1.0, "Learning rate of AdamW, falling to 0 as a cosine.", step=1e-4, advanced=True
+    )
+    rotation: float = number_field(
+        0.0, 0.0, 100.0, "Weight of: tell by how many quarter turns a picture was turned.", step=0.1, advanced=True
+    )
+    jigsaw: float = number_field(
+        0.0, 0.0, 100.0, "Weight of: tell how the four quarters of a picture were shuffled.", step=0.1, advanced=True
+    )
+    colours: float = number_field(
+        0.0, 0.0, 100.0, "Weight of: guess the colours of a grey picture.", step=0.1, advanced=True
+    )
+    classes: float = number_field(
+        0.0,
+        0.0,
+        100.0,
+        "Weight of: tell which class a picture belongs to: its folder, or what labels says.",
+        step=0.1,
+        advanced=True,
+    )
+    crops: int = number_field(
+        4,
+        2,
+        64,
+        "Crops of each picture that are encoded, of 70 to 100 % of its square, some of them mirrored.",
+        unit="crops",
+        advanced=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,56 +97,61 @@ class PretextSettings(Settings):
             raise ValueError("The weights of all tasks are 0; nothing would be learnt. Set inpaint to 1, for example.")
 
     def tasks(self) -> list[tuple[str, float]]:
-        return [(name, getattr(self, name)) for name in ("inpaint", "simclr", "rotation", "jigsaw", "colours", "classes")]
+        return [
+            (name, getattr(self, name)) for name in ("inpaint", "simclr", "rotation", "jigsaw", "colours", "classes")
+        ]
 
     def kinds(self) -> tuple[str, ...]:
         """Kinds of views beside crops."""
-        wanted = {TURNED: self.rotation, SHUFFLED: self.jigsaw, GREY: self.colours}
+        wanted = {ROTATED_VIEW: self.rotation, SHUFFLED_VIEW: self.jigsaw, GREY_VIEW: self.colours}
         return tuple(kind for kind, weight in wanted.items() if weight)
 
 
-# -- losses, one number per sample -----------------------------------------------------------------------------------------------------------
+# -- losses, one number per sample -------------------------------------------------------------------------------------
 
 
-def nt_xent(a: Tensor, b: Tensor, tau: float = TAU) -> Tensor:
-    """(B,) how badly each of two views is told to belong to the other, among all views of the batch (Chen et al. 2020)."""
+def nt_xent(a: Tensor, b: Tensor, tau: float = SIMCLR_TEMPERATURE) -> Tensor:
+    """(B,) how badly each of two views is told to belong to the other, among all views of the batch (Chen et al.
+    2020)."""
     z = F.normalize(torch.cat([a, b]), dim=1)
     likeness = (z @ z.T / tau).fill_diagonal_(float("-inf"))
     partner = torch.arange(len(z), device=z.device).roll(len(a))
     return F.cross_entropy(likeness, partner, reduction="none").view(2, -1).mean(0)
 
 
-def hidden_error(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
+def masked_mse(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
     """(B,) mean square error over the hidden cells; hidden (B, 1, h, w), 1 = hidden."""
     square = (guess - truth).square() * hidden
     return square.flatten(1).sum(1) / (hidden.flatten(1).sum(1) * truth.shape[1]).clamp(min=1)
 
 
-def hiding(shape: Sequence[int], rng) -> Tensor:
+def sample_block_mask(shape: Sequence[int], rng) -> Tensor:
     """(B, 1, h, w) of 1 where blocks of 2x2 cells are hidden, the same share in every picture."""
     count, (height, width) = shape[0], shape[-2:]
-    rows, columns = -(-height // BLOCK), -(-width // BLOCK)
+    rows, columns = -(-height // MASK_BLOCK_SIZE), -(-width // MASK_BLOCK_SIZE)
     order = torch.rand(count, rows * columns, generator=rng).argsort(1).argsort(1)
-    blocks = (order < round(HIDDEN * rows * columns)).float().view(count, 1, rows, columns)
-    return blocks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[..., :height, :width]
+    blocks = (order < round(MASK_RATIO * rows * columns)).float().view(count, 1, rows, columns)
+    return blocks.repeat_interleave(MASK_BLOCK_SIZE, 2).repeat_interleave(MASK_BLOCK_SIZE, 3)[..., :height, :width]
 
 
-# -- what stands on the trunk while it learns ----------------------------------------------------------------------------------------------------
+# -- what stands on the trunk while it learns --------------------------------------------------------------------------
 
 
-class Painter(nn.Module):
+class ReconstructionHead(nn.Module):
     """The trunk's last map (B, D, h / f, w / f) -> (B, C, h, w)."""
 
     def __init__(self, inputs: int, channels: int, factor: int):
         super().__init__()
         self.factor = factor
-        self.layers = nn.Sequential(nn.Conv2d(inputs, inputs, 3, 1, 1), nn.SiLU(), nn.Conv2d(inputs, channels * factor**2, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, inputs, 3, 1, 1), nn.SiLU(), nn.Conv2d(inputs, channels * factor**2, 1)
+        )
 
     def forward(self, state, size):
         return F.pixel_shuffle(self.layers(state), self.factor)[..., : size[0], : size[1]]
 
 
-def felt(trunk, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+def features_and_map(trunk, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     """(features (B, size), the map (B, D, rows, columns) that they are pooled from)."""
     kept = []
     handle = trunk.last.register_forward_hook(lambda module, args, out: kept.append(out))
@@ -116,41 +165,52 @@ def felt(trunk, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     return features, state
 
 
-def projector(inputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, inputs), nn.SiLU(), nn.Linear(inputs, PROJECTED))
+def make_projection_head(inputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, inputs), nn.SiLU(), nn.Linear(inputs, PROJECTION_WIDTH))
 
 
-def heads_for(trunk, shape: Sequence[int], settings: PretextSettings, classes: int) -> nn.ModuleDict:
+def build_pretext_heads(trunk, shape: Sequence[int], settings: PretextSettings, classes: int) -> nn.ModuleDict:
     """A head for each task that has a weight. shape: (C, ..., h, w) of a latent."""
     with torch.no_grad():
-        _, state = felt(trunk, torch.zeros(1, *shape), torch.zeros(1))
+        _, state = features_and_map(trunk, torch.zeros(1, *shape), torch.zeros(1))
     factor = max(math.ceil(side / cells) for side, cells in zip(shape[-2:], state.shape[-2:], strict=True))
     make = {
-        "inpaint": lambda: Painter(state.shape[1], shape[0], factor), "colours": lambda: Painter(state.shape[1], shape[0], factor),
-        "simclr": lambda: projector(trunk.size), "rotation": lambda: nn.Linear(trunk.size, 4),
-        "jigsaw": lambda: nn.Linear(trunk.size, len(ORDERS)), "classes": lambda: nn.Linear(trunk.size, max(1, classes)),
-    }  # fmt: skip
+        "inpaint": lambda: ReconstructionHead(state.shape[1], shape[0], factor),
+        "colours": lambda: ReconstructionHead(state.shape[1], shape[0], factor),
+        "simclr": lambda: make_projection_head(trunk.size),
+        "rotation": lambda: nn.Linear(trunk.size, 4),
+        "jigsaw": lambda: nn.Linear(trunk.size, len(QUARTER_PERMUTATIONS)),
+        "classes": lambda: nn.Linear(trunk.size, max(1, classes)),
+    }
     return nn.ModuleDict({name: make[name]() for name, weight in settings.tasks() if weight})
 
 
 @dataclass
-class Pretext:
+class PretextTraining:
     """`labels`: class numbers by picture, None where there is none; `index`: the pictures that are learnt from."""
 
     denoiser: Denoiser
     trunk: nn.Module
     heads: nn.ModuleDict
-    views: Views
+    views: ViewDataset
     index: Sequence[int]
     settings: PretextSettings
     noisy: bool = True
     labels: Sequence[int | None] = ()
-    deck: Deck = field(init=False)
+    deck: BucketBatchSampler = field(init=False)
 
     def __post_init__(self):
-        self.deck = Deck(SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.index]), self.settings.batch)
-        self.asked: dict[str, Callable] = {"inpaint": self.inpaint, "simclr": self.simclr, "rotation": self.rotation, "jigsaw": self.jigsaw,
-                                           "colours": self.colours, "classes": self.classes}  # fmt: skip
+        self.deck = BucketBatchSampler(
+            SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.index]), self.settings.batch
+        )
+        self.asked: dict[str, Callable] = {
+            "inpaint": self.inpaint,
+            "simclr": self.simclr,
+            "rotation": self.rotation,
+            "jigsaw": self.jigsaw,
+            "colours": self.colours,
+            "classes": self.classes,
+        }
 
     def parameters(self):
         return [*self.trunk.parameters(), *self.heads.parameters()]
@@ -166,13 +226,15 @@ class Pretext:
         picks = [self.index[i] for i in self.deck.draw(rng)]
         return sum(weight * self.asked[name](picks, rng) for name, weight in self.settings.tasks() if weight)
 
-    # -- the tasks ----------------------------------------------------------------------------------------------------------------------------
+    # -- the tasks -----------------------------------------------------------------------------------------------------
 
     def inpaint(self, picks, rng):
-        truth = self.clean(self.one_of(picks, CROP, rng))
+        truth = self.clean(self.one_of(picks, CROP_VIEW, rng))
         x, level = self.noised(truth, rng)
-        hidden = hiding(truth.shape, rng).to(truth.device)
-        return hidden_error(self.painted("inpaint", one_frame(x) * (1 - hidden), level), one_frame(truth), hidden)
+        hidden = sample_block_mask(truth.shape, rng).to(truth.device)
+        return masked_mse(
+            self.painted("inpaint", squeeze_single_frame(x) * (1 - hidden), level), squeeze_single_frame(truth), hidden
+        )
 
     def simclr(self, picks, rng):
         first, second = zip(*(self.two_of(i, rng) for i in picks), strict=True)
@@ -180,37 +242,45 @@ class Pretext:
         return nt_xent(*self.heads["simclr"](features).chunk(2))
 
     def rotation(self, picks, rng):
-        return self.told("rotation", self.one_of(picks, TURNED, rng), rng)
+        return self.told("rotation", self.one_of(picks, ROTATED_VIEW, rng), rng)
 
     def jigsaw(self, picks, rng):
-        return self.told("jigsaw", self.one_of(picks, SHUFFLED, rng), rng)
+        return self.told("jigsaw", self.one_of(picks, SHUFFLED_VIEW, rng), rng)
 
     def colours(self, picks, rng):
-        grey, coloured = zip(*(self.views.pictures[i][GREY] for i in picks), strict=True)
+        grey, coloured = zip(*(self.views.pictures[i][GREY_VIEW] for i in picks), strict=True)
         x, level = self.noised(self.clean(grey), rng)
-        truth = one_frame(self.clean(coloured))
-        return (self.painted("colours", one_frame(x), level) - truth).square().flatten(1).mean(1)
+        truth = squeeze_single_frame(self.clean(coloured))
+        return (self.painted("colours", squeeze_single_frame(x), level) - truth).square().flatten(1).mean(1)
 
     def classes(self, picks, rng):
-        named = [View(view.key, -1 if self.labels[i] is None else self.labels[i]) for i, view in zip(picks, self.one_of(picks, CROP, rng), strict=True)]
+        named = [
+            EncodedView(view.key, -1 if self.labels[i] is None else self.labels[i])
+            for i, view in zip(picks, self.one_of(picks, CROP_VIEW, rng), strict=True)
+        ]
         return self.told("classes", named, rng)
 
     def told(self, task: str, views, rng):
         """(B,) cross entropy of the views' labels; 0 where the label is -1."""
         out = self.heads[task](self.trunk(*self.noised(self.clean(views), rng)))
-        return F.cross_entropy(out, torch.tensor([view.label for view in views], device=out.device), ignore_index=-1, reduction="none")
+        return F.cross_entropy(
+            out, torch.tensor([view.label for view in views], device=out.device), ignore_index=-1, reduction="none"
+        )
 
     def painted(self, task: str, x, level):
-        return self.heads[task](felt(self.trunk, x, level)[1], x.shape[-2:])
+        return self.heads[task](features_and_map(self.trunk, x, level)[1], x.shape[-2:])
 
-    # -- what is shown -----------------------------------------------------------------------------------------------------------------------
+    # -- what is shown -------------------------------------------------------------------------------------------------
 
-    def one_of(self, picks, kind, rng) -> list[View]:
+    def one_of(self, picks, kind, rng) -> list[EncodedView]:
         luck = torch.rand(len(picks), generator=rng).tolist()
-        return [views[int(coin * len(views))] for views, coin in ((self.views.pictures[i][kind], coin) for i, coin in zip(picks, luck, strict=True))]
+        return [
+            views[int(coin * len(views))]
+            for views, coin in ((self.views.pictures[i][kind], coin) for i, coin in zip(picks, luck, strict=True))
+        ]
 
-    def two_of(self, picture: int, rng) -> tuple[View, View]:
-        crops = self.views.pictures[picture][CROP]
+    def two_of(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
+        crops = self.views.pictures[picture][CROP_VIEW]
         first, second = torch.randperm(len(crops), generator=rng)[:2].tolist()
         return crops[first], crops[second]
 
@@ -219,5 +289,10 @@ class Pretext:
 
     def noised(self, x0, rng) -> tuple[Tensor, Tensor]:
         """Half of them clean, the others up to NOISIEST."""
-        u = torch.where(torch.rand(len(x0), generator=rng) < 0.5, 0.0, torch.rand(len(x0), generator=rng) * NOISIEST) * self.noisy
-        return seen(self.denoiser, x0, self.denoiser.sigma_at(u), u > 0, rng)
+        u = (
+            torch.where(
+                torch.rand(len(x0), generator=rng) < 0.5, 0.0, torch.rand(len(x0), generator=rng) * MAX_PRETEXT_NOISE
+            )
+            * self.noisy
+        )
+        return noised_scorer_input(self.denoiser, x0, self.denoiser.sigma_at(u), u > 0, rng)

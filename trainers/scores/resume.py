@@ -1,4 +1,5 @@
-"""Work on a score model that may be stopped at any time: the networks that are done, and the state of the one at hand, in a folder of its own.
+"""Work on a score model that may be stopped at any time: the networks that are done, and the state of the one at hand,
+in a folder of its own.
 
 The folder is called after everything that the model depends on, so what is found in it is always the same work.
 """
@@ -10,14 +11,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import read_tree, write_tree
+from ..files import read_state_tree, write_state_tree
 from ..loop import NoStore
 
-SAFETY = 180  # seconds of work that a power cut may cost
+CHECKPOINT_SECONDS = 180  # seconds of work that a power cut may cost
 
 
 @dataclass
-class Unfinished:
+class ResumeFolder:
     """Without a folder nothing is kept."""
 
     folder: Path | None = None
@@ -43,7 +44,7 @@ class Unfinished:
 
     def due(self, why: str) -> bool:
         """Whether the state of the network at hand should be written: when the work stops, and every few minutes."""
-        return self.folder is not None and (why == "stopped" or time.monotonic() - self.written > SAFETY)
+        return self.folder is not None and (why == "stopped" or time.monotonic() - self.written > CHECKPOINT_SECONDS)
 
     def clear(self) -> None:
         """The work is done and kept elsewhere."""
@@ -54,20 +55,22 @@ class Unfinished:
         if self.folder is None or not (self.folder / name).exists():
             return None
         try:
-            return read_tree(self.folder / name)
+            return read_state_tree(self.folder / name)
         except ValueError as error:
-            raise ValueError(f"{error}. Delete the folder {self.folder}, which holds the unfinished work, to begin it anew.") from error
+            raise ValueError(
+                f"{error}. Delete the folder {self.folder}, which holds the unfinished work, to begin it anew."
+            ) from error
 
     def write(self, name: str, tree: dict, words: str) -> None:
         if self.folder:
-            write_tree(self.folder / name, tree)
+            write_state_tree(self.folder / name, tree)
             self.saved, self.written = words, time.monotonic()
 
 
-class OneRun(NoStore):
+class SingleNetworkStore(NoStore):
     """The store of a training of one network: it goes on where it was stopped."""
 
-    def __init__(self, work: Unfinished):
+    def __init__(self, work: ResumeFolder):
         self.work = work
 
     def load(self):

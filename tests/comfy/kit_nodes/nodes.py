@@ -1,4 +1,5 @@
-"""Nodes with the prefix Kit: random conditioning, drawn images, a digest of a model's weights, a wait that can be interrupted."""
+"""Nodes with the prefix Kit: random conditioning, drawn images, a digest of a model's weights, a wait that can be
+interrupted."""
 
 import hashlib
 import time
@@ -57,7 +58,9 @@ class KitDigest(io.ComfyNode):
     def execute(cls, model, seed, after=None):
         digest = hashlib.sha256()
         for name, tensor in sorted(model.model.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
         return io.NodeOutput(digest.hexdigest(), ui={"text": [digest.hexdigest()]})
 
 

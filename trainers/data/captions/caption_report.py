@@ -1,4 +1,5 @@
-"""What the captions of a dataset look like as a whole: what is missing, what repeats, what is too long, which tags there are."""
+"""What the captions of a dataset look like as a whole: what is missing, what repeats, what is too long, which tags
+there are."""
 
 from __future__ import annotations
 
@@ -6,17 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..records import Dataset
-from .edits import key, says, split
+from ..records import ImageDataset
+from .edits import caption_tag_key, mentions_phrase, split_tags
 
-Tokens = Callable[[str], Mapping[str, int]]
-CHUNK, CHUNKED = 75, ("l", "g", "h")  # CLIP reads 75 tokens at a time
-T5_LIMIT = 512  # what Flux and SD3 were trained with
-IDENTICAL = 0.3  # share of equal captions from which the words teach nothing
-TAG_WORDS = 4  # what stands between two commas is called a tag up to so many words
+CountReportTokens = Callable[[str], Mapping[str, int]]
+CLIP_TOKEN_LIMIT, CHUNKED_ENCODERS = 75, ("l", "g", "h")  # CLIP reads 75 tokens at a time
+T5_TOKEN_LIMIT = 512  # what Flux and SD3 were trained with
+MAX_IDENTICAL_SHARE = 0.3  # share of equal captions from which the words teach nothing
+MAX_TAG_WORDS = 4  # what stands between two commas is called a tag up to so many words
 
 
-def report(dataset: Dataset, trigger: str = "", tokens: Tokens | None = None, check_interrupt=None) -> dict:
+def build_caption_report(
+    dataset: ImageDataset, trigger: str = "", tokens: CountReportTokens | None = None, check_interrupt=None
+) -> dict:
     """The figures as JSON-able values, with `warnings` in plain words."""
     captions = [(Path(r.path).name, caption) for r in dataset for caption in r.captions if caption.strip()]
     bare = [Path(r.path).name for r in dataset if not any(map(str.strip, r.captions))]
@@ -34,80 +37,121 @@ def report(dataset: Dataset, trigger: str = "", tokens: Tokens | None = None, ch
         "most repeated": dict(Counter(equal).most_common(3)),
         "words": {"mean": round(sum(lengths) / len(lengths), 1), "most": max(lengths)} if lengths else {},
         "longest": max(captions, key=lambda one: len(one[1]))[0] if captions else None,
-        "tags": tag_counts(dataset),
-        "tokens": token_counts(captions, tokens, check_interrupt) if tokens else {},
-        "trigger missing": missing(dataset, trigger),
+        "tags": count_tags(dataset),
+        "tokens": count_tokens_by_encoder(captions, tokens, check_interrupt) if tokens else {},
+        "trigger missing": list_missing_trigger(dataset, trigger),
     }
-    return {**figures, "warnings": warnings(figures, trigger)}
+    return {**figures, "warnings": format_caption_warnings(figures, trigger)}
 
 
-def tag_counts(dataset: Dataset) -> dict[str, int]:
+def count_tags(dataset: ImageDataset) -> dict[str, int]:
     """Tag -> pictures that have it, the most frequent first. Longer pieces of a caption are prose and not counted."""
     names: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for record in dataset:
-        said = [tag for caption in record.captions for line in caption.split("\n") for tag in split(line)] + list(record.tags)
-        short = {key(tag): tag for tag in reversed(said) if len(tag.split()) <= TAG_WORDS}
+        said = [tag for caption in record.captions for line in caption.split("\n") for tag in split_tags(line)] + list(
+            record.tags
+        )
+        short = {caption_tag_key(tag): tag for tag in reversed(said) if len(tag.split()) <= MAX_TAG_WORDS}
         names = {**short, **names}
         counts.update(short.keys())
     return {names[k]: count for k, count in sorted(counts.items(), key=lambda one: (-one[1], one[0]))}
 
 
-def token_counts(captions, tokens: Tokens, check_interrupt=None) -> dict[str, dict]:
-    """Text encoder -> {mean, most, longest, limit, over}. CLIP reads longer texts in several chunks, T5 beyond its training."""
+def count_tokens_by_encoder(captions, tokens: CountReportTokens, check_interrupt=None) -> dict[str, dict]:
+    """Text encoder -> {mean, most, longest, limit, over}. CLIP reads longer texts in several chunks, T5 beyond its
+    training."""
     counted = []
     for name, caption in captions:
         if check_interrupt:
             check_interrupt()
         counted.append((name, tokens(caption)))
-    return {encoder: encoder_counts(encoder, [(name, counts[encoder]) for name, counts in counted]) for encoder in (counted[0][1] if counted else ())}
+    return {
+        encoder: summarise_encoder_tokens(encoder, [(name, counts[encoder]) for name, counts in counted])
+        for encoder in (counted[0][1] if counted else ())
+    }
 
 
-def encoder_counts(encoder: str, counts: list[tuple[str, int]]) -> dict:
+def summarise_encoder_tokens(encoder: str, counts: list[tuple[str, int]]) -> dict:
     longest, most = max(counts, key=lambda one: one[1])
-    limit = CHUNK if encoder in CHUNKED else T5_LIMIT if encoder.startswith("t5") else None
+    limit = CLIP_TOKEN_LIMIT if encoder in CHUNKED_ENCODERS else T5_TOKEN_LIMIT if encoder.startswith("t5") else None
     over = [name for name, count in counts if limit and count > limit]
-    chunks = {"chunks": -(-most // CHUNK)} if encoder in CHUNKED else {}
-    return {"mean": round(sum(count for _, count in counts) / len(counts), 1), "most": most, "longest": longest, "limit": limit, "over": over, **chunks}
+    chunks = {"chunks": -(-most // CLIP_TOKEN_LIMIT)} if encoder in CHUNKED_ENCODERS else {}
+    return {
+        "mean": round(sum(count for _, count in counts) / len(counts), 1),
+        "most": most,
+        "longest": longest,
+        "limit": limit,
+        "over": over,
+        **chunks,
+    }
 
 
-def missing(dataset: Dataset, trigger: str) -> list[str]:
+def list_missing_trigger(dataset: ImageDataset, trigger: str) -> list[str]:
     """Names of pictures of whose captions one does not say the trigger."""
     if not trigger.strip():
         return []
-    return [Path(r.path).name for r in dataset if not r.captions or not all(says(caption, trigger) for caption in r.captions)]
+    return [
+        Path(r.path).name
+        for r in dataset
+        if not r.captions or not all(mentions_phrase(caption, trigger) for caption in r.captions)
+    ]
 
 
-def warnings(figures: dict, trigger: str) -> list[str]:
+def format_caption_warnings(figures: dict, trigger: str) -> list[str]:
     total, same = figures["pictures"], figures["pictures with the same caption"]
-    found = [f"{len(names)} of {total} pictures {what}: {some(names)}" for names, what in (
-        (figures["without caption"], "have no caption"), (figures["trigger missing"], f"do not say the trigger {trigger.strip()!r}")) if names]  # fmt: skip
-    if same > IDENTICAL * total:
-        found.append(f"{same} of {total} pictures share their caption with another ({same / total:.0%} > {IDENTICAL:.0%}); equal words teach no difference")
+    found = [
+        f"{len(names)} of {total} pictures {what}: {join_first_names(names)}"
+        for names, what in (
+            (figures["without caption"], "have no caption"),
+            (figures["trigger missing"], f"do not say the trigger {trigger.strip()!r}"),
+        )
+        if names
+    ]
+    if same > MAX_IDENTICAL_SHARE * total:
+        found.append(
+            f"{same} of {total} pictures share their caption with another ({same / total:.0%} > "
+            f"{MAX_IDENTICAL_SHARE:.0%}); equal words teach no difference"
+        )
     for encoder, counts in figures["tokens"].items():
         if counts["over"]:
-            effect = f"read in up to {counts['chunks']} chunks" if "chunks" in counts else "more than it was trained with"
-            found.append(f"{len(counts['over'])} captions have more than {counts['limit']} tokens in {encoder} ({effect}): {some(counts['over'])}")
+            effect = (
+                f"read in up to {counts['chunks']} chunks" if "chunks" in counts else "more than it was trained with"
+            )
+            found.append(
+                f"{len(counts['over'])} captions have more than {counts['limit']} tokens in {encoder} ({effect}): "
+                f"{join_first_names(counts['over'])}"
+            )
     return found
 
 
-def some(names: list[str], most: int = 5) -> str:
+def join_first_names(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def as_text(figures: dict, tags: int = 30) -> str:
+def format_caption_report(figures: dict, tags: int = 30) -> str:
     """The report for people, with the `tags` most frequent tags."""
     words, counts = figures["words"], figures["tags"]
-    lines = [f"{figures['pictures']} pictures, {figures['captioned']} with captions, {figures['with alternatives']} with alternatives",
-             f"{figures['captions']} captions, {figures['different captions']} different"]  # fmt: skip
+    lines = [
+        f"{figures['pictures']} pictures, {figures['captioned']} with captions, {figures['with alternatives']} with "
+        "alternatives",
+        f"{figures['captions']} captions, {figures['different captions']} different",
+    ]
     if words:
         lines.append(f"words: {words['mean']:g} on average, {words['most']} at most; longest: {figures['longest']}")
-    lines += [f"tokens in {name}: {c['mean']:g} on average, {c['most']} at most ({c['longest']})" + (f", limit {c['limit']}" if c["limit"] else "")
-              for name, c in figures["tokens"].items()]  # fmt: skip
+    lines += [
+        f"tokens in {name}: {c['mean']:g} on average, {c['most']} at most ({c['longest']})"
+        + (f", limit {c['limit']}" if c["limit"] else "")
+        for name, c in figures["tokens"].items()
+    ]
     lines += [f"! {warning}" for warning in figures["warnings"]]
     if figures["most repeated"]:
-        lines += ["", "most repeated captions"] + [f"{count:5} {text[:100]}" for text, count in figures["most repeated"].items()]
+        lines += ["", "most repeated captions"] + [
+            f"{count:5} {text[:100]}" for text, count in figures["most repeated"].items()
+        ]
     if counts and tags:
-        lines += ["", f"{len(counts)} tags (pictures that have them)"] + [f"{count:5} {tag}" for tag, count in list(counts.items())[:tags]]
+        lines += ["", f"{len(counts)} tags (pictures that have them)"] + [
+            f"{count:5} {tag}" for tag, count in list(counts.items())[:tags]
+        ]
         lines += [f"  ... {len(counts) - tags} more"] * (len(counts) > tags)
     return "\n".join(lines)

@@ -4,77 +4,92 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..captions.variants import with_trigger
-from .plan import COLUMNS, EMPTY, JOINED, ROWS, SHARED, Collage
+from ..captions.variants import prepend_trigger
+from .plan import CAPTIONS_EMPTY, CAPTIONS_JOINED, CAPTIONS_SHARED, LAYOUT_COLUMNS, LAYOUT_ROWS, Collage
 
-ACROSS = {2: ("left", "right"), 3: ("left", "middle", "right"), 4: ("far left", "centre left", "centre right", "far right")}
-DOWN = {2: ("top", "bottom"), 3: ("top", "middle", "bottom"), 4: ("top", "upper middle", "lower middle", "bottom")}
+COLUMN_POSITIONS = {
+    2: ("left", "right"),
+    3: ("left", "middle", "right"),
+    4: ("far left", "centre left", "centre right", "far right"),
+}
+ROW_POSITIONS = {
+    2: ("top", "bottom"),
+    3: ("top", "middle", "bottom"),
+    4: ("top", "upper middle", "lower middle", "bottom"),
+}
 
 
-def positions(collage: Collage) -> tuple[str, ...]:
+def describe_cell_positions(collage: Collage) -> tuple[str, ...]:
     """Where each cell is, in words, in the order of the cells; "" for a picture that has the frame to itself."""
     count = len(collage.cells)
     if count == 1:
         return ("",)
-    if collage.layout in (COLUMNS, ROWS):
-        return (ACROSS if collage.layout == COLUMNS else DOWN)[count]
+    if collage.layout in (LAYOUT_COLUMNS, LAYOUT_ROWS):
+        return (COLUMN_POSITIONS if collage.layout == LAYOUT_COLUMNS else ROW_POSITIONS)[count]
     first, *stack = collage.cells  # a grid: the first one spans the frame, the others are stacked beside it
     if first.size[1] == collage.frame[1]:
         here, there = ("left", "right") if first.place[0] < stack[0].place[0] else ("right", "left")
-        return here, *(f"{name} {there}" for name in DOWN[len(stack)])
+        return here, *(f"{name} {there}" for name in ROW_POSITIONS[len(stack)])
     here, there = ("top", "bottom") if first.place[1] < stack[0].place[1] else ("bottom", "top")
-    return here, *(f"{there} {name}" for name in ACROSS[len(stack)])
+    return here, *(f"{there} {name}" for name in COLUMN_POSITIONS[len(stack)])
 
 
-def collage_captions(collage: Collage, captions: Sequence[tuple[str, ...]], mode: str, trigger: str = "") -> tuple[str, ...]:
-    """The alternatives that describe a collage, from those of its cells (one tuple per cell). The trigger goes first, once."""
-    if mode == EMPTY:
+def combine_collage_captions(
+    collage: Collage, captions: Sequence[tuple[str, ...]], mode: str, trigger: str = ""
+) -> tuple[str, ...]:
+    """The alternatives that describe a collage, from those of its cells (one tuple per cell). The trigger goes first,
+    once."""
+    if mode == CAPTIONS_EMPTY:
         return ("",)
     count = max(1, *(len(alternatives) for alternatives in captions))
-    rows = ([alternatives[i % len(alternatives)] if alternatives else "" for alternatives in captions] for i in range(count))
-    told = (told_together(positions(collage), row, mode, trigger) for row in rows)
+    rows = (
+        [alternatives[i % len(alternatives)] if alternatives else "" for alternatives in captions] for i in range(count)
+    )
+    told = (combine_cell_captions(describe_cell_positions(collage), row, mode, trigger) for row in rows)
     return tuple(dict.fromkeys(text for text in told if text))
 
 
-def told_together(places, captions, mode: str, trigger: str) -> str:
-    bare = [without_trigger(caption, trigger) for caption in captions]
-    if mode == JOINED:
-        text = ", ".join(dict.fromkeys(tag for caption in bare for tag in tags(caption)))
-    elif mode == SHARED:
-        text = shared_first(places, bare)
+def combine_cell_captions(places, captions, mode: str, trigger: str) -> str:
+    bare = [strip_trigger(caption, trigger) for caption in captions]
+    if mode == CAPTIONS_JOINED:
+        text = ", ".join(dict.fromkeys(tag for caption in bare for tag in split_caption_tags(caption)))
+    elif mode == CAPTIONS_SHARED:
+        text = format_shared_tags_first(places, bare)
     else:
-        text = by_position(places, bare)
+        text = format_captions_by_position(places, bare)
     named = trigger if any(bare) or any(caption.strip() for caption in captions) else ""
-    return with_trigger(text, named)
+    return prepend_trigger(text, named)
 
 
-def by_position(places, captions) -> str:
+def format_captions_by_position(places, captions) -> str:
     """left: a cat; right: a dog"""
     said = [(place, caption.strip().rstrip(".;,")) for place, caption in zip(places, captions, strict=True)]
     return "; ".join(f"{place}: {caption}" if place else caption for place, caption in said if caption)
 
 
-def shared_first(places, captions) -> str:
+def format_shared_tags_first(places, captions) -> str:
     """indoors, left: cat; right: dog, sleeping"""
-    lists = [tags(caption) for caption in captions]
+    lists = [split_caption_tags(caption) for caption in captions]
     common = [tag for tag in lists[0] if all(tag in other for other in lists[1:])]
-    rest = by_position(places, [", ".join(tag for tag in own if tag not in common) for own in lists])
+    rest = format_captions_by_position(places, [", ".join(tag for tag in own if tag not in common) for own in lists])
     return ", ".join(filter(None, (*common, rest)))
 
 
-def tags(caption: str) -> list[str]:
+def split_caption_tags(caption: str) -> list[str]:
     return [tag for tag in map(str.strip, caption.split(",")) if tag]
 
 
-def without_trigger(caption: str, trigger: str) -> str:
+def strip_trigger(caption: str, trigger: str) -> str:
     caption = caption.strip()
     if not trigger or not caption.startswith(trigger) or caption[len(trigger) :][:1].isalnum():
         return caption
     return caption[len(trigger) :].lstrip(" ,")
 
 
-def common_trigger(captions: Sequence[tuple[str, ...]]) -> str:
+def find_common_trigger(captions: Sequence[tuple[str, ...]]) -> str:
     """The tag that every caption begins with, or "". One caption alone proves nothing."""
-    firsts = [tags(caption)[:1] for alternatives in captions for caption in alternatives if caption.strip()]
+    firsts = [
+        split_caption_tags(caption)[:1] for alternatives in captions for caption in alternatives if caption.strip()
+    ]
     alike = len(firsts) > 1 and all(first == firsts[0] for first in firsts)
     return firsts[0][0] if alike and firsts[0] else ""

@@ -1,7 +1,8 @@
 """Which pictures share a frame and where they stand in it: sizes in, a plan out, before any picture is opened.
 
-A pattern is learnt relative to the frame that the model sees, so every picture spans its frame from end to end along one axis
-and is neither stretched nor enlarged. All sizes and boxes are in pixels; sizes are (width, height), boxes (left, top, right, bottom).
+A pattern is learnt relative to the frame that the model sees, so every picture spans its frame from end to end along
+one axis and is neither stretched nor enlarged. All sizes and boxes are in pixels; sizes are (width, height), boxes
+(left, top, right, bottom).
 """
 
 from __future__ import annotations
@@ -15,67 +16,139 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 
-from ...settings import Settings, choice, number, switch, text
+from ...settings import Settings, choice_field, number_field, switch_field, text_field
 
-AUTO, COLUMNS, ROWS, SINGLE, GRID = LAYOUTS = ("auto", "columns", "rows", "single", "grid")
-POSITIONAL, JOINED, SHARED, EMPTY = CAPTIONS = ("positional", "joined", "shared + differences", "empty")
-OFF, WARN, DROP = ("off", "warn", "drop")
-SMALLER = 0.75  # frames below this share of the largest one that a picture can span are for smaller pictures
-SAMPLE = 24  # how many middle partners are tried for a frame of three
-CLOSE = 0.03  # a crop that is not worth a longer search
-ROUNDING = 1e-6
+COLLAGE_AUTO, LAYOUT_COLUMNS, LAYOUT_ROWS, LAYOUT_SINGLE, LAYOUT_GRID = COLLAGE_LAYOUTS = (
+    "auto",
+    "columns",
+    "rows",
+    "single",
+    "grid",
+)
+CAPTIONS_POSITIONAL, CAPTIONS_JOINED, CAPTIONS_SHARED, CAPTIONS_EMPTY = COLLAGE_CAPTION_MODES = (
+    "positional",
+    "joined",
+    "shared + differences",
+    "empty",
+)
+CONTRAST_OFF, CONTRAST_WARN, CONTRAST_DROP = ("off", "warn", "drop")
+MIN_FRAME_AREA_SHARE = (
+    0.75  # frames below this share of the largest one that a picture can span are for smaller pictures
+)
+PARTNER_SAMPLE_SIZE = 24  # how many middle partners are tried for a frame of three
+CLOSE_FIT_SHARE = 0.03  # a crop that is not worth a longer search
+ROUNDING_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollageSettings(Settings):
     """How pictures are put together in frames."""
 
-    width: int = number(1024, 64, 8192, "Width of a frame: the size that the model is trained at.", unit="px", step=8)
-    height: int = number(1024, 64, 8192, "Height of a frame.", unit="px", step=8)
-    frames: str = text("", "Several frame sizes instead, such as 1024x1024, 832x1216: every group of pictures takes the one it fills best.")
-    layout: str = choice(AUTO, LAYOUTS, "auto: upright pictures stand side by side in full height, wide ones lie on top of each other in full "
-                         "width. grid: one picture spans the frame and the others are stacked beside it.")  # fmt: skip
-    per_frame: int = number(3, 2, 4, "At most so many pictures in one frame; fewer where fewer fill it.", unit="pictures")
-    uses: int = number(2, 1, 64, "Every picture is used exactly so often, each time with other neighbours where there are any.")
-    max_crop: float = number(0.12, 0.0, 0.5, "Largest share of a picture that may be cut off so that it fits.", step=0.01)
-    captions: str = choice(POSITIONAL, CAPTIONS, "positional: left: ...; right: .... joined: one after the other. shared + differences: common "
-                           "tags once, then what is left by position. empty: no text.")  # fmt: skip
-    mix: float = number(0.3, 0.0, 0.9, "Share of an epoch that shows the pictures alone, as they are. 0 shows collages only.", step=0.05)
-    seed: int = number(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same collages.")
-    max_upscale: float = number(1.0, 1.0, 4.0, "How far small pictures may be enlarged. 1 leaves them out instead: enlarging adds no detail.",
-                                step=0.05, advanced=True)  # fmt: skip
-    ground: str = text("#181818", "Colour of what no picture covers, as #rrggbb. It is masked: not learnt.", advanced=True)
-    gutter: int = number(0, 0, 512, "Ground between neighbours; a multiple of snap.", unit="px", step=8, advanced=True)
-    snap: str = choice(AUTO, (AUTO, "8", "16"), "Borders lie on multiples of this many px, so that no latent cell shows two pictures. 16 suits "
-                       "every model; auto is 16, or 8 where a frame is no multiple of 16.", advanced=True)  # fmt: skip
-    feather: int = number(0, 0, 8, "The mask rises over so many latent cells from a border inside the frame. 0 learns up to the border.",
-                          unit="latent cells", advanced=True)  # fmt: skip
-    contrast: str = choice(WARN, (OFF, WARN, DROP), "What to do with pictures whose subject hardly differs from its background.", advanced=True)
-    min_contrast: float = number(12.0, 0.0, 100.0, "With contrast: the least difference of colour (CIEDE2000). Skin on beige has about 9, "
-                                 "on white 21.", step=0.5, advanced=True)  # fmt: skip
-    trim: bool = switch(True, "Cut off plain bars at the edges of a picture first.", advanced=True)
-    trigger: str = text("", "A word that goes first once, and not again in every position. Empty: the tag that all captions begin with.",
-                        advanced=True)  # fmt: skip
+    width: int = number_field(
+        1024, 64, 8192, "Width of a frame: the size that the model is trained at.", unit="px", step=8
+    )
+    height: int = number_field(1024, 64, 8192, "Height of a frame.", unit="px", step=8)
+    frames: str = text_field(
+        "",
+        "Several frame sizes instead, such as 1024x1024, 832x1216: every group of pictures takes the one it fills "
+        "best.",
+    )
+    layout: str = choice_field(
+        COLLAGE_AUTO,
+        COLLAGE_LAYOUTS,
+        "auto: upright pictures stand side by side in full height, wide ones lie on top of each other in full width. "
+        "grid: one picture spans the frame and the others are stacked beside it.",
+    )
+    per_frame: int = number_field(
+        3, 2, 4, "At most so many pictures in one frame; fewer where fewer fill it.", unit="pictures"
+    )
+    uses: int = number_field(
+        2, 1, 64, "Every picture is used exactly so often, each time with other neighbours where there are any."
+    )
+    max_crop: float = number_field(
+        0.12, 0.0, 0.5, "Largest share of a picture that may be cut off so that it fits.", step=0.01
+    )
+    captions: str = choice_field(
+        CAPTIONS_POSITIONAL,
+        COLLAGE_CAPTION_MODES,
+        "positional: left: ...; right: .... joined: one after the other. shared + differences: common tags once, then "
+        "what is left by position. empty: no text.",
+    )
+    mix: float = number_field(
+        0.3, 0.0, 0.9, "Share of an epoch that shows the pictures alone, as they are. 0 shows collages only.", step=0.05
+    )
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same collages.")
+    max_upscale: float = number_field(
+        1.0,
+        1.0,
+        4.0,
+        "How far small pictures may be enlarged. 1 leaves them out instead: enlarging adds no detail.",
+        step=0.05,
+        advanced=True,
+    )
+    ground: str = text_field(
+        "#181818", "Colour of what no picture covers, as #rrggbb. It is masked: not learnt.", advanced=True
+    )
+    gutter: int = number_field(
+        0, 0, 512, "Ground between neighbours; a multiple of snap.", unit="px", step=8, advanced=True
+    )
+    snap: str = choice_field(
+        COLLAGE_AUTO,
+        (COLLAGE_AUTO, "8", "16"),
+        "Borders lie on multiples of this many px, so that no latent cell shows two pictures. 16 suits every model; "
+        "auto is 16, or 8 where a frame is no multiple of 16.",
+        advanced=True,
+    )
+    feather: int = number_field(
+        0,
+        0,
+        8,
+        "The mask rises over so many latent cells from a border inside the frame. 0 learns up to the border.",
+        unit="latent cells",
+        advanced=True,
+    )
+    contrast: str = choice_field(
+        CONTRAST_WARN,
+        (CONTRAST_OFF, CONTRAST_WARN, CONTRAST_DROP),
+        "What to do with pictures whose subject hardly differs from its background.",
+        advanced=True,
+    )
+    min_contrast: float = number_field(
+        12.0,
+        0.0,
+        100.0,
+        "With contrast: the least difference of colour (CIEDE2000). Skin on beige has about 9, on white 21.",
+        step=0.5,
+        advanced=True,
+    )
+    trim: bool = switch_field(True, "Cut off plain bars at the edges of a picture first.", advanced=True)
+    trigger: str = text_field(
+        "",
+        "A word that goes first once, and not again in every position. Empty: the tag that all captions begin with.",
+        advanced=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
         _ = self.frame_list, self.step, self.ground_rgb  # each raises for values that make no sense
         if self.gutter % self.step:
-            raise ValueError(f"gutter is {self.gutter} px and borders lie on multiples of {self.step} px. "
-                             f"Choose a gutter of {-(-self.gutter // self.step) * self.step} px, or another snap.")
+            raise ValueError(
+                f"gutter is {self.gutter} px and borders lie on multiples of {self.step} px. Choose a gutter of "
+                f"{-(-self.gutter // self.step) * self.step} px, or another snap."
+            )
 
     @property
     def frame_list(self) -> tuple[tuple[int, int], ...]:
         """The frame sizes, largest first."""
         named = [part.strip() for part in re.split(r"[,;\n]", self.frames) if part.strip()]
-        sizes = {frame_size(part) for part in named} or {(self.width, self.height)}
+        sizes = {parse_frame_size(part) for part in named} or {(self.width, self.height)}
         return tuple(sorted(sizes, key=lambda size: (-size[0] * size[1], size)))
 
     @property
     def step(self) -> int:
         """Pixels that borders are snapped to."""
         sides = [side for frame in self.frame_list for side in frame]
-        step = int(self.snap) if self.snap != AUTO else 16 if all(side % 16 == 0 for side in sides) else 8
+        step = int(self.snap) if self.snap != COLLAGE_AUTO else 16 if all(side % 16 == 0 for side in sides) else 8
         if wrong := next((frame for frame in self.frame_list if frame[0] % step or frame[1] % step), None):
             near = "x".join(str(max(1, round(side / step)) * step) for side in wrong)
             raise ValueError(f"The frame {wrong[0]}x{wrong[1]} is no multiple of {step} px in both sides. Use {near}.")
@@ -88,18 +161,18 @@ class CollageSettings(Settings):
         return tuple(int(self.ground[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def frame_size(words: str) -> tuple[int, int]:
+def parse_frame_size(words: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})\s*[x×*]\s*(\d{1,5})", words)
     if not match or not all(64 <= int(side) <= 8192 for side in match.groups()):
         raise ValueError(f"frames has {words!r}; write sizes of 64 to 8192 px as 1024x1024, 832x1216.")
     return int(match[1]), int(match[2])
 
 
-# -- what a plan is ----------------------------------------------------------------------------------------------------------
+# -- what a plan is ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Cell:
+class CollageCell:
     """One picture in a frame: `box` is cut out of it, scaled, and put at `place`."""
 
     source: int  # index into the sizes that were planned
@@ -117,7 +190,7 @@ class Cell:
 class Collage:
     frame: tuple[int, int]
     layout: str  # columns, rows, single or grid
-    cells: tuple[Cell, ...]
+    cells: tuple[CollageCell, ...]
 
     @property
     def fill(self) -> float:
@@ -143,11 +216,11 @@ class CollagePlan:
         return sorted(cell.crop for collage in self.collages for cell in collage.cells)
 
 
-# -- one picture in one frame ------------------------------------------------------------------------------------------------
+# -- one picture in one frame ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Axis:
+class PackingAxis:
     """Columns lie along x and span y; rows lie along y and span x. Everything below speaks of `along` and `across`."""
 
     name: str
@@ -162,12 +235,13 @@ class Axis:
         return (along, across) if self.along == 0 else (across, along)
 
 
-X, Y = Axis(COLUMNS, 0), Axis(ROWS, 1)
+X_AXIS, Y_AXIS = PackingAxis(LAYOUT_COLUMNS, 0), PackingAxis(LAYOUT_ROWS, 1)
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How long a picture may be along the axis when it spans the other one: uncut, and at least and at most, on the grid."""
+class LengthRange:
+    """How long a picture may be along the axis when it spans the other one: uncut, and at least and at most, on the
+    grid."""
 
     source: int
     natural: float
@@ -175,49 +249,59 @@ class Fit:
     high: int
 
 
-def fit(source: int, size, frame, axis: Axis, settings: CollageSettings, step: int) -> Fit | str:
+def fit_along_axis(
+    source: int, size, frame, axis: PackingAxis, settings: CollageSettings, step: int
+) -> LengthRange | str:
     """The Fit of a picture that spans the frame across the axis, or why it cannot."""
     along, across = axis.split(size)
     space, span = axis.split(frame)
     scale = span / across
-    if scale > settings.max_upscale + ROUNDING:
+    if scale > settings.max_upscale + ROUNDING_EPSILON:
         side = ("height", "width")[axis.along]
-        return f"is {size[0]}x{size[1]} px and would be enlarged {scale:.2f} times to span the {side} of {frame[0]}x{frame[1]}"
+        return (
+            f"is {size[0]}x{size[1]} px and would be enlarged {scale:.2f} times to span the {side} of "
+            f"{frame[0]}x{frame[1]}"
+        )
     natural, keep = along * scale, 1 - settings.max_crop
-    low = math.ceil(natural * keep / step - ROUNDING) * step
-    high = math.floor(min(natural / keep, along * settings.max_upscale) / step + ROUNDING) * step
+    low = math.ceil(natural * keep / step - ROUNDING_EPSILON) * step
+    high = math.floor(min(natural / keep, along * settings.max_upscale) / step + ROUNDING_EPSILON) * step
     if max(low, step) > min(high, space):
         loss = 1 - space / natural if natural > space else 1.0 - (natural // step * step) / natural
         return f"is {size[0]}x{size[1]} px and would lose {loss:.0%} in {frame[0]}x{frame[1]}"
-    return Fit(source, natural, max(low, step), min(high, space))
+    return LengthRange(source, natural, max(low, step), min(high, space))
 
 
-def axes(size, settings: CollageSettings) -> tuple[Axis, ...]:
+def allowed_axes(size, settings: CollageSettings) -> tuple[PackingAxis, ...]:
     """Along which axes a picture of this size may stand."""
-    if settings.layout in (COLUMNS, ROWS):
-        return (X,) if settings.layout == COLUMNS else (Y,)
-    if settings.layout == SINGLE or size[0] == size[1]:
-        return X, Y
-    return (X,) if size[0] < size[1] else (Y,)
+    if settings.layout in (LAYOUT_COLUMNS, LAYOUT_ROWS):
+        return (X_AXIS,) if settings.layout == LAYOUT_COLUMNS else (Y_AXIS,)
+    if settings.layout == LAYOUT_SINGLE or size[0] == size[1]:
+        return X_AXIS, Y_AXIS
+    return (X_AXIS,) if size[0] < size[1] else (Y_AXIS,)
 
 
-def cell(it: Fit, size, frame, axis: Axis, start: int, length: int, offset: int = 0) -> Cell:
-    """The picture from start to start + length along the axis, spanning the frame across it from offset on; cut at its middle."""
+def make_cell(it: LengthRange, size, frame, axis: PackingAxis, start: int, length: int, offset: int = 0) -> CollageCell:
+    """The picture from start to start + length along the axis, spanning the frame across it from offset on; cut at its
+    middle."""
     along, across = axis.split(size)
     span = axis.split(frame)[1]
     scale = max(span / across, length / along)
     cut = length / scale, span / scale
-    left, top = axis.joined(*(int((side - part) / 2 + ROUNDING) for side, part in zip((along, across), cut, strict=True)))
+    left, top = axis.joined(
+        *(int((side - part) / 2 + ROUNDING_EPSILON) for side, part in zip((along, across), cut, strict=True))
+    )
     width, height = axis.joined(*cut)  # the box begins on a whole pixel: at scale 1 nothing is resampled
     (x, y), (w, h) = axis.joined(start, offset), axis.joined(length, span)
     crop = 1 - width * height / (size[0] * size[1])
-    return Cell(it.source, (left, top, left + width, top + height), scale, (x, y, x + w, y + h), max(0.0, round(crop, 9)))
+    return CollageCell(
+        it.source, (left, top, left + width, top + height), scale, (x, y, x + w, y + h), max(0.0, round(crop, 9))
+    )
 
 
-# -- several pictures along one axis -----------------------------------------------------------------------------------------
+# -- several pictures along one axis -----------------------------------------------------------------------------------
 
 
-def lengths(fits, space: int, step: int) -> list[int]:
+def distribute_lengths(fits, space: int, step: int) -> list[int]:
     """Lengths on the grid, within each picture's limits, that fill the space if they can; near the uncut lengths."""
     sizes = [min(max(int(it.natural / step) * step, it.low), it.high) for it in fits]
     if sum(it.high for it in fits) < space and sum(sizes) <= space:
@@ -232,25 +316,26 @@ def lengths(fits, space: int, step: int) -> list[int]:
     return sizes
 
 
-def row(fits, sizes, frame, axis: Axis, settings, step, offset=0) -> list[Cell]:
+def pack_cells(fits, sizes, frame, axis: PackingAxis, settings, step, offset=0) -> list[CollageCell]:
     """Cells side by side along the axis, centred in the space that is left over."""
     space = axis.split(frame)[0]
-    given = lengths(fits, space - settings.gutter * (len(fits) - 1), step)
+    given = distribute_lengths(fits, space - settings.gutter * (len(fits) - 1), step)
     at = (space - sum(given) - settings.gutter * (len(fits) - 1)) // 2 // step * step
     cells = []
     for it, length in zip(fits, given, strict=True):
-        cells.append(cell(it, sizes[it.source], frame, axis, at, length, offset))
+        cells.append(make_cell(it, sizes[it.source], frame, axis, at, length, offset))
         at += length + settings.gutter
     return cells
 
 
-# -- the search --------------------------------------------------------------------------------------------------------------
+# -- the search --------------------------------------------------------------------------------------------------------
 
 
-class Room:
-    """The pictures that are still to be placed and can stand in one frame along one axis, sorted by their uncut length."""
+class CandidatePool:
+    """The pictures that are still to be placed and can stand in one frame along one axis, sorted by their uncut
+    length."""
 
-    def __init__(self, frame, axis: Axis, fits: dict[int, Fit], rank: list[int]):
+    def __init__(self, frame, axis: PackingAxis, fits: dict[int, LengthRange], rank: list[int]):
         self.frame, self.axis, self.fits, self.rank = frame, axis, fits, rank
         self.order = sorted((it.natural, rank[source], source) for source, it in fits.items())
 
@@ -259,20 +344,21 @@ class Room:
             it = self.fits.pop(source)
             del self.order[bisect_left(self.order, (it.natural, self.rank[source], source))]
 
-    def near(self, target: float, luck: int, without, count: int) -> list[Fit]:
+    def near(self, target: float, luck: int, without, count: int) -> list[LengthRange]:
         """Up to 2 * count pictures whose uncut lengths are next to the target."""
         at = bisect_left(self.order, (target, luck))
         around = self.order[max(0, at - count) : at + count]
         return [self.fits[source] for _, _, source in around if source not in without]
 
-    def spread(self, luck: int, count: int) -> list[Fit]:
+    def spread(self, luck: int, count: int) -> list[LengthRange]:
         """About `count` pictures of all lengths."""
         stride = max(1, len(self.order) // count)
         return [self.fits[source] for _, _, source in self.order[luck % stride :: stride]]
 
 
-class Planner:
-    """Best-fit decreasing: the longest picture that is needed most often takes the neighbours that fill its frame best."""
+class CollagePlanner:
+    """Best-fit decreasing: the longest picture that is needed most often takes the neighbours that fill its frame
+    best."""
 
     def __init__(self, sizes, settings: CollageSettings):
         self.sizes, self.settings, self.step = sizes, settings, settings.step
@@ -289,8 +375,8 @@ class Planner:
         for source, size in enumerate(self.sizes):
             why = []
             for frame in self.settings.frame_list:
-                for axis in axes(size, self.settings):
-                    it = fit(source, size, frame, axis, self.settings, self.step)
+                for axis in allowed_axes(size, self.settings):
+                    it = fit_along_axis(source, size, frame, axis, self.settings, self.step)
                     if isinstance(it, str):
                         why.append(it)
                     else:
@@ -298,8 +384,11 @@ class Planner:
                         homes.setdefault(source, []).append((frame, axis))
             if source not in homes:
                 excluded.append((source, why[-1]))  # the smallest frame says it best
-        homes = {source: [key for key in keys if area(key[0]) >= SMALLER * area(keys[0][0])] for source, keys in homes.items()}
-        return {key: Room(*key, members, self.rank) for key, members in fits.items()}, homes, excluded
+        homes = {
+            source: [key for key in keys if pixel_area(key[0]) >= MIN_FRAME_AREA_SHARE * pixel_area(keys[0][0])]
+            for source, keys in homes.items()
+        }
+        return {key: CandidatePool(*key, members, self.rank) for key, members in fits.items()}, homes, excluded
 
     def collages(self):
         """Yields one collage after the other until every picture has been used as often as it must."""
@@ -334,7 +423,7 @@ class Planner:
     def around(self, source) -> Collage:
         """The best collage with this picture in it."""
         rooms = [self.rooms[key] for key in self.homes[source]]
-        if self.settings.layout == GRID:
+        if self.settings.layout == LAYOUT_GRID:
             grids = filter(None, (self.grid(room, room.fits[source]) for room in rooms))
             if best := next(grids, None):
                 return self.remembered(best)
@@ -346,31 +435,38 @@ class Planner:
         _, group, room = best
         return self.remembered(self.placed(room, [room.fits[i] for i in group]))
 
-    def groups(self, room: Room, anchor: Fit):
-        """Candidates: the picture alone, and with the neighbours that come near to filling the frame. As tuples of sources."""
+    def groups(self, room: CandidatePool, anchor: LengthRange):
+        """Candidates: the picture alone, and with the neighbours that come near to filling the frame. As tuples of
+        sources."""
         yield (anchor.source,)
-        if self.settings.layout == SINGLE:
+        if self.settings.layout == LAYOUT_SINGLE:
             return
         space, gutter = room.axis.split(room.frame)[0], self.settings.gutter
         rest, luck, mine = space - gutter - anchor.natural, self.luck.randrange(len(self.sizes)), anchor.source
         good = False
         for second in room.near(rest, luck, (mine,), 6):
-            good = good or (abs(second.natural - rest) < CLOSE * space and not self.pairs[pair(mine, second.source)])
+            good = good or (
+                abs(second.natural - rest) < CLOSE_FIT_SHARE * space
+                and not self.pairs[sorted_pair(mine, second.source)]
+            )
             yield mine, second.source
         if good or self.settings.per_frame < 3:
             return
-        some = [it for it in room.spread(luck, SAMPLE) if it.source != mine and it.low <= rest]
+        some = [it for it in room.spread(luck, PARTNER_SAMPLE_SIZE) if it.source != mine and it.low <= rest]
         for second in some:
             for third in room.near(rest - gutter - second.natural, luck, (mine, second.source), 2):
                 yield mine, second.source, third.source
         if self.settings.per_frame < 4:
             return
         for second, third in combinations(some[::3], 2):
-            for fourth in room.near(rest - 2 * gutter - second.natural - third.natural, luck, (mine, second.source, third.source), 1):
+            for fourth in room.near(
+                rest - 2 * gutter - second.natural - third.natural, luck, (mine, second.source, third.source), 1
+            ):
                 yield mine, second.source, third.source, fourth.source
 
-    def score(self, group, room: Room):
-        """Less is better: ground that shows, being alone, neighbours that have met before, what is cut off. What is too long comes last."""
+    def score(self, group, room: CandidatePool):
+        """Less is better: ground that shows, being alone, neighbours that have met before, what is cut off. What is too
+        long comes last."""
         fits = [room.fits[source] for source in group]
         space = room.axis.split(room.frame)[0] - self.settings.gutter * (len(group) - 1)
         natural = sum(it.natural for it in fits)
@@ -379,30 +475,33 @@ class Planner:
         filled = sum(it.high for it in fits) >= space
         bare = 0.0 if filled else max(0.0, 1 - natural / space)
         crop = abs(natural - space) / max(natural, space) if filled else 0.0
-        met = sum(self.pairs[pair(a, b)] for a, b in combinations(group, 2))
-        return round(bare, 2), len(group) == 1, met, round(crop, 3), -area(room.frame)
+        met = sum(self.pairs[sorted_pair(a, b)] for a, b in combinations(group, 2))
+        return round(bare, 2), len(group) == 1, met, round(crop, 3), -pixel_area(room.frame)
 
-    def placed(self, room: Room, fits) -> Collage:
+    def placed(self, room: CandidatePool, fits) -> Collage:
         self.luck.shuffle(fits)
         if tuple(it.source for it in fits) in self.orders:
             fits.reverse()
         self.orders.add(tuple(it.source for it in fits))
-        cells = row(fits, self.sizes, room.frame, room.axis, self.settings, self.step)
-        return Collage(room.frame, room.axis.name if len(cells) > 1 else SINGLE, tuple(cells))
+        cells = pack_cells(fits, self.sizes, room.frame, room.axis, self.settings, self.step)
+        return Collage(room.frame, room.axis.name if len(cells) > 1 else LAYOUT_SINGLE, tuple(cells))
 
-    def grid(self, room: Room, anchor: Fit) -> Collage | None:
-        """The picture spans the frame, and two or three others fill what is left beside it, stacked. None if nothing fits exactly."""
+    def grid(self, room: CandidatePool, anchor: LengthRange) -> Collage | None:
+        """The picture spans the frame, and two or three others fill what is left beside it, stacked. None if nothing
+        fits exactly."""
         space, span = room.axis.split(room.frame)
-        other, gutter = (Y, X)[room.axis.along], self.settings.gutter
+        other, gutter = (Y_AXIS, X_AXIS)[room.axis.along], self.settings.gutter
         some = [s for s in self.left if self.left[s] and s != anchor.source]
-        some = sorted(self.luck.sample(some, min(len(some), SAMPLE)))
+        some = sorted(self.luck.sample(some, min(len(some), PARTNER_SAMPLE_SIZE)))
         best = None
         for length in range(anchor.low, anchor.high + 1, self.step):
             frame = room.axis.joined(space - length - gutter, span)
             if min(frame) < self.step:
                 continue
-            found = (fit(s, self.sizes[s], frame, other, self.settings, self.step) for s in some)
-            inner = Room(frame, other, {it.source: it for it in found if isinstance(it, Fit)}, self.rank)
+            found = (fit_along_axis(s, self.sizes[s], frame, other, self.settings, self.step) for s in some)
+            inner = CandidatePool(
+                frame, other, {it.source: it for it in found if isinstance(it, LengthRange)}, self.rank
+            )
             for group in self.stacks(inner):
                 score = self.score(group, inner)
                 total = (score[2], score[3] + abs(length - anchor.natural) / anchor.natural, length, group)
@@ -410,7 +509,7 @@ class Planner:
                     best = total, length, inner, group
         return None if best is None else self.grid_of(room, anchor, *best[1:])
 
-    def stacks(self, inner: Room):
+    def stacks(self, inner: CandidatePool):
         gutter, space = self.settings.gutter, inner.axis.split(inner.frame)[0]
         for first in list(inner.fits.values()):
             for second in inner.near(space - gutter - first.natural, 0, (first.source,), 1):
@@ -418,76 +517,94 @@ class Planner:
         if self.settings.per_frame < 4:
             return
         for first, second in combinations(list(inner.fits.values())[::2], 2):
-            for third in inner.near(space - 2 * gutter - first.natural - second.natural, 0, (first.source, second.source), 1):
+            for third in inner.near(
+                space - 2 * gutter - first.natural - second.natural, 0, (first.source, second.source), 1
+            ):
                 yield first.source, second.source, third.source
 
     def grid_of(self, room, anchor, length, inner, group) -> Collage:
         first = self.luck.random() < 0.5
         rest = room.axis.split(room.frame)[0] - length
-        one = cell(anchor, self.sizes[anchor.source], room.frame, room.axis, 0 if first else rest, length)
+        one = make_cell(anchor, self.sizes[anchor.source], room.frame, room.axis, 0 if first else rest, length)
         offset = length + self.settings.gutter if first else 0
-        stack = row([inner.fits[i] for i in group], self.sizes, inner.frame, inner.axis, self.settings, self.step, offset=offset)
-        return Collage(room.frame, GRID, (one, *stack))
+        stack = pack_cells(
+            [inner.fits[i] for i in group], self.sizes, inner.frame, inner.axis, self.settings, self.step, offset=offset
+        )
+        return Collage(room.frame, LAYOUT_GRID, (one, *stack))
 
     def remembered(self, collage: Collage) -> Collage:
-        self.pairs.update(pair(a.source, b.source) for a, b in combinations(collage.cells, 2))
+        self.pairs.update(sorted_pair(a.source, b.source) for a, b in combinations(collage.cells, 2))
         return collage
 
 
-def pair(a: int, b: int) -> tuple[int, int]:
+def sorted_pair(a: int, b: int) -> tuple[int, int]:
     return (a, b) if a < b else (b, a)
 
 
-def area(size) -> int:
+def pixel_area(size) -> int:
     return size[0] * size[1]
 
 
-def plan(sizes, settings: CollageSettings) -> CollagePlan:
+def plan_collages(sizes, settings: CollageSettings) -> CollagePlan:
     """The collages of pictures of these sizes: each used exactly settings.uses times, or left out with the reason."""
     sizes = tuple(tuple(size) for size in sizes)
-    planner = Planner(sizes, settings)
+    planner = CollagePlanner(sizes, settings)
     made = CollagePlan(tuple(planner.collages()), sizes, tuple(planner.excluded))
-    validate(made, settings)
+    check_collage_plan(made, settings)
     return made
 
 
-# -- the rules, checked ------------------------------------------------------------------------------------------------------
+# -- the rules, checked ------------------------------------------------------------------------------------------------
 
 
-def validate(made: CollagePlan, settings: CollageSettings) -> None:
+def check_collage_plan(made: CollagePlan, settings: CollageSettings) -> None:
     """ValueError for a plan that breaks a rule of collage training; says which collage and how."""
     for number_, collage in enumerate(made.collages, 1):
-        if wrong := fault(collage, made.sizes, settings):
+        if wrong := find_collage_fault(collage, made.sizes, settings):
             raise ValueError(f"Collage {number_} ({collage.layout}, {collage.frame[0]}x{collage.frame[1]}): {wrong}")
     left_out = {source for source, _ in made.excluded}
     uses = made.uses()
-    uneven = {source: uses[source] for source in range(len(made.sizes)) if source not in left_out and uses[source] != settings.uses}
+    uneven = {
+        source: uses[source]
+        for source in range(len(made.sizes))
+        if source not in left_out and uses[source] != settings.uses
+    }
     if uneven or left_out & uses.keys():
-        raise ValueError(f"Every picture must be used {settings.uses} times; {uneven or 'one that is left out'} is not.")
+        raise ValueError(
+            f"Every picture must be used {settings.uses} times; {uneven or 'one that is left out'} is not."
+        )
 
 
-def fault(collage: Collage, sizes, settings: CollageSettings) -> str | None:
+def find_collage_fault(collage: Collage, sizes, settings: CollageSettings) -> str | None:
     """What is wrong with one collage, or None."""
     if not collage.cells:
         return "it has no pictures."
     if len({cell.source for cell in collage.cells}) < len(collage.cells):
         return "it shows one picture twice."
-    spanning = [spans(cell, collage.frame) for cell in collage.cells]
+    spanning = [spans_frame(cell, collage.frame) for cell in collage.cells]
     if not any(spanning):
-        return "no picture spans the frame from end to end, so none is learnt relative to it. Use the layout auto, columns or rows."
-    if not all(spanning) and not (collage.layout == GRID and settings.layout == GRID):
+        return (
+            "no picture spans the frame from end to end, so none is learnt relative to it. Use the layout auto, "
+            "columns or rows."
+        )
+    if not all(spanning) and not (collage.layout == LAYOUT_GRID and settings.layout == LAYOUT_GRID):
         return "a picture spans neither the width nor the height. Only the layout grid allows that."
     for a, b in combinations(collage.cells, 2):
-        if min(a.place[2], b.place[2]) > max(a.place[0], b.place[0]) and min(a.place[3], b.place[3]) > max(a.place[1], b.place[1]):
+        if min(a.place[2], b.place[2]) > max(a.place[0], b.place[0]) and min(a.place[3], b.place[3]) > max(
+            a.place[1], b.place[1]
+        ):
             return "two pictures overlap."
-    return next(filter(None, (cell_fault(cell, collage.frame, sizes[cell.source], settings) for cell in collage.cells)), None)
+    return next(
+        filter(None, (find_cell_fault(cell, collage.frame, sizes[cell.source], settings) for cell in collage.cells)),
+        None,
+    )
 
 
-def spans(cell: Cell, frame) -> bool:
+def spans_frame(cell: CollageCell, frame) -> bool:
     return cell.size[0] == frame[0] or cell.size[1] == frame[1]
 
 
-def cell_fault(cell: Cell, frame, size, settings: CollageSettings) -> str | None:
+def find_cell_fault(cell: CollageCell, frame, size, settings: CollageSettings) -> str | None:
     left, top, right, bottom = cell.place
     x0, y0, x1, y1 = cell.box
     stretch = max(abs((x1 - x0) * cell.scale - (right - left)), abs((y1 - y0) * cell.scale - (bottom - top)))
@@ -495,12 +612,12 @@ def cell_fault(cell: Cell, frame, size, settings: CollageSettings) -> str | None
         return f"a picture stands outside at {cell.place}."
     if any(edge % settings.step for edge in cell.place):
         return f"a border at {cell.place} is no multiple of {settings.step} px."
-    if min(x0, y0) < -ROUNDING or x1 > size[0] + ROUNDING or y1 > size[1] + ROUNDING:
+    if min(x0, y0) < -ROUNDING_EPSILON or x1 > size[0] + ROUNDING_EPSILON or y1 > size[1] + ROUNDING_EPSILON:
         return f"a picture of {size[0]}x{size[1]} px has no part {cell.box}."
     if stretch > 1:
         return f"a picture is stretched by {stretch:.1f} px."
-    if cell.scale > settings.max_upscale + ROUNDING:
+    if cell.scale > settings.max_upscale + ROUNDING_EPSILON:
         return f"a picture is enlarged {cell.scale:.2f} times, more than {settings.max_upscale:g}."
-    if cell.crop > settings.max_crop + ROUNDING:
+    if cell.crop > settings.max_crop + ROUNDING_EPSILON:
         return f"{cell.crop:.0%} of a picture is cut off, more than {settings.max_crop:.0%}."
     return None

@@ -1,7 +1,8 @@
 """The same picture more than once: saved anew, resized, brightened, mirrored, or hardly changed.
 
-Pictures are compared by a 64-bit perceptual hash of their coarse shapes (Zauner 2010, as ImageHash computes it), by their coarse
-colours, and by features of a vision model where one is given. Groups are transitive: a copy of a copy belongs to the original.
+Pictures are compared by a 64-bit perceptual hash of their coarse shapes (Zauner 2010, as ImageHash computes it), by
+their coarse colours, and by features of a vision model where one is given. Groups are transitive: a copy of a copy
+belongs to the original.
 """
 
 from __future__ import annotations
@@ -15,38 +16,57 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...settings import Settings, choice, number, switch
-from ..readers import printable
-from ..records import Dataset, Record
-from ..sheets import BAD, GOOD, WARN, Tile, thumbnail
+from ...settings import Settings, choice_field, number_field, switch_field
+from ..readers import make_printable
+from ..records import ImageDataset, ImageRecord
+from ..sheets import BAD_COLOUR, GOOD_COLOUR, WARN_COLOUR, SheetTile, make_thumbnail
 from .colour import rgb_to_lab
-from .sharpness import enlargement, tile_sharpness
-from .thumbnails import Looking, looked
+from .sharpness import estimate_enlargement, tile_sharpness
+from .thumbnails import DEFAULT_SCAN, ScanOptions, scan_images
 
-SIDE, LOW = 32, 8  # px of the reduced picture; its lowest 8 x 8 frequencies make the hash
-GRID = 4  # coarse colours: 4 x 4 cells
-PLAIN = 2.0  # grey levels of spread; below it a hash is only noise
-RECOLOURED = 15.0  # mean distance in a*b*; the same shapes in other colours are another picture
-BLOCK = 1024
-FLAG, DROP = "flag", "drop"
-KEEP_OWN, ADD = "keep its own", "add those of the copies"
+HASH_IMAGE_SIDE, HASH_SIDE = 32, 8  # px of the reduced picture; its lowest 8 x 8 frequencies make the hash
+COLOUR_GRID = 4  # coarse colours: 4 x 4 cells
+MIN_GREY_SPREAD = 2.0  # grey levels of spread; below it a hash is only noise
+MAX_COLOUR_DISTANCE = 15.0  # mean distance in a*b*; the same shapes in other colours are another picture
+COMPARISON_BLOCK = 1024
+FLAG_COPIES, DROP_COPIES = "flag", "drop"
+KEEP_OWN_CAPTIONS, ADD_COPY_CAPTIONS = "keep its own", "add those of the copies"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateSettings(Settings):
     """What counts as the same picture, and what happens to the copies."""
 
-    duplicates: str = choice(DROP, (DROP, FLAG), "drop: only the best of each group stays. flag: all stay, the copies are marked.")
-    max_bits: int = number(10, 0, 20, "Pictures whose hashes differ in at most this many of 64 bits are the same. 15 also finds light crops.",
-                           unit="bits")
-    mirrored: bool = switch(True, "Mirror images count as the same picture.")
-    min_cosine: float = number(0.95, 0.5, 1.0, "With a clip_vision: pictures whose features are at least this alike are the same, also "
-                               "when one is a crop of the other.", step=0.005)
-    captions: str = choice(KEEP_OWN, (KEEP_OWN, ADD), "Whether the picture that stays also takes over the captions of its copies, as alternatives.")
+    duplicates: str = choice_field(
+        DROP_COPIES,
+        (DROP_COPIES, FLAG_COPIES),
+        "drop: only the best of each group stays. flag: all stay, the copies are marked.",
+    )
+    max_bits: int = number_field(
+        10,
+        0,
+        20,
+        "Pictures whose hashes differ in at most this many of 64 bits are the same. 15 also finds light crops.",
+        unit="bits",
+    )
+    mirrored: bool = switch_field(True, "Mirror images count as the same picture.")
+    min_cosine: float = number_field(
+        0.95,
+        0.5,
+        1.0,
+        "With a clip_vision: pictures whose features are at least this alike are the same, also when one is a crop of "
+        "the other.",
+        step=0.005,
+    )
+    captions: str = choice_field(
+        KEEP_OWN_CAPTIONS,
+        (KEEP_OWN_CAPTIONS, ADD_COPY_CAPTIONS),
+        "Whether the picture that stays also takes over the captions of its copies, as alternatives.",
+    )
 
 
 @dataclass(frozen=True)
-class Print:
+class ImageSignature:
     """What one picture is recognised by."""
 
     hash: int
@@ -56,7 +76,7 @@ class Print:
 
 
 @dataclass(frozen=True)
-class Pair:
+class DuplicatePair:
     """Records first < second that are the same picture."""
 
     first: int
@@ -65,7 +85,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Group:
+class DuplicateGroup:
     """Records that are one picture; the rest are copies of `best`. Indices into the dataset."""
 
     best: int
@@ -73,24 +93,32 @@ class Group:
     why: dict[int, str]  # of each of the rest: the figure that ties it to the group
 
 
-# -- recognising -----------------------------------------------------------------------------------------------------------------
+# -- recognising -------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(picture: Image.Image) -> Print:
-    small = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0))
+def compute_image_signature(picture: Image.Image) -> ImageSignature:
+    small = np.asarray(
+        picture.convert("RGB").resize((HASH_IMAGE_SIDE, HASH_IMAGE_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    )
     grey = small @ np.array([0.299, 0.587, 0.114])
-    low = cosines() @ grey @ cosines().T
-    colours = rgb_to_lab(small.reshape(GRID, SIDE // GRID, GRID, SIDE // GRID, 3).mean((1, 3)).round())[..., 1:]
-    return Print(bits(low), bits(low * np.where(np.arange(LOW) % 2, -1, 1)), float(grey.std()), colours)
+    low = dct_matrix() @ grey @ dct_matrix().T
+    colours = rgb_to_lab(
+        small.reshape(COLOUR_GRID, HASH_IMAGE_SIDE // COLOUR_GRID, COLOUR_GRID, HASH_IMAGE_SIDE // COLOUR_GRID, 3)
+        .mean((1, 3))
+        .round()
+    )[..., 1:]
+    return ImageSignature(
+        pack_hash_bits(low), pack_hash_bits(low * np.where(np.arange(HASH_SIDE) % 2, -1, 1)), float(grey.std()), colours
+    )
 
 
 @lru_cache(maxsize=1)
-def cosines() -> np.ndarray:
+def dct_matrix() -> np.ndarray:
     """The lowest rows of the discrete cosine transform. Mirroring a picture turns the sign of its odd columns."""
-    return np.cos(np.pi / SIDE * np.outer(np.arange(LOW), np.arange(SIDE) + 0.5))
+    return np.cos(np.pi / HASH_IMAGE_SIDE * np.outer(np.arange(HASH_SIDE), np.arange(HASH_IMAGE_SIDE) + 0.5))
 
 
-def bits(low) -> int:
+def pack_hash_bits(low) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
@@ -101,61 +129,62 @@ def popcount(values: np.ndarray) -> np.ndarray:
     return np.unpackbits(values[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint8)
 
 
-def near(prints: Sequence[Print], limit: int, mirrored: bool = True) -> list[Pair]:
+def find_hash_pairs(prints: Sequence[ImageSignature], limit: int, mirrored: bool = True) -> list[DuplicatePair]:
     """The pairs at most `limit` bits apart, plain pictures and other colours left out."""
     if len(prints) < 2:
         return []
     plain, flipped = (np.array([getattr(p, name) for p in prints], np.uint64) for name in ("hash", "mirrored"))
-    telling = np.array([p.spread >= PLAIN for p in prints])
+    telling = np.array([p.spread >= MIN_GREY_SPREAD for p in prints])
     found = []
     for way, other in (("", plain), ("mirrored, ", flipped))[: 1 + mirrored]:
-        for first, second, apart in closest(plain, other, limit, telling):
-            if recoloured(prints[first], prints[second], bool(way)) < RECOLOURED:
-                found.append((apart, Pair(first, second, f"{way}{apart} bits <= {limit}")))
+        for first, second, apart in iterate_close_hashes(plain, other, limit, telling):
+            if colour_distance(prints[first], prints[second], bool(way)) < MAX_COLOUR_DISTANCE:
+                found.append((apart, DuplicatePair(first, second, f"{way}{apart} bits <= {limit}")))
     best = {}
     for _, pair in sorted(found, key=lambda pair: pair[0]):
         best.setdefault((pair.first, pair.second), pair)
     return [best[key] for key in sorted(best)]
 
 
-def closest(hashes, others, limit, telling) -> Iterable[tuple[int, int, int]]:
+def iterate_close_hashes(hashes, others, limit, telling) -> Iterable[tuple[int, int, int]]:
     """(i, j, bits) with i < j, block by block so that memory stays flat."""
-    for top in range(0, len(hashes), BLOCK):
-        apart = popcount(hashes[top : top + BLOCK, None] ^ others[None, top:])
+    for top in range(0, len(hashes), COMPARISON_BLOCK):
+        apart = popcount(hashes[top : top + COMPARISON_BLOCK, None] ^ others[None, top:])
         rows, columns = np.nonzero(apart <= limit)
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
             if row < column and telling[top + row] and telling[top + column]:
                 yield top + row, top + column, int(apart[row, column])
 
 
-def recoloured(one: Print, other: Print, mirrored: bool) -> float:
+def colour_distance(one: ImageSignature, other: ImageSignature, mirrored: bool) -> float:
     colours = other.colours[:, ::-1] if mirrored else other.colours
     return float(np.linalg.norm(one.colours - colours, axis=-1).mean())
 
 
-def alike(features: np.ndarray | None, least: float) -> list[Pair]:
+def find_feature_pairs(features: np.ndarray | None, least: float) -> list[DuplicatePair]:
     """The pairs of normalised features (n, d) with a cosine of at least `least`; rows of zeros are unknown."""
     found = []
-    for top in range(0, 0 if features is None else len(features), BLOCK):
-        cosine = features[top : top + BLOCK] @ features[top:].T
+    for top in range(0, 0 if features is None else len(features), COMPARISON_BLOCK):
+        cosine = features[top : top + COMPARISON_BLOCK] @ features[top:].T
         for row, column in np.argwhere(cosine >= least).tolist():
             if row < column:
-                found.append(Pair(top + row, top + column, f"cosine {cosine[row, column]:.3f} >= {least:g}"))
+                found.append(DuplicatePair(top + row, top + column, f"cosine {cosine[row, column]:.3f} >= {least:g}"))
     return found
 
 
-def identical(records: Sequence[Record]) -> list[Pair]:
+def find_identical_files(records: Sequence[ImageRecord]) -> list[DuplicatePair]:
     """The same bytes, cut out at the same place."""
     first, found = {}, []
     for index, record in enumerate(records):
         before = first.setdefault((record.id, record.crop), index)
         if before != index:
-            found.append(Pair(before, index, "the same file"))
+            found.append(DuplicatePair(before, index, "the same file"))
     return found
 
 
-def grouped(pairs: Iterable[Pair], order) -> list[Group]:
-    """Groups of everything that is tied together, in the order of their best members. order(index): the smallest is the best."""
+def group_duplicates(pairs: Iterable[DuplicatePair], order) -> list[DuplicateGroup]:
+    """Groups of everything that is tied together, in the order of their best members. order(index): the smallest is the
+    best."""
     parent, why = {}, {}
 
     def root(index):
@@ -173,113 +202,141 @@ def grouped(pairs: Iterable[Pair], order) -> list[Group]:
     groups = []
     for found in members.values():
         best, *rest = sorted(found, key=order)
-        groups.append(Group(best, tuple(rest), {index: reason(why[index], best) for index in rest}))
+        groups.append(DuplicateGroup(best, tuple(rest), {index: duplicate_reason(why[index], best) for index in rest}))
     return sorted(groups, key=lambda group: group.best)
 
 
-def reason(pairs, best) -> str:
+def duplicate_reason(pairs, best) -> str:
     """The figure against the best one, else against whoever ties this one to the group."""
     return next((pair.why for pair in pairs if best in (pair.first, pair.second)), pairs[0].why)
 
 
-# -- choosing --------------------------------------------------------------------------------------------------------------------
+# -- choosing ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Seen:
+class CopyQuality:
     """What the choice among copies needs to know of one picture."""
 
-    print: Print
+    print: ImageSignature
     detail: float  # megapixels that are really there
     sharpness: float
 
 
-def see(record: Record, picture: Image.Image, mask=None) -> Seen:
+def measure_copy_quality(record: ImageRecord, picture: Image.Image, mask=None) -> CopyQuality:
     grey = picture.convert("L")
-    factor = enlargement(np.asarray(grey))
+    factor = estimate_enlargement(np.asarray(grey))
     grey.thumbnail((512, 512), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return Seen(fingerprint(picture), real_detail(picture.size, factor), tile_sharpness(np.asarray(grey, np.float32)))
+    return CopyQuality(
+        compute_image_signature(picture),
+        effective_megapixels(picture.size, factor),
+        tile_sharpness(np.asarray(grey, np.float32)),
+    )
 
 
-def real_detail(size, factor) -> float:
-    """Megapixels, less what an enlargement added. A factor under 1.5 is within its own error, a third; above, that third goes against
-    the picture, so that a blown-up copy never beats its original."""
+def effective_megapixels(size, factor) -> float:
+    """Megapixels, less what an enlargement added. A factor under 1.5 is within its own error, a third; above, that
+    third goes against the picture, so that a blown-up copy never beats its original."""
     return size[0] * size[1] / 1e6 / ((4 / 3 * factor) ** 2 if factor >= 1.5 else 1.0)
 
 
-def preference(record: Record, detail: float, sharpness: float, index: int):
-    """Sort key: the largest first, then the sharpest, then those with captions, then the earliest. Sharpness counts in steps of 1.4:
-    the noise of a JPEG is no detail."""
+def copy_preference_key(record: ImageRecord, detail: float, sharpness: float, index: int):
+    """Sort key: the largest first, then the sharpest, then those with captions, then the earliest. Sharpness counts in
+    steps of 1.4: the noise of a JPEG is no detail."""
     return -round(detail, 2), -round(2 * math.log2(1 + sharpness)), not any(record.captions), index
 
 
 @dataclass(frozen=True)
-class Deduplicated:
-    dataset: Dataset
-    groups: tuple[tuple[Record, tuple[tuple[Record, str], ...]], ...]  # (kept, ((copy, why), ...))
+class DeduplicationResult:
+    dataset: ImageDataset
+    groups: tuple[tuple[ImageRecord, tuple[tuple[ImageRecord, str], ...]], ...]  # (kept, ((copy, why), ...))
     broken: tuple[tuple[str, str], ...]  # (path, reason)
 
     def report(self) -> str:
         copies = sum(len(rest) for _, rest in self.groups)
         lines = [f"{copies} copies of {len(self.groups)} pictures found; {len(self.dataset)} pictures go on."]
         for best, rest in self.groups:
-            lines.append(f"- {shown(best)}: " + "; ".join(f"{shown(copy)} ({why})" for copy, why in rest))
-        return "\n".join(lines + [f"- {printable(Path(path).name)} could not be compared: {reason}" for path, reason in self.broken])
+            lines.append(
+                f"- {printable_file_name(best)}: "
+                + "; ".join(f"{printable_file_name(copy)} ({why})" for copy, why in rest)
+            )
+        return "\n".join(
+            lines
+            + [f"- {make_printable(Path(path).name)} could not be compared: {reason}" for path, reason in self.broken]
+        )
 
 
-def deduplicate(dataset: Dataset, settings: DuplicateSettings, looking: Looking = Looking()) -> Deduplicated:  # noqa: B008 - frozen
-    """The dataset with one picture of each group, the copies dropped or flagged. Pictures that cannot be read stay as they are."""
-    seen, features, broken = looked(dataset.records, see, looking)
+def deduplicate(
+    dataset: ImageDataset, settings: DuplicateSettings, looking: ScanOptions = DEFAULT_SCAN
+) -> DeduplicationResult:
+    """The dataset with one picture of each group, the copies dropped or flagged. Pictures that cannot be read stay as
+    they are."""
+    seen, features, broken = scan_images(dataset.records, measure_copy_quality, looking)
     known = [index for index, value in enumerate(seen) if value is not None]
     prints = [seen[index].print for index in known]
-    pairs = [replace(pair, first=known[pair.first], second=known[pair.second]) for pair in near(prints, settings.max_bits, settings.mirrored)]
-    groups = grouped(
-        [*identical(dataset.records), *pairs, *alike(features, settings.min_cosine)],
-        lambda index: preference(dataset[index], *((seen[index].detail, seen[index].sharpness) if seen[index] else (0.0, 0.0)), index),
+    pairs = [
+        replace(pair, first=known[pair.first], second=known[pair.second])
+        for pair in find_hash_pairs(prints, settings.max_bits, settings.mirrored)
+    ]
+    groups = group_duplicates(
+        [*find_identical_files(dataset.records), *pairs, *find_feature_pairs(features, settings.min_cosine)],
+        lambda index: copy_preference_key(
+            dataset[index], *((seen[index].detail, seen[index].sharpness) if seen[index] else (0.0, 0.0)), index
+        ),
     )
-    return Deduplicated(without_copies(dataset, groups, settings), tuple(named(dataset, group) for group in groups),
-                        tuple((dataset[index].path, why) for index, why in sorted(broken.items())))  # fmt: skip
+    return DeduplicationResult(
+        drop_or_flag_copies(dataset, groups, settings),
+        tuple(resolve_group_records(dataset, group) for group in groups),
+        tuple((dataset[index].path, why) for index, why in sorted(broken.items())),
+    )
 
 
-def named(dataset, group):
+def resolve_group_records(dataset, group):
     return dataset[group.best], tuple((dataset[index], group.why[index]) for index in group.rest)
 
 
-def without_copies(dataset: Dataset, groups: Sequence[Group], settings: DuplicateSettings) -> Dataset:
+def drop_or_flag_copies(
+    dataset: ImageDataset, groups: Sequence[DuplicateGroup], settings: DuplicateSettings
+) -> ImageDataset:
     records, dropped = list(dataset.records), {}
     for group in groups:
         best = records[group.best]
-        if settings.captions == ADD:
+        if settings.captions == ADD_COPY_CAPTIONS:
             captions = [caption for index in (group.best, *group.rest) for caption in dataset[index].captions]
             records[group.best] = replace(best, captions=tuple(dict.fromkeys(captions)))
         for index in group.rest:
-            flag = f"duplicate (of {shown(best)}, {group.why[index]})"
+            flag = f"duplicate (of {printable_file_name(best)}, {group.why[index]})"
             dropped[index] = flag
             records[index] = replace(records[index], flags=tuple(dict.fromkeys((*records[index].flags, flag))))
-    if settings.duplicates == FLAG:
+    if settings.duplicates == FLAG_COPIES:
         return replace(dataset, records=tuple(records))
     kept = tuple(record for index, record in enumerate(records) if index not in dropped)
-    return Dataset(kept, (*dataset.skipped, *((dataset[index].path, dropped[index]) for index in sorted(dropped))))
+    return ImageDataset(kept, (*dataset.skipped, *((dataset[index].path, dropped[index]) for index in sorted(dropped))))
 
 
-def shown(record: Record) -> str:
-    return printable(Path(record.path).name)
+def printable_file_name(record: ImageRecord) -> str:
+    return make_printable(Path(record.path).name)
 
 
-def tiles(found: Deduplicated, limit: int = 60) -> list[Tile]:
+def make_duplicate_tiles(found: DeduplicationResult, limit: int = 60) -> list[SheetTile]:
     """The groups one after another: what stays in green, its copies beside it."""
     result = []
     for number_, (best, rest) in enumerate(found.groups, 1):
-        result.append(tile(best, f"{number_}: stays", GOOD))
-        result += [tile(copy, f"{number_}: {why}", BAD if copy not in found.dataset.records else WARN) for copy, why in rest]
+        result.append(make_duplicate_tile(best, f"{number_}: stays", GOOD_COLOUR))
+        result += [
+            make_duplicate_tile(
+                copy, f"{number_}: {why}", BAD_COLOUR if copy not in found.dataset.records else WARN_COLOUR
+            )
+            for copy, why in rest
+        ]
         if len(result) >= limit:
             break
     return result[:limit]
 
 
-def tile(record: Record, line: str, colour: str) -> Tile:
+def make_duplicate_tile(record: ImageRecord, line: str, colour: str) -> SheetTile:
     try:
-        picture = thumbnail(record)
+        picture = make_thumbnail(record)
     except (ValueError, OSError):  # gone or broken: its group says so in words
         picture = Image.new("RGB", (8, 8), "#000000")
-    return Tile(picture, (line, f"{record.frame[0]}x{record.frame[1]} {shown(record)}"), colour)
+    return SheetTile(picture, (line, f"{record.frame[0]}x{record.frame[1]} {printable_file_name(record)}"), colour)

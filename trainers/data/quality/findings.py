@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-REJECT, WARN = SEVERITIES = ("reject", "warn")
+SEVERITY_REJECT, SEVERITY_WARN = SEVERITIES = ("reject", "warn")
 
 
 @dataclass(frozen=True)

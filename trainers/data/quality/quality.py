@@ -1,7 +1,7 @@
 """What is wrong with which picture: every figure measured once, then held against its threshold.
 
-Sources of the thresholds: blur, hashes and contrast were measured on 200-300 photos; exposure, odd shapes and plain pictures are
-CleanVision's. A finding says figure and threshold, so that a person can disagree with it.
+Sources of the thresholds: blur, hashes and contrast were measured on 200-300 photos; exposure, odd shapes and plain
+pictures are CleanVision's. A finding says figure and threshold, so that a person can disagree with it.
 """
 
 from __future__ import annotations
@@ -14,77 +14,166 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from ...settings import Settings, choice, number, switch, text
-from ..buckets import LEAST_STEP, BucketSettings, own_place
-from ..captions.caption_checks import Tokens, caption_findings, caption_notes
-from ..readers import printable
-from ..records import Dataset, Record
-from ..similarity.diversity import kernel_of, sampled, vendi, vendi_of_features
-from .bars import bars
-from .colour import Contrast, contrast
-from .duplicates import Print, alike, fingerprint, grouped, identical, near, preference, real_detail, shown
-from .findings import REJECT, WARN, Finding
-from .sharpness import enlargement, fine_share, tile_sharpness
-from .thumbnails import Looking, looked
+from ...settings import Settings, choice_field, number_field, switch_field, text_field
+from ..buckets import MIN_BUCKET_STEP, BucketSettings, initial_placement
+from ..captions.caption_checks import CountCaptionTokens, check_record_captions, format_caption_notes
+from ..readers import make_printable
+from ..records import ImageDataset, ImageRecord
+from ..similarity.diversity import sample_evenly, signature_kernel, vendi, vendi_from_features
+from .bars import detect_bars
+from .colour import Contrast, measure_contrast
+from .duplicates import (
+    ImageSignature,
+    compute_image_signature,
+    copy_preference_key,
+    effective_megapixels,
+    find_feature_pairs,
+    find_hash_pairs,
+    find_identical_files,
+    group_duplicates,
+    printable_file_name,
+)
+from .findings import SEVERITY_REJECT, SEVERITY_WARN, Finding
+from .sharpness import estimate_enlargement, fine_detail_share, tile_sharpness
+from .thumbnails import DEFAULT_SCAN, ScanOptions, scan_images
 
-DROP, FLAG, KEEP = ACTIONS = ("drop", "flag", "keep")
-SHARPNESS_SIDE = 512  # px; the long side at which the thresholds of blur hold
-THUMBNAIL_SIDE = 192
+DROP_IMAGE, FLAG_IMAGE, KEEP_IMAGE = QUALITY_ACTIONS = ("drop", "flag", "keep")
+SHARPNESS_LONG_SIDE_PX = 512  # px; the long side at which the thresholds of blur hold
+THUMBNAIL_LONG_SIDE_PX = 192
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings(Settings):
     """What a good training picture is, and what happens to the others."""
 
-    resolution: int = number(1024, 64, 8192, "The size that the model will be trained at; pictures are measured against the bucket they would get.",
-                             unit="px", step=64)
-    reject_below: int = number(512, 0, 8192, "A shorter side below this is rejected. 0 rejects none.", unit="px")
-    warn_below: int = number(768, 0, 8192, "A shorter side below this is a warning. 0 warns of none.", unit="px")
-    on_reject: str = choice(DROP, ACTIONS, "Rejected pictures (too small, unreadable): drop takes caption, mask and score along; flag marks them; keep only reports.")
-    on_warn: str = choice(FLAG, ACTIONS, "Pictures with warnings and nothing worse: drop, flag or keep, in the same way.")
-    trigger: str = text("", "A word that every caption should contain. Empty: not checked.")
+    resolution: int = number_field(
+        1024,
+        64,
+        8192,
+        "The size that the model will be trained at; pictures are measured against the bucket they would get.",
+        unit="px",
+        step=64,
+    )
+    reject_below: int = number_field(512, 0, 8192, "A shorter side below this is rejected. 0 rejects none.", unit="px")
+    warn_below: int = number_field(768, 0, 8192, "A shorter side below this is a warning. 0 warns of none.", unit="px")
+    on_reject: str = choice_field(
+        DROP_IMAGE,
+        QUALITY_ACTIONS,
+        "Rejected pictures (too small, unreadable): drop takes caption, mask and score along; flag marks them; keep "
+        "only reports.",
+    )
+    on_warn: str = choice_field(
+        FLAG_IMAGE, QUALITY_ACTIONS, "Pictures with warnings and nothing worse: drop, flag or keep, in the same way."
+    )
+    trigger: str = text_field("", "A word that every caption should contain. Empty: not checked.")
 
-    blur: bool = switch(True, "Look for blurred pictures.", advanced=True)
-    min_fine: float = number(0.007, 0.0, 1.0, "Blurred is what falls short of this share of fine detail and of min_tiles.", step=0.001, advanced=True)
-    min_tiles: float = number(400.0, 0.0, 100_000.0, "The least Laplacian variance of the sharpest tiles, which excuses a soft background.", step=10.0,
-                              advanced=True)
-    enlarged: bool = switch(True, "Look for pictures that were enlarged: more pixels than detail.", advanced=True)
-    max_enlarged: float = number(1.5, 1.0, 4.0, "The largest enlargement without a warning, where it leaves less detail than the bucket has pixels.",
-                                 step=0.1, advanced=True)
-    max_upscale: float = number(1.05, 1.0, 8.0, "The most that a picture may have to grow to fill its bucket; less than 1.05 is not seen.", step=0.05, advanced=True)
-    duplicates: bool = switch(True, "Look for pictures that are there twice.", advanced=True)
-    max_bits: int = number(10, 0, 20, "Hashes at most this far apart are duplicates.", unit="of 64 bits", advanced=True)
-    similar_bits: int = number(15, 0, 24, "Hashes at most this far apart are similar.", unit="of 64 bits", advanced=True)
-    min_cosine: float = number(0.95, 0.5, 1.0, "With a clip_vision: features at least this alike are duplicates.", step=0.005, advanced=True)
-    contrast: bool = switch(True, "Compare the subject with its background.", advanced=True)
-    min_contrast: float = number(12.0, 0.0, 100.0, "The least colour difference (CIEDE2000) between subject and background; 20 is good.", step=0.5,
-                                 advanced=True)
-    exposure: bool = switch(True, "Look for pictures that are too dark, too bright or clipped.", advanced=True)
-    min_light: float = number(0.32, 0.0, 1.0, "Too dark: the brightest hundredth is darker than this.", step=0.01, advanced=True)
-    max_dark: float = number(0.95, 0.0, 1.0, "Too bright: the darkest twentieth is brighter than this.", step=0.01, advanced=True)
-    max_clipped: float = number(0.3, 0.0, 1.0, "The largest share of pure white or black; a pure white or black ground does not count.", step=0.01,
-                                advanced=True)
-    borders: bool = switch(True, "Look for bars at the edges.", advanced=True)
-    max_bar: int = number(2, 0, 1000, "The widest bar without a warning.", unit="px", advanced=True)
-    shape: bool = switch(True, "Look for very long and for nearly empty pictures.", advanced=True)
-    min_aspect: float = number(0.35, 0.0, 1.0, "The least ratio of the short to the long side.", step=0.01, advanced=True)
-    min_entropy: float = number(1.5, 0.0, 8.0, "The least information in the greys of a picture.", unit="bits", step=0.1, advanced=True)
-    captions: bool = switch(True, "Look for empty, repeated and overlong captions.", advanced=True)
-    max_identical: float = number(0.3, 0.0, 1.0, "The largest share of pictures with one and the same caption.", step=0.05, advanced=True)
-    max_clip_tokens: int = number(75, 1, 10_000, "The longest caption for CLIP encoders, which read in chunks of this many.", unit="tokens", advanced=True)
-    max_tokens: int = number(512, 1, 100_000, "The longest caption for other encoders (T5).", unit="tokens", advanced=True)
+    blur: bool = switch_field(True, "Look for blurred pictures.", advanced=True)
+    min_fine: float = number_field(
+        0.007,
+        0.0,
+        1.0,
+        "Blurred is what falls short of this share of fine detail and of min_tiles.",
+        step=0.001,
+        advanced=True,
+    )
+    min_tiles: float = number_field(
+        400.0,
+        0.0,
+        100_000.0,
+        "The least Laplacian variance of the sharpest tiles, which excuses a soft background.",
+        step=10.0,
+        advanced=True,
+    )
+    enlarged: bool = switch_field(True, "Look for pictures that were enlarged: more pixels than detail.", advanced=True)
+    max_enlarged: float = number_field(
+        1.5,
+        1.0,
+        4.0,
+        "The largest enlargement without a warning, where it leaves less detail than the bucket has pixels.",
+        step=0.1,
+        advanced=True,
+    )
+    max_upscale: float = number_field(
+        1.05,
+        1.0,
+        8.0,
+        "The most that a picture may have to grow to fill its bucket; less than 1.05 is not seen.",
+        step=0.05,
+        advanced=True,
+    )
+    duplicates: bool = switch_field(True, "Look for pictures that are there twice.", advanced=True)
+    max_bits: int = number_field(
+        10, 0, 20, "Hashes at most this far apart are duplicates.", unit="of 64 bits", advanced=True
+    )
+    similar_bits: int = number_field(
+        15, 0, 24, "Hashes at most this far apart are similar.", unit="of 64 bits", advanced=True
+    )
+    min_cosine: float = number_field(
+        0.95, 0.5, 1.0, "With a clip_vision: features at least this alike are duplicates.", step=0.005, advanced=True
+    )
+    contrast: bool = switch_field(True, "Compare the subject with its background.", advanced=True)
+    min_contrast: float = number_field(
+        12.0,
+        0.0,
+        100.0,
+        "The least colour difference (CIEDE2000) between subject and background; 20 is good.",
+        step=0.5,
+        advanced=True,
+    )
+    exposure: bool = switch_field(True, "Look for pictures that are too dark, too bright or clipped.", advanced=True)
+    min_light: float = number_field(
+        0.32, 0.0, 1.0, "Too dark: the brightest hundredth is darker than this.", step=0.01, advanced=True
+    )
+    max_dark: float = number_field(
+        0.95, 0.0, 1.0, "Too bright: the darkest twentieth is brighter than this.", step=0.01, advanced=True
+    )
+    max_clipped: float = number_field(
+        0.3,
+        0.0,
+        1.0,
+        "The largest share of pure white or black; a pure white or black ground does not count.",
+        step=0.01,
+        advanced=True,
+    )
+    borders: bool = switch_field(True, "Look for bars at the edges.", advanced=True)
+    max_bar: int = number_field(2, 0, 1000, "The widest bar without a warning.", unit="px", advanced=True)
+    shape: bool = switch_field(True, "Look for very long and for nearly empty pictures.", advanced=True)
+    min_aspect: float = number_field(
+        0.35, 0.0, 1.0, "The least ratio of the short to the long side.", step=0.01, advanced=True
+    )
+    min_entropy: float = number_field(
+        1.5, 0.0, 8.0, "The least information in the greys of a picture.", unit="bits", step=0.1, advanced=True
+    )
+    captions: bool = switch_field(True, "Look for empty, repeated and overlong captions.", advanced=True)
+    max_identical: float = number_field(
+        0.3, 0.0, 1.0, "The largest share of pictures with one and the same caption.", step=0.05, advanced=True
+    )
+    max_clip_tokens: int = number_field(
+        75,
+        1,
+        10_000,
+        "The longest caption for CLIP encoders, which read in chunks of this many.",
+        unit="tokens",
+        advanced=True,
+    )
+    max_tokens: int = number_field(
+        512, 1, 100_000, "The longest caption for other encoders (T5).", unit="tokens", advanced=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.similar_bits < self.max_bits:
-            raise ValueError(f"similar_bits is {self.similar_bits} and max_bits is {self.max_bits}; similar_bits must be at least max_bits.")
+            raise ValueError(
+                f"similar_bits is {self.similar_bits} and max_bits is {self.max_bits}; similar_bits must be at least "
+                "max_bits."
+            )
 
 
-# -- one picture -----------------------------------------------------------------------------------------------------------------
+# -- one picture -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Measures:
+class ImageMeasurements:
     """The figures of one picture. What is not asked for is None."""
 
     size: tuple[int, int]
@@ -99,12 +188,15 @@ class Measures:
     bars: tuple[int, int, int, int]  # left, top, right, bottom
     contrast: Contrast | None
     bucket: tuple[int, int] | None
-    print: Print
+    print: ImageSignature
     thumbnail: bytes  # JPEG: kept for every picture, so that the sheet decodes none again
 
     def figures(self) -> dict:
         """What a report shows, JSON-ready."""
-        figures = {name: getattr(self, name) for name in ("upscale", "fine", "tiles", "enlarged", "light", "dark", "clipped", "entropy")}
+        figures = {
+            name: getattr(self, name)
+            for name in ("upscale", "fine", "tiles", "enlarged", "light", "dark", "clipped", "entropy")
+        }
         return {
             "size": list(self.size),
             **{name: None if value is None else round(value, 4) for name, value in figures.items()},
@@ -114,227 +206,307 @@ class Measures:
         }
 
 
-def measure(record: Record, picture: Image.Image, mask: Image.Image | None, settings: QualitySettings) -> Measures:
+def measure_image_quality(
+    record: ImageRecord, picture: Image.Image, mask: Image.Image | None, settings: QualitySettings
+) -> ImageMeasurements:
     """Every figure of one picture."""
     rgb = np.asarray(picture)
     grey = picture.convert("L")
     small = grey.copy()
-    small.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    small.thumbnail((SHARPNESS_LONG_SIDE_PX, SHARPNESS_LONG_SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
     small = np.asarray(small, np.float32)
-    upscale, bucket = bucket_of(record, settings.resolution)
-    light, dark, clipped, entropy = exposure_of(np.asarray(grey))
-    return Measures(
-        size=picture.size, upscale=upscale, bucket=bucket,
-        fine=fine_share(small), tiles=tile_sharpness(small),
-        enlarged=enlargement(np.asarray(grey)) if settings.enlarged or settings.duplicates else 1.0,
-        light=light, dark=dark, clipped=clipped, entropy=entropy,
-        bars=bars(rgb) if settings.borders else (0, 0, 0, 0),
-        contrast=contrast(picture, mask) if settings.contrast else None,
-        print=fingerprint(picture), thumbnail=thumbnail(picture),
-    )  # fmt: skip
+    upscale, bucket = bucket_upscale(record, settings.resolution)
+    light, dark, clipped, entropy = measure_exposure(np.asarray(grey))
+    return ImageMeasurements(
+        size=picture.size,
+        upscale=upscale,
+        bucket=bucket,
+        fine=fine_detail_share(small),
+        tiles=tile_sharpness(small),
+        enlarged=estimate_enlargement(np.asarray(grey)) if settings.enlarged or settings.duplicates else 1.0,
+        light=light,
+        dark=dark,
+        clipped=clipped,
+        entropy=entropy,
+        bars=detect_bars(rgb) if settings.borders else (0, 0, 0, 0),
+        contrast=measure_contrast(picture, mask) if settings.contrast else None,
+        print=compute_image_signature(picture),
+        thumbnail=encode_jpeg_thumbnail(picture),
+    )
 
 
-def thumbnail(picture: Image.Image) -> bytes:
+def encode_jpeg_thumbnail(picture: Image.Image) -> bytes:
     small = picture.copy()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    small.thumbnail((THUMBNAIL_LONG_SIDE_PX, THUMBNAIL_LONG_SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=88)
     return data.getvalue()
 
 
-def bucket_of(record: Record, resolution: int):
+def bucket_upscale(record: ImageRecord, resolution: int):
     """(factor, bucket) with which the picture would fill its bucket; (None, None) where it has none."""
-    step = min(64, max(LEAST_STEP, resolution // 8))
+    step = min(64, max(MIN_BUCKET_STEP, resolution // 8))
     try:
-        place = own_place(record, BucketSettings(resolution=resolution, upscale=True, step=step))
+        place = initial_placement(record, BucketSettings(resolution=resolution, upscale=True, step=step))
     except ValueError:
         return None, None
     return max(place.scaled[0] / record.frame[0], place.scaled[1] / record.frame[1]), place.bucket
 
 
-def exposure_of(grey: np.ndarray) -> tuple[float, float, float, float]:
+def measure_exposure(grey: np.ndarray) -> tuple[float, float, float, float]:
     """(99th percentile, 5th percentile, clipped share, entropy in bits) of 8-bit greys."""
     counts = np.bincount(grey.ravel(), minlength=256)
     share = counts / counts.sum()
     level = np.cumsum(share)
     light, dark = (int(np.searchsorted(level, at)) / 255 for at in (0.99, 0.05))
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    clipped = sum(share[ends].sum() for ends in ([0, 1], [254, 255]) if np.isin(edge, ends).mean() < 0.5)  # else it is a plain ground
+    clipped = sum(
+        share[ends].sum() for ends in ([0, 1], [254, 255]) if np.isin(edge, ends).mean() < 0.5
+    )  # else it is a plain ground
     some = share[share > 0]
     return light, dark, float(clipped), float((some * np.log2(1 / some)).sum())
 
 
-def findings_of(found: Measures, settings: QualitySettings) -> list[Finding]:
+def check_image_measurements(found: ImageMeasurements, settings: QualitySettings) -> list[Finding]:
     """What is wrong with one picture by itself."""
-    return [finding for look in (resolution, blur, enlarged, contrasting, exposure, borders, shape) for finding in look(found, settings)]
+    return [
+        finding
+        for look in (
+            check_resolution,
+            check_blur,
+            check_enlargement,
+            check_contrast,
+            check_exposure,
+            check_borders,
+            check_aspect_and_entropy,
+        )
+        for finding in look(found, settings)
+    ]
 
 
-def resolution(found: Measures, settings: QualitySettings):
+def check_resolution(found: ImageMeasurements, settings: QualitySettings):
     short = min(found.size)
     if short < settings.reject_below:
-        yield Finding(REJECT, "resolution", f"short side {short} px < {settings.reject_below}")
+        yield Finding(SEVERITY_REJECT, "resolution", f"short side {short} px < {settings.reject_below}")
     elif short < settings.warn_below:
-        yield Finding(WARN, "resolution", f"short side {short} px < {settings.warn_below}")
+        yield Finding(SEVERITY_WARN, "resolution", f"short side {short} px < {settings.warn_below}")
     if found.upscale is None:
-        yield Finding(WARN, "bucket", f"{found.size[0]}x{found.size[1]} px fits no bucket at {settings.resolution} px")
+        yield Finding(
+            SEVERITY_WARN, "bucket", f"{found.size[0]}x{found.size[1]} px fits no bucket at {settings.resolution} px"
+        )
     elif found.upscale > settings.max_upscale + 0.005:
-        yield Finding(WARN, "upscaling", f"{found.upscale:.2f}x to fill its bucket {found.bucket[0]}x{found.bucket[1]} > {settings.max_upscale:g}x")
+        yield Finding(
+            SEVERITY_WARN,
+            "upscaling",
+            f"{found.upscale:.2f}x to fill its bucket {found.bucket[0]}x{found.bucket[1]} > {settings.max_upscale:g}x",
+        )
 
 
-def blur(found: Measures, settings: QualitySettings):
+def check_blur(found: ImageMeasurements, settings: QualitySettings):
     if settings.blur and found.fine < settings.min_fine and found.tiles < settings.min_tiles:
-        yield Finding(WARN, "blur", f"FFT share {found.fine:.4f} < {settings.min_fine:g}, sharpest tiles {found.tiles:.0f} < {settings.min_tiles:g}")
+        yield Finding(
+            SEVERITY_WARN,
+            "blur",
+            f"FFT share {found.fine:.4f} < {settings.min_fine:g}, sharpest tiles {found.tiles:.0f} < "
+            f"{settings.min_tiles:g}",
+        )
 
 
-def enlarged(found: Measures, settings: QualitySettings):
+def check_enlargement(found: ImageMeasurements, settings: QualitySettings):
     """More pixels than detail, where that leaves less than the bucket shows."""
     if not settings.enlarged or found.enlarged < settings.max_enlarged or found.enlarged <= 1:
         return
     width, height = (round(side / found.enlarged) for side in found.size)
     if found.bucket is None or width * height < found.bucket[0] * found.bucket[1]:
-        yield Finding(WARN, "enlarged", f"by about {found.enlarged:.1f} >= {settings.max_enlarged:g}: detail of {width}x{height} px")
+        yield Finding(
+            SEVERITY_WARN,
+            "enlarged",
+            f"by about {found.enlarged:.1f} >= {settings.max_enlarged:g}: detail of {width}x{height} px",
+        )
 
 
-def contrasting(found: Measures, settings: QualitySettings):
+def check_contrast(found: ImageMeasurements, settings: QualitySettings):
     if found.contrast and found.contrast.dE < settings.min_contrast:
-        yield Finding(WARN, "contrast", f"subject and ground dE {found.contrast.dE:.1f} < {settings.min_contrast:g}, dL {found.contrast.dL:.1f}")
+        yield Finding(
+            SEVERITY_WARN,
+            "contrast",
+            f"subject and ground dE {found.contrast.dE:.1f} < {settings.min_contrast:g}, dL {found.contrast.dL:.1f}",
+        )
 
 
-def exposure(found: Measures, settings: QualitySettings):
+def check_exposure(found: ImageMeasurements, settings: QualitySettings):
     if not settings.exposure:
         return
     if found.light < settings.min_light:
-        yield Finding(WARN, "dark", f"brightest hundredth {found.light:.2f} < {settings.min_light:g}")
+        yield Finding(SEVERITY_WARN, "dark", f"brightest hundredth {found.light:.2f} < {settings.min_light:g}")
     if found.dark > settings.max_dark:
-        yield Finding(WARN, "bright", f"darkest twentieth {found.dark:.2f} > {settings.max_dark:g}")
+        yield Finding(SEVERITY_WARN, "bright", f"darkest twentieth {found.dark:.2f} > {settings.max_dark:g}")
     if found.clipped > settings.max_clipped:
-        yield Finding(WARN, "clipped", f"{found.clipped:.0%} pure white or black > {settings.max_clipped:.0%}")
+        yield Finding(SEVERITY_WARN, "clipped", f"{found.clipped:.0%} pure white or black > {settings.max_clipped:.0%}")
 
 
-def borders(found: Measures, settings: QualitySettings):
-    wide = [f"{name} {px} px" for name, px in zip(("left", "top", "right", "bottom"), found.bars, strict=True) if px > settings.max_bar]
+def check_borders(found: ImageMeasurements, settings: QualitySettings):
+    wide = [
+        f"{name} {px} px"
+        for name, px in zip(("left", "top", "right", "bottom"), found.bars, strict=True)
+        if px > settings.max_bar
+    ]
     if wide:
-        yield Finding(WARN, "bars", f"{', '.join(wide)} > {settings.max_bar}")
+        yield Finding(SEVERITY_WARN, "bars", f"{', '.join(wide)} > {settings.max_bar}")
 
 
-def shape(found: Measures, settings: QualitySettings):
+def check_aspect_and_entropy(found: ImageMeasurements, settings: QualitySettings):
     if not settings.shape:
         return
     ratio = min(found.size) / max(found.size)
     if ratio < settings.min_aspect:
-        yield Finding(WARN, "aspect", f"short to long side {ratio:.2f} < {settings.min_aspect:g}")
+        yield Finding(SEVERITY_WARN, "aspect", f"short to long side {ratio:.2f} < {settings.min_aspect:g}")
     if found.entropy < settings.min_entropy:
-        yield Finding(WARN, "plain", f"entropy {found.entropy:.2f} bits < {settings.min_entropy:g}")
+        yield Finding(SEVERITY_WARN, "plain", f"entropy {found.entropy:.2f} bits < {settings.min_entropy:g}")
 
 
-# -- the whole set ---------------------------------------------------------------------------------------------------------------
+# -- the whole set -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedImage:
     """One picture of the set, after the check."""
 
-    record: Record
-    measures: Measures | None
+    record: ImageRecord
+    measures: ImageMeasurements | None
     findings: tuple[Finding, ...]
 
     @property
     def severity(self) -> str | None:
         """REJECT, WARN or None."""
         found = {finding.severity for finding in self.findings}
-        return REJECT if REJECT in found else WARN if found else None
+        return SEVERITY_REJECT if SEVERITY_REJECT in found else SEVERITY_WARN if found else None
 
 
 @dataclass(frozen=True)
-class Check:
+class QualityCheck:
     """All that a check found."""
 
-    pictures: tuple[Checked, ...]
+    pictures: tuple[CheckedImage, ...]
     notes: tuple[str, ...]  # about the set as a whole
     vendi: float | None
 
-    def worst_first(self) -> list[Checked]:
-        rank = {REJECT: 0, WARN: 1, None: 2}
+    def worst_first(self) -> list[CheckedImage]:
+        rank = {SEVERITY_REJECT: 0, SEVERITY_WARN: 1, None: 2}
         return sorted(self.pictures, key=lambda one: (rank[one.severity], -len(one.findings)))
 
 
-def check(dataset: Dataset, settings: QualitySettings, tokens: Tokens | None = None, looking: Looking = Looking()) -> Check:  # noqa: B008 - frozen
-    """Look at every picture and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings, not errors."""
-    measures, features, broken = looked(dataset.records, lambda *seen: measure(*seen, settings), looking, masks=settings.contrast)
-    findings = [findings_of(found, settings) if found else [Finding(REJECT, "unreadable", broken[i])] for i, found in enumerate(measures)]
+def check_dataset_quality(
+    dataset: ImageDataset,
+    settings: QualitySettings,
+    tokens: CountCaptionTokens | None = None,
+    looking: ScanOptions = DEFAULT_SCAN,
+) -> QualityCheck:
+    """Look at every picture and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings,
+    not errors."""
+    measures, features, broken = scan_images(
+        dataset.records, lambda *seen: measure_image_quality(*seen, settings), looking, masks=settings.contrast
+    )
+    findings = [
+        check_image_measurements(found, settings) if found else [Finding(SEVERITY_REJECT, "unreadable", broken[i])]
+        for i, found in enumerate(measures)
+    ]
     if settings.duplicates:
-        for index, finding in duplicate_findings(dataset, measures, features, settings):
+        for index, finding in check_duplicate_images(dataset, measures, features, settings):
             findings[index].append(finding)
     if settings.captions:
         for index, record in enumerate(dataset):
-            findings[index] += caption_findings(record, settings, tokens)
-    score, note = diversity(measures, features)
+            findings[index] += check_record_captions(record, settings, tokens)
+    score, note = measure_dataset_diversity(measures, features)
     notes = [note] if note else []
     if settings.captions:
-        notes += caption_notes(dataset, settings, tokens)
-    pictures = tuple(Checked(*one) for one in zip(dataset, measures, map(tuple, findings), strict=True))
-    return Check(pictures, tuple(notes), score)
+        notes += format_caption_notes(dataset, settings, tokens)
+    pictures = tuple(CheckedImage(*one) for one in zip(dataset, measures, map(tuple, findings), strict=True))
+    return QualityCheck(pictures, tuple(notes), score)
 
 
-def duplicate_findings(dataset: Dataset, measures: Sequence[Measures | None], features, settings: QualitySettings):
+def check_duplicate_images(
+    dataset: ImageDataset, measures: Sequence[ImageMeasurements | None], features, settings: QualitySettings
+):
     """(index, finding) of every copy but the best of its group."""
     known = [index for index, found in enumerate(measures) if found]
 
     def order(index):
         found = measures[index]
-        return preference(dataset[index], *((real_detail(found.size, found.enlarged), found.tiles) if found else (0.0, 0.0)), index)
+        return copy_preference_key(
+            dataset[index],
+            *((effective_megapixels(found.size, found.enlarged), found.tiles) if found else (0.0, 0.0)),
+            index,
+        )
 
     def pairs(bits):
-        found = near([measures[index].print for index in known], bits)
+        found = find_hash_pairs([measures[index].print for index in known], bits)
         return [replace(pair, first=known[pair.first], second=known[pair.second]) for pair in found]
 
     told = set()
     for kind, tied in (
-        ("duplicate", [*identical(dataset.records), *pairs(settings.max_bits), *alike(features, settings.min_cosine)]),
+        (
+            "duplicate",
+            [
+                *find_identical_files(dataset.records),
+                *pairs(settings.max_bits),
+                *find_feature_pairs(features, settings.min_cosine),
+            ],
+        ),
         ("similar", pairs(settings.similar_bits) if settings.similar_bits > settings.max_bits else []),
     ):
-        for group in grouped(tied, order):
+        for group in group_duplicates(tied, order):
             for index in group.rest:
                 if index not in told:
                     told.add(index)
-                    yield index, Finding(WARN, kind, f"to {shown(dataset[group.best])}, {group.why[index]}")
+                    yield (
+                        index,
+                        Finding(
+                            SEVERITY_WARN, kind, f"to {printable_file_name(dataset[group.best])}, {group.why[index]}"
+                        ),
+                    )
 
 
-def diversity(measures: Sequence[Measures | None], features) -> tuple[float | None, str]:
+def measure_dataset_diversity(measures: Sequence[ImageMeasurements | None], features) -> tuple[float | None, str]:
     """(Vendi score, a sentence about it)."""
     seen = [index for index, found in enumerate(measures) if found]
     if len(seen) < 2:
         return None, ""
     if features is not None:
-        score, source, count = vendi_of_features(features[seen]), "features of the vision model", len(seen)
+        score, source, count = vendi_from_features(features[seen]), "features of the vision model", len(seen)
     else:
-        prints = sampled([measures[index].print for index in seen])
-        score, source, count = vendi(kernel_of(prints)), "coarse shapes and colours; connect a clip_vision to compare contents", len(prints)
+        prints = sample_evenly([measures[index].print for index in seen])
+        score, source, count = (
+            vendi(signature_kernel(prints)),
+            "coarse shapes and colours; connect a clip_vision to compare contents",
+            len(prints),
+        )
     of = f"{count} pictures" if count == len(seen) else f"an even sample of {count} pictures"
     return score, f"diversity: {of} count as {score:.1f} different ones (Vendi score, from {source})"
 
 
-# -- what follows ----------------------------------------------------------------------------------------------------------------
+# -- what follows ------------------------------------------------------------------------------------------------------
 
 
-def acted(dataset: Dataset, found: Check, settings: QualitySettings) -> Dataset:
-    """The dataset with flags set and pictures left out, as the settings say. What is left out goes with all that belongs to it."""
+def apply_quality_actions(dataset: ImageDataset, found: QualityCheck, settings: QualitySettings) -> ImageDataset:
+    """The dataset with flags set and pictures left out, as the settings say. What is left out goes with all that
+    belongs to it."""
     kept, left_out = [], []
-    action = {REJECT: settings.on_reject, WARN: settings.on_warn, None: KEEP}
+    action = {SEVERITY_REJECT: settings.on_reject, SEVERITY_WARN: settings.on_warn, None: KEEP_IMAGE}
     for one in found.pictures:
-        if action[one.severity] == DROP:
+        if action[one.severity] == DROP_IMAGE:
             left_out.append((one.record.path, "; ".join(map(str, one.findings))))
         else:
-            flags = [str(finding) for finding in one.findings if action[finding.severity] != KEEP]
+            flags = [str(finding) for finding in one.findings if action[finding.severity] != KEEP_IMAGE]
             kept.append(replace(one.record, flags=tuple(dict.fromkeys((*one.record.flags, *flags)))))
-    return Dataset(tuple(kept), (*dataset.skipped, *left_out))
+    return ImageDataset(tuple(kept), (*dataset.skipped, *left_out))
 
 
-def as_json(found: Check) -> str:
+def format_quality_json(found: QualityCheck) -> str:
     """Every figure of every picture, for other programs."""
     pictures = [
         {
-            "path": printable(one.record.path),
+            "path": make_printable(one.record.path),
             "id": one.record.id,
             "severity": one.severity or "good",
             "findings": [str(finding) for finding in one.findings],
@@ -342,4 +514,6 @@ def as_json(found: Check) -> str:
         }
         for one in found.pictures
     ]
-    return json.dumps({"pictures": pictures, "notes": list(found.notes), "vendi": found.vendi and round(found.vendi, 3)}, indent=1)
+    return json.dumps(
+        {"pictures": pictures, "notes": list(found.notes), "vendi": found.vendi and round(found.vendi, 3)}, indent=1
+    )

@@ -1,7 +1,7 @@
 """Groups of pictures that look alike, from one row of features per picture.
 
-k-means on the sphere (k-means++ starts, several of them) or agglomerative clustering by average linkage; how many groups there are is what the
-silhouette (Rousseeuw 1987) likes best, unless it is said.
+k-means on the sphere (k-means++ starts, several of them) or agglomerative clustering by average linkage; how many
+groups there are is what the silhouette (Rousseeuw 1987) likes best, unless it is said.
 """
 
 from __future__ import annotations
@@ -12,28 +12,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...settings import Settings, choice, number
+from ...settings import Settings, choice_field, number_field
 
-K_MEANS, AGGLOMERATIVE = METHODS = ("k-means", "agglomerative")
-MOST = 4000  # pictures: of more, the matrix of all distances grows too large to cluster or judge by
-STARTS = 4
-ROUNDS = 100
+K_MEANS, AGGLOMERATIVE = CLUSTER_METHODS = ("k-means", "agglomerative")
+MAX_CLUSTERED_IMAGES = 4000  # pictures: of more, the matrix of all distances grows too large to cluster or judge by
+KMEANS_RESTARTS = 4
+MAX_KMEANS_ITERATIONS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings(Settings):
     """How pictures are put into groups."""
 
-    method: str = choice(K_MEANS, METHODS, "k-means makes round groups of like size; agglomerative finds small groups and strangers too.")
-    clusters: int = number(0, 0, 1000, "How many groups. 0 means that the silhouette picks the number.", unit="groups")
-    most: int = number(12, 2, 200, "With clusters = 0: the largest number of groups that is tried.", unit="groups")
-    seed: int = number(0, 0, 2**63 - 1, "Where k-means starts. The same seed always gives the same groups.")
+    method: str = choice_field(
+        K_MEANS,
+        CLUSTER_METHODS,
+        "k-means makes round groups of like size; agglomerative finds small groups and strangers too.",
+    )
+    clusters: int = number_field(
+        0, 0, 1000, "How many groups. 0 means that the silhouette picks the number.", unit="groups"
+    )
+    most: int = number_field(
+        12, 2, 200, "With clusters = 0: the largest number of groups that is tried.", unit="groups"
+    )
+    seed: int = number_field(0, 0, 2**63 - 1, "Where k-means starts. The same seed always gives the same groups.")
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """labels by picture, the largest group being 0; silhouette of each picture, -1 to 1; {number of groups: mean silhouette} of all that
-    were tried."""
+    """labels by picture, the largest group being 0; silhouette of each picture, -1 to 1; {number of groups: mean
+    silhouette} of all that were tried."""
 
     labels: tuple[int, ...]
     silhouettes: tuple[float, ...]
@@ -51,39 +59,49 @@ class Clustering:
         return [i for i, label in enumerate(self.labels) if label == cluster]
 
 
-def clustered(rows: np.ndarray, settings: ClusterSettings, check_interrupt=lambda: None) -> Clustering:
+def cluster_features(rows: np.ndarray, settings: ClusterSettings, check_interrupt=lambda: None) -> Clustering:
     """rows (n, d) of unit length. ValueError for more groups than pictures, or more pictures than can be handled."""
     if len(rows) < 2 or settings.clusters > len(rows):
-        raise ValueError(f"{len(rows)} pictures cannot make {settings.clusters or 'two or more'} groups. Give more pictures, or ask for fewer groups.")
-    if len(rows) > MOST:
-        raise ValueError(f"{len(rows)} pictures are more than {MOST}, whose distances no longer fit in memory. Split the dataset first.")
+        raise ValueError(
+            f"{len(rows)} pictures cannot make {settings.clusters or 'two or more'} groups. Give more pictures, or ask "
+            "for fewer groups."
+        )
+    if len(rows) > MAX_CLUSTERED_IMAGES:
+        raise ValueError(
+            f"{len(rows)} pictures are more than {MAX_CLUSTERED_IMAGES}, whose distances no longer fit in memory. "
+            "Split the dataset first."
+        )
     x = torch.from_numpy(np.asarray(rows, np.float32)).double()
-    apart = distances(x)
-    counts = [settings.clusters] if settings.clusters else list(range(2, min(settings.most, len(rows) - 1, distinct(apart)) + 1)) or [1]
-    tree = merges(apart, check_interrupt) if settings.method == AGGLOMERATIVE else None
+    apart = pairwise_distances(x)
+    counts = (
+        [settings.clusters]
+        if settings.clusters
+        else list(range(2, min(settings.most, len(rows) - 1, count_distinct(apart)) + 1)) or [1]
+    )
+    tree = average_linkage(apart, check_interrupt) if settings.method == AGGLOMERATIVE else None
     found = {}
     for count in counts:
         check_interrupt()
-        labels = cut(tree, len(rows), count) if tree is not None else k_means(x, count, settings.seed)
-        found[count] = labels, silhouettes(apart, labels)
+        labels = cut_dendrogram(tree, len(rows), count) if tree is not None else k_means(x, count, settings.seed)
+        found[count] = labels, silhouette_samples(apart, labels)
     tried = {count: float(s.mean()) for count, (_, s) in found.items()}
     labels, scores = found[max(tried, key=lambda count: (round(tried[count], 9), -count))]
-    return Clustering(tuple(by_size(labels)), tuple(scores.tolist()), tried)
+    return Clustering(tuple(relabel_by_size(labels)), tuple(scores.tolist()), tried)
 
 
-def distances(x: Tensor) -> Tensor:
+def pairwise_distances(x: Tensor) -> Tensor:
     """(n, n) Euclidean distances."""
     apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     return apart.fill_diagonal_(0.0)
 
 
-def distinct(apart: Tensor) -> int:
+def count_distinct(apart: Tensor) -> int:
     """How many different pictures there are: copies cannot be told apart."""
     copies = (apart < 1e-9).triu(1).any(0)
     return int((~copies).sum())
 
 
-def by_size(labels: Tensor) -> list[int]:
+def relabel_by_size(labels: Tensor) -> list[int]:
     """The same groups, numbered from the largest; of equal ones the first to come is first."""
     values, first = labels.tolist(), {}
     for place, label in enumerate(values):
@@ -92,17 +110,18 @@ def by_size(labels: Tensor) -> list[int]:
     return [order.index(label) for label in values]
 
 
-# -- k-means ------------------------------------------------------------------------------------------------------------------------------
+# -- k-means -----------------------------------------------------------------------------------------------------------
 
 
 def k_means(x: Tensor, count: int, seed: int) -> Tensor:
-    """(n,) labels of the best of several starts (Lloyd 1982, Arthur and Vassilvitskii 2007); no group is empty unless pictures are equal."""
+    """(n,) labels of the best of several starts (Lloyd 1982, Arthur and Vassilvitskii 2007); no group is empty unless
+    pictures are equal."""
     rng = torch.Generator().manual_seed(seed)
-    runs = [lloyd(x, spread_out(x, count, rng)) for _ in range(STARTS)]
+    runs = [lloyd_iterations(x, kmeans_plus_plus(x, count, rng)) for _ in range(KMEANS_RESTARTS)]
     return min(runs, key=lambda run: run[1])[0]
 
 
-def spread_out(x: Tensor, count: int, rng) -> Tensor:
+def kmeans_plus_plus(x: Tensor, count: int, rng) -> Tensor:
     """(count, d) starting points, each likely to be far from those before it."""
     centres = [x[int(torch.randint(len(x), (1,), generator=rng))]]
     while len(centres) < count:
@@ -112,19 +131,19 @@ def spread_out(x: Tensor, count: int, rng) -> Tensor:
     return torch.stack(centres)
 
 
-def lloyd(x: Tensor, centres: Tensor) -> tuple[Tensor, float]:
+def lloyd_iterations(x: Tensor, centres: Tensor) -> tuple[Tensor, float]:
     """(labels, sum of square distances)."""
     labels = None
-    for _ in range(ROUNDS):
+    for _ in range(MAX_KMEANS_ITERATIONS):
         apart = torch.cdist(x, centres)
         new = apart.argmin(1)
         if labels is not None and torch.equal(new, labels):
             break
-        labels, centres = new, centred(x, new, centres, apart)
+        labels, centres = new, update_centroids(x, new, centres, apart)
     return labels, float(torch.cdist(x, centres).amin(1).square().sum())
 
 
-def centred(x, labels, centres, apart):
+def update_centroids(x, labels, centres, apart):
     """The means of the groups; an empty one moves to the picture that is worst off."""
     fresh, worst = centres.clone(), apart.amin(1).argsort(descending=True).tolist()
     for label in range(len(centres)):
@@ -133,11 +152,12 @@ def centred(x, labels, centres, apart):
     return fresh
 
 
-# -- agglomerative ------------------------------------------------------------------------------------------------------------------------
+# -- agglomerative -----------------------------------------------------------------------------------------------------
 
 
-def merges(apart: Tensor, check_interrupt=lambda: None) -> list[tuple[int, int, float]]:
-    """[(one member, another, distance)] of n - 1 unions by average linkage, nearest first: chains of nearest neighbours (Murtagh 1983), O(n^2)."""
+def average_linkage(apart: Tensor, check_interrupt=lambda: None) -> list[tuple[int, int, float]]:
+    """[(one member, another, distance)] of n - 1 unions by average linkage, nearest first: chains of nearest neighbours
+    (Murtagh 1983), O(n^2)."""
     d = apart.clone().fill_diagonal_(float("inf"))
     sizes, alive, chain, out = [1] * len(d), [True] * len(d), [], []
     while len(out) < len(d) - 1:
@@ -150,13 +170,13 @@ def merges(apart: Tensor, check_interrupt=lambda: None) -> list[tuple[int, int, 
             near = chain[-2]
             chain = chain[:-2]
             out.append((here, near, float(d[here, near])))
-            join(d, sizes, alive, near, here)
+            merge_clusters(d, sizes, alive, near, here)
         else:
             chain.append(near)
     return sorted(out, key=lambda union: union[2])
 
 
-def join(d, sizes, alive, into: int, gone: int) -> None:
+def merge_clusters(d, sizes, alive, into: int, gone: int) -> None:
     """`gone` becomes a part of `into`: distances are means over all pairs."""
     mean = (d[into] * sizes[into] + d[gone] * sizes[gone]) / (sizes[into] + sizes[gone])
     d[into], d[:, into] = mean, mean
@@ -165,7 +185,7 @@ def join(d, sizes, alive, into: int, gone: int) -> None:
     alive[gone] = False
 
 
-def cut(tree, n: int, count: int) -> Tensor:
+def cut_dendrogram(tree, n: int, count: int) -> Tensor:
     """(n,) labels after the first n - count unions."""
     leader = list(range(n))
 
@@ -180,10 +200,10 @@ def cut(tree, n: int, count: int) -> Tensor:
     return torch.tensor([names[lead(i)] for i in range(n)])
 
 
-# -- how well it fits ---------------------------------------------------------------------------------------------------------------------
+# -- how well it fits --------------------------------------------------------------------------------------------------
 
 
-def silhouettes(apart: Tensor, labels: Tensor) -> Tensor:
+def silhouette_samples(apart: Tensor, labels: Tensor) -> Tensor:
     """(n,) how much nearer each is to its own group than to the next one, -1 to 1; 0 for those that are alone."""
     names = labels.unique()
     if len(names) < 2:
@@ -194,4 +214,6 @@ def silhouettes(apart: Tensor, labels: Tensor) -> Tensor:
     size = (member * sizes).sum(1)
     inside = total[own] / (size - 1).clamp(min=1)
     outside = (total / sizes).masked_fill(own, float("inf")).amin(1)
-    return torch.where(size > 1, (outside - inside) / torch.maximum(inside, outside).clamp(min=1e-12), torch.zeros_like(inside))
+    return torch.where(
+        size > 1, (outside - inside) / torch.maximum(inside, outside).clamp(min=1e-12), torch.zeros_like(inside)
+    )

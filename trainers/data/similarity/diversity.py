@@ -1,5 +1,6 @@
-"""How many different pictures a dataset amounts to: the Vendi score (Friedman and Dieng 2023), the exponential of the entropy of the
-eigenvalues of a similarity matrix. n pictures that have nothing in common score n, n times the same picture scores 1."""
+"""How many different pictures a dataset amounts to: the Vendi score (Friedman and Dieng 2023), the exponential of the
+entropy of the eigenvalues of a similarity matrix. n pictures that have nothing in common score n, n times the same
+picture scores 1."""
 
 from __future__ import annotations
 
@@ -7,30 +8,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..quality.duplicates import Print
+from ..quality.duplicates import ImageSignature
 
-MOST = 1500  # pictures; beyond, the eigenvalues are taken of an even sample
+MAX_VENDI_SAMPLES = 1500  # pictures; beyond, the eigenvalues are taken of an even sample
 COLOUR_WIDTH = 20.0  # in a*b*: colours this far apart are related by exp(-1/2)
 
 
 def vendi(kernel: np.ndarray) -> float:
     """1 to n of a similarity matrix (n, n), symmetric, with a diagonal of ones."""
-    return spread(np.linalg.eigvalsh(kernel / len(kernel)))
+    return exp_entropy(np.linalg.eigvalsh(kernel / len(kernel)))
 
 
-def vendi_of_features(features: np.ndarray) -> float:
-    """The same with cosine similarity, of normalised features (n, d); the smaller of the two matrices has the same eigenvalues."""
+def vendi_from_features(features: np.ndarray) -> float:
+    """The same with cosine similarity, of normalised features (n, d); the smaller of the two matrices has the same
+    eigenvalues."""
     features = np.asarray(features, np.float64)
     matrix = features.T @ features if len(features) > features.shape[1] else features @ features.T
-    return spread(np.linalg.eigvalsh(matrix / len(features)))
+    return exp_entropy(np.linalg.eigvalsh(matrix / len(features)))
 
 
-def spread(eigenvalues) -> float:
+def exp_entropy(eigenvalues) -> float:
     share = eigenvalues[eigenvalues > 1e-12]
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def kernel_of(prints: Sequence[Print]) -> np.ndarray:
+def signature_kernel(prints: Sequence[ImageSignature]) -> np.ndarray:
     """Likeness without a vision model: the coarse shapes (bits of the hash in common) times the coarse colours."""
     hashes = np.array([p.hash for p in prints], ">u8")
     signs = np.unpackbits(hashes.view(np.uint8).reshape(len(prints), 8), axis=1) * 2.0 - 1.0
@@ -40,7 +42,7 @@ def kernel_of(prints: Sequence[Print]) -> np.ndarray:
     return (signs @ signs.T / signs.shape[1]) * np.exp(-apart / (2 * COLOUR_WIDTH**2))
 
 
-def sampled(values: Sequence, most: int = MOST) -> list:
+def sample_evenly(values: Sequence, most: int = MAX_VENDI_SAMPLES) -> list:
     """At most `most` of them, evenly spread."""
     if len(values) <= most:
         return list(values)

@@ -1,4 +1,5 @@
-"""Pictures by what is seen in them: one row of numbers each, which of them are alike, the groups they form, and sheets to see it."""
+"""Pictures by what is seen in them: one row of numbers each, which of them are alike, the groups they form, and sheets
+to see it."""
 
 from __future__ import annotations
 
@@ -9,19 +10,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...settings import Settings, number, text
-from ..readers import printable
-from ..records import Dataset, Record
-from ..sheets import BAD, EDGE, GOOD, Tile, contact_sheet, thumbnail
+from ...settings import Settings, number_field, text_field
+from ..readers import make_printable
+from ..records import ImageDataset, ImageRecord
+from ..sheets import BAD_COLOUR, GOOD_COLOUR, NEUTRAL_COLOUR, SheetTile, draw_contact_sheet, make_thumbnail
 from .clusters import Clustering
-from .diversity import sampled, vendi_of_features
+from .diversity import sample_evenly, vendi_from_features
 
 
 @dataclass(frozen=True)
-class Features:
+class ImageFeatures:
     """One row of unit length per picture of a dataset, and what saw them."""
 
-    dataset: Dataset
+    dataset: ImageDataset
     rows: np.ndarray  # (n, d) float32
     source: str  # for the person: "CLIP_VISION"
     kind: str = ""  # changes with what saw them; rows of different kinds cannot be compared
@@ -36,7 +37,7 @@ class Features:
     @property
     def diversity(self) -> float:
         """How many different pictures they amount to (Vendi score)."""
-        return vendi_of_features(np.stack(sampled(self.rows))) if len(self) else 0.0
+        return vendi_from_features(np.stack(sample_evenly(self.rows))) if len(self) else 0.0
 
 
 def unit_rows(rows) -> np.ndarray:
@@ -45,143 +46,185 @@ def unit_rows(rows) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)).astype(np.float32)
 
 
-
-
-# -- which are alike --------------------------------------------------------------------------------------------------------------------------
+# -- which are alike ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarSettings(Settings):
     """Which pictures are looked for."""
 
-    most: int = number(12, 1, 200, "How many pictures are shown for each that is asked for.", unit="pictures")
-    least: float = number(0.0, -1.0, 1.0, "Cosine below which a picture is not alike. Copies have 0.95 and more.", step=0.01)
-    name: str = text("", "File name, or a part of it, of the pictures that are asked for. Empty: the first picture, or all of queries.")
+    most: int = number_field(12, 1, 200, "How many pictures are shown for each that is asked for.", unit="pictures")
+    least: float = number_field(
+        0.0, -1.0, 1.0, "Cosine below which a picture is not alike. Copies have 0.95 and more.", step=0.01
+    )
+    name: str = text_field(
+        "",
+        "File name, or a part of it, of the pictures that are asked for. Empty: the first picture, or all of queries.",
+    )
 
 
 @dataclass(frozen=True)
-class Match:
+class SimilarityMatch:
     """A picture of the set that is like one that was asked for."""
 
     index: int
     cosine: float
 
 
-def asked_for(features: Features, name: str, everything: bool) -> Features:
-    """The pictures whose file name holds `name`; without a name the first one, or everything. ValueError where there is none."""
+def select_query_images(features: ImageFeatures, name: str, everything: bool) -> ImageFeatures:
+    """The pictures whose file name holds `name`; without a name the first one, or everything. ValueError where there is
+    none."""
     places = [i for i, r in enumerate(features.dataset) if name.strip().lower() in Path(r.path).name.lower()]
     places = places if everything or name.strip() else places[:1]
     if not places:
         raise ValueError(f"No file name of {len(features)} pictures holds {name!r}. Write a part of one, or nothing.")
-    return replace(features, dataset=Dataset(tuple(features.dataset[i] for i in places)), rows=features.rows[places])
+    return replace(
+        features, dataset=ImageDataset(tuple(features.dataset[i] for i in places)), rows=features.rows[places]
+    )
 
 
-def similar(queries: Features, among: Features, most: int, least: float = -1.0) -> list[list[Match]]:
+def find_similar_images(
+    queries: ImageFeatures, among: ImageFeatures, most: int, least: float = -1.0
+) -> list[list[SimilarityMatch]]:
     """For each query the pictures that are most like it, best first, without the picture itself (its own bytes)."""
     if queries.kind != among.kind or queries.rows.shape[1:] != among.rows.shape[1:]:
-        raise ValueError(f"These features cannot be compared: one side was seen by {queries.source}, the other by {among.source}, or by another model of "
-                         "that kind. Extract both with the same one.")
+        raise ValueError(
+            f"These features cannot be compared: one side was seen by {queries.source}, the other by {among.source}, "
+            "or by another model of that kind. Extract both with the same one."
+        )
     likeness = queries.rows @ among.rows.T
-    return [best(record.id, row, among, most, least) for record, row in zip(queries.dataset, likeness, strict=True)]
+    return [
+        top_matches(record.id, row, among, most, least) for record, row in zip(queries.dataset, likeness, strict=True)
+    ]
 
 
-def best(id_: str, row, among: Features, most: int, least: float) -> list[Match]:
+def top_matches(id_: str, row, among: ImageFeatures, most: int, least: float) -> list[SimilarityMatch]:
     order = np.argsort(-row, kind="stable").tolist()
-    return [Match(i, float(row[i])) for i in order if among.dataset[i].id != id_ and row[i] >= least][:most]
+    return [SimilarityMatch(i, float(row[i])) for i in order if among.dataset[i].id != id_ and row[i] >= least][:most]
 
 
-def found_in(among: Features, matches: Sequence[Sequence[Match]]) -> Dataset:
+def collect_matched_images(among: ImageFeatures, matches: Sequence[Sequence[SimilarityMatch]]) -> ImageDataset:
     """Every picture that was found, once, the likest first."""
     order = sorted((match for row in matches for match in row), key=lambda match: -match.cosine)
-    return Dataset(tuple(among.dataset[i] for i in dict.fromkeys(match.index for match in order)))
+    return ImageDataset(tuple(among.dataset[i] for i in dict.fromkeys(match.index for match in order)))
 
 
-SHOWN_QUERIES = 12
+MAX_SHEET_QUERIES = 12
 
 
-def similar_sheet(queries: Features, among: Features, matches: Sequence[Sequence[Match]]) -> Image.Image:
+def draw_similarity_sheet(
+    queries: ImageFeatures, among: ImageFeatures, matches: Sequence[Sequence[SimilarityMatch]]
+) -> Image.Image:
     """Each picture that was asked for, framed, and after it those that are like it, with their cosines."""
     tiles = []
-    for record, row in list(zip(queries.dataset, matches, strict=True))[:SHOWN_QUERIES]:
-        tiles += [tile(record, "asked for", GOOD)]
-        tiles += [tile(among.dataset[match.index], f"{match.cosine:.3f}") for match in row]
+    for record, row in list(zip(queries.dataset, matches, strict=True))[:MAX_SHEET_QUERIES]:
+        tiles += [make_similarity_tile(record, "asked for", GOOD_COLOUR)]
+        tiles += [make_similarity_tile(among.dataset[match.index], f"{match.cosine:.3f}") for match in row]
     one = len(queries) == 1
-    columns = None if one else 1 + max((len(row) for row in matches[:SHOWN_QUERIES]), default=0)
+    columns = None if one else 1 + max((len(row) for row in matches[:MAX_SHEET_QUERIES]), default=0)
     if not one:
-        tiles = padded(tiles, [1 + len(row) for row in matches[:SHOWN_QUERIES]], columns)
-    return contact_sheet(tiles, columns, cell=160, title=f"{sum(map(len, matches))} pictures like {len(queries)}, by {among.source}")
+        tiles = pad_tile_rows(tiles, [1 + len(row) for row in matches[:MAX_SHEET_QUERIES]], columns)
+    return draw_contact_sheet(
+        tiles, columns, cell=160, title=f"{sum(map(len, matches))} pictures like {len(queries)}, by {among.source}"
+    )
 
 
-def padded(tiles, lengths, columns) -> list[Tile]:
+def pad_tile_rows(tiles, lengths, columns) -> list[SheetTile]:
     """Rows of equal length, empty tiles at their ends."""
-    blank, out = Tile(Image.new("RGB", (8, 8), EDGE)), []
+    blank, out = SheetTile(Image.new("RGB", (8, 8), NEUTRAL_COLOUR)), []
     for length in lengths:
         out += [*tiles[:length], *[blank] * (columns - length)]
         tiles = tiles[length:]
     return out
 
 
-def tile(record: Record, line: str, colour: str = EDGE) -> Tile:
-    name = printable(Path(record.path).name)
+def make_similarity_tile(record: ImageRecord, line: str, colour: str = NEUTRAL_COLOUR) -> SheetTile:
+    name = make_printable(Path(record.path).name)
     try:
-        return Tile(thumbnail(record, 160), (line, name), colour)
+        return SheetTile(make_thumbnail(record, 160), (line, name), colour)
     except (ValueError, OSError):
-        return Tile(Image.new("RGB", (160, 160), BAD), (line, name, "cannot be opened"), BAD)
+        return SheetTile(Image.new("RGB", (160, 160), BAD_COLOUR), (line, name, "cannot be opened"), BAD_COLOUR)
 
 
-def similar_words(queries: Features, among: Features, matches) -> str:
+def format_similarity_report(queries: ImageFeatures, among: ImageFeatures, matches) -> str:
     lines = [f"{sum(map(len, matches))} pictures of {len(among)} are like {len(queries)} that were asked for."]
     for record, row in zip(queries.dataset, matches, strict=True):
-        found = ", ".join(f"{printable(Path(among.dataset[m.index].path).name)} {m.cosine:.3f}" for m in row) or "nothing that is alike enough"
-        lines.append(f"{printable(Path(record.path).name)}: {found}")
+        found = (
+            ", ".join(f"{make_printable(Path(among.dataset[m.index].path).name)} {m.cosine:.3f}" for m in row)
+            or "nothing that is alike enough"
+        )
+        lines.append(f"{make_printable(Path(record.path).name)}: {found}")
     return "\n".join(lines)
 
 
-# -- groups -------------------------------------------------------------------------------------------------------------------------------------
+# -- groups ------------------------------------------------------------------------------------------------------------
 
-SHOWN_GROUPS, SHOWN_MEMBERS = 24, 6
+MAX_SHEET_CLUSTERS, MAX_CLUSTER_TILES = 24, 6
 
 
-def grouped(features: Features, found: Clustering) -> tuple[list[Dataset], Dataset]:
+def split_by_cluster(features: ImageFeatures, found: Clustering) -> tuple[list[ImageDataset], ImageDataset]:
     """(one dataset per group, the largest first; all pictures in their order). Each picture's flags say its group."""
     words = f"of {found.count} (silhouette {found.silhouette:.2f})"
-    marked = [flagged(record, f"group {label + 1} {words}") for record, label in zip(features.dataset, found.labels, strict=True)]
-    parts = [Dataset(tuple(marked[i] for i in found.members(label))) for label in range(found.count)]
-    return parts, Dataset(tuple(marked), features.dataset.skipped)
+    marked = [
+        set_cluster_flag(record, f"group {label + 1} {words}")
+        for record, label in zip(features.dataset, found.labels, strict=True)
+    ]
+    parts = [ImageDataset(tuple(marked[i] for i in found.members(label))) for label in range(found.count)]
+    return parts, ImageDataset(tuple(marked), features.dataset.skipped)
 
 
-def flagged(record: Record, flag: str) -> Record:
+def set_cluster_flag(record: ImageRecord, flag: str) -> ImageRecord:
     return replace(record, flags=(*(f for f in record.flags if not f.startswith("group ")), flag))
 
 
-def central(features: Features, members: Sequence[int]) -> list[int]:
+def sort_by_centrality(features: ImageFeatures, members: Sequence[int]) -> list[int]:
     """The members, the most typical first."""
     middle = features.rows[list(members)].mean(0)
     return sorted(members, key=lambda i: -float(features.rows[i] @ middle))
 
 
-def group_sheet(features: Features, found: Clustering) -> Image.Image:
+def draw_clusters_sheet(features: ImageFeatures, found: Clustering) -> Image.Image:
     """A row for each group: its most typical pictures."""
-    tiles: list[Tile] = []
-    for label in range(min(found.count, SHOWN_GROUPS)):
+    tiles: list[SheetTile] = []
+    for label in range(min(found.count, MAX_SHEET_CLUSTERS)):
         members = found.members(label)
-        row = [tile(features.dataset[i], f"group {label + 1}, {len(members)}", GOOD if not place else EDGE)
-               for place, i in enumerate(central(features, members)[:SHOWN_MEMBERS])]  # fmt: skip
-        tiles += padded(row, [len(row)], SHOWN_MEMBERS)
-    return contact_sheet(tiles, SHOWN_MEMBERS, cell=160, title=f"{found.count} groups of {len(features)} pictures, silhouette {found.silhouette:.2f}")
+        row = [
+            make_similarity_tile(
+                features.dataset[i], f"group {label + 1}, {len(members)}", GOOD_COLOUR if not place else NEUTRAL_COLOUR
+            )
+            for place, i in enumerate(sort_by_centrality(features, members)[:MAX_CLUSTER_TILES])
+        ]
+        tiles += pad_tile_rows(row, [len(row)], MAX_CLUSTER_TILES)
+    return draw_contact_sheet(
+        tiles,
+        MAX_CLUSTER_TILES,
+        cell=160,
+        title=f"{found.count} groups of {len(features)} pictures, silhouette {found.silhouette:.2f}",
+    )
 
 
-def group_words(features: Features, found: Clustering) -> str:
-    lines = [f"{len(features)} pictures in {found.count} groups, silhouette {found.silhouette:.2f} (1: clear groups, 0: none).",
-             f"Together they amount to {features.diversity:.1f} different pictures (Vendi score)."]  # fmt: skip
+def format_clusters_report(features: ImageFeatures, found: Clustering) -> str:
+    lines = [
+        f"{len(features)} pictures in {found.count} groups, silhouette {found.silhouette:.2f} (1: clear groups, 0: "
+        "none).",
+        f"Together they amount to {features.diversity:.1f} different pictures (Vendi score).",
+    ]
     for label in range(found.count):
         members = found.members(label)
-        part = replace(features, dataset=Dataset(tuple(features.dataset[i] for i in members)), rows=features.rows[members])
-        typical = printable(Path(features.dataset[central(features, members)[0]].path).name)
+        part = replace(
+            features, dataset=ImageDataset(tuple(features.dataset[i] for i in members)), rows=features.rows[members]
+        )
+        typical = make_printable(Path(features.dataset[sort_by_centrality(features, members)[0]].path).name)
         own = float(np.mean([found.silhouettes[i] for i in members]))
-        lines.append(f"group {label + 1}: {len(members)} pictures, {part.diversity:.1f} different, silhouette {own:.2f}, most typical {typical}")
+        lines.append(
+            f"group {label + 1}: {len(members)} pictures, {part.diversity:.1f} different, silhouette {own:.2f}, most "
+            f"typical {typical}"
+        )
     if len(found.tried) > 1:
-        lines.append("silhouette by number of groups: " + ", ".join(f"{count}: {height:.2f}" for count, height in found.tried.items()))
+        lines.append(
+            "silhouette by number of groups: "
+            + ", ".join(f"{count}: {height:.2f}" for count, height in found.tried.items())
+        )
     if found.count > 1 and found.silhouette < 0.1:
         lines.append("The groups run into each other: these pictures have no clear groups.")
     return "\n".join(lines)
