@@ -38,7 +38,7 @@ def figures(toy, name) -> dict:
     start = time.process_time()
     marks = lesson.exam(toy, taught.lora)
     steps = lesson.run.steps
-    spent = taught.snapshots[-1].spent
+    spent = taught.snapshots[-1].forward_counts
     return {
         "settings": settings_of(lesson),
         "seconds of one core": round(taught.seconds, 1),
@@ -86,7 +86,7 @@ def curve(toy, name) -> list[dict]:
     from trainyard.tests.toy import differences
 
     lesson = differences.curve_lesson(Original if name == "original" else None)
-    taught = differences.learn(toy, lesson)
+    taught = differences.train_member(toy, lesson)
     rows = [dict(updates=0, forwards=0, **lesson.exam(toy, None))]
     for snapshot in taught.snapshots:
         rows.append(dict(updates=snapshot.step, forwards=snapshot.forwards, **lesson.exam(toy, snapshot.lora)))

@@ -147,7 +147,7 @@ class Judge:
     true: object
     scores: list
     drawn: Drawn
-    scenes: list
+    preview_prompts: list
 
     def __post_init__(self):
         import torch
@@ -166,8 +166,8 @@ class Judge:
         from trainyard.trainers.monitor.strength_curve import sample_from_noise
 
         parts = []
-        for number, scene in enumerate(self.scenes):
-            each = JUDGED // len(self.scenes)
+        for number, scene in enumerate(self.preview_prompts):
+            each = JUDGED // len(self.preview_prompts)
             noise = sampling.noise([first_seed + number * each + i for i in range(each)])
             parts.append(sample_from_noise(self.model, scene, "", noise, strength, 8, 2.0))
         return torch.cat(parts)
@@ -193,7 +193,7 @@ class Judge:
 
         after = self.draw(strength)
         gain = lambda of: float(of(after).mean() - of(self.before).mean())
-        each = JUDGED // len(self.scenes)
+        each = JUDGED // len(self.preview_prompts)
         within = [sum(mean_distance(part) for part in side.split(each)) for side in (self.before, after)]
         return {
             "true gain": round(gain(lambda x: self.true(self.pictures(x)) / self.unit), 3),
@@ -269,7 +269,7 @@ def learnt(toy, drawn, true, settings, scores, rows, look, **run):
         method = LecoScoreTraining(model, scores, places, settings)
         train(method, run, OptimizerSettings())
         cost = {"seconds of one core": round(time.process_time() - start, 1), "forwards per "
-                                                                              "update": round(sum(model.spent.values()) / run.steps, 1),
+                                                                              "update": round(sum(model.forward_counts.values()) / run.steps, 1),
                 "anchor at the end": round(float(method.anchor), 3), "step drift at the "
                                                                      "end": round(float(method.drift), 3)}  # fmt: skip
         return {**look(judge), **cost}

@@ -63,15 +63,15 @@ def counted(plan, meta):
     if meta:
         it = contenders.Meta(plan, to_input=False)
         adapters, blocks = contenders.Adapters(it.network, adapter).to("meta"), host.Blocks()
-        blocks.tally = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
+        blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
         with (
             host.out_of_place(it.network),
             host.checkpointed(host.context.find_block_classes(it.network), adapters, blocks),
             adapters.attached(),
         ):
-            with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.tally:
+            with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.counter:
                 it.loss()
-        return add_block_weights(blocks.tally.measured(bytes_of(adapters)), it.network, torch.device("meta"))
+        return add_block_weights(blocks.counter.measured(bytes_of(adapters)), it.network, torch.device("meta"))
     with host.session.open_training_session(shapes.make(plan.shape, plan.dtype), adapter) as session:
         method = LoraTraining(
             session.denoiser,
@@ -80,7 +80,7 @@ def counted(plan, meta):
             density=session.family.density,
             batch=plan.batch,
         )
-        session.blocks.tally = tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
+        session.blocks.counter = tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
         with tally:
             method.loss(host.progress.make_generator(0))
         return add_block_weights(

@@ -146,15 +146,15 @@ def counted(plan, row):
 
     it = contenders.Meta(plan, to_input=False)
     adapters, blocks = contenders.Adapters(it.network, adapter_of(row, plan.shape)).to("meta"), host.Blocks()
-    blocks.tally = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
+    blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
     with (
         host.out_of_place(it.network),
         host.checkpointed(host.context.find_block_classes(it.network), adapters, blocks),
         adapters.attached(),
     ):
-        with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.tally:
+        with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.counter:
             it.loss()
-    return blocks.tally.measured(size(adapters.parameters()))
+    return blocks.counter.measured(size(adapters.parameters()))
 
 
 def steps(it, optimizer, params, optimizing):

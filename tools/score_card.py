@@ -50,10 +50,10 @@ def measured():
     true = benchmark.TRUE["redness"]
     with torch.inference_mode():
         toy = pack.toy_world()
-        denoiser, learnt_from, _ = benchmark.prepared(toy)
+        denoiser, learnt_from, _ = benchmark.preprocess(toy)
         with host.context.enable_gradients():
             score = benchmark.scorer(denoiser, learnt_from, true, True)
-        prompts = [SignedPrompt(scene) for scene in benchmark.scenes("trained")]
+        prompts = [SignedPrompt(scene) for scene in benchmark.preview_prompts("trained")]
         found = benchmark.learnt(toy, learnt_from, true, LecoScoreSettings(), [(score, 1.0)], prompts, look)
     print({**found, "columns": [round(value, 2) for _, value in found["columns"]]}, flush=True)
     pictures, values = zip(*found["columns"], strict=True)
@@ -65,7 +65,7 @@ def look(judge):
     from trainyard.nodes import host
 
     judge.model.conds.update(zip(ASKED, host.encoders.TextEncoder(judge.toy.clip).encode(ASKED), strict=True))
-    judge.scenes = ASKED
+    judge.preview_prompts = ASKED
     return {"columns": [column(judge, judge.pictures(judge.draw(strength))) for strength in STRENGTHS]}
 
 

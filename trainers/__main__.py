@@ -283,7 +283,7 @@ class CommandLineJob:
             return None
         targets = "attention+mlp" if self.adapter.targets in ("regex", "all linear") else self.adapter.targets
         narrowed = dataclasses.replace(self.adapter, targets=targets, pattern="", conv=False)
-        return Adapters(engine.text.trainable(), narrowed, rng).to(engine.denoiser.device)
+        return Adapters(engine.text.trainable_models(), narrowed, rng).to(engine.denoiser.device)
 
     def fingerprint(self, engine, data) -> str:
         """Of all that changes the result but the number of steps, so that a run can be continued to more."""

@@ -75,7 +75,7 @@ class TrainingState:
             **({"watch": seen} if (seen := self.watch.state() if self.watch else self.watched) else {}),
         }
 
-    def better(self) -> dict | None:
+    def best_state(self) -> dict | None:
         """{"step", "params"} that are to be delivered in place of the last ones, or None."""
         best = self.watch.best if self.watch else None
         return best if best and best["step"] != self.step else None
@@ -120,7 +120,7 @@ class NoStore:
 
     def save(self, state, why): ...
 
-    def keep_best(self, step): ...
+    def save_best(self, step): ...
 
 
 def train(
@@ -156,14 +156,14 @@ def train(
             if watch and watch.due(now.step, run.steps):
                 now.losses += pending.fetch(now.step)
                 run_monitor_checks(now, store, run.steps)
-            ended = now.step >= run.steps or bool(watch and watch.enough)
+            ended = now.step >= run.steps or bool(watch and watch.should_stop)
             if why := "finished" if ended else clock.save_due(now.step, run.save_every):
                 now.losses += pending.fetch(now.step)
                 save_training_state(now, store, why)
                 report(clock.progress(now))
             if ended:
                 apply_eval_weights(now.optimizer)
-                copy_into_parameters(now.params, (now.better() or {}).get("params"))
+                copy_into_parameters(now.params, (now.best_state() or {}).get("params"))
                 return now.losses
             factor = lr_schedule_factor(now.step, run.steps, optimizing)
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
@@ -201,7 +201,7 @@ def run_monitor_checks(now, store, steps):
     of others."""
     with eval_weights_applied(now.optimizer, now.params), fork_rng_state():
         if now.watch.look(now.step, steps, now.params):
-            store.keep_best(now.step)
+            store.save_best(now.step)
 
 
 def fork_rng_state():
@@ -211,7 +211,7 @@ def fork_rng_state():
 
 def save_training_state(now, store, why):
     """The state is that of training, so that more steps go on from there; what is exported are the weights to use."""
-    state, best = now.state(), now.better() if why == "finished" else None
+    state, best = now.state(), now.best_state() if why == "finished" else None
     state["params"] = [p.clone() for p in state["params"]]
     with eval_weights_applied(now.optimizer, now.params):
         before = [p.detach().clone() for p in now.params] if best else None
@@ -277,7 +277,7 @@ class PendingLosses:
 class TrainingClock:
     """When to report, when to save, and how long is left."""
 
-    safety_seconds = 180  # how much work a power cut may cost
+    autosave_seconds = 180  # how much work a power cut may cost
 
     def __init__(self, first, steps, interval):
         self.first, self.steps, self.interval = first, steps, interval
@@ -293,7 +293,7 @@ class TrainingClock:
             "step"
             if every and step % every == 0
             else "auto"
-            if time.monotonic() - self.saved > self.safety_seconds
+            if time.monotonic() - self.saved > self.autosave_seconds
             else None
         )
         if why:

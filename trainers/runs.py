@@ -111,7 +111,7 @@ class RunFolder:
         self.saved = state["step"]
         return state
 
-    def begun(self) -> bool:
+    def load_batch_sizes(self) -> bool:
         """Whether there is something to go on from; `sizes` are those of its beginning then."""
         if not self.state_path.exists():
             return False
@@ -134,7 +134,7 @@ class RunFolder:
             lora = self.export(state.get("delivered", state["step"]))
             if lora:
                 write_lora(self.lora_path(self.steps if why == "finished" else state["step"]), lora)
-        self.write_seen(state.get("watch") or {})
+        self.write_monitor_files(state.get("watch") or {})
         about = {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -149,7 +149,7 @@ class RunFolder:
         }
         write_json_file(self.folder / "run.json", about)
 
-    def write_seen(self, seen: dict):
+    def write_monitor_files(self, seen: dict):
         """What a person may want to read of what the run saw."""
         for name, what in (("validation.json", seen.get("history")), ("images.json", seen.get("worst"))):
             if what:
@@ -157,7 +157,7 @@ class RunFolder:
         if self.graph and not (self.folder / "graph.json").exists():
             write_json_file(self.folder / "graph.json", {key: json.loads(text) for key, text in self.graph.items()})
 
-    def keep_best(self, step: int):
+    def save_best(self, step: int):
         """Write the LoRA of now as the best so far."""
         self.why = "best"
         if self.export and (lora := self.export(step)):

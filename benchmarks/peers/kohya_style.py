@@ -76,7 +76,7 @@ class Loras(nn.ModuleDict):
             for layer in self.layers.values():
                 del layer.forward
 
-    def dropping(self, rng):
+    def dropout_active(self, rng):
         return contextlib.nullcontext()
 
 

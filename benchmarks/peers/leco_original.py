@@ -45,18 +45,18 @@ class Original:
 
     def loss(self, rng):
         task = self.tasks[sample_task_index(self.tasks, rng)]
-        (pull,) = task.pulls
+        (pull,) = task.targets
         x, sigma = self.denoised_in_part(task, rng)
         answers = self.model.frozen(x, sigma, task.asked)
-        goal = sum(weight * answers[prompt] for weight, prompt in pull.goal)
+        goal = sum(weight * answers[prompt] for weight, prompt in pull.weighted_prompts)
         student = self.model.student(x, sigma, pull.prompt, 1.0)
         self.book(len(x), len(task.asked))
         return native_error(self.model.denoiser, student, goal, sigma)
 
     def book(self, batch, asked):
         """Forwards that the original makes and whose answers change nothing: spared here, and counted."""
-        self.model.spent["frozen"] += batch * (2 * 3 - asked)
-        self.model.spent["student"] += batch
+        self.model.forward_counts["frozen"] += batch * (2 * 3 - asked)
+        self.model.forward_counts["student"] += batch
 
     @torch.no_grad()
     def denoised_in_part(self, task, rng):
@@ -70,7 +70,7 @@ class Original:
         with self.model.adapters.at(1.0):
             for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
                 sigma = here.expand(len(x))
-                self.model.spent["rollout"] += 2 * len(x)
+                self.model.forward_counts["rollout"] += 2 * len(x)
                 x0 = denoise_with_guidance(denoiser, x, sigma, conds[task.scene], conds[task.away], GUIDANCE)
                 x = x + slope(x, sigma, x0) * per_sample((there - here).expand(len(x)), x)
         return x, sigmas[-1].expand(len(x))

@@ -258,7 +258,7 @@ def choose_caption_template(backend: str, captioner, text: str, wording: PromptS
         return text or "{name}"
     if backend in (BACKEND_WD_TAGGER, BACKEND_ZERO_SHOT):
         return ""
-    return text or (build_caption_prompt(wording) if getattr(captioner, "follows", False) else "")
+    return text or (build_caption_prompt(wording) if getattr(captioner, "follows_instructions", False) else "")
 
 
 # -- what was done -----------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def format_caption_counts(done) -> str:
     parts = [
         (done.made, "captioned"),
         (done.kept, "found in the cache"),
-        (done.passed, "left as they were"),
+        (done.unchanged, "left as they were"),
         (len(done.failed), "failed"),
     ]
     return ", ".join(f"{count} {what}" for count, what in parts if count) or "no pictures"

@@ -91,7 +91,7 @@ def managed_captioner(captioner):
 class ClipCaptioner:
     """The CLIP of the graph as a captioner, through the host's own generate (what core's Generate Text does)."""
 
-    looks = follows = True
+    looks = follows_instructions = True
 
     def __init__(self, clip, settings: CaptionerSettings, wording: PromptSettings):
         self.clip, self.settings, self.wording = clip, settings, wording

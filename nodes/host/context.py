@@ -128,6 +128,6 @@ def has_block_patches(options: dict) -> bool:
 def make_block_compiler(adapters, say) -> BlockCompiler:
     """For blocks that are to be compiled; `say` is told when they cannot be."""
     made = BlockCompiler(adapters, drop_block_position, say)
-    if adapters.drops:
+    if adapters.has_dropout:
         made.give_up("adapters with dropout draw anew in every step")
     return made

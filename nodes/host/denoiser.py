@@ -15,10 +15,10 @@ class ComfyDenoiser:
     def __init__(self, patcher, family: ModelFamily):
         self.patcher, self.model, self.family = patcher, patcher.model, family
         self.device = patcher.load_device
-        self.widest = 0  # numbers in the largest batch so far
-        self.options = self._options()
+        self.max_batch_numel = 0  # numbers in the largest batch so far
+        self.options = self._make_transformer_options()
 
-    def _options(self):
+    def _make_transformer_options(self):
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get(
             "transformer_options", {}
         )
@@ -75,7 +75,7 @@ class ComfyDenoiser:
     def denoise(self, x, sigma, conds):
         """Row i is predicted under cond i. (The host's own list of conds would predict every row under all of them and
         average.)"""
-        rows = [self._row(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
+        rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = sigma.to(x.device)
         parts = [
             (group, self._apply(x[group], sigma[group], [rows[i] for i in group]))
@@ -85,7 +85,7 @@ class ComfyDenoiser:
         out = torch.cat([part for _, part in parts])
         return out if order == sorted(order) else out[torch.tensor(order, device=x.device).argsort()]
 
-    def _row(self, cond, x):
+    def _model_inputs(self, cond, x):
         """The host's own model inputs for one caption: extra_conds adds size conditioning, guidance, masks."""
         cond = {"guidance": self.family.guidance, **cond} if self.family.guidance is not None else cond
         about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
@@ -95,7 +95,7 @@ class ComfyDenoiser:
         }
 
     def _apply(self, x, sigma, rows):
-        self.widest = max(self.widest, x.numel())
+        self.max_batch_numel = max(self.max_batch_numel, x.numel())
         inputs = comfy.samplers.cond_cat(rows, x.device)
         options = {**self.options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)

@@ -25,7 +25,7 @@ class ModelFamily:
     guidance: float | None = None
     names: str = "original"
     known: bool = True
-    distilled: bool = False  # guidance is part of the weights: it draws at guidance 1
+    guidance_distilled: bool = False  # guidance is part of the weights: it draws at guidance 1
 
 
 MODEL_FAMILIES = {
@@ -34,7 +34,11 @@ MODEL_FAMILIES = {
     "SDXL": ModelFamily("SDXL", UNIFORM_DENSITY, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     "SD3": ModelFamily("Stable Diffusion 3", LOGIT_NORMAL_DENSITY, "sd3_m", "stable-diffusion-3"),
     "FluxSchnell": ModelFamily(
-        "Flux schnell", NoiseLevelDensity("logit-normal", 0.0, 1.0, 1.0), "flux1", "flux-1-schnell", distilled=True
+        "Flux schnell",
+        NoiseLevelDensity("logit-normal", 0.0, 1.0, 1.0),
+        "flux1",
+        "flux-1-schnell",
+        guidance_distilled=True,
     ),
     "Flux": ModelFamily(
         "Flux",
@@ -42,7 +46,7 @@ MODEL_FAMILIES = {
         "flux1",
         "flux-1-dev",
         guidance=1.0,
-        distilled=True,
+        guidance_distilled=True,
     ),
     "Chroma": ModelFamily("Chroma", LOGIT_NORMAL_DENSITY, "chroma", "chroma", guidance=0.0),
     "ZImage": ModelFamily("Z-Image", NoiseLevelDensity("logit-normal", 0.0, 1.0, 2.0), "zimage", "z-image"),
@@ -57,7 +61,7 @@ MODEL_FAMILIES = {
         "hunyuan_video",
         "hunyuan-video",
         guidance=1.0,
-        distilled=True,
+        guidance_distilled=True,
     ),
     "WAN21_T2V": ModelFamily("Wan", NoiseLevelDensity("logit-normal", 0.0, 1.0, 3.0), "wan", "wan"),
 }

@@ -39,7 +39,7 @@ class OutOfMemory(RuntimeError):
 
     def __init__(self, run, plan: str):
         super().__init__(format_memory_advice(run, plan))
-        self.plan, self.cheaper = plan, next_cheaper_plan(plan)
+        self.plan, self.cheaper_plan = plan, next_cheaper_plan(plan)
 
 
 def format_memory_advice(run, plan: str) -> str:

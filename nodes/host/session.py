@@ -57,8 +57,8 @@ class TrainingSession:
     text_adapters: Adapters | None = None
     encode: object = None  # (batch) -> conds with gradients
     keys: dict = field(default_factory=dict)  # layer path -> name in the file
-    text_keys: dict = field(default_factory=dict)
-    text_known: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
+    text_layer_keys: dict = field(default_factory=dict)
+    known_text_keys: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
     blocks: CheckpointPolicy = field(
         default_factory=CheckpointPolicy
     )  # how the model's blocks keep what backward needs; may change between two steps
@@ -68,7 +68,7 @@ class TrainingSession:
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
         tensors, untouched = self.adapters.tensors(self.keys.__getitem__)
         if self.text_adapters is not None:
-            more, others = self.text_adapters.tensors(self.text_keys.__getitem__)
+            more, others = self.text_adapters.tensors(self.text_layer_keys.__getitem__)
             tensors, untouched = {**tensors, **more}, untouched + others
         return tensors, untouched
 
@@ -169,8 +169,8 @@ def attach_text_adapters(clip, adapter, rng, session):
     clip = clip.clone()
     network = clip.cond_stage_model
     session.text_adapters = Adapters(network, text_adapter_settings(adapter), rng).to(clip.patcher.load_device)
-    session.text_keys = clip_lora_keys(network, session.text_adapters.layers)
-    session.text_known = comfy.lora.model_lora_keys_clip(network, {})
+    session.text_layer_keys = clip_lora_keys(network, session.text_adapters.layers)
+    session.known_text_keys = comfy.lora.model_lora_keys_clip(network, {})
     with load_with_adapters(clip.patcher, session.text_adapters, 0.0), disable_inplace_updates(network):
         replace_inference_parameters(network)
         session.encode = lambda batch: [
@@ -200,7 +200,7 @@ def load_lora_into_session(session: TrainingSession, lora):
     known = comfy.lora.model_lora_keys_unet(session.denoiser.model, {})
     if session.text_adapters is not None:
         names |= {f"{name}.weight": ("text", name) for name in session.text_adapters.layers}
-        known = known | session.text_known
+        known = known | session.known_text_keys
     found: dict[str, dict] = {"model": {}, "text": {}}
     for base, tensors in group_tensors_by_layer(lora).items():
         target = known.get(base, base)
@@ -229,4 +229,4 @@ def open_frozen_model(model, conds: dict):
 def rollout_guidance(session: TrainingSession, asked: float) -> float:
     """Classifier-free guidance for drawing: what is asked, else 3, or 1 where guidance is distilled into the
     weights."""
-    return asked or (1.0 if session.family.distilled else 3.0)
+    return asked or (1.0 if session.family.guidance_distilled else 3.0)

@@ -36,7 +36,7 @@ class LiveRun:
     validation: list = field(default_factory=list)
     samples: list = field(default_factory=list)
     troubles: list = field(default_factory=list)
-    sent: dict = field(default_factory=dict)  # how much of each list the page has been told
+    sent_counts: dict = field(default_factory=dict)  # how much of each list the page has been told
     last: float = 0.0  # when it was told last
 
     def about(self) -> dict:
@@ -66,17 +66,17 @@ class LiveRun:
     def notice(self, kind: str, entry: dict):
         """A measurement, a sheet of samples, or trouble with one."""
         getattr(self, {"validation": "validation", "sample": "samples", "trouble": "troubles"}[kind]).append(entry)
-        self.send()
+        self.publish()
 
     def say(self, text: str):
         self.text = text
-        self.send()
+        self.publish()
 
     def end(self, status: str, text: str):
         self.status, self.text = status, text
-        self.send(at_once=True)
+        self.publish(at_once=True)
 
-    def recall(self, losses, seen: dict, text: str):
+    def restore_finished(self, losses, seen: dict, text: str):
         """A run that was finished before: its chart is complete, nothing is trained."""
         self.losses, self.validation, self.samples = (
             list(losses),
@@ -92,7 +92,7 @@ class LiveRun:
         else:
             self.end(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
 
-    def send(self, at_once=False):
+    def publish(self, at_once=False):
         """All that is new, to the page; a flood of messages would freeze it, so what comes too early goes with the
         next."""
         from server import PromptServer
@@ -100,8 +100,8 @@ class LiveRun:
         server, now = getattr(PromptServer, "instance", None), time.monotonic()
         if server is None or (now - self.last < SEND_INTERVAL and not at_once):
             return
-        news = {"first": self.sent.get("losses", 0), **self.since(self.sent, MAX_CURVE_POINTS // 10)}
-        self.sent = {name: len(getattr(self, name)) for name in ("losses", "rates", *MONITOR_LISTS)}
+        news = {"first": self.sent_counts.get("losses", 0), **self.since(self.sent_counts, MAX_CURVE_POINTS // 10)}
+        self.sent_counts = {name: len(getattr(self, name)) for name in ("losses", "rates", *MONITOR_LISTS)}
         self.last = now
         server.send_sync(RUN_EVENT, replace_nonfinite_numbers({**self.about(), **news}), server.client_id)
 

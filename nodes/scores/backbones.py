@@ -115,7 +115,7 @@ class DiffusionFeatureExtractor:
                 adapters.to(self.patcher.load_device)
             if graded:
                 host.context.replace_inference_parameters(model)
-                stack.enter_context(self.habits())
+                stack.enter_context(self.autograd_context())
                 if adapters is not None and any(p.requires_grad for p in adapters.parameters()):
                     stack.enter_context(
                         checkpoint_blocks(
@@ -125,7 +125,7 @@ class DiffusionFeatureExtractor:
             yield
 
     @contextlib.contextmanager
-    def habits(self):
+    def autograd_context(self):
         """The host's habits as autograd wants them."""
         with (
             host.out_of_place(self.network),
@@ -135,7 +135,7 @@ class DiffusionFeatureExtractor:
         ):
             yield
 
-    def reached(self) -> set[str]:
+    def active_layers(self) -> set[str]:
         """Names of the layers that a look comes by with something in hand: the rest of the network never runs, and a
         text of zeros tells nothing to the layers that read it."""
         names: set[str] = set()
@@ -173,7 +173,7 @@ class ExtractorRecomputeContext:
     def as_now(self):
         @contextlib.contextmanager
         def again():
-            with self.look.habits(), self.adapters.attached():
+            with self.look.autograd_context(), self.adapters.attached():
                 yield
 
         return again
@@ -369,24 +369,24 @@ class DecodedFeatureExtractor:
 
     def __init__(self, vae, sight: DifferentiableClipVision, format_name: str, head: AestheticHead | None = None):
         check_vae(vae)
-        self.vae, self.sight, self.head = vae, sight, head
+        self.vae, self.vision_encoder, self.head = vae, sight, head
         self.patcher, self.format = static_patcher(vae.patcher), latent_format_by_name(format_name)
-        self.affine = vae_output_affine(vae)
+        self.output_affine = vae_output_affine(vae)
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         graded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and x.requires_grad
         with (
-            loaded_patchers([self.patcher, self.sight.patcher], graded),
+            loaded_patchers([self.patcher, self.vision_encoder.patcher], graded),
             contextlib.nullcontext() if graded else torch.no_grad(),
         ):
-            seen = self.sight(self.decoded(x))
+            seen = self.vision_encoder(self.decoded(x))
             if self.head is not None:
                 return self.head.to(seen.device)(seen)[:, None].to(x.device)
             return mean_pool_tokens(seen).to(x.device)
 
     def room(self, shape) -> float:
         """Bytes that a look with gradient at latents (B, C, ..., h, w) needs beside the model in training."""
-        models = self.patcher.model_size() + self.sight.patcher.model_size()
+        models = self.patcher.model_size() + self.vision_encoder.patcher.model_size()
         return models + DECODE_BACKWARD_MEMORY_FACTOR * self.vae.memory_used_decode(
             (shape[0], shape[1], *shape[-2:]), self.vae.vae_dtype
         )
@@ -403,7 +403,7 @@ class DecodedFeatureExtractor:
             else latent.unsqueeze(2)
         )
         pixels = self.vae.first_stage_model.decode(latent.to(self.vae.vae_dtype)).float()
-        scale, shift = self.affine
+        scale, shift = self.output_affine
         return squeeze_single_frame(pixels) * scale + shift
 
 
@@ -451,7 +451,7 @@ def make_trunk_factory(model=None, vae=None, clip_vision=None) -> Callable[[Scor
                 if about.backbone == MODEL_FEATURES
                 else DecodedFeatureExtractor(vae, DifferentiableClipVision(clip_vision), about.latent_format)
             )
-            looks[about.backbone] = made, made.size() if about.backbone == MODEL_FEATURES else made.sight.width
+            looks[about.backbone] = made, made.size() if about.backbone == MODEL_FEATURES else made.vision_encoder.width
         return looks[about.backbone]
 
     def trunk(about: ScoreModelInfo):
@@ -476,7 +476,7 @@ def make_feature_adapters(look: DiffusionFeatureExtractor, rank: int) -> Adapter
     """A LoRA on the attention that a look comes by, all else being dead weight in the file. It learns slower than the
     small layers after it."""
     rng = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
-    adapters = Adapters(look.network, AdapterSettings(rank=rank, targets="attention"), rng).only(look.reached())
+    adapters = Adapters(look.network, AdapterSettings(rank=rank, targets="attention"), rng).only(look.active_layers())
     for p in adapters.parameters():
         p.rate = LORA_LR_FACTOR
     return adapters
@@ -487,11 +487,13 @@ class ImageScoreModel(ScorerEnsemble):
     with."""
 
     def __init__(self, head: AestheticHead, clip_vision, name: str, vae=None, format_name: str = "", channels: int = 0):
-        self.head, self.sight, self.name = head, DifferentiableClipVision(clip_vision), name
-        check_embedding_width(head, self.sight.width)
+        self.head, self.vision_encoder, self.name = head, DifferentiableClipVision(clip_vision), name
+        check_embedding_width(head, self.vision_encoder.width)
         check_siglip_pooler(head, clip_vision)
         networks = (
-            [] if vae is None else [DecodedScorer(DecodedFeatureExtractor(vae, self.sight, format_name, head), name)]
+            []
+            if vae is None
+            else [DecodedScorer(DecodedFeatureExtractor(vae, self.vision_encoder, format_name, head), name)]
         )
         super().__init__(
             networks,
@@ -521,13 +523,13 @@ class ImageScoreModel(ScorerEnsemble):
     def rate(self, pictures, report=None, check_interrupt=host.progress.raise_if_interrupted) -> list[float]:
         """One rating for each PIL picture, on the head's own scale; the middle square of each is seen."""
         out: list[float] = []
-        with loaded_patchers([self.sight.patcher], False):
+        with loaded_patchers([self.vision_encoder.patcher], False):
             for picture in pictures:
                 check_interrupt()
                 pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).movedim(-1, 0)[
                     None
                 ]
-                seen = self.sight(pixels)
+                seen = self.vision_encoder(pixels)
                 out += self.head.to(seen.device)(seen).tolist()
                 if report:
                     report(len(out))

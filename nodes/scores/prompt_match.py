@@ -67,25 +67,25 @@ class ClipScoreModel(ScorerEnsemble):
                     strict=True,
                 )
 
-    def matched(self, seen: Tensor, texts) -> Tensor:
+    def clip_scores(self, seen: Tensor, texts) -> Tensor:
         """(B,) the scores of embeddings, each with its own text."""
         self.read(texts)
         words = torch.stack([self.known[text] for text in texts]).to(seen.device)
         return CLIP_SCORE_SCALE * (F.normalize(seen.float(), dim=-1) * words).sum(-1)
 
-    def members_told(self, x: Tensor, level: Tensor, texts) -> Tensor:
+    def members_for_prompts(self, x: Tensor, level: Tensor, texts) -> Tensor:
         """(1, B) how well the decoded latents match a text each, in standard deviations."""
         if not self.networks:
             raise ValueError(
                 "This score compares pictures with words, and was asked about latents. Connect model and vae to Prompt "
                 "Match Score."
             )
-        return ((self.matched(self.networks[0](x, level), texts) - CLIP_SCORE_MEAN) / CLIP_SCORE_STD)[None]
+        return ((self.clip_scores(self.networks[0](x, level), texts) - CLIP_SCORE_MEAN) / CLIP_SCORE_STD)[None]
 
     def members(self, x: Tensor, level: Tensor) -> Tensor:
         if not self.words:
             raise ValueError("Prompt Match Score has no words to compare latents with. Write them into its words.")
-        return self.members_told(x, level, [self.words] * len(x))
+        return self.members_for_prompts(x, level, [self.words] * len(x))
 
     @torch.no_grad()
     def rate_pictures(
@@ -103,7 +103,7 @@ class ClipScoreModel(ScorerEnsemble):
             seen = torch.from_numpy(
                 vision.encode_image_features(self.clip_vision, [open_image(record)], check_interrupt)
             )
-            found += self.matched(seen, [text]).tolist()
+            found += self.clip_scores(seen, [text]).tolist()
             if report:
                 report(len(found), len(dataset), "rated")
         return found, [0.0] * len(found)

@@ -79,12 +79,12 @@ class PairJob(DifferenceJob):
     """Image-pair sliders and ADDifT: what is moved is shown by pictures."""
 
     data: EncodedData
-    method_of: type
+    method_class: type
     strength: float = 1.0
 
     @property
     def kind(self):
-        return f"{self.method_of.fingerprint_name} 1"
+        return f"{self.method_class.fingerprint_name} 1"
 
     def check(self):
         host.checks.check_latent_channels(self.model, self.data.channels)
@@ -98,8 +98,8 @@ class PairJob(DifferenceJob):
         return largest_latent_shape(self.data)
 
     def method(self, session):
-        more = {} if self.method_of is ImageSlider else {"strength": self.strength}
-        self.student = self.method_of(
+        more = {} if self.method_class is ImageSlider else {"strength": self.strength}
+        self.student = self.method_class(
             session.denoiser, session.adapters, self.data, self.noise, session.family.density, self.run.batch, **more
         )
         return self.student
@@ -184,7 +184,7 @@ class TrainImageSlider(io.ComfyNode):
             cls,
             PairJob(
                 data=encoded,
-                method_of=ImageSlider,
+                method_class=ImageSlider,
                 **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
             ),
         )
@@ -230,7 +230,7 @@ class TrainDifference(io.ComfyNode):
     def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
         job = PairJob(
             data=encoded,
-            method_of=AddiftTraining,
+            method_class=AddiftTraining,
             strength=strength,
             **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
         )

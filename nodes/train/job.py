@@ -38,18 +38,18 @@ class TrainingJob:
     clip: object = None
     calibrate: str = CALIBRATE_OFF
     curve: StrengthCurve | None = None
-    exported: LoraFile | None = None  # what was written last
+    exported_lora: LoraFile | None = None  # what was written last
     looking: MonitorConfig | None = None  # Validation and Previews
     store: RunFolder | None = None
     live: live.Live | None = None
     watched: object = None  # what looked at the run
-    board: object = None  # its TensorBoard files
+    board_writer: object = None  # its TensorBoard files
     memory: float = 0.0  # bytes that a step needs beside the weights
     retry_cheaper: bool = False  # when memory runs out
     compile_blocks: bool = False
-    remark: str = ""  # what the person should know at the end, too
-    chooses_batch: bool = False  # it is left open, and the run has not begun
-    may_split: bool = False  # what is asked for need not go through the model at once
+    closing_note: str = ""  # what the person should know at the end, too
+    auto_batch: bool = False  # it is left open, and the run has not begun
+    can_split_batch: bool = False  # what is asked for need not go through the model at once
     kind = ""  # of the method and its version: part of the fingerprint
 
     def check(self):
@@ -92,7 +92,7 @@ class TrainingJob:
         """Raises ValueError for held-out pictures that nothing can be asked about."""
         data.require_conditionings()
 
-    def sample_prompts(self):
+    def default_sample_prompts(self):
         """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for
         others."""
         return first_distinct_captions(self.data) if getattr(self, "data", None) else ([], None)
@@ -123,7 +123,7 @@ class TrainingJob:
         """(LoRA, losses, a line for the person). A run that is already finished is read from its file."""
         self.check()
         if self.looking:
-            self.looking.check_for(self)
+            self.looking.check_job(self)
         ending = self.looking.settings.ending() if self.looking else {}
         self.store = folder = RunFolder(
             paths.runs_folder(),
@@ -137,7 +137,7 @@ class TrainingJob:
         self.live = live.start_live_run(self.node_id, self.graph, self.name, folder.folder.name, self.run.steps)
         if (done := folder.finished()) is not None:
             line = f"already trained: {folder.lora_path(self.run.steps).name} was read, nothing was trained again"
-            self.live.recall(done[1], folder.read().get("watch") or {}, line)
+            self.live.restore_finished(done[1], folder.read().get("watch") or {}, line)
             return *done, line
         folder.check_writable()
         lora, losses = self.trained(folder)
@@ -154,13 +154,13 @@ class TrainingJob:
         )
         best = f", the weights of step {lora.steps} are the result" if lora.steps != len(losses) else ""
         loss = sum(losses[-20:]) / len(losses[-20:])
-        more = "".join(f"; {said}" for said in (self.seen_line(), self.remark) if said)
+        more = "".join(f"; {said}" for said in (self.format_monitor_result(), self.closing_note) if said)
         return (
             f"{done}, loss {loss:.4f}, {len(host.lora_keys.list_lora_layers(lora))} layers in "
             f"{folder.folder.name}{best}{more}"
         )
 
-    def seen_line(self) -> str:
+    def format_monitor_result(self) -> str:
         return getattr(self.watched, "line", str)()
 
     def recipe(self) -> dict:
@@ -192,12 +192,12 @@ class TrainingJob:
             run,
         )
 
-    def sized(self, folder):
+    def init_batch_size(self, folder):
         """Batch and accumulate as an earlier part of the run had them; a batch that is left open is one picture until
         it is chosen."""
-        begun = folder.begun()
-        self.chooses_batch = not begun and self.run.batch == 0
-        self.may_split = not begun and not self.chooses_batch
+        begun = folder.load_batch_sizes()
+        self.auto_batch = not begun and self.run.batch == 0
+        self.can_split_batch = not begun and not self.auto_batch
         self.take(
             folder.sizes.get("batch", self.run.batch or 1), folder.sizes.get("accumulate", self.optimizing.accumulate)
         )
@@ -207,12 +207,12 @@ class TrainingJob:
         self.optimizing = dataclasses.replace(self.optimizing, accumulate=accumulate)
 
     def trained(self, folder):
-        self.sized(folder)
+        self.init_batch_size(folder)
         self.prepare()
         if self.looking:
             self.looking.encode()
         try:
-            lora, losses = self.attempts(folder)
+            lora, losses = self.train_with_fallback(folder)
         except BaseException as error:
             self.live.broken(error)
             if folder.saved:
@@ -223,18 +223,18 @@ class TrainingJob:
         host.lora_keys.check_lora_loads(self.model, self.clip, lora)
         return lora, losses
 
-    def attempts(self, folder):
+    def train_with_fallback(self, folder):
         """(LoRA, losses). Once more from the last saved step when memory runs out and the user allows it, under the
         plan that needs less, and when a program for a block cannot be made in the middle of a step, without
         compiling."""
         try:
-            return self.attempt(folder, self.checkpointing)
+            return self.train_once(folder, self.checkpointing)
         except host.memory.OutOfMemory as error:
-            if not (self.retry_cheaper and error.cheaper):
+            if not (self.retry_cheaper and error.cheaper_plan):
                 raise
             plan, why = (
-                error.cheaper,
-                f"out of memory with checkpointing {error.plan!r}; once more with {error.cheaper!r}",
+                error.cheaper_plan,
+                f"out of memory with checkpointing {error.plan!r}; once more with {error.cheaper_plan!r}",
             )
         except Exception as error:
             if not (self.compile_blocks and is_compile_error(error)):
@@ -244,13 +244,13 @@ class TrainingJob:
                 self.checkpointing,
                 format_not_compiled(describe_compile_error(error)),
             )
-            self.remark = why
+            self.closing_note = why
         folder.export = self.watched = None  # they hold the failed step
         host.memory.release_cached_memory()
         self.live.say(why)
-        return self.attempt(folder, plan)
+        return self.train_once(folder, plan)
 
-    def attempt(self, folder, checkpointing):
+    def train_once(self, folder, checkpointing):
         self.memory = (
             host.memory.estimate_training_memory(self.model, self.largest(), self.run.batch, checkpointing)
             + self.room()
@@ -269,9 +269,9 @@ class TrainingJob:
                 if not session.family.known:
                     host.checks.check_gradients(session, *self.probe(session))
                 method, forecast = planner.plan_run(session, self, checkpointing)
-                self.foretell(forecast, folder)
+                self.show_forecast(forecast, folder)
                 folder.sizes = {"batch": self.run.batch, "accumulate": self.optimizing.accumulate}
-                self.chooses_batch = self.may_split = False
+                self.auto_batch = self.can_split_batch = False
                 plan = session.blocks.plan
                 folder.export = lambda step: self.lora(session, step)
                 with open_tensorboard(self) as board:
@@ -280,19 +280,19 @@ class TrainingJob:
                     )
                     self.watched = self.watch(session, method)
                     losses = train(method, self.run, self.optimizing, report=report, store=folder, watch=self.watched)
-                return self.exported, losses
+                return self.exported_lora, losses
         except Exception as error:
             if host.memory.is_out_of_memory_error(error):
                 raise host.memory.OutOfMemory(self.run, plan) from error
             raise
 
     def tell(self, text: str):
-        self.remark = text
+        self.closing_note = text
         self.live.say(text)
         host.progress.show_node_text(text, self.node_id)
         logging.info("Trainyard: %s: %s", self.name, text)
 
-    def foretell(self, forecast, folder):
+    def show_forecast(self, forecast, folder):
         """Says what the rest of the run will cost: memory and time, where they were measured, and forwards, where they
         are planned."""
         done = (read_run_record(folder.folder / "run.json") or {}).get("step", 0)
@@ -325,13 +325,13 @@ class TrainingJob:
             steps=steps,
             **self.about(),
         )
-        if self.calibrates(steps):
+        if self.needs_curve(steps):
             self.curve = self.measured(session)
             metadata["trainyard.curve"] = self.curve.to_json()
-        self.exported = LoraFile(tensors, {**metadata, **self.graph}, steps)
-        return self.exported
+        self.exported_lora = LoraFile(tensors, {**metadata, **self.graph}, steps)
+        return self.exported_lora
 
-    def calibrates(self, step) -> bool:
+    def needs_curve(self, step) -> bool:
         """Whether the file of this step gets its curve; a run that is stopped in between does not wait for one."""
         every, why = self.run.save_every, self.store.why if self.store else ""
         due = (

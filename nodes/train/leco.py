@@ -205,7 +205,7 @@ class PromptJob(DifferenceJob):
         x0 = session.denoiser.model_space(host.checks.random_latent(self.tasks()[0].shapes[0]))
         return x0, [next(iter(self.conds.values()))]
 
-    def sample_prompts(self):
+    def default_sample_prompts(self):
         task = self.tasks()[0]
         return [(task.scene or "without a prompt", self.conds[task.scene])], (task.away, self.conds[task.away])
 
@@ -379,8 +379,8 @@ def check_slider_rows(rows):
     """The rows. ValueError for one whose action a slider has not got."""
     if found := next((row for row in rows if row.action == "replace"), None):
         raise ValueError(
-            f"{found.target!r} -> {found.plus!r} replaces, and a slider has two ends: write target, positive and "
-            "unconditional, or connect the prompts to Train LECO."
+            f"{found.target!r} -> {found.effective_positive!r} replaces, and a slider has two ends: write target, "
+            "positive and unconditional, or connect the prompts to Train LECO."
         )
     return rows
 

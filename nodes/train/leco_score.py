@@ -390,8 +390,8 @@ class LecoScoreJob(TrainingJob):
             "better."
         )
 
-    def sample_prompts(self):
-        scene = self.scenes()[0]
+    def default_sample_prompts(self):
+        scene = self.preview_prompts()[0]
         away = self.negative()[scene]
         return [(scene or "without a prompt", self.conds[scene])], (away, self.conds[away])
 
@@ -400,7 +400,12 @@ class LecoScoreJob(TrainingJob):
 
     def watch(self, session, method):
         self.seen = ScoreMonitor(
-            method, self.drawer(), self.scenes(), self.held, self.watching.watch_every, self.watching.patience
+            method,
+            self.make_preview_sampler(),
+            self.preview_prompts(),
+            self.held,
+            self.watching.watch_every,
+            self.watching.patience,
         )
         return (
             ScoreAndValidationMonitor(self.seen, make_validation_monitor(self, session, method))
@@ -408,11 +413,11 @@ class LecoScoreJob(TrainingJob):
             else self.seen
         )
 
-    def scenes(self) -> list[str]:
+    def preview_prompts(self) -> list[str]:
         """The prompts that are looked at: those that are to become better come first."""
         return [row.prompt for row in sorted(self.prompts, key=lambda row: -row.sign)[:MAX_PREVIEW_PROMPTS]]
 
-    def drawer(self):
+    def make_preview_sampler(self):
         """draw(prompt, strength) from fixed noise, in batches no larger than a step's."""
         negative = self.negative()
         noise = sample_latent_noise(
@@ -421,7 +426,7 @@ class LecoScoreJob(TrainingJob):
             host.progress.make_generator(self.run.seed),
         )
         asking = dataclasses.replace(
-            self.student, spent=dict(self.student.spent)
+            self.student, forward_counts=dict(self.student.forward_counts)
         )  # what is looked at is no cost of the training
 
         def draw(prompt, strength):
@@ -444,9 +449,9 @@ class LecoScoreJob(TrainingJob):
 
     def measured(self, session):
         """The trained score over the strength, and the held-out one beside it."""
-        method, draw = self.seen.method, functools.cache(self.drawer())
+        method, draw = self.seen.method, functools.cache(self.make_preview_sampler())
         strengths = SLIDER_CURVE_STRENGTHS if self.settings.slider else SCORE_CURVE_STRENGTHS
-        scene = self.scenes()[0]
+        scene = self.preview_prompts()[0]
         curve = lambda scores: measure_strength_curve(
             draw,
             scene,
@@ -457,9 +462,9 @@ class LecoScoreJob(TrainingJob):
         self.held_out_curve = curve([(self.held, 1.0)]) if self.held else None
         return curve(method.scores)
 
-    def calibrates(self, step) -> bool:
+    def needs_curve(self, step) -> bool:
         """A run that ends early has its curve too."""
-        return super().calibrates(step) or (self.calibrate != CALIBRATE_OFF and self.seen.enough)
+        return super().needs_curve(step) or (self.calibrate != CALIBRATE_OFF and self.seen.should_stop)
 
     def lora(self, session, steps):
         self.held_out_curve = None

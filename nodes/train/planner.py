@@ -74,7 +74,7 @@ def plan_run(session, job, checkpointing: str):
     open or fits under no plan. None in place of a forecast for short runs that leave nothing open. Nothing else that
     the run depends on is changed: parameters, draw order and the chance of others are as before."""
     method = job.method(session)
-    if not (checkpointing == PLAN_AUTO or job.chooses_batch or job.run.steps >= MIN_MEASURED_STEPS):
+    if not (checkpointing == PLAN_AUTO or job.auto_batch or job.run.steps >= MIN_MEASURED_STEPS):
         return method, None
     with preserve_method_state(method):
         measured = count_step_memory(session, method, job)
@@ -88,7 +88,7 @@ def plan_run(session, job, checkpointing: str):
     batch = choose_batch_size(measured, free, plan, job, session.denoiser.device)
     method, measured = rebuild_with_batch(session, method, job, measured, batch)
     if plan == PLAN_OFFLOADED and checkpointing == PLAN_AUTO:
-        host.memory.offload_weights(session, measured.missing(plan, free))
+        host.memory.offload_weights(session, measured.missing_bytes(plan, free))
     return run_trial_step(session, method, job, measured, plans)
 
 
@@ -97,21 +97,23 @@ def rebuild_with_batch(session, method, job, measured, batch: int):
     before = job.run.batch
     if batch == before:
         return method, measured
-    job.take(batch, job.optimizing.accumulate * (before // batch if job.may_split else 1))
-    return job.method(session), replace(measured.scaled(batch / before), accumulated=job.optimizing.accumulate > 1)
+    job.take(batch, job.optimizing.accumulate * (before // batch if job.can_split_batch else 1))
+    return job.method(session), replace(
+        measured.scaled(batch / before), has_accumulated_gradients=job.optimizing.accumulate > 1
+    )
 
 
 def choose_batch_size(measured, free, plan, job, device) -> int:
     """The batch. One that is left open is as large as fits under the plan of a single picture, where that makes a
     device busier. One that is asked
     for is split where no plan has room for it: it makes the same steps of other pictures, so it comes last."""
-    if job.chooses_batch:
+    if job.auto_batch:
         return (
             largest_fitting_batch(measured, free, plan)
             if device_checkpointing_plans(device) == CHECKPOINTING_PLANS
             else 1
         )
-    if job.may_split and job.checkpointing == PLAN_AUTO and not measured.fits(plan, free):
+    if job.can_split_batch and job.checkpointing == PLAN_AUTO and not measured.fits(plan, free):
         return largest_fitting_microbatch(measured, free, plan, job.run.batch)
     return job.run.batch
 
@@ -136,8 +138,8 @@ def preserve_method_state(method):
 def count_step_memory(session, method, job) -> StepMemory | None:
     """What a step of the largest pictures would keep, found without keeping it; None for losses that look back by
     themselves."""
-    tally = session.blocks.tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
-    session.denoiser.widest = 0
+    tally = session.blocks.counter = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
+    session.denoiser.max_batch_numel = 0
     try:
         with tally:
             method.loss(step_rng(job.run.seed, 0))
@@ -147,18 +149,18 @@ def count_step_memory(session, method, job) -> StepMemory | None:
         )
         return None
     finally:
-        session.blocks.tally = None
+        session.blocks.counter = None
     asked = math.prod(job.largest()) * job.run.batch
     adapters = sum(p.numel() * p.element_size() for p in method.parameters())
-    measured = tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.widest)))
+    measured = tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.max_batch_numel)))
     measured = add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
-    return replace(measured, accumulated=job.optimizing.accumulate > 1)
+    return replace(measured, has_accumulated_gradients=job.optimizing.accumulate > 1)
 
 
 def add_block_weights(measured, network, device) -> StepMemory:
     """With the weights that could leave the device."""
     weights, heaviest = host.memory.block_weight_bytes(network, device)
-    return replace(measured, weights=weights, heaviest=heaviest)
+    return replace(measured, weights=weights, largest_block_weights=heaviest)
 
 
 def run_trial_step(session, method, job, measured, plans):
@@ -178,7 +180,7 @@ def run_trial_step(session, method, job, measured, plans):
                 measured, plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra, session.away
             )
         except Exception as error:
-            halved, further = job.chooses_batch and job.run.batch // 2, next_cheaper_plan(plan, plans)
+            halved, further = job.auto_batch and job.run.batch // 2, next_cheaper_plan(plan, plans)
             if not (halved or further) or not host.memory.is_out_of_memory_error(error):
                 raise
         host.memory.release_cached_memory()

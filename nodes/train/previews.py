@@ -66,7 +66,7 @@ class PreviewRenderer:
 
     @property
     def guidance(self) -> float:
-        asked = self.settings.guidance or (1.0 if self.session.family.distilled else 5.0)
+        asked = self.settings.guidance or (1.0 if self.session.family.guidance_distilled else 5.0)
         return asked if self.away is not None else 1.0
 
     def draw(self, step: int) -> dict:
@@ -96,10 +96,10 @@ class PreviewRenderer:
             for adapters in (self.session.adapters, self.session.text_adapters):
                 if adapters is not None:
                     stack.enter_context(adapters.at(strength))
-            latents = [self.sampled(patcher, label, cond, seed) for label, cond, seed in self.pictures]
+            latents = [self.sample_one_latent(patcher, label, cond, seed) for label, cond, seed in self.pictures]
             return [self.decoded(latent) for latent in latents]
 
-    def sampled(self, patcher, label, cond, seed):
+    def sample_one_latent(self, patcher, label, cond, seed):
         host.progress.raise_if_interrupted()
         cond = self.told(label, cond)
         away = cond if self.away is None else self.told(*self.away)

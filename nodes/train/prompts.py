@@ -68,7 +68,7 @@ class LoadPrompts(io.ComfyNode):
 def format_prompt_row(row) -> str:
     """One line: what counts in both nodes first, then what only Train LECO reads."""
     shown = {
-        "positive": row.plus,
+        "positive": row.effective_positive,
         "unconditional": row.unconditional,
         "attributes": ", ".join(row.attributes),
         "preserve": "; ".join(row.preserve),

@@ -53,7 +53,7 @@ class MonitorConfig:
             away = away or (self.previews.negative_prompt, last)
         return asked, away
 
-    def check_for(self, job):
+    def check_job(self, job):
         """Raises ValueError when the held-out pictures cannot tell anything about this job."""
         if self.held_out is None or not self.settings.every:
             return
@@ -178,7 +178,7 @@ def make_validation_monitor(job, session, method) -> ValidationMonitor:
         exam(own, s.name_worst) if job.names_worst else None,
         draw and draw.draw,
         looking.previews.preview_every,
-        tick=host.progress.raise_if_interrupted,
+        check_interrupt=host.progress.raise_if_interrupted,
         say=lambda text: show_job_text(job, text),
         notice=lambda kind, entry: publish_monitor_event(job, kind, entry),
     )
@@ -196,8 +196,8 @@ def publish_monitor_event(job, kind: str, entry: dict):
     if kind == "trouble":
         host.progress.show_node_text(entry["text"], job.node_id)
         host.progress.log_warning(entry["text"])
-    if job.board:
-        job.board.notice(kind, entry)
+    if job.board_writer:
+        job.board_writer.notice(kind, entry)
 
 
 def make_preview_renderer(job, session) -> PreviewRenderer | None:
@@ -206,7 +206,7 @@ def make_preview_renderer(job, session) -> PreviewRenderer | None:
     if not looking.previews.preview_every:
         return None
     prompts, away = looking.asked
-    more, other = ([], None) if prompts else job.sample_prompts()
+    more, other = ([], None) if prompts else job.default_sample_prompts()
     shape = preview_latent_shape(job.model, looking.previews, getattr(job, "data", None), job.side())
     return (
         PreviewRenderer(
@@ -235,11 +235,11 @@ def open_tensorboard(job):
     from ...trainers.monitor.tensorboard import create_tensorboard_log
 
     done = len(state["losses"]) if (state := job.store.load()) else 0
-    job.board = create_tensorboard_log(job.store.folder / "tensorboard", done)
+    job.board_writer = create_tensorboard_log(job.store.folder / "tensorboard", done)
     try:
-        yield job.board
+        yield job.board_writer
     finally:
-        job.board.close()
+        job.board_writer.close()
 
 
 NODES = [Validation]

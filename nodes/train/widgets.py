@@ -201,7 +201,7 @@ def format_forward_counts(student, steps, planned=None) -> str:
     if student is None or not steps:
         return ""
     more = f", {sum(planned.values()):.1f} planned" if planned else ""
-    return f"; forwards per step: {format_counts_per_step(student.spent, steps)}{more}"
+    return f"; forwards per step: {format_counts_per_step(student.forward_counts, steps)}{more}"
 
 
 def make_appended_inputs():

@@ -25,7 +25,7 @@ def pairs(family, count=2):
 
 def pair_job(method, family="sd3", name="pairs", calibrate="off", **run):
     return image_pairs.PairJob(
-        model=make(family, inference=True), data=pairs(family), method_of=method, strength=0.25, adapter=AdapterSettings(rank=4),
+        model=make(family, inference=True), data=pairs(family), method_class=method, strength=0.25, adapter=AdapterSettings(rank=4),
         run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
         noise=NoiseSettings(), name=name, checkpointing="off", graph={}, node_id=None, calibrate=calibrate,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def test_a_run_of_pairs_ends_in_a_file_is_found_again_and_counts_its_forwards(fo
         job = pair_job(method)
         lora, losses, line = job.result()
         assert lora and len(losses) == 4 and "4 steps" in line
-        spent = {"ImageSlider": "2.0 (2.0 student)", "Change": "4.0 (2.0 frozen + 2.0 student)"}[method.__name__]
+        spent = {"ImageSlider": "2.0 (2.0 student)", "Change": "4.0 (2.0 frozen + 2.0 student)"}[method.fingerprint_name]
         assert job.cost() == f"; forwards per step: {spent}, {spent[:3]} planned"
         again = pair_job(method)
         same, _, line = again.result()

@@ -361,7 +361,7 @@ def test_sdxl_size_conditioning_is_each_pictures_own():
             }
             for w, c in ((512, 0), (1024, 77))
         ]
-        rows = [session.denoiser._row(c, problem.x0[:1]) for c in problem.conds]
+        rows = [session.denoiser._model_inputs(c, problem.x0[:1]) for c in problem.conds]
         assert not torch.equal(rows[0]["y"].cond, rows[1]["y"].cond)
         both, alone = problem.loss(), torch.cat([problem.loss(slice(i, i + 1)) for i in range(2)])
         assert torch.allclose(both, alone, rtol=1e-5)
@@ -371,4 +371,4 @@ def test_sdxl_size_conditioning_is_each_pictures_own():
 def test_guidance_while_training_is_the_familys(family, guidance):
     with torch.inference_mode(), host.session.open_training_session(as_loader_gives(family), RANK_4) as session:
         problem = Problem(session, family)
-        assert float(session.denoiser._row(problem.conds[0], problem.x0[:1])["guidance"].cond) == guidance
+        assert float(session.denoiser._model_inputs(problem.conds[0], problem.x0[:1])["guidance"].cond) == guidance

@@ -84,7 +84,7 @@ def test_checkpointed_gradients_are_those_without_checkpointing(more, family):
         ):
             shake(session.adapters)
             problem = Problem(session, family)
-            with session.adapters.dropping(host.progress.make_generator(5)):
+            with session.adapters.dropout_active(host.progress.make_generator(5)):
                 loss = problem.loss().mean()
             loss.backward()  # outside: what was left out must be remembered
             found.append(torch.cat([p.grad.flatten() for p in session.adapters.parameters() if p.grad is not None]))

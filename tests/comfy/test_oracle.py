@@ -274,7 +274,7 @@ def pixels(picture):
 
 def test_a_text_encoder_lora_of_the_embedded_engine_does_the_same_in_comfyui(toy, caplog):
     """To 2 % of the change: ComfyUI rounds patched weights to the file's fp16."""
-    text = Adapters(toy.engine.text.trainable(), AdapterSettings(rank=4), torch.Generator().manual_seed(0))
+    text = Adapters(toy.engine.text.trainable_models(), AdapterSettings(rank=4), torch.Generator().manual_seed(0))
     model = Adapters(toy.engine.network, AdapterSettings(rank=4), torch.Generator().manual_seed(1))
     shake(text, 2, 0.02)
     shake(model, 3)

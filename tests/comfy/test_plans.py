@@ -88,7 +88,7 @@ def planned(monkeypatch, free, checkpointing=PLAN_AUTO, device=None, **run):
     a_job = job(steps=run.pop("steps", 60), checkpointing=checkpointing, encoded=run.pop("encoded", None), **run)
     if device:
         monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS)
-    a_job.chooses_batch, a_job.may_split = a_job.run.batch == 0, a_job.run.batch > 0
+    a_job.auto_batch, a_job.can_split_batch = a_job.run.batch == 0, a_job.run.batch > 0
     a_job.take(a_job.run.batch or 1, 1)
     with (
         torch.inference_mode(),
@@ -191,7 +191,7 @@ def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch,
         method.loss = looking_back
         monkeypatch.setattr(a_job, "method", lambda session: method)
         assert planner.plan_run(session, a_job, PLAN_OFF) == (method, None)
-        assert session.blocks.tally is None
+        assert session.blocks.counter is None
 
 
 # -- weights that travel -----------------------------------------------------------------------------------------------

@@ -110,9 +110,9 @@ def test_without_prompts_the_samples_show_captions_and_without_a_vae_they_are_ro
 def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
     """The live adapter in the ordinary sampler, against the finished file in the host's own loader."""
     latents = []
-    sampled = PreviewRenderer.sampled
+    sampled = PreviewRenderer.sample_one_latent
     monkeypatch.setattr(
-        PreviewRenderer, "sampled", lambda self, *rest: latents.append(sampled(self, *rest)) or latents[-1]
+        PreviewRenderer, "sample_one_latent", lambda self, *rest: latents.append(sampled(self, *rest)) or latents[-1]
     )
     a_job = seen_job(steps=4, learning_rate=1e-2)
     lora, _, _ = result(a_job)
@@ -369,7 +369,7 @@ def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(
     with torch.inference_mode():
         a_job = prompt_job(points, data=data() if points == "pictures" else None, steps=steps)
         a_job.result()
-    spent = sum(a_job.student.spent.values()) / steps
+    spent = sum(a_job.student.forward_counts.values()) / steps
     planned = sum(a_job.planned().values())
     assert shown[0].startswith(f"forwards per step: {planned:.1f} (") and shown[0].endswith("student) planned")
     assert f"{spent:.1f} (" in a_job.cost(steps) and a_job.cost(steps).endswith(f", {planned:.1f} planned")
@@ -391,7 +391,9 @@ def test_a_leco_is_measured_at_fixed_points_and_is_the_same_run(folders, points)
         (2, "at fixed points", 3),
         (4, "at fixed points", 3),
     ]
-    assert "at fixed points" in line and a_job.student.spent["student"] == 4, "what is asked is no cost of the training"
+    assert "at fixed points" in line and a_job.student.forward_counts["student"] == 4, (
+        "what is asked is no cost of the training"
+    )
 
 
 def test_held_out_pictures_of_a_leco_without_pictures_are_refused(folders):

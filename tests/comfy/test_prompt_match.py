@@ -77,12 +77,14 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
         pixels = vae.decode(backbones.latent_format_by_name("SD3").process_out(x))
     shown = [Image.fromarray((picture.cpu().numpy() * 255).round().astype("uint8")) for picture in pixels]
     seen = torch.from_numpy(vision.encode_image_features(eyes, shown))
-    assert score.ratings(x)[0].tolist() == pytest.approx(score.matched(seen, ["a photo of red"] * 2).tolist(), abs=0.3)
+    assert score.ratings(x)[0].tolist() == pytest.approx(
+        score.clip_scores(seen, ["a photo of red"] * 2).tolist(), abs=0.3
+    )
     with torch.no_grad():
         assert torch.equal(predict_member_scores(score, x, level, ["a photo of blue"] * 2), score.members(x, level)), (
             "its own words come first in LECO-score"
         )
-    said = lambda x: score.members_told(x, level, ["a photo of red", "a photo of blue"])[0]
+    said = lambda x: score.members_for_prompts(x, level, ["a photo of red", "a photo of blue"])[0]
     auto, finite = slope(said, x)
     assert auto == pytest.approx(finite, rel=0.05, abs=1e-5)
     assert abs(auto) > 1e-4

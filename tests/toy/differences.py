@@ -81,11 +81,11 @@ class Snapshot:
 
     step: int
     lora: LoraFile
-    spent: dict[str, int]
+    forward_counts: dict[str, int]
 
     @property
     def forwards(self) -> int:
-        return sum(self.spent.values())
+        return sum(self.forward_counts.values())
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Snapshots(NoStore):
 
     def save(self, state, why):
         model = getattr(self.method, "model", self.method)
-        self.taken.append(Snapshot(state["step"], LoraFile(self.session.tensors()[0]), dict(model.spent)))
+        self.taken.append(Snapshot(state["step"], LoraFile(self.session.tensors()[0]), dict(model.forward_counts)))
 
 
 @dataclass(frozen=True)

@@ -226,17 +226,17 @@ def test_adapters_that_give_way_to_a_guest_are_back_afterwards_and_a_block_compu
     guest.detach()
     host = learnt(network, seed=1)
     own = network(x)
-    with host.giving_way(guest):
+    with host.replaced_by(guest):
         assert torch.allclose(network(x), with_guest)
         again = host.as_now()
-    assert torch.equal(network(x), own) and hooks(network) == 1 and host.guest is None
+    assert torch.equal(network(x), own) and hooks(network) == 1 and host.replacement is None
     with again():
         assert torch.allclose(network(x), with_guest)
     assert torch.equal(network(x), own) and hooks(network) == 1
-    with pytest.raises(Stop), host.giving_way(guest):
+    with pytest.raises(Stop), host.replaced_by(guest):
         raise Stop
     assert torch.equal(network(x), own) and hooks(network) == 1
-    with host.giving_way(None):
+    with host.replaced_by(None):
         assert torch.equal(network(x), network[0](x)) and not torch.equal(network(x), own)
 
 

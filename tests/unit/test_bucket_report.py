@@ -40,7 +40,9 @@ def test_rows_by_hand():
     rows are cut, .1002"""
     (row,) = assign_buckets(dataset((1000, 1000), (900, 1000), repeats=(3, 2)), BucketSettings(resolution=512)).rows
     assert (row.bucket, row.pictures, row.per_epoch) == ((512, 512), 2, 5)
-    assert row.cut == pytest.approx(57 / 569 / 2) and row.scales == pytest.approx((0.512, 512 / 900), abs=1e-3)
+    assert row.mean_cropped_share == pytest.approx(57 / 569 / 2) and row.scales == pytest.approx(
+        (0.512, 512 / 900), abs=1e-3
+    )
 
 
 def test_what_does_not_fill_a_batch_by_hand():

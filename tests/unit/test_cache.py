@@ -67,7 +67,7 @@ def test_memory_stays_within_its_budget_and_keeps_the_last_used(tmp_path):
     for name in "abc":
         cache.write(name, {"x": torch.zeros(100)})
     a, _, again, c = cache.load("a"), cache.load("b"), cache.load("a"), cache.load("c")
-    assert again is a and list(cache.shelf.values) == ["a", "c"] and cache.shelf.held == 800
+    assert again is a and list(cache.lru.values) == ["a", "c"] and cache.lru.held == 800
     assert cache.load("c") is c
 
 
@@ -198,9 +198,9 @@ def test_encode_does_not_hold_what_it_encoded(tmp_path):
     """memory of an encoded dataset is names and numbers; tensors come when asked for"""
     captioned(tmp_path / "in", 20)
     data = encoded(tmp_path)
-    assert data.store.shelf.held == 0
+    assert data.store.lru.held == 0
     data.batch([0], torch.Generator())
-    assert 0 < data.store.shelf.held == sum(count_tensor_bytes(value) for value, _ in data.store.shelf.values.values())
+    assert 0 < data.store.lru.held == sum(count_tensor_bytes(value) for value, _ in data.store.lru.values.values())
 
 
 def test_a_picture_that_changes_while_the_graph_waits_is_refused(tmp_path):

@@ -530,7 +530,7 @@ class NoAdapters:
     def parameters(self):
         return []
 
-    def dropping(self, rng):
+    def dropout_active(self, rng):
         return contextlib.nullcontext()
 
 
@@ -675,7 +675,7 @@ def test_a_source_remembers_the_crop_in_the_whole_picture():
 
     record = ImageRecord(id="x", path="x.png", size=(100, 100), crop=(10, 20, 90, 100))
     assert make_collage_source(record, box=[0, 5, 80, 75], dE=None) == CollageSource(
-        replace(record, crop=(10, 25, 90, 95)), None, untrimmed=(80, 80)
+        replace(record, crop=(10, 25, 90, 95)), None, untrimmed_size=(80, 80)
     )
 
 

@@ -55,7 +55,7 @@ class Says:
 class Switch:
     strength: float = 1.0
 
-    def dropping(self, rng):
+    def dropout_active(self, rng):
         return contextlib.nullcontext()
 
     def at(self, strength):
@@ -105,7 +105,7 @@ def test_prompts_that_are_the_same_are_asked_once():
     """p1atdev's default erase: target = positive and neutral = unconditional; goal = (1 + g) * neutral - g *
     positive."""
     (pull,) = make_leco_targets("cat", "cat", "", "", "erase", 2.0)
-    assert dict((p, w) for w, p in pull.goal) == {"": 3.0, "cat": -2.0}
+    assert dict((p, w) for w, p in pull.weighted_prompts) == {"": 3.0, "cat": -2.0}
     assert PromptTask((pull,), "cat").asked == ("", "cat") and PromptTask((pull,), "cat").texts == ("", "cat")
 
 
@@ -134,8 +134,8 @@ def test_two_polarities_of_one_step_have_the_gradients_of_two_steps():
     x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
     point = LatentPoint(0, x, sigma, both.frozen(x, sigma, task.asked))
     PromptDifferenceTraining(both, [task], Given(point)).loss(rng()).sum().backward()
-    for pull in task.pulls:
-        PromptDifferenceTraining(one, [dataclasses.replace(task, pulls=(pull,))], Given(point)).loss(
+    for pull in task.targets:
+        PromptDifferenceTraining(one, [dataclasses.replace(task, targets=(pull,))], Given(point)).loss(
             rng()
         ).sum().backward()
     for a, b in zip(both.adapters.parameters(), one.adapters.parameters(), strict=True):
@@ -209,13 +209,17 @@ def test_forwards_are_counted_and_cached_answers_cost_nothing():
     asked = set()
     for step in range(3):
         asked.add(id(points.draw(rng(step))))
-    assert m.spent["rollout"] == 32 and m.spent["frozen"] <= 3 * 4 and m.spent["frozen"] % 4 == 0
-    before = m.spent["frozen"]
+    assert (
+        m.forward_counts["rollout"] == 32
+        and m.forward_counts["frozen"] <= 3 * 4
+        and m.forward_counts["frozen"] % 4 == 0
+    )
+    before = m.forward_counts["frozen"]
     generator = rng(2)
     generator_state = generator.get_state()
     points.updates = 1
     points.draw(generator.set_state(generator_state))
-    assert m.spent["frozen"] == before, "the point of the third draw was asked again"
+    assert m.forward_counts["frozen"] == before, "the point of the third draw was asked again"
 
 
 def test_ways_come_one_by_one_and_then_the_oldest_goes():
@@ -248,7 +252,7 @@ def test_saved_points_go_on_as_if_nothing_had_happened():
     other.load_state(part.state())
     for a, b in zip(draws(whole, 5, 12), draws(other, 5, 12), strict=True):
         assert torch.equal(a.x, b.x) and all(torch.equal(a.answers[p], b.answers[p]) for p in a.answers)
-    assert other.model.spent == whole.model.spent
+    assert other.model.forward_counts == whole.model.forward_counts
 
 
 def test_a_state_that_was_taken_does_not_change_with_later_draws():
@@ -269,7 +273,7 @@ def test_points_of_pictures_and_of_noise():
     assert (
         point.x.shape == (1, *SHAPE)
         and set(point.answers) == {"cat", "old", "young"}
-        and m.spent == dict(rollout=0, frozen=3, student=0)
+        and m.forward_counts == dict(rollout=0, frozen=3, student=0)
     )
     fresh = NoisePoints(m, [task], NoiseSettings(min_time=0.9)).draw(rng(0))
     assert fresh.x.shape == (2, *SHAPE) and (fresh.sigma >= 0.9).all()
@@ -379,7 +383,7 @@ def test_pictures_without_a_partner_are_named():
 
 def test_replacing_is_one_pull():
     assert make_replacement_targets("cat", "dog") == (
-        dataclasses.replace(make_replacement_targets("cat", "dog")[0], goal=((1.0, "dog"),)),
+        dataclasses.replace(make_replacement_targets("cat", "dog")[0], weighted_prompts=((1.0, "dog"),)),
     )
 
 
@@ -395,7 +399,7 @@ def test_forwards_are_spent_as_they_were_planned(noise):
         points = rollouts(m, tasks[:1], noise)
         for step in range(203):
             points.draw(rng(1000 * seed + step))
-    spent = {kind: count / 4 for kind, count in m.spent.items()}
+    spent = {kind: count / 4 for kind, count in m.forward_counts.items()}
     plan = count_planned_forwards(points.settings, tasks[:1], noise, 3.0, 203)
     assert plan["rollout"] == spent["rollout"] and plan["student"] == 203 * 4  # draw() asks no student
     assert spent["frozen"] == pytest.approx(plan["frozen"], rel=0.03)

@@ -340,10 +340,10 @@ def test_a_deck_without_cards_is_refused():
 def test_an_epoch_through_a_small_memory_gives_the_same_batches(tmp_path):
     captioned(tmp_path / "in", 12)
     large, small = encoded(tmp_path), encoded(tmp_path)
-    small.store.shelf.budget = 600
+    small.store.lru.budget = 600
     for data in (large, small):
         deck, generator = BucketBatchSampler(data, 3), rng()
         data.seen = [data.batch(deck.draw(generator), generator).x0 for _ in range(len(deck))]
-        assert data.store.shelf.held <= data.store.shelf.budget
-        assert data.store.shelf.held == sum(count_tensor_bytes(value) for value, _ in data.store.shelf.values.values())
-    assert torch.equal(torch.cat(large.seen), torch.cat(small.seen)) and small.store.shelf.held < large.store.shelf.held
+        assert data.store.lru.held <= data.store.lru.budget
+        assert data.store.lru.held == sum(count_tensor_bytes(value) for value, _ in data.store.lru.values.values())
+    assert torch.equal(torch.cat(large.seen), torch.cat(small.seen)) and small.store.lru.held < large.store.lru.held

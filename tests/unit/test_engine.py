@@ -125,7 +125,7 @@ def test_the_schedule_is_finite_and_rises_from_clean_to_noise(engines, family):
 
 def test_a_discrete_model_finds_the_timestep_of_each_of_its_noise_levels(engines):
     unet = engines("sd15").denoiser
-    assert unet.timestep(unet.sigmas.float()).tolist() == list(range(1000))
+    assert unet.nearest_timestep(unet.sigmas.float()).tolist() == list(range(1000))
     assert unet.sigma_at(torch.tensor([0.5004, 1.0])).tolist() == pytest.approx(
         [unet.sigmas[500].item(), unet.sigmas[999].item()]
     )
@@ -202,7 +202,7 @@ def test_a_file_fills_fresh_adapters_with_what_was_saved(engines, family):
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 def test_a_text_encoder_gets_gradients_and_kohyas_names(engines, family):
     engine = engines(family)
-    text = Adapters(engine.text.trainable(), AdapterSettings(rank=2), torch.Generator().manual_seed(0))
+    text = Adapters(engine.text.trainable_models(), AdapterSettings(rank=2), torch.Generator().manual_seed(0))
     x, sigma, _, x0, noise = problem(engine)
     with text.attached(), torch.no_grad():
         for low in text.lows.values():

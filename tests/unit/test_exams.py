@@ -80,19 +80,19 @@ MADE = {
 def test_two_measurements_of_the_same_weights_are_equal_and_cost_the_training_nothing(name):
     make, ask = MADE[name]
     method = make()
-    before = dict(getattr(method, "spent", None) or method.model.spent)
+    before = dict(getattr(method, "forward_counts", None) or method.model.forward_counts)
     exam = ask(method)
     first, second, other = exam.losses(), exam.losses(), ask(make()).losses()
     assert torch.equal(first, second) and torch.equal(first, other) and first.isfinite().all() and first.min() > 0
-    assert (getattr(method, "spent", None) or method.model.spent) == before
-    assert first.shape == (len(exam.picks), len(exam.sigmas_of_first()))
+    assert (getattr(method, "forward_counts", None) or method.model.forward_counts) == before
+    assert first.shape == (len(exam.picks), len(exam.first_sigmas()))
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_noise_levels_go_from_clean_to_noisy_and_the_batch_changes_no_answer(name):
     make, ask = MADE[name]
     exam = ask(make())
-    assert exam.sigmas_of_first() == sorted(exam.sigmas_of_first())
+    assert exam.first_sigmas() == sorted(exam.first_sigmas())
     one = ask(make())
     one.batch = 1
     assert one.losses().flatten().tolist() == pytest.approx(exam.losses().flatten().tolist(), rel=1e-4)
@@ -100,7 +100,7 @@ def test_noise_levels_go_from_clean_to_noisy_and_the_batch_changes_no_answer(nam
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_points_lie_in_the_band_that_is_trained(kind):
-    sigmas = exam_of(moving(kind, BAND), kind, noise=BAND).sigmas_of_first()
+    sigmas = exam_of(moving(kind, BAND), kind, noise=BAND).first_sigmas()
     assert min(sigmas) >= 0.3 - 1e-6 and max(sigmas) <= 0.8 + 1e-6
 
 
@@ -112,13 +112,13 @@ def test_what_is_measured_moves_with_the_weights_and_is_not_moved_by_its_own_poi
     method = make()
     exam = ask(method)
     before = exam.losses()
-    sigmas = exam.sigmas_of_first()
+    sigmas = exam.first_sigmas()
     with torch.no_grad():
         for p in method.parameters():
             p.mul_(1.5)
     assert not torch.equal(exam.losses(), before)
     fresh = ask(method)
-    assert torch.allclose(fresh.losses(), exam.losses(), rtol=1e-5) and fresh.sigmas_of_first() == sigmas
+    assert torch.allclose(fresh.losses(), exam.losses(), rtol=1e-5) and fresh.first_sigmas() == sigmas
 
 
 def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
@@ -127,7 +127,7 @@ def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
     exam = pair_exam(method, count=1, levels=2)
     pair = exam.method.items[0]
     wanted = []
-    for level, sigma in enumerate(exam.sigmas_of_first()):
+    for level, sigma in enumerate(exam.first_sigmas()):
         both = []
         for strength, index in pair.at.items():
             batch = method.data.batch([index], fixed_batches.validation_rng("pair", pair.name))
@@ -160,21 +160,21 @@ def test_a_perfect_student_has_no_loss_at_its_points():
 def test_each_task_is_asked_in_its_turn_and_the_frozen_model_only_once():
     exam = exam_of(moving(), rows=4)
     exam.losses()
-    spent = dict(exam.method.model.spent)
+    spent = dict(exam.method.model.forward_counts)
     assert [exam.points(row).task for row in range(4)] == [0, 1, 0, 1]
     assert spent["rollout"] == 4 * (5 - 1) * 2
     assert spent["frozen"] == 2 * 4 * 3 + 2 * 4 * 1, (
         "three prompts of the slider and one of what is kept, at four points of two ways each"
     )
     exam.losses()
-    assert exam.method.model.spent["frozen"] == spent["frozen"]
+    assert exam.method.model.forward_counts["frozen"] == spent["frozen"]
 
 
 def test_held_out_pairs_are_asked_at_every_strength_they_have():
     graded = pairs(2, (2.0, 1.0, -1.0, -2.0), seed=8)
     exam = pair_exam(sliding(), count=5, data=graded)
     assert len(exam.picks) == 2 and exam.losses().shape == (2, 4)
-    assert exam.named(0)["image"] == graded.items[0].path or exam.named(0)["image"]
+    assert exam.describe_sample(0)["image"] == graded.items[0].path or exam.describe_sample(0)["image"]
 
 
 def test_weights_and_other_noise_of_the_training_are_not_measured():
@@ -201,7 +201,7 @@ def test_a_run_that_is_looked_at_is_the_run_that_is_not(name):
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
     assert [entry["step"] for entry in watch.history] == [0, 2, 4, 6, 7]
-    assert watch.line().endswith(watch.exams["training"].where)
+    assert watch.line().endswith(watch.losses_by_name["training"].where)
 
 
 def test_the_best_weights_of_a_slider_are_restored_and_a_run_ends_when_nothing_is_gained():
@@ -213,7 +213,7 @@ def test_the_best_weights_of_a_slider_are_restored_and_a_run_ends_when_nothing_i
     train(method, RunSettings(steps=40, learning_rate=1.0, save_every=0), watch=watch)
     best = min(watch.history[1:], key=lambda entry: entry["loss"])
     assert watch.history[-1]["step"] < 40 and watch.best["step"] == best["step"]
-    assert float(watch.exams["validation"].losses().mean()) == pytest.approx(best["loss"], rel=1e-5), (
+    assert float(watch.losses_by_name["validation"].losses().mean()) == pytest.approx(best["loss"], rel=1e-5), (
         "the weights are those of the best step"
     )
 

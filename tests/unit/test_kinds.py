@@ -150,9 +150,9 @@ def test_loha_gives_the_same_with_and_without_the_dense_matrix(rank):
     with torch.no_grad():
         low.w2_a.copy_(torch.randn(low.w2_a.shape, generator=rng(1)))
     x = torch.randn(5, 40, generator=rng(2))
-    assert low.thin == (rank == 2)
+    assert low.uses_low_rank == (rank == 2)
     answers = []
-    for low.thin in (True, False):
+    for low.uses_low_rank in (True, False):
         answers.append(low(x))
     assert torch.allclose(*answers, rtol=1e-4, atol=1e-4)
 
@@ -293,9 +293,9 @@ def test_dropout_is_of_the_step_alone_and_can_be_had_again():
     network, x = seeded(nn.Sequential(nn.Linear(64, 32))), torch.randn(50, 64, generator=rng())
     adapters = shaken(network, rank=16, dropout=0.5)
     whole = network(x)
-    with adapters.dropping(rng(1)):
+    with adapters.dropout_active(rng(1)):
         dropped, again, later = network(x), network(x), adapters.as_now()
-    with adapters.dropping(rng(2)):
+    with adapters.dropout_active(rng(2)):
         other = network(x)
     assert torch.equal(dropped, again) and not torch.equal(dropped, other) and not torch.equal(dropped, whole)
     assert torch.equal(network(x), whole)
@@ -315,7 +315,7 @@ def ranks_seen(shape, **dropout):
     low = adapters.low("0")
     low.down.data, low.up.data = torch.eye(64), torch.eye(64)
     adapters.attach()
-    with adapters.dropping(rng()), torch.no_grad():
+    with adapters.dropout_active(rng()), torch.no_grad():
         return network(torch.ones(*shape, 64))
 
 
@@ -342,7 +342,7 @@ def test_rank_dropout_of_a_convolution_is_along_its_channels():
     low.down.data.fill_(0.1), low.up.data.zero_()
     low.up.data[:3, :, 0, 0] = torch.eye(3)
     network[0].weight.zero_(), adapters.attach()
-    with adapters.dropping(rng(4)), torch.no_grad():
+    with adapters.dropout_active(rng(4)), torch.no_grad():
         seen = network(torch.ones(20, 3, 6, 6))[:, :3]
     there = seen.flatten(2).ne(0)
     assert torch.equal(there.all(2), there.any(2)) and 0.3 < there.all(2).float().mean() < 0.7
@@ -352,7 +352,7 @@ def test_module_dropout_leaves_out_whole_layers_and_gradients_still_flow():
     network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(200)))
     adapters = shaken(network, rank=1, module_dropout=0.3)
     x = torch.ones(1, 4)
-    with adapters.dropping(rng()):
+    with adapters.dropout_active(rng()):
         left_out = [bool(torch.equal(layer(x), nn.Linear.forward(layer, x))) for layer in network]
         network[left_out.index(True)](x).sum().backward()
     assert 0.2 < sum(left_out) / 200 < 0.4
@@ -360,7 +360,7 @@ def test_module_dropout_leaves_out_whole_layers_and_gradients_still_flow():
 
 def test_without_dropout_a_step_draws_nothing():
     draw = rng(3)
-    with Adapters(Net(), settings()).dropping(draw):
+    with Adapters(Net(), settings()).dropout_active(draw):
         assert torch.equal(draw.get_state(), rng(3).get_state())
 
 

@@ -76,10 +76,10 @@ class Fixed(Denoiser):
 
     def __init__(self, answer):
         super().__init__()
-        self.answer = answer
+        self.predict_x0 = answer
 
     def denoise(self, x, sigma, conds):
-        return torch.full_like(x, self.answer).requires_grad_()
+        return torch.full_like(x, self.predict_x0).requires_grad_()
 
 
 def by_hand(settings, sign=1.0, answer=4.0, scores=None, base=None, strength=1.0, **place):
@@ -175,7 +175,7 @@ def test_x0_renoised_never_has_more_noise_than_the_step_nor_than_score_models_ar
 
 def test_draft_lv_takes_its_last_step_anew_for_each_draw():
     method = by_hand({"target": "draft_lv", "draws": 3})
-    assert method.loss(rng()).item() == pytest.approx(-4.0) and method.model.spent["student"] == 4
+    assert method.loss(rng()).item() == pytest.approx(-4.0) and method.model.forward_counts["student"] == 4
     assert graded_noise_levels(LecoScoreSettings(target="draft_lv", sampling_steps=25)) == (0.04, 0.04)
 
 
@@ -236,7 +236,7 @@ def test_the_relative_reward_of_a_scorer_that_reads():
     """S(good) 5, S(bad) 2, k 0.5: 1.5 * 5 - 2 = 5.5"""
 
     class Reads(ScorerEnsemble):
-        def members_told(self, x, level, texts):
+        def members_for_prompts(self, x, level, texts):
             assert texts in (["nice. cat"], ["poor. cat"])
             return torch.full((1, len(texts)), {"nice": 5.0, "poor": 2.0}[texts[0][:4]])
 
@@ -325,7 +325,7 @@ def test_prompts_are_drawn_as_often_as_their_weights_say_and_those_of_0_like_one
 
 def test_a_slider_goes_up_at_plus_one_and_down_at_minus_one_in_one_step():
     settings = LecoScoreSettings(slider=True)
-    assert [[(p.strength, p.weight) for p in task.pulls] for task in build_score_tasks(ROWS, [SHAPE], 1, settings)] == [
+    assert [[(p.strength, p.weight) for p in task.targets] for task in build_score_tasks(ROWS, [SHAPE], 1, settings)] == [
         [(1.0, 1.0), (-1.0, -1.0)], [(1.0, -1.0), (-1.0, 1.0)], [(1.0, 0.0), (-1.0, -0.0)],
     ]  # fmt: skip
     assert walked(slider=True).loss(rng()).shape == (2,)
@@ -336,7 +336,9 @@ def test_without_an_anchor_the_frozen_model_is_never_asked():
     for i in range(5):
         method.loss(rng(i))
     assert (
-        method.model.spent["frozen"] == 0 and method.model.spent["student"] == 5 and method.model.spent["rollout"] > 0
+        method.model.forward_counts["frozen"] == 0
+        and method.model.forward_counts["student"] == 5
+        and method.model.forward_counts["rollout"] > 0
     )
 
 
@@ -344,7 +346,7 @@ def test_the_frozen_models_answer_at_a_state_is_asked_once():
     method = walked(rows=ROWS[:1], ways=1, refresh=1000, sampling_steps=2)
     for i in range(12):
         method.loss(rng(i))
-    assert method.model.spent["frozen"] <= 2 and method.model.spent["student"] == 12
+    assert method.model.forward_counts["frozen"] <= 2 and method.model.forward_counts["student"] == 12
 
 
 def test_a_way_for_each_update_is_walked_no_further_than_to_its_state():
@@ -353,8 +355,8 @@ def test_a_way_for_each_update_is_walked_no_further_than_to_its_state():
     places = [method.places.draw(rng(i)) for i in range(40)]
     assert (
         isinstance(method.places, SingleRolloutStates)
-        and 7 < method.model.spent["rollout"] / 40 < 13
-        and method.model.spent["frozen"] == 40
+        and 7 < method.model.forward_counts["rollout"] / 40 < 13
+        and method.model.forward_counts["frozen"] == 40
     )
     assert all(
         float(place.sigma - place.after) == pytest.approx(1 / 11, abs=1e-6) or float(place.after) == 0
@@ -441,7 +443,7 @@ def test_bands_of_noise_levels_have_equal_gradients_when_they_are_balanced():
             for sigma in (0.05, 0.5):
                 x0 = torch.full((1, *SHAPE), 4.0, requires_grad=True)
                 reward = method.reward([(x0, torch.zeros(1))], 1.0)
-                method.balanced(reward, x0, torch.tensor([sigma])).sum().backward()
+                method.balance_by_band(reward, x0, torch.tensor([sigma])).sum().backward()
                 sizes[balance, sigma] = float(x0.grad.norm()) * sigma  # native scale of a flow
     assert sizes[False, 0.5] / sizes[False, 0.05] == pytest.approx(10, rel=1e-3)
     assert sizes[True, 0.5] / sizes[True, 0.05] == pytest.approx(1, rel=1e-3)
@@ -511,7 +513,7 @@ def test_the_watch_sees_the_score_rise_and_measures_what_else_moves():
         and last.held_out is None
         and last.diversity > 0
         and last.step_drift > 0
-        and not watch.enough
+        and not watch.should_stop
     )
     assert watch.strip().shape == (5, *SHAPE)
     assert "step 18: score" in watch.text() and "anchor 0.1" in watch.text()

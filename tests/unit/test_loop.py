@@ -31,13 +31,13 @@ class Faulty(Line):
 
     def __init__(self, at, trouble):
         super().__init__()
-        self.at, self.trouble, self.calls = at, trouble, 0
+        self.at, self.failure, self.calls = at, trouble, 0
 
     def loss(self, generator):
         self.calls += 1
-        if self.calls == self.at and not isinstance(self.trouble, float):
-            raise self.trouble
-        return super().loss(generator) * (self.trouble if self.calls == self.at else 1.0)
+        if self.calls == self.at and not isinstance(self.failure, float):
+            raise self.failure
+        return super().loss(generator) * (self.failure if self.calls == self.at else 1.0)
 
 
 def run(steps, **settings):
@@ -135,18 +135,18 @@ def test_the_norm_is_taken_over_all_parameters_together():
 def test_text_encoder_parameters_learn_at_a_tenth_or_at_their_own_rate():
     class Two:
         def __init__(self):
-            self.named = {name: [torch.nn.Parameter(torch.zeros(1))] for name in ("model", "text encoder")}
+            self.describe_sample = {name: [torch.nn.Parameter(torch.zeros(1))] for name in ("model", "text encoder")}
 
         def groups(self):
-            return self.named
+            return self.describe_sample
 
         def loss(self, generator):
-            return self.named["model"][0] + self.named["text encoder"][0]
+            return self.describe_sample["model"][0] + self.describe_sample["text encoder"][0]
 
     for own, moved in ((0.0, 0.005), (0.02, 0.02)):
         method = Two()
         train(method, run(1), OptimizerSettings(**PLAIN.to_dict() | {"text_encoder_lr": own}))
-        assert [-p[0].item() for p in method.named.values()] == pytest.approx([0.05, moved])
+        assert [-p[0].item() for p in method.describe_sample.values()] == pytest.approx([0.05, moved])
 
 
 # -- saves -------------------------------------------------------------------------------------------------------------
@@ -179,11 +179,11 @@ def test_a_safety_copy_is_kept_every_few_minutes(monkeypatch):
 
 
 def test_a_saved_step_is_not_saved_again_as_a_safety_copy(monkeypatch):
-    monkeypatch.setattr(TrainingClock, "safety_seconds", math.inf)
+    monkeypatch.setattr(TrainingClock, "autosave_seconds", math.inf)
     shelf = Shelf()
     train(Line(), run(4, save_every=0), store=shelf)
     assert shelf.saves == [(4, "finished")]
-    monkeypatch.setattr(TrainingClock, "safety_seconds", -1)
+    monkeypatch.setattr(TrainingClock, "autosave_seconds", -1)
     shelf = Shelf()
     train(Line(), run(4, save_every=2), store=shelf)
     assert shelf.saves == [(1, "auto"), (2, "step"), (3, "auto"), (4, "finished")]

@@ -33,17 +33,17 @@ from trainyard.trainers.memory.plan import (
 MIB = 2**20
 FOUR = StepMemory(
     total=440 * MIB,
-    outside=20 * MIB,
+    outside_blocks=20 * MIB,
     blocks=(BlockMemory(10 * MIB, 100 * MIB, 20 * MIB), *[BlockMemory(10 * MIB, 100 * MIB)] * 3),
     largest=10 * MIB,
     adapters=MIB,
 )
-WEIGHTY = replace(FOUR, weights=200 * MIB, heaviest=50 * MIB)
+WEIGHTY = replace(FOUR, weights=200 * MIB, largest_block_weights=50 * MIB)
 
 
 def kept(measured, plan):
     """Bytes kept for backward at its worst moment."""
-    return max(kept for kept, _ in measured.moments(plan))
+    return max(kept for kept, _ in measured.backward_profile(plan))
 
 
 def test_each_plan_keeps_less_than_the_one_before():
@@ -54,9 +54,9 @@ def test_each_plan_keeps_less_than_the_one_before():
 
 def test_a_large_first_block_is_computed_again_when_nothing_else_waits_any_more():
     """A UNet's: 100 inside with 10 given at first, then three small ones that are given 20 each."""
-    unet = StepMemory(total=1000, outside=0, blocks=(BlockMemory(10, 100), *[BlockMemory(20, 30)] * 3))
+    unet = StepMemory(total=1000, outside_blocks=0, blocks=(BlockMemory(10, 100), *[BlockMemory(20, 30)] * 3))
     assert kept(unet, PLAN_PER_BLOCK) == 110
-    unet = StepMemory(total=1000, outside=0, blocks=(*[BlockMemory(20, 30)] * 3, BlockMemory(10, 100)))
+    unet = StepMemory(total=1000, outside_blocks=0, blocks=(*[BlockMemory(20, 30)] * 3, BlockMemory(10, 100)))
     assert kept(unet, PLAN_PER_BLOCK) == 170
 
 
@@ -66,20 +66,22 @@ def test_the_peak_adds_gradients_in_flight_and_the_optimizers_numbers():
 
 def test_the_adapters_gradients_come_one_after_the_other_from_the_last_block_on_unless_those_of_a_batch_before_are_there():
     """The first block is the worst moment here, when three of four blocks have theirs."""
-    first = StepMemory(total=10**9, outside=0, blocks=(BlockMemory(0, 1000), *[BlockMemory(0, 10)] * 3), adapters=400)
+    first = StepMemory(
+        total=10**9, outside_blocks=0, blocks=(BlockMemory(0, 1000), *[BlockMemory(0, 10)] * 3), adapters=400
+    )
     assert first.peak(PLAN_PER_BLOCK) == 1000 + 300 + 2 * 400
-    assert replace(first, accumulated=True).peak(PLAN_PER_BLOCK) == 1000 + 400 + 2 * 400
+    assert replace(first, has_accumulated_gradients=True).peak(PLAN_PER_BLOCK) == 1000 + 400 + 2 * 400
     assert replace(first, blocks=first.blocks[::-1]).peak(PLAN_PER_BLOCK) == 1000 + 2 * 400
 
 
 def test_what_is_kept_behind_a_block_is_free_when_its_turn_comes():
-    late = StepMemory(total=10**9, outside=150, blocks=(BlockMemory(10, 300, before=50), BlockMemory(10, 100)))
+    late = StepMemory(total=10**9, outside_blocks=150, blocks=(BlockMemory(10, 300, before=50), BlockMemory(10, 100)))
     assert kept(late, PLAN_PER_BLOCK) == 50 + 10 + 300
     early = StepMemory(
-        total=10**9, outside=150, blocks=(BlockMemory(10, 100, before=50), BlockMemory(10, 300, before=100))
+        total=10**9, outside_blocks=150, blocks=(BlockMemory(10, 100, before=50), BlockMemory(10, 300, before=100))
     )
     assert kept(early, PLAN_PER_BLOCK) == 150 + 20 + 300
-    small = StepMemory(total=10**9, outside=900, blocks=(BlockMemory(10, 100),))
+    small = StepMemory(total=10**9, outside_blocks=900, blocks=(BlockMemory(10, 100),))
     assert kept(small, PLAN_PER_BLOCK) == 910, "before the first block's turn all of it is there"
 
 
@@ -107,12 +109,12 @@ def test_weights_that_leave_make_room_for_activations_but_one_block_comes_back()
 
 @pytest.mark.parametrize("free", [0, 10, 60])
 def test_a_plan_fits_once_what_is_missing_has_left_and_not_a_byte_before(free):
-    missing = FOUR.missing(PLAN_PER_BLOCK_CPU, free * MIB)
+    missing = FOUR.missing_bytes(PLAN_PER_BLOCK_CPU, free * MIB)
     assert FOUR.fits(PLAN_PER_BLOCK_CPU, free * MIB + missing) and not FOUR.fits(
         PLAN_PER_BLOCK_CPU, free * MIB + missing - 1
     )
     assert RunForecast(PLAN_PER_BLOCK_CPU, FOUR.peak(PLAN_PER_BLOCK_CPU), free * MIB + missing).fits
-    assert FOUR.missing(PLAN_PER_BLOCK_CPU, 10**12) == 0
+    assert FOUR.missing_bytes(PLAN_PER_BLOCK_CPU, 10**12) == 0
 
 
 def test_an_open_batch_is_the_largest_that_fits_and_never_more_than_eight():
@@ -130,7 +132,7 @@ def test_a_batch_is_split_into_equal_parts_as_large_as_fit(free, part):
 
 
 def test_a_model_without_blocks_has_only_one_need():
-    bare = StepMemory(total=10, outside=10, blocks=())
+    bare = StepMemory(total=10, outside_blocks=10, blocks=())
     assert {kept(bare, plan) for plan in CHECKPOINTING_PLANS} == {10}
 
 
@@ -244,8 +246,8 @@ def test_the_blocks_class_is_as_before_after_an_error():
 
 def test_a_pass_that_is_counted_keeps_nothing_and_has_no_backward():
     net, x = Net().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
-    blocks = CheckpointPolicy(tally=ActivationCounter(net.parameters()))
-    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.tally:
+    blocks = CheckpointPolicy(counter=ActivationCounter(net.parameters()))
+    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.counter:
         loss = net(x).square().mean()
     with pytest.raises(CountedPassError):
         loss.backward()
@@ -255,10 +257,10 @@ def test_the_count_equals_what_autograd_keeps():
     """Of a frozen layer, sin keeps its argument; the products keep only weights. The loss keeps the last output."""
     net, x = Net().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
     one = 300 * 256 * 4
-    blocks = CheckpointPolicy(tally=ActivationCounter(net.parameters()))
-    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.tally:
+    blocks = CheckpointPolicy(counter=ActivationCounter(net.parameters()))
+    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.counter:
         net(x).square().mean()
-    measured = blocks.tally.measured(adapters=0)
+    measured = blocks.counter.measured(adapters=0)
     assert [b.inside for b in measured.blocks] == [one] * 3
     assert [b.inputs for b in measured.blocks] == [2 * one, one, one], "the shift is given to all and counts once"
     assert measured.total == 4 * one
@@ -269,16 +271,16 @@ def test_the_count_equals_what_autograd_keeps():
 def test_a_piece_that_is_kept_outside_and_given_to_a_block_counts_once(first):
     """It stays on the device in any case: whatever is done with the inputs of blocks saves nothing of it."""
     net, x = Layer().requires_grad_(False), torch.randn(300, 256, requires_grad=True)
-    one, blocks = 300 * 256 * 4, CheckpointPolicy(tally=ActivationCounter(net.parameters()))
-    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.tally:
+    one, blocks = 300 * 256 * 4, CheckpointPolicy(counter=ActivationCounter(net.parameters()))
+    with checkpoint_blocks({Layer}, Strength(), blocks), blocks.counter:
         early = x.sin().sum() if first else 0
         out = net(x, {"scale": 1.0}, shift=torch.zeros(()))
         (out.sum() + early + (0 if first else x.sin().sum())).square()
-    measured = blocks.tally.measured(adapters=0)
+    measured = blocks.counter.measured(adapters=0)
     (block,) = measured.blocks
     assert (block.inputs, block.inside) == (4, one), "the shift has four bytes"
     assert block.before == (one if first else 0)
-    assert one <= measured.outside < one + 100
+    assert one <= measured.outside_blocks < one + 100
     assert kept(measured, PLAN_PER_BLOCK_CPU) >= (2 * one if first else one)
 
 

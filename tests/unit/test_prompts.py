@@ -41,7 +41,7 @@ def test_the_peers_files_are_read_and_their_guidance_counts():
         "- target: person\n  positive: old person\n  unconditional: young person\n  neutral: person\n  action: "
         "enhance\n  guidance: 4\n"
     )
-    assert one.guidance == 4.0 and one.base == "person" and one.plus == "old person"
+    assert one.guidance == 4.0 and one.base == "person" and one.effective_positive == "old person"
     (two,) = read_prompts(
         "- target: cat\n  guidance_scale: 1.5\n  batch_size: 2\n  resolution: 512\n  dynamic_resolution: true\n"
     )
@@ -92,11 +92,11 @@ def test_a_row_becomes_a_task_and_what_it_preserves_others():
     (row,) = read_prompts("red car | positive: red | preserve: blue car; tree | weight: 2")
     erase, *kept = build_prompt_tasks([row], SHAPES, kept=0.5)
     assert (
-        dict((p, w) for w, p in erase.pulls[0].goal) == {"": 2.0, "red": -1.0}
+        dict((p, w) for w, p in erase.targets[0].weighted_prompts) == {"": 2.0, "red": -1.0}
         and erase.scene == "red car"
         and erase.weight == 2.0
     )
-    assert [(task.scene, task.weight, task.pulls[0].goal) for task in kept] == [
+    assert [(task.scene, task.weight, task.targets[0].weighted_prompts) for task in kept] == [
         ("blue car", 0.5, ((1.0, "blue car"),)),
         ("tree", 0.5, ((1.0, "tree"),)),
     ]
@@ -108,8 +108,12 @@ def test_attributes_are_put_before_every_prompt_in_turn():
         "2\n"
     )
     male, female = build_prompt_tasks([row], SHAPES, slider=True)
-    assert [pull.strength for pull in male.pulls] == [1.0, -1.0]
-    assert male.pulls[0].goal == ((1.0, "male person"), (2.0, "male old person"), (-2.0, "male young person"))
+    assert [pull.strength for pull in male.targets] == [1.0, -1.0]
+    assert male.targets[0].weighted_prompts == (
+        (1.0, "male person"),
+        (2.0, "male old person"),
+        (-2.0, "male young person"),
+    )
     assert female.scene == "female person" and male.weight == female.weight == 0.5
 
 

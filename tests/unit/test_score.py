@@ -132,7 +132,7 @@ def test_targets_by_hand():
 def test_the_default_loss_is_square_plus_a_quarter_of_the_order(loss):
     """said 0 and 0, wanted -1 and 1: squares 1 and 1; logistic order log 2, margin order 2"""
     method = method_of(rated(4), loss=loss)
-    losses = method.wrong(torch.zeros(2, 1), torch.tensor([-1.0, 1.0])).tolist()
+    losses = method.sample_losses(torch.zeros(2, 1), torch.tensor([-1.0, 1.0])).tolist()
     extra = {"MSE": 0.0, "MSE + ranking": 0.25 * math.log(2), "MSE + margin ranking": 0.25 * 2}[loss]
     assert losses == pytest.approx([1 + extra] * 2)
 
@@ -223,9 +223,9 @@ def test_the_average_of_the_weights_by_hand():
     method = method_of(rated(4))
     method.average = [torch.ones_like(p) for p in method.parameters()]
     method.keep([torch.zeros_like(p) for p in method.parameters()])
-    method.follow()
+    method.update_average()
     assert method.average[0].flatten()[0].item() == pytest.approx(0.1)
-    method.follow()
+    method.update_average()
     assert method.average[0].flatten()[0].item() == pytest.approx(0.1 * 2 / 11)
 
 
@@ -275,15 +275,15 @@ def test_every_task_learns_what_can_be_learnt(task, figure):
 def test_what_is_learnt_is_measured_on_pictures_that_were_not_seen(monkeypatch):
     """Members and what they judge: no picture, and no near-duplicate of one, is on both sides."""
     learnt, judged = [], []
-    real_learn, real_judged = EnsembleMember.learn, EnsembleMember.judged
+    real_learn, real_judged = EnsembleMember.train_member, EnsembleMember.predict_held_out
     monkeypatch.setattr(
         EnsembleMember,
-        "learn",
+        "train_member",
         lambda self, index, *rest: learnt.append(set(index.tolist())) or real_learn(self, index, *rest),
     )
     monkeypatch.setattr(
         EnsembleMember,
-        "judged",
+        "predict_held_out",
         lambda self, index, *rest: judged.append(set(index.tolist())) or real_judged(self, index, *rest),
     )
     groups = [i // 3 for i in range(60)]

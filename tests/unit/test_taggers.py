@@ -156,7 +156,7 @@ def test_pictures_for_timm_equal_timms_own_transform(timm_folder):
     tagger = load_tagger(timm_folder, TaggerSettings(channels="RGB"))
     picture = tiny_tagger.drawn("red", size=(48, 48))
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=tagger.module))
-    assert np.array_equal(tagger.prepared(picture), transform(picture).numpy())
+    assert np.array_equal(tagger.preprocess(picture), transform(picture).numpy())
 
 
 # -- taggers that were trained on three colours ------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_blue_and_red_change_places_for_a_tagger_that_is_told_the_wrong_order_of
 
 def test_a_batch_answers_as_its_pictures_do_one_by_one(folder):
     tagger = load_tagger(folder)
-    batch = np.stack([tagger.prepared(tiny_tagger.drawn(colour)) for colour in WORDS])
+    batch = np.stack([tagger.preprocess(tiny_tagger.drawn(colour)) for colour in WORDS])
     together = tagger.run(batch)
     assert together.shape == (3, len(tiny_tagger.TAGS)) and together.dtype == np.float32
     np.testing.assert_allclose(together, np.concatenate([tagger.run(one[None]) for one in batch]), atol=1e-6)
@@ -224,7 +224,7 @@ def test_the_network_may_be_moved_by_its_host_and_follows_its_dtype(timm_folder)
 def test_an_onnx_file_that_ends_without_a_sigmoid_says_the_same(onnx_folder, tmp_path):
     bare = tiny_tagger.onnx_folder(tmp_path / "bare", sigmoid=False)
     one, other = load_tagger(onnx_folder), load_tagger(bare)
-    picture = one.prepared(tiny_tagger.drawn("blue"))[None]
+    picture = one.preprocess(tiny_tagger.drawn("blue"))[None]
     np.testing.assert_allclose(one.run(picture), other.run(picture), atol=1e-5)
 
 
@@ -303,7 +303,7 @@ class Session:
 def test_an_onnx_file_with_pixels_first_is_normalised_as_its_config_says():
     config = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
     network = taggers.make_onnx_network("model.onnx", config, Session(["n", 3, 8, 8]))
-    assert network.prepared(np.full((8, 8, 3), 255, np.uint8)).tolist() == np.full((3, 8, 8), 2.0).tolist()
+    assert network.preprocess(np.full((8, 8, 3), 255, np.uint8)).tolist() == np.full((3, 8, 8), 2.0).tolist()
     with pytest.raises(ValueError, match="no config.json beside it names mean and std"):
         taggers.make_onnx_network("model.onnx", {}, Session(["n", 3, 8, 8]))
     with pytest.raises(ValueError, match=r"of shape \['n', 9\]; a tagger wants"):

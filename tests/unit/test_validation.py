@@ -201,7 +201,7 @@ def test_an_interrupt_in_the_middle_of_a_measurement_loses_no_step(tmp_path):
             if len(calls) == 10:
                 raise Stop
 
-        seen.tick = tick
+        seen.check_interrupt = tick
         return seen
 
     with pytest.raises(Stop):
@@ -231,19 +231,19 @@ class Told(ValidationMonitor):
     told = ()
 
     def measure(self, step, params):
-        losses, self.exams["training"].losses = (
-            self.exams["training"].losses,
+        losses, self.losses_by_name["training"].losses = (
+            self.losses_by_name["training"].losses,
             lambda tick: torch.full((1, 8), float(self.told[step])),
         )
         better = super().measure(step, params)
-        self.exams["training"].losses = losses
+        self.losses_by_name["training"].losses = losses
         return better
 
 
 def telling(losses):
     def looking(method, **settings):
         seen = watch(method, **{"every": 1, **settings})
-        told = Told(seen.settings, seen.exams)
+        told = Told(seen.settings, seen.losses_by_name)
         told.told = losses
         return told
 
@@ -310,7 +310,7 @@ def test_a_loss_that_is_no_number_is_never_the_best_and_is_written_as_null(tmp_p
 def test_the_worst_pictures_are_named_at_the_end(tmp_path):
     def looking(method, **settings):
         seen = watch(method, **settings)
-        seen.each = exam(method, count=4)
+        seen.per_image_loss = exam(method, count=4)
         return seen
 
     _, _, seen, store = trained(tmp_path, 2, looking=looking)
@@ -437,10 +437,10 @@ class Writer:
     """What torch.utils.tensorboard.SummaryWriter is asked to write."""
 
     def __init__(self):
-        self.written = []
+        self.last_write = []
 
     def add_scalar(self, name, value, step):
-        self.written.append((name, value, step))
+        self.last_write.append((name, value, step))
 
 
 def test_every_loss_is_written_once_by_its_step_also_after_a_stop():
@@ -448,9 +448,9 @@ def test_every_loss_is_written_once_by_its_step_also_after_a_stop():
     board = TensorBoardLog(writer, 2)  # two steps were written before the stop
     for step in (3, 5):
         board.report(TrainingProgress(step, 9, [float(i) for i in range(1, step + 1)], 1e-4, 0.0))
-    losses = [(value, step) for name, value, step in writer.written if name == "loss/training step"]
+    losses = [(value, step) for name, value, step in writer.last_write if name == "loss/training step"]
     assert losses == [(3.0, 3), (4.0, 4), (5.0, 5)]
-    assert [step for name, _, step in writer.written if name == "learning rate"] == [3, 5]
+    assert [step for name, _, step in writer.last_write if name == "learning rate"] == [3, 5]
 
 
 def test_measurements_are_written_by_noise_level_and_what_is_no_number_is_not():
@@ -459,7 +459,7 @@ def test_measurements_are_written_by_noise_level_and_what_is_no_number_is_not():
         "validation",
         {"step": 7, "loss": 0.5, "bins": [0.25, None], "sigmas": [0.1, 0.9], "held_out": True, "training": 0.4},
     )
-    assert writer.written == [
+    assert writer.last_write == [
         ("loss/validation", 0.5, 7),
         ("loss/fixed training pictures", 0.4, 7),
         ("loss by noise level/0.1", 0.25, 7),

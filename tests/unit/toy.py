@@ -101,10 +101,10 @@ class Perfect(Denoiser):
 
     def __init__(self, x0, prediction="flow"):
         super().__init__(None, prediction)
-        self.answer = x0
+        self.predict_x0 = x0
 
     def denoise(self, x, sigma, conds):
-        return self.answer.expand_as(x)
+        return self.predict_x0.expand_as(x)
 
 
 def dataset(count=4, seed=5, masks=False):

@@ -136,7 +136,7 @@ class RankDropout:
     asked: a block that is computed again for its gradient must drop what it dropped before."""
 
     share: float
-    ranks: float
+    rank_share: float
     seed: int
 
     def __call__(self, inner: Tensor, axis: int) -> Tensor:
@@ -145,7 +145,7 @@ class RankDropout:
         inner = apply_dropout(inner, inner.shape, self.share, rng) if self.share else inner
         whole = [1] * inner.ndim
         whole[0], whole[axis] = inner.shape[0], inner.shape[axis]
-        return apply_dropout(inner, whole, self.ranks, rng) if self.ranks else inner
+        return apply_dropout(inner, whole, self.rank_share, rng) if self.rank_share else inner
 
 
 def apply_dropout(inner: Tensor, shape, share: float, rng) -> Tensor:
@@ -175,7 +175,7 @@ class Adapters(nn.Module):
         self.luck: int | None = None  # of a step that leaves something out
         self._hooks: list = []
         self.mark = f"trainyard {id(self)}"  # where a layer holds its adapter while these are attached
-        self.__dict__["guest"] = None  # Adapters that these give way to
+        self.__dict__["replacement"] = None  # Adapters that these give way to
 
     def low(self, name: str) -> LoraLayer:
         return self.lows[name.replace(".", "/")]
@@ -196,12 +196,12 @@ class Adapters(nn.Module):
             return out
         low, number = getattr(layer, self.mark)
         x = args[0] if args else kwargs["input"]
-        left_out, drop = self.dropped(number)
+        left_out, drop = self.layer_dropout(number)
         return out + low.change(
             layer, x, out, 0.0 if left_out else self.strength, drop
         )  # 0: autograd still finds its way
 
-    def dropped(self, number) -> tuple[bool, RankDropout | None]:
+    def layer_dropout(self, number) -> tuple[bool, RankDropout | None]:
         """(whether layer `number` is left out, what leaves out its inner values) in this step."""
         if self.luck is None:
             return False, None
@@ -212,16 +212,16 @@ class Adapters(nn.Module):
         ) if s.dropout or s.rank_dropout else None
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """Whether a step leaves anything out."""
         return bool(self.settings.dropout or self.settings.rank_dropout or self.settings.module_dropout)
 
     @contextlib.contextmanager
-    def dropping(self, rng: torch.Generator):
+    def dropout_active(self, rng: torch.Generator):
         """A step with the dropout of the settings; rng is asked only when there is any. Everywhere else nothing is left
         out."""
         before = self.luck
-        if self.drops:
+        if self.has_dropout:
             self.luck = int(torch.randint(2**62, (1,), generator=rng))
         try:
             yield
@@ -256,30 +256,30 @@ class Adapters(nn.Module):
             self.strength = before
 
     @contextlib.contextmanager
-    def giving_way(self, guest: Adapters | None):
+    def replaced_by(self, guest: Adapters | None):
         """At strength 0, with the guest attached in their place, if there is one."""
-        before = self.guest
-        self.__dict__["guest"] = guest  # lent, not owned
+        before = self.replacement
+        self.__dict__["replacement"] = guest  # lent, not owned
         try:
             with self.at(0), contextlib.nullcontext() if guest is None else guest.attached():
                 yield
         finally:
-            self.__dict__["guest"] = before
+            self.__dict__["replacement"] = before
 
     @property
-    def moment(self) -> float | None:
+    def compile_strength(self) -> float | None:
         """The strength that a compiled block would be made for; None while it could not follow: dropout draws anew in
         every step, and a guest brings hooks of its own."""
-        return None if self.luck is not None or self.guest is not None else self.strength
+        return None if self.luck is not None or self.replacement is not None else self.strength
 
-    def kind_at(self, layer) -> tuple | None:
+    def adapter_signature(self, layer) -> tuple | None:
         """Equal for layers whose adapters differ in their numbers only."""
         low, _ = getattr(layer, self.mark, (None, 0))
         return low and (type(low), *(tuple(p.shape) for p in low.parameters()))
 
     def as_now(self):
         """A context that brings back today's strength, dropout and guest later: for a block that is computed again."""
-        strength, luck, guest = self.strength, self.luck, self.guest
+        strength, luck, guest = self.strength, self.luck, self.replacement
 
         @contextlib.contextmanager
         def again():

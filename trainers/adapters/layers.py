@@ -138,32 +138,34 @@ class DoraLayer(LoraLayer):
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         super().__init__(layer, rank, alpha, rslora, rng)
         self.magnitude = nn.Parameter(torch.zeros(layer_features(layer)[1]))
-        self.squares = None  # (outputs,) squared row norms of W, once the layer is loaded
+        self.squared_row_norms = None  # (outputs,) squared row norms of W, once the layer is loaded
 
     def change(self, layer, x, out, strength, drop=None):
-        more = self.shaped(self.gain(layer) - 1).to(out.dtype)  # half precision would round a gain of 1.001 to 1
+        more = self.broadcast_rows(self.gain(layer) - 1).to(
+            out.dtype
+        )  # half precision would round a gain of 1.001 to 1
         bias = effective_parameter(layer, "bias")
-        own = out if bias is None else out - self.shaped(bias.to(out))
+        own = out if bias is None else out - self.broadcast_rows(bias.to(out))
         low = self(x, 1.0, drop).to(out.dtype)
         return strength * (more * (own + low) + low)
 
     def gain(self, layer) -> Tensor:
         """(outputs,) what the rows of W + s B A are multiplied with."""
-        return (1 + self.magnitude) * self.shrinkage(layer)
+        return (1 + self.magnitude) * self.norm_ratio(layer)
 
     @torch.no_grad()
-    def shrinkage(self, layer) -> Tensor:
+    def norm_ratio(self, layer) -> Tensor:
         """(outputs,) |W| / |W + s B A|, by |W|^2 + 2 s <W, B A> + s^2 |B A|^2."""
         weight = dense_weight(layer, self.down.device).flatten(1)
-        if self.squares is None:
-            self.squares = weight.float().square().sum(1)
+        if self.squared_row_norms is None:
+            self.squared_row_norms = weight.float().square().sum(1)
         down, up = self.down.flatten(1), self.up.flatten(1)
         crossed = ((weight @ down.T.to(weight.dtype)).float() * up).sum(1)
         own = ((up @ (down @ down.T)) * up).sum(1)
-        merged = self.squares + 2 * self.scale * crossed + self.scale**2 * own
-        return torch.where((self.squares > 0) & (merged > 0), (self.squares / merged).sqrt(), 1.0)
+        merged = self.squared_row_norms + 2 * self.scale * crossed + self.scale**2 * own
+        return torch.where((self.squared_row_norms > 0) & (merged > 0), (self.squared_row_norms / merged).sqrt(), 1.0)
 
-    def shaped(self, rows: Tensor) -> Tensor:
+    def broadcast_rows(self, rows: Tensor) -> Tensor:
         """(outputs,) so that it multiplies the layer's output."""
         return rows if self.geometry is None else rows.view(-1, *[1] * (self.down.ndim - 2))
 
@@ -179,7 +181,7 @@ class DoraLayer(LoraLayer):
         """dora_scale as ComfyUI reads it: it multiplies W + s B A by dora_scale over the row norm of W alone, where
         other tools and the paper take that of W + s B A. Rows are the output axis."""
         gain = self.gain(layer)
-        norms = self.squares.sqrt() + torch.finfo(torch.float32).eps
+        norms = self.squared_row_norms.sqrt() + torch.finfo(torch.float32).eps
         return super().tensors(layer) | {"dora_scale": (gain * norms).view(-1, *[1] * (self.down.ndim - 1))}
 
     @torch.no_grad()
@@ -187,8 +189,8 @@ class DoraLayer(LoraLayer):
         if "dora_scale" not in tensors:
             raise ValueError("it has no dora_scale, so it is a LoRA and no DoRA; choose the algorithm of the file")
         super().load(layer, tensors)
-        shrinkage = self.shrinkage(layer)
-        norms = self.squares.sqrt() + torch.finfo(torch.float32).eps
+        shrinkage = self.norm_ratio(layer)
+        norms = self.squared_row_norms.sqrt() + torch.finfo(torch.float32).eps
         if tensors["dora_scale"].numel() != len(norms):
             raise ValueError(
                 f"its dora_scale is {tuple(tensors['dora_scale'].shape)}, and {len(norms)} numbers are wanted here"
@@ -218,14 +220,14 @@ class LohaLayer(LoraLayer):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=rng) * std))
         self.w2_a = nn.Parameter(torch.zeros(outputs, rank))
         self.rank, self.scale, self.inputs = rank, adapter_scale(rank, alpha, rslora), inputs
-        self.thin = rank**2 * (wide + outputs) < wide * outputs
+        self.uses_low_rank = rank**2 * (wide + outputs) < wide * outputs
 
     def forward(self, x, strength=1.0, drop=None):
         (w1_a, w1_b), (w2_a, w2_b) = (
             (a.to(x.dtype), b.to(x.dtype)) for a, b in ((self.w1_a, self.w1_b), (self.w2_a, self.w2_b))
         )
         factor = self.scale * strength
-        if not self.thin:
+        if not self.uses_low_rank:
             weight = (w1_a @ w1_b) * (w2_a @ w2_b) * factor
             return apply_weight(x, weight.view(-1, self.inputs, *self.kernel), self.geometry)
         down = (w1_b[:, None] * w2_b[None]).view(-1, self.inputs, *self.kernel)  # (rank^2, inputs, ...)
@@ -251,17 +253,17 @@ class LokrLayer(LoraLayer):
         self.table = (columns, wide)
         self.w1 = nn.Parameter(torch.empty(rows, columns))
         nn.init.kaiming_uniform_(self.w1, a=math.sqrt(5), generator=rng)
-        self.rank, self.wide = rank, wide * math.prod(self.kernel)
+        self.rank, self.flat_inputs = rank, wide * math.prod(self.kernel)
         self.whole = rank >= max(tall, wide) / 2
         if self.whole:
             self.parts = {"lokr_w1": "w1", "lokr_w2": "w2"}
             self.w2, self.scale = (
-                nn.Parameter(torch.zeros(tall, self.wide)),
+                nn.Parameter(torch.zeros(tall, self.flat_inputs)),
                 None,
             )  # loaders know no alpha for these: the scale is 1
             return
         self.parts = {"lokr_w1": "w1", "lokr_w2_b": "w2_b", "lokr_w2_a": "w2_a"}
-        self.w2_a, self.w2_b = nn.Parameter(torch.zeros(tall, rank)), nn.Parameter(torch.empty(rank, self.wide))
+        self.w2_a, self.w2_b = nn.Parameter(torch.zeros(tall, rank)), nn.Parameter(torch.empty(rank, self.flat_inputs))
         nn.init.kaiming_uniform_(self.w2_b, a=math.sqrt(5), generator=rng)
         self.scale = adapter_scale(rank, alpha, rslora)
 

@@ -56,17 +56,17 @@ class WdTagger:
     def module(self) -> torch.nn.Module | None:
         return self.network.module
 
-    def prepared(self, picture: Image.Image) -> np.ndarray:
+    def preprocess(self, picture: Image.Image) -> np.ndarray:
         """One picture as the network wants it."""
         pixels = pad_to_white_square(picture, self.network.size)
-        return self.network.prepared(pixels[:, :, ::-1] if self.settings.channels == "BGR" else pixels)
+        return self.network.preprocess(pixels[:, :, ::-1] if self.settings.channels == "BGR" else pixels)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Probabilities (B, tags) of a batch of prepared pictures."""
         return self.network.run(batch)
 
     def caption(self, picture: Image.Image, prompt: str = "") -> CaptionResult:
-        tags = select_tags(self.labels, self.run(self.prepared(picture)[None])[0], self.settings)
+        tags = select_tags(self.labels, self.run(self.preprocess(picture)[None])[0], self.settings)
         return CaptionResult(", ".join(tags), tags)
 
 
@@ -169,7 +169,7 @@ class TimmNetwork:
     def outputs(self) -> int:
         return self.module.num_classes
 
-    def prepared(self, pixels: np.ndarray) -> np.ndarray:
+    def preprocess(self, pixels: np.ndarray) -> np.ndarray:
         return self.normalise(pixels)  # (3, size, size)
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ class OnnxNetwork:
         count = self.session.get_outputs()[0].shape[-1]
         return count if isinstance(count, int) else None
 
-    def prepared(self, pixels: np.ndarray) -> np.ndarray:
+    def preprocess(self, pixels: np.ndarray) -> np.ndarray:
         return self.normalise(pixels) if self.normalise else pixels.astype(np.float32)
 
     def run(self, batch: np.ndarray) -> np.ndarray:

@@ -89,7 +89,7 @@ class VlmCaptioner:
         self.identity = f"{self.name} {compute_fingerprint(self.settings, *spoken)}"
 
     @property
-    def follows(self) -> bool:
+    def follows_instructions(self) -> bool:
         """Whether it does what a sentence asks; the others are given the user's own text or nothing."""
         return self.manner == CHAT_PROMPT
 
@@ -117,16 +117,16 @@ class VlmCaptioner:
         """(the processor's tensors, words that the answer goes on from)."""
         begin = self.wording.begin.strip()
         if self.manner == CHAT_PROMPT:
-            return self.chat(picture, prompt, begin), begin
+            return self.build_chat_inputs(picture, prompt, begin), begin
         if self.manner == TASK_PROMPT:
             return self.processor(
                 text=choose_florence_task(prompt, self.wording.length), images=picture, return_tensors="pt"
             ), ""
         if self.manner == CONTINUATION_PROMPT:
-            return self.onward(picture, " ".join(filter(None, (prompt, begin)))), ""
-        return self.beside(picture, prompt, begin), begin
+            return self.build_continuation_inputs(picture, " ".join(filter(None, (prompt, begin)))), ""
+        return self.build_text_inputs(picture, prompt, begin), begin
 
-    def chat(self, picture, prompt, begin):
+    def build_chat_inputs(self, picture, prompt, begin):
         """The model's own chat template, with the beginning of the answer behind it."""
         turn = [
             {"role": "user", "content": [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]}
@@ -138,7 +138,7 @@ class VlmCaptioner:
         )  # the template has written it already
         return self.processor(text=[text], images=[picture], return_tensors="pt", **special)
 
-    def beside(self, picture, prompt, begin):
+    def build_text_inputs(self, picture, prompt, begin):
         kind = self.module.config.model_type
         text = " ".join(filter(None, (prompt or ("caption en" if kind == "paligemma" else ""), begin)))
         mark = getattr(self.processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
@@ -152,7 +152,7 @@ class VlmCaptioner:
             else self.processor(images=picture, return_tensors="pt")
         )
 
-    def onward(self, picture, text):
+    def build_continuation_inputs(self, picture, text):
         """BLIP and GIT go on from a text; the mark that ends it would tell them to stop."""
         inputs = dict(self.processor(images=picture, return_tensors="pt"))
         inputs = {"pixel_values": inputs["pixel_values"]}

@@ -27,7 +27,7 @@ class CaptioningResult:
     dataset: ImageDataset
     made: int = 0  # said now
     kept: int = 0  # said in an earlier run, found in the cache
-    passed: int = 0  # had what it needs
+    unchanged: int = 0  # had what it needs
     failed: tuple[tuple[str, str], ...] = ()  # (path, why)
 
 

@@ -82,8 +82,8 @@ class ZeroShotTagger:
     settings: TaggerSettings = field(default_factory=TaggerSettings)
     name: str = ""  # which models the two functions ask
     identity: str = field(init=False)
-    _known: dict[str, torch.Tensor] | None = None
-    _nothing: torch.Tensor | None = None
+    _word_features: dict[str, torch.Tensor] | None = None
+    _neutral_features: torch.Tensor | None = None
 
     def __post_init__(self):
         groups = [[group.one, *group.words] for group in self.vocabulary]
@@ -121,12 +121,12 @@ class ZeroShotTagger:
 
     def words(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """(word -> its features, the features of nothing), asked once."""
-        if self._known is None:
+        if self._word_features is None:
             vocabulary = tuple(dict.fromkeys(word for group in self.vocabulary for word in group.words))
             told = encode_words((*vocabulary, *NEUTRAL_WORDS), self.text_features)
-            self._known = dict(zip(vocabulary, told, strict=False))
-            self._nothing = normalise_features(told[len(vocabulary) :].mean(0))
-        return self._known, self._nothing
+            self._word_features = dict(zip(vocabulary, told, strict=False))
+            self._neutral_features = normalise_features(told[len(vocabulary) :].mean(0))
+        return self._word_features, self._neutral_features
 
 
 def encode_words(words: Sequence[str], text_features) -> torch.Tensor:

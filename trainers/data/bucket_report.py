@@ -27,7 +27,7 @@ class BucketStats:
     bucket: tuple[int, int]
     pictures: int
     per_epoch: int  # with their repeats
-    cut: float  # mean share that is cut off
+    mean_cropped_share: float  # mean share that is cut off
     scales: tuple[float, float]  # least and most: above 1 is enlarged
 
 
@@ -40,7 +40,7 @@ class BucketingResult:
     merged: tuple[
         tuple[ImageRecord, BucketPlacement, BucketPlacement], ...
     ]  # (record, where it would have gone, where it goes)
-    alone: tuple[tuple[ImageRecord, BucketPlacement], ...]  # in buckets with fewer pictures than were asked for
+    undersized: tuple[tuple[ImageRecord, BucketPlacement], ...]  # in buckets with fewer pictures than were asked for
     enlarged: tuple[tuple[ImageRecord, float], ...]
     settings: BucketSettings
 
@@ -112,7 +112,7 @@ def format_bucket_report(result: BucketingResult) -> str:
             for record, before, after in result.merged
         )
         lines.append(f"merged: {format_limited_list(merged)}")
-    if result.alone:
+    if result.undersized:
         why = (
             f", nothing within max_crop {settings.max_crop:g} to join"
             if settings.rules == TIGHT_RULES and settings.merge > 1
@@ -120,7 +120,7 @@ def format_bucket_report(result: BucketingResult) -> str:
         )
         lines.append(
             f"fewer than {settings.merge} in their bucket{why}: "
-            f"{format_limited_list(f'{record_file_name(r)} {format_bucket_size(p)}' for r, p in result.alone)}"
+            f"{format_limited_list(f'{record_file_name(r)} {format_bucket_size(p)}' for r, p in result.undersized)}"
         )
     if result.enlarged:
         lines.append(
@@ -135,7 +135,7 @@ def format_bucket_stats(row: BucketStats) -> str:
     scales = least if least == most else f"{least} to {most}"
     return (
         f"{row.bucket[0]}x{row.bucket[1]}: {format_counted_noun(row.pictures, 'picture')}, {row.per_epoch} per epoch, "
-        f"{row.cut:.1%} cut off, scaled by {scales}"
+        f"{row.mean_cropped_share:.1%} cut off, scaled by {scales}"
     )
 
 
@@ -188,7 +188,7 @@ def make_bucket_tile(row: BucketStats, result: BucketingResult, longest: int) ->
     lines = (
         f"{row.bucket[0]} x {row.bucket[1]}",
         format_counted_noun(row.pictures, "picture"),
-        f"{row.cut:.1%} cut off",
+        f"{row.mean_cropped_share:.1%} cut off",
     )
     return SheetTile(
         draw_bucket_fill(row, result.rows[0].pictures, longest),

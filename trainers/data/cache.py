@@ -52,7 +52,7 @@ class DiskCache:
     shared: do not write into their tensors."""
 
     def __init__(self, folder, budget: int = 512 * MIB):
-        self.folder, self.shelf = Path(folder), LruCache(budget)
+        self.folder, self.lru = Path(folder), LruCache(budget)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_parts(self.folder)
 
@@ -75,7 +75,7 @@ class DiskCache:
 
     def load(self, key: str):
         """The tree, from memory or disk."""
-        return self.shelf.get(key, lambda: self.read(key))
+        return self.lru.get(key, lambda: self.read(key))
 
     def read(self, key: str):
         try:

@@ -76,7 +76,7 @@ class EncodingProgress:
         if self.report:
             self.report(self.done, self.total, text)
 
-    def may_go_on(self):
+    def raise_if_interrupted(self):
         if self.check_interrupt:
             self.check_interrupt()
 
@@ -203,7 +203,7 @@ def encode_texts(texts: dict[str, str], text: TextEncoderProtocol, cache: DiskCa
     missing = [caption for caption, key in texts.items() if cache.shapes(key) is None]
     work.step(len(texts) - len(missing), "captions")
     for start in range(0, len(missing), TEXT_BATCH_SIZE):
-        work.may_go_on()
+        work.raise_if_interrupted()
         some = missing[start : start + TEXT_BATCH_SIZE]
         for caption, cond in zip(some, text.encode(some), strict=True):
             write_conditioning(cache, texts[caption], cond)
@@ -252,10 +252,10 @@ def encode_record(
 ) -> EncodedItem:
     """picture: None where nothing was missing when it would have been opened."""
     name = Path(p.record.path).name
-    work.may_go_on()
+    work.raise_if_interrupted()
     for key, mirrored in list_missing_latents(p, cache):
         work.step(0, name)
-        work.may_go_on()
+        work.raise_if_interrupted()
         picture = picture or open_bucketed_image(p, ground)
         cache.write(key, encode_posterior(ImageOps.mirror(picture) if mirrored else picture, vae, name))
     shape = cached_latent_shape(cache, p.latent)

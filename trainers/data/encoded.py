@@ -243,11 +243,11 @@ class BucketBatchSampler:
         """The next batch; rng is asked only when a new epoch is dealt."""
         if self.position == len(self.order):
             self.seed, self.position, self.epoch = int(torch.randint(2**62, (1,), generator=rng)), 0, self.epoch + 1
-            self.order = self.deal(self.seed)
+            self.order = self.shuffle_epoch(self.seed)
         self.position += 1
         return list(self.order[self.position - 1])
 
-    def deal(self, seed: int) -> list[list[int]]:
+    def shuffle_epoch(self, seed: int) -> list[list[int]]:
         rng = torch.Generator().manual_seed(seed)
         batches = []
         for cards in self.cards.values():
@@ -265,7 +265,7 @@ class BucketBatchSampler:
                 "or the batch size has changed. Put them back, or start a run with a new name."
             )
         self.seed, self.position, self.epoch = state["seed"], state["position"], state["epoch"]
-        self.order = [] if self.seed is None else self.deal(self.seed)
+        self.order = [] if self.seed is None else self.shuffle_epoch(self.seed)
 
 
 def shuffle_list(values: list, rng: torch.Generator) -> list:

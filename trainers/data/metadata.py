@@ -49,7 +49,7 @@ class ImageMetadata:
     mask: Path | None = None
     pair: str | None = None
     strength: float | None = None
-    fault: str | None = None  # why it cannot be used
+    error: str | None = None  # why it cannot be used
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ def parse_metadata_row(values, where, folder, alternatives) -> ImageMetadata:
             )
         return parse_image_metadata(values, where, folder, alternatives)
     except ValueError as error:
-        return ImageMetadata(fault=str(error))
+        return ImageMetadata(error=str(error))
 
 
 class ImageNameIndex:

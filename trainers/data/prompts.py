@@ -61,14 +61,14 @@ class PromptRow:
                 raise ValueError(
                     f"action is replace and positive is {self.positive!r}; write what {self.target!r} is to become."
                 )
-        elif self.plus == self.unconditional:
+        elif self.effective_positive == self.unconditional:
             raise ValueError(
-                f"positive and unconditional are both {self.plus!r}: between them lies no direction to learn. Change "
-                "one of them."
+                f"positive and unconditional are both {self.effective_positive!r}: between them lies no direction to "
+                "learn. Change one of them."
             )
 
     @property
-    def plus(self) -> str:
+    def effective_positive(self) -> str:
         return self.target if self.positive is None else self.positive
 
     @property

@@ -340,8 +340,8 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     size, alpha = probe_image(file, data)
     notes = [*read_sidecar_metadata(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
     note = merge_metadata(notes)
-    if note.fault:
-        raise ValueError(note.fault)
+    if note.error:
+        raise ValueError(note.error)
     repeats = listed.repeats if note.repeats is None else note.repeats
     if not repeats:
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")

@@ -153,9 +153,9 @@ def encode_views(
     )
     pictures = []
     for (record, todo), picture in zip(plans, prefetch_results(opening), strict=True):
-        work.may_go_on()
+        work.raise_if_interrupted()
         for draft, key in list_missing_views(record, todo, size, vae, cache, ground):
-            work.may_go_on()
+            work.raise_if_interrupted()
             cache.write(key, encode_posterior(render_view(draft, picture, size), vae, Path(record.path).name))
         pictures.append(group_views_by_kind(todo, [draft.key(record, size, vae, ground) for draft in todo], crops))
         work.step(1, Path(record.path).name)

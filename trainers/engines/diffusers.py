@@ -80,7 +80,7 @@ class EngineDenoiser:
             raise ValueError(f"{len(x)} latents came with {len(conds)} conditionings; give one for each.")
         x, sigma = x.to(self.device).float(), sigma.to(self.device).float()
         groups = group_by_token_count(conds)
-        parts = [self.answer(x[g], sigma[g], [conds[i] for i in g]) for g in groups]
+        parts = [self.predict_x0(x[g], sigma[g], [conds[i] for i in g]) for g in groups]
         order = torch.tensor([i for g in groups for i in g]).argsort()
         return torch.cat(parts)[order.to(x.device)]
 
@@ -101,7 +101,7 @@ class FlowDenoiser(EngineDenoiser):
     def native_scale(self, sigma):
         return sigma
 
-    def answer(self, x, sigma, conds):
+    def predict_x0(self, x, sigma, conds):
         return x - per_sample(sigma, x) * self.velocity(x.to(self.dtype), sigma, conds).float()
 
 
@@ -117,17 +117,19 @@ class FluxDenoiser(FlowDenoiser):
     """ComfyUI's schedule shift is exp(1.15) for Flux dev and 1 for schnell, which has no guidance."""
 
     @property
-    def guided(self) -> bool:
+    def takes_guidance(self) -> bool:
         return self.network.config.guidance_embeds
 
     @property
     def schedule_shift(self):
-        return math.exp(1.15) if self.guided else 1.0
+        return math.exp(1.15) if self.takes_guidance else 1.0
 
     def velocity(self, x, sigma, conds):
         context, pooled = stack_conditionings(conds, "cross_attn", x), stack_conditionings(conds, "pooled_output", x)
         guidance = (
-            torch.tensor([float(c.get("guidance", 1.0)) for c in conds], device=x.device) if self.guided else None
+            torch.tensor([float(c.get("guidance", 1.0)) for c in conds], device=x.device)
+            if self.takes_guidance
+            else None
         )
         out = self.network(
             pack_flux_latents(x),
@@ -176,15 +178,15 @@ class UnetDenoiser(EngineDenoiser):
         t = (u * len(self.sigmas)).floor().long().clamp(0, len(self.sigmas) - 1)
         return self.sigmas.to(u.device)[t].to(torch.float32)
 
-    def timestep(self, sigma):
+    def nearest_timestep(self, sigma):
         return (sigma.log()[:, None] - self.sigmas.to(sigma).log()).abs().argmin(1)
 
     def native_scale(self, sigma):
         return sigma if self.prediction == "epsilon" else sigma / (sigma**2 + 1).sqrt()
 
-    def answer(self, x, sigma, conds):
+    def predict_x0(self, x, sigma, conds):
         s = per_sample(sigma, x)
-        out = self.output((x / (s**2 + 1).sqrt()).to(self.dtype), self.timestep(sigma), conds).float()
+        out = self.output((x / (s**2 + 1).sqrt()).to(self.dtype), self.nearest_timestep(sigma), conds).float()
         return x - s * out if self.prediction == "epsilon" else x / (s**2 + 1) - out * s / (s**2 + 1).sqrt()
 
     def output(self, x, t, conds):
@@ -290,7 +292,7 @@ class DiffusersEngine:
         load both."""
         return f"transformer.{name}" if self.denoiser.flow else kohya_lora_key("lora_unet", name)
 
-    def spelled(self, key: str) -> str:
+    def to_file_key(self, key: str) -> str:
         return to_peft_key(key) if key.startswith("transformer.") else key
 
     def lora_tensors(
@@ -298,22 +300,22 @@ class DiffusersEngine:
     ) -> tuple[dict[str, Tensor], list[str]]:
         """(tensors by their key in the file, layers that never learnt)."""
         tensors, untouched = {}, []
-        for owner, key in self.owners(adapters, text_adapters):
+        for owner, key in self.adapters_with_keys(adapters, text_adapters):
             more, idle = owner.tensors(key)
-            tensors |= {self.spelled(k): v for k, v in more.items()}
+            tensors |= {self.to_file_key(k): v for k, v in more.items()}
             untouched += idle
         return tensors, untouched
 
-    def owners(self, adapters, text_adapters):
+    def adapters_with_keys(self, adapters, text_adapters):
         return [(adapters, self.key)] + ([(text_adapters, text_lora_key)] if text_adapters is not None else [])
 
     @torch.no_grad()
     def load_lora(self, tensors: dict[str, Tensor], adapters: Adapters, text_adapters: Adapters | None = None):
         """Fill adapters of the same settings from what `lora_tensors` gave; layers that are not in it are off."""
-        for owner, key in self.owners(adapters, text_adapters):
+        for owner, key in self.adapters_with_keys(adapters, text_adapters):
             for name, layer in owner.layers.items():
                 low = owner.low(name)
-                keys = {suffix: self.spelled(f"{key(name)}.{suffix}") for suffix in low.tensors(layer)}
+                keys = {suffix: self.to_file_key(f"{key(name)}.{suffix}") for suffix in low.tensors(layer)}
                 found = {suffix: tensors[there] for suffix, there in keys.items() if there in tensors}
                 low.load(layer, found) if found else low.rest()
 
@@ -484,7 +486,7 @@ def load_flux_folder(path: Path) -> DiffusersEngine:
     vae, space = load_folder_vae(path, (0.3611, 0.1159))
     denoiser = FluxDenoiser(load_frozen_module(FluxTransformer2DModel, path, "transformer"), *space)
     return DiffusersEngine(
-        "flux" if denoiser.guided else "schnell", denoiser, TextEncoders(encoders, words.join_flux_states), vae
+        "flux" if denoiser.takes_guidance else "schnell", denoiser, TextEncoders(encoders, words.join_flux_states), vae
     )
 
 

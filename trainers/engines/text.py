@@ -53,7 +53,7 @@ class ClipTextEncoder:
 
     tokenizer: object
     model: nn.Module
-    prefix: str  # of its LoRA keys, such as lora_te1
+    lora_prefix: str  # of its LoRA keys, such as lora_te1
     layer: int | None = None
 
     def tokens(self, caption: str) -> list[list[int]]:
@@ -177,9 +177,9 @@ class TextEncoders:
         """One conditioning where the encoders are, with gradients when they are on."""
         return self.join({kind: encoder(caption) for kind, encoder in self.encoders.items()})
 
-    def trainable(self) -> nn.ModuleDict:
+    def trainable_models(self) -> nn.ModuleDict:
         """The CLIP models by the prefix of their LoRA keys."""
-        return nn.ModuleDict({e.prefix: e.model for e in self.encoders.values() if isinstance(e, ClipTextEncoder)})
+        return nn.ModuleDict({e.lora_prefix: e.model for e in self.encoders.values() if isinstance(e, ClipTextEncoder)})
 
 
 def text_lora_key(name: str) -> str:

@@ -23,7 +23,7 @@ class CheckpointPolicy:
     """How the blocks of one network behave now."""
 
     plan: str = PLAN_PER_BLOCK
-    tally: ActivationCounter | None = None  # counts in place of keeping
+    counter: ActivationCounter | None = None  # counts in place of keeping
     compiler: BlockCompiler | None = None  # calls the blocks, where they are to be compiled
 
 
@@ -43,8 +43,8 @@ def checkpoint_blocks(classes, adapters, blocks: CheckpointPolicy | None = None)
 
 def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
     def run(module, *args, **kwargs):
-        if blocks.tally is not None and torch.is_grad_enabled():
-            with blocks.tally.block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
+        if blocks.counter is not None and torch.is_grad_enabled():
+            with blocks.counter.block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
                 return forward(module, *args, **kwargs)
         call = forward if blocks.compiler is None else blocks.compiler.of(forward)
         if not torch.is_grad_enabled() or blocks.plan == PLAN_OFF:
@@ -123,7 +123,7 @@ class CpuOffloadHooks(torch.autograd.graph.saved_tensors_hooks):
 
     @staticmethod
     def unpack(saved):
-        return saved.back() if isinstance(saved, OffloadedTensor) else saved
+        return saved.fetch() if isinstance(saved, OffloadedTensor) else saved
 
 
 class OffloadedTensor:
@@ -134,7 +134,7 @@ class OffloadedTensor:
         self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=fast)
         self.copy.copy_(tensor, non_blocking=fast)  # in the stream's order: before the device's memory is used again
 
-    def back(self):
+    def fetch(self):
         return self.copy.to(self.device, non_blocking=self.device.type == "cuda", copy=self.device.type == "cpu")
 
 
@@ -160,12 +160,12 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, weights):
         super().__init__(self.pack, self.unpack)
         self.weights = {storage_key(w) for w in weights}
-        self.all, self.given, self.apart = (
+        self.all, self.block_inputs, self.outside_storages = (
             LiveStorageDict(),
             LiveStorageDict(),
             LiveStorageDict(),
         )  # apart: kept by what is no block
-        self.total = self.outside = self.largest = 0
+        self.total = self.outside_blocks = self.largest = 0
         self.calls: list[BlockCall] = []
         self.now: BlockCall | None = None
 
@@ -177,12 +177,17 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
             self.all.remember(tensor, key, size)
             self.total += size
             self.largest = max(self.largest, size)
-        if self.now is None and key not in self.apart:
-            self.apart.remember(tensor, key, size)
-            self.outside += size
-            if call := self.given.get(key):  # it stays, whether the block is given it or not
+        if self.now is None and key not in self.outside_storages:
+            self.outside_storages.remember(tensor, key, size)
+            self.outside_blocks += size
+            if call := self.block_inputs.get(key):  # it stays, whether the block is given it or not
                 call.inputs -= size
-        if self.now is not None and key not in self.now.seen and key not in self.given and key not in self.apart:
+        if (
+            self.now is not None
+            and key not in self.now.seen
+            and key not in self.block_inputs
+            and key not in self.outside_storages
+        ):
             self.now.seen.remember(tensor, key, size)
             self.now.inside += size
         return None
@@ -196,11 +201,11 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
         if self.now is not None:  # a block within a block is part of it
             yield
             return
-        self.now = BlockCall(self.outside)
+        self.now = BlockCall(self.outside_blocks)
         for tensor in tensors:
             key = storage_key(tensor)
-            if key not in self.given and key not in self.apart and key not in self.weights:
-                self.given.remember(tensor, key, self.now)
+            if key not in self.block_inputs and key not in self.outside_storages and key not in self.weights:
+                self.block_inputs.remember(tensor, key, self.now)
                 self.now.inputs += tensor.untyped_storage().nbytes()
         self.calls.append(self.now)
         try:
@@ -214,4 +219,4 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
             BlockMemory(call.inputs, call.inside, call.before - b)
             for b, call in zip(before[:-1], self.calls, strict=True)
         )
-        return StepMemory(self.total, self.outside, blocks, self.largest, adapters)
+        return StepMemory(self.total, self.outside_blocks, blocks, self.largest, adapters)

@@ -33,9 +33,11 @@ class BlockCompiler:
     plain: Callable = lambda args, kwargs: (args, kwargs)
     say: Callable[[str], None] = lambda text: None
     backend: str = field(default_factory=lambda: COMPILE_BACKEND)
-    trouble: str = ""  # why blocks run as before
+    failure: str = ""  # why blocks run as before
     programs: dict = field(default_factory=dict)
-    built: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)  # block -> how it is built
+    block_signatures: weakref.WeakKeyDictionary = field(
+        default_factory=weakref.WeakKeyDictionary
+    )  # block -> how it is built
     trained: set = field(default_factory=set)  # strengths that a gradient was asked for
 
     def of(self, forward):
@@ -46,8 +48,8 @@ class BlockCompiler:
         def call(module, *args, **kwargs):
             nonlocal chosen
             if chosen is None:
-                program = self.program(forward, module, argument_shapes(args, kwargs))
-                chosen = forward if program is None else self.placeless(program)
+                program = self.find_program(forward, module, argument_shapes(args, kwargs))
+                chosen = forward if program is None else self.call_normalized(program)
                 if program is not None:
                     try:
                         return chosen(module, *args, **kwargs)
@@ -60,27 +62,27 @@ class BlockCompiler:
 
         return call
 
-    def placeless(self, program):
+    def call_normalized(self, program):
         def run(module, *args, **kwargs):
             args, kwargs = self.plain(args, kwargs)
             return program(module, *args, **kwargs)
 
         return run
 
-    def program(self, forward, module, shapes):
+    def find_program(self, forward, module, shapes):
         """What to call in place of `forward`, or None. Strengths that are only looked at (a curve, a sweep) are not
         worth a program. Each
         shape has its own: a program for all shapes would take the place of one that a backward still needs."""
-        strength, learning = self.adapters.moment, torch.is_grad_enabled()
-        if self.trouble or strength is None:
+        strength, learning = self.adapters.compile_strength, torch.is_grad_enabled()
+        if self.failure or strength is None:
             return None
         if learning:
             self.trained.add(strength)
         elif strength and strength not in self.trained:
             return None
-        if module not in self.built:
-            self.built[module] = block_signature(module, self.adapters)
-        known = self.programs.setdefault((forward, self.built[module], strength, learning), {})
+        if module not in self.block_signatures:
+            self.block_signatures[module] = block_signature(module, self.adapters)
+        known = self.programs.setdefault((forward, self.block_signatures[module], strength, learning), {})
         if shapes not in known and len(known) < MAX_SHAPES_PER_BLOCK:
             try:
                 known[shapes] = torch.compile(clone_function(forward), backend=self.backend, dynamic=False)
@@ -89,7 +91,7 @@ class BlockCompiler:
         return known.get(shapes)
 
     def give_up(self, why: str):
-        self.trouble = why
+        self.failure = why
         self.programs.clear()
         self.say(format_not_compiled(why))
 
@@ -112,7 +114,7 @@ class BlockCompiler:
                 yield self
         finally:
             self.programs.clear()
-            self.built.clear()
+            self.block_signatures.clear()
 
 
 def format_not_compiled(why: str) -> str:
@@ -131,7 +133,7 @@ def block_signature(module, adapters) -> tuple:
 
 def layer_signature(name, m, adapters) -> tuple:
     shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in m._parameters.items() if p is not None)
-    return name, type(m), shapes, len(m._forward_hooks), len(m._forward_pre_hooks), adapters.kind_at(m)
+    return name, type(m), shapes, len(m._forward_hooks), len(m._forward_pre_hooks), adapters.adapter_signature(m)
 
 
 def argument_shapes(args, kwargs) -> tuple:

@@ -45,13 +45,13 @@ class StepMemory:
     """Bytes that one step would keep for backward, with nothing checkpointed; weights and adapters are not in them."""
 
     total: int  # each piece of memory once
-    outside: int  # kept by what is no block, all through the pass
+    outside_blocks: int  # kept by what is no block, all through the pass
     blocks: tuple[BlockMemory, ...]
     largest: int = 0  # the largest single piece: gradients of that size come and go
     adapters: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
-    accumulated: bool = False  # gradients of the batch before are there all the time
+    has_accumulated_gradients: bool = False  # gradients of the batch before are there all the time
     weights: int = 0  # bytes of the blocks' weights that lie on the device
-    heaviest: int = 0  # bytes of the weights of the block that has most, wherever they lie
+    largest_block_weights: int = 0  # bytes of the weights of the block that has most, wherever they lie
 
     def scaled(self, factor: float) -> StepMemory:
         """The same for a batch or a picture that is `factor` times as large."""
@@ -62,12 +62,12 @@ class StepMemory:
         return replace(
             self,
             total=round(self.total * factor),
-            outside=round(self.outside * factor),
+            outside_blocks=round(self.outside_blocks * factor),
             blocks=blocks,
             largest=round(self.largest * factor),
         )
 
-    def moments(self, plan: str) -> list[tuple[int, float]]:
+    def backward_profile(self, plan: str) -> list[tuple[int, float]]:
         """(bytes kept, share of the gradients that are there) in backward, which goes from the last block to the first:
         what came after a block is free when its turn comes."""
         if plan == PLAN_OFF or not self.blocks:
@@ -76,28 +76,28 @@ class StepMemory:
         for number, block in enumerate(self.blocks, 1):
             given, outside = given + block.inputs if plan == PLAN_PER_BLOCK else block.inputs, outside + block.before
             found.append((min(self.total, outside + given + block.inside), 1 - number / len(self.blocks)))
-        return [(min(self.total, self.outside + given), 0.0), *found, (0, 1.0)]
+        return [(min(self.total, self.outside_blocks + given), 0.0), *found, (0, 1.0)]
 
     def peak(self, plan: str) -> int:
         """Bytes beside the weights at the worst moment of a step."""
-        made = lambda share: self.adapters * (1 if self.accumulated else share)
+        made = lambda share: self.adapters * (1 if self.has_accumulated_gradients else share)
         return (
-            round(max(kept + made(share) for kept, share in self.moments(plan)))
+            round(max(kept + made(share) for kept, share in self.backward_profile(plan)))
             + 2 * self.largest
-            + self.constant(plan)
+            + self.constant_bytes(plan)
         )
 
-    def constant(self, plan: str) -> int:
+    def constant_bytes(self, plan: str) -> int:
         """Those of them that are the same for every batch and moment: the optimizer's numbers, and the weights of a
         block that were away."""
-        return 2 * self.adapters + (self.heaviest if plan == PLAN_OFFLOADED else 0)
+        return 2 * self.adapters + (self.largest_block_weights if plan == PLAN_OFFLOADED else 0)
 
-    def missing(self, plan: str, free: int) -> int:
+    def missing_bytes(self, plan: str, free: int) -> int:
         """Bytes that must become free beside those that are, before the plan fits."""
         return max(0, math.ceil(self.peak(plan) / USABLE_MEMORY_SHARE - free))
 
     def fits(self, plan: str, free: int) -> bool:
-        return self.missing(plan, free) <= (self.weights if plan == PLAN_OFFLOADED else 0)
+        return self.missing_bytes(plan, free) <= (self.weights if plan == PLAN_OFFLOADED else 0)
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,6 @@ def make_run_forecast(
 ) -> RunForecast:
     """`measured` is of this batch; `extra`: bytes that a real step took beyond what was counted; `away`: of weights
     that left before."""
-    each = max(1, measured.scaled(1 / batch).peak(plan) - measured.constant(plan))
-    room = (USABLE_MEMORY_SHARE * free - extra - measured.constant(plan)) / each
+    each = max(1, measured.scaled(1 / batch).peak(plan) - measured.constant_bytes(plan))
+    room = (USABLE_MEMORY_SHARE * free - extra - measured.constant_bytes(plan)) / each
     return RunForecast(plan, measured.peak(plan) + extra, free, seconds, max(0, int(room)), batch, away)

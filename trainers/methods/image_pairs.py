@@ -41,17 +41,17 @@ class ImagePairTraining:
         self.items: list[ImagePair] = collect_image_pairs(self.data)
         self.deck = BucketBatchSampler(self, self.batch)
         self.density = resolve_noise_density(self.noise, self.density)
-        self.spent = {"frozen": 0, "student": 0}
+        self.forward_counts = {"frozen": 0, "student": 0}
 
     def parameters(self):
         return list(self.adapters.parameters())
 
     def state(self):
-        return {"deck": self.deck.state(), "spent": dict(self.spent)}
+        return {"deck": self.deck.state(), "spent": dict(self.forward_counts)}
 
     def load_state(self, state):
         self.deck.load_state(state["deck"])
-        self.spent = dict(state["spent"])
+        self.forward_counts = dict(state["spent"])
 
     def sides(self, pairs, rng) -> list[tuple[float, Batch]]:
         """[(strength, batch)]: the pictures at one randomly chosen size of strength, all with the same luck."""
@@ -72,7 +72,7 @@ class ImagePairTraining:
     def loss(self, rng):
         """(sides * B,)"""
         drawn = self.drawn(rng)
-        with self.adapters.dropping(rng):
+        with self.adapters.dropout_active(rng):
             return self.compared(*drawn)
 
     def planned(self, updates: int) -> dict[str, float]:
@@ -84,11 +84,11 @@ class ImagePairTraining:
         raise NotImplementedError
 
     def student(self, x, sigma, batch, strength):
-        self.spent["student"] += len(x)
+        self.forward_counts["student"] += len(x)
         with self.adapters.at(strength):
             return self.denoiser.denoise(x, sigma, batch.conds)
 
-    def weighted(self, x0_hat, goal, sigma, batch):
+    def weighted_error(self, x0_hat, goal, sigma, batch):
         mask = None if batch.mask is None else batch.mask.to(goal)
         return loss_weight(self.denoiser, sigma, self.noise) * native_error(
             self.denoiser, x0_hat, goal, sigma, mask, self.noise
@@ -106,7 +106,7 @@ class ImageSlider(ImagePairTraining):
 
     def side(self, x0, noise, sigma, strength, batch):
         answer = self.student(self.denoiser.noised(x0, noise, sigma), sigma, batch, strength)
-        return self.weighted(answer, x0, sigma, batch)
+        return self.weighted_error(answer, x0, sigma, batch)
 
 
 @dataclass
@@ -127,12 +127,12 @@ class AddiftTraining(ImagePairTraining):
         ((_, before), (_, after)), (b, a) = [sides[i] for i in order], [x0[i] for i in order]
         seen_b, seen_a = self.denoiser.noised(b, noise, sigma), self.denoiser.noised(a, noise, sigma)
         error_b, error_a = self.frozen(seen_b, sigma, before) - b, self.frozen(seen_a, sigma, after) - a
-        forth = self.weighted(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
-        back = self.weighted(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
+        forth = self.weighted_error(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
+        back = self.weighted_error(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
         return torch.cat([forth, back])
 
     @torch.no_grad()
     def frozen(self, x, sigma, batch):
-        self.spent["frozen"] += len(x)
+        self.forward_counts["frozen"] += len(x)
         with self.adapters.at(0):
             return self.denoiser.denoise(x, sigma, batch.conds)

@@ -208,7 +208,7 @@ class ScoredState:
     sigma: Tensor
     after: Tensor
     conds: list
-    pulls: tuple[PromptTarget, ...]  # strength and sign; their goals are not used
+    targets: tuple[PromptTarget, ...]  # strength and sign; their goals are not used
     base: Tensor | None = None
     noise: Tensor | None = None  # that is known to be in x
     words: tuple[str, ...] = ()
@@ -267,7 +267,7 @@ class RolloutStates:
         task = self.tasks[point.task]
         conds, base = [self.model.conds[task.scene]] * len(point.x), point.answers.get(task.scene)
         return ScoredState(
-            point.x, point.sigma, point.after, conds, task.pulls, base, words=(task.scene,) * len(point.x)
+            point.x, point.sigma, point.after, conds, task.targets, base, words=(task.scene,) * len(point.x)
         )
 
     def state(self) -> dict:
@@ -288,7 +288,7 @@ class SingleRolloutStates:
 
     def draw(self, rng) -> ScoredState:
         task = self.tasks[sample_task_index(self.tasks, rng)]
-        strength = sample_element(sorted({pull.strength for pull in task.pulls}), rng)
+        strength = sample_element(sorted({pull.strength for pull in task.targets}), rng)
         noise = sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng)
         levels, wanted = sample_rollout_levels(
             self.settings.sampling_steps, task.batch, *graded_noise_levels(self.settings), rng
@@ -299,17 +299,17 @@ class SingleRolloutStates:
         after = self.sigmas((levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)).to(noise)
         base = self.model.frozen(x, sigma, task.asked)[task.scene] if task.asked else None
         return ScoredState(
-            x, sigma, after, [self.model.conds[task.scene]] * len(x), task.pulls, base, words=(task.scene,) * len(x)
+            x, sigma, after, [self.model.conds[task.scene]] * len(x), task.targets, base, words=(task.scene,) * len(x)
         )
 
     def sigmas(self, levels):
         return self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape)
 
     def state(self) -> dict:
-        return {"spent": dict(self.model.spent)}
+        return {"spent": dict(self.model.forward_counts)}
 
     def load_state(self, state: dict) -> None:
-        self.model.spent = dict(state["spent"])
+        self.model.forward_counts = dict(state["spent"])
 
 
 def make_rollout_states(
@@ -346,16 +346,16 @@ class NoisedImageStates:
         return ScoredState(x, sigma, after, batch.conds, pulls, base, noise, tuple(batch.captions))
 
     def state(self) -> dict:
-        return {"deck": self.deck.state(), "spent": dict(self.model.spent)}
+        return {"deck": self.deck.state(), "spent": dict(self.model.forward_counts)}
 
     def load_state(self, state: dict) -> None:
         self.deck.load_state(state["deck"])
-        self.model.spent = dict(state["spent"])
+        self.model.forward_counts = dict(state["spent"])
 
 
 @torch.no_grad()
 def predict_without_adapters(model: StudentTeacherModel, x, sigma, conds) -> Tensor:
-    model.spent["frozen"] += len(x)
+    model.forward_counts["frozen"] += len(x)
     with model.adapters.at(0):
         return model.denoiser.denoise(x, sigma, conds)
 
@@ -448,21 +448,21 @@ class LecoScoreTraining:
         """(pulls * B,) minus the score, plus the anchor."""
         place = self.places.draw(rng)
         self.updates += 1
-        return torch.cat([self.pulled(pull, place, rng) for pull in place.pulls])
+        return torch.cat([self.target_loss(pull, place, rng) for pull in place.targets])
 
-    def pulled(self, pull: PromptTarget, place: ScoredState, rng) -> Tensor:
+    def target_loss(self, pull: PromptTarget, place: ScoredState, rng) -> Tensor:
         """`pull.weight` is the sign of the score: up, down, or 0 for what is only held."""
         with self.model.adapters.at(pull.strength):
             x0 = self.student(place.x, place.sigma, place.conds)
             loss = torch.zeros(len(x0), device=x0.device)
             if pull.weight:
                 reward = self.reward(SCORE_INPUTS[self.settings.target](self, place, x0, rng), pull.weight, place.words)
-                loss = loss - self.balanced(reward, x0, place.sigma)
+                loss = loss - self.balance_by_band(reward, x0, place.sigma)
         return loss if place.base is None else loss + self.held(place, x0)
 
     def student(self, x, sigma, conds) -> Tensor:
         """x0 (B, ...) with the adapters at their strength of now, with gradient."""
-        self.model.spent["student"] += len(x)
+        self.model.forward_counts["student"] += len(x)
         return self.denoiser.denoise(x, sigma, conds)
 
     def reward(self, seen, sign: float, words=()) -> Tensor:
@@ -493,7 +493,7 @@ class LecoScoreTraining:
         """(M, B) (1 + k) * S(good) - S(bad): what both sides have in common, such as a favourite colour, cancels (SRP
         of SRPO, 2025)."""
         good, bad = good_and_bad_texts(self.settings, words)
-        return (1 + self.settings.relative) * score.members_told(view, level, good) - score.members_told(
+        return (1 + self.settings.relative) * score.members_for_prompts(view, level, good) - score.members_for_prompts(
             view, level, bad
         )
 
@@ -517,7 +517,7 @@ class LecoScoreTraining:
             )
             self.anchor = (self.anchor * factor).clamp(self.settings.anchor / 100, self.settings.anchor * 1000)
 
-    def balanced(self, reward: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    def balance_by_band(self, reward: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
         """The reward times a factor per sample that makes its gradient on the network's own output as large in one band
         of noise levels
         as in another: x0 hardly depends on the network where there is little noise left."""
@@ -554,14 +554,14 @@ class LecoScoreTraining:
 def is_text_scorer(score) -> bool:
     """Whether a score model judges a picture by a text: `members_told(x, level, texts)`, and `read(texts)`
     beforehand."""
-    return hasattr(score, "members_told")
+    return hasattr(score, "members_for_prompts")
 
 
 def predict_member_scores(score, view, level, words) -> Tensor:
     """(M, B) what the members say; those that read and have no `words` of their own compare each picture with its
     text."""
     return (
-        score.members_told(view, level, list(words))
+        score.members_for_prompts(view, level, list(words))
         if is_text_scorer(score) and not getattr(score, "words", "")
         else score.members(view, level)
     )

@@ -58,10 +58,10 @@ class LoraTraining:
 
     def loss(self, rng):
         """(B,) native loss of one batch, weighted; what is to be kept adds the same to each."""
-        loss, x, sigma = self.denoised(self.data.batch(self.deck.draw(rng), rng), rng)
+        loss, x, sigma = self.denoise_batch(self.data.batch(self.deck.draw(rng), rng), rng)
         return loss if self.kept is None else loss + self.kept.loss(self, x, sigma, rng)
 
-    def denoised(self, batch: Batch, rng):
+    def denoise_batch(self, batch: Batch, rng):
         """((B,) weighted loss, x, sigma) of these pictures, freshly noised."""
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode(batch) if self.encode else batch.conds
@@ -69,6 +69,6 @@ class LoraTraining:
         mask = None if batch.mask is None else batch.mask.to(x0)
         noise = sample_training_noise(x0, rng, self.noise)
         extra = self.noise.perturbation * cpu_randn_like(x0, rng) if self.noise.perturbation else None
-        with self.adapters.dropping(rng):
+        with self.adapters.dropout_active(rng):
             error = denoising_loss(self.denoiser, x0, noise, sigma, conds, mask, self.noise, extra)
         return loss_weight(self.denoiser, sigma, self.noise) * error, self.denoiser.noised(x0, noise, sigma), sigma

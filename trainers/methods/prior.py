@@ -90,7 +90,7 @@ class PriorLoss:
         """A number: weight times the mean error on class images, plus that against the frozen model at x (B, ...)."""
         total = torch.zeros((), device=x.device)
         if self.deck is not None:
-            total = total + method.denoised(self.prior.data.batch(self.deck.draw(rng), rng), rng)[0].mean()
+            total = total + method.denoise_batch(self.prior.data.batch(self.deck.draw(rng), rng), rng)[0].mean()
         if self.prompts:
             total = total + self.drift(method, x, sigma, rng).mean()
         return self.prior.settings.weight * total
@@ -102,6 +102,6 @@ class PriorLoss:
         with torch.no_grad(), method.adapters.at(0):
             teacher = method.denoiser.denoise(x, sigma, conds)
         asked = method.encode(SimpleNamespace(captions=told, conds=conds)) if method.encode else conds
-        with method.adapters.dropping(rng):
+        with method.adapters.dropout_active(rng):
             student = method.denoiser.denoise(x, sigma, asked)
         return native_error(method.denoiser, student, teacher, sigma)

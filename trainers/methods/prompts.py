@@ -38,13 +38,13 @@ class PromptDifferenceTraining:
     def loss(self, rng):
         """(pulls * B,) native error between the student and its goal."""
         point = self.points.draw(rng)
-        with self.model.adapters.dropping(rng):
-            return torch.cat([self.pulled(pull, point) for pull in self.tasks[point.task].pulls])
+        with self.model.adapters.dropout_active(rng):
+            return torch.cat([self.target_loss(pull, point) for pull in self.tasks[point.task].targets])
 
-    def pulled(self, pull: PromptTarget, point):
-        goal = sum(weight * point.answers[prompt] for weight, prompt in pull.goal)
+    def target_loss(self, pull: PromptTarget, point):
+        goal = sum(weight * point.answers[prompt] for weight, prompt in pull.weighted_prompts)
         if self.renormalise:
-            goal = match_slope_statistics(point.answers[pull.goal[0][1]], goal, point)
+            goal = match_slope_statistics(point.answers[pull.weighted_prompts[0][1]], goal, point)
         student = self.model.student(point.x, point.sigma, pull.prompt, pull.strength)
         return pull.weight * native_error(self.model.denoiser, student, goal, point.sigma)
 
@@ -148,23 +148,28 @@ def build_prompt_tasks(
 
 def leco_targets_of_row(row: PromptRow, said) -> tuple[PromptTarget, ...]:
     if row.action == "replace":
-        return make_replacement_targets(said(row.target), said(row.plus))
+        return make_replacement_targets(said(row.target), said(row.effective_positive))
     return make_leco_targets(
-        said(row.target), said(row.plus), said(row.base), said(row.unconditional), row.action, row.guidance
+        said(row.target),
+        said(row.effective_positive),
+        said(row.base),
+        said(row.unconditional),
+        row.action,
+        row.guidance,
     )
 
 
 def slider_targets_of_row(row: PromptRow, said) -> tuple[PromptTarget, ...]:
-    return make_slider_targets(said(row.target), said(row.plus), said(row.unconditional), row.guidance)
+    return make_slider_targets(said(row.target), said(row.effective_positive), said(row.unconditional), row.guidance)
 
 
 def check_targets_change(pulls, row):
     if all(
-        dict((prompt, weight) for weight, prompt in pull.goal if abs(weight) > 1e-9) == {pull.prompt: 1.0}
+        dict((prompt, weight) for weight, prompt in pull.weighted_prompts if abs(weight) > 1e-9) == {pull.prompt: 1.0}
         for pull in pulls
     ):
         raise ValueError(
-            f"{row.target!r}: with action {row.action}, positive {row.plus!r}, neutral {row.base!r}, unconditional "
-            f"{row.unconditional!r} and guidance {row.guidance:g} the goal is what the model says already, and nothing "
-            "would be learnt. Raise guidance above 1, or change one of the prompts."
+            f"{row.target!r}: with action {row.action}, positive {row.effective_positive!r}, neutral {row.base!r}, "
+            f"unconditional {row.unconditional!r} and guidance {row.guidance:g} the goal is what the model says "
+            "already, and nothing would be learnt. Raise guidance above 1, or change one of the prompts."
         )

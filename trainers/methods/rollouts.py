@@ -28,7 +28,7 @@ class PromptTarget:
     sum to 1."""
 
     prompt: str
-    goal: tuple[tuple[float, str], ...]
+    weighted_prompts: tuple[tuple[float, str], ...]
     strength: float = 1.0
     weight: float = 1.0
 
@@ -38,7 +38,7 @@ class PromptTask:
     """Pulls that are learnt at the same points. `scene` is the prompt under which the points come about, `away` what
     guidance avoids."""
 
-    pulls: tuple[PromptTarget, ...]
+    targets: tuple[PromptTarget, ...]
     scene: str
     away: str = ""
     weight: float = 1.0  # how often it is drawn, against the other tasks
@@ -48,12 +48,12 @@ class PromptTask:
     @property
     def asked(self) -> tuple[str, ...]:
         """The prompts that the frozen model is asked, each once."""
-        return tuple(dict.fromkeys(prompt for pull in self.pulls for _, prompt in pull.goal))
+        return tuple(dict.fromkeys(prompt for pull in self.targets for _, prompt in pull.weighted_prompts))
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Every prompt that must be encoded."""
-        return tuple(dict.fromkeys((*self.asked, *(pull.prompt for pull in self.pulls), self.scene, self.away)))
+        return tuple(dict.fromkeys((*self.asked, *(pull.prompt for pull in self.targets), self.scene, self.away)))
 
 
 class NoAdapters:
@@ -71,14 +71,14 @@ class StudentTeacherModel:
     denoiser: Denoiser
     adapters: Adapters
     conds: dict  # prompt -> conditioning
-    spent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("rollout", "frozen", "student"), 0))
+    forward_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("rollout", "frozen", "student"), 0))
 
     def here(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.adapters.parameters()).device)
 
     def frozen(self, x, sigma, prompts) -> dict[str, Tensor]:
         """prompt -> x0 (B, ...) without the adapters: all prompts in one call."""
-        self.spent["frozen"] += len(prompts) * len(x)
+        self.forward_counts["frozen"] += len(prompts) * len(x)
         conds = [self.conds[prompt] for prompt in prompts for _ in range(len(x))]
         with torch.no_grad(), self.adapters.at(0):
             answers = self.denoiser.denoise(torch.cat([x] * len(prompts)), torch.cat([sigma] * len(prompts)), conds)
@@ -86,14 +86,14 @@ class StudentTeacherModel:
 
     def student(self, x, sigma, prompt, strength) -> Tensor:
         """x0 (B, ...) with the adapters at this strength, with gradient."""
-        self.spent["student"] += len(x)
+        self.forward_counts["student"] += len(x)
         with self.adapters.at(strength):
             return self.denoiser.denoise(x, sigma, [self.conds[prompt]] * len(x))
 
     @torch.no_grad()
     def walk(self, noise, sigmas, task: PromptTask, strength, guidance):
         """[(x, sigma)]: the way of the current student from noise (B, ...) along sigmas (S, B)."""
-        self.spent["rollout"] += len(noise) * (len(sigmas) - 1) * (1 if guidance == 1 else 2)
+        self.forward_counts["rollout"] += len(noise) * (len(sigmas) - 1) * (1 if guidance == 1 else 2)
         with self.adapters.at(strength):
             return list(rollout(self.denoiser, noise, sigmas, self.conds[task.scene], self.conds[task.away], guidance))
 
@@ -168,15 +168,15 @@ class RolloutPoints:
         """The points of one new way whose noise levels are wanted."""
         number = sample_task_index(self.tasks, rng)
         task = self.tasks[number]
-        strength = sample_element(sorted({pull.strength for pull in task.pulls}), rng)
-        return self.way(
+        strength = sample_element(sorted({pull.strength for pull in task.targets}), rng)
+        return self.rollout_from_noise(
             number,
             sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng),
             strength,
             rng,
         )
 
-    def way(self, number: int, noise: Tensor, strength: float, rng) -> list[LatentPoint]:
+    def rollout_from_noise(self, number: int, noise: Tensor, strength: float, rng) -> list[LatentPoint]:
         """The same from given noise (B, ...), for one task; rng draws the noise levels."""
         task = self.tasks[number]
         levels, wanted = sample_rollout_levels(self.settings.sampling_steps, len(noise), self.low, self.high, rng)
@@ -197,11 +197,11 @@ class RolloutPoints:
         return {
             "updates": self.updates,
             "ways": [[point.state() for point in way] for way in self.ways],
-            "spent": dict(self.model.spent),
+            "spent": dict(self.model.forward_counts),
         }
 
     def load_state(self, state: dict) -> None:
-        self.updates, self.model.spent = state["updates"], dict(state["spent"])
+        self.updates, self.model.forward_counts = state["updates"], dict(state["spent"])
         self.ways = [[LatentPoint(**map_tensors(point, self.model.here)) for point in way] for way in state["ways"]]
 
 
@@ -224,7 +224,7 @@ def count_planned_forwards(
     if settings.points != "rollout":
         return {
             "frozen": updates * mean(lambda task: len(task.asked)),
-            "student": updates * mean(lambda task: len(task.pulls)),
+            "student": updates * mean(lambda task: len(task.targets)),
         }
     points = sum(
         sample_rollout_levels(
@@ -236,7 +236,7 @@ def count_planned_forwards(
     return {
         "rollout": len(lives) * (settings.sampling_steps - 1) * (1 if guidance == 1 else 2) * mean(lambda task: 1),
         "frozen": sum(points * (1 - missed(life)) for life in lives) * mean(lambda task: len(task.asked)),
-        "student": updates * mean(lambda task: len(task.pulls)),
+        "student": updates * mean(lambda task: len(task.targets)),
     }
 
 
@@ -290,11 +290,11 @@ class ImagePoints:
         return add_teacher_predictions(self.model, LatentPoint(number, x, sigma), self.tasks[number])
 
     def state(self) -> dict:
-        return {"deck": self.deck.state(), "spent": dict(self.model.spent)}
+        return {"deck": self.deck.state(), "spent": dict(self.model.forward_counts)}
 
     def load_state(self, state: dict) -> None:
         self.deck.load_state(state["deck"])
-        self.model.spent = dict(state["spent"])
+        self.model.forward_counts = dict(state["spent"])
 
 
 class NoisePoints:
@@ -318,10 +318,10 @@ class NoisePoints:
         )
 
     def state(self) -> dict:
-        return {"spent": dict(self.model.spent)}
+        return {"spent": dict(self.model.forward_counts)}
 
     def load_state(self, state: dict) -> None:
-        self.model.spent = dict(state["spent"])
+        self.model.forward_counts = dict(state["spent"])
 
 
 def replace_element(values: list, index: int, value) -> list:

@@ -65,9 +65,9 @@ class PairValidationLoss:
         return torch.stack([self.of(self.method.items[pick], tick) for pick in self.picks])
 
     def of(self, pair, tick) -> Tensor:
-        return torch.stack([self.graded(pair, size, tick) for size in pair.sizes]).mean(0)
+        return torch.stack([self.losses_at_strength(pair, size, tick) for size in pair.sizes]).mean(0)
 
-    def graded(self, pair, size, tick) -> Tensor:
+    def losses_at_strength(self, pair, size, tick) -> Tensor:
         """(levels,) of the two sides at one size of strength."""
         sides = self.sides(pair, size)
         x0 = [self.method.denoiser.model_space(batch.x0) for _, batch in sides]
@@ -99,11 +99,11 @@ class PairValidationLoss:
             self.method.noise.max_time,
         )
 
-    def sigmas_of_first(self) -> list[float]:
+    def first_sigmas(self) -> list[float]:
         pair = self.method.items[self.picks[0]]
         return self.sigmas(self.method.denoiser.model_space(self.sides(pair, pair.sizes[0])[0][1].x0)).tolist()
 
-    def named(self, pick: int) -> dict:
+    def describe_sample(self, pick: int) -> dict:
         """What a person knows the pair by: its positive side."""
         pair = self.method.items[pick]
         item = self.method.data.items[pair.at[pair.strengths[0]]]
@@ -145,8 +145,8 @@ class PointValidationLoss:
 
     def of(self, point: LatentPoint, tick) -> Tensor:
         tick()
-        pulls = self.method.tasks[point.task].pulls
-        return torch.stack([self.method.pulled(pull, point) for pull in pulls]).mean(0).float().cpu()
+        pulls = self.method.tasks[point.task].targets
+        return torch.stack([self.method.target_loss(pull, point) for pull in pulls]).mean(0).float().cpu()
 
     def row(self, row: int, tick) -> list[LatentPoint]:
         if row not in self.known:
@@ -159,7 +159,7 @@ class PointValidationLoss:
         return add_teacher_predictions(self.method.model, point, self.method.tasks[point.task])
 
     @torch.no_grad()
-    def sigmas_of_first(self) -> list[float]:
+    def first_sigmas(self) -> list[float]:
         return torch.cat([point.sigma for point in self.row(self.picks[0], lambda: None)]).tolist()
 
 
@@ -172,12 +172,16 @@ def split_point(point: LatentPoint, batch: int) -> list[LatentPoint]:
 
 def with_separate_counts(method):
     """The same Difference, whose forwards are not counted with those of the training."""
-    return replace(method, model=replace(method.model, spent=dict(method.model.spent)), points=None)
+    return replace(method, model=replace(method.model, forward_counts=dict(method.model.forward_counts)), points=None)
 
 
 def build_point_validation(method, points, rows: int, batch: int, *about) -> PointValidationLoss:
     """`about`: what the points depend on, besides the prompts."""
-    pulls = [[pull.prompt, pull.goal, pull.strength, pull.weight] for task in method.tasks for pull in task.pulls]
+    pulls = [
+        [pull.prompt, pull.weighted_prompts, pull.strength, pull.weight]
+        for task in method.tasks
+        for pull in task.targets
+    ]
     return PointValidationLoss(
         method, points, list(range(rows)), compute_fingerprint(pulls, method.renormalise, rows, *about), batch
     )
@@ -205,7 +209,7 @@ def points_on_rollouts(
         start = sample_latent_noise(
             (1, *shapes[row // len(tasks) % len(shapes)]), model.denoiser, validation_rng("way", row)
         )
-        way = take_evenly(ways.way(number, start, 0.0, validation_rng("levels")), levels)[::-1]
+        way = take_evenly(ways.rollout_from_noise(number, start, 0.0, validation_rng("levels")), levels)[::-1]
         return LatentPoint(number, torch.cat([point.x for point in way]), torch.cat([point.sigma for point in way]))
 
     return points

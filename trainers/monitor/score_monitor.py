@@ -61,7 +61,7 @@ class ScoreMonitor:
     looks: list[ScoreMeasurement] = field(default_factory=list)
     previews: dict[int, Tensor] = field(default_factory=dict)  # step -> one picture per prompt
     kept: list[Tensor] | None = None  # adapters of the look with the best held-out score
-    still: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
+    baseline_images: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
 
     def due(self, step: int, steps: int) -> bool:
         return (step % self.every == 0 or step == steps) and not any(look.step == step for look in self.looks)
@@ -69,15 +69,15 @@ class ScoreMonitor:
     @torch.no_grad()
     def look(self, step: int, steps: int, params) -> bool:
         """Whether this is the best moment so far."""
-        if self.still is None:
-            self.still = [self.draw(prompt, 0.0) for prompt in self.prompts]
+        if self.baseline_images is None:
+            self.baseline_images = [self.draw(prompt, 0.0) for prompt in self.prompts]
         now = [self.draw(prompt, 1.0) for prompt in self.prompts]
         look = ScoreMeasurement(
             step,
             self.gain(self.method.scores, now),
             None if self.held_out is None else self.gain([(self.held_out, 1.0)], now),
-            relative_drift(list(zip(self.still, now, strict=True))),
-            mean_prompt_diversity(now) / max(mean_prompt_diversity(self.still), 1e-12),
+            relative_drift(list(zip(self.baseline_images, now, strict=True))),
+            mean_prompt_diversity(now) / max(mean_prompt_diversity(self.baseline_images), 1e-12),
             float(self.method.anchor),
             float(self.method.drift),
         )
@@ -91,7 +91,7 @@ class ScoreMonitor:
         ask = lambda side: torch.cat(
             [score_latents(self.method.denoiser, scores, *pair) for pair in zip(side, self.prompts, strict=True)]
         ).mean()
-        before, after = ask(self.still), ask(now)
+        before, after = ask(self.baseline_images), ask(now)
         return float(after - before)
 
     @property
@@ -105,7 +105,7 @@ class ScoreMonitor:
         return [look for look in self.looks if look.step]
 
     @property
-    def enough(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
         top = best_held_out(self.looks)
         if top is None or len(self.looks) - 1 - self.looks.index(top) < self.patience:
@@ -117,7 +117,7 @@ class ScoreMonitor:
     def best(self) -> dict | None:
         """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score
         model was fooled."""
-        return {"step": best_held_out(self.trained).step, "params": self.kept} if self.enough else None
+        return {"step": best_held_out(self.trained).step, "params": self.kept} if self.should_stop else None
 
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
@@ -134,7 +134,7 @@ class ScoreMonitor:
 
     def text(self) -> str:
         lines = [look.line() for look in self.looks]
-        if self.enough:
+        if self.should_stop:
             top, now = best_held_out(self.looks), self.looks[-1]
             lines.append(
                 f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to "
@@ -168,8 +168,8 @@ class ScoreAndValidationMonitor:
         return self.seen.note
 
     @property
-    def enough(self) -> bool:
-        return self.seen.enough or self.asked.enough
+    def should_stop(self) -> bool:
+        return self.seen.should_stop or self.asked.should_stop
 
     @property
     def best(self) -> dict | None:

@@ -178,10 +178,14 @@ def row_slider_axis(row: PromptRow, slider: bool = False) -> SliderAxis:
     first = row.attributes[0] if row.attributes else ""
     said = lambda prompt: f"{first} {prompt}".strip()
     ends = {
-        "slider": (row.plus, row.unconditional, row.plus),
-        "erase": (row.base, row.plus, row.base),
-        "enhance": (row.plus, row.unconditional, row.plus if row.plus != row.target else None),
-        "replace": (row.plus, row.target, row.plus),
+        "slider": (row.effective_positive, row.unconditional, row.effective_positive),
+        "erase": (row.base, row.effective_positive, row.base),
+        "enhance": (
+            row.effective_positive,
+            row.unconditional,
+            row.effective_positive if row.effective_positive != row.target else None,
+        ),
+        "replace": (row.effective_positive, row.target, row.effective_positive),
     }
     toward, away, reference = ends["slider" if slider else row.action]
     return SliderAxis(

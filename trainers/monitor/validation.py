@@ -151,7 +151,7 @@ class ImageValidationLoss:
             )
         return torch.cat(parts).float().cpu()
 
-    def named(self, pick: int) -> dict:
+    def describe_sample(self, pick: int) -> dict:
         """What a person knows the picture by."""
         item = self.data.items[pick]
         return {"image": item.path or item.id, "caption": item.captions[0] if item.captions else ""}
@@ -159,7 +159,7 @@ class ImageValidationLoss:
     def sigmas(self, x0) -> Tensor:
         return stratified_sigmas(self.denoiser, self.density, x0, self.levels, self.noise.min_time, self.noise.max_time)
 
-    def sigmas_of_first(self) -> list[float]:
+    def first_sigmas(self) -> list[float]:
         """The noise levels of the first picture, for people; other sizes may have others."""
         item = self.data.items[self.picks[0]]
         return self.sigmas(
@@ -220,11 +220,11 @@ class ValidationMonitor:
     samples, or None."""
 
     settings: ValidationSettings = ValidationSettings()
-    exams: dict[str, ImageValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
-    each: ImageValidationLoss | None = None  # every training picture that is asked at the end
+    losses_by_name: dict[str, ImageValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
+    per_image_loss: ImageValidationLoss | None = None  # every training picture that is asked at the end
     draw: Callable[[int], dict | None] | None = None
     preview_every: int = 0
-    tick: Callable[[], None] = lambda: None
+    check_interrupt: Callable[[], None] = lambda: None
     say: Callable[[str], None] = lambda text: None
     notice: Callable[[str, dict], None] = lambda kind, entry: None
     history: list[dict] = field(default_factory=list)
@@ -235,7 +235,9 @@ class ValidationMonitor:
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def measures(self, step: int, steps: int) -> bool:
-        due = bool(self.exams) and self.settings.every > 0 and (step % self.settings.every == 0 or step == steps)
+        due = (
+            bool(self.losses_by_name) and self.settings.every > 0 and (step % self.settings.every == 0 or step == steps)
+        )
         return due and all(entry["step"] != step for entry in self.history)
 
     def draws(self, step: int, steps: int) -> bool:
@@ -246,7 +248,7 @@ class ValidationMonitor:
         return self.measures(step, steps) or self.draws(step, steps)
 
     @property
-    def enough(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the run should end here. It follows from the history alone, so a resumed run decides the same."""
         s = self.settings
         return bool(s.every and s.patience and measurements_without_gain(self.history, s.least_gain) >= s.patience)
@@ -262,18 +264,18 @@ class ValidationMonitor:
 
     def measure(self, step: int, params) -> bool:
         losses = {}
-        for name, exam in self.exams.items():
+        for name, exam in self.losses_by_name.items():
             self.say(f"step {step}: measuring {len(exam.picks)} {name} {exam.noun}")
-            losses[name] = exam.losses(self.tick)
+            losses[name] = exam.losses(self.check_interrupt)
         name = next(iter(losses))  # the held-out pictures, where there are any
         entry = {
             "step": step,
             "loss": finite_or_none(float(losses[name].mean())),
             "bins": [finite_or_none(v) for v in losses[name].mean(0).tolist()],
-            "sigmas": self.exams[name].sigmas_of_first(),
+            "sigmas": self.losses_by_name[name].first_sigmas(),
             "held_out": name == "validation",
-            "noun": self.exams[name].noun,
-            "where": self.exams[name].where,
+            "noun": self.losses_by_name[name].noun,
+            "where": self.losses_by_name[name].where,
         }
         if len(losses) > 1:
             entry |= {
@@ -303,13 +305,15 @@ class ValidationMonitor:
 
     def finish(self) -> None:
         """Name the training pictures that are learnt worst, with the weights as they are."""
-        if self.each is None:
+        if self.per_image_loss is None:
             return
-        self.say(f"measuring {len(self.each.picks)} training {self.each.noun} one by one")
-        losses = self.each.losses(self.tick)
+        self.say(f"measuring {len(self.per_image_loss.picks)} training {self.per_image_loss.noun} one by one")
+        losses = self.per_image_loss.losses(self.check_interrupt)
         found = [
-            {**self.each.named(pick), "loss": ratio, "bins": row}
-            for pick, ratio, row in zip(self.each.picks, relative_losses(losses).tolist(), losses.tolist(), strict=True)
+            {**self.per_image_loss.describe_sample(pick), "loss": ratio, "bins": row}
+            for pick, ratio, row in zip(
+                self.per_image_loss.picks, relative_losses(losses).tolist(), losses.tolist(), strict=True
+            )
         ]
         self.worst = sorted(found, key=lambda one: -one["loss"])
 
@@ -317,7 +321,7 @@ class ValidationMonitor:
 
     @property
     def key(self) -> str:
-        return compute_fingerprint({name: exam.key for name, exam in self.exams.items()})
+        return compute_fingerprint({name: exam.key for name, exam in self.losses_by_name.items()})
 
     def state(self) -> dict:
         """Copies: what was saved does not change when the run goes on."""

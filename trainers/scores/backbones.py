@@ -41,22 +41,22 @@ class FeatureNorm(nn.Module):
         super().__init__()
         self.register_buffer("middle", torch.zeros(size))
         self.register_buffer("spread", torch.ones(size))
-        self.settled = False
+        self.is_fitted = False
 
     def forward(self, rows: Tensor) -> Tensor:
-        if not self.settled and self.training and torch.is_grad_enabled() and len(rows) >= self.LEAST:
-            self.settle(rows.detach())
+        if not self.is_fitted and self.training and torch.is_grad_enabled() and len(rows) >= self.LEAST:
+            self.fit_statistics(rows.detach())
         return (rows - self.middle) / self.spread
 
-    def settle(self, rows: Tensor):
+    def fit_statistics(self, rows: Tensor):
         self.middle.copy_(rows.mean(0))
         self.spread.copy_((rows.std(0) + 1e-3 * rows.std()).clamp(min=1e-4))
-        self.settled = True
+        self.is_fitted = True
 
     def _load_from_state_dict(self, *args):
         """What a file says stays."""
         super()._load_from_state_dict(*args)
-        self.settled = True
+        self.is_fitted = True
 
 
 class LoadedModelTrunk(nn.Module):
@@ -76,14 +76,14 @@ class LoadedModelTrunk(nn.Module):
         self.__dict__["others"] = None  # Adapters that hang on the same network and must not be looked through
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        with self.own_eyes():
+        with self.adapters_context():
             seen = self.look(x, level)
         return self.layers(self.scale(seen.to(self.layers[0].weight)))
 
-    def own_eyes(self):
+    def adapters_context(self):
         """The loaded network as this trunk learnt to look through it."""
         if self.others is not None:
-            return self.others.giving_way(self.adapters)
+            return self.others.replaced_by(self.adapters)
         return contextlib.nullcontext() if self.adapters is None else self.adapters.attached()
 
 

@@ -152,7 +152,7 @@ class ScoreTraining:
     network: Scorer
     data: EncodedDataset
     about: ScoreModelInfo
-    wanted: Tensor | None = None
+    targets: Tensor | None = None
     pairs: Sequence[tuple[int, int]] = ()
     settings: ScoreSettings = ScoreSettings()
     dropout: float = 0.2
@@ -187,7 +187,7 @@ class ScoreTraining:
 
     def loss(self, rng):
         """(B,) one number per picture, or per pair."""
-        self.follow()
+        self.update_average()
         cards = [self.cards[i] for i in self.deck.draw(rng)]
         levels = torch.where(
             torch.rand(len(cards), generator=rng) < 0.5, 0.0, torch.rand(len(cards), generator=rng) * MAX_SCORE_NOISE
@@ -197,9 +197,9 @@ class ScoreTraining:
         out = self.said(index, levels.repeat_interleave(sides) * self.about.noisy, rng)
         if self.about.task == "pairwise":
             return bradley_terry_loss(*out[:, 0].view(-1, 2).T)
-        return self.wrong(out, self.wanted[index].to(out.device))
+        return self.sample_losses(out, self.targets[index].to(out.device))
 
-    def wrong(self, out, wanted):
+    def sample_losses(self, out, wanted):
         if self.about.task == "distribution":
             return emd_loss(out, wanted)
         if self.about.task == "multiclass":
@@ -251,7 +251,7 @@ class ScoreTraining:
     # -- the average of the weights ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def follow(self):
+    def update_average(self):
         """The average takes in the weights as they are. Its memory grows with the run, so that the first steps do not
         weigh on it."""
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))

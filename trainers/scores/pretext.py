@@ -229,16 +229,18 @@ class PretextTraining:
     # -- the tasks -----------------------------------------------------------------------------------------------------
 
     def inpaint(self, picks, rng):
-        truth = self.clean(self.one_of(picks, CROP_VIEW, rng))
+        truth = self.clean_latents(self.one_of(picks, CROP_VIEW, rng))
         x, level = self.noised(truth, rng)
         hidden = sample_block_mask(truth.shape, rng).to(truth.device)
         return masked_mse(
-            self.painted("inpaint", squeeze_single_frame(x) * (1 - hidden), level), squeeze_single_frame(truth), hidden
+            self.reconstruct_latents("inpaint", squeeze_single_frame(x) * (1 - hidden), level),
+            squeeze_single_frame(truth),
+            hidden,
         )
 
     def simclr(self, picks, rng):
-        first, second = zip(*(self.two_of(i, rng) for i in picks), strict=True)
-        features = self.trunk(*self.noised(self.clean([*first, *second]), rng))
+        first, second = zip(*(self.sample_crop_pair(i, rng) for i in picks), strict=True)
+        features = self.trunk(*self.noised(self.clean_latents([*first, *second]), rng))
         return nt_xent(*self.heads["simclr"](features).chunk(2))
 
     def rotation(self, picks, rng):
@@ -249,9 +251,9 @@ class PretextTraining:
 
     def colours(self, picks, rng):
         grey, coloured = zip(*(self.views.pictures[i][GREY_VIEW] for i in picks), strict=True)
-        x, level = self.noised(self.clean(grey), rng)
-        truth = squeeze_single_frame(self.clean(coloured))
-        return (self.painted("colours", squeeze_single_frame(x), level) - truth).square().flatten(1).mean(1)
+        x, level = self.noised(self.clean_latents(grey), rng)
+        truth = squeeze_single_frame(self.clean_latents(coloured))
+        return (self.reconstruct_latents("colours", squeeze_single_frame(x), level) - truth).square().flatten(1).mean(1)
 
     def classes(self, picks, rng):
         named = [
@@ -262,12 +264,12 @@ class PretextTraining:
 
     def told(self, task: str, views, rng):
         """(B,) cross entropy of the views' labels; 0 where the label is -1."""
-        out = self.heads[task](self.trunk(*self.noised(self.clean(views), rng)))
+        out = self.heads[task](self.trunk(*self.noised(self.clean_latents(views), rng)))
         return F.cross_entropy(
             out, torch.tensor([view.label for view in views], device=out.device), ignore_index=-1, reduction="none"
         )
 
-    def painted(self, task: str, x, level):
+    def reconstruct_latents(self, task: str, x, level):
         return self.heads[task](features_and_map(self.trunk, x, level)[1], x.shape[-2:])
 
     # -- what is shown -------------------------------------------------------------------------------------------------
@@ -279,12 +281,12 @@ class PretextTraining:
             for views, coin in ((self.views.pictures[i][kind], coin) for i, coin in zip(picks, luck, strict=True))
         ]
 
-    def two_of(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
+    def sample_crop_pair(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
         crops = self.views.pictures[picture][CROP_VIEW]
         first, second = torch.randperm(len(crops), generator=rng)[:2].tolist()
         return crops[first], crops[second]
 
-    def clean(self, views) -> Tensor:
+    def clean_latents(self, views) -> Tensor:
         return self.denoiser.model_space(torch.stack([self.views.latent(view) for view in views]))
 
     def noised(self, x0, rng) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ class ResumeFolder:
 
     folder: Path | None = None
     saved: str = ""  # what is safe, in words
-    written: float = field(default_factory=time.monotonic)
+    last_write: float = field(default_factory=time.monotonic)
 
     def done(self, number: int) -> dict | None:
         """What `finish` was given for this network, or None."""
@@ -34,7 +34,7 @@ class ResumeFolder:
         if self.folder:
             (self.folder / "now.state").unlink(missing_ok=True)
 
-    def at_hand(self, number: int) -> dict | None:
+    def load_current(self, number: int) -> dict | None:
         """What `keep` was given last, if it was for this network."""
         tree = self.read("now.state")
         return tree if tree and tree["number"] == number else None
@@ -44,7 +44,7 @@ class ResumeFolder:
 
     def due(self, why: str) -> bool:
         """Whether the state of the network at hand should be written: when the work stops, and every few minutes."""
-        return self.folder is not None and (why == "stopped" or time.monotonic() - self.written > CHECKPOINT_SECONDS)
+        return self.folder is not None and (why == "stopped" or time.monotonic() - self.last_write > CHECKPOINT_SECONDS)
 
     def clear(self) -> None:
         """The work is done and kept elsewhere."""
@@ -64,7 +64,7 @@ class ResumeFolder:
     def write(self, name: str, tree: dict, words: str) -> None:
         if self.folder:
             write_state_tree(self.folder / name, tree)
-            self.saved, self.written = words, time.monotonic()
+            self.saved, self.last_write = words, time.monotonic()
 
 
 class SingleNetworkStore(NoStore):
@@ -74,7 +74,7 @@ class SingleNetworkStore(NoStore):
         self.work = work
 
     def load(self):
-        at_hand = self.work.at_hand(0)
+        at_hand = self.work.load_current(0)
         return at_hand and at_hand["run"]
 
     def save(self, state, why):

@@ -115,8 +115,8 @@ def train_score_model(
         if pretrained is not None:
             load_pretrained_trunk(network, pretrained, fold)
         member = EnsembleMember(task, denoiser, network, scorer, settings, fold)
-        losses.append(member.learn(np.flatnonzero(folds != fold), groups, tell, work or ResumeFolder()))
-        held.append(member.judged(np.flatnonzero(folds == fold), check_interrupt))
+        losses.append(member.train_member(np.flatnonzero(folds != fold), groups, tell, work or ResumeFolder()))
+        held.append(member.predict_held_out(np.flatnonzero(folds == fold), check_interrupt))
         networks.append(network.cpu().eval().requires_grad_(False))
     return build_score_result(
         task, settings, networks, losses[0], merge_fold_outputs(held, len(task.data)), folds, groups
@@ -260,12 +260,12 @@ class EnsembleMember:
     settings: ScoreSettings
     fold: int
 
-    def learn(self, index, groups, tell, work: ResumeFolder) -> list[float]:
+    def train_member(self, index, groups, tell, work: ResumeFolder) -> list[float]:
         """The losses. The network holds the best average of its weights afterwards."""
         if done := work.done(self.fold):
             self.network.load_state_dict(done["network"])
             return done["losses"].tolist()
-        index, watched = self.held_back(index, groups)
+        index, watched = self.split_validation(index, groups)
         settings = self.settings
         method = ScoreTraining(
             self.denoiser,
@@ -293,7 +293,7 @@ class EnsembleMember:
         work.finish(self.fold, {"network": self.network.state_dict(), "losses": torch.tensor(watch.losses)})
         return watch.losses
 
-    def held_back(self, index, groups):
+    def split_validation(self, index, groups):
         """(to learn from, to watch): groups stay whole. Nothing is held back of too few."""
         names = [groups[i] for i in index]
         if (
@@ -314,9 +314,9 @@ class EnsembleMember:
     def mark(self, index) -> float:
         """How well these pictures are scored, clean and half way to noise."""
         levels = (0.0, 0.5) if self.task.about.noisy else (0.0,)
-        return float(np.mean([self.agreement(index, self.out(index, level)) for level in levels]))
+        return float(np.mean([self.target_agreement(index, self.out(index, level)) for level in levels]))
 
-    def agreement(self, index, out) -> float:
+    def target_agreement(self, index, out) -> float:
         about, rated = self.task.about, np.array([self.task.scores[i] for i in index])
         if about.task == "multiclass":
             return metrics.accuracy(out.argmax(1).numpy(), score_targets(rated, about).numpy())
@@ -343,7 +343,7 @@ class EnsembleMember:
             self.denoiser, self.denoiser.model_space(means), sigma, torch.full((len(items),), level > 0), rng
         )
 
-    def judged(self, index, check_interrupt) -> dict[float, dict[int, torch.Tensor]]:
+    def predict_held_out(self, index, check_interrupt) -> dict[float, dict[int, torch.Tensor]]:
         """{level: {picture: what is said}} of pictures that were not learnt from."""
         levels = (0.0, *REPORTED_NOISE_LEVELS) if self.task.about.noisy else (0.0,)
         return {
@@ -366,7 +366,7 @@ class EarlyStoppingStore(NoStore):
         self.ended = False
 
     def load(self):
-        saved = self.work.at_hand(self.number)
+        saved = self.work.load_current(self.number)
         if saved is None:
             return None
         self.best = [v.to(p) for v, p in zip(saved["best"], self.method.parameters(), strict=True)]
@@ -377,7 +377,7 @@ class EarlyStoppingStore(NoStore):
             saved["run"]["losses"].tolist(),
         )
         self.method.network.load_state_dict(saved["fixed"], strict=False)
-        self.end_if_enough()
+        self.stop_if_stalled()
         return saved["run"]
 
     def save(self, state, why):
@@ -387,7 +387,7 @@ class EarlyStoppingStore(NoStore):
         if step and not self.ended and why != "finished" and self.work.due(why):
             self.work.keep(self.number, self.state(state), step)
         if why == "step":
-            self.end_if_enough()
+            self.stop_if_stalled()
 
     def state(self, run) -> dict:
         buffers = dict(self.method.network.named_buffers())
@@ -416,7 +416,7 @@ class EarlyStoppingStore(NoStore):
         else:
             self.since += 1
 
-    def end_if_enough(self):
+    def stop_if_stalled(self):
         if self.patience and self.since >= self.patience:
             self.ended = True
             raise ScorerEarlyStop

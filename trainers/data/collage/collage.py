@@ -68,7 +68,7 @@ class CollageSource:
 
     record: ImageRecord
     dE: float | None = None
-    untrimmed: tuple[int, int] | None = None  # its size with the bars that were cut off
+    untrimmed_size: tuple[int, int] | None = None  # its size with the bars that were cut off
 
     @property
     def name(self) -> str:
@@ -128,7 +128,7 @@ class CollageProgress:
     report: Callable[[int, int, str], None]
     check_interrupt: Callable[[], None]
 
-    def through(self, things: Sequence, name: Callable):
+    def track(self, things: Sequence, name: Callable):
         """Yields the things; before each one the run may be stopped, after each one the screen is told."""
         for done, thing in enumerate(things, 1):
             self.check_interrupt()
@@ -155,7 +155,7 @@ def analyse_sources(
     known = len(seen)
     sources, lost = [], []
     try:
-        for record in work.through(records, lambda record: f"looking at {Path(record.path).name}"):
+        for record in work.track(records, lambda record: f"looking at {Path(record.path).name}"):
             key = compute_fingerprint(
                 COLLAGE_VERSION, record.id, record.crop, record.mask_id, settings.trim, settings.ground
             )
@@ -197,7 +197,7 @@ def make_collage_source(record: ImageRecord, box, dE) -> CollageSource:
         return CollageSource(record, dE)
     left, top = record.crop[:2] if record.crop else (0, 0)
     crop = box[0] + left, box[1] + top, box[2] + left, box[3] + top
-    return CollageSource(replace(record, crop=crop), dE, untrimmed=record.frame)
+    return CollageSource(replace(record, crop=crop), dE, untrimmed_size=record.frame)
 
 
 def find_trim_box(picture: Image.Image) -> tuple[int, int, int, int] | None:
@@ -239,7 +239,7 @@ class CollageFrame:
     mask: Path
     id: str
     mask_id: str
-    times: int
+    repeats: int
 
 
 def render_frames(
@@ -254,7 +254,7 @@ def render_frames(
         collages[key] = collage
     return [
         write_frame_files(key, collages[key], wanted[key], sources, settings, place)
-        for key in work.through(list(collages), lambda key: f"collage of {format_source_names(collages[key], sources)}")
+        for key in work.track(list(collages), lambda key: f"collage of {format_source_names(collages[key], sources)}")
     ]
 
 
@@ -348,7 +348,7 @@ def make_collage_records(
                 captions=captions,
                 mask=str(frame.mask),
                 mask_id=frame.mask_id,
-                repeats=frame.times,
+                repeats=frame.repeats,
                 flags=collage_flags(frame.collage, sources, settings),
             )
         )
@@ -472,9 +472,9 @@ def format_collage_report(
     lines += format_limited_lines(
         "bars cut off",
         [
-            f"{s.name}, {format_dimensions(s.untrimmed)} to {format_dimensions(s.record.frame)}"
+            f"{s.name}, {format_dimensions(s.untrimmed_size)} to {format_dimensions(s.record.frame)}"
             for s in sources
-            if s.untrimmed
+            if s.untrimmed_size
         ],
     )
     lines += format_limited_lines(

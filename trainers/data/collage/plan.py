@@ -230,7 +230,7 @@ class PackingAxis:
         """(along, across)"""
         return size[self.along], size[1 - self.along]
 
-    def joined(self, along, across):
+    def to_xy(self, along, across):
         """(x, y)"""
         return (along, across) if self.along == 0 else (across, along)
 
@@ -244,7 +244,7 @@ class LengthRange:
     grid."""
 
     source: int
-    natural: float
+    uncut_length: float
     low: int
     high: int
 
@@ -287,11 +287,11 @@ def make_cell(it: LengthRange, size, frame, axis: PackingAxis, start: int, lengt
     span = axis.split(frame)[1]
     scale = max(span / across, length / along)
     cut = length / scale, span / scale
-    left, top = axis.joined(
+    left, top = axis.to_xy(
         *(int((side - part) / 2 + ROUNDING_EPSILON) for side, part in zip((along, across), cut, strict=True))
     )
-    width, height = axis.joined(*cut)  # the box begins on a whole pixel: at scale 1 nothing is resampled
-    (x, y), (w, h) = axis.joined(start, offset), axis.joined(length, span)
+    width, height = axis.to_xy(*cut)  # the box begins on a whole pixel: at scale 1 nothing is resampled
+    (x, y), (w, h) = axis.to_xy(start, offset), axis.to_xy(length, span)
     crop = 1 - width * height / (size[0] * size[1])
     return CollageCell(
         it.source, (left, top, left + width, top + height), scale, (x, y, x + w, y + h), max(0.0, round(crop, 9))
@@ -303,7 +303,7 @@ def make_cell(it: LengthRange, size, frame, axis: PackingAxis, start: int, lengt
 
 def distribute_lengths(fits, space: int, step: int) -> list[int]:
     """Lengths on the grid, within each picture's limits, that fill the space if they can; near the uncut lengths."""
-    sizes = [min(max(int(it.natural / step) * step, it.low), it.high) for it in fits]
+    sizes = [min(max(int(it.uncut_length / step) * step, it.low), it.high) for it in fits]
     if sum(it.high for it in fits) < space and sum(sizes) <= space:
         return sizes  # the ground shows in any case: nothing is gained by cutting more
     while (gap := space - sum(sizes)) != 0:
@@ -311,7 +311,7 @@ def distribute_lengths(fits, space: int, step: int) -> list[int]:
         free = [i for i, it in enumerate(fits) if it.low <= sizes[i] + turn <= it.high]
         if not free:
             return sizes
-        worst = min(free, key=lambda i: abs(math.log((sizes[i] + turn) / fits[i].natural)))
+        worst = min(free, key=lambda i: abs(math.log((sizes[i] + turn) / fits[i].uncut_length)))
         sizes[worst] += turn
     return sizes
 
@@ -337,14 +337,14 @@ class CandidatePool:
 
     def __init__(self, frame, axis: PackingAxis, fits: dict[int, LengthRange], rank: list[int]):
         self.frame, self.axis, self.fits, self.rank = frame, axis, fits, rank
-        self.order = sorted((it.natural, rank[source], source) for source, it in fits.items())
+        self.order = sorted((it.uncut_length, rank[source], source) for source, it in fits.items())
 
     def remove(self, source: int):
         if source in self.fits:
             it = self.fits.pop(source)
-            del self.order[bisect_left(self.order, (it.natural, self.rank[source], source))]
+            del self.order[bisect_left(self.order, (it.uncut_length, self.rank[source], source))]
 
-    def near(self, target: float, luck: int, without, count: int) -> list[LengthRange]:
+    def candidates_near_length(self, target: float, luck: int, without, count: int) -> list[LengthRange]:
         """Up to 2 * count pictures whose uncut lengths are next to the target."""
         at = bisect_left(self.order, (target, luck))
         around = self.order[max(0, at - count) : at + count]
@@ -365,11 +365,11 @@ class CollagePlanner:
         self.luck = random.Random(settings.seed)
         self.rank = list(range(len(sizes)))
         self.luck.shuffle(self.rank)
-        self.rooms, self.homes, self.excluded = self.survey()
-        self.left = {source: settings.uses for source in self.homes}
-        self.pairs, self.orders = Counter(), set()
+        self.pools, self.anchor_pools, self.excluded = self.build_candidate_pools()
+        self.left = {source: settings.uses for source in self.anchor_pools}
+        self.pairs, self.used_orders = Counter(), set()
 
-    def survey(self):
+    def build_candidate_pools(self):
         """(rooms by frame and axis, the rooms' keys that each picture may anchor, [(picture, why it is left out)])"""
         fits, homes, excluded = {}, {}, []
         for source, size in enumerate(self.sizes):
@@ -392,48 +392,48 @@ class CollagePlanner:
 
     def collages(self):
         """Yields one collage after the other until every picture has been used as often as it must."""
-        queue = [self.entry(source) for source in self.left]
+        queue = [self.queue_entry(source) for source in self.left]
         heapq.heapify(queue)
         while queue:
             entry = heapq.heappop(queue)
             source = entry[-1]
-            if entry != self.entry(source):
+            if entry != self.queue_entry(source):
                 if self.left[source]:
-                    heapq.heappush(queue, self.entry(source))
+                    heapq.heappush(queue, self.queue_entry(source))
                 continue
             collage = self.around(source)
             for used in (cell.source for cell in collage.cells):
-                self.spend(used)
+                self.mark_used(used)
             yield collage
             if self.left[source]:
-                heapq.heappush(queue, self.entry(source))
+                heapq.heappush(queue, self.queue_entry(source))
 
-    def entry(self, source):
+    def queue_entry(self, source):
         """What comes first: often needed, then long."""
-        frame, axis = self.homes[source][0]
+        frame, axis = self.anchor_pools[source][0]
         along, across = axis.split(self.sizes[source])
         return -self.left[source], -along / across, self.rank[source], source
 
-    def spend(self, source):
+    def mark_used(self, source):
         self.left[source] -= 1
         if not self.left[source]:
-            for room in self.rooms.values():
+            for room in self.pools.values():
                 room.remove(source)
 
     def around(self, source) -> Collage:
         """The best collage with this picture in it."""
-        rooms = [self.rooms[key] for key in self.homes[source]]
+        rooms = [self.pools[key] for key in self.anchor_pools[source]]
         if self.settings.layout == LAYOUT_GRID:
-            grids = filter(None, (self.grid(room, room.fits[source]) for room in rooms))
+            grids = filter(None, (self.find_grid_collage(room, room.fits[source]) for room in rooms))
             if best := next(grids, None):
-                return self.remembered(best)
+                return self.count_pairs(best)
         best = None
         for room in rooms:
             found = min((self.score(group, room), group) for group in self.groups(room, room.fits[source]))
             if best is None or found[0] < best[0]:
                 best = (*found, room)
         _, group, room = best
-        return self.remembered(self.placed(room, [room.fits[i] for i in group]))
+        return self.count_pairs(self.make_line_collage(room, [room.fits[i] for i in group]))
 
     def groups(self, room: CandidatePool, anchor: LengthRange):
         """Candidates: the picture alone, and with the neighbours that come near to filling the frame. As tuples of
@@ -442,11 +442,11 @@ class CollagePlanner:
         if self.settings.layout == LAYOUT_SINGLE:
             return
         space, gutter = room.axis.split(room.frame)[0], self.settings.gutter
-        rest, luck, mine = space - gutter - anchor.natural, self.luck.randrange(len(self.sizes)), anchor.source
+        rest, luck, mine = space - gutter - anchor.uncut_length, self.luck.randrange(len(self.sizes)), anchor.source
         good = False
-        for second in room.near(rest, luck, (mine,), 6):
+        for second in room.candidates_near_length(rest, luck, (mine,), 6):
             good = good or (
-                abs(second.natural - rest) < CLOSE_FIT_SHARE * space
+                abs(second.uncut_length - rest) < CLOSE_FIT_SHARE * space
                 and not self.pairs[sorted_pair(mine, second.source)]
             )
             yield mine, second.source
@@ -454,13 +454,18 @@ class CollagePlanner:
             return
         some = [it for it in room.spread(luck, PARTNER_SAMPLE_SIZE) if it.source != mine and it.low <= rest]
         for second in some:
-            for third in room.near(rest - gutter - second.natural, luck, (mine, second.source), 2):
+            for third in room.candidates_near_length(
+                rest - gutter - second.uncut_length, luck, (mine, second.source), 2
+            ):
                 yield mine, second.source, third.source
         if self.settings.per_frame < 4:
             return
         for second, third in combinations(some[::3], 2):
-            for fourth in room.near(
-                rest - 2 * gutter - second.natural - third.natural, luck, (mine, second.source, third.source), 1
+            for fourth in room.candidates_near_length(
+                rest - 2 * gutter - second.uncut_length - third.uncut_length,
+                luck,
+                (mine, second.source, third.source),
+                1,
             ):
                 yield mine, second.source, third.source, fourth.source
 
@@ -469,7 +474,7 @@ class CollagePlanner:
         long comes last."""
         fits = [room.fits[source] for source in group]
         space = room.axis.split(room.frame)[0] - self.settings.gutter * (len(group) - 1)
-        natural = sum(it.natural for it in fits)
+        natural = sum(it.uncut_length for it in fits)
         if sum(it.low for it in fits) > space:
             return 2.0, False, 0, 0.0, 0
         filled = sum(it.high for it in fits) >= space
@@ -478,15 +483,15 @@ class CollagePlanner:
         met = sum(self.pairs[sorted_pair(a, b)] for a, b in combinations(group, 2))
         return round(bare, 2), len(group) == 1, met, round(crop, 3), -pixel_area(room.frame)
 
-    def placed(self, room: CandidatePool, fits) -> Collage:
+    def make_line_collage(self, room: CandidatePool, fits) -> Collage:
         self.luck.shuffle(fits)
-        if tuple(it.source for it in fits) in self.orders:
+        if tuple(it.source for it in fits) in self.used_orders:
             fits.reverse()
-        self.orders.add(tuple(it.source for it in fits))
+        self.used_orders.add(tuple(it.source for it in fits))
         cells = pack_cells(fits, self.sizes, room.frame, room.axis, self.settings, self.step)
         return Collage(room.frame, room.axis.name if len(cells) > 1 else LAYOUT_SINGLE, tuple(cells))
 
-    def grid(self, room: CandidatePool, anchor: LengthRange) -> Collage | None:
+    def find_grid_collage(self, room: CandidatePool, anchor: LengthRange) -> Collage | None:
         """The picture spans the frame, and two or three others fill what is left beside it, stacked. None if nothing
         fits exactly."""
         space, span = room.axis.split(room.frame)
@@ -495,34 +500,34 @@ class CollagePlanner:
         some = sorted(self.luck.sample(some, min(len(some), PARTNER_SAMPLE_SIZE)))
         best = None
         for length in range(anchor.low, anchor.high + 1, self.step):
-            frame = room.axis.joined(space - length - gutter, span)
+            frame = room.axis.to_xy(space - length - gutter, span)
             if min(frame) < self.step:
                 continue
             found = (fit_along_axis(s, self.sizes[s], frame, other, self.settings, self.step) for s in some)
             inner = CandidatePool(
                 frame, other, {it.source: it for it in found if isinstance(it, LengthRange)}, self.rank
             )
-            for group in self.stacks(inner):
+            for group in self.stack_candidates(inner):
                 score = self.score(group, inner)
-                total = (score[2], score[3] + abs(length - anchor.natural) / anchor.natural, length, group)
+                total = (score[2], score[3] + abs(length - anchor.uncut_length) / anchor.uncut_length, length, group)
                 if score[0] == 0.0 and (best is None or total < best[0]):
                     best = total, length, inner, group
-        return None if best is None else self.grid_of(room, anchor, *best[1:])
+        return None if best is None else self.make_grid_collage(room, anchor, *best[1:])
 
-    def stacks(self, inner: CandidatePool):
+    def stack_candidates(self, inner: CandidatePool):
         gutter, space = self.settings.gutter, inner.axis.split(inner.frame)[0]
         for first in list(inner.fits.values()):
-            for second in inner.near(space - gutter - first.natural, 0, (first.source,), 1):
+            for second in inner.candidates_near_length(space - gutter - first.uncut_length, 0, (first.source,), 1):
                 yield first.source, second.source
         if self.settings.per_frame < 4:
             return
         for first, second in combinations(list(inner.fits.values())[::2], 2):
-            for third in inner.near(
-                space - 2 * gutter - first.natural - second.natural, 0, (first.source, second.source), 1
+            for third in inner.candidates_near_length(
+                space - 2 * gutter - first.uncut_length - second.uncut_length, 0, (first.source, second.source), 1
             ):
                 yield first.source, second.source, third.source
 
-    def grid_of(self, room, anchor, length, inner, group) -> Collage:
+    def make_grid_collage(self, room, anchor, length, inner, group) -> Collage:
         first = self.luck.random() < 0.5
         rest = room.axis.split(room.frame)[0] - length
         one = make_cell(anchor, self.sizes[anchor.source], room.frame, room.axis, 0 if first else rest, length)
@@ -532,7 +537,7 @@ class CollagePlanner:
         )
         return Collage(room.frame, LAYOUT_GRID, (one, *stack))
 
-    def remembered(self, collage: Collage) -> Collage:
+    def count_pairs(self, collage: Collage) -> Collage:
         self.pairs.update(sorted_pair(a.source, b.source) for a, b in combinations(collage.cells, 2))
         return collage
 

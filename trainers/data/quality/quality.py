@@ -191,7 +191,7 @@ class ImageMeasurements:
     print: ImageSignature
     thumbnail: bytes  # JPEG: kept for every picture, so that the sheet decodes none again
 
-    def figures(self) -> dict:
+    def to_metrics(self) -> dict:
         """What a report shows, JSON-ready."""
         figures = {
             name: getattr(self, name)
@@ -510,7 +510,7 @@ def format_quality_json(found: QualityCheck) -> str:
             "id": one.record.id,
             "severity": one.severity or "good",
             "findings": [str(finding) for finding in one.findings],
-            **(one.measures.figures() if one.measures else {}),
+            **(one.measures.to_metrics() if one.measures else {}),
         }
         for one in found.pictures
     ]
