@@ -16,8 +16,10 @@ test: env  ## everything that can run here; a loud line per group that cannot
 test-unit: env  ## the craft without ComfyUI: seconds
 	@.venv/bin/pytest tests/unit $(ARGS)
 
-check: env  ## lint, and the direction of imports
+check: env  ## format, lint, types, and the direction of imports
+	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
+	@.venv/bin/basedpyright --level error
 	@.venv/bin/pytest -q tests/unit/test_house.py
 
 bench: env  ## FLOPs, bytes and seconds a step against ComfyUI's own Train LoRA
