@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .adapters.adapters import Adapters
+from .adapters.adapters import Adapters, text_adapter_settings
 from .data.buckets import BucketSettings
 from .data.captions.variants import CAPTION_MODE_TEXT, CaptionSettings
 from .data.encode import encode_dataset
@@ -277,13 +277,11 @@ class CommandLineJob:
         )
 
     def text_adapters(self, engine, rng):
-        """Adapters of the text encoders, when they are trained; the model's own choice of layers holds for them as far
-        as it can."""
+        """Adapters of the text encoders, or None when these are not trained."""
         if not self.adapter.text_encoder:
             return None
-        targets = "attention+mlp" if self.adapter.targets in ("regex", "all linear") else self.adapter.targets
-        narrowed = dataclasses.replace(self.adapter, targets=targets, pattern="", conv=False)
-        return Adapters(engine.text.trainable_models(), narrowed, rng).to(engine.denoiser.device)
+        settings = text_adapter_settings(self.adapter)
+        return Adapters(engine.text.trainable_models(), settings, rng).to(engine.denoiser.device)
 
     def fingerprint(self, engine, data) -> str:
         """Of all that changes the result but the number of steps, so that a run can be continued to more."""

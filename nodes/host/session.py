@@ -21,7 +21,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer
+from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer, text_adapter_settings
 from ...trainers.data.encoded import split_conditioning
 from ...trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
@@ -185,12 +185,6 @@ def extract_size_conditioning(cond) -> dict:
     return {
         k: v for k, v in cond.items() if k in ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
     }
-
-
-def text_adapter_settings(adapter: AdapterSettings) -> AdapterSettings:
-    """The same adapter on a text encoder; a regular expression written for the model's layers does not apply there."""
-    targets = "attention+mlp" if adapter.targets in ("regex", "all linear") else adapter.targets
-    return AdapterSettings(**{**adapter.to_dict(), "targets": targets, "pattern": "", "conv": False, "blocks": ""})
 
 
 def load_lora_into_session(session: TrainingSession, lora):

@@ -37,7 +37,9 @@ def test_a_run_of_pairs_ends_in_a_file_is_found_again_and_counts_its_forwards(fo
         job = pair_job(method)
         lora, losses, line = job.result()
         assert lora and len(losses) == 4 and "4 steps" in line
-        spent = {"ImageSlider": "2.0 (2.0 student)", "Change": "4.0 (2.0 frozen + 2.0 student)"}[method.fingerprint_name]
+        spent = {"ImageSlider": "2.0 (2.0 student)", "Change": "4.0 (2.0 frozen + 2.0 student)"}[
+            method.fingerprint_name
+        ]
         assert job.cost() == f"; forwards per step: {spent}, {spent[:3]} planned"
         again = pair_job(method)
         same, _, line = again.result()

@@ -8,6 +8,7 @@ import torch
 from trainyard.nodes import host
 from trainyard.nodes.train.train_lora import LoraJob
 from trainyard.tests.toy import lesson, sampling, world
+from trainyard.trainers.adapters.adapters import text_adapter_settings
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.captions.variants import CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
@@ -88,3 +89,11 @@ def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy
     change = float((trained - base["cross_attn"]).abs().mean())
     error = float((loaded - trained).abs().mean())
     assert error <= 0.05 * change, f"{error:.1e} of a change of {change:.1e}"
+
+
+def test_rules_for_the_models_layers_do_not_apply_to_the_text_encoder(toy):
+    """The Train nodes narrow the adapter as `python -m trainers` does."""
+    adapter = AdapterSettings(rank=4, text_encoder=True, blocks="qkv: rank=2")
+    with torch.inference_mode(), host.session.open_training_session(toy.model, adapter, clip=toy.clip) as session:
+        assert {p.shape[0] for n, p in session.text_adapters.named_parameters() if n.endswith("down")} == {4}
+        assert session.text_adapters.settings == text_adapter_settings(adapter)

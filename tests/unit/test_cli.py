@@ -148,6 +148,15 @@ def test_the_text_encoder_learns_too_when_asked(files, tmp_path):
     assert learnt and any(k.startswith("transformer.") for k in tensors)
 
 
+@pytest.mark.parametrize("narrowing", (["--blocks", "to_q: rank=2"], ["--targets", "regex", "--pattern", "to_q"]))
+def test_rules_for_the_models_layers_do_not_apply_to_the_text_encoder(files, tmp_path, narrowing):
+    """`to_q` is a layer of the transformer; CLIP calls its own q_proj."""
+    assert cli.main(["lora", *files, *FAST, "--text-encoder", *narrowing]) == 0
+    tensors, _ = read_safetensors(tmp_path / "out" / "lora.safetensors")
+    ranks = {len(v) for k, v in tensors.items() if k.startswith("lora_te") and k.endswith("lora_down.weight")}
+    assert ranks == {4}
+
+
 def test_every_setting_has_an_argument_and_its_default(files):
     args = cli.make_argument_parser().parse_args(["lora", *files])
     names = [

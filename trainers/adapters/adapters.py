@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,13 @@ def make_layer_filter(settings: AdapterSettings):
         return lambda name: True
     groups = (ATTENTION_PATTERN,) if settings.targets == "attention" else (ATTENTION_PATTERN, MLP_PATTERN)
     return lambda name: not MODULATION_PATTERN.search(name) and any(group.search(name) for group in groups)
+
+
+def text_adapter_settings(settings: AdapterSettings) -> AdapterSettings:
+    """The settings of the text encoder's adapters. A regular expression and the rules of `blocks` are written for the
+    layer names of the diffusion model, and a text encoder has no 3x3 convolutions: none of these apply there."""
+    targets = "attention+mlp" if settings.targets in ("regex", "all linear") else settings.targets
+    return replace(settings, targets=targets, pattern="", conv=False, blocks="")
 
 
 def is_pointwise(layer) -> bool:
