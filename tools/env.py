@@ -68,8 +68,8 @@ def host_python(comfyui):
         "'aiohttp'))))"
     )
     inside = (
-        VENV.resolve() in pathlib.Path(sys.lora_prefix).resolve().parents
-        or pathlib.Path(sys.lora_prefix).resolve() == VENV.resolve()
+        VENV.resolve() in pathlib.Path(sys.prefix).resolve().parents
+        or pathlib.Path(sys.prefix).resolve() == VENV.resolve()
     )
     return beside if not inside and answer(beside, needed) else None
 

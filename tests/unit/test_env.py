@@ -56,6 +56,15 @@ def test_the_environment_inside_comfyui_runs_it(nowhere):
     assert env.host_python(home) == python
 
 
+def test_a_comfyui_without_an_environment_is_run_by_the_python_around_this_one(nowhere, monkeypatch):
+    home = comfyui(nowhere / "home" / "comfy" / "ComfyUI")
+    monkeypatch.setattr(env, "answer", lambda python, code: True)
+    monkeypatch.setattr(sys, "prefix", str(nowhere / "conda"))
+    assert env.host_python(home) == pathlib.Path(sys.executable)
+    monkeypatch.setattr(sys, "prefix", str(env.VENV))
+    assert env.host_python(home) is None, "the pack's own environment is layered over another, not over itself"
+
+
 def test_a_layer_only_points_at_the_hosts_packages(nowhere, monkeypatch):
     host, own = nowhere / "host" / "site-packages", nowhere / "own"
     host.mkdir(parents=True)
