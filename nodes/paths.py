@@ -285,7 +285,7 @@ NO_PROMPT_FILE = "(the text below)"
 
 def list_prompt_files() -> list[str]:
     """Prompt files in input/ and datasets/, as input/name, after the choice of none."""
-    from ..trainers.data.prompts import PROMPT_FILE_FORMATS
+    from ..trainers.data.concept_prompts import PROMPT_FILE_FORMATS
 
     found = [
         f"{name}/{file.relative_to(root).as_posix()}"

@@ -4,24 +4,31 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ...trainers.captioners import known, plain, taggers, vlm
-from ...trainers.captioners.prompts import (
+from ...trainers.captioners import known_captioners, taggers, template_captioner, vlm
+from ...trainers.captioners.caption_dataset import FILL_MISSING, WRITE_MODES, CaptionCache, caption_dataset
+from ...trainers.captioners.caption_prompts import (
     PromptSettings,
     build_caption_prompt,
     check_caption_template,
     fill_caption_template,
 )
 from ...trainers.captioners.vlm import CaptionerSettings
-from ...trainers.captioners.work import FILL_MISSING, WRITE_MODES, CaptionCache, caption_dataset
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
-from . import captioning_tagger, loaded_models, zeroshot
+from . import loaded_models, tagger_settings, zeroshot
 
 CaptionPromptType = io.Custom("TRAINYARD_CAPTION_PROMPT")
 
 BACKEND_CLIP, BACKEND_LOCAL_MODEL, BACKEND_WD_TAGGER, BACKEND_ZERO_SHOT, BACKEND_FILE_NAME, BACKEND_FIXED_TEXT = (
     CAPTION_BACKENDS
-) = ("loaded CLIP", known.LOCAL_MODEL, known.WD_TAGGER, "zero-shot tags", "file name", "fixed text")
+) = (
+    "loaded CLIP",
+    known_captioners.LOCAL_MODEL,
+    known_captioners.WD_TAGGER,
+    "zero-shot tags",
+    "file name",
+    "fixed text",
+)
 MAX_PREVIEW_CAPTIONS = 12  # captions in the preview
 
 
@@ -46,7 +53,7 @@ class CaptionImages(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=list_captioner_models(),
-                    default=next(iter(known.KNOWN_CAPTIONERS)),
+                    default=next(iter(known_captioners.KNOWN_CAPTIONERS)),
                     tooltip="For 'local model' and 'WD tagger'. Press R after adding one; names with an owner may have "
                     "to be downloaded first.",
                 ),
@@ -84,7 +91,7 @@ class CaptionImages(io.ComfyNode):
                     optional=True,
                     tooltip="From Caption Prompt: style, length, beginning, forbidden and forced words.",
                 ),
-                captioning_tagger.TaggerSettingsType.Input(
+                tagger_settings.TaggerSettingsType.Input(
                     "tagger",
                     optional=True,
                     tooltip="From Tagger Settings, for taggers and zero-shot tags: thresholds and what happens to "
@@ -146,7 +153,7 @@ class CaptionImages(io.ComfyNode):
                 tagger,
             )
         else:
-            captioner = plain.TemplateCaptioner()
+            captioner = template_captioner.TemplateCaptioner()
         asked = choose_caption_template(backend, captioner, text, wording)
         with loaded_models.managed_captioner(captioner) as at_work:
             done = caption_dataset(
@@ -199,7 +206,7 @@ class CaptionPromptNode(io.ComfyNode):
 
 def list_captioner_models() -> list[str]:
     """Captioners on this machine, then the known ones that can be had."""
-    return list(dict.fromkeys([*paths.captioner_names(), *known.KNOWN_CAPTIONERS]))
+    return list(dict.fromkeys([*paths.captioner_names(), *known_captioners.KNOWN_CAPTIONERS]))
 
 
 def require_backend_input(value, name: str, backend: str):
@@ -218,14 +225,14 @@ def require_captioner_folder(name: str, backend: str, allow_download: bool, repo
     if folder is None:
         if not allow_download:
             raise ValueError(
-                known.format_missing_captioner(
+                known_captioners.format_missing_captioner(
                     name,
                     [root for _, root in paths.captioner_roots()] + [paths.hub_cache_folder()],
                     paths.captioner_download_folder(),
                     backend,
                 )
             )
-        folder = known.download_captioner(
+        folder = known_captioners.download_captioner(
             name, paths.new_captioner_folder(name), report, host.progress.raise_if_interrupted
         )
     kind = BACKEND_WD_TAGGER if paths.is_tagger(folder) else BACKEND_LOCAL_MODEL
@@ -284,4 +291,4 @@ def format_caption_preview(done) -> str:
     return "\n".join([format_caption_counts(done), *failures, *lines, *more])
 
 
-NODES = [CaptionImages, CaptionPromptNode, *captioning_tagger.NODES]
+NODES = [CaptionImages, CaptionPromptNode, *tagger_settings.NODES]

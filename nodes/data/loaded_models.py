@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ...trainers.captioners import CaptionResult
-from ...trainers.captioners.prompts import PromptSettings
+from ...trainers.captioners.caption_prompts import PromptSettings
 from ...trainers.captioners.vlm import CaptionerSettings, downscale_to_max_side
 from ...trainers.settings import compute_fingerprint
 from .. import host

@@ -16,8 +16,8 @@ from ...trainers.data.quality.thumbnails import ScanOptions
 from ...trainers.data.sheets import draw_contact_sheet
 from .. import host
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
+from .image_features import make_image_feature_encoder
 from .token_counter import make_token_counter
-from .vision import make_image_feature_encoder
 
 VISION_TOOLTIP = (
     "Also compares what the pictures show, which finds crops: CLIP-L, CLIP-H, SigLIP or DINO, from Load CLIP Vision."

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from ...trainers.captioners.tags import TaggerSettings
 from ...trainers.captioners.zeroshot import ZeroShotTagger, read_vocabulary
 from .. import host
-from . import vision
+from . import image_features
 
 # width of the joint space -> (the host's name of the text encoder, what it is, where it lies with its projection)
 CLIP_PARTNERS = {
@@ -38,7 +38,7 @@ def make_zero_shot_tagger(clip_vision, clip, vocabulary: str, settings=None) -> 
         f"{host.identity.hash_patched_weights(clip_vision.patcher)} {host.identity.hash_patched_weights(clip.patcher)}"
     )
     return ZeroShotTagger(
-        lambda pictures: torch.from_numpy(vision.encode_image_features(clip_vision, pictures)),
+        lambda pictures: torch.from_numpy(image_features.encode_image_features(clip_vision, pictures)),
         lambda texts: encode_text_features(clip, texts, encoder),
         groups,
         settings or TaggerSettings(),

@@ -41,7 +41,7 @@ from .encoders import encode_caption
 from .families import ModelFamily, find_model_family
 from .lora_keys import clip_lora_keys, unet_lora_keys
 from .memory import offload_weights
-from .outofplace import disable_inplace_updates
+from .out_of_place import disable_inplace_updates
 
 INJECTION_KEY = "trainyard"
 CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)

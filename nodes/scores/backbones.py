@@ -415,7 +415,7 @@ def check_vae(vae) -> None:
 
 
 def mean_pool_tokens(seen: Tensor) -> Tensor:
-    """(B, d); all tokens of a SigLIP by their mean, as nodes/vision.py does."""
+    """(B, d); all tokens of a SigLIP by their mean, as nodes/data/image_features.py does."""
     return seen.mean(1) if seen.ndim == 3 else seen
 
 

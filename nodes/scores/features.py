@@ -29,7 +29,7 @@ from ...trainers.files import tensor_hash
 from ...trainers.scores.backbones import extract_trunk_features
 from ...trainers.scores.files import check_score_latent_format
 from .. import host, paths
-from ..data import vision
+from ..data import image_features
 from ..fields import CATEGORY, DatasetType, ScoreModelType, settings_from_widgets, settings_inputs
 from . import latents
 
@@ -104,7 +104,7 @@ class ExtractFeatures(io.ComfyNode):
 def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
     """Pictures that cannot be opened are left out, with the reason."""
     looking = ScanOptions(
-        features=vision.make_image_feature_encoder(clip_vision),
+        features=image_features.make_image_feature_encoder(clip_vision),
         report=report,
         check_interrupt=host.progress.raise_if_interrupted,
     )

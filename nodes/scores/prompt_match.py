@@ -12,7 +12,7 @@ from ...trainers.scores.backbones import DECODED_IMAGE
 from ...trainers.scores.networks import ScoreModelInfo, ScorerEnsemble
 from ...trainers.settings import compute_fingerprint
 from .. import host
-from ..data import vision, zeroshot
+from ..data import image_features, zeroshot
 from ..fields import CATEGORY, ScoreModelType, latent_score_inputs
 from . import backbones, latents
 
@@ -101,7 +101,7 @@ class ClipScoreModel(ScorerEnsemble):
         found: list[float] = []
         for record, text in zip(dataset, texts, strict=True):
             seen = torch.from_numpy(
-                vision.encode_image_features(self.clip_vision, [open_image(record)], check_interrupt)
+                image_features.encode_image_features(self.clip_vision, [open_image(record)], check_interrupt)
             )
             found += self.clip_scores(seen, [text]).tolist()
             if report:

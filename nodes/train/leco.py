@@ -6,8 +6,8 @@ import dataclasses
 
 from comfy_api.latest import io
 
+from ...trainers.data.concept_prompts import PromptRow, split_prompt_list
 from ...trainers.data.encoded import EncodedDataset as EncodedData
-from ...trainers.data.prompts import PromptRow, split_prompt_list
 from ...trainers.diffusion import resolve_noise_density
 from ...trainers.methods.prompts import PromptDifferenceTraining, build_prompt_tasks
 from ...trainers.methods.rollouts import (

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ...trainers.data.prompts import PROMPT_FORMATS, read_prompt_file, read_prompts
+from ...trainers.data.concept_prompts import PROMPT_FORMATS, read_prompt_file, read_prompts
 from .. import paths
 from ..fields import CATEGORY
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from trainyard.nodes import host
-from trainyard.nodes.data import vision
+from trainyard.nodes.data import image_features
 from trainyard.nodes.scores import backbones, latents
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import TABLE, latent_shape, make
@@ -317,7 +317,7 @@ def test_an_image_scorer_sees_what_the_hosts_own_encoder_sees():
     ours = backbones.ImageScoreModel(head, sight, "test").rate([picture])
     with torch.inference_mode():
         hosts = sight.encode_image(torch.from_numpy(np.array(picture)).float()[None] / 255)
-        wanted = head(vision.pool_vision_output(hosts)).tolist()
+        wanted = head(image_features.pool_vision_output(hosts)).tolist()
     assert ours == pytest.approx(wanted, abs=0.02), "the host also rounds pixels to 256 levels"
 
 

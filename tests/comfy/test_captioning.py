@@ -14,7 +14,7 @@ from trainyard.nodes.data import captioning, loaded_models
 from trainyard.tests import tiny_vlm
 from trainyard.tests.comfy import tiny
 from trainyard.trainers.captioners import CaptionResult, vlm
-from trainyard.trainers.captioners.prompts import PromptSettings
+from trainyard.trainers.captioners.caption_prompts import PromptSettings
 from trainyard.trainers.captioners.vlm import CaptionerSettings
 from trainyard.trainers.data.readers import read_folder
 

@@ -21,8 +21,8 @@ from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
 from trainyard.tests.comfy.test_differences import pair_job, pairs
 from trainyard.tests.comfy.test_train_node import data, job, result, state
+from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
-from trainyard.trainers.data.prompts import PromptRow
 from trainyard.trainers.loop import TrainingProgress
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.monitor.previews import PreviewSettings

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from trainyard.nodes import host
-from trainyard.nodes.data import vision, zeroshot
+from trainyard.nodes.data import image_features, zeroshot
 from trainyard.nodes.scores import backbones
 from trainyard.nodes.scores.prompt_match import CLIP_SCORE_SCALE, ClipScoreModel, PromptMatchScore
 from trainyard.nodes.scores.score import ScoreImages, ScoringSettings
@@ -44,7 +44,7 @@ def test_a_picture_is_rated_by_its_own_caption_or_by_the_words(clip_l, eyes, col
     with torch.inference_mode():
         score = node(PromptMatchScore).execute(eyes, clip_l).args[0]
         own = node(ScoreImages).execute(score, dataset=coloured, **ScoringSettings().to_dict()).args[0]
-        seen = torch.from_numpy(vision.encode_image_features(eyes, [plain("blue")]))
+        seen = torch.from_numpy(image_features.encode_image_features(eyes, [plain("blue")]))
         words = torch.nn.functional.normalize(
             zeroshot.encode_text_features(clip_l, ["a photo of blue"], "clip_l"), dim=-1
         )
@@ -76,7 +76,7 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
     with torch.no_grad():
         pixels = vae.decode(backbones.latent_format_by_name("SD3").process_out(x))
     shown = [Image.fromarray((picture.cpu().numpy() * 255).round().astype("uint8")) for picture in pixels]
-    seen = torch.from_numpy(vision.encode_image_features(eyes, shown))
+    seen = torch.from_numpy(image_features.encode_image_features(eyes, shown))
     assert score.ratings(x)[0].tolist() == pytest.approx(
         score.clip_scores(seen, ["a photo of red"] * 2).tolist(), abs=0.3
     )

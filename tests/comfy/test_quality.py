@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from trainyard.nodes.data import vision
+from trainyard.nodes.data import image_features
 from trainyard.nodes.data.quality import CheckDataset, DeduplicateDataset
 from trainyard.tests.drawn import jpeg, softened, texture
 from trainyard.trainers.data.quality.duplicates import DuplicateSettings
@@ -125,9 +125,9 @@ def pictures():
 def test_features_are_one_unit_row_per_picture_whatever_their_sizes_and_batches(kind, monkeypatch):
     made = encoder(**kind)
     with torch.inference_mode():
-        rows = vision.encode_image_features(made, pictures())
-        monkeypatch.setattr(vision, "VISION_BATCH_SIZE", 2)
-        again = vision.encode_image_features(made, pictures())
+        rows = image_features.encode_image_features(made, pictures())
+        monkeypatch.setattr(image_features, "VISION_BATCH_SIZE", 2)
+        again = image_features.encode_image_features(made, pictures())
     assert rows.shape[0] == 6 and rows.ndim == 2
     assert np.linalg.norm(rows, axis=1) == pytest.approx(1, abs=1e-5)
     assert rows == pytest.approx(again, abs=1e-5)
@@ -137,7 +137,7 @@ def test_features_are_those_of_the_hosts_own_node():
     """CLIPVisionEncode with crop 'center', for a picture of the encoder's own size"""
     made, picture = encoder(), texture((64, 64), 3)
     with torch.inference_mode():
-        ours = vision.encode_image_features(made, [picture])[0]
+        ours = image_features.encode_image_features(made, [picture])[0]
         hosts = made.encode_image(torch.from_numpy(np.asarray(picture).copy())[None].float() / 255)["image_embeds"][0]
     assert ours == pytest.approx((hosts / hosts.norm()).numpy(), abs=1e-5)
 
@@ -147,7 +147,7 @@ def test_a_broken_encoder_is_named_instead_of_giving_nonsense():
     with torch.inference_mode():
         made.model.visual_projection.weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="no numbers"):
-            vision.encode_image_features(made, pictures()[:1])
+            image_features.encode_image_features(made, pictures()[:1])
 
 
 def test_an_interrupt_is_heard_between_batches():
@@ -155,7 +155,7 @@ def test_an_interrupt_is_heard_between_batches():
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        vision.encode_image_features(encoder(), pictures(), check_interrupt=cancel)
+        image_features.encode_image_features(encoder(), pictures(), check_interrupt=cancel)
 
 
 def test_the_check_with_a_vision_model_says_so(dataset):

@@ -11,7 +11,7 @@ import comfy.sd
 import pytest
 import torch
 from PIL import Image
-from trainyard.nodes.data import captioning, captioning_tagger, loaded_models, vision, zeroshot
+from trainyard.nodes.data import captioning, image_features, loaded_models, tagger_settings, zeroshot
 from trainyard.tests import tiny_tagger
 from trainyard.tests.comfy import tiny
 from trainyard.trainers.captioners import taggers
@@ -213,7 +213,7 @@ def tagger_folder(request, tmp_path_factory):
 
 def test_a_tagger_fills_tags_and_captions_by_the_connected_settings(machine, tagger_folder):
     shutil.copytree(tagger_folder, machine / "models" / "wd14_tagger" / "tiny")
-    settings = captioning_tagger.TaggerSettingsNode.execute(
+    settings = tagger_settings.TaggerSettingsNode.execute(
         undesired="red square", replacements="green -> grass", ratings="last"
     ).args[0]
     found = {record.path.split("/")[-1]: record for record in caption(machine, tagger=settings)}
@@ -237,7 +237,7 @@ def test_the_network_is_in_the_hosts_list_while_it_works_and_gone_afterwards(tmp
 
 
 def test_the_settings_node_gives_the_records_defaults():
-    assert captioning_tagger.TaggerSettingsNode.execute().args[0] == TaggerSettings()
+    assert tagger_settings.TaggerSettingsNode.execute().args[0] == TaggerSettings()
 
 
 def test_on_the_server_a_folder_is_tagged_with_the_settings_of_their_node(server, tmp_path):
@@ -267,5 +267,5 @@ def test_on_the_server_a_folder_is_tagged_with_the_settings_of_their_node(server
 
 def test_pictures_of_any_shape_have_one_row_of_features_each(eyes):
     with torch.inference_mode():
-        seen = vision.encode_image_features(eyes, [plain("red"), Image.new("RGB", (64, 128)), plain("blue")])
+        seen = image_features.encode_image_features(eyes, [plain("red"), Image.new("RGB", (64, 128)), plain("blue")])
     assert seen.shape == (3, 768)

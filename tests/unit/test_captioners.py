@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from trainyard.tests import tiny_vlm
-from trainyard.trainers.captioners import CaptionResult, known, plain, vlm
-from trainyard.trainers.captioners.prompts import (
+from trainyard.trainers.captioners import CaptionResult, known_captioners, template_captioner, vlm
+from trainyard.trainers.captioners.caption_dataset import WRITE_MODES, CaptionCache, caption_dataset
+from trainyard.trainers.captioners.caption_prompts import (
     CAPTION_LENGTHS,
     CAPTION_STYLES,
     TEMPLATE_FIELDS,
@@ -18,7 +19,6 @@ from trainyard.trainers.captioners.prompts import (
     fill_caption_template,
 )
 from trainyard.trainers.captioners.vlm import CaptionerSettings
-from trainyard.trainers.captioners.work import WRITE_MODES, CaptionCache, caption_dataset
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset, ImageRecord
 
@@ -334,7 +334,7 @@ def test_a_word_cannot_be_forbidden_and_forced():
      ("a.b c__d.png", "a.b c d"), ("dog-12.png", "dog"), ("Zoë_01.png", "Zoë"), (".png", ".png"), ("route_66_sign.png", "route 66 sign")],
 )  # fmt: skip
 def test_a_file_name_becomes_words(name, words):
-    assert plain.clean_file_name(name) == words
+    assert template_captioner.clean_file_name(name) == words
 
 
 # -- the work ----------------------------------------------------------------------------------------------------------
@@ -486,7 +486,9 @@ def test_names_and_fixed_texts_never_open_a_picture(pictures):
     dataset = read_folder(pictures)
     for file in pictures.glob("*.png"):
         file.unlink()
-    done = caption_dataset(dataset, plain.TemplateCaptioner(), lambda r: fill_caption_template("{folder}: {name}", r))
+    done = caption_dataset(
+        dataset, template_captioner.TemplateCaptioner(), lambda r: fill_caption_template("{folder}: {name}", r)
+    )
     assert told(done.dataset) == [("set: blue",), ("set: green",), ("set: red",)]
 
 
@@ -504,8 +506,11 @@ def test_modes_are_the_four_that_the_help_page_explains():
 
 
 def test_a_missing_model_is_told_with_every_folder_the_command_the_size_and_the_way_without(tmp_path):
-    text = known.format_missing_captioner(
-        "Qwen/Qwen3-VL-4B-Instruct", [tmp_path / "VLM", tmp_path / "LLM"], tmp_path / "captioners", known.LOCAL_MODEL
+    text = known_captioners.format_missing_captioner(
+        "Qwen/Qwen3-VL-4B-Instruct",
+        [tmp_path / "VLM", tmp_path / "LLM"],
+        tmp_path / "captioners",
+        known_captioners.LOCAL_MODEL,
     )
     assert str(tmp_path / "VLM") in text and str(tmp_path / "LLM") in text
     assert (
@@ -516,7 +521,7 @@ def test_a_missing_model_is_told_with_every_folder_the_command_the_size_and_the_
 
 
 def test_a_name_that_nobody_knows_is_answered_with_one_that_can_be_had(tmp_path):
-    text = known.format_missing_captioner("VLM/mine", [tmp_path], tmp_path, known.WD_TAGGER)
+    text = known_captioners.format_missing_captioner("VLM/mine", [tmp_path], tmp_path, known_captioners.WD_TAGGER)
     assert "'VLM/mine'" in text and "hf download SmilingWolf/" in text
 
 
@@ -540,11 +545,11 @@ def test_a_download_reports_bytes_can_be_stopped_and_appears_only_when_whole(tmp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     stop.append(1)
     with pytest.raises(KeyboardInterrupt):
-        known.download_captioner("owner/name", tmp_path / "name", lambda *a: seen.append(a), interrupt)
+        known_captioners.download_captioner("owner/name", tmp_path / "name", lambda *a: seen.append(a), interrupt)
     assert not (tmp_path / "name").exists()
     stop.clear()
     assert (
-        known.download_captioner("owner/name", tmp_path / "name", lambda *a: seen.append(a), interrupt)
+        known_captioners.download_captioner("owner/name", tmp_path / "name", lambda *a: seen.append(a), interrupt)
         == tmp_path / "name"
     )
     assert (tmp_path / "name" / "half").exists() and seen[-1] == (10, 10, "bytes of owner/name")
@@ -558,10 +563,16 @@ def test_a_download_that_fails_says_why(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     with pytest.raises(ValueError, match="owner/name could not be downloaded.*404 Client Error"):
-        known.download_captioner("owner/name", tmp_path / "name", print, lambda: None)
+        known_captioners.download_captioner("owner/name", tmp_path / "name", print, lambda: None)
 
 
 def test_known_captioners_name_a_backend_and_a_size():
-    assert {entry.backend for entry in known.KNOWN_CAPTIONERS.values()} == {known.LOCAL_MODEL, known.WD_TAGGER}
-    assert all(0 < entry.gigabytes < 100 and entry.about for entry in known.KNOWN_CAPTIONERS.values())
-    assert all(known.KNOWN_CAPTIONERS[name].backend == backend for backend, name in known.SMALLEST_CAPTIONERS.items())
+    assert {entry.backend for entry in known_captioners.KNOWN_CAPTIONERS.values()} == {
+        known_captioners.LOCAL_MODEL,
+        known_captioners.WD_TAGGER,
+    }
+    assert all(0 < entry.gigabytes < 100 and entry.about for entry in known_captioners.KNOWN_CAPTIONERS.values())
+    assert all(
+        known_captioners.KNOWN_CAPTIONERS[name].backend == backend
+        for backend, name in known_captioners.SMALLEST_CAPTIONERS.items()
+    )

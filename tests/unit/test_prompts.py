@@ -1,7 +1,7 @@
 """Rows of prompts, from every format, and what is refused."""
 
 import pytest
-from trainyard.trainers.data.prompts import PromptRow, read_prompt_file, read_prompts
+from trainyard.trainers.data.concept_prompts import PromptRow, read_prompt_file, read_prompts
 from trainyard.trainers.methods.prompts import build_prompt_tasks
 
 SAME = {

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..settings import Settings, compute_fingerprint, number_field
 from . import CaptionResult
-from .prompts import PromptSettings, split_phrases
+from .caption_prompts import PromptSettings, split_phrases
 
 CHAT_PROMPT, TASK_PROMPT, TEXT_PROMPT, CONTINUATION_PROMPT = "chat", "task", "beside", "onward"
 CONTINUATION_MODELS = ("blip", "git", "vision-encoder-decoder")

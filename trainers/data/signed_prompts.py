@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .prompts import read_utf8_text
+from .concept_prompts import read_utf8_text
 
 COLUMNS = ("prompt", "weight", "negative")
 

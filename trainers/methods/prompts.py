@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.prompts import PromptRow
+from ..data.concept_prompts import PromptRow
 from ..diffusion import native_error, per_sample, slope
 from .rollouts import PromptTarget, PromptTask, StudentTeacherModel
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..data.prompts import PromptRow
+from ..data.concept_prompts import PromptRow
 from ..diffusion import native_error, rollout
 from ..methods.rollouts import StudentTeacherModel
 

@@ -14,7 +14,7 @@ from ..data.records import ImageDataset, ImageRecord, open_image
 from ..files import write_bytes_atomically
 from ..settings import compute_fingerprint
 from . import Captioner, CaptionResult
-from .prompts import PromptSettings, apply_wording_rules
+from .caption_prompts import PromptSettings, apply_wording_rules
 
 FILL_MISSING, REPLACE_EXISTING, ADD_TO_EXISTING, SKIP_CAPTIONED = WRITE_MODES = ("fill", "replace", "add", "skip")
 MAX_INITIAL_FAILURES = 5  # a model that fails on its first pictures fails on all

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.records import ImageRecord
 from ..settings import Settings, choice_field, number_field, text_field
 from . import CaptionResult
-from .plain import clean_file_name
+from .template_captioner import clean_file_name
 
 CAPTION_STYLES = {
     "descriptive": "Describe this picture in full sentences: the subject, what it does, the surroundings, the light "
