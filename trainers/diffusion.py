@@ -7,36 +7,15 @@ eps models and the velocity of flow models (Karras et al. 2022, eq. 4), so one l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .protocols import Denoiser
 from .settings import MSE, SCHEDULED_HUBER, NoiseSettings
 
 DEFAULT_NOISE_SETTINGS = NoiseSettings()
-
-
-class Denoiser(Protocol):
-    """A frozen diffusion model. Shapes: x (B, C, ...), sigma (B,), conds a list of B conditionings."""
-
-    flow: bool  # x = (1 - sigma) * x0 + sigma * noise, rather than x0 + sigma * noise
-
-    def model_space(self, latent: Tensor) -> Tensor:
-        """x0 for a latent as the VAE gives it: scaled as the model was trained, fp32, on the model's device."""
-
-    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
-
-    def denoise(self, x: Tensor, sigma: Tensor, conds: list) -> Tensor:
-        """x0, differentiable in adapters, conds and x."""
-
-    def sigma_at(self, u: Tensor) -> Tensor:
-        """(B,) -> (B,): the model's own schedule; u = 0 is clean, u = 1 is noise, finite at both ends."""
-
-    def native_scale(self, sigma: Tensor) -> Tensor:
-        """(B,) -> (B,): |d x0 / d network output|; dividing an x0 error by it gives the error of the network's own
-        target."""
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
