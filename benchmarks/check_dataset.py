@@ -21,10 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import trainyard_plugin  # noqa: E402, F401 - makes the pack importable as `trainyard`
 from trainyard.tests.drawn import texture  # noqa: E402
+from trainyard.trainers.data.image_scan import ScanOptions  # noqa: E402
+from trainyard.trainers.data.quality.checks import QualitySettings, apply_quality_actions, check_dataset_quality  # noqa: E402
 from trainyard.trainers.data.quality.duplicates import DuplicateSettings, deduplicate  # noqa: E402
-from trainyard.trainers.data.quality.quality import QualitySettings, apply_quality_actions, check_dataset_quality  # noqa: E402
 from trainyard.trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report  # noqa: E402
-from trainyard.trainers.data.quality.thumbnails import ScanOptions  # noqa: E402
 from trainyard.trainers.data.readers import read_folder  # noqa: E402
 
 

@@ -64,7 +64,7 @@ def pictures_of(toy, folder):
     from trainyard.nodes import host
     from trainyard.tests.toy import lesson
     from trainyard.trainers.data.buckets import BucketSettings
-    from trainyard.trainers.data.captions.variants import CaptionSettings
+    from trainyard.trainers.data.caption_variants import CaptionSettings
     from trainyard.trainers.data.encode import encode_dataset
     from trainyard.trainers.data.readers import read_folder
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CaptionSettings
+from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
 from trainyard.trainers.data.readers import read_folder
 

@@ -48,8 +48,8 @@ def drawings(folder, count=6, px=256, caption="this image shows {}, watermark"):
 
 def captions():
     from trainyard.trainers.data.captions.edits import apply_edits, parse_edits
+    from trainyard.trainers.data.contact_sheet import make_thumbnail
     from trainyard.trainers.data.readers import read_folder
-    from trainyard.trainers.data.sheets import make_thumbnail
 
     page, draw = card("captions, edited by rule")
     with tempfile.TemporaryDirectory() as where:
@@ -73,7 +73,7 @@ def wrapped(text, colour, width=30):
 
 def checked():
     from trainyard.tests import drawn
-    from trainyard.trainers.data.quality.quality import QualitySettings, check_dataset_quality
+    from trainyard.trainers.data.quality.checks import QualitySettings, check_dataset_quality
     from trainyard.trainers.data.quality.quality_report import draw_quality_sheet
     from trainyard.trainers.data.readers import read_folder
 
@@ -96,7 +96,7 @@ def checked():
 
 
 def collages():
-    from trainyard.trainers.data.collage.collage import build_collages
+    from trainyard.trainers.data.collage.build import build_collages
     from trainyard.trainers.data.collage.plan import CollageSettings
     from trainyard.trainers.data.readers import read_folder
     from trainyard.trainers.data.records import open_image, open_mask
@@ -204,7 +204,7 @@ def taste():
 
 
 def rated(keep=False):
-    from trainyard.trainers.data.sheets import BAD_COLOUR, GOOD_COLOUR, SheetTile, draw_contact_sheet
+    from trainyard.trainers.data.contact_sheet import BAD_COLOUR, GOOD_COLOUR, SheetTile, draw_contact_sheet
 
     seen = sorted(taste(), key=lambda one: -one[1])
     half = len(seen) // 2

@@ -17,7 +17,7 @@ import torch
 
 from .adapters.adapters import Adapters, text_adapter_settings
 from .data.buckets import BucketSettings
-from .data.captions.variants import CAPTION_MODE_TEXT, CaptionSettings
+from .data.caption_variants import CAPTION_MODE_TEXT, CaptionSettings
 from .data.encode import encode_dataset
 from .data.readers import read_folder, require_captions
 from .files import LoraFile, lora_metadata, write_lora

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.data.collage.collage import build_collages, draw_collages_sheet
+from ...trainers.data.collage.build import build_collages, draw_collages_sheet
 from ...trainers.data.collage.plan import CollageSettings
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs

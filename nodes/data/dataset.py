@@ -2,18 +2,18 @@
 
 from comfy_api.latest import io, ui
 
+from ...trainers.data.contact_sheet import draw_dataset_sheet
+from ...trainers.data.image_scan import ScanOptions
 from ...trainers.data.images import dataset_from_tensors, image_to_batch_tensor, record_to_tensors
-from ...trainers.data.quality.thumbnails import ScanOptions
-from ...trainers.data.readers import CAPTION_LINE_MODES, hash_folder_state, make_printable, read_folder
-from ...trainers.data.sets import (
+from ...trainers.data.join_split import (
     SplitSettings,
     find_repeated_images,
-    group_near_duplicates,
     join_datasets,
     parse_dataset_weights,
     split_dataset,
 )
-from ...trainers.data.sheets import draw_dataset_sheet
+from ...trainers.data.quality.duplicates import group_near_duplicates
+from ...trainers.data.readers import CAPTION_LINE_MODES, hash_folder_state, make_printable, read_folder
 from ...trainers.data.writers import SaveSettings, format_save_summary, save_dataset
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs

@@ -10,7 +10,7 @@ from PIL import ImageColor
 
 from ...trainers.data.bucket_report import assign_buckets, draw_buckets_sheet, format_bucket_report
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from ...trainers.data.encode import encode_dataset
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, EncodedType, settings_from_widgets, settings_inputs

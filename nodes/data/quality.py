@@ -3,17 +3,17 @@
 import torch
 from comfy_api.latest import io, ui
 
+from ...trainers.data.contact_sheet import draw_contact_sheet
+from ...trainers.data.image_scan import ScanOptions
 from ...trainers.data.images import image_to_batch_tensor
-from ...trainers.data.quality.duplicates import DuplicateSettings, deduplicate, make_duplicate_tiles
-from ...trainers.data.quality.quality import (
+from ...trainers.data.quality.checks import (
     QualitySettings,
     apply_quality_actions,
     check_dataset_quality,
     format_quality_json,
 )
+from ...trainers.data.quality.duplicates import DuplicateSettings, deduplicate, make_duplicate_tiles
 from ...trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report
-from ...trainers.data.quality.thumbnails import ScanOptions
-from ...trainers.data.sheets import draw_contact_sheet
 from .. import host
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
 from .image_features import make_image_feature_encoder

@@ -6,10 +6,10 @@ import math
 from comfy_api.latest import io, ui
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from ...trainers.data.encode import encode_dataset
+from ...trainers.data.image_scan import ScanOptions, scan_images
 from ...trainers.data.images import image_to_batch_tensor
-from ...trainers.data.quality.thumbnails import ScanOptions, scan_images
 from ...trainers.data.records import ImageDataset as Pictures
 from ...trainers.data.similarity.clusters import ClusterSettings, cluster_features
 from ...trainers.data.similarity.similar import (

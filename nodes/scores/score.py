@@ -9,15 +9,16 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
+from ...trainers.data.contact_sheet import make_thumbnail
 from ...trainers.data.encode import encode_dataset
+from ...trainers.data.image_scan import ScanOptions
 from ...trainers.data.images import dataset_from_tensors, image_to_batch_tensor
-from ...trainers.data.quality.thumbnails import ScanOptions
+from ...trainers.data.quality.duplicates import duplicate_group_names
 from ...trainers.data.rating_sheet import draw_best_and_worst_sheet
 from ...trainers.data.ratings import (
     RATING_SOURCES,
     RankSettings,
-    duplicate_group_names,
     read_preference_table,
     read_rated_folder,
     select_by_score,
@@ -25,7 +26,6 @@ from ...trainers.data.ratings import (
 )
 from ...trainers.data.readers import hash_folder_state, make_printable
 from ...trainers.data.records import ImageDataset as Pictures
-from ...trainers.data.sheets import make_thumbnail
 from ...trainers.files import tensor_hash
 from ...trainers.scores.files import (
     check_score_latent_format,

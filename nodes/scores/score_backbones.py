@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io, ui
 
+from ...trainers.data.image_scan import ScanOptions
 from ...trainers.data.labels import folder_labels, read_labels
-from ...trainers.data.quality.thumbnails import ScanOptions
-from ...trainers.data.ratings import duplicate_group_names
+from ...trainers.data.quality.duplicates import duplicate_group_names
 from ...trainers.data.readers import make_printable
 from ...trainers.data.views import encode_views
 from ...trainers.files import read_safetensors, tensor_hash

@@ -14,7 +14,7 @@ from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.tests.fakes_data import captioned, picture
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CaptionSettings
+from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.readers import read_folder

@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 from trainyard.nodes.data import image_features
 from trainyard.nodes.data.quality import CheckDataset, DeduplicateDataset
 from trainyard.tests.drawn import jpeg, softened, texture
+from trainyard.trainers.data.quality.checks import QualitySettings
 from trainyard.trainers.data.quality.duplicates import DuplicateSettings
-from trainyard.trainers.data.quality.quality import QualitySettings
 from trainyard.trainers.data.readers import read_folder
 
 TINY = dict(model_type="clip_vision_model", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, hidden_act="quick_gelu",

@@ -20,10 +20,10 @@ from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
 from trainyard.trainers import loop
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encoded import EncodedDataset
+from trainyard.trainers.data.join_split import join_datasets
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.sets import join_datasets
 from trainyard.trainers.data.similarity.clusters import ClusterSettings
 from trainyard.trainers.data.similarity.similar import SimilarSettings
 from trainyard.trainers.scores.backbones import MODEL_FEATURES

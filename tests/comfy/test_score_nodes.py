@@ -23,7 +23,7 @@ from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.trainers import loop
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.ratings import RankSettings
 from trainyard.trainers.methods.lora import LoraTraining
 from trainyard.trainers.scores.files import score_model_tensors

@@ -10,7 +10,7 @@ from trainyard.nodes.train.train_lora import LoraJob
 from trainyard.tests.toy import lesson, sampling, world
 from trainyard.trainers.adapters.adapters import text_adapter_settings
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CaptionSettings
+from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.readers import read_folder

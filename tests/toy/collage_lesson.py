@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import CAPTION_MODE_EMPTY as NO_CAPTIONS
-from ...trainers.data.captions.variants import CAPTION_MODE_TEXT, CaptionSettings
+from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY as NO_CAPTIONS
+from ...trainers.data.caption_variants import CAPTION_MODE_TEXT, CaptionSettings
+from ...trainers.data.collage.build import build_collages
 from ...trainers.data.collage.captions import format_captions_by_position
-from ...trainers.data.collage.collage import build_collages
 from ...trainers.data.collage.plan import CollageSettings
 from ...trainers.data.encode import encode_dataset
 from ...trainers.data.readers import read_folder

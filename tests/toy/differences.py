@@ -24,7 +24,7 @@ import torch
 
 from ...nodes import host
 from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.captions.variants import CaptionSettings
+from ...trainers.data.caption_variants import CaptionSettings
 from ...trainers.data.encode import encode_dataset
 from ...trainers.data.pairs import pair_datasets
 from ...trainers.data.readers import read_folder

@@ -9,7 +9,7 @@ import torch
 from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, captioned, encoded, picture, repaint
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import DiskCache, LruCache, count_tensor_bytes
-from trainyard.trainers.data.captions.variants import CaptionSettings
+from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import open_image
 

@@ -1,7 +1,7 @@
 """Captions become the texts that are encoded."""
 
 import pytest
-from trainyard.trainers.data.captions.variants import (
+from trainyard.trainers.data.caption_variants import (
     CAPTION_MODE_EMPTY,
     CaptionSettings,
     caption_variants,

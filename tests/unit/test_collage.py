@@ -13,18 +13,18 @@ from PIL import Image
 from trainyard.tests.fakes_data import Cut, FakeVae, encoded
 from trainyard.tests.unit.toy import rng
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CaptionSettings
-from trainyard.trainers.data.collage.captions import (
-    combine_collage_captions,
-    describe_cell_positions,
-    find_common_trigger,
-)
-from trainyard.trainers.data.collage.collage import (
+from trainyard.trainers.data.caption_variants import CaptionSettings
+from trainyard.trainers.data.collage.build import (
     CollageSource,
     build_collages,
     draw_collages_sheet,
     find_mix_repeats,
     find_trim_box,
+)
+from trainyard.trainers.data.collage.captions import (
+    combine_collage_captions,
+    describe_cell_positions,
+    find_common_trigger,
 )
 from trainyard.trainers.data.collage.plan import (
     Collage,
@@ -415,12 +415,12 @@ def test_a_picture_at_its_own_size_is_copied_pixel_by_pixel(tmp_path):
 
 
 def test_an_unchanged_request_draws_nothing_and_changed_captions_keep_the_frames(tmp_path, monkeypatch):
-    from trainyard.trainers.data.collage import collage as room
+    from trainyard.trainers.data.collage import build
 
     dataset = pictures(tmp_path / "in", [(64, 128)] * 6, [f"number {i}" for i in range(6)])
     settings = CollageSettings(**SMALL | dict(contrast="warn"))
     first = build_collages(dataset, settings, tmp_path / "out")
-    monkeypatch.setattr(room, "open_image", lambda *_: pytest.fail("a picture was opened again"))
+    monkeypatch.setattr(build, "open_image", lambda *_: pytest.fail("a picture was opened again"))
     again = build_collages(dataset, settings, tmp_path / "out")
     assert again.dataset == first.dataset and again.dataset.fingerprint() == first.dataset.fingerprint()
     joined = build_collages(dataset, replace(settings, captions="joined"), tmp_path / "out")
@@ -455,7 +455,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
 
 
 def test_nothing_of_the_users_is_touched_and_one_picture_is_open_at_a_time(tmp_path, monkeypatch):
-    from trainyard.trainers.data.collage import collage as room
+    from trainyard.trainers.data.collage import build
 
     dataset = pictures(tmp_path / "in", [(64, 128)] * 6)
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "in").iterdir()}
@@ -469,7 +469,7 @@ def test_nothing_of_the_users_is_touched_and_one_picture_is_open_at_a_time(tmp_p
         assert sum(ref() is not None for ref in alive) <= 2, "the last one and the new one"
         return picture
 
-    monkeypatch.setattr(room, "open_image", watched)
+    monkeypatch.setattr(build, "open_image", watched)
     build_collages(dataset, CollageSettings(**SMALL | dict(contrast="warn")), tmp_path / "out")
     assert len(alive) == 6 + 12
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "in").iterdir()} == before
@@ -671,7 +671,7 @@ def test_a_single_plain_line_is_no_bar():
 
 
 def test_a_source_remembers_the_crop_in_the_whole_picture():
-    from trainyard.trainers.data.collage.collage import make_collage_source
+    from trainyard.trainers.data.collage.build import make_collage_source
 
     record = ImageRecord(id="x", path="x.png", size=(100, 100), crop=(10, 20, 90, 100))
     assert make_collage_source(record, box=[0, 5, 80, 75], dE=None) == CollageSource(

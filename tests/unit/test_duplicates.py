@@ -6,25 +6,28 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from trainyard.tests.drawn import BICUBIC, jpeg, softened, texture
+from trainyard.trainers.data.image_scan import ScanOptions
 from trainyard.trainers.data.quality import duplicates
 from trainyard.trainers.data.quality.duplicates import (
     ADD_COPY_CAPTIONS,
     FLAG_COPIES,
     DuplicatePair,
     DuplicateSettings,
-    ImageSignature,
-    compute_image_signature,
     deduplicate,
     find_feature_pairs,
     find_hash_pairs,
     group_duplicates,
     iterate_close_hashes,
     make_duplicate_tiles,
-    popcount,
 )
-from trainyard.trainers.data.quality.thumbnails import ScanOptions
+from trainyard.trainers.data.quality.perceptual_hash import (
+    ImageSignature,
+    compute_image_signature,
+    popcount,
+    signature_kernel,
+)
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.similarity.diversity import sample_evenly, signature_kernel, vendi, vendi_from_features
+from trainyard.trainers.data.similarity.diversity import sample_evenly, vendi, vendi_from_features
 
 CHANGES = {
     "jpeg 40": lambda picture: jpeg(picture, 40),

@@ -13,7 +13,7 @@ from PIL import Image
 from trainyard.tests.fakes_data import Cut, FakeVae, captioned, encoded, picture
 from trainyard.trainers.data import encode as module
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encode import PREFETCH_IMAGES, prefetch_results
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset

@@ -10,7 +10,7 @@ from PIL import Image
 from trainyard.tests.fakes_data import FakeVae, captioned, encoded, picture
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import MemoryStore, count_tensor_bytes
-from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encoded import BucketBatchSampler, EncodedDataset, EncodedItem
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from trainyard.tests.fakes_data import FakeVae
 from trainyard.tests.unit.toy import Denoiser
+from trainyard.trainers.data.join_split import join_datasets
 from trainyard.trainers.data.labels import folder_labels, read_labels
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.sets import join_datasets
 from trainyard.trainers.data.views import (
     CROP_VIEW,
     GREY_VIEW,

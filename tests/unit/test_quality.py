@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from trainyard.tests.drawn import barred, enlarged, jpeg, softened, texture
-from trainyard.trainers.data.quality.quality import (
+from trainyard.trainers.data.contact_sheet import BAD_COLOUR
+from trainyard.trainers.data.image_scan import ScanOptions
+from trainyard.trainers.data.quality.checks import (
     QualitySettings,
     apply_quality_actions,
     check_dataset_quality,
     format_quality_json,
 )
 from trainyard.trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report
-from trainyard.trainers.data.quality.thumbnails import ScanOptions
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset
-from trainyard.trainers.data.sheets import BAD_COLOUR
 
 SMALL = dict(resolution=512, reject_below=128, warn_below=256)  # so that drawn pictures need not be large
 ON = ("blur", "enlarged", "duplicates", "contrast", "exposure", "borders", "shape", "captions")
@@ -282,14 +282,14 @@ def test_the_sheet_frames_the_worst_in_red_first(tmp_path):
 
 
 def test_a_mistake_of_our_own_is_never_taken_for_a_bad_picture(tmp_path, monkeypatch):
-    from trainyard.trainers.data.quality import quality
+    from trainyard.trainers.data.quality import checks
 
     dataset = messy(tmp_path)
 
     def mistaken(*_):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(quality, "compute_image_signature", mistaken)
+    monkeypatch.setattr(checks, "compute_image_signature", mistaken)
     with pytest.raises(TypeError, match="a bug"):
         check_dataset_quality(dataset, SETTINGS)
 

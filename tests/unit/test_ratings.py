@@ -3,13 +3,13 @@
 import pytest
 from trainyard.tests.fakes_data import FakeVae, encoded, picture
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CAPTION_MODE_EMPTY, CaptionSettings
+from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
-from trainyard.trainers.data.quality.thumbnails import ScanOptions
+from trainyard.trainers.data.image_scan import ScanOptions
+from trainyard.trainers.data.quality.duplicates import duplicate_group_names
 from trainyard.trainers.data.ratings import (
     RankSettings,
     check_ratings,
-    duplicate_group_names,
     read_preference_table,
     read_rated_folder,
     select_by_score,

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from trainyard.trainers.data.quality.thumbnails import ScanOptions
-from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import ImageDataset, ImageRecord, sha1_hex
-from trainyard.trainers.data.sets import (
+from trainyard.trainers.data.image_scan import ScanOptions
+from trainyard.trainers.data.join_split import (
     SplitSettings,
     find_repeated_images,
-    group_near_duplicates,
     join_datasets,
     parse_dataset_weights,
     split_dataset,
 )
+from trainyard.trainers.data.quality.duplicates import group_near_duplicates
+from trainyard.trainers.data.readers import read_folder
+from trainyard.trainers.data.records import ImageDataset, ImageRecord, sha1_hex
 
 
 def record(name, **facts):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.captions.variants import CaptionSettings
+from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.settings import (
     AdapterSettings,
     NoiseSettings,

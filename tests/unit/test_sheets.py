@@ -5,9 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
-from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import ImageDataset
-from trainyard.trainers.data.sheets import (
+from trainyard.trainers.data.contact_sheet import (
     BAD_COLOUR,
     NEUTRAL_COLOUR,
     WARN_COLOUR,
@@ -16,6 +14,8 @@ from trainyard.trainers.data.sheets import (
     draw_dataset_sheet,
     make_dataset_tile,
 )
+from trainyard.trainers.data.readers import read_folder
+from trainyard.trainers.data.records import ImageDataset
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from statistics import fmean
 from PIL import Image, ImageDraw
 
 from .buckets import TIGHT_RULES, BucketPlacement, BucketSettings, cropped_share, initial_placement, place_records
+from .contact_sheet import NEUTRAL_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet
 from .records import ImageDataset, ImageRecord
-from .sheets import NEUTRAL_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet
 
 REPORTED_BATCH_SIZES = (2, 3, 4, 6, 8, 12, 16)
 MAX_NAMED_IMAGES = 12  # pictures of a kind that are named; the rest is counted

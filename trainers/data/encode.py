@@ -24,7 +24,7 @@ from torch import Tensor
 from ..settings import compute_fingerprint
 from .buckets import BucketPlacement, BucketSettings, place_records, resize_and_crop
 from .cache import DiskCache
-from .captions.variants import CAPTION_MODE_EMPTY, CAPTION_MODE_TEXT, CaptionSettings, caption_variants, make_record_rng
+from .caption_variants import CAPTION_MODE_EMPTY, CAPTION_MODE_TEXT, CaptionSettings, caption_variants, make_record_rng
 from .encoded import EncodedDataset, EncodedItem, mask_to_latent_grid
 from .readers import require_captions
 from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from .sheets import BAD_COLOUR, GOOD_COLOUR, NEUTRAL_COLOUR, SheetTile, draw_contact_sheet
+from .contact_sheet import BAD_COLOUR, GOOD_COLOUR, NEUTRAL_COLOUR, SheetTile, draw_contact_sheet
 
 RATING_SHEET_COLUMNS = 6
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..settings import Settings, choice_field, number_field, switch_field
-from .encoded import EncodedDataset
 from .metadata import (
     ImageNameIndex,
     format_count,
@@ -25,10 +24,8 @@ from .metadata import (
     read_text_file,
     shorten_value,
 )
-from .quality.thumbnails import ScanOptions
 from .readers import list_images, list_subfolders, make_printable, read_folder, require_folder
-from .records import ImageDataset, ImageRecord
-from .sets import group_near_duplicates
+from .records import ImageDataset
 
 RATINGS_IN_FILES, RATINGS_IN_FOLDER_NAMES = RATING_SOURCES = ("files", "folder names")
 RATED_FOLDER_NAME = re.compile(r"([+-]?\d+(?:\.\d+)?)_.*|([+-]?\d+(?:\.\d+)?)", re.DOTALL)
@@ -166,14 +163,6 @@ def check_rated_count(rated: int, few: bool) -> None:
             f"with {MIN_RATED_IMAGES} the order is known to about +-0.45 in Spearman's correlation, with 100 to +-0.2. "
             f"Rate at least {MIN_RATED_IMAGES}, better 200, or switch few on to try it out."
         )
-
-
-def duplicate_group_names(data: EncodedDataset, looking: ScanOptions) -> list[str]:
-    """For each picture the name of the group of near-duplicates it belongs to; what has no file is known by its content
-    alone."""
-    records = [ImageRecord(item.id, item.path, tuple(item.bucket or (1, 1))) for item in data.items if item.path]
-    names = group_near_duplicates(ImageDataset(tuple(records)), looking) if records else {}
-    return [names.get(item.id, item.id) for item in data.items]
 
 
 # -- keeping by score --------------------------------------------------------------------------------------------------

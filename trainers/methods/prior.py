@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.captions.variants import CaptionSettings, expand_caption
+from ..data.caption_variants import CaptionSettings, expand_caption
 from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..diffusion import native_error
 from ..settings import Settings, number_field, text_field

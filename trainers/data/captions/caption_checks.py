@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ..quality.findings import SEVERITY_WARN, Finding
+from ..findings import SEVERITY_WARN, Finding
 from ..records import ImageRecord
 
 CountCaptionTokens = Callable[[str], dict[str, int]]

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
+from ..caption_variants import make_record_rng
 from ..records import ImageDataset, ImageRecord
-from .variants import make_record_rng
 
 CountTokens = Callable[[str], Mapping[str, int]]  # tokens of a text by text encoder
 REGEX_TIMEOUT_SECONDS = 2.0

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..contact_sheet import make_thumbnail
 from ..metadata import check_plain_text
 from ..records import ImageDataset, ImageRecord
-from ..sheets import make_thumbnail
 
 ManualEdits = Mapping[str, tuple[str, ...]]  # captions by picture id
 THUMBNAIL_THREADS = 4

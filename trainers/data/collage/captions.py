@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..captions.variants import prepend_trigger
+from ..caption_variants import prepend_trigger
 from .plan import CAPTIONS_EMPTY, CAPTIONS_JOINED, CAPTIONS_SHARED, LAYOUT_COLUMNS, LAYOUT_ROWS, Collage
 
 COLUMN_POSITIONS = {

@@ -10,22 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ...settings import Settings, choice_field, number_field, switch_field
+from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, WARN_COLOUR, SheetTile, make_thumbnail
+from ..encoded import EncodedDataset
+from ..image_scan import DEFAULT_SCAN, ScanOptions, scan_images
 from ..readers import make_printable
 from ..records import ImageDataset, ImageRecord
-from ..sheets import BAD_COLOUR, GOOD_COLOUR, WARN_COLOUR, SheetTile, make_thumbnail
-from .colour import rgb_to_lab
+from .perceptual_hash import ImageSignature, colour_distance, compute_image_signature, popcount
 from .sharpness import estimate_enlargement, tile_sharpness
-from .thumbnails import DEFAULT_SCAN, ScanOptions, scan_images
 
-HASH_IMAGE_SIDE, HASH_SIDE = 32, 8  # px of the reduced picture; its lowest 8 x 8 frequencies make the hash
-COLOUR_GRID = 4  # coarse colours: 4 x 4 cells
 MIN_GREY_SPREAD = 2.0  # grey levels of spread; below it a hash is only noise
 MAX_COLOUR_DISTANCE = 15.0  # mean distance in a*b*; the same shapes in other colours are another picture
 COMPARISON_BLOCK = 1024
@@ -66,16 +64,6 @@ class DuplicateSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ImageSignature:
-    """What one picture is recognised by."""
-
-    hash: int
-    mirrored: int  # the hash of the mirror image
-    spread: float  # grey levels; how much there is to recognise
-    colours: np.ndarray  # (GRID, GRID, 2), a* and b*
-
-
-@dataclass(frozen=True)
 class DuplicatePair:
     """Records first < second that are the same picture."""
 
@@ -94,39 +82,6 @@ class DuplicateGroup:
 
 
 # -- recognising -------------------------------------------------------------------------------------------------------
-
-
-def compute_image_signature(picture: Image.Image) -> ImageSignature:
-    small = np.asarray(
-        picture.convert("RGB").resize((HASH_IMAGE_SIDE, HASH_IMAGE_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-    )
-    grey = small @ np.array([0.299, 0.587, 0.114])
-    low = dct_matrix() @ grey @ dct_matrix().T
-    colours = rgb_to_lab(
-        small.reshape(COLOUR_GRID, HASH_IMAGE_SIDE // COLOUR_GRID, COLOUR_GRID, HASH_IMAGE_SIDE // COLOUR_GRID, 3)
-        .mean((1, 3))
-        .round()
-    )[..., 1:]
-    return ImageSignature(
-        pack_hash_bits(low), pack_hash_bits(low * np.where(np.arange(HASH_SIDE) % 2, -1, 1)), float(grey.std()), colours
-    )
-
-
-@lru_cache(maxsize=1)
-def dct_matrix() -> np.ndarray:
-    """The lowest rows of the discrete cosine transform. Mirroring a picture turns the sign of its odd columns."""
-    return np.cos(np.pi / HASH_IMAGE_SIDE * np.outer(np.arange(HASH_SIDE), np.arange(HASH_IMAGE_SIDE) + 0.5))
-
-
-def pack_hash_bits(low) -> int:
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
-
-
-def popcount(values: np.ndarray) -> np.ndarray:
-    """Set bits of each uint64."""
-    if hasattr(np, "bitwise_count"):  # from numpy 2
-        return np.bitwise_count(values)
-    return np.unpackbits(values[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint8)
 
 
 def find_hash_pairs(prints: Sequence[ImageSignature], limit: int, mirrored: bool = True) -> list[DuplicatePair]:
@@ -154,11 +109,6 @@ def iterate_close_hashes(hashes, others, limit, telling) -> Iterable[tuple[int, 
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
             if row < column and telling[top + row] and telling[top + column]:
                 yield top + row, top + column, int(apart[row, column])
-
-
-def colour_distance(one: ImageSignature, other: ImageSignature, mirrored: bool) -> float:
-    colours = other.colours[:, ::-1] if mirrored else other.colours
-    return float(np.linalg.norm(one.colours - colours, axis=-1).mean())
 
 
 def find_feature_pairs(features: np.ndarray | None, least: float) -> list[DuplicatePair]:
@@ -289,6 +239,23 @@ def deduplicate(
         tuple(resolve_group_records(dataset, group) for group in groups),
         tuple((dataset[index].path, why) for index, why in sorted(broken.items())),
     )
+
+
+def group_near_duplicates(dataset: ImageDataset, looking: ScanOptions) -> dict[str, str]:
+    """Names of groups of near-duplicates, by record id: `groups` for split."""
+    names = {}
+    for best, copies in deduplicate(dataset, DuplicateSettings(duplicates=FLAG_COPIES), looking).groups:
+        ids = [best.id, *(copy.id for copy, _ in copies)]
+        names |= dict.fromkeys(ids, min(ids))
+    return names
+
+
+def duplicate_group_names(data: EncodedDataset, looking: ScanOptions) -> list[str]:
+    """For each picture the name of the group of near-duplicates it belongs to; what has no file is known by its content
+    alone."""
+    records = [ImageRecord(item.id, item.path, tuple(item.bucket or (1, 1))) for item in data.items if item.path]
+    names = group_near_duplicates(ImageDataset(tuple(records)), looking) if records else {}
+    return [names.get(item.id, item.id) for item in data.items]
 
 
 def resolve_group_records(dataset, group):

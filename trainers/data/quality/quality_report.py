@@ -7,11 +7,11 @@ from collections import Counter
 
 from PIL import Image
 
-from ..sheets import BAD_COLOUR, GOOD_COLOUR, SheetTile, draw_contact_sheet
-from ..sheets import WARN_COLOUR as AMBER
+from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, SheetTile, draw_contact_sheet
+from ..contact_sheet import WARN_COLOUR as AMBER
+from ..findings import SEVERITY_REJECT, SEVERITY_WARN
+from .checks import DROP_IMAGE, FLAG_IMAGE, KEEP_IMAGE, CheckedImage, QualityCheck, QualitySettings
 from .duplicates import printable_file_name
-from .findings import SEVERITY_REJECT, SEVERITY_WARN
-from .quality import DROP_IMAGE, FLAG_IMAGE, KEEP_IMAGE, CheckedImage, QualityCheck, QualitySettings
 
 SEVERITY_COLOURS = {SEVERITY_REJECT: BAD_COLOUR, SEVERITY_WARN: AMBER, None: GOOD_COLOUR}
 ACTION_PHRASES = {DROP_IMAGE: "dropped", FLAG_IMAGE: "flagged", KEEP_IMAGE: "only reported"}

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..quality.duplicates import ImageSignature
-
 MAX_VENDI_SAMPLES = 1500  # pictures; beyond, the eigenvalues are taken of an even sample
-COLOUR_WIDTH = 20.0  # in a*b*: colours this far apart are related by exp(-1/2)
 
 
 def vendi(kernel: np.ndarray) -> float:
@@ -30,16 +27,6 @@ def vendi_from_features(features: np.ndarray) -> float:
 def exp_entropy(eigenvalues) -> float:
     share = eigenvalues[eigenvalues > 1e-12]
     return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def signature_kernel(prints: Sequence[ImageSignature]) -> np.ndarray:
-    """Likeness without a vision model: the coarse shapes (bits of the hash in common) times the coarse colours."""
-    hashes = np.array([p.hash for p in prints], ">u8")
-    signs = np.unpackbits(hashes.view(np.uint8).reshape(len(prints), 8), axis=1) * 2.0 - 1.0
-    colours = np.stack([p.colours.ravel() for p in prints]).astype(np.float64)
-    square = (colours**2).sum(1)
-    apart = (square[:, None] + square[None] - 2 * colours @ colours.T).clip(min=0) / (colours.shape[1] / 2)
-    return (signs @ signs.T / signs.shape[1]) * np.exp(-apart / (2 * COLOUR_WIDTH**2))
 
 
 def sample_evenly(values: Sequence, most: int = MAX_VENDI_SAMPLES) -> list:

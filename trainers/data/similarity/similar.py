@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ...settings import Settings, number_field, text_field
+from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, NEUTRAL_COLOUR, SheetTile, draw_contact_sheet, make_thumbnail
 from ..readers import make_printable
 from ..records import ImageDataset, ImageRecord
-from ..sheets import BAD_COLOUR, GOOD_COLOUR, NEUTRAL_COLOUR, SheetTile, draw_contact_sheet, make_thumbnail
 from .clusters import Clustering
 from .diversity import sample_evenly, vendi_from_features
 

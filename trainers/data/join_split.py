@@ -15,8 +15,6 @@ from pathlib import Path
 
 from ..settings import Settings, choice_field, number_field, switch_field
 from .metadata import MAX_REPEATS, format_raw_value
-from .quality.duplicates import FLAG_COPIES, DuplicateSettings, deduplicate
-from .quality.thumbnails import ScanOptions
 from .records import ImageDataset, ImageRecord
 
 SPLIT_BY_IMAGE, SPLIT_BY_FILE_NAME, SPLIT_BY_FOLDER, SPLIT_AS_MARKED = "picture", "file name", "folder", "as marked"
@@ -104,15 +102,6 @@ class SplitSettings(Settings):
     similar: bool = switch_field(
         True, "Near-duplicates stay on one side, so that nothing is measured on a copy. Opens every picture once."
     )
-
-
-def group_near_duplicates(dataset: ImageDataset, looking: ScanOptions) -> dict[str, str]:
-    """Names of groups of near-duplicates, by record id: `groups` for split."""
-    names = {}
-    for best, copies in deduplicate(dataset, DuplicateSettings(duplicates=FLAG_COPIES), looking).groups:
-        ids = [best.id, *(copy.id for copy, _ in copies)]
-        names |= dict.fromkeys(ids, min(ids))
-    return names
 
 
 def split_dataset(

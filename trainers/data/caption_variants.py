@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...settings import Settings, choice_field, number_field, switch_field, text_field
-from ..records import ImageRecord
+from ..settings import Settings, choice_field, number_field, switch_field, text_field
+from .records import ImageRecord
 
 CAPTION_MODE_TEXT, CAPTION_MODE_EMPTY = "captions", "empty (unconditional)"
 KEEP_TOKENS_SEPARATOR, SECONDARY_SEPARATOR = (

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..readers import make_printable
-from ..records import ImageRecord, open_image, open_mask
+from .readers import make_printable
+from .records import ImageRecord, open_image, open_mask
 
 IN_FLIGHT_PER_THREAD = 4  # pictures in work or waiting, for each thread
 VISION_SHORT_SIDE_PX = 512  # vision models see at most this much of the short side

@@ -17,14 +17,14 @@ from PIL import Image
 from ...settings import Settings, choice_field, number_field, switch_field, text_field
 from ..buckets import MIN_BUCKET_STEP, BucketSettings, initial_placement
 from ..captions.caption_checks import CountCaptionTokens, check_record_captions, format_caption_notes
+from ..findings import SEVERITY_REJECT, SEVERITY_WARN, Finding
+from ..image_scan import DEFAULT_SCAN, ScanOptions, scan_images
 from ..readers import make_printable
 from ..records import ImageDataset, ImageRecord
-from ..similarity.diversity import sample_evenly, signature_kernel, vendi, vendi_from_features
+from ..similarity.diversity import sample_evenly, vendi, vendi_from_features
 from .bars import detect_bars
 from .colour import Contrast, measure_contrast
 from .duplicates import (
-    ImageSignature,
-    compute_image_signature,
     copy_preference_key,
     effective_megapixels,
     find_feature_pairs,
@@ -33,9 +33,8 @@ from .duplicates import (
     group_duplicates,
     printable_file_name,
 )
-from .findings import SEVERITY_REJECT, SEVERITY_WARN, Finding
+from .perceptual_hash import ImageSignature, compute_image_signature, signature_kernel
 from .sharpness import estimate_enlargement, fine_detail_share, tile_sharpness
-from .thumbnails import DEFAULT_SCAN, ScanOptions, scan_images
 
 DROP_IMAGE, FLAG_IMAGE, KEEP_IMAGE = QUALITY_ACTIONS = ("drop", "flag", "keep")
 SHARPNESS_LONG_SIDE_PX = 512  # px; the long side at which the thresholds of blur hold

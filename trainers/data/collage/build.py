@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 
 from ...files import write_bytes_atomically
 from ...settings import compute_fingerprint
+from ..contact_sheet import NEUTRAL_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet, make_thumbnail
 from ..quality.bars import detect_bars
 from ..quality.colour import measure_contrast
 from ..records import ImageDataset, ImageRecord, open_image, open_mask, sha1_hex
-from ..sheets import NEUTRAL_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet, make_thumbnail
 from .captions import combine_collage_captions, find_common_trigger
 from .plan import (
     CAPTIONS_EMPTY,
