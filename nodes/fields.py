@@ -26,10 +26,12 @@ def latent_score_inputs():
     """Inputs of image scores that may score latents too: see latents.to_score."""
     return [
         io.Model.Input(
-            "model", optional=True, tooltip="To score latents too: the model that they belong to. It is not loaded."
+            "model",
+            optional=True,
+            tooltip="To score latents too: the model that the latents belong to. It is not loaded.",
         ),
         io.Vae.Input(
-            "vae", optional=True, tooltip="To score latents too: what decodes them. TAESD needs a tenth of the memory."
+            "vae", optional=True, tooltip="To score latents too: decodes them. TAESD needs a tenth of the memory."
         ),
     ]
 

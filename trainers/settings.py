@@ -121,47 +121,49 @@ ADAPTER_ALGORITHMS = LORA, DORA, LOHA, LOKR = ("LoRA", "DoRA", "LoHa", "LoKr")
 class AdapterSettings(Settings):
     """What is trained on top of the frozen model."""
 
-    rank: int = number_field(16, 1, 4096, "Inner dimension of the adapter. Larger learns more and makes a larger file.")
+    rank: int = number_field(
+        16, 1, 4096, "Rank of the adapter. A larger rank has more capacity and makes a larger file."
+    )
     alpha: float = number_field(
         0.0,
         0.0,
         4096.0,
-        "The adapter's output is scaled by alpha / rank. 0 means alpha = rank, a scale of 1.",
+        "Scales the adapter's output by alpha / rank. 0 means alpha = rank, a scale of 1.",
         step=0.5,
     )
     rslora: bool = switch_field(
         False,
-        "Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA): keeps large ranks learning.",
+        "Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA). Keeps large ranks learning.",
         advanced=True,
     )
     targets: str = choice_field("attention+mlp", ADAPTER_TARGETS, "Which layers of the model get an adapter.")
     pattern: str = text_field(
         "",
-        "With targets = regex: layers whose name matches this regular expression, for example attn2|ff.",
+        "With targets = regex: trains the layers whose name matches this regular expression, for example attn2|ff.",
         advanced=True,
     )
     conv: bool = switch_field(False, "Also train the 3x3 convolutions of a UNet (LoCon). Transformers have none.")
-    conv_rank: int = number_field(8, 1, 4096, "Inner dimension of the convolution adapters.", advanced=True)
+    conv_rank: int = number_field(8, 1, 4096, "Rank of the convolution adapters.", advanced=True)
     conv_alpha: float = number_field(
         0.0, 0.0, 4096.0, "Alpha of the convolution adapters. 0 means alpha = conv_rank.", step=0.5, advanced=True
     )
     text_encoder: bool = switch_field(
         False,
-        "Also train the text encoder. Needs CLIP connected to the Train node; usually off for SDXL and newer models.",
+        "Also train the text encoder. Connect CLIP to the Train node; usually off for SDXL and newer models.",
     )
     algorithm: str = choice_field(
         LORA,
         ADAPTER_ALGORITHMS,
-        "LoRA: a product of two thin matrices. DoRA: the same, with the size of each output row learnt by itself. "
-        "LoHa: the elementwise product of two. LoKr: a Kronecker product, the smallest file.",
+        "LoRA: a product of two low-rank matrices. DoRA: the same, plus a trained magnitude for each output row. "
+        "LoHa: the elementwise product of two LoRAs. LoKr: a Kronecker product, the smallest file.",
         later=True,
     )
     factor: int = number_field(
         8,
         0,
         4096,
-        "LoKr: the small matrix has at most this many rows and columns. Larger means a smaller file; 0 means as near "
-        "to square as it goes.",
+        "LoKr: largest number of rows and columns of the small matrix. A larger value makes a smaller file; 0 "
+        "makes it as close to square as possible.",
         advanced=True,
         later=True,
     )
@@ -169,8 +171,7 @@ class AdapterSettings(Settings):
         0.0,
         0.0,
         0.95,
-        "LoRA and DoRA: share of the adapter's inner values left out at every step, against learning pictures by "
-        "heart.",
+        "LoRA and DoRA: share of the adapter's inner activations dropped at each step, against overfitting.",
         step=0.05,
         advanced=True,
         later=True,
@@ -179,7 +180,7 @@ class AdapterSettings(Settings):
         0.0,
         0.0,
         0.95,
-        "Share of the layers whose adapter is left out at every step.",
+        "Share of the layers whose adapter is dropped at each step.",
         step=0.05,
         advanced=True,
         later=True,
@@ -188,7 +189,7 @@ class AdapterSettings(Settings):
         1.0,
         0.01,
         1000.0,
-        "LoRA+: the matrix that starts at zero learns this many times faster. The paper uses 16.",
+        "LoRA+: learning rate multiplier of the matrix that is initialised to zero. The paper uses 16.",
         step=1.0,
         advanced=True,
         later=True,
@@ -205,8 +206,7 @@ class AdapterSettings(Settings):
         0.0,
         0.0,
         0.95,
-        "LoRA and DoRA: share of the ranks left out for each picture at every step, so that no rank is needed by "
-        "another.",
+        "LoRA and DoRA: share of the ranks dropped for each image at each step, so that no rank depends on another.",
         step=0.05,
         advanced=True,
         later=True,
@@ -292,27 +292,39 @@ class OptimizerSettings(Settings):
     """How a gradient becomes a change."""
 
     optimizer: str = choice_field(
-        "AdamW", OPTIMIZERS, "AdamW needs nothing to be installed; Prodigy finds its own rate (set learning rate to 1)."
+        "AdamW", OPTIMIZERS, "AdamW needs no extra package. Prodigy finds its own learning rate (set it to 1)."
     )
-    schedule: str = choice_field(
-        "constant", LR_SCHEDULES, "How the learning rate changes over the run, after the warmup."
-    )
+    schedule: str = choice_field("constant", LR_SCHEDULES, "Learning rate schedule after the warmup.")
     warmup: int = number_field(
         0, 0, 1_000_000, "The learning rate rises from 0 over these steps.", unit="optimizer steps"
     )
-    restarts: int = number_field(1, 1, 1000, "Cycles of the schedule 'cosine with restarts'.", advanced=True)
-    weight_decay: float = number_field(0.01, 0.0, 10.0, "Pulls the adapter toward zero.", step=0.001, advanced=True)
+    restarts: int = number_field(1, 1, 1000, "Number of cycles of the schedule 'cosine with restarts'.", advanced=True)
+    weight_decay: float = number_field(
+        0.01, 0.0, 10.0, "Pulls the adapter's weights toward zero.", step=0.001, advanced=True
+    )
     beta1: float = number_field(
-        0.9, 0.0, 0.9999, "Memory of the gradient's mean. Adan keeps its own three.", step=0.001, advanced=True
+        0.9, 0.0, 0.9999, "Decay of the gradient's running mean. Adan keeps its own three.", step=0.001, advanced=True
     )
     beta2: float = number_field(
-        0.999, 0.0, 0.99999, "Memory of the gradient's square. Adan keeps its own three.", step=0.0001, advanced=True
+        0.999,
+        0.0,
+        0.99999,
+        "Decay of the running mean of the squared gradient. Adan keeps its own three.",
+        step=0.0001,
+        advanced=True,
     )
     clip: float = number_field(
-        1.0, 0.0, 1000.0, "Largest gradient norm; larger gradients are scaled down to it. 0 means never.", step=0.1
+        1.0,
+        0.0,
+        1000.0,
+        "Maximum gradient norm; larger gradients are scaled down to it. 0 turns clipping off.",
+        step=0.1,
     )
     accumulate: int = number_field(
-        1, 1, 1024, "Batches summed into one optimizer step: a larger batch without its memory."
+        1,
+        1,
+        1024,
+        "Batches per optimizer step (gradient accumulation): the effect of a larger batch without its memory.",
     )
     text_encoder_lr: float = number_field(
         0.0, 0.0, 10.0, "Learning rate of the text encoder's adapters. 0 means a tenth of the learning rate.", step=1e-6
@@ -321,14 +333,15 @@ class OptimizerSettings(Settings):
         0.0,
         0.0,
         0.99999,
-        "Delivers a moving average of the adapter over the steps: steadier pictures. 0.99 to 0.999 is usual; 0 is off.",
+        "Outputs a moving average of the adapter over the steps, which smooths the result. 0.99 to 0.999 is "
+        "usual; 0 is off.",
         step=0.001,
         advanced=True,
         later=True,
     )
     ema_on_cpu: bool = switch_field(
         False,
-        "Keep the average in main memory: it takes none of the GPU's, and each step waits for a copy.",
+        "Keep the average in main memory. It uses no GPU memory, and each step waits for a copy.",
         advanced=True,
         later=True,
     )
@@ -354,25 +367,25 @@ class NoiseSettings(Settings):
     density: str = choice_field(
         "model default",
         NOISE_DENSITIES,
-        "How often each noise level is trained. 'model default' is the recipe of the loaded family.",
+        "How noise levels are drawn. 'model default' is the recipe of the loaded family.",
     )
     mean: float = number_field(
-        0.0, -10.0, 10.0, "Centre of logit-normal; above 0 trains more on noise.", step=0.05, advanced=True
+        0.0, -10.0, 10.0, "Centre of logit-normal; above 0 trains more on high noise.", step=0.05, advanced=True
     )
     std: float = number_field(1.0, 0.01, 10.0, "Width of logit-normal.", step=0.05, advanced=True)
     shift: float = number_field(
         0.0,
         0.0,
         100.0,
-        "Flow models: moves noise levels up by s*t / (1 + (s-1)*t). 0 means the family's default.",
+        "Flow models: shifts noise levels up by s*t / (1 + (s-1)*t). 0 uses the family's default.",
         step=0.05,
         advanced=True,
     )
     min_time: float = number_field(
-        0.0, 0.0, 1.0, "Lowest noise level trained: 0 is the clean image.", step=0.01, advanced=True
+        0.0, 0.0, 1.0, "Lowest noise level to train: 0 is the clean image.", step=0.01, advanced=True
     )
     max_time: float = number_field(
-        1.0, 0.0, 1.0, "Highest noise level trained: 1 is pure noise.", step=0.01, advanced=True
+        1.0, 0.0, 1.0, "Highest noise level to train: 1 is pure noise.", step=0.01, advanced=True
     )
     weighting: str = choice_field(
         "none",
@@ -387,7 +400,7 @@ class NoiseSettings(Settings):
         1.0,
         0.0,
         10.0,
-        "P2: the weight is divided by (1 + SNR) to this power; the paper uses 0.5 and 1.",
+        "P2: exponent of (1 + SNR), which divides the weight; the paper uses 0.5 and 1.",
         step=0.25,
         advanced=True,
         later=True,
@@ -395,8 +408,8 @@ class NoiseSettings(Settings):
     loss: str = choice_field(
         MSE,
         LOSS_TYPES,
-        "MSE: the squared error. Huber: large errors count less, against pictures that do not belong. scheduled Huber: "
-        "that where noise is low, nearly MSE where it is high.",
+        "MSE: squared error. Huber: large errors count less, so outliers in the dataset do less harm. scheduled "
+        "Huber: close to MSE where noise is low, Huber where it is high.",
         advanced=True,
         later=True,
     )
@@ -404,7 +417,7 @@ class NoiseSettings(Settings):
         0.1,
         0.0001,
         10.0,
-        "Huber: errors well above this count by their size and no longer by its square.",
+        "Huber: errors well above this count linearly instead of squared.",
         step=0.05,
         advanced=True,
         later=True,
@@ -413,7 +426,7 @@ class NoiseSettings(Settings):
         0.0,
         0.0,
         1.0,
-        "Adds one random number to each channel of the noise, so that very dark and very bright pictures can be "
+        "Adds one random value to each channel of the noise, so that very dark and very bright images can be "
         "learnt. 0.05 is usual.",
         step=0.01,
         advanced=True,
@@ -423,7 +436,8 @@ class NoiseSettings(Settings):
         0,
         0,
         10,
-        "Multi-resolution noise: so many coarser noises are added, each at most half as fine. 6 is usual; 0 is off.",
+        "Multi-resolution noise: number of coarser layers added, each at most half the resolution of the last. 6 "
+        "is usual; 0 is off.",
         advanced=True,
         later=True,
     )
@@ -431,7 +445,7 @@ class NoiseSettings(Settings):
         0.3,
         0.01,
         1.0,
-        "Multi-resolution noise: each coarser one counts this much of the last.",
+        "Multi-resolution noise: weight of each coarser layer relative to the previous one.",
         step=0.05,
         advanced=True,
         later=True,
@@ -440,7 +454,7 @@ class NoiseSettings(Settings):
         0.0,
         0.0,
         1.0,
-        "Input perturbation: the model is shown this much more noise than it is told. 0.1 is usual.",
+        "Input perturbation: the model's input has this much more noise than its timestep says. 0.1 is usual.",
         step=0.05,
         advanced=True,
         later=True,
@@ -466,7 +480,7 @@ class RunSettings(Settings):
         1,
         0,
         1024,
-        "Images per step. 0: as many as memory allows, at most 8, found out when the run begins.",
+        "Images per step. 0: as many as memory allows, at most 8, determined when the run begins.",
         unit="images",
     )
     seed: int = number_field(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
@@ -474,7 +488,7 @@ class RunSettings(Settings):
         250,
         0,
         1_000_000,
-        "Save a LoRA and the resume state every so many steps. 0 saves at the end only.",
+        "Save a LoRA and the resume state every this many steps. 0 saves only at the end.",
         unit="optimizer steps",
     )
 
@@ -491,33 +505,34 @@ class PointSettings(Settings):
     points: str = choice_field(
         "rollout",
         POINT_SOURCES,
-        "rollout: states that the model passes while it draws the prompts. pictures: noised pictures of a dataset, "
-        "cheaper. noise: pure noise, cheapest, for high noise levels only.",
+        "rollout: latents that the model passes while it samples the prompts. pictures: noised images of a "
+        "dataset, cheaper. noise: pure noise, cheapest, for high noise levels only.",
     )
     sampling_steps: int = number_field(
-        8, 2, 1000, "rollout: steps of one way from noise to picture; each state it passes is learnt from."
+        8, 2, 1000, "rollout: sampling steps of one trajectory from noise to image. Every latent on it is trained on."
     )
     guidance_scale: float = number_field(
         0.0,
         0.0,
         30.0,
-        "rollout: classifier-free guidance while drawing; 1 halves the cost. 0 means 3, or 1 for models with guidance "
-        "distilled into them such as Flux.",
+        "rollout: classifier-free guidance (CFG) during sampling; 1 halves the cost. 0 means 3, or 1 for "
+        "guidance-distilled models such as Flux.",
         step=0.5,
     )
     ways: int = number_field(
-        8, 1, 4096, "rollout: how many ways are kept and learnt from at the same time.", advanced=True
+        8, 1, 4096, "rollout: number of trajectories kept and trained on at the same time.", advanced=True
     )
     refresh: int = number_field(
         6,
         1,
         1_000_000,
-        "rollout: after so many updates the oldest way is walked anew by the model as it is now.",
+        "rollout: after this many updates, the current model resamples the oldest trajectory.",
         unit="optimizer steps",
         advanced=True,
     )
     renormalise: bool = switch_field(
         False,
-        "Give each goal the strength of the model's own answer: large guidance turns it without oversaturating.",
+        "Scale each target to the magnitude of the model's own prediction, so that high guidance does not "
+        "oversaturate.",
         advanced=True,
     )

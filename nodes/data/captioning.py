@@ -39,8 +39,8 @@ class CaptionImages(io.ComfyNode):
             node_id="TrainyardCaptionImages",
             display_name="Caption Images",
             category=CATEGORY,
-            description="Write captions or tags for the pictures of a dataset: with the CLIP that is loaded, a local "
-            "vision-language model, a tagger, or from names. Files on disk are not touched.",
+            description="Generates captions or tags for the images of a dataset: with the loaded CLIP, a local "
+            "vision-language model, a tagger, or from file names. Files on disk stay unchanged.",
             search_aliases=["auto caption", "describe", "vlm", "florence", "joycaption", "blip", "wd14", "interrogate"],
             inputs=[
                 DatasetType.Input("dataset", tooltip="From Load Dataset."),
@@ -48,64 +48,60 @@ class CaptionImages(io.ComfyNode):
                     "backend",
                     options=list(CAPTION_BACKENDS),
                     default=BACKEND_CLIP,
-                    tooltip="Who writes: see the help page for what each one needs.",
+                    tooltip="The captioner. The help page lists what each one needs.",
                 ),
                 io.Combo.Input(
                     "model",
                     options=list_captioner_models(),
                     default=next(iter(known_captioners.KNOWN_CAPTIONERS)),
-                    tooltip="For 'local model' and 'WD tagger'. Press R after adding one; names with an owner may have "
-                    "to be downloaded first.",
+                    tooltip="For 'local model' and 'WD tagger'. Press R after adding one. Names with an owner may"
+                    " need to be downloaded first.",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     placeholder="empty: the preset of Caption Prompt",
-                    tooltip="What the model is asked; the text itself for 'fixed text'; the vocabulary for 'zero-shot "
-                    "tags'. {tags}, {name}, {folder} and {caption} become those of each picture.",
+                    tooltip="The instruction to the model; the text itself for 'fixed text'; the vocabulary for "
+                    "'zero-shot tags'. {tags}, {name}, {folder} and {caption} are replaced for each "
+                    "image.",
                 ),
                 io.Combo.Input(
                     "write",
                     options=list(WRITE_MODES),
                     default=FILL_MISSING,
-                    tooltip="What happens to captions that are there already: see the help page.",
+                    tooltip="What to do with existing captions. See the help page.",
                 ),
                 io.Boolean.Input(
                     "allow_download",
                     default=False,
-                    tooltip="Fetch a model that is missing from Hugging Face into models/captioners. Off: the network "
+                    tooltip="Download a missing model from Hugging Face into models/captioners. Off: the network "
                     "is never used.",
                 ),
                 *settings_inputs(CaptionerSettings),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For 'loaded CLIP': Qwen3-VL, Gemma 3 or 4. For 'zero-shot tags': the partner of "
-                    "clip_vision.",
+                    tooltip="For 'loaded CLIP': Qwen3-VL, Gemma 3 or 4. For 'zero-shot tags': the text encoder "
+                    "that matches clip_vision.",
                 ),
-                io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="For 'zero-shot tags': the model that looks."
-                ),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="For 'zero-shot tags': the image encoder."),
                 CaptionPromptType.Input(
                     "prompt",
                     optional=True,
-                    tooltip="From Caption Prompt: style, length, beginning, forbidden and forced words.",
+                    tooltip="From Caption Prompt: style, length, beginning, forbidden and required words.",
                 ),
                 tagger_settings.TaggerSettingsType.Input(
                     "tagger",
                     optional=True,
-                    tooltip="From Tagger Settings, for taggers and zero-shot tags: thresholds and what happens to "
-                    "tags.",
+                    tooltip="From Tagger Settings, for taggers and zero-shot tags: thresholds and tag rules.",
                 ),
             ],
             outputs=[
-                DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The same pictures, with the new captions."
-                ),
+                DatasetType.Output("dataset", display_name="dataset", tooltip="The same images with the new captions."),
                 io.String.Output(
                     "preview",
                     display_name="preview",
-                    tooltip="What was written, how often, and which pictures failed and why.",
+                    tooltip="What was written, how many, and which images failed and why.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -178,7 +174,7 @@ class CaptionPromptNode(io.ComfyNode):
             node_id="TrainyardCaptionPrompt",
             display_name="Caption Prompt",
             category=f"{CATEGORY}/settings",
-            description="How captions are worded: style, length, how they begin, words they must or must not hold. "
+            description="Sets how captions are worded: style, length, opening, required and forbidden words. "
             "Connect it to Caption Images.",
             search_aliases=[
                 "caption style",

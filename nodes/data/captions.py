@@ -22,8 +22,8 @@ class EditCaptions(io.ComfyNode):
             node_id="TrainyardEditCaptions",
             display_name="Edit Captions",
             category=CATEGORY,
-            description="Change all captions by rules, one per line: trigger word, remove, replace, regular "
-            "expressions, sort, shuffle, truncate. Shows what changed; files stay as they are.",
+            description="Edits all captions with rules, one per line: trigger word, remove, replace, regular "
+            "expressions, sort, shuffle, truncate. Shows what changed; files stay unchanged.",
             search_aliases=[
                 "tag editor",
                 "find and replace",
@@ -35,12 +35,12 @@ class EditCaptions(io.ComfyNode):
             ],
             is_output_node=True,
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures whose captions are edited."),
+                DatasetType.Input("dataset", tooltip="The images whose captions are edited."),
                 io.String.Input(
                     "edits",
                     multiline=True,
                     default=EXAMPLE_EDITS,
-                    tooltip="One edit per line, done in order; # begins a comment. The help page lists them all.",
+                    tooltip="One edit per line, applied in order; # begins a comment. The help page lists all rules.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -65,7 +65,7 @@ class EditCaptions(io.ComfyNode):
             ],
             outputs=[
                 DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The same pictures with the edited captions."
+                    "dataset", display_name="dataset", tooltip="The same images with the edited captions."
                 ),
                 io.String.Output(
                     "preview",
@@ -98,13 +98,15 @@ class CaptionReport(io.ComfyNode):
             node_id="TrainyardCaptionReport",
             display_name="Caption Report",
             category=CATEGORY,
-            description="What the captions of a dataset look like as a whole: missing, identical, too long, without "
-            "trigger word, and how often each tag is used.",
+            description="Summarises the captions of a dataset: missing, identical, too long, without trigger "
+            "word, and how often each tag is used.",
             search_aliases=["tag statistics", "token count", "tag frequency", "check captions", "count tags"],
             is_output_node=True,
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures whose captions are counted."),
-                io.String.Input("trigger", default="", tooltip="A word that every caption should say; empty for none."),
+                DatasetType.Input("dataset", tooltip="The images whose captions are counted."),
+                io.String.Input(
+                    "trigger", default="", tooltip="A word that every caption should contain; empty for none."
+                ),
                 io.Int.Input(
                     "tags",
                     default=30,
@@ -119,9 +121,9 @@ class CaptionReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("report", display_name="report", tooltip="The report in words."),
+                io.String.Output("report", display_name="report", tooltip="The report as text."),
                 io.String.Output(
-                    "json", display_name="json", tooltip="The same figures as JSON, with every tag and every file name."
+                    "json", display_name="json", tooltip="The same data as JSON, with every tag and file name."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -143,29 +145,29 @@ class EditCaptionsByHand(io.ComfyNode):
             node_id="TrainyardEditCaptionsByHand",
             display_name="Edit Captions by Hand",
             category=CATEGORY,
-            description="A grid of the pictures with their captions to type into, with search, find and replace, and "
-            "undo. Edits are kept in the workflow; text files change only when asked.",
+            description="Shows the images with editable captions in a grid, with search, find and replace, and "
+            "undo. Edits are saved in the workflow; text files change only on request.",
             search_aliases=["tag editor", "caption grid", "manual captions", "dataset viewer", "browse dataset"],
             is_output_node=True,
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures to show. Run once to see them."),
+                DatasetType.Input("dataset", tooltip="The images to show. Run once to see them."),
                 io.String.Input(
                     "edits",
                     multiline=True,
                     default="",
                     socketless=True,
-                    tooltip="What was written into the grid, as JSON: caption by picture id (sha1 of the file).",
+                    tooltip="The edits from the grid as JSON: caption by image id (sha1 of the file).",
                 ),
                 io.Boolean.Input(
                     "save_to_files",
                     default=False,
-                    tooltip="At the next Run, also write the edited captions into the text files beside the pictures. "
-                    "What they said before is kept.",
+                    tooltip="At the next Run, also write the edited captions into the text files beside the "
+                    "images. The previous text is kept.",
                 ),
             ],
             outputs=[
                 DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The same pictures with the captions from the grid."
+                    "dataset", display_name="dataset", tooltip="The same images with the captions from the grid."
                 ),
                 io.String.Output(
                     "about",

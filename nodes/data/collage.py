@@ -18,15 +18,15 @@ class BuildCollages(io.ComfyNode):
             node_id="TrainyardBuildCollages",
             display_name="Build Collages",
             category=CATEGORY,
-            description="Put two to four pictures into one frame, each from end to end along one axis, unscaled or "
-            "scaled down, so that a pattern is learnt relative to the frame.",
+            description="Puts two to four images into one frame, each spanning it along one axis and never "
+            "stretched, so that patterns are learnt relative to the frame.",
             search_aliases=["image grid", "tile pictures", "side by side", "montage", "stitch dataset"],
             inputs=[
-                DatasetType.Input("dataset", tooltip="From Load Dataset, best checked and captioned already."),
+                DatasetType.Input("dataset", tooltip="From Load Dataset, preferably already checked and captioned."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Connect it to be told of captions that became too long for the text encoder.",
+                    tooltip="Connect it to list captions that became too long for the text encoder.",
                 ),
                 *settings_inputs(CollageSettings),
             ],
@@ -37,9 +37,11 @@ class BuildCollages(io.ComfyNode):
                     tooltip="The collages with masks and captions, for Encode Dataset.",
                 ),
                 io.Image.Output(
-                    "sheet", display_name="sheet", tooltip="The first collages on one page, those with flags first."
+                    "sheet", display_name="sheet", tooltip="The first collages on one page, flagged ones first."
                 ),
-                io.String.Output("report", display_name="report", tooltip="What was made, what was left out and why."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was made, and what was left out and why."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

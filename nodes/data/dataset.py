@@ -28,9 +28,9 @@ class LoadDataset(io.ComfyNode):
             node_id="TrainyardLoadDataset",
             display_name="Load Dataset",
             category=CATEGORY,
-            description="Pictures from a folder with what lies beside them: captions (.txt, .caption, .json), "
-            "metadata.jsonl, .csv or .json, kohya folders such as 10_name (10 repeats), masks as name.mask.png or in a "
-            "folder of their own.",
+            description="Loads images from a folder with their captions (.txt, .caption, .json), metadata.jsonl, "
+            ".csv or .json, kohya folders such as 10_name (10 repeats), and masks as name.mask.png or"
+            " in their own folder.",
             search_aliases=[
                 "image folder",
                 "dataset",
@@ -53,29 +53,28 @@ class LoadDataset(io.ComfyNode):
                     default=1,
                     min=1,
                     max=10_000,
-                    tooltip="How often an epoch shows each picture; multiplied with a folder's own N_name. (1 to "
-                    "10000)",
+                    tooltip="How often an epoch shows each image; multiplied by a folder's own N_name. (1 to 10000)",
                 ),
                 io.Boolean.Input(
                     "alpha_mask",
                     default=False,
                     advanced=True,
-                    tooltip="Use the pictures' transparency as a loss mask: transparent parts are not learnt.",
+                    tooltip="Use the images' transparency as a loss mask: transparent areas are not trained.",
                 ),
                 io.Combo.Input(
                     "caption_lines",
                     options=list(CAPTION_LINE_MODES),
                     default=CAPTION_LINE_MODES[0],
                     optional=True,
-                    tooltip="one: all of a text file is the caption. alternatives: every line is a caption of its own, "
-                    "drawn by chance.",
+                    tooltip="one: the whole text file is one caption. alternatives: every line is a caption, and "
+                    "one is drawn at random.",
                 ),
                 io.Combo.Input(
                     "masks",
                     options=paths.list_mask_folders(),
                     default=paths.NO_MASKS,
                     optional=True,
-                    tooltip="A folder of masks with the names of the pictures; white is learnt, black is not.",
+                    tooltip="A folder of masks with the names of the images; white is trained, black is not.",
                 ),
                 io.String.Input(
                     "metadata",
@@ -88,7 +87,7 @@ class LoadDataset(io.ComfyNode):
             ],
             outputs=[
                 DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset."
+                    "dataset", display_name="dataset", tooltip="The list of images, for Encode Dataset."
                 ),
                 io.String.Output(
                     "about", display_name="about", tooltip="What was found, and what was skipped and why."
@@ -129,26 +128,26 @@ class JoinDatasets(io.ComfyNode):
             node_id="TrainyardJoinDatasets",
             display_name="Join Datasets",
             category=CATEGORY,
-            description="Several datasets as one, each seen as often as its weight says.",
+            description="Combines several datasets into one, each used as often as its weight says.",
             search_aliases=["merge", "concatenate", "combine folders", "regularization images", "balance", "concepts"],
             inputs=[
-                DatasetType.Input("dataset_1", tooltip="The first dataset; its pictures come first."),
+                DatasetType.Input("dataset_1", tooltip="The first dataset; its images come first."),
                 *more,
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="How often the pictures of each connected dataset are seen, such as 1, 0.5, 2. Empty: all "
-                    "the same.",
+                    tooltip="How often the images of each connected dataset are used, such as 1, 0.5, 2. Empty: "
+                    "all the same.",
                 ),
             ],
             outputs=[
                 DatasetType.Output(
                     "dataset",
                     display_name="dataset",
-                    tooltip="All pictures, with their repeats multiplied by the weights.",
+                    tooltip="All images, with their repeats multiplied by the weights.",
                 ),
                 io.String.Output(
-                    "about", display_name="about", tooltip="What came from where, and pictures that occur twice."
+                    "about", display_name="about", tooltip="The source of each part, and images that occur twice."
                 ),
             ],
         )
@@ -175,17 +174,17 @@ class SplitDataset(io.ComfyNode):
             node_id="TrainyardSplitDataset",
             display_name="Split Dataset",
             category=CATEGORY,
-            description="Keep some pictures away from training, to measure on. Which ones depends on their content: "
-            "adding a picture moves no other.",
+            description="Holds out some images for validation. The choice depends on their content: adding an "
+            "image does not move the others.",
             search_aliases=["validation", "holdout", "test set", "train val split", "partition"],
-            inputs=[DatasetType.Input("dataset", tooltip="The pictures to divide."), *settings_inputs(SplitSettings)],
+            inputs=[DatasetType.Input("dataset", tooltip="The images to split."), *settings_inputs(SplitSettings)],
             outputs=[
-                DatasetType.Output("train", display_name="train", tooltip="The pictures to train on."),
+                DatasetType.Output("train", display_name="train", tooltip="The images to train on."),
                 DatasetType.Output(
-                    "validation", display_name="validation", tooltip="The pictures to measure on; never train on them."
+                    "validation", display_name="validation", tooltip="The images to measure on; never train on them."
                 ),
                 io.String.Output(
-                    "about", display_name="about", tooltip="How many pictures went where, and which are held back."
+                    "about", display_name="about", tooltip="The number of images on each side, and which are held out."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -215,11 +214,11 @@ class PreviewDataset(io.ComfyNode):
             node_id="TrainyardPreviewDataset",
             display_name="Preview Dataset",
             category=CATEGORY,
-            description="A page of a dataset's pictures with name, size, repeats, caption and flags, as they will be "
-            "trained.",
+            description="Shows a page of a dataset's images with name, size, repeats, caption and flags, cropped "
+            "as for training.",
             search_aliases=["contact sheet", "thumbnails", "browse pictures", "show dataset", "gallery"],
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures to look at."),
+                DatasetType.Input("dataset", tooltip="The images to show."),
                 io.Int.Input(
                     "page", default=1, min=1, max=100_000, tooltip="Which page to show, the first is 1. (1 to 100000)"
                 ),
@@ -228,7 +227,7 @@ class PreviewDataset(io.ComfyNode):
                     default=24,
                     min=1,
                     max=400,
-                    tooltip="How many pictures a page shows. (1 to 400 pictures)",
+                    tooltip="How many images a page shows. (1 to 400 pictures)",
                 ),
                 io.Int.Input(
                     "cell",
@@ -237,11 +236,11 @@ class PreviewDataset(io.ComfyNode):
                     max=1024,
                     step=16,
                     advanced=True,
-                    tooltip="How large each picture is shown. (64 to 1024 px)",
+                    tooltip="Size of each image on the page. (64 to 1024 px)",
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", display_name="sheet", tooltip="The page as one picture, for Save Image."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="The page as one image, for Save Image."),
                 io.String.Output(
                     "about", display_name="about", tooltip="What the dataset holds, and what was skipped and why."
                 ),
@@ -263,8 +262,8 @@ class SaveDataset(io.ComfyNode):
             node_id="TrainyardSaveDataset",
             display_name="Save Dataset",
             category=CATEGORY,
-            description="Write pictures, captions, masks, tags and scores to a folder that this and other trainers "
-            "read. Whole or not at all.",
+            description="Writes images, captions, masks, tags and scores to a folder that this pack and other "
+            "trainers can read. The folder is written completely or not at all.",
             search_aliases=[
                 "export",
                 "kohya folder",
@@ -274,31 +273,29 @@ class SaveDataset(io.ComfyNode):
                 "hugging face",
             ],
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures to save; crops are applied."),
+                DatasetType.Input("dataset", tooltip="The images to save; crops are applied."),
                 io.String.Input(
                     "name", default="my_dataset", tooltip="Name of the folder, such as my_set or cats/black."
                 ),
                 io.Combo.Input(
                     "place",
                     options=list(paths.DATASET_SAVE_PLACES),
-                    tooltip="Where the folder goes, inside ComfyUI's folders. Load Dataset finds both.",
+                    tooltip="Which ComfyUI folder to write to. Load Dataset finds both.",
                 ),
                 *settings_inputs(SaveSettings),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace what Save Dataset put under this name before. Folders with other files are never "
-                    "replaced.",
+                    tooltip="Replace what Save Dataset wrote under this name before. Folders with other files are"
+                    " never replaced.",
                 ),
             ],
             outputs=[
-                DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The dataset as it came in, to go on with."
-                ),
+                DatasetType.Output("dataset", display_name="dataset", tooltip="The input dataset, unchanged."),
                 io.String.Output(
                     "about",
                     display_name="about",
-                    tooltip="Where it was saved, how many pictures, and what got another name.",
+                    tooltip="The folder, the number of images, and what was renamed.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -327,8 +324,8 @@ class DatasetFromImages(io.ComfyNode):
             node_id="TrainyardDatasetFromImages",
             display_name="Dataset from Images",
             category=CATEGORY,
-            description="Pictures of the graph as a dataset, with captions and masks. Each is written once, to the "
-            "datasets folder's cache.",
+            description="Makes a dataset from images in the graph, with captions and masks. Each image is written"
+            " once, to the cache in the datasets folder.",
             search_aliases=[
                 "image list to dataset",
                 "generated pictures",
@@ -337,23 +334,21 @@ class DatasetFromImages(io.ComfyNode):
                 "synthetic data",
             ],
             inputs=[
-                io.Image.Input("images", tooltip="Pictures, batches or lists of them, of any sizes."),
+                io.Image.Input("images", tooltip="Images, batches or lists of them, of any sizes."),
                 io.String.Input(
                     "captions",
                     force_input=True,
                     optional=True,
-                    tooltip="A list of captions: one for all, one for each batch, or one for each picture.",
+                    tooltip="A list of captions: one for all images, one per batch, or one per image.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Loss masks, white is learnt: one for all, for each batch, or for each picture.",
+                    tooltip="Loss masks, white is trained: one for all images, one per batch, or one per image.",
                 ),
             ],
             outputs=[
-                DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The list of pictures, for Encode Dataset."
-                )
+                DatasetType.Output("dataset", display_name="dataset", tooltip="The list of images, for Encode Dataset.")
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -381,20 +376,20 @@ class DatasetToImages(io.ComfyNode):
             node_id="TrainyardDatasetToImages",
             display_name="Dataset to Images",
             category=CATEGORY,
-            description="A dataset's pictures, captions and masks as lists for ComfyUI's own nodes. All of them are "
-            "decoded into memory.",
+            description="Converts a dataset to lists of images, captions and masks for ComfyUI's own nodes. All "
+            "images are decoded into memory.",
             search_aliases=["unpack dataset", "image list", "dataset to list", "make training dataset"],
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures to hand out."),
+                DatasetType.Input("dataset", tooltip="The images to output."),
                 io.Int.Input(
-                    "first", default=1, min=1, max=1_000_000, tooltip="Number of the first picture. (1 to 1000000)"
+                    "first", default=1, min=1, max=1_000_000, tooltip="Number of the first image. (1 to 1000000)"
                 ),
                 io.Int.Input(
                     "most",
                     default=100,
                     min=1,
                     max=100_000,
-                    tooltip="At most this many pictures are decoded. (1 to 100000 pictures)",
+                    tooltip="Maximum number of images to decode. (1 to 100000 pictures)",
                 ),
             ],
             outputs=[
@@ -402,19 +397,19 @@ class DatasetToImages(io.ComfyNode):
                     "images",
                     display_name="images",
                     is_output_list=True,
-                    tooltip="The pictures, cropped as they are trained.",
+                    tooltip="The images, cropped as for training.",
                 ),
                 io.String.Output(
                     "captions",
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="The first caption of each, or nothing.",
+                    tooltip="The first caption of each image, or an empty text.",
                 ),
                 io.Mask.Output(
                     "masks",
                     display_name="masks",
                     is_output_list=True,
-                    tooltip="The loss masks; all white where there is none.",
+                    tooltip="The loss masks; all white if an image has none.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

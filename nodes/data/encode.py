@@ -30,29 +30,29 @@ class BucketDataset(io.ComfyNode):
             node_id="TrainyardBucketDataset",
             display_name="Bucket Dataset",
             category=CATEGORY,
-            description="Decide at which size every picture is trained, and see it: buckets, what is cut off, who is "
-            "alone in its bucket.",
+            description="Assigns each image its training size and shows the result: buckets, crops, and images "
+            "that are alone in their bucket.",
             search_aliases=["aspect ratio", "resolution", "crop", "resize dataset", "multires"],
             is_output_node=True,
             inputs=[
-                DatasetType.Input(
-                    "dataset", tooltip="From Load Dataset. Sizes that were decided before are decided anew."
-                ),
+                DatasetType.Input("dataset", tooltip="From Load Dataset. Sizes assigned earlier are replaced."),
                 *settings_inputs(BucketSettings),
             ],
             outputs=[
                 DatasetType.Output(
                     "dataset",
                     display_name="dataset",
-                    tooltip="The pictures with their sizes. Encode Dataset keeps to them.",
+                    tooltip="The images with their sizes. Encode Dataset uses these sizes.",
                 ),
                 io.Image.Output(
-                    "sheet", display_name="sheet", tooltip="Every bucket drawn to scale, filled as high as it is full."
+                    "sheet",
+                    display_name="sheet",
+                    tooltip="All buckets drawn to one scale; the fill height compares each with the fullest.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Every bucket in words, who was merged, and which batch sizes fit.",
+                    tooltip="All buckets as text, merged images, and suitable batch sizes.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -74,8 +74,8 @@ class EncodeDataset(io.ComfyNode):
             node_id="TrainyardEncodeDataset",
             display_name="Encode Dataset",
             category=CATEGORY,
-            description="Sort pictures into buckets and encode pictures and captions once, with a cache on disk. CLIP "
-            "and VAE leave the GPU afterwards.",
+            description="Sorts images into buckets, encodes images and captions once, and caches them on disk. "
+            "CLIP and VAE leave the GPU afterwards.",
             search_aliases=[
                 "bucket",
                 "latent cache",
@@ -87,21 +87,21 @@ class EncodeDataset(io.ComfyNode):
                 "keep tokens",
             ],
             inputs=[
-                DatasetType.Input("dataset", tooltip="From Load Dataset. Sizes decided by Bucket Dataset are kept."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model to be trained."),
+                DatasetType.Input("dataset", tooltip="From Load Dataset. Sizes assigned by Bucket Dataset are kept."),
+                io.Vae.Input("vae", tooltip="The VAE of the model to be trained."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder of the model to be trained; the empty text is encoded too. Only a score "
-                    "model needs none: then choose the caption mode 'empty (unconditional)'.",
+                    tooltip="The text encoder of the model to be trained; the empty text is encoded too. Only a "
+                    "score model does not need it: then choose the caption mode 'empty (unconditional)'.",
                 ),
                 *settings_inputs(CaptionSettings, without=APPENDED_CAPTION_FIELDS),
                 *settings_inputs(BucketSettings, without=APPENDED_BUCKET_FIELDS),
                 io.Boolean.Input(
                     "flip",
                     default=False,
-                    tooltip="Also learn the mirror image of every picture. Not for text, faces or anything with a left "
-                    "and a right.",
+                    tooltip="Also train on the mirror image of every image. Not for text, faces or anything where"
+                    " left and right matter.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -119,13 +119,13 @@ class EncodeDataset(io.ComfyNode):
                     default="#ffffff",
                     optional=True,
                     advanced=True,
-                    tooltip="The colour beneath transparent pictures, as #rrggbb or a name such as grey.",
+                    tooltip="The colour under transparent images, as #rrggbb or a name such as grey.",
                 ),
                 *settings_inputs(CaptionSettings, only=APPENDED_CAPTION_FIELDS),
             ],
             outputs=[
                 EncodedType.Output(
-                    "encoded", display_name="encoded", tooltip="Latents and conditionings, for a Train node."
+                    "encoded", display_name="encoded", tooltip="Latents and conditioning, for a Train node."
                 )
             ],
             hidden=[io.Hidden.unique_id],

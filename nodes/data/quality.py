@@ -20,7 +20,7 @@ from .image_features import make_image_feature_encoder
 from .token_counter import make_token_counter
 
 VISION_TOOLTIP = (
-    "Also compares what the pictures show, which finds crops: CLIP-L, CLIP-H, SigLIP or DINO, from Load CLIP Vision."
+    "Also compares image content, which finds crops: CLIP-L, CLIP-H, SigLIP or DINO, from Load CLIP Vision."
 )
 
 
@@ -31,8 +31,9 @@ class CheckDataset(io.ComfyNode):
             node_id="TrainyardCheckDataset",
             display_name="Check Dataset",
             category=CATEGORY,
-            description="Look at every picture and caption before training: too small, blurred, enlarged, doubled, low "
-            "contrast, bars, exposure, captions. Marks or drops what is bad and says why, with figures.",
+            description="Checks every image and caption before training: size, blur, upscaling, duplicates, "
+            "contrast, borders, exposure, captions. Flags or drops bad images and shows the measured "
+            "values.",
             search_aliases=[
                 "image quality",
                 "blur detection",
@@ -54,17 +55,19 @@ class CheckDataset(io.ComfyNode):
             ],
             outputs=[
                 DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The pictures that stay, with their flags."
+                    "dataset", display_name="dataset", tooltip="The remaining images, with their flags."
                 ),
                 io.Image.Output(
-                    "sheet", display_name="sheet", tooltip="The worst pictures on one page, framed red, amber or green."
+                    "sheet", display_name="sheet", tooltip="The worst images on one page, framed red, amber or green."
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Counts, the set as a whole, and every finding, worst first.",
+                    tooltip="Counts, statistics of the whole set, and every finding, worst first.",
                 ),
-                io.String.Output("figures", display_name="figures", tooltip="Every figure of every picture, as JSON."),
+                io.String.Output(
+                    "figures", display_name="figures", tooltip="All measurements of every image, as JSON."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -92,12 +95,12 @@ class DeduplicateDataset(io.ComfyNode):
             node_id="TrainyardDeduplicateDataset",
             display_name="Deduplicate Dataset",
             category=CATEGORY,
-            description="Find pictures that are there more than once, also resized, saved anew or mirrored, and keep "
-            "the best of each.",
+            description="Finds duplicate images, including resized, recompressed and mirrored ones, and keeps the"
+            " best of each.",
             search_aliases=["duplicates", "near duplicates", "phash", "similar images", "remove copies"],
             is_output_node=True,
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures to compare with each other."),
+                DatasetType.Input("dataset", tooltip="The images to compare with each other."),
                 *settings_inputs(DuplicateSettings),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip=VISION_TOOLTIP),
             ],
@@ -105,15 +108,15 @@ class DeduplicateDataset(io.ComfyNode):
                 DatasetType.Output(
                     "dataset",
                     display_name="dataset",
-                    tooltip="One picture of each group, or all of them with the copies marked.",
+                    tooltip="One image of each group, or all of them with the copies marked.",
                 ),
                 io.Image.Output(
                     "sheet",
                     display_name="sheet",
-                    tooltip="The groups side by side: what stays in green, its copies after it.",
+                    tooltip="The groups side by side: the image that stays in green, followed by its copies.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Every group, and the figure that ties each copy to it."
+                    "report", display_name="report", tooltip="Every group, and the value that links each copy to it."
                 ),
             ],
             hidden=[io.Hidden.unique_id],

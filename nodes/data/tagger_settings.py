@@ -15,8 +15,8 @@ class TaggerSettingsNode(io.ComfyNode):
             node_id="TrainyardTagger",
             display_name="Tagger Settings",
             category=f"{CATEGORY}/settings",
-            description="Which tags a picture keeps, in which order and spelling. Connect it to Caption Images; "
-            "without it the defaults hold.",
+            description="Sets which tags an image keeps, in which order and spelling. Connect it to Caption "
+            "Images; without it the defaults apply.",
             search_aliases=["wd14", "wd tagger", "danbooru tags", "booru", "e621", "tag threshold", "mcut", "autotag"],
             inputs=settings_inputs(TaggerSettings),
             outputs=[

@@ -44,24 +44,24 @@ class ExtractFeatures(io.ComfyNode):
             node_id="TrainyardExtractFeatures",
             display_name="Extract Features",
             category=CATEGORY,
-            description="What a vision model (CLIP, SigLIP, DINO) or the backbone of a score model sees in each "
-            "picture, as numbers to compare by.",
+            description="Computes a feature vector for each image with a vision model (CLIP, SigLIP, DINO) or the"
+            " backbone of a score model, for comparing images.",
             search_aliases=["embeddings", "clip vectors", "dino", "image embedding", "vendi diversity"],
             inputs=[
-                DatasetType.Input("dataset", tooltip="The pictures to look at, from Load Dataset."),
+                DatasetType.Input("dataset", tooltip="The images, from Load Dataset."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="CLIP for what is shown and its style, DINOv2 or v3 for objects and shapes.",
+                    tooltip="CLIP for content and style, DINOv2 or v3 for objects and shapes.",
                 ),
                 ScoreModelType.Input(
                     "score_model",
                     optional=True,
-                    tooltip="In place of clip_vision: the backbone of Pretrain Score Backbone or of any latent score "
-                    "model. Needs vae.",
+                    tooltip="Instead of clip_vision: the backbone from Pretrain Score Backbone or of any latent "
+                    "score model. Needs vae.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="With score_model: the VAE of the model whose latents it sees."
+                    "vae", optional=True, tooltip="With score_model: the VAE of the model whose latents it reads."
                 ),
             ],
             outputs=[
@@ -71,12 +71,12 @@ class ExtractFeatures(io.ComfyNode):
                 io.Float.Output(
                     "diversity",
                     display_name="diversity",
-                    tooltip="How many different pictures they amount to (Vendi score).",
+                    tooltip="How many different images the set is equivalent to (Vendi score).",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="How many were seen, by what, and which could not be opened.",
+                    tooltip="How many images were processed, by which model, and which could not be opened.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -166,7 +166,7 @@ class SimilarImages(io.ComfyNode):
             node_id="TrainyardSimilarImages",
             display_name="Similar Images",
             category=CATEGORY,
-            description="The pictures of a set that are most like others, best first, on a sheet and as a dataset.",
+            description="Finds the most similar images of a set, best first, on a sheet and as a dataset.",
             search_aliases=[
                 "nearest neighbours",
                 "reverse image search",
@@ -175,25 +175,23 @@ class SimilarImages(io.ComfyNode):
                 "memorisation",
             ],
             inputs=[
-                FeaturesType.Input("features", tooltip="The set that is searched, from Extract Features."),
+                FeaturesType.Input("features", tooltip="The set to search, from Extract Features."),
                 FeaturesType.Input(
                     "queries",
                     optional=True,
-                    tooltip="Pictures that are asked for, by the same vision model, such as generated ones. Without "
-                    "it, pictures of the set itself.",
+                    tooltip="Query images with features from the same vision model, such as generated images. "
+                    "Without it, the query comes from the set itself.",
                 ),
                 *settings_inputs(SimilarSettings),
             ],
             outputs=[
-                DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="Every picture that was found, once, the likest first."
-                ),
+                DatasetType.Output("dataset", display_name="dataset", tooltip="Every match once, most similar first."),
                 io.Image.Output(
                     "sheet",
                     display_name="sheet",
-                    tooltip="What was asked for, framed green, and what is like it, with cosines.",
+                    tooltip="Each query, framed green, with its matches and their cosine similarity.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="The same in words."),
+                io.String.Output("report", display_name="report", tooltip="The same as text."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -219,7 +217,7 @@ class ClusterImages(io.ComfyNode):
             node_id="TrainyardClusterImages",
             display_name="Cluster Images",
             category=CATEGORY,
-            description="Sort pictures into groups that look alike, with a sheet of each group and a dataset for each.",
+            description="Groups similar images and outputs a sheet and one dataset per group.",
             search_aliases=["k-means", "group by style", "agglomerative", "sort pictures", "silhouette"],
             inputs=[
                 FeaturesType.Input("features", tooltip="From Extract Features."),
@@ -233,19 +231,19 @@ class ClusterImages(io.ComfyNode):
                     tooltip="One dataset per group, the largest first.",
                 ),
                 DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="All pictures; the flags of each say its group."
+                    "dataset", display_name="dataset", tooltip="All images; each image's flags name its group."
                 ),
                 io.Int.Output(
                     "groups",
                     display_name="groups",
                     is_output_list=True,
-                    tooltip="The number of each picture's group, in the order of the pictures.",
+                    tooltip="The group number of each image, in order.",
                 ),
                 io.Image.Output(
-                    "sheet", display_name="sheet", tooltip="A row for each group, its most typical pictures first."
+                    "sheet", display_name="sheet", tooltip="One row per group, its most typical images first."
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Each group in words, and how clear the groups are."
+                    "report", display_name="report", tooltip="All groups as text, and how clear the groups are."
                 ),
             ],
             hidden=[io.Hidden.unique_id],

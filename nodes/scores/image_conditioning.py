@@ -151,10 +151,8 @@ def encode_empty_prompt(clip) -> dict:
 
 
 IMAGE_PROMPT_INPUTS = [
-    io.Model.Input(
-        "model", tooltip=f"Decides where the embedding goes. Models that have a place for it: {IMAGE_PROMPT_FAMILIES}."
-    ),
-    io.Clip.Input("clip", tooltip="The text encoder of the model; only the empty text is encoded."),
+    io.Model.Input("model", tooltip=f"Determines where the embedding goes. Supported: {IMAGE_PROMPT_FAMILIES}."),
+    io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes only the empty text."),
     io.ClipVision.Input("clip_vision", tooltip="The image encoder that the model's family was made with."),
 ]
 STYLE_MODEL_INPUT = io.StyleModel.Input("style_model", optional=True, tooltip="For Flux.1: the Redux style model.")
@@ -167,12 +165,12 @@ class ImageConditioning(io.ComfyNode):
             node_id="TrainyardImageConditioning",
             display_name="Image Conditioning",
             category=CATEGORY,
-            description="A picture in the place of a prompt: its CLIP embedding as CONDITIONING, for models trained by "
-            "Captions from Images, and for variations of pictures.",
+            description="Converts an image's CLIP embedding to CONDITIONING, for models trained with Captions "
+            "from Images and for variations of an image.",
             search_aliases=["revision", "unclip", "redux", "lafite", "picture prompt"],
             inputs=[
                 *IMAGE_PROMPT_INPUTS,
-                io.Image.Input("images", tooltip="One picture, or several whose embeddings are averaged."),
+                io.Image.Input("images", tooltip="One image, or several whose embeddings are averaged."),
                 *settings_inputs(LafiteSettings, only=("alpha", "seed")),
                 STYLE_MODEL_INPUT,
             ],
@@ -202,13 +200,13 @@ class CaptionsFromImages(io.ComfyNode):
             node_id="TrainyardCaptionsFromImages",
             display_name="Captions from Images",
             category=CATEGORY,
-            description="Training without captions that still learns to follow prompts: each encoded picture gets its "
-            "own CLIP embedding with noise as its caption.",
+            description="Replaces captions with each image's own CLIP embedding plus noise: trains without "
+            "captions, and the LoRA still follows text prompts.",
             search_aliases=["lafite", "language free training", "no captions", "clip image embedding"],
             inputs=[
                 *IMAGE_PROMPT_INPUTS,
-                DatasetType.Input("dataset", tooltip="The pictures that were encoded."),
-                EncodedType.Input("encoded", tooltip="From Encode Dataset; its captions are replaced."),
+                DatasetType.Input("dataset", tooltip="The images that were encoded."),
+                EncodedType.Input("encoded", tooltip="From Encode Dataset. Its captions are replaced."),
                 *settings_inputs(LafiteSettings),
                 STYLE_MODEL_INPUT,
             ],
@@ -216,7 +214,7 @@ class CaptionsFromImages(io.ComfyNode):
                 EncodedType.Output(
                     "encoded",
                     display_name="encoded",
-                    tooltip="The same latents under embeddings of their pictures, for Train LoRA.",
+                    tooltip="The same latents, conditioned on their image embeddings, for Train LoRA.",
                 )
             ],
             hidden=[io.Hidden.unique_id],

@@ -130,8 +130,9 @@ class PromptMatchScore(io.ComfyNode):
             node_id="TrainyardPromptMatch",
             display_name="Prompt Match Score",
             category=CATEGORY,
-            description="A score of how well a picture matches words, by a CLIP that sees and reads. For captions, for "
-            "Train LECO-Score (each prompt's own words, or good words against bad ones), and as a teacher.",
+            description="Scores how well an image matches a text, with a CLIP image and text encoder. For "
+            "captions, for Train LECO-Score (each prompt's own words, or good words against bad "
+            "ones), and as a teacher.",
             search_aliases=[
                 "clip score",
                 "text alignment",
@@ -144,14 +145,14 @@ class PromptMatchScore(io.ComfyNode):
                 io.ClipVision.Input("clip_vision", tooltip="CLIP-ViT-L, -H or -bigG from Load CLIP Vision."),
                 io.Clip.Input(
                     "clip",
-                    tooltip="Its partner with text projection: CLIP-L of openai/clip-vit-large-patch14, the CLIP of "
-                    "SD2.1, or of SDXL.",
+                    tooltip="The matching text encoder with text projection: CLIP-L of "
+                    "openai/clip-vit-large-patch14, the CLIP of SD2.1, or of SDXL.",
                 ),
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="What pictures are compared with. Empty: each with its own caption, or in Train LECO-Score "
-                    "with its own prompt.",
+                    tooltip="The text to compare images with. Empty: each image's own caption, or in Train "
+                    "LECO-Score its own prompt.",
                 ),
                 *latent_score_inputs(),
             ],

@@ -72,12 +72,13 @@ class ScoringSettings(Settings):
         0,
         0,
         8192,
-        "Pictures are scored at about resolution x resolution pixels in all. 0: as the score model was trained.",
+        "Images are scored at about resolution x resolution pixels in total. 0: the size that the score model was"
+        " trained at.",
         unit="px",
         step=8,
     )
     shown: int = number_field(
-        12, 1, 60, "How many of the best and of the worst pictures the sheet shows.", unit="pictures"
+        12, 1, 60, "How many of the best and of the worst images the sheet shows.", unit="pictures"
     )
 
 
@@ -92,8 +93,8 @@ class LoadRatedPictures(io.ComfyNode):
             node_id="TrainyardLoadRatedPictures",
             display_name="Load Rated Pictures",
             category=CATEGORY,
-            description="Pictures from a folder with their ratings: from metadata (CSV, JSONL, JSON), from cat.score "
-            "beside cat.png, or from folder names such as 7.5_landscapes.",
+            description="Loads images with their ratings: from metadata (CSV, JSONL, JSON), from cat.score beside"
+            " cat.png, or from folder names such as 7.5_landscapes.",
             search_aliases=["ratings", "aesthetic dataset", "scored images", "load scores", "labels"],
             inputs=[
                 io.Combo.Input(
@@ -104,18 +105,18 @@ class LoadRatedPictures(io.ComfyNode):
                 io.Combo.Input(
                     "ratings",
                     options=list(RATING_SOURCES),
-                    tooltip="files: .score files, then what metadata calls score. folder names: the number that a "
-                    "subfolder's name begins with.",
+                    tooltip="files: .score files, otherwise score in the metadata. folder names: the number at "
+                    "the beginning of a subfolder's name.",
                 ),
             ],
             outputs=[
                 DatasetType.Output(
-                    "dataset", display_name="dataset", tooltip="The pictures with their ratings, for Encode Dataset."
+                    "dataset", display_name="dataset", tooltip="The images with their ratings, for Encode Dataset."
                 ),
                 io.String.Output(
                     "about",
                     display_name="about",
-                    tooltip="How many are rated, between which numbers, and what was skipped and why.",
+                    tooltip="The number and range of the ratings, and what was skipped and why.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -151,9 +152,9 @@ class TrainScoreModel(io.ComfyNode):
             node_id="TrainyardTrainScoreModel",
             display_name="Train Score Model",
             category=CATEGORY,
-            description="Learn from rated pictures how good a picture is, in latent space and at any noise level. Each "
-            "network is measured on pictures that it never saw; a model that cannot be told from chance is not called "
-            "trained.",
+            description="Trains a score model on rated images, in latent space and at any noise level. Each "
+            "network is evaluated on images it was not trained on; a model that is not better than "
+            "chance is reported as not trained.",
             search_aliases=[
                 "aesthetic predictor",
                 "reward model",
@@ -166,12 +167,12 @@ class TrainScoreModel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model whose latents are scored: its schedule and its latent format. It is not "
-                    "trained.",
+                    tooltip="The model whose latents are scored: its noise schedule and latent format are used. "
+                    "It is not trained.",
                 ),
                 EncodedType.Input(
                     "encoded",
-                    tooltip="Rated pictures from Encode Dataset, best with flip on. CLIP is not needed for them.",
+                    tooltip="Rated images from Encode Dataset, preferably with flip on. They need no CLIP.",
                 ),
                 *settings_inputs(ScorerSettings, only=("backbone", "noisy")),
                 *settings_inputs(ScoreSettings, only=BASIC_SCORE_FIELDS),
@@ -182,22 +183,22 @@ class TrainScoreModel(io.ComfyNode):
                     options=paths.list_pair_files(),
                     default=paths.NO_PAIRS,
                     advanced=True,
-                    tooltip="For the task pairwise: a CSV file with the columns better and worse. Without one, ratings "
-                    "tell which is better.",
+                    tooltip="For the task pairwise: a CSV file with the columns better and worse. Without one, "
+                    "the ratings decide which is better.",
                 ),
                 *settings_inputs(ScorerSettings, only=("rank",)),
                 ScoreModelType.Input(
                     "pretrained",
                     optional=True,
-                    tooltip="Start from the backbone of this model, such as one of Pretrain Score Backbone.",
+                    tooltip="Start from the backbone of this model, such as one from Pretrain Score Backbone.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="For the backbone 'decode + image scorer' only: what decodes latents."
+                    "vae", optional=True, tooltip="For the backbone 'decode + image scorer' only: decodes the latents."
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="For the backbone 'decode + image scorer' only: what looks at pictures.",
+                    tooltip="For the backbone 'decode + image scorer' only: reads the images.",
                 ),
             ],
             outputs=[
@@ -209,7 +210,7 @@ class TrainScoreModel(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="How good it is on pictures that it never saw, with intervals.",
+                    tooltip="Accuracy on held-out images, with confidence intervals.",
                 ),
                 LossMapType.Output(
                     "losses", display_name="losses", tooltip="The losses of the first network, for Loss Plot."
@@ -306,23 +307,25 @@ class SaveScoreModel(io.ComfyNode):
             node_id="TrainyardSaveScoreModel",
             display_name="Save Score Model",
             category=CATEGORY,
-            description="Write a score model with its figures to models/score_models, and read it back to compare. A "
-            "file is never overwritten.",
+            description="Writes a score model with its evaluation to models/score_models, then reads it back and "
+            "compares. An existing file is never overwritten.",
             search_aliases=["export scorer", "keep reward model", "aesthetic safetensors"],
             inputs=[
                 ScoreModelType.Input("score_model", tooltip="From Train, Pretrain or Distill Score Model."),
                 io.String.Input(
-                    "name", default="my_score", tooltip="File name in models/score_models; folder/name makes a folder."
+                    "name",
+                    default="my_score",
+                    tooltip="File name in models/score_models; folder/name creates a folder.",
                 ),
                 io.Boolean.Input(
                     "untrained",
                     default=False,
                     advanced=True,
-                    tooltip="Also save a model that cannot be told from chance; its file says so wherever it is "
-                    "loaded.",
+                    tooltip="Also save a model that is not better than chance. Its file records this, and every "
+                    "node that loads it repeats it.",
                 ),
             ],
-            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="The path of the file.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
@@ -354,20 +357,20 @@ class LoadScoreModel(io.ComfyNode):
             node_id="TrainyardLoadScoreModel",
             display_name="Load Score Model",
             category=CATEGORY,
-            description="A score model from models/score_models, with its figures: to score pictures, or as the goal "
-            "of LECO-score.",
+            description="Loads a score model from models/score_models, with its evaluation: to score images, or "
+            "as the objective of Train LECO-Score.",
             search_aliases=["open scorer", "aesthetic model", "reward loader"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=paths.score_model_names(),
-                    tooltip="A file of Save Score Model. Press R after adding one.",
+                    tooltip="A file written by Save Score Model. Press R after adding one.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Needed for models on another model's features; for all others it checks the latent "
-                    "format.",
+                    tooltip="Required for score models on another model's features; for all others it checks the "
+                    "latent format.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Only for the backbone 'decode + image scorer'."),
                 io.ClipVision.Input(
@@ -379,7 +382,9 @@ class LoadScoreModel(io.ComfyNode):
                     "score_model", display_name="score_model", tooltip="For Score Images and Train LECO-Score."
                 ),
                 io.String.Output(
-                    "about", display_name="about", tooltip="What it judges, how good it is, and what it was trained on."
+                    "about",
+                    display_name="about",
+                    tooltip="What it scores, how accurate it is, and what it was trained on.",
                 ),
             ],
         )
@@ -442,24 +447,24 @@ class ScoreImages(io.ComfyNode):
             node_id="TrainyardScoreImages",
             display_name="Score Images",
             category=CATEGORY,
-            description="What a score model says of pictures: a list of scores, the dataset with the scores in it, and "
-            "a sheet of the best and worst.",
+            description="Scores images or latents with a score model: a list of scores, the dataset with its "
+            "scores, and a sheet of the best and worst.",
             search_aliases=["rate pictures", "aesthetic score", "score latents", "quality score", "predict rating"],
             inputs=[
                 ScoreModelType.Input("score_model", tooltip="From Train or Load Score Model, or an aesthetic head."),
                 DatasetType.Input(
-                    "dataset", optional=True, tooltip="The pictures to score. Or connect images or latents instead."
+                    "dataset", optional=True, tooltip="The images to score. Or connect images or latents instead."
                 ),
-                io.Image.Input(
-                    "images", optional=True, tooltip="Pictures of the graph to score, in place of a dataset."
-                ),
+                io.Image.Input("images", optional=True, tooltip="Images in the graph to score, instead of a dataset."),
                 io.Latent.Input(
                     "latents",
                     optional=True,
-                    tooltip="Latents of the graph to score, in place of pictures. They need no VAE.",
+                    tooltip="Latents in the graph to score, instead of images. They need no VAE.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="The VAE of the model that the scores are for. Needed for pictures."
+                    "vae",
+                    optional=True,
+                    tooltip="The VAE of the model that the scores are for. Needed to score images.",
                 ),
                 *settings_inputs(ScoringSettings),
             ],
@@ -468,20 +473,20 @@ class ScoreImages(io.ComfyNode):
                     "scores",
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="One score for each picture, on the scale of its ratings.",
+                    tooltip="One score per image, on the scale of the training ratings.",
                 ),
                 io.Float.Output(
                     "spreads",
                     display_name="spreads",
                     is_output_list=True,
-                    tooltip="How far its networks disagree on each.",
+                    tooltip="How far the score model's networks disagree on each image.",
                 ),
                 DatasetType.Output(
                     "dataset",
                     display_name="dataset",
-                    tooltip="The pictures with their scores, for Rank and Filter. Empty for latents.",
+                    tooltip="The images with their scores, for Rank and Filter. Empty for latents.",
                 ),
-                io.Image.Output("sheet", display_name="sheet", tooltip="The best pictures, then the worst."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="The best images, then the worst."),
                 io.String.Output("report", display_name="report", tooltip="Mean and range, and every score."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -588,10 +593,10 @@ class RankAndFilter(io.ComfyNode):
             node_id="TrainyardRankAndFilter",
             display_name="Rank and Filter by Score",
             category=CATEGORY,
-            description="Keep the pictures with the best scores: a share of them, those above a threshold, or so many.",
+            description="Keeps the images with the best scores: a share, those above a threshold, or a fixed number.",
             search_aliases=["top pictures", "select best", "score threshold", "sort dataset", "cull"],
             inputs=[
-                DatasetType.Input("dataset", tooltip="Pictures with scores, from Score Images or Load Rated Pictures."),
+                DatasetType.Input("dataset", tooltip="Images with scores, from Score Images or Load Rated Pictures."),
                 io.Float.Input(
                     "scores",
                     optional=True,
@@ -599,18 +604,22 @@ class RankAndFilter(io.ComfyNode):
                     default=0.0,
                     min=-1_000_000.0,
                     max=1_000_000.0,
-                    tooltip="Other scores, one for each picture, in place of those in the dataset. (-1000000 to "
-                    "1000000)",
+                    tooltip="A list of scores, one per image, to use instead of those in the dataset. (-1000000 "
+                    "to 1000000)",
                 ),
                 *settings_inputs(RankSettings),
             ],
             outputs=[
-                DatasetType.Output("dataset", display_name="dataset", tooltip="The pictures that stay."),
-                DatasetType.Output("rest", display_name="rest", tooltip="The pictures that go."),
+                DatasetType.Output("dataset", display_name="dataset", tooltip="The images that are kept."),
+                DatasetType.Output("rest", display_name="rest", tooltip="The images that are removed."),
                 io.Image.Output(
-                    "sheet", display_name="sheet", tooltip="What stays at its best and worst, then what goes."
+                    "sheet",
+                    display_name="sheet",
+                    tooltip="The best and worst of the kept images, then the removed ones.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="How many stay, and between which scores."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How many images are kept, and their score range."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,

@@ -110,8 +110,9 @@ class PretrainScoreBackbone(io.ComfyNode):
             node_id="TrainyardPretrainScoreBackbone",
             display_name="Pretrain Score Backbone",
             category=CATEGORY,
-            description="Teach a latent backbone to see on your own pictures, without any rating: hidden parts, crops "
-            "of one picture, turns, shuffles, colours, classes. Train Score Model then needs fewer ratings.",
+            description="Pretrains a latent backbone on your own unrated images with self-supervised tasks: "
+            "masked parts, matching crops, rotation, shuffles, colours, classes. Train Score Model "
+            "then needs fewer ratings.",
             search_aliases=[
                 "self supervised",
                 "simclr",
@@ -123,16 +124,16 @@ class PretrainScoreBackbone(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model whose latents are looked at: its schedule and its latent format. It is not "
+                    tooltip="The model whose latents are used: its noise schedule and latent format. It is not "
                     "trained.",
                 ),
                 io.Vae.Input(
                     "vae",
-                    tooltip="The VAE that belongs to the model. Every view of a picture is encoded by itself, once.",
+                    tooltip="The model's VAE. Every view of an image is encoded separately, once.",
                 ),
                 DatasetType.Input(
                     "dataset",
-                    tooltip="As many pictures as you have, of the kind that is to be rated. Captions are not read.",
+                    tooltip="As many images as you have of the kind to be rated. Captions are not read.",
                 ),
                 *settings_inputs(PretextSettings, only=BASIC_PRETEXT_FIELDS),
                 *settings_inputs(ScorerSettings, only=("noisy",)),
@@ -143,18 +144,18 @@ class PretrainScoreBackbone(io.ComfyNode):
                     options=paths.list_pair_files(),
                     default=paths.NO_PAIRS,
                     advanced=True,
-                    tooltip="For classes: a CSV file with the columns file and label. Without one, the folders of the "
-                    "pictures are their classes.",
+                    tooltip="For classes: a CSV file with the columns file and label. Without one, the images' "
+                    "folders are the classes.",
                 ),
             ],
             outputs=[
                 ScoreModelType.Output(
                     "score_model",
                     display_name="score_model",
-                    tooltip="A backbone without a head: pretrained of Train Score Model.",
+                    tooltip="A backbone without a head, for pretrained of Train Score Model.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="What the backbone is worth: probes before and after."
+                    "report", display_name="report", tooltip="Quality of the backbone: probes before and after."
                 ),
                 LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
             ],
@@ -239,8 +240,8 @@ class LoadAestheticHead(io.ComfyNode):
             node_id="TrainyardLoadAestheticHead",
             display_name="Load Aesthetic Head",
             category=CATEGORY,
-            description="An aesthetic predictor that others trained on CLIP or SigLIP (LAION v1 and v2, Aesthetic "
-            "Predictor V2.5), as a score model: for pictures, and through a VAE for latents.",
+            description="Loads an aesthetic predictor for CLIP or SigLIP (LAION v1 and v2, Aesthetic Predictor "
+            "V2.5) as a score model: for images, and through a VAE for latents.",
             search_aliases=[
                 "laion aesthetic",
                 "improved aesthetic predictor",
@@ -252,13 +253,13 @@ class LoadAestheticHead(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=paths.aesthetic_head_names(),
-                    tooltip="A .safetensors, .pth, .pt or .ckpt file in models/aesthetic_heads, of which only the "
-                    "numbers are read. Press R after adding one.",
+                    tooltip="A .safetensors, .pth, .pt or .ckpt file in models/aesthetic_heads; only tensors are "
+                    "loaded. Press R after adding one.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
-                    tooltip="The image encoder that the head was trained on. The error says which one when it is "
-                    "another.",
+                    tooltip="The image encoder that the head was trained on. If it is another one, the error says"
+                    " which is needed.",
                 ),
                 io.Combo.Input(
                     "pooler",
@@ -297,24 +298,23 @@ class DistillScoreModel(io.ComfyNode):
             node_id="TrainyardDistillScoreModel",
             display_name="Distill Score Model",
             category=CATEGORY,
-            description="A latent score model that learns to say what an image scorer says, at any noise level: no "
-            "ratings needed, and no decoding when it is used.",
+            description="Distills an image scorer into a latent score model that works at any noise level. Needs "
+            "no ratings, and no decoding when used.",
             search_aliases=["distillation", "teacher student", "latent aesthetic", "copy scorer", "noise aware reward"],
             inputs=[
-                ScoreModelType.Input("teacher", tooltip="From Load Aesthetic Head: what rates the pictures."),
+                ScoreModelType.Input("teacher", tooltip="From Load Aesthetic Head: rates the images."),
                 io.Model.Input(
                     "model",
-                    tooltip="The model whose latents the student scores: its schedule and its latent format. It is not "
-                    "trained.",
+                    tooltip="The model whose latents the student scores: its noise schedule and latent format are"
+                    " used. It is not trained.",
                 ),
                 DatasetType.Input(
                     "dataset",
-                    tooltip="The pictures that are encoded. Some hundred, like those that are to be scored; no ratings "
-                    "needed.",
+                    tooltip="The images that were encoded. Some hundred of the kind to be scored; no ratings needed.",
                 ),
                 EncodedType.Input(
                     "encoded",
-                    tooltip="The same pictures from Encode Dataset, best with flip on. CLIP is not needed for them.",
+                    tooltip="The same images from Encode Dataset, preferably with flip on. They need no CLIP.",
                 ),
                 *settings_inputs(ScorerSettings, only=("backbone", "noisy")),
                 *settings_inputs(ScoreSettings, only=BASIC_DISTIL_FIELDS),
@@ -324,7 +324,7 @@ class DistillScoreModel(io.ComfyNode):
                 ScoreModelType.Input(
                     "pretrained",
                     optional=True,
-                    tooltip="Start from the backbone of this model, such as one of Pretrain Score Backbone.",
+                    tooltip="Start from the backbone of this model, such as one from Pretrain Score Backbone.",
                 ),
             ],
             outputs=[
@@ -336,7 +336,7 @@ class DistillScoreModel(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="How well the student agrees with its teacher on pictures it never saw.",
+                    tooltip="Agreement of student and teacher on held-out images.",
                 ),
                 LossMapType.Output(
                     "losses", display_name="losses", tooltip="The losses of the first network, for Loss Plot."

@@ -36,9 +36,9 @@ class ImagePairs(io.ComfyNode):
             node_id="TrainyardImagePairs",
             display_name="Image Pairs",
             category=CATEGORY,
-            description="Two folders as pairs: pictures of the same file name show one scene with more and with less "
-            "of an attribute. For image-pair sliders (more at +1, less at -1), and for Train Difference (after, "
-            "before).",
+            description="Pairs the images of two folders by file name. A pair shows one scene with more and with "
+            "less of an attribute (image-pair sliders), or after and before a change (Train "
+            "Difference).",
             search_aliases=[
                 "slider dataset",
                 "before after",
@@ -47,9 +47,9 @@ class ImagePairs(io.ComfyNode):
                 "concept slider",
             ],
             inputs=[
-                DatasetType.Input("positive", tooltip="Pictures with more of the attribute, or after the change."),
+                DatasetType.Input("positive", tooltip="Images with more of the attribute, or after the change."),
                 DatasetType.Input(
-                    "negative", tooltip="Pictures with less of it, or before the change; the same file names."
+                    "negative", tooltip="Images with less of it, or before the change; the same file names."
                 ),
                 io.Float.Input(
                     "strength",
@@ -57,8 +57,8 @@ class ImagePairs(io.ComfyNode):
                     min=0.01,
                     max=100.0,
                     step=0.25,
-                    tooltip="The positive pictures are learnt at this strength, the negative ones at minus it. (0.01 "
-                    "to 100)",
+                    tooltip="The positive images are trained at this strength, the negative ones at its negative."
+                    " (0.01 to 100)",
                 ),
                 DatasetType.Input(
                     "pairs",
@@ -161,12 +161,12 @@ class TrainImageSlider(io.ComfyNode):
             node_id="TrainyardTrainImageSlider",
             display_name="Train Slider (Image Pairs)",
             category=CATEGORY,
-            description="A slider from a few pairs of pictures: the positive ones at +1, the negative ones at -1, both "
-            "in every step, with the same noise.",
+            description="Trains a slider from a few image pairs: the positive images at +1, the negative ones at "
+            "-1, both in every step, with the same noise.",
             search_aliases=["visual slider", "concept slider", "image slider", "lora slider", "before after"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                    "model", tooltip="The model to train on. It is not changed; the LoRA is a separate output."
                 ),
                 EncodedType.Input("encoded", tooltip="From Encode Dataset, with Image Pairs before it."),
                 *make_run_inputs(500, 2e-4, 4, shown=("batch", "seed"), default="my_slider"),
@@ -197,12 +197,12 @@ class TrainDifference(io.ComfyNode):
             node_id="TrainyardTrainDifference",
             display_name="Train Difference",
             category=CATEGORY,
-            description="Learn only what changed between a picture before and a picture after (ADDifT); one pair and a "
-            "minute can be enough.",
+            description="Trains a LoRA on the change between a before and an after image (ADDifT); one pair and a"
+            " minute can be enough.",
             search_aliases=["addift", "copy machine", "multi-addift", "before after", "edit lora"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                    "model", tooltip="The model to train on. It is not changed; the LoRA is a separate output."
                 ),
                 EncodedType.Input(
                     "encoded",
@@ -215,8 +215,8 @@ class TrainDifference(io.ComfyNode):
                     min=0.01,
                     max=10.0,
                     step=0.05,
-                    tooltip="The change is learnt at plus and minus this strength; strength 1 of the file then has "
-                    "more of it. (0.01 to 10)",
+                    tooltip="Strength used in training, at plus and minus. A smaller value gives a stronger "
+                    "effect at strength 1 of the file. (0.01 to 10)",
                 ),
                 *make_settings_inputs(points=False),
                 *make_appended_inputs(),

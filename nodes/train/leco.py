@@ -45,40 +45,42 @@ from .widgets import (
 class LecoWords(Settings):
     """The prompts of Train LECO, when none are connected."""
 
-    target: str = text_field("", "The concept that is moved, for example: red car.")
+    target: str = text_field("", "The concept to change, for example: red car.")
     action: str = choice_field(
         "erase",
         ("erase", "enhance", "replace"),
-        "erase: away from the concept. enhance: toward it. replace: it becomes `positive`.",
+        "erase: away from the concept. enhance: toward it. replace: the target becomes `positive`.",
     )
-    positive: str = text_field("", "What is taken away or added, or what the target becomes. Empty: the target itself.")
+    positive: str = text_field(
+        "", "The concept to remove or add, or what the target becomes. Empty: the target itself."
+    )
     guidance: float = number_field(
         1.0, 0.01, 100.0, "How far to move. 1 is the whole difference; enhance needs more than 1.", step=0.25
     )
     neutral: str = text_field(
-        "", "Where the target is moved to when the concept is erased. Empty: the unconditional prompt.", advanced=True
+        "", "Where the target moves when the concept is erased. Empty: the unconditional prompt.", advanced=True
     )
     unconditional: str = text_field(
         "",
-        "What positive is compared with: only what lies between the two is moved. Empty is anything; a prompt keeps "
-        "the rest.",
+        "The prompt that positive is compared with: only the difference between the two changes. Empty means "
+        "anything; a prompt keeps what both share.",
         advanced=True,
     )
-    preserve: str = text_field("", "Prompts that must stay as they are, parted by semicolons or lines.", advanced=True)
+    preserve: str = text_field("", "Prompts that must not change, separated by semicolons or lines.", advanced=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SliderWords(Settings):
     """The prompts of Train Text Slider, when none are connected."""
 
-    target: str = text_field("", "What the slider acts on, for example: person.")
-    positive: str = text_field("", "The far end at +1, for example: old person.")
-    negative: str = text_field("", "The far end at -1, for example: young person.")
+    target: str = text_field("", "What the slider applies to, for example: person.")
+    positive: str = text_field("", "The end at +1, for example: old person.")
+    negative: str = text_field("", "The end at -1, for example: young person.")
     guidance: float = number_field(2.0, 0.01, 100.0, "How far apart the two ends are; the paper uses 4.", step=0.25)
     attributes: str = text_field(
         "", "Put before every prompt in turn, so that the slider does not change them: male, female.", advanced=True
     )
-    preserve: str = text_field("", "Prompts that must stay as they are, parted by semicolons or lines.", advanced=True)
+    preserve: str = text_field("", "Prompts that must not change, separated by semicolons or lines.", advanced=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -229,14 +231,16 @@ def make_prompt_node_schema(words, run_name: str, prompts_tip: str, **about):
     return io.Schema(
         category=CATEGORY,
         inputs=[
-            io.Model.Input("model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."),
-            io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
+            io.Model.Input("model", tooltip="The model to train on. It is not changed; the LoRA is a separate output."),
+            io.Clip.Input(
+                "clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves the GPU."
+            ),
             *settings_inputs(words),
             *make_run_inputs(500, 2e-4, 4, shown=(), default=run_name),
             *settings_inputs(PlaceSettings),
             PromptRowsType.Input("prompts", optional=True, tooltip=prompts_tip),
             EncodedType.Input(
-                "encoded", optional=True, tooltip="From Encode Dataset, when Point Settings say 'pictures'."
+                "encoded", optional=True, tooltip="From Encode Dataset, if Point Settings use 'pictures'."
             ),
             *make_settings_inputs(points=True),
             *make_appended_inputs(),
@@ -269,11 +273,11 @@ class TrainLeco(io.ComfyNode):
         return make_prompt_node_schema(
             LecoWords,
             "my_leco",
-            "From Load Prompts, in place of the prompts above; leave target empty then.",
+            "From Load Prompts, instead of the prompts above; leave target empty.",
             node_id="TrainyardTrainLeco",
             display_name="Train LECO",
-            description="Erase, enhance or replace a concept with prompts alone: no pictures are needed. The LoRA at "
-            "strength 1 has the effect, at -1 the opposite.",
+            description="Erases, enhances or replaces a concept with prompts alone, without images. At strength 1"
+            " the LoRA has the effect, at -1 the opposite.",
             search_aliases=["erase concept", "concept erasing", "replace concept", "ileco", "unlearn"],
         )
 
@@ -335,11 +339,11 @@ class TrainTextSlider(io.ComfyNode):
         return make_prompt_node_schema(
             SliderWords,
             "my_slider",
-            "From Load Prompts, in place of the prompts above (leave target empty); unconditional is the negative end.",
+            "From Load Prompts, instead of the prompts above (leave target empty); unconditional is the negative end.",
             node_id="TrainyardTrainTextSlider",
             display_name="Train Text Slider",
-            description="A slider from prompts alone: at +1 the target becomes more like the positive prompt, at -1 "
-            "more like the negative one.",
+            description="Trains a slider from prompts alone: at +1 the target becomes more like the positive "
+            "prompt, at -1 more like the negative one.",
             search_aliases=["concept slider", "attribute slider", "lora slider", "disentangled", "age slider"],
         )
 

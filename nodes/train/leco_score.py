@@ -86,8 +86,8 @@ class LoadSignedPrompts(io.ComfyNode):
             node_id="TrainyardLoadSignedPrompts",
             display_name="Load Signed Prompts",
             category=CATEGORY,
-            description="Prompts with a direction for Train LECO-Score: 1 makes their pictures better, -1 worse, 0 "
-            "leaves them as they are.",
+            description="Loads prompts with a direction for Train LECO-Score: 1 raises the score of their images,"
+            " -1 lowers it, 0 keeps them unchanged.",
             search_aliases=["partiprompts", "prompt list", "reward prompts", "weighted prompts", "score prompts"],
             is_input_list=True,
             inputs=[
@@ -105,15 +105,15 @@ class LoadSignedPrompts(io.ComfyNode):
                     "text",
                     default="",
                     multiline=True,
-                    tooltip="Used when no file is chosen: one prompt a line, or weight | prompt | negative. A list of "
-                    "texts may be connected.",
+                    tooltip="Used if no file is chosen: one prompt per line, or weight | prompt | negative. A "
+                    "list of texts may be connected.",
                 ),
                 io.Int.Input(
                     "count",
                     default=0,
                     min=0,
                     max=100_000,
-                    tooltip="Takes so many of the prompts, drawn by seed. 0 takes them all. (0 to 100000 prompts)",
+                    tooltip="Uses this many of the prompts, drawn with seed. 0 uses all. (0 to 100000 prompts)",
                 ),
                 io.Int.Input(
                     "seed",
@@ -122,14 +122,14 @@ class LoadSignedPrompts(io.ComfyNode):
                     max=2**63 - 1,
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     advanced=True,
-                    tooltip="Which prompts are taken when count is not 0. (0 to 9223372036854775807)",
+                    tooltip="Determines which prompts are drawn if count is not 0. (0 to 9223372036854775807)",
                 ),
             ],
             outputs=[
                 SignedPromptsType.Output(
                     "prompts", display_name="prompts", tooltip="For the prompts input of Train LECO-Score."
                 ),
-                io.String.Output("about", display_name="about", tooltip="Every prompt, as it was understood."),
+                io.String.Output("about", display_name="about", tooltip="Every prompt as it was parsed."),
             ],
         )
 
@@ -164,8 +164,8 @@ class ScoreMixer(io.ComfyNode):
             node_id="TrainyardScoreMix",
             display_name="Score Mix",
             category=CATEGORY,
-            description="One more score model with a weight, for Train LECO-Score. Chain several; the one on the Train "
-            "node itself has weight 1.",
+            description="Adds a score model with a weight, for Train LECO-Score. Chain several; the score model "
+            "on the Train node itself has weight 1.",
             search_aliases=["several rewards", "combine score models", "reward mix", "weighted rewards"],
             inputs=[
                 ScoreModelType.Input("score_model", tooltip="From Load Score Model or Train Score Model."),
@@ -175,7 +175,7 @@ class ScoreMixer(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="How much this score counts against the others; below 0 it is pushed down. (-100 to 100)",
+                    tooltip="Weight of this score relative to the others; below 0 the score is lowered. (-100 to 100)",
                 ),
                 ScoreMixType.Input("more_scores", optional=True, tooltip="From another Score Mix."),
             ],
@@ -200,8 +200,8 @@ class LecoScoreOptions(io.ComfyNode):
             node_id="TrainyardLecoScoreSettings",
             display_name="LECO-Score Settings",
             category=f"{CATEGORY}/settings",
-            description="What holds LECO-score back and where it grades: anchor, step range, slider, caps, and how it "
-            "is watched. Without it the defaults hold.",
+            description="Sets the anchor, step range, slider mode, caps and monitoring of Train LECO-Score. "
+            "Without it the defaults apply.",
             search_aliases=["anchor", "kl", "reward hacking", "early stop", "srpo", "step range"],
             inputs=[*settings_inputs(LecoScoreSettings, without=("target",)), *settings_inputs(WatchSettings)],
             outputs=[
@@ -223,14 +223,14 @@ class WatchSettings(Settings):
     """How a run is looked at."""
 
     watch_every: int = number_field(
-        50, 1, 1_000_000, "Pictures are drawn and judged every so many steps.", unit="optimizer steps"
+        50, 1, 1_000_000, "Test images are sampled and scored every this many steps.", unit="optimizer steps"
     )
     patience: int = number_field(
         2,
         1,
         1000,
-        "With a held-out score model: the run ends after so many looks in a row below its best, while the trained "
-        "score rises.",
+        "With a held-out score model: stop after this many measurements in a row below its best while the trained"
+        " score rises.",
         unit="looks",
     )
 
@@ -241,7 +241,7 @@ class ScorePlace(Settings):
         512,
         16,
         8192,
-        "Ways are walked and pictures judged at this size. Best what the score model was trained on.",
+        "The size to sample and score. Best is the size that the score model was trained on.",
         unit="px",
         step=8,
     )
@@ -537,35 +537,37 @@ class TrainLecoScore(io.ComfyNode):
             node_id="TrainyardTrainLecoScore",
             display_name="Train LECO-Score",
             category=CATEGORY,
-            description="A LoRA that makes pictures better in the eyes of a score model: no pictures and no captions "
-            "are needed, only prompts.",
+            description="Trains a LoRA that raises the score of a score model, with prompts alone: no images and "
+            "no captions are needed.",
             search_aliases=["reward finetuning", "aesthetic lora", "draft", "refl", "rlhf", "alignprop", "srpo"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                    "model", tooltip="The model to train on. It is not changed; the LoRA is a separate output."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the model; it encodes the prompts once and leaves the GPU."
+                ),
                 ScoreModelType.Input(
-                    "score_model", tooltip="What judges: a score model for this model's kind of latents."
+                    "score_model", tooltip="The score model to train for; it must read this model's latents."
                 ),
                 io.String.Input(
                     "prompts_text",
                     default="",
                     multiline=True,
-                    tooltip="One prompt a line, or weight | prompt | negative: weight 1 for better, -1 for worse, 0 to "
-                    "leave as it is.",
+                    tooltip="One prompt per line, or weight | prompt | negative. Weight 1 raises the score, -1 "
+                    "lowers it, 0 keeps images unchanged.",
                 ),
                 io.Combo.Input(
                     "target",
                     options=[*SCORE_TARGETS, ORIGINAL_RECIPE],
                     default=SCORE_TARGETS[0],
-                    tooltip="What the score model sees of each graded step. 'original recipe' is the first LECO-score "
-                    "as it was: no anchor, a score model of clean latents, settings not used.",
+                    tooltip="What the score model sees of each scored step. 'original recipe' is the first "
+                    "published LECO-Score: no anchor, a score model of clean latents, settings ignored.",
                 ),
                 *settings_inputs(ScorePlace),
                 *make_run_inputs(300, 1e-4, 8, default="my_score_lora"),
                 SignedPromptsType.Input(
-                    "prompts", optional=True, tooltip="From Load Signed Prompts, in place of prompts_text."
+                    "prompts", optional=True, tooltip="From Load Signed Prompts, instead of prompts_text."
                 ),
                 ScoreMixType.Input(
                     "more_scores",
@@ -575,16 +577,16 @@ class TrainLecoScore(io.ComfyNode):
                 ScoreModelType.Input(
                     "held_out",
                     optional=True,
-                    tooltip="A second score model that is never trained on; the run ends when it falls while "
+                    tooltip="A second score model that is not trained on. The run ends if it falls while "
                     "score_model rises.",
                 ),
                 EncodedType.Input(
                     "encoded",
                     optional=True,
-                    tooltip="From Encode Dataset: your own pictures, for the target 'direct_align'.",
+                    tooltip="From Encode Dataset: your own images, for the target 'direct_align'.",
                 ),
                 LecoScoreSettingsType.Input(
-                    "settings", optional=True, tooltip="From LECO-Score Settings; defaults without it."
+                    "settings", optional=True, tooltip="From LECO-Score Settings. Not connected: the defaults."
                 ),
                 *[recipe for recipe in make_settings_inputs(points=False) if recipe.id != "noise"],
                 planner.retry_cheaper_input(),
@@ -598,9 +600,7 @@ class TrainLecoScore(io.ComfyNode):
                     tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes.",
                 ),
                 LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
-                io.Model.Output(
-                    "model", display_name="model", tooltip="The model with the LoRA applied at strength 1."
-                ),
+                io.Model.Output("model", display_name="model", tooltip="The model with the LoRA at strength 1."),
                 io.String.Output(
                     "report",
                     display_name="report",
@@ -609,7 +609,7 @@ class TrainLecoScore(io.ComfyNode):
                 io.Latent.Output(
                     "previews",
                     display_name="previews",
-                    tooltip="The same pictures again and again over the run, for VAE Decode.",
+                    tooltip="The same images over the run, for VAE Decode.",
                 ),
             ],
             hidden=HIDDEN_INPUTS,

@@ -17,15 +17,15 @@ class SaveLora(io.ComfyNode):
             node_id="TrainyardSaveLora",
             display_name="Save LoRA (Trainyard)",
             category=CATEGORY,
-            description="Write a trained LoRA to output/loras with kohya keys and full metadata, then read it back and "
-            "compare. Drop the file on ComfyUI to get its training graph back.",
+            description="Writes a trained LoRA to output/loras with kohya keys and full metadata, then reads it "
+            "back and compares. Drop the file on ComfyUI to get its training graph back.",
             search_aliases=["export lora", "save lora", "safetensors"],
             inputs=[
                 LoraModelType.Input("lora", tooltip="The LORA_MODEL of a Train node."),
                 io.String.Input(
                     "name",
                     default="my_lora",
-                    tooltip="File name in output/loras; folder/name makes a folder. An existing file is never "
+                    tooltip="File name in output/loras; folder/name creates a folder. An existing file is never "
                     "overwritten.",
                 ),
                 io.Model.Input(
@@ -36,10 +36,10 @@ class SaveLora(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Optional: the CLIP for the same check, when the text encoder was trained.",
+                    tooltip="Optional: the same check for the CLIP, if the text encoder was trained.",
                 ),
             ],
-            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="The path of the file.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
@@ -77,7 +77,7 @@ class LoadLora(io.ComfyNode):
             node_id="TrainyardLoadLora",
             display_name="Load LoRA File (Trainyard)",
             category=CATEGORY,
-            description="A LoRA file as LORA_MODEL, with its metadata: to apply it, or to look into it.",
+            description="Loads a LoRA file as LORA_MODEL, with its metadata: to apply it or to inspect it.",
             search_aliases=["open lora", "lora metadata"],
             inputs=[
                 io.Combo.Input("file", options=paths.lora_names(), tooltip="A LoRA from models/loras or output/loras.")
@@ -107,10 +107,10 @@ class ApplyLora(io.ComfyNode):
             node_id="TrainyardApplyLora",
             display_name="Apply LoRA (Trainyard)",
             category=CATEGORY,
-            description="MODEL and CLIP with a LoRA applied. The inputs are not changed.",
+            description="Applies a LoRA to MODEL and CLIP. The inputs are not changed.",
             search_aliases=["lora loader", "use lora", "lora strength"],
             inputs=[
-                io.Model.Input("model", tooltip="The model the LoRA was trained on, or a relative of it."),
+                io.Model.Input("model", tooltip="The model the LoRA was trained on, or a related model."),
                 LoraModelType.Input("lora", tooltip="A LORA_MODEL of a Train node or of Load LoRA File."),
                 io.Float.Input(
                     "strength",
@@ -120,11 +120,11 @@ class ApplyLora(io.ComfyNode):
                     step=0.05,
                     tooltip="1 is as trained, 0 is off, below 0 is the opposite. (-20 to 20)",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The CLIP, when the LoRA holds text-encoder layers."),
+                io.Clip.Input("clip", optional=True, tooltip="The CLIP, if the LoRA holds text-encoder layers."),
             ],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="A clone with the LoRA as patches."),
-                io.Clip.Output("clip", display_name="clip", tooltip="The same for the CLIP, when one was given."),
+                io.Model.Output("model", display_name="model", tooltip="A clone with the LoRA applied as patches."),
+                io.Clip.Output("clip", display_name="clip", tooltip="The same for the CLIP, if one was connected."),
             ],
         )
 
@@ -140,7 +140,7 @@ class LossPlot(io.ComfyNode):
             node_id="TrainyardLossPlot",
             display_name="Loss Plot (Trainyard)",
             category=CATEGORY,
-            description="The loss of a run as a picture, raw and smoothed.",
+            description="Plots the loss of a run as an image, raw and smoothed.",
             search_aliases=["loss graph", "training curve"],
             inputs=[LossMapType.Input("losses", tooltip="The LOSS_MAP of a Train node.")],
             outputs=[io.Image.Output("plot", display_name="plot", tooltip="960 x 540 px.")],

@@ -28,9 +28,9 @@ from ...trainers.memory.plan import (
 from .. import host
 
 CHECKPOINTING_TOOLTIP = (
-    "'per block' needs much less memory and half as much time again; 'per block + CPU' still less; 'offloaded blocks' "
-    "least, and the model's weights travel for every block. 'auto' measures a step and chooses; where nothing else "
-    "fits, it splits the batch."
+    "How activations are stored for the backward pass. 'per block' needs much less memory and about half as much "
+    "time again; 'per block + CPU' still less memory; 'offloaded blocks' the least, and the model's weights are "
+    "transferred for every block. 'auto' measures a step and chooses; if nothing else fits, it splits the batch."
 )
 MIN_MEASURED_STEPS = 50  # runs of fewer steps are not measured first: they would be half done by then
 
@@ -52,8 +52,8 @@ def retry_cheaper_input():
         default=False,
         optional=True,
         advanced=True,
-        tooltip="When memory runs out in the middle of a run, go on from the last step with the next checkpointing "
-        "that needs less. Once; the result is the same.",
+        tooltip="If memory runs out during a run, continue from the last step with the next checkpointing mode "
+        "that needs less memory. Happens at most once; the result is the same.",
     )
 
 
@@ -64,8 +64,8 @@ def compile_blocks_input():
         default=False,
         optional=True,
         advanced=True,
-        tooltip="Let torch.compile make faster programs of the model's blocks: minutes at the start, often for less "
-        "time a step. Where that is impossible, it says so and trains without.",
+        tooltip="Compile the model's blocks with torch.compile: takes minutes at the start and often makes steps "
+        "faster. If compiling is impossible, the node says so and trains without it.",
     )
 
 

@@ -14,8 +14,8 @@ class PresetRecipe(io.ComfyNode):
             node_id="TrainyardPreset",
             display_name="Training Preset",
             category=f"{CATEGORY}/settings",
-            description="Published settings for a model family and a purpose as a place to begin: adapter, optimizer, "
-            "noise, steps, learning rate, rank and resolution. Every value can be changed.",
+            description="Published starting settings for a model family and a purpose: adapter, optimizer, noise,"
+            " steps, learning rate, rank and resolution. Every value can be changed.",
             search_aliases=[
                 "recommended settings",
                 "recipe",
@@ -31,20 +31,20 @@ class PresetRecipe(io.ComfyNode):
                     "family",
                     options=list(PRESET_FAMILIES),
                     default="SDXL",
-                    tooltip="The family of the model that is trained.",
+                    tooltip="The family of the model to train.",
                 ),
                 io.Combo.Input(
                     "purpose",
                     options=list(PRESET_PURPOSES),
                     default=PRESET_PURPOSES[0],
-                    tooltip="What is taught: one character, a style, or a thing, pose or idea.",
+                    tooltip="What to train: one character, a style, or a thing, pose or idea.",
                 ),
                 io.Int.Input(
                     "pictures",
                     default=20,
                     min=1,
                     max=1_000_000,
-                    tooltip="How many pictures there are: more need more steps. (1 to 1000000)",
+                    tooltip="Number of images: more images need more steps. (1 to 1000000)",
                 ),
                 io.String.Input(
                     "changes",
@@ -71,7 +71,7 @@ class PresetRecipe(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Every chosen value, advice on pictures, and where the values come from.",
+                    tooltip="Every chosen value, advice on the images, and the sources of the values.",
                 ),
             ],
         )

@@ -16,8 +16,8 @@ class PriorPreservation(io.ComfyNode):
             node_id="TrainyardPrior",
             display_name="Prior Preservation",
             category=f"{CATEGORY}/settings",
-            description="Keep the model drawing a whole class as before while a LoRA learns one of it: from class "
-            "prompts alone, or from class images.",
+            description="Keeps the model drawing a whole class as before while a LoRA learns one instance of it: "
+            "from class prompts alone, or from class images.",
             search_aliases=[
                 "regularisation images",
                 "regularization",
@@ -32,13 +32,13 @@ class PriorPreservation(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder of the model; it encodes the class prompts once and leaves.",
+                    tooltip="The text encoder of the model; it encodes the class prompts once and leaves the GPU.",
                 ),
                 EncodedType.Input(
                     "encoded",
                     optional=True,
-                    tooltip="Class images (a regularisation set) from Encode Dataset, beside or in place of class "
-                    "prompts.",
+                    tooltip="Class images (a regularisation set) from Encode Dataset, in addition to class "
+                    "prompts or instead of them.",
                 ),
             ],
             outputs=[PriorType.Output("prior", display_name="prior", tooltip="For the prior input of Train LoRA.")],

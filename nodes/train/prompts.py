@@ -16,8 +16,8 @@ class LoadPrompts(io.ComfyNode):
             node_id="TrainyardLoadPrompts",
             display_name="Load Prompts",
             category=CATEGORY,
-            description="Rows of prompts for Train LECO and Train Text Slider, from a file or from the text below; "
-            "each row has its own action, guidance, weight and resolution.",
+            description="Loads rows of prompts for Train LECO and Train Text Slider, from a file or from the text"
+            " below. Each row has its own action, guidance, weight and resolution.",
             search_aliases=["leco prompts", "prompts.yaml", "concept list", "slider prompts", "csv prompts"],
             inputs=[
                 io.Combo.Input(
@@ -30,15 +30,15 @@ class LoadPrompts(io.ComfyNode):
                     "text",
                     default="",
                     multiline=True,
-                    tooltip="Used when no file is chosen. One concept a line, such as 'red car -> blue car | guidance: "
-                    "2'.",
+                    tooltip="Used if no file is chosen. One concept per line, such as 'red car -> blue car | "
+                    "guidance: 2'.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(PROMPT_FORMATS),
                     default="auto",
                     advanced=True,
-                    tooltip="How the text is written; auto recognises it. Files go by their ending.",
+                    tooltip="Format of the text; auto detects it. For files, the extension decides.",
                 ),
             ],
             outputs=[
@@ -47,7 +47,7 @@ class LoadPrompts(io.ComfyNode):
                     display_name="prompts",
                     tooltip="For the prompts input of Train LECO and Train Text Slider.",
                 ),
-                io.String.Output("about", display_name="about", tooltip="Every row, as it was understood."),
+                io.String.Output("about", display_name="about", tooltip="Every row as it was parsed."),
             ],
         )
 

@@ -18,8 +18,8 @@ class Adapter(io.ComfyNode):
             node_id="TrainyardAdapter",
             display_name="Adapter Settings",
             category=f"{CATEGORY}/settings",
-            description="Which kind of adapter is trained, on which layers, and how strongly it counts. Connect it to "
-            "a Train node; without it the defaults hold.",
+            description="Sets the adapter algorithm, its target layers and its scale. Connect it to a Train node;"
+            " without it the node uses the defaults.",
             search_aliases=[
                 "lora settings",
                 "alpha",
@@ -56,7 +56,7 @@ class Optimizer(io.ComfyNode):
             node_id="TrainyardOptimizer",
             display_name="Optimizer Settings",
             category=f"{CATEGORY}/settings",
-            description="How a gradient becomes a change: optimizer, schedule, warmup, clipping, accumulation.",
+            description="Sets the optimizer, learning rate schedule, warmup, gradient clipping and accumulation.",
             search_aliases=[
                 "adamw",
                 "prodigy",
@@ -88,7 +88,7 @@ class NoiseAndLoss(io.ComfyNode):
             node_id="TrainyardNoiseAndLoss",
             display_name="Noise and Loss Settings",
             category=f"{CATEGORY}/settings",
-            description="Which noise levels are trained how often, what the noise is like, and how errors count.",
+            description="Sets how often each noise level is trained, how the noise is made, and how errors count.",
             search_aliases=[
                 "min snr",
                 "timestep sampling",
@@ -122,8 +122,8 @@ class Points(io.ComfyNode):
             node_id="TrainyardPoints",
             display_name="Point Settings",
             category=f"{CATEGORY}/settings",
-            description="Where LECO and text sliders learn: on ways from noise that the model walks, on noised "
-            "pictures, or on pure noise.",
+            description="Sets the latents that LECO and text sliders train on: rollouts of the model, noised "
+            "images, or pure noise.",
             search_aliases=["rollout", "partial denoising", "on-policy", "leco speed", "ilecos", "max denoising steps"],
             inputs=settings_inputs(PointSettings),
             outputs=[

@@ -27,21 +27,21 @@ class SweepSettings(Settings):
     """What is drawn, and at which strengths."""
 
     strengths: str = text_field(
-        "-2, -1, 0, 1, 2", "The strengths that are compared, parted by commas; 0 is always among them."
+        "-2, -1, 0, 1, 2", "The strengths to compare, separated by commas; 0 is always included."
     )
-    pictures: int = number_field(3, 1, 64, "How many seeds are drawn at every strength.", unit="pictures")
-    seed: int = number_field(0, 0, 2**63 - 1, "The first seed; pictures of one row share theirs.")
-    resolution: int = number_field(512, 16, 8192, "Width and height of the pictures.", unit="px", step=8)
-    steps: int = number_field(20, 1, 1000, "Sampling steps of each picture.")
+    pictures: int = number_field(3, 1, 64, "Seeds per strength.", unit="pictures")
+    seed: int = number_field(0, 0, 2**63 - 1, "The first seed; all images of a row share one seed.")
+    resolution: int = number_field(512, 16, 8192, "Width and height of the images.", unit="px", step=8)
+    steps: int = number_field(20, 1, 1000, "Sampling steps of each image.")
     guidance: float = number_field(
-        7.0, 1.0, 30.0, "Classifier-free guidance (cfg); 1 for models with guidance distilled into them.", step=0.5
+        7.0, 1.0, 30.0, "Classifier-free guidance (CFG); 1 for guidance-distilled models.", step=0.5
     )
     asked_effect: float = number_field(
         0.0,
         -100.0,
         100.0,
-        "Rescale the LoRA so that strength 1 has this effect, where 1 is that of `toward` itself. 0 leaves it as it "
-        "is.",
+        "Rescale the LoRA so that strength 1 has this effect, where 1 is the effect of `toward` itself. 0 leaves "
+        "it unchanged.",
         step=0.25,
     )
 
@@ -65,15 +65,15 @@ class StrengthSweep(io.ComfyNode):
             node_id="TrainyardStrengthSweep",
             display_name="Strength Sweep",
             category=CATEGORY,
-            description="Any LoRA at rising strengths on fixed seeds: a sheet of pictures, and under them how much "
-            "each unit of strength does and how far the rest drifts.",
+            description="Samples any LoRA at several strengths on fixed seeds: a sheet of images, and below it "
+            "how much each unit of strength does and how far other things drift.",
             search_aliases=["xy plot", "lora strength grid", "slider calibration", "lora tester", "strength curve"],
             inputs=[
                 io.Model.Input("model", tooltip="The model without the LoRA."),
                 LoraModelType.Input("lora", tooltip="From a Train node or Load LoRA File."),
-                io.Vae.Input("vae", tooltip="The VAE of the model, to see the pictures."),
-                io.Conditioning.Input("positive", tooltip="What the pictures show."),
-                io.Conditioning.Input("negative", tooltip="What guidance avoids; usually the empty text."),
+                io.Vae.Input("vae", tooltip="The VAE of the model, to decode the images."),
+                io.Conditioning.Input("positive", tooltip="The prompt of the samples."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; usually the empty text."),
                 *settings_inputs(SweepSettings),
                 io.Combo.Input(
                     "sampler",
@@ -92,30 +92,32 @@ class StrengthSweep(io.ComfyNode):
                 io.Conditioning.Input(
                     "toward",
                     optional=True,
-                    tooltip="What +1 should look like, such as 'old person'. With `away`, effect is asked of the model "
-                    "itself.",
+                    tooltip="A prompt for what +1 should look like, such as 'old person'. With `away`, the model "
+                    "itself measures the effect.",
                 ),
                 io.Conditioning.Input(
-                    "away", optional=True, tooltip="What -1 should look like, or what +1 takes away."
+                    "away", optional=True, tooltip="A prompt for what -1 should look like, or for what +1 removes."
                 ),
                 io.Conditioning.Input(
-                    "preserve", optional=True, tooltip="Something the LoRA must leave alone: its drift is measured."
+                    "preserve",
+                    optional=True,
+                    tooltip="A prompt that the LoRA must not change: drift is measured on it.",
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", display_name="sheet", tooltip="All pictures with the curve under them."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="All images with the curve below them."),
                 io.Image.Output(
-                    "images", display_name="images", tooltip="The pictures, seed by seed, in order of strength."
+                    "images", display_name="images", tooltip="The images, seed by seed, in order of strength."
                 ),
                 LoraModelType.Output(
                     "lora",
                     display_name="lora",
-                    tooltip="The LoRA with its curve in the metadata, rescaled when an effect is asked.",
+                    tooltip="The LoRA with its curve in the metadata, rescaled if asked_effect is set.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Effect per unit, monotonicity, drift, and what was rescaled.",
+                    tooltip="Effect per unit, monotonicity, drift, and any rescaling.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

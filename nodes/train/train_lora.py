@@ -41,13 +41,13 @@ class TrainLora(io.ComfyNode):
             node_id="TrainyardTrainLora",
             display_name="Train LoRA (Trainyard)",
             category=CATEGORY,
-            description="Train a LoRA on the loaded model. It can be stopped and goes on where it was; pressing Run "
-            "again on an unchanged graph never trains twice.",
+            description="Trains a LoRA on the loaded model. It can be stopped and resumes where it was; pressing "
+            "Run again on an unchanged graph does not train again.",
             search_aliases=["lora training", "finetune", "dreambooth", "locon", "train"],
             is_input_list=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to train on. It is not changed: the LoRA comes out beside it."
+                    "model", tooltip="The model to train on. It is not changed; the LoRA is a separate output."
                 ),
                 EncodedType.Input(
                     "encoded",
@@ -60,39 +60,41 @@ class TrainLora(io.ComfyNode):
                 io.String.Input(
                     "run_name",
                     default="my_lora",
-                    tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue "
-                    "that run.",
+                    tooltip="Name of the run's folder in output/loras/trainyard. The same name and settings "
+                    "continue that run.",
                 ),
                 planner.checkpointing_input(),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only to train the text encoder too (switch it on in Adapter Settings).",
+                    tooltip="Only to train the text encoder too (turn that on in Adapter Settings).",
                 ),
                 AdapterSettingsType.Input(
-                    "adapter", optional=True, tooltip="From Adapter Settings; defaults without it."
+                    "adapter", optional=True, tooltip="From Adapter Settings. Not connected: the defaults."
                 ),
                 OptimizerSettingsType.Input(
-                    "optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."
+                    "optimizer", optional=True, tooltip="From Optimizer Settings. Not connected: the defaults."
                 ),
                 NoiseSettingsType.Input(
-                    "noise", optional=True, tooltip="From Noise and Loss Settings; the family's own recipe without it."
+                    "noise",
+                    optional=True,
+                    tooltip="From Noise and Loss Settings. Not connected: the family's own recipe.",
                 ),
                 io.Latent.Input(
                     "latents",
                     optional=True,
-                    tooltip="LATENT list of ComfyUI's Make Training Dataset, in place of encoded.",
+                    tooltip="LATENT list of ComfyUI's Make Training Dataset, instead of encoded.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
-                    tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, in place of encoded.",
+                    tooltip="CONDITIONING list of ComfyUI's Make Training Dataset, instead of encoded.",
                 ),
                 LoraModelType.Input(
                     "start_from",
                     optional=True,
-                    tooltip="A LoRA whose training goes on here, with another dataset or recipe. Same algorithm, rank "
-                    "and layers.",
+                    tooltip="A LoRA to continue training, with another dataset or recipe. Its algorithm, rank and"
+                    " layers must match.",
                 ),
                 PriorType.Input(
                     "prior", optional=True, tooltip="From Prior Preservation: what the model must not forget."
@@ -100,7 +102,7 @@ class TrainLora(io.ComfyNode):
                 ValidationSettingsType.Input(
                     "validation",
                     optional=True,
-                    tooltip="From Validation and Previews: loss on held-out pictures, samples, early stop.",
+                    tooltip="From Validation and Previews: loss on held-out images, samples, early stopping.",
                 ),
                 planner.retry_cheaper_input(),
                 planner.compile_blocks_input(),
@@ -112,10 +114,8 @@ class TrainLora(io.ComfyNode):
                     tooltip="For Save LoRA, Apply LoRA, and ComfyUI's own LORA_MODEL nodes.",
                 ),
                 LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
-                io.Model.Output(
-                    "model", display_name="model", tooltip="The model with the LoRA applied at strength 1."
-                ),
-                io.Int.Output("steps", display_name="steps", tooltip="Optimizer steps done."),
+                io.Model.Output("model", display_name="model", tooltip="The model with the LoRA at strength 1."),
+                io.Int.Output("steps", display_name="steps", tooltip="The number of completed optimizer steps."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,

@@ -82,8 +82,8 @@ class Validation(io.ComfyNode):
             node_id="TrainyardValidation",
             display_name="Validation and Previews",
             category=f"{CATEGORY}/settings",
-            description="Look at a run while it trains: validation loss at fixed noise, the best weights, early stop, "
-            "and sample pictures with the live adapter. Looking never changes the training.",
+            description="Monitors a run while it trains: validation loss at fixed noise, the best weights, early "
+            "stopping, and samples with the current adapter. Measuring does not affect training.",
             search_aliases=[
                 "held out loss",
                 "test set",
@@ -113,19 +113,20 @@ class Validation(io.ComfyNode):
                 EncodedType.Input(
                     "held_out",
                     optional=True,
-                    tooltip="Encoded pictures that are not trained on. Without it, fixed training pictures are "
-                    "measured.",
+                    tooltip="Encoded images that are not trained on. Without it, fixed training images are measured.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Decodes the samples. Without it they are shown roughly, from their latents.",
+                    tooltip="Decodes the samples. Without it, they are rough previews of their latents.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts that are written here."),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts of this node."),
                 io.Conditioning.Input(
-                    "positive", optional=True, tooltip="Your own conditioning to draw samples of, each row one sample."
+                    "positive",
+                    optional=True,
+                    tooltip="Your own conditioning for the samples; each row gives one sample.",
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="What guidance avoids in the samples."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Negative conditioning for the samples."),
             ],
             outputs=[
                 ValidationSettingsType.Output(

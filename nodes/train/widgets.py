@@ -34,13 +34,13 @@ class PlaceSettings(Settings):
         512,
         16,
         8192,
-        "Points are made at this size; below the model's own size is cheaper and often enough.",
+        "The size at which points are made; below the model's own size is cheaper and often enough.",
         unit="px",
         step=8,
         advanced=True,
     )
     preserve_weight: float = number_field(
-        1.0, 0.0, 100.0, "How often preserved prompts are trained, against the row they belong to.", advanced=True
+        1.0, 0.0, 100.0, "How often preserved prompts are trained, relative to their row.", advanced=True
     )
 
 
@@ -62,7 +62,7 @@ def make_run_inputs(steps, learning_rate, rank, shown=("seed",), **more):
         *widgets,
         io.String.Input(
             "run_name",
-            tooltip="Names the run's folder in output/loras/trainyard. The same name and settings continue that run.",
+            tooltip="Name of the run's folder in output/loras/trainyard. The same name and settings continue that run.",
             **more,
         ),
         *rest,
@@ -72,23 +72,25 @@ def make_run_inputs(steps, learning_rate, rank, shown=("seed",), **more):
             options=list(CALIBRATE_MODES),
             default=CALIBRATE_AFTER,
             advanced=True,
-            tooltip="Draw small samples at strengths -2 to 2 and write the curve of effect and drift into the file and "
-            "the report.",
+            tooltip="Draw small samples at strengths -2 to 2 and write the curve of effect and drift into the "
+            "file and the report.",
         ),
     ]
 
 
 def make_settings_inputs(points: bool):
     return [
-        AdapterSettingsType.Input("adapter", optional=True, tooltip="From Adapter Settings; defaults without it."),
+        AdapterSettingsType.Input(
+            "adapter", optional=True, tooltip="From Adapter Settings. Not connected: the defaults."
+        ),
         OptimizerSettingsType.Input(
-            "optimizer", optional=True, tooltip="From Optimizer Settings; defaults without it."
+            "optimizer", optional=True, tooltip="From Optimizer Settings. Not connected: the defaults."
         ),
         NoiseSettingsType.Input(
-            "noise", optional=True, tooltip="From Noise and Loss Settings: which noise levels are trained."
+            "noise", optional=True, tooltip="From Noise and Loss Settings: which noise levels to train."
         ),
         *(
-            [PointSettingsType.Input("points", optional=True, tooltip="From Point Settings; rollouts without it.")]
+            [PointSettingsType.Input("points", optional=True, tooltip="From Point Settings. Not connected: rollouts.")]
             if points
             else []
         ),
@@ -99,7 +101,7 @@ def make_validation_input():
     return ValidationSettingsType.Input(
         "validation",
         optional=True,
-        tooltip="From Validation and Previews: loss at fixed questions, best weights, early stop, samples.",
+        tooltip="From Validation and Previews: validation loss at fixed points, best weights, early stopping, samples.",
     )
 
 
@@ -111,10 +113,8 @@ def make_training_outputs():
             tooltip="For Save LoRA, Apply LoRA, Strength Sweep and ComfyUI's own LORA_MODEL nodes.",
         ),
         LossMapType.Output("losses", display_name="losses", tooltip="One number per step, for Loss Plot."),
-        io.Model.Output("model", display_name="model", tooltip="The model with the LoRA applied at strength 1."),
-        io.String.Output(
-            "report", display_name="report", tooltip="What was done, with the forwards planned and spent."
-        ),
+        io.Model.Output("model", display_name="model", tooltip="The model with the LoRA at strength 1."),
+        io.String.Output("report", display_name="report", tooltip="A summary, with planned and actual forward passes."),
     ]
 
 

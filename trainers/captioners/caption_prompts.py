@@ -57,19 +57,19 @@ class PromptSettings(Settings):
     style: str = choice_field(
         "descriptive",
         CAPTION_STYLES,
-        "What kind of text is asked for. Models without instructions (BLIP, GIT) leave it aside.",
+        "Requested kind of text. Models without instructions (BLIP, GIT) ignore it.",
     )
     length: str = choice_field(
-        "any", CAPTION_LENGTHS, "How long a caption is asked for. Florence-2 picks its task by it."
+        "any", CAPTION_LENGTHS, "Requested length of the caption. For Florence-2 it selects the task."
     )
     words: int = number_field(60, 5, 500, "With length = number of words: how many.", unit="words")
     extra: str = text_field(
-        "", "Added to the request. {tags}, {name}, {folder} and {caption} become those of the picture."
+        "", "Added to the instruction. {tags}, {name}, {folder} and {caption} are replaced for each image."
     )
-    begin: str = text_field("", "Every caption begins with these words; the model goes on from them.")
-    forbidden: str = text_field("", "Words that no caption may hold, separated by commas: picture of, watermark.")
+    begin: str = text_field("", "Every caption begins with these words; the model continues from them.")
+    forbidden: str = text_field("", "Words that captions must not contain, separated by commas: picture of, watermark.")
     forced: str = text_field(
-        "", "Words that every caption must hold, separated by commas; added at the end where they are missing."
+        "", "Words that every caption must contain, separated by commas. Missing ones are added at the end."
     )
 
     def __post_init__(self):

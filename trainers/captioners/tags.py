@@ -43,41 +43,43 @@ class TaggerSettings(Settings):
     taggers."""
 
     general_threshold: float = number_field(
-        0.35, 0.0, 1.0, "Least probability of an ordinary tag. Lower finds more, and more that is wrong."
+        0.35, 0.0, 1.0, "Minimum probability of an ordinary tag. Lower finds more tags, including more wrong ones."
     )
-    character_threshold: float = number_field(0.85, 0.0, 1.0, "Least probability of a character's name.")
+    character_threshold: float = number_field(0.85, 0.0, 1.0, "Minimum probability of a character's name.")
     mcut: bool = switch_field(
-        False, "Find each picture's threshold by itself: in the middle of the largest gap between its probabilities."
+        False, "Set the threshold for each image: the middle of the largest gap between its probabilities."
     )
-    max_tags: int = number_field(0, 0, 1000, "Keep the most probable ones only. 0 keeps all that pass.", unit="tags")
+    max_tags: int = number_field(0, 0, 1000, "Keep only the most probable tags. 0 keeps all that pass.", unit="tags")
     drop_overlaps: bool = switch_field(
-        False, "Leave out a tag that a longer one ends with: long hair beside very long hair."
+        False, "Remove a tag that a longer tag ends with: long hair beside very long hair."
     )
-    undesired: str = text_field("", "Tags never to write, separated by commas.")
-    replacements: str = text_field(
-        "", "Other words for tags: a -> b; c -> d. Nothing behind the arrow removes the tag."
-    )
-    always_first: str = text_field("", "These go in front, in this order, where they were found: 1girl, 1boy.")
+    undesired: str = text_field("", "Tags to remove, separated by commas.")
+    replacements: str = text_field("", "Replaces tags: a -> b; c -> d. An empty right side removes the tag.")
+    always_first: str = text_field("", "Tags to move to the front, in this order, if they were found: 1girl, 1boy.")
     order: str = choice_field("characters first", TAG_ORDERS, "In each group the most probable tag comes first.")
     ratings: str = choice_field(
-        "off", RATING_POSITIONS, "Write the rating (general, sensitive, questionable, explicit) that fits best."
+        "off", RATING_POSITIONS, "Write the best-fitting rating (general, sensitive, questionable, explicit)."
     )
     expand_characters: bool = switch_field(False, "Write name_(series) as two tags: name, series.", advanced=True)
-    spaces: bool = switch_field(True, "Spaces in place of underscores; faces such as ^_^ keep theirs.", advanced=True)
+    spaces: bool = switch_field(
+        True, "Spaces instead of underscores; emoticons such as ^_^ keep theirs.", advanced=True
+    )
     escape_parentheses: bool = switch_field(
-        False, "Write \\( and \\), for captions that are used as prompts. Training needs no escapes.", advanced=True
+        False,
+        "Write \\( and \\), for captions that are used as prompts. Training captions need no escapes.",
+        advanced=True,
     )
     channels: str = choice_field(
         "BGR",
         ("BGR", "RGB"),
-        "Order of the colours that the tagger was trained with. WD and Z3D taggers: BGR.",
+        "The channel order that the tagger was trained with. WD and Z3D taggers: BGR.",
         advanced=True,
     )
     zero_shot_words: int = number_field(
         6,
         0,
         100,
-        "zero-shot tags: at most so many words of the vocabulary, besides those of lines with a colon.",
+        "zero-shot tags: maximum number of words of the vocabulary, besides those of lines with a colon.",
         unit="words",
         advanced=True,
     )
@@ -85,8 +87,7 @@ class TaggerSettings(Settings):
         0.6,
         0.0,
         1.0,
-        "zero-shot tags: least probability of a word against 'something'. 0.5: just nearer to the picture than nothing "
-        "in particular.",
+        "zero-shot tags: minimum probability of a word against 'something'. 0.5: as close to the image as 'something'.",
         advanced=True,
     )
 

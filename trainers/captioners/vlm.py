@@ -46,24 +46,34 @@ class CaptionerSettings(Settings):
     """How a model that sees looks and speaks."""
 
     max_res: int = number_field(
-        768, 64, 4096, "Longest side of the picture that the model sees. Less is faster.", unit="px", step=32
+        768, 64, 4096, "Longest side of the image that the model receives. Lower is faster.", unit="px", step=32
     )
     max_tokens: int = number_field(
-        256, 1, 4096, "A caption ends here at the latest; about 0.75 words each.", unit="tokens"
+        256, 1, 4096, "Maximum length of a caption; a token is about 0.75 words.", unit="tokens"
     )
     temperature: float = number_field(
-        0.0, 0.0, 2.0, "0 always takes the likeliest word; more varies the wording.", step=0.05, advanced=True
+        0.0, 0.0, 2.0, "0 always takes the most likely word; higher values vary the wording.", step=0.05, advanced=True
     )
     top_p: float = number_field(
-        0.9, 0.01, 1.0, "With temperature: only the likeliest words that make up this share.", step=0.01, advanced=True
+        0.9,
+        0.01,
+        1.0,
+        "With temperature: sample only from the most likely words that make up this share of the probability.",
+        step=0.01,
+        advanced=True,
     )
     beams: int = number_field(
-        1, 1, 16, "Wordings followed side by side; 3 suits BLIP and Florence-2. Needs that much memory.", advanced=True
+        1, 1, 16, "Beam search width; 3 suits BLIP and Florence-2. Memory grows with it.", advanced=True
     )
     repetition: float = number_field(
-        1.0, 1.0, 2.0, "Above 1: words already said become less likely.", step=0.05, advanced=True
+        1.0,
+        1.0,
+        2.0,
+        "Repetition penalty. Above 1, words that were already used become less likely.",
+        step=0.05,
+        advanced=True,
     )
-    seed: int = number_field(0, 0, 2**32 - 1, "With temperature: another seed, another wording.", advanced=True)
+    seed: int = number_field(0, 0, 2**32 - 1, "With temperature: another seed gives another wording.", advanced=True)
 
 
 @dataclass

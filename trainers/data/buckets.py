@@ -31,18 +31,16 @@ class BucketSettings(Settings):
         1024,
         16,
         8192,
-        "Images are trained at about resolution x resolution pixels in all, in their own shape.",
+        "Images are trained at about resolution x resolution pixels in total and keep their aspect ratio.",
         unit="px",
         step=8,
     )
-    upscale: bool = switch_field(
-        False, "Enlarge small images up to the resolution. Off: small images are trained at their own size."
-    )
+    upscale: bool = switch_field(False, "Enlarge small images to the resolution. Off: train them at their own size.")
     step: int = number_field(
         64,
         MIN_BUCKET_STEP,
         512,
-        "Sides are multiples of this. Smaller crops less and makes more buckets.",
+        "Sides are multiples of this. A smaller value crops less and makes more buckets.",
         unit="px",
         step=8,
         advanced=True,
@@ -62,13 +60,14 @@ class BucketSettings(Settings):
     rules: str = choice_field(
         TIGHT_RULES,
         BUCKET_RULES,
-        "tight: each image as large as it can be with the least cut off. kohya: the very buckets of sd-scripts.",
+        "tight: keeps each image as large as possible with the least cropped. kohya: exactly the buckets of "
+        "sd-scripts.",
     )
     merge: int = number_field(
         2,
         1,
         64,
-        "With tight rules: buckets with fewer images than this are merged into the nearest one. 1 means never.",
+        "With tight rules: buckets with fewer images than this are merged into the nearest one. 1 never merges.",
         unit="images",
         advanced=True,
     )
@@ -76,7 +75,8 @@ class BucketSettings(Settings):
         0.12,
         0.0,
         0.9,
-        "The largest share of an image that merging may cut off or shrink away; else it stays alone.",
+        "Largest share of an image that merging may crop or shrink away. Images that would lose more keep their "
+        "own bucket.",
         step=0.01,
         advanced=True,
     )

@@ -34,11 +34,11 @@ class CaptionSettings(Settings):
     caption_mode: str = choice_field(
         CAPTION_MODE_TEXT,
         (CAPTION_MODE_TEXT, CAPTION_MODE_EMPTY),
-        "captions: the text beside each image. empty: no text at all, the images alone.",
+        "captions: the caption of each image. empty: no text at all.",
     )
-    trigger: str = text_field("", "A word put in front of every caption, to call up what was learnt.")
+    trigger: str = text_field("", "A word put in front of every caption, to activate the LoRA in prompts.")
     dropout: float = number_field(
-        0.0, 0.0, 1.0, "Share of steps that see the empty caption instead; 0.1 keeps guidance working.", step=0.05
+        0.0, 0.0, 1.0, "Share of steps that use the empty caption instead; 0.1 keeps guidance working.", step=0.05
     )
     shuffle: bool = switch_field(
         False, "Shuffle the comma-separated tags of each caption, so that their order is not learnt."
@@ -47,8 +47,8 @@ class CaptionSettings(Settings):
         0,
         0,
         255,
-        "With shuffle and tag dropout: tags that stay at the front, after the trigger. Captions with ||| say it "
-        "themselves.",
+        "With shuffle and tag dropout: how many tags stay at the front, after the trigger. Captions can mark this"
+        " with |||.",
         unit="tags",
         advanced=True,
     )
@@ -56,20 +56,24 @@ class CaptionSettings(Settings):
         8,
         1,
         64,
-        "With shuffle, tag dropout and wildcards: how many texts are made of each caption and encoded.",
+        "With shuffle, tag dropout and wildcards: how many versions of each caption are encoded.",
         advanced=True,
     )
     tag_dropout: float = number_field(
         0.0,
         0.0,
         1.0,
-        "Share of the tags left out of each text, so that none is needed. Kept tags and the trigger stay.",
+        "Share of the tags dropped from each text, so that the LoRA does not depend on any single tag. Kept tags "
+        "and the trigger stay.",
         step=0.05,
         advanced=True,
         later=True,
     )
     wildcards: bool = switch_field(
-        False, "{red|blue} in a caption stands for one of its choices; {{ and }} are braces.", advanced=True, later=True
+        False,
+        "{red|blue} in a caption stands for one of its choices; {{ and }} are literal braces.",
+        advanced=True,
+        later=True,
     )
 
     @property

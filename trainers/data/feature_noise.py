@@ -24,14 +24,14 @@ class LafiteSettings(Settings):
         0.25,
         0.0,
         2.0,
-        "Noise against the embedding's own length. 0: the picture exactly; 0.25 suits most; near 1 only the rough "
-        "content is left.",
+        "Noise relative to the length of the embedding. 0: the exact image; 0.25 suits most; near 1 only the "
+        "rough content remains.",
         step=0.05,
     )
     drop: float = number_field(
-        0.1, 0.0, 1.0, "Share of the steps that are trained on the empty caption instead, for guidance.", step=0.05
+        0.1, 0.0, 1.0, "Share of the steps trained on the empty caption instead, for guidance.", step=0.05
     )
-    variants: int = number_field(64, 1, 10_000, "Noises per picture that are drawn from while training.")
+    variants: int = number_field(64, 1, 10_000, "Noise samples per image to draw from during training.")
     seed: int = number_field(0, 0, 2**63 - 1, "The same seed gives the same noise.")
 
 

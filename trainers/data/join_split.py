@@ -84,23 +84,27 @@ def find_repeated_images(dataset: ImageDataset) -> list[tuple[str, str]]:
 class SplitSettings(Settings):
     """Which pictures are kept away from training, to measure on."""
 
-    share: float = number_field(0.1, 0.0, 1.0, "Share of the pictures that go to validation, at least one.", step=0.05)
+    share: float = number_field(0.1, 0.0, 1.0, "Share of the images for validation, at least one.", step=0.05)
     pictures: int = number_field(
         0,
         0,
         1_000_000,
-        "How many pictures go to validation, instead of a share. 0 means the share counts.",
+        "Number of images for validation, instead of a share. 0 uses the share.",
         unit="pictures",
     )
     by: str = choice_field(
         SPLIT_BY_IMAGE,
         (SPLIT_BY_IMAGE, SPLIT_BY_FILE_NAME, SPLIT_BY_FOLDER, SPLIT_AS_MARKED),
-        "What stays together: each picture by itself; files whose names differ only in a number at the end; folders. "
-        "as marked: the split that the metadata names.",
+        "What stays together: each image on its own; files whose names differ only in a number at the end; "
+        "folders. as marked: the split in the metadata.",
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "Another seed takes other pictures. The same one always takes the same.")
+    seed: int = number_field(
+        0, 0, 2**63 - 1, "Another seed holds out other images. The same seed always gives the same split."
+    )
     similar: bool = switch_field(
-        True, "Near-duplicates stay on one side, so that nothing is measured on a copy. Opens every picture once."
+        True,
+        "Near-duplicates stay on one side, so that no copy of a training image is used for measurement. "
+        "Opens every image once.",
     )
 
 

@@ -177,19 +177,19 @@ class RankSettings(Settings):
     by: str = choice_field(
         SELECT_SHARE,
         (SELECT_SHARE, SELECT_THRESHOLD, SELECT_NUMBER),
-        "share: that part of them. threshold: those with at least this score. number: so many.",
+        "share: a fraction of the images. threshold: those with at least this score. number: a fixed number.",
     )
-    share: float = number_field(0.5, 0.0, 1.0, "With by = share: this part of the pictures stays.", step=0.05)
+    share: float = number_field(0.5, 0.0, 1.0, "With by = share: the fraction of the images to keep.", step=0.05)
     threshold: float = number_field(
         5.0,
         -10_000.0,
         10_000.0,
-        "With by = threshold: the lowest score that stays, on the scale of the scores.",
+        "With by = threshold: the lowest score to keep, on the scale of the scores.",
         step=0.1,
     )
-    number: int = number_field(100, 1, 1_000_000, "With by = number: how many stay.", unit="pictures")
+    number: int = number_field(100, 1, 1_000_000, "With by = number: how many images to keep.", unit="pictures")
     lowest: bool = switch_field(False, "Keep the lowest scores instead of the highest.")
-    keep_order: bool = switch_field(True, "Keep the pictures in the order they came in. Off: the best first.")
+    keep_order: bool = switch_field(True, "On: keep the original order. Off: best first.")
 
 
 def set_image_scores(dataset: ImageDataset, scores: Sequence[float]) -> ImageDataset:

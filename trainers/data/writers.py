@@ -52,16 +52,16 @@ class SaveSettings(Settings):
     layout: str = choice_field(
         TXT_LAYOUT,
         SAVE_LAYOUTS,
-        "folder + txt: a text file beside each picture. kohya: the same in folders such as 10_name. metadata.jsonl: "
-        "one file for all, as Hugging Face reads it.",
+        "folder + txt: a text file beside each image. kohya: the same, in folders such as 10_name. "
+        "metadata.jsonl: one file for all captions, in Hugging Face's format.",
     )
     image_format: str = choice_field(
         KEEP_FORMAT,
         tuple(FORMAT_EXTENSIONS),
-        "keep: pictures are copied byte for byte; cropped ones become PNG. png and webp: without loss. jpg: smaller, "
-        "with loss, without transparency.",
+        "keep: images are copied byte for byte; cropped ones become PNG. png and webp: lossless. jpg: smaller, "
+        "lossy, no transparency.",
     )
-    quality: int = number_field(95, 1, 100, "Of jpg. Higher is better and larger.", advanced=True)
+    quality: int = number_field(95, 1, 100, "JPEG quality; higher is better and larger.", advanced=True)
     concept: str = text_field(
         "images", "With kohya: the name after the number of repeats, as in 10_images.", advanced=True
     )

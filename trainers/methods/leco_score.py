@@ -50,42 +50,42 @@ class LecoScoreSettings(Settings):
         "draft_lv: the last step only.",
     )
     slider: bool = switch_field(
-        False, "Learn up at strength +1 and down at -1 in one step, so that the strength becomes a signed dial."
+        False, "Train up at strength +1 and down at -1 in each step, so that the strength becomes a slider."
     )
     anchor: float = number_field(
         0.5,
         0.0,
         100_000.0,
-        "Force that holds each step near what the frozen model says. 0 means none, and nothing then keeps the score "
-        "model from being fooled.",
+        "Strength of the penalty that keeps each step near the frozen model's prediction. 0 means none; then "
+        "nothing keeps the LoRA from exploiting the score model.",
         step=0.5,
     )
     adjust: bool = switch_field(
-        True, "Raise the anchor while the drift is above drift_high, and lower it while it is below drift_low."
+        True, "Raise the anchor while the drift is above drift_high, and lower it while the drift is below drift_low."
     )
     drift_low: float = number_field(
         0.4,
         0.0,
         10.0,
-        "Below this distance from the frozen model's noise or velocity the anchor gives way.",
+        "Below this drift from the frozen model's noise or velocity the anchor shrinks.",
         step=0.05,
         advanced=True,
     )
-    drift_high: float = number_field(1.0, 0.0, 10.0, "Above this distance the anchor grows.", step=0.05, advanced=True)
-    sampling_steps: int = number_field(20, 2, 1000, "Steps of one way from noise to picture.")
+    drift_high: float = number_field(1.0, 0.0, 10.0, "Above this drift the anchor grows.", step=0.05, advanced=True)
+    sampling_steps: int = number_field(20, 2, 1000, "Sampling steps of one trajectory from noise to image.")
     guidance_scale: float = number_field(
         0.0,
         0.0,
         30.0,
-        "Classifier-free guidance while drawing; 1 halves the cost. 0 means 3, or 1 for models with guidance distilled "
-        "into them such as Flux.",
+        "Classifier-free guidance (CFG) during a rollout; 1 halves the cost. 0 means 3, or 1 for "
+        "guidance-distilled models such as Flux.",
         step=0.5,
     )
     first_step: float = number_field(
         0.0,
         0.0,
         1.0,
-        "Steps are graded from here on: 0 is pure noise, 1 the finished picture.",
+        "Scoring begins here on the trajectory: 0 is pure noise, 1 the finished image.",
         unit="of the way",
         step=0.05,
     )
@@ -93,16 +93,16 @@ class LecoScoreSettings(Settings):
         0.8,
         0.0,
         1.0,
-        "Steps are graded up to here. Close to 1 only fine detail can change, which is where score models are fooled.",
+        "Scoring ends here. Close to 1 only fine detail can change, which score models misjudge.",
         unit="of the way",
         step=0.05,
     )
-    ways: int = number_field(4, 1, 4096, "How many ways are kept and learnt from at the same time.", advanced=True)
+    ways: int = number_field(4, 1, 4096, "Number of trajectories kept and trained on at the same time.", advanced=True)
     refresh: int = number_field(
         6,
         1,
         1_000_000,
-        "After so many updates the oldest way is walked anew by the student as it is now.",
+        "After this many updates, the current model resamples the oldest trajectory.",
         unit="updates",
         advanced=True,
     )
@@ -110,7 +110,7 @@ class LecoScoreSettings(Settings):
         0.8,
         0.0,
         1.0,
-        "x0_renoised: least noise that the score model sees, as a share of the step's own noise level.",
+        "x0_renoised: least noise on the score model's input, as a share of the step's own noise level.",
         step=0.05,
         advanced=True,
     )
@@ -118,48 +118,46 @@ class LecoScoreSettings(Settings):
         1.0,
         0.0,
         1.0,
-        "x0_renoised: most noise that the score model sees, as a share of the step's own noise level.",
+        "x0_renoised: most noise on the score model's input, as a share of the step's own noise level.",
         step=0.05,
         advanced=True,
     )
-    draws: int = number_field(
-        2, 1, 64, "x0_renoised, draft_lv: noised copies of each picture that are judged.", advanced=True
-    )
+    draws: int = number_field(2, 1, 64, "x0_renoised, draft_lv: noised copies of each image to score.", advanced=True)
     uncertainty: float = number_field(
         1.0,
         0.0,
         100.0,
-        "Takes off so many standard deviations between the members of a score model, so that what they disagree about "
-        "is not sought.",
+        "Subtracts this many standard deviations between the score model's members, so that the LoRA does not "
+        "exploit what they disagree about.",
         step=0.25,
     )
     cap: float = number_field(
         0.0,
         0.0,
         100.0,
-        "A score above this counts as enough and pulls no longer, in standard deviations of the ratings above their "
-        "mean. 0 means no cap.",
+        "Scores above this give no further gradient, in standard deviations of the ratings above their mean. 0 "
+        "means no cap.",
         step=0.25,
     )
     relative: float = number_field(
         0.0,
         0.0,
         10.0,
-        "Judge by the difference between good_words and bad_words, (1 + this) * good - bad, for score models that read "
-        "text. 0 means off; SRPO uses 0.1 to 0.3.",
+        "Score by the difference between good_words and bad_words, (1 + this) * good - bad, for score models that"
+        " read text. 0 means off; SRPO uses 0.1 to 0.3.",
         step=0.05,
         advanced=True,
     )
-    good_words: str = text_field("", "With relative: put before the prompt for the good side.", advanced=True)
-    bad_words: str = text_field("", "With relative: put before the prompt for the bad side.", advanced=True)
+    good_words: str = text_field("", "With relative: put before the prompt on the good side.", advanced=True)
+    bad_words: str = text_field("", "With relative: put before the prompt on the bad side.", advanced=True)
     balance: bool = switch_field(
         True,
-        "Make the score's gradient equally large at all noise levels; otherwise the noisy ones drown the rest.",
+        "Give the score's gradient the same size at all noise levels; otherwise high noise levels dominate.",
         advanced=True,
     )
     as_clean: bool = switch_field(
         False,
-        "Tell the score model that what it sees is clean, whatever its noise: the original recipe.",
+        "Tell the score model that its input is clean at every noise level, as in the original recipe.",
         advanced=True,
     )
 

@@ -28,11 +28,13 @@ class PriorSettings(Settings):
 
     class_prompt: str = text_field(
         "",
-        "What the model must go on drawing as it does, without pictures: one prompt per line, such as: a photo of a "
+        "What the model must keep drawing as before, without images: one prompt per line, such as: a photo of a "
         "dog. {a|b} stands for both.",
         multiline=True,
     )
-    weight: float = number_field(1.0, 0.0, 1000.0, "How much what is kept counts against what is learnt.", step=0.1)
+    weight: float = number_field(
+        1.0, 0.0, 1000.0, "Weight of the preservation loss relative to the training loss.", step=0.1
+    )
 
     def prompts(self) -> list[str]:
         """Every prompt once. Raises ValueError when there are more than can be kept in memory."""

@@ -19,25 +19,25 @@ class PreviewSettings(Settings):
     """What is drawn while a run trains. Nothing of it changes a step."""
 
     preview_every: int = number_field(
-        250, 0, 1_000_000, "Draw samples every so many steps, and at the end. 0 draws none.", unit="optimizer steps"
+        250, 0, 1_000_000, "Draw samples every this many steps, and at the end. 0 draws none.", unit="optimizer steps"
     )
     prompts: str = text_field(
         "",
-        "One prompt per line. Needs CLIP connected; empty: the first captions of the dataset, or what is connected to "
-        "positive.",
+        "One prompt per line. Needs CLIP connected; empty: the first captions of the dataset, or the conditioning"
+        " on positive.",
         multiline=True,
     )
-    negative_prompt: str = text_field("", "What guidance avoids, for prompts that are written here.")
+    negative_prompt: str = text_field("", "Negative prompt for the prompts of this node.")
     preview_seed: int = number_field(
-        0, 0, 2**63 - 1, "The seed of the first sample of each prompt; the second has the next one."
+        0, 0, 2**63 - 1, "Seed of the first sample of each prompt; the second uses the next one."
     )
-    pictures: int = number_field(1, 1, 16, "Samples of each prompt.", unit="pictures")
+    pictures: int = number_field(1, 1, 16, "Samples per prompt, on consecutive seeds.", unit="pictures")
     sampling_steps: int = number_field(20, 1, 1000, "Sampling steps of each sample.")
     guidance: float = number_field(
         0.0,
         0.0,
         30.0,
-        "Classifier-free guidance (cfg). 0 means 5, or 1 for models with guidance distilled into them.",
+        "Classifier-free guidance (CFG). 0 means 5, or 1 for guidance-distilled models.",
         step=0.5,
     )
     strength: float = number_field(1.0, -20.0, 20.0, "The adapter's strength in the samples.", step=0.1, advanced=True)
@@ -45,7 +45,7 @@ class PreviewSettings(Settings):
         0,
         0,
         8192,
-        "Width of the samples. 0 means the commonest size of the dataset, or 512.",
+        "Width of the samples. 0 means the most common size of the dataset, or 512.",
         unit="px",
         step=8,
         advanced=True,
@@ -54,7 +54,7 @@ class PreviewSettings(Settings):
         0,
         0,
         8192,
-        "Height of the samples. 0 means the commonest size of the dataset, or 512.",
+        "Height of the samples. 0 means the most common size of the dataset, or 512.",
         unit="px",
         step=8,
         advanced=True,

@@ -31,37 +31,37 @@ class ValidationSettings(Settings):
         100,
         0,
         1_000_000,
-        "Measure the validation loss every so many steps, and at the end. 0 never measures.",
+        "Measure the validation loss every this many steps, and at the end. 0 never measures.",
         unit="optimizer steps",
     )
     images: int = number_field(
-        8, 1, 10_000, "At most so many pictures are measured, each at every noise level.", unit="images"
+        8, 1, 10_000, "Maximum number of images to measure, each at every noise level.", unit="images"
     )
     levels: int = number_field(
         8,
         2,
         64,
-        "Noise levels, spread evenly over those that are trained. Each costs one forward per picture.",
+        "Number of noise levels, spread evenly over those that are trained. Each costs one forward pass per image.",
         advanced=True,
     )
     best: str = choice_field(
         KEEP_BEST_FILE,
         BEST_CHOICES,
-        "'keep a file' saves the LoRA of the lowest validation loss beside the last one; 'restore at the end' makes it "
-        "the result.",
+        "'keep a file' saves the LoRA with the lowest validation loss beside the last one; 'restore at the end' "
+        "makes it the result.",
     )
     patience: int = number_field(
         0,
         0,
         100_000,
-        "Stop after so many measurements without a better one; all work is kept. 0 never stops early.",
+        "Early stopping: stop after this many measurements without improvement; all work is kept. 0 never stops early.",
         unit="measurements",
     )
     least_gain: float = number_field(
         0.0,
         0.0,
         0.5,
-        "For patience: a measurement counts as better when it is lower by more than this share.",
+        "For patience: the smallest relative decrease that counts as an improvement.",
         step=0.001,
         advanced=True,
     )
@@ -69,7 +69,7 @@ class ValidationSettings(Settings):
         50,
         0,
         100_000,
-        "At the end, measure so many training pictures one by one and name the worst. 0 names none.",
+        "At the end, measure this many training images one by one and list the worst. 0 lists none.",
         unit="images",
         advanced=True,
     )

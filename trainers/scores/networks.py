@@ -32,25 +32,25 @@ class ScorerSettings(Settings):
     backbone: str = choice_field(
         "latent ResNet",
         BACKBONES,
-        "latent ResNet suits a few hundred to some thousand ratings; the loaded model's own features need the fewest; "
-        "latent ViT wants many or pre-training; decode + image scorer looks at pixels.",
+        "latent ResNet suits a few hundred to some thousand ratings; the loaded model's own features need the "
+        "fewest; latent ViT needs many or pretraining; decode + image scorer reads pixels.",
     )
     width: int = number_field(
-        64, 8, 2048, "Channels of the first stage (ResNet) or of a token (ViT, times 6).", advanced=True
+        64, 8, 2048, "Channels of the first stage (ResNet), or of a token divided by 6 (ViT).", advanced=True
     )
-    depth: int = number_field(2, 1, 48, "Blocks per stage (ResNet) or layers in all divided by 4 (ViT).", advanced=True)
-    noisy: bool = switch_field(
-        True, "Also learn to score noised latents, as LECO-score needs. Off: clean pictures only."
+    depth: int = number_field(
+        2, 1, 48, "Blocks per stage (ResNet), or number of layers divided by 4 (ViT).", advanced=True
     )
+    noisy: bool = switch_field(True, "Also train on noised latents, as LECO-Score needs. Off: clean images only.")
     dropout: float = number_field(
-        0.2, 0.0, 0.9, "Share of the last features that are left out while training.", step=0.05, advanced=True
+        0.2, 0.0, 0.9, "Share of the last features dropped during training.", step=0.05, advanced=True
     )
     rank: int = number_field(
         0,
         0,
         4096,
-        "model features: the model's attention is adapted by a LoRA of this rank, which is kept in the score model's "
-        "file; your model stays as it is. 0: it is only looked through, many times faster.",
+        "model features: also trains a LoRA of this rank on the model's attention, stored in the score model's "
+        "file; your model stays unchanged. 0: the model only extracts features, many times faster.",
         advanced=True,
         later=True,
     )

@@ -39,52 +39,58 @@ class ScoreSettings(Settings):
         600,
         1,
         1_000_000,
-        "Steps of each member at most; it stops earlier when pictures it does not learn from are scored no better.",
+        "Maximum steps of each member. Training stops earlier when the score on held-out images no longer improves.",
         unit="optimizer steps",
     )
-    learning_rate: float = number_field(1e-3, 1e-7, 1.0, "Learning rate of AdamW, falling to 0 as a cosine.", step=1e-4)
-    batch: int = number_field(32, 2, 1024, "Pictures, or pairs of them, per step.", unit="pictures")
+    learning_rate: float = number_field(
+        1e-3, 1e-7, 1.0, "Learning rate of AdamW; it decays to 0 along a cosine.", step=1e-4
+    )
+    batch: int = number_field(32, 2, 1024, "Images, or pairs of them, per step.", unit="pictures")
     members: int = number_field(
         5,
         2,
         20,
-        "Networks, each measured on a share of the pictures that it never saw. Their mean is the score, their "
+        "Number of networks, each evaluated on images it was not trained on. Their mean is the score, their "
         "disagreement its uncertainty.",
         unit="networks",
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same file, bit for bit.")
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, images and settings give the same file, bit for bit.")
     loss: str = choice_field(
         MSE_RANKING,
         SCORE_LOSSES,
-        "For regression. Ranking also asks that pictures of a batch are in the right order, by a logistic curve or a "
-        "margin.",
+        "For regression. Ranking also rewards the right order within a batch, by a logistic curve or a margin.",
         advanced=True,
     )
     calibration: str = choice_field(
         "linear",
         CALIBRATION_METHODS,
-        "How what is said becomes a rating on your scale: by a line, or by a curve that never falls (from about 100 "
-        "ratings on).",
+        "How the raw output is mapped to your rating scale: by a line, or by a curve that never falls (from about"
+        " 100 ratings on).",
         advanced=True,
     )
     weight_decay: float = number_field(0.05, 0.0, 10.0, "Pulls the weights toward zero.", step=0.01, advanced=True)
     ema: float = number_field(
-        0.999, 0.0, 0.99999, "Memory of the average of the weights, which is what is kept.", step=0.001, advanced=True
+        0.999,
+        0.0,
+        0.99999,
+        "Decay of the moving average of the weights. The saved model holds the average.",
+        step=0.001,
+        advanced=True,
     )
     check_every: int = number_field(
-        25, 1, 100_000, "How often the held back pictures are scored.", unit="optimizer steps", advanced=True
+        25, 1, 100_000, "How often the held-out images are scored.", unit="optimizer steps", advanced=True
     )
     patience: int = number_field(
         10,
         0,
         10_000,
-        "Stop after so many checks without a better one. 0 never stops early.",
+        "Stop after this many checks without improvement. 0 never stops early.",
         unit="checks",
         advanced=True,
     )
     few: bool = switch_field(
         False,
-        "Train on fewer than 20 ratings all the same, to try a graph out. The figures will say little.",
+        "Allow training on fewer than 20 ratings, to test a graph. The figures will mean little.",
         advanced=True,
     )
 

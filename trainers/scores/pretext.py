@@ -46,39 +46,57 @@ class PretextSettings(Settings):
     backbone: str = choice_field(
         "latent ResNet",
         tuple(LATENT_BACKBONES),
-        "latent ResNet suits some hundred to some thousand pictures; latent ViT wants tens of thousands.",
+        "latent ResNet suits some hundred to some thousand images; latent ViT needs tens of thousands.",
     )
     inpaint: float = number_field(
-        1.0, 0.0, 100.0, "Weight of: guess the 60 % of the latent that are hidden. Helps a score most.", step=0.1
+        1.0,
+        0.0,
+        100.0,
+        "Weight of the task: predict the 60 % of the latent that are masked. Helps scores most.",
+        step=0.1,
     )
     simclr: float = number_field(
-        0.5, 0.0, 100.0, "Weight of: tell which two crops show the same picture. Helps likeness most.", step=0.1
+        0.5,
+        0.0,
+        100.0,
+        "Weight of the task: find which two crops show the same image. Helps similarity most.",
+        step=0.1,
     )
     steps: int = number_field(
-        2000, 1, 10_000_000, "Steps in all. Each sees a batch of pictures.", unit="optimizer steps"
+        2000, 1, 10_000_000, "Total training steps, one batch of images each.", unit="optimizer steps"
     )
-    batch: int = number_field(32, 2, 1024, "Pictures per step. simclr wants many.", unit="pictures")
+    batch: int = number_field(32, 2, 1024, "Images per step. simclr improves with more.", unit="pictures")
     size: int = number_field(
         512, 16, 2048, "Side of the squares that are encoded. Nothing is stretched.", unit="px", step=16
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same file, bit for bit.")
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, images and settings give the same file, bit for bit.")
     learning_rate: float = number_field(
-        1e-3, 1e-7, 1.0, "Learning rate of AdamW, falling to 0 as a cosine.", step=1e-4, advanced=True
+        1e-3, 1e-7, 1.0, "Learning rate of AdamW; it decays to 0 along a cosine.", step=1e-4, advanced=True
     )
     rotation: float = number_field(
-        0.0, 0.0, 100.0, "Weight of: tell by how many quarter turns a picture was turned.", step=0.1, advanced=True
+        0.0,
+        0.0,
+        100.0,
+        "Weight of the task: predict by how many quarter turns an image was rotated.",
+        step=0.1,
+        advanced=True,
     )
     jigsaw: float = number_field(
-        0.0, 0.0, 100.0, "Weight of: tell how the four quarters of a picture were shuffled.", step=0.1, advanced=True
+        0.0,
+        0.0,
+        100.0,
+        "Weight of the task: predict how the four quarters of an image were shuffled.",
+        step=0.1,
+        advanced=True,
     )
     colours: float = number_field(
-        0.0, 0.0, 100.0, "Weight of: guess the colours of a grey picture.", step=0.1, advanced=True
+        0.0, 0.0, 100.0, "Weight of the task: predict the colours of a grey image.", step=0.1, advanced=True
     )
     classes: float = number_field(
         0.0,
         0.0,
         100.0,
-        "Weight of: tell which class a picture belongs to: its folder, or what labels says.",
+        "Weight of the task: predict an image's class (its folder, or from labels).",
         step=0.1,
         advanced=True,
     )
@@ -86,7 +104,7 @@ class PretextSettings(Settings):
         4,
         2,
         64,
-        "Crops of each picture that are encoded, of 70 to 100 % of its square, some of them mirrored.",
+        "Crops encoded per image, each 70 to 100 % of its square, some of them mirrored.",
         unit="crops",
         advanced=True,
     )

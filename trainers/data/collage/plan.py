@@ -44,87 +44,84 @@ ROUNDING_EPSILON = 1e-6
 class CollageSettings(Settings):
     """How pictures are put together in frames."""
 
-    width: int = number_field(
-        1024, 64, 8192, "Width of a frame: the size that the model is trained at.", unit="px", step=8
-    )
+    width: int = number_field(1024, 64, 8192, "Width of a frame: the size the model is trained at.", unit="px", step=8)
     height: int = number_field(1024, 64, 8192, "Height of a frame.", unit="px", step=8)
     frames: str = text_field(
         "",
-        "Several frame sizes instead, such as 1024x1024, 832x1216: every group of pictures takes the one it fills "
-        "best.",
+        "Several frame sizes instead, such as 1024x1024, 832x1216. Each group of images takes the one it fills best.",
     )
     layout: str = choice_field(
         COLLAGE_AUTO,
         COLLAGE_LAYOUTS,
-        "auto: upright pictures stand side by side in full height, wide ones lie on top of each other in full width. "
-        "grid: one picture spans the frame and the others are stacked beside it.",
+        "auto: portrait images stand side by side at full height, landscape images are stacked at full width. "
+        "grid: one image spans the frame and the others are stacked beside it.",
     )
     per_frame: int = number_field(
-        3, 2, 4, "At most so many pictures in one frame; fewer where fewer fill it.", unit="pictures"
+        3, 2, 4, "Maximum number of images in one frame; fewer if fewer fill it.", unit="pictures"
     )
-    uses: int = number_field(
-        2, 1, 64, "Every picture is used exactly so often, each time with other neighbours where there are any."
-    )
+    uses: int = number_field(2, 1, 64, "How often each image is used, with different neighbours each time if possible.")
     max_crop: float = number_field(
-        0.12, 0.0, 0.5, "Largest share of a picture that may be cut off so that it fits.", step=0.01
+        0.12, 0.0, 0.5, "Largest share of an image that may be cropped to make it fit.", step=0.01
     )
     captions: str = choice_field(
         CAPTIONS_POSITIONAL,
         COLLAGE_CAPTION_MODES,
-        "positional: left: ...; right: .... joined: one after the other. shared + differences: common tags once, then "
-        "what is left by position. empty: no text.",
+        "positional: left: ...; right: .... joined: one after the other. shared + differences: common tags once, "
+        "then the rest by position. empty: no text.",
     )
     mix: float = number_field(
-        0.3, 0.0, 0.9, "Share of an epoch that shows the pictures alone, as they are. 0 shows collages only.", step=0.05
+        0.3, 0.0, 0.9, "Share of an epoch that shows the original images alone. 0 shows collages only.", step=0.05
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, pictures and settings give the same collages.")
+    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, images and settings give the same collages.")
     max_upscale: float = number_field(
         1.0,
         1.0,
         4.0,
-        "How far small pictures may be enlarged. 1 leaves them out instead: enlarging adds no detail.",
+        "Largest enlargement of small images. At 1 they are left out, because enlarging adds no detail.",
         step=0.05,
         advanced=True,
     )
     ground: str = text_field(
-        "#181818", "Colour of what no picture covers, as #rrggbb. It is masked: not learnt.", advanced=True
+        "#181818",
+        "Background colour where no image covers the frame, as #rrggbb. It is masked and not trained.",
+        advanced=True,
     )
     gutter: int = number_field(
-        0, 0, 512, "Ground between neighbours; a multiple of snap.", unit="px", step=8, advanced=True
+        0, 0, 512, "Background between neighbours; a multiple of snap.", unit="px", step=8, advanced=True
     )
     snap: str = choice_field(
         COLLAGE_AUTO,
         (COLLAGE_AUTO, "8", "16"),
-        "Borders lie on multiples of this many px, so that no latent cell shows two pictures. 16 suits every model; "
-        "auto is 16, or 8 where a frame is no multiple of 16.",
+        "Borders between images lie on multiples of this many px, so that no latent cell covers two images. 16 "
+        "suits every model; auto is 16, or 8 if a frame is not a multiple of 16.",
         advanced=True,
     )
     feather: int = number_field(
         0,
         0,
         8,
-        "The mask rises over so many latent cells from a border inside the frame. 0 learns up to the border.",
+        "The mask ramps up over this many latent cells from a border inside the frame. 0 trains up to the border.",
         unit="latent cells",
         advanced=True,
     )
     contrast: str = choice_field(
         CONTRAST_WARN,
         (CONTRAST_OFF, CONTRAST_WARN, CONTRAST_DROP),
-        "What to do with pictures whose subject hardly differs from its background.",
+        "What to do with images whose subject hardly differs from its background.",
         advanced=True,
     )
     min_contrast: float = number_field(
         12.0,
         0.0,
         100.0,
-        "With contrast: the least difference of colour (CIEDE2000). Skin on beige has about 9, on white 21.",
+        "With contrast: smallest accepted colour difference (CIEDE2000). Skin on beige has about 9, on white 21.",
         step=0.5,
         advanced=True,
     )
-    trim: bool = switch_field(True, "Cut off plain bars at the edges of a picture first.", advanced=True)
+    trim: bool = switch_field(True, "First cut off solid borders at the edges of an image.", advanced=True)
     trigger: str = text_field(
         "",
-        "A word that goes first once, and not again in every position. Empty: the tag that all captions begin with.",
+        "A word placed once at the start instead of in every position. Empty: the tag that all captions begin with.",
         advanced=True,
     )
 

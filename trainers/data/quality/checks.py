@@ -49,29 +49,29 @@ class QualitySettings(Settings):
         1024,
         64,
         8192,
-        "The size that the model will be trained at; pictures are measured against the bucket they would get.",
+        "The size the model will be trained at. Images are checked against the bucket they would get.",
         unit="px",
         step=64,
     )
-    reject_below: int = number_field(512, 0, 8192, "A shorter side below this is rejected. 0 rejects none.", unit="px")
-    warn_below: int = number_field(768, 0, 8192, "A shorter side below this is a warning. 0 warns of none.", unit="px")
+    reject_below: int = number_field(512, 0, 8192, "A short side below this is rejected. 0 rejects none.", unit="px")
+    warn_below: int = number_field(768, 0, 8192, "A short side below this gives a warning. 0 turns it off.", unit="px")
     on_reject: str = choice_field(
         DROP_IMAGE,
         QUALITY_ACTIONS,
-        "Rejected pictures (too small, unreadable): drop takes caption, mask and score along; flag marks them; keep "
-        "only reports.",
+        "Rejected images (too small, unreadable): drop removes them with caption, mask and score; flag marks "
+        "them; keep only reports them.",
     )
     on_warn: str = choice_field(
-        FLAG_IMAGE, QUALITY_ACTIONS, "Pictures with warnings and nothing worse: drop, flag or keep, in the same way."
+        FLAG_IMAGE, QUALITY_ACTIONS, "Images with warnings only: drop, flag or keep, in the same way."
     )
     trigger: str = text_field("", "A word that every caption should contain. Empty: not checked.")
 
-    blur: bool = switch_field(True, "Look for blurred pictures.", advanced=True)
+    blur: bool = switch_field(True, "Look for blurred images.", advanced=True)
     min_fine: float = number_field(
         0.007,
         0.0,
         1.0,
-        "Blurred is what falls short of this share of fine detail and of min_tiles.",
+        "An image is blurred if its share of fine detail is below this and its tiles are below min_tiles.",
         step=0.001,
         advanced=True,
     )
@@ -79,16 +79,16 @@ class QualitySettings(Settings):
         400.0,
         0.0,
         100_000.0,
-        "The least Laplacian variance of the sharpest tiles, which excuses a soft background.",
+        "Smallest accepted Laplacian variance of the sharpest tiles; it excuses a soft background.",
         step=10.0,
         advanced=True,
     )
-    enlarged: bool = switch_field(True, "Look for pictures that were enlarged: more pixels than detail.", advanced=True)
+    enlarged: bool = switch_field(True, "Look for upscaled images: more pixels than detail.", advanced=True)
     max_enlarged: float = number_field(
         1.5,
         1.0,
         4.0,
-        "The largest enlargement without a warning, where it leaves less detail than the bucket has pixels.",
+        "Largest upscaling factor without a warning, if less detail remains than the bucket has pixels.",
         step=0.1,
         advanced=True,
     )
@@ -96,67 +96,82 @@ class QualitySettings(Settings):
         1.05,
         1.0,
         8.0,
-        "The most that a picture may have to grow to fill its bucket; less than 1.05 is not seen.",
+        "How much an image may be enlarged to fill its bucket. Less than 1.05 is not detected.",
         step=0.05,
         advanced=True,
     )
-    duplicates: bool = switch_field(True, "Look for pictures that are there twice.", advanced=True)
+    duplicates: bool = switch_field(True, "Look for duplicate images.", advanced=True)
     max_bits: int = number_field(
-        10, 0, 20, "Hashes at most this far apart are duplicates.", unit="of 64 bits", advanced=True
+        10,
+        0,
+        20,
+        "Images whose hashes differ in at most this many bits are duplicates.",
+        unit="of 64 bits",
+        advanced=True,
     )
     similar_bits: int = number_field(
-        15, 0, 24, "Hashes at most this far apart are similar.", unit="of 64 bits", advanced=True
+        15, 0, 24, "Images whose hashes differ in at most this many bits are similar.", unit="of 64 bits", advanced=True
     )
     min_cosine: float = number_field(
-        0.95, 0.5, 1.0, "With a clip_vision: features at least this alike are duplicates.", step=0.005, advanced=True
+        0.95,
+        0.5,
+        1.0,
+        "With clip_vision: images whose features are at least this similar are duplicates.",
+        step=0.005,
+        advanced=True,
     )
     contrast: bool = switch_field(True, "Compare the subject with its background.", advanced=True)
     min_contrast: float = number_field(
         12.0,
         0.0,
         100.0,
-        "The least colour difference (CIEDE2000) between subject and background; 20 is good.",
+        "Smallest accepted colour difference (CIEDE2000) between subject and background; 20 is good.",
         step=0.5,
         advanced=True,
     )
-    exposure: bool = switch_field(True, "Look for pictures that are too dark, too bright or clipped.", advanced=True)
+    exposure: bool = switch_field(True, "Look for images that are too dark, too bright or clipped.", advanced=True)
     min_light: float = number_field(
-        0.32, 0.0, 1.0, "Too dark: the brightest hundredth is darker than this.", step=0.01, advanced=True
+        0.32, 0.0, 1.0, "Too dark: the brightest hundredth of the image is darker than this.", step=0.01, advanced=True
     )
     max_dark: float = number_field(
-        0.95, 0.0, 1.0, "Too bright: the darkest twentieth is brighter than this.", step=0.01, advanced=True
+        0.95,
+        0.0,
+        1.0,
+        "Too bright: the darkest twentieth of the image is brighter than this.",
+        step=0.01,
+        advanced=True,
     )
     max_clipped: float = number_field(
         0.3,
         0.0,
         1.0,
-        "The largest share of pure white or black; a pure white or black ground does not count.",
+        "Largest accepted share of pure white or black; a pure white or black background does not count.",
         step=0.01,
         advanced=True,
     )
-    borders: bool = switch_field(True, "Look for bars at the edges.", advanced=True)
+    borders: bool = switch_field(True, "Look for solid borders at the edges.", advanced=True)
     max_bar: int = number_field(2, 0, 1000, "The widest bar without a warning.", unit="px", advanced=True)
-    shape: bool = switch_field(True, "Look for very long and for nearly empty pictures.", advanced=True)
+    shape: bool = switch_field(True, "Look for very elongated and for nearly empty images.", advanced=True)
     min_aspect: float = number_field(
-        0.35, 0.0, 1.0, "The least ratio of the short to the long side.", step=0.01, advanced=True
+        0.35, 0.0, 1.0, "Smallest accepted ratio of the short to the long side.", step=0.01, advanced=True
     )
     min_entropy: float = number_field(
-        1.5, 0.0, 8.0, "The least information in the greys of a picture.", unit="bits", step=0.1, advanced=True
+        1.5, 0.0, 8.0, "Smallest accepted entropy of the grey values.", unit="bits", step=0.1, advanced=True
     )
     captions: bool = switch_field(True, "Look for empty, repeated and overlong captions.", advanced=True)
     max_identical: float = number_field(
-        0.3, 0.0, 1.0, "The largest share of pictures with one and the same caption.", step=0.05, advanced=True
+        0.3, 0.0, 1.0, "Largest accepted share of images with the same caption.", step=0.05, advanced=True
     )
     max_clip_tokens: int = number_field(
         75,
         1,
         10_000,
-        "The longest caption for CLIP encoders, which read in chunks of this many.",
+        "Longest caption for CLIP encoders, which read chunks of this length.",
         unit="tokens",
         advanced=True,
     )
     max_tokens: int = number_field(
-        512, 1, 100_000, "The longest caption for other encoders (T5).", unit="tokens", advanced=True
+        512, 1, 100_000, "Longest caption for other encoders (T5).", unit="tokens", advanced=True
     )
 
     def __post_init__(self):

@@ -38,28 +38,28 @@ class DuplicateSettings(Settings):
     duplicates: str = choice_field(
         DROP_COPIES,
         (DROP_COPIES, FLAG_COPIES),
-        "drop: only the best of each group stays. flag: all stay, the copies are marked.",
+        "drop: keep only the best of each group. flag: keep all and mark the copies.",
     )
     max_bits: int = number_field(
         10,
         0,
         20,
-        "Pictures whose hashes differ in at most this many of 64 bits are the same. 15 also finds light crops.",
+        "Images whose hashes differ in at most this many of 64 bits are duplicates. 15 also finds slight crops.",
         unit="bits",
     )
-    mirrored: bool = switch_field(True, "Mirror images count as the same picture.")
+    mirrored: bool = switch_field(True, "Treat mirror images as duplicates.")
     min_cosine: float = number_field(
         0.95,
         0.5,
         1.0,
-        "With a clip_vision: pictures whose features are at least this alike are the same, also when one is a crop of "
-        "the other.",
+        "With clip_vision: images whose features are at least this similar are duplicates, even if one is a crop "
+        "of the other.",
         step=0.005,
     )
     captions: str = choice_field(
         KEEP_OWN_CAPTIONS,
         (KEEP_OWN_CAPTIONS, ADD_COPY_CAPTIONS),
-        "Whether the picture that stays also takes over the captions of its copies, as alternatives.",
+        "Whether the image that stays also receives the captions of its copies, as alternatives.",
     )
 
 

@@ -27,15 +27,11 @@ class ClusterSettings(Settings):
     method: str = choice_field(
         K_MEANS,
         CLUSTER_METHODS,
-        "k-means makes round groups of like size; agglomerative finds small groups and strangers too.",
+        "k-means makes round groups of similar size; agglomerative also finds small groups and outliers.",
     )
-    clusters: int = number_field(
-        0, 0, 1000, "How many groups. 0 means that the silhouette picks the number.", unit="groups"
-    )
-    most: int = number_field(
-        12, 2, 200, "With clusters = 0: the largest number of groups that is tried.", unit="groups"
-    )
-    seed: int = number_field(0, 0, 2**63 - 1, "Where k-means starts. The same seed always gives the same groups.")
+    clusters: int = number_field(0, 0, 1000, "Number of groups. 0 lets the silhouette choose.", unit="groups")
+    most: int = number_field(12, 2, 200, "With clusters = 0: the largest number of groups to try.", unit="groups")
+    seed: int = number_field(0, 0, 2**63 - 1, "Initialises k-means. The same seed gives the same groups.")
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,13 @@ def unit_rows(rows) -> np.ndarray:
 class SimilarSettings(Settings):
     """Which pictures are looked for."""
 
-    most: int = number_field(12, 1, 200, "How many pictures are shown for each that is asked for.", unit="pictures")
+    most: int = number_field(12, 1, 200, "Number of matches per query.", unit="pictures")
     least: float = number_field(
-        0.0, -1.0, 1.0, "Cosine below which a picture is not alike. Copies have 0.95 and more.", step=0.01
+        0.0, -1.0, 1.0, "Images below this cosine similarity are not listed. Copies have 0.95 and more.", step=0.01
     )
     name: str = text_field(
         "",
-        "File name, or a part of it, of the pictures that are asked for. Empty: the first picture, or all of queries.",
+        "File name of the query, or a part of it. Empty: the first image, or all of queries.",
     )
 
 
