@@ -4,17 +4,19 @@ PY := .venv/bin/python
 # Models this small are many times slower on threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE ?= 1
+# Processes that run tests, each with its own ComfyUI and server (about 4 GB).
+JOBS ?= 2
 
 .PHONY: demo test test-unit check bench env
 
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
 
-test: env  ## everything that can run here; a loud line per group that cannot
-	@.venv/bin/pytest $(ARGS)
+test: env  ## everything that can run here, in two processes; a loud line per group that cannot (JOBS=0: one process)
+	@.venv/bin/pytest -n $(JOBS) --durations=10 $(ARGS)
 
 test-unit: env  ## the craft without ComfyUI: seconds
-	@.venv/bin/pytest tests/unit $(ARGS)
+	@.venv/bin/pytest -n $(JOBS) tests/unit $(ARGS)
 
 check: env  ## format, lint, types, and the direction of imports
 	@$(PY) -m ruff format --check .

@@ -3,6 +3,10 @@
 
 Groups by folder: unit/ and toy/ need nothing; comfy/ and workflows/ need ComfyUI; browser/ needs Chromium and Node as
 well. A group that cannot run here is not collected, and says so in one loud line at the end.
+
+With several processes (`make test` has two: `pytest -n 2`) a file is the unit of work, and all of browser/ is one: a
+module's fixtures are made once, and two browsers never share two cores. Each process has its own ComfyUI and, from the
+first test that asks for it, its own server. SECONDS says which units start first.
 """
 
 import importlib.util
@@ -45,6 +49,10 @@ def chromium():
     )
 
 
+# CPU seconds of the units of work that take longest, to start these first. A rough figure will do.
+SECONDS = {"tests/browser": 400}
+
+
 GROUPS = {"comfy": ("comfy", no_comfyui), "workflows": ("comfy", no_comfyui), "browser": ("browser", no_browser)}
 SKIPPED = {}  # group -> why
 
@@ -68,7 +76,38 @@ def pytest_ignore_collect(collection_path):
     return None
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hands out units of work in the order in which they were collected (see pytest_collection_modifyitems)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class UnitScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return unit_of_work(nodeid)
+
+    config.option.loadscopereorder = False
+    return UnitScheduling(config, log)
+
+
+def unit_of_work(nodeid):
+    """What one process runs from beginning to end: a file, or the folder browser/."""
+    file = nodeid.split("::")[0]
+    return "tests/browser" if file.startswith("tests/browser/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker process tells which groups it skipped."""
+    SKIPPED.update(getattr(node, "workeroutput", {}).get("skipped", {}))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["skipped"] = SKIPPED
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: -SECONDS.get(unit_of_work(item.nodeid), 0))
     for item in items:
         group = group_of(item.path)
         if group in GROUPS:

@@ -22,9 +22,7 @@ def plan(server, tmp_path_factory):
     """What the page is to be filled with: the toy checkpoint, small sizes, few steps."""
     lesson.pictures(server.base / "input" / "stars")
     small = {
-        "CheckpointLoaderSimple": {
-            "ckpt_name": world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name
-        },
+        "CheckpointLoaderSimple": {"ckpt_name": server.add_model("checkpoints", world.cached())},
         "TrainyardLoadDataset": {"folder": "input/stars"},
         "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
         "TrainyardTrainLora": {"steps": STEPS, "rank": 4, "seed": 1, "run_name": "browser"},

@@ -20,7 +20,7 @@ RENDERERS = ["classic", "nodes2"]
 @pytest.fixture(scope="module")
 def plan(server, tmp_path_factory):
     lesson.pictures(server.base / "input" / "live_stars", count=8)
-    checkpoint = world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name
+    checkpoint = server.add_model("checkpoints", world.cached())
     plan = {"checkpoint": checkpoint, "folder": "input/live_stars", "steps": STEPS, "every": EVERY, "preview": PREVIEW, "first": FIRST,
             "prompts": "a large red star on a white ground\na small blue "
                        "circle", "shots": str(HERE / "shots")}  # fmt: skip
@@ -65,7 +65,7 @@ def judge(file):
 @pytest.fixture(scope="module", params=RENDERERS)
 def scores(request, server, driver, tmp_path_factory):
     """{name of a run: (its chart, what the server told of it)} of Train LECO-Score and Train LECO, with validation."""
-    checkpoint = world.build(server.base / "models" / "checkpoints" / "toy_world.safetensors").name
+    checkpoint = server.add_model("checkpoints", world.cached())
     judge(server.base / "models" / "score_models" / "live_judge.safetensors")
     plan = {"checkpoint": checkpoint, "judge": "live_judge.safetensors", "steps": 12, "every": EVERY, "preview": 6, "prompts": "a circle",
             "parts": ["scores"], "shots": str(HERE / "shots")}  # fmt: skip

@@ -14,8 +14,8 @@ QUICK = dict(steps=4, learning_rate=1e-3, rank=2, save_every=0, calibrate="off")
 
 
 @pytest.fixture(scope="module")
-def toy(server, tmp_path_factory):
-    return server.add_model("checkpoints", world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors"))
+def toy(server):
+    return server.add_model("checkpoints", world.cached())
 
 
 @pytest.fixture(scope="module")

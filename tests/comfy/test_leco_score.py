@@ -551,7 +551,7 @@ def test_the_text_encoder_is_not_trained(folders):
 
 
 def test_on_the_server_a_score_model_and_prompts_become_a_lora_and_previews(server, tmp_path):
-    checkpoint = server.add_model("checkpoints", world.build(tmp_path / "toy_world.safetensors"))
+    checkpoint = server.add_model("checkpoints", world.cached())
     about = ScoreModelInfo(channels=16, latent_format="SD3", width=8, depth=1)
     network = call_with_seed(1, lambda: Scorer(LatentResNet(16, 8, 1), 1))
     write_score_model(tmp_path / "likes.safetensors", ScorerEnsemble([network], about))

@@ -195,11 +195,11 @@ def shake(adapters, seed, size=0.05):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy():
     """The toy world's file loaded twice: `.model`, `.clip`, `.vae` of ComfyUI, `.engine` of diffusers."""
     from trainyard.tests.toy import world
 
-    path = world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors")
+    path = world.cached()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
     patch = pytest.MonkeyPatch()
     if not has_vocabulary():  # then ComfyUI's own copy stands in, and the token ids prove little

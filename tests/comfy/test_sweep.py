@@ -15,8 +15,8 @@ from trainyard.trainers.settings import AdapterSettings
 
 
 @pytest.fixture(scope="module")
-def toy(comfy, tmp_path_factory):
-    return sampling.load(world.build(tmp_path_factory.mktemp("toy") / "toy.safetensors"))
+def toy(comfy):
+    return sampling.load(world.cached())
 
 
 def random_lora(model, size=0.03):

@@ -10,9 +10,9 @@ from trainyard.trainers.data.records import open_image
 
 
 @pytest.fixture(scope="module")
-def toy(comfy, tmp_path_factory):
+def toy(comfy):
     with torch.inference_mode():
-        toy = sampling.load(world.build(tmp_path_factory.mktemp("toy") / "toy_pairs.safetensors", lesson.MODEL))
+        toy = sampling.load(world.cached(lesson.MODEL))
     toy.clip = lesson.ShortClip(toy.clip)
     return toy
 

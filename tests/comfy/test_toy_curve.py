@@ -21,9 +21,9 @@ CURVES = pathlib.Path(__file__).parent / "curves.json"
 
 
 @pytest.fixture(scope="module")
-def toy(comfy, tmp_path_factory):
+def toy(comfy):
     with torch.inference_mode():
-        return sampling.load(world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors"))
+        return sampling.load(world.cached())
 
 
 def lesson_job(toy, folder, steps=20):

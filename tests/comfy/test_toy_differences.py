@@ -14,9 +14,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def toy(comfy, tmp_path_factory):
+def toy(comfy):
     with torch.inference_mode():
-        return sampling.load(world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors"))
+        return sampling.load(world.cached())
 
 
 ENDS = functools.partial(slider_exam, count=10, strengths=(-1.0, 0.0, 1.0))

@@ -8,8 +8,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkpoint(server, tmp_path_factory):
-    return server.add_model("checkpoints", world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors"))
+def checkpoint(server):
+    return server.add_model("checkpoints", world.cached())
 
 
 def pictures(server, run, side, exam):

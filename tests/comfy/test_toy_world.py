@@ -13,9 +13,9 @@ COMPLAINTS = ("missing", "unexpected", "left over", "unmatched", "uninitialized"
 
 
 @pytest.fixture(scope="module")
-def built(comfy, tmp_path_factory):
+def built(comfy):
     """(the toy world loaded by ComfyUI, what the loader logged)"""
-    path = world.build(tmp_path_factory.mktemp("toy") / "toy_world.safetensors")
+    path = world.cached()
     said = []
     handler = logging.Handler(level=logging.DEBUG)
     handler.emit = lambda record: said.append(record.getMessage())

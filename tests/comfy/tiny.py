@@ -4,16 +4,14 @@
 
 Key names and shapes come from ComfyUI's own modules on the meta device, so they cannot drift from the host; weights are
 drawn from a seed. They prove wiring, not quality (tests/toy/ is the world with trained weights).
-The cache is $TRAINYARD_TEST_CACHE, else ~/.cache/trainyard-tests.
+Built files are kept in the tests' cache; a change of this file makes new ones.
 """
 
-import hashlib
 import math
-import os
-import pathlib
 
 import torch
 from safetensors.torch import save_file
+from trainyard.tests.cache import cached_file
 
 VAE_SCALES = {
     "sd15": (0.18215, 0.0),
@@ -142,12 +140,6 @@ FILES = {  # name -> (folder below models/, what makes the tensors)
 }
 
 
-def cache_folder():
-    """Where built files are kept; a change of this file makes new ones."""
-    root = pathlib.Path(os.environ.get("TRAINYARD_TEST_CACHE") or pathlib.Path.home() / ".cache" / "trainyard-tests")
-    return root / hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:12]
-
-
 def kind(name):
     """The folder below ComfyUI's models/ that a file belongs in."""
     return FILES[name][0]
@@ -157,11 +149,8 @@ def build(name):
     """Path of a small model file, made if it is not in the cache. ComfyUI must be importable (fixture `comfy`)."""
     if name not in FILES:
         raise KeyError(f"No small model is called {name!r}. There are: {', '.join(FILES)}.")
-    path = cache_folder() / f"tiny_{name}.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.contiguous() for key, tensor in FILES[name][1]().items()}
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, draft)
-        os.replace(draft, path)
-    return path
+    return cached_file(f"tiny_{name}.safetensors", [__file__], lambda path: save_file(tensors(name), path))
+
+
+def tensors(name):
+    return {key: tensor.contiguous() for key, tensor in FILES[name][1]().items()}

@@ -64,6 +64,15 @@ def build(path, model="transformer"):
     return path
 
 
+def cached(model="transformer"):
+    """Path of the checkpoint in the tests' cache, built if it is not there."""
+    from ..cache import cached_file
+
+    sources = [__file__, *(WEIGHTS / f"{part}.safetensors" for part in (model, "vae"))]
+    name = "toy_world.safetensors" if model == "transformer" else f"toy_{model}.safetensors"
+    return cached_file(name, sources, lambda path: build(path, model))
+
+
 def checkpoint(model="transformer"):
     """Every tensor of the file, float16, under the names of a single-file SD3."""
     state = {f"model.diffusion_model.{k}": v for k, v in transformer(model).items()}
