@@ -71,7 +71,7 @@ def bare(plan: Plan):
     laps = laps_over(model, plan)
     with (
         host.session.open_training_session(model, plan.adapter(DEFAULT_TARGETS)) as session,
-        session.adapters.at(0.0),
+        session.adapters.at_strength(0.0),
         contextlib.closing(laps),
     ):
         denoiser = session.denoiser

@@ -38,14 +38,22 @@ def rows_of(plan, meta):
         rows[name] = core_row(partial(core, targets=contenders.EVERY_LAYER, depth=depth), plan)
         gc.collect()
     count = counted(plan, meta)
-    moments = 2 * count.adapters  # of the optimizer: born in the first step, and the ledger keeps the second
+    moments = 2 * count.adapter_bytes  # of the optimizer: born in the first step, and the ledger keeps the second
     for name in CHECKPOINTING_PLANS:
         if meta and name in CHECKPOINTING_PLANS[2:]:  # a copy of a tensor without values has no values either
-            rows[name] = {**rows[PLAN_PER_BLOCK], "peak": count.peak(name) - moments, "saved": 0, "counted": False}
+            rows[name] = {
+                **rows[PLAN_PER_BLOCK],
+                "peak": count.peak_bytes(name) - moments,
+                "saved": 0,
+                "counted": False,
+            }
         else:
             with beside_the_device():
                 rows[name] = row(*ours(plan, targets=targets, checkpointing=name))
-        rows[name] |= {"forecast": count.peak(name) - moments, "away": count.weights if name == PLAN_OFFLOADED else 0}
+        rows[name] |= {
+            "forecast": count.peak_bytes(name) - moments,
+            "away": count.weights if name == PLAN_OFFLOADED else 0,
+        }
         gc.collect()
     return rows
 
@@ -71,7 +79,7 @@ def counted(plan, meta):
         ):
             with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.counter:
                 it.loss()
-        return add_block_weights(blocks.counter.measured(bytes_of(adapters)), it.network, torch.device("meta"))
+        return add_block_weights(blocks.counter.step_memory(bytes_of(adapters)), it.network, torch.device("meta"))
     with host.session.open_training_session(shapes.make(plan.shape, plan.dtype), adapter) as session:
         method = LoraTraining(
             session.denoiser,
@@ -84,7 +92,9 @@ def counted(plan, meta):
         with tally:
             method.loss(host.progress.make_generator(0))
         return add_block_weights(
-            tally.measured(bytes_of(session.adapters)), session.denoiser.model.diffusion_model, session.denoiser.device
+            tally.step_memory(bytes_of(session.adapters)),
+            session.denoiser.model.diffusion_model,
+            session.denoiser.device,
         )
 
 

@@ -125,7 +125,7 @@ def real(row: Row, family: str) -> Cost:
     away = (
         row.checkpointing == PLAN_PER_BLOCK_CPU
     )  # a copy of a tensor without values has none either: what the planner would say
-    peak = counted(plan, row).peak(PLAN_PER_BLOCK_CPU) - 2 * size(params) if away else cost.peak
+    peak = counted(plan, row).peak_bytes(PLAN_PER_BLOCK_CPU) - 2 * size(params) if away else cost.peak
     return Cost(cost.flops, peak, size(params) + size(state_of(optimizer)))
 
 
@@ -154,7 +154,7 @@ def counted(plan, row):
     ):
         with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.counter:
             it.loss()
-    return blocks.counter.measured(size(adapters.parameters()))
+    return blocks.counter.step_memory(size(adapters.parameters()))
 
 
 def steps(it, optimizer, params, optimizing):
@@ -177,7 +177,7 @@ def state_of(optimizer) -> list:
     from trainyard.benchmarks.meters import tensors
 
     found = tensors(getattr(optimizer, "optimizer", optimizer).state_dict()["state"])
-    return [*found, *getattr(optimizer, "average", [])]
+    return [*found, *getattr(optimizer, "ema_params", [])]
 
 
 # -- mid size, the real loop -------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def mid(row: Row, family: str, timed: int) -> Cost:
             loop.train(Stepped(method, laps, optimizing.accumulate), run, optimizing, interval=math.inf)
         if said:
             raise ValueError(said[0])
-        on_device = state_of(made[0])[: None if not row.optimizing.get("ema_on_cpu") else -len(made[0].average)]
+        on_device = state_of(made[0])[: None if not row.optimizing.get("ema_on_cpu") else -len(made[0].ema_params)]
         return Cost(
             laps.cost.flops, laps.cost.peak, size(session.adapters.parameters()) + size(on_device), laps.cost.seconds
         )

@@ -148,29 +148,29 @@ class ConsoleOutput:
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stdout
-        self.live, self.last, self.width, self.text = self.stream.isatty(), -math.inf, 0, ""
+        self.is_terminal, self.last_printed, self.line_width, self.last_text = self.stream.isatty(), -math.inf, 0, ""
 
-    def line(self, text, force=False):
-        if text == self.text or (not force and not self.live and time.monotonic() - self.last < 10):
+    def update_line(self, text, force=False):
+        if text == self.last_text or (not force and not self.is_terminal and time.monotonic() - self.last_printed < 10):
             return
-        self.last, self.text = time.monotonic(), text
-        if self.live:
-            self.stream.write("\r" + text.ljust(self.width))
-            self.width = len(text)
+        self.last_printed, self.last_text = time.monotonic(), text
+        if self.is_terminal:
+            self.stream.write("\r" + text.ljust(self.line_width))
+            self.line_width = len(text)
         else:
             self.stream.write(text + "\n")
         self.stream.flush()
 
-    def say(self, text):
-        self.end()
+    def print_line(self, text):
+        self.end_line()
         self.stream.write(text + "\n")
         self.stream.flush()
 
-    def end(self):
+    def end_line(self):
         """Leave the line that is written over."""
-        if self.live and self.width:
+        if self.is_terminal and self.line_width:
             self.stream.write("\n")
-        self.width = 0
+        self.line_width = 0
 
 
 class InterruptHandler:
@@ -178,25 +178,25 @@ class InterruptHandler:
     back."""
 
     def __enter__(self):
-        self.asked = False
+        self.requested = False
         try:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            self.previous_handler = signal.signal(signal.SIGINT, self._ask)
         except ValueError:  # not the main thread, which gets no signals
-            self.before = None
+            self.previous_handler = None
         return self
 
     def _ask(self, *_):
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
-    def check(self):
-        if self.asked:
+    def raise_if_requested(self):
+        if self.requested:
             raise KeyboardInterrupt
 
     def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        if self.previous_handler is not None:
+            signal.signal(signal.SIGINT, self.previous_handler)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -224,45 +224,48 @@ class CommandLineJob:
 
     def __call__(self):
         """Read, encode, train, write. From top to bottom what the command does."""
-        dataset = self.dataset()
-        engine = self.engine()
+        dataset = self.read_dataset()
+        engine = self.load_engine()
         rng = torch.Generator().manual_seed(self.run.seed)
         adapters = Adapters(engine.network, self.adapter, rng).to(engine.denoiser.device)
-        text = self.text_adapters(engine, rng)
-        data = self.encoded(dataset, engine)
+        text = self.make_text_adapters(engine, rng)
+        data = self.encode_dataset(dataset, engine)
         folder = RunFolder(
-            self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.recipe(data), self.run.steps
+            self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.settings_dict(data), self.run.steps
         )
-        folder.export = lambda step: self.lora(engine, adapters, text, data, step)
+        folder.export = lambda step: self.export_lora(engine, adapters, text, data, step)
         done = folder.finished()
-        lora, losses = done or self.trained(engine, adapters, text, data, folder)
+        lora, losses = done or self.train_adapters(engine, adapters, text, data, folder)
         if done:
-            self.screen.say("this very run is finished already; nothing was trained again")
-        self.write(lora, losses)
+            self.screen.print_line("this very run is finished already; nothing was trained again")
+        self.write_results(lora, losses)
         if self.args.samples:
-            self.sheet(engine, adapters, text, lora, data)
+            self.write_sample_sheet(engine, adapters, text, lora, data)
 
-    def dataset(self):
-        progress = lambda done, total, name: (self.stop.check(), self.screen.line(f"reading {done}/{total} {name}"))
+    def read_dataset(self):
+        progress = lambda done, total, name: (
+            self.stop.raise_if_requested(),
+            self.screen.update_line(f"reading {done}/{total} {name}"),
+        )
         dataset = read_folder(
             self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress
         )
-        self.screen.say(f"{len(dataset)} images in {self.args.images}")
+        self.screen.print_line(f"{len(dataset)} images in {self.args.images}")
         for path, reason in dataset.skipped:
-            self.screen.say(f"  left out: {reason if path in reason else f'{path}: {reason}'}")
+            self.screen.print_line(f"  left out: {reason if path in reason else f'{path}: {reason}'}")
         if self.captions.caption_mode == CAPTION_MODE_TEXT and not self.captions.trigger.strip():
             require_captions(dataset)  # before the model is loaded
         return dataset
 
-    def engine(self):
+    def load_engine(self):
         from .engines.diffusers import load_engine
 
         engine = load_engine(self.args.model, self.args.device)
-        self.screen.say(f"{self.args.model.name}: {engine.family.architecture} on {engine.denoiser.device}")
+        self.screen.print_line(f"{self.args.model.name}: {engine.family.architecture} on {engine.denoiser.device}")
         return engine
 
-    def encoded(self, dataset, engine):
-        report = lambda done, total, what: self.screen.line(f"encoding {done}/{total} {what}")
+    def encode_dataset(self, dataset, engine):
+        report = lambda done, total, what: self.screen.update_line(f"encoding {done}/{total} {what}")
         return encode_dataset(
             dataset,
             self.captions,
@@ -272,11 +275,11 @@ class CommandLineJob:
             engine.text,
             self.args.out / ".cache",
             report,
-            self.stop.check,
+            self.stop.raise_if_requested,
             seed=self.run.seed,
         )
 
-    def text_adapters(self, engine, rng):
+    def make_text_adapters(self, engine, rng):
         """Adapters of the text encoders, or None when these are not trained."""
         if not self.adapter.text_encoder:
             return None
@@ -291,17 +294,17 @@ class CommandLineJob:
             "lora cli 1", data.fingerprint, engine.identity, text, self.adapter, self.optimizing, self.noise, run
         )
 
-    def recipe(self, data) -> dict:
+    def settings_dict(self, data) -> dict:
         names = {"model": str(self.args.model), "images": str(self.args.images), "count": len(data)}
         return names | {record.__name__: values.to_dict() for record, values in self.records.items()}
 
-    def trained(self, engine, adapters, text, data, folder):
-        encode_text = engine.encode if text is not None else None
+    def train_adapters(self, engine, adapters, text, data, folder):
+        encode_text = engine.encode_batch if text is not None else None
         method = LoraTraining(
             engine.denoiser, adapters, data, self.noise, engine.family.density, self.run.batch, text, encode_text
         )
         with adapters.attached(), attach_trained_text(engine, text):
-            losses = train(method, self.run, self.optimizing, report=self.report, store=folder)
+            losses = train(method, self.run, self.optimizing, report=self.report_progress, store=folder)
         return folder.export(self.run.steps), losses
 
     def sample_size(self, engine, data) -> tuple[int, int]:
@@ -310,16 +313,16 @@ class CommandLineJob:
         wanted = (self.args.sample_size,) * 2 if self.args.sample_size else most_common_bucket(data)
         return tuple(max(unit, side // unit * unit) for side in wanted)
 
-    def report(self, progress):
-        self.screen.line(progress.line(), force=progress.step == progress.steps)
-        self.stop.check()
+    def report_progress(self, progress):
+        self.screen.update_line(progress.line(), force=progress.step == progress.steps)
+        self.stop.raise_if_requested()
 
-    def lora(self, engine, adapters, text, data, step) -> LoraFile:
+    def export_lora(self, engine, adapters, text, data, step) -> LoraFile:
         tensors, _ = engine.lora_tensors(adapters, text)
         family = engine.family
         about = lora_metadata(
             title=self.name,
-            base=family.base,
+            base=family.base_version,
             architecture=family.architecture,
             prediction=engine.prediction,
             adapter=self.adapter,
@@ -332,16 +335,16 @@ class CommandLineJob:
         )
         return LoraFile(tensors, about, step)
 
-    def write(self, lora, losses):
+    def write_results(self, lora, losses):
         path = self.args.out / f"{self.name}.safetensors"
         write_lora(path, lora)
         draw_loss_plot(losses, self.args.out / f"{self.name}-loss.png", title=f"{self.name}: training loss")
         last = losses[-20:]
-        self.screen.say(
+        self.screen.print_line(
             f"{path}: {lora.steps} steps, loss {sum(last) / len(last):.4f}; the curve is in {self.name}-loss.png"
         )
 
-    def sheet(self, engine, adapters, text, lora, data):
+    def write_sample_sheet(self, engine, adapters, text, lora, data):
         """Rows: prompt without and with the LoRA. Columns: seeds."""
         engine.load_lora(
             lora, adapters, text
@@ -350,8 +353,8 @@ class CommandLineJob:
         seeds = range(self.args.sample_seeds)
         columns: list = []
         for seed in seeds:
-            self.screen.line(f"sampling seed {seed + 1}/{len(seeds)}")
-            self.stop.check()
+            self.screen.update_line(f"sampling seed {seed + 1}/{len(seeds)}")
+            self.stop.raise_if_requested()
             look = lambda s=seed: engine.sample(
                 self.args.samples, s, size, self.args.sample_steps, self.args.sample_cfg
             )
@@ -366,7 +369,7 @@ class CommandLineJob:
         labels = [f"{shorten_prompt(p)}{how}" for p in self.args.samples for how in ("", " + LoRA")]
         path = self.args.out / f"{self.name}-samples.png"
         draw_image_grid(rows, labels, [f"seed {s}" for s in seeds]).save(path)
-        self.screen.say(f"{path}: without and with the LoRA")
+        self.screen.print_line(f"{path}: without and with the LoRA")
 
 
 @contextlib.contextmanager
@@ -376,7 +379,7 @@ def attach_trained_text(engine, text):
     if text is None:
         yield
         return
-    with engine.text.ready(), text.attached():
+    with engine.text.on_device(), text.attached():
         yield
 
 
@@ -407,13 +410,13 @@ def main(argv=None) -> int:
         with InterruptHandler() as stop:
             CommandLineJob(args, screen, stop)()
     except KeyboardInterrupt:
-        screen.say(f"Stopped. What was done is kept in {args.out}; the same command continues from there.")
+        screen.print_line(f"Stopped. What was done is kept in {args.out}; the same command continues from there.")
         return EXIT_STOPPED
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
         hint = " (--debug shows where)" if type(error) is RuntimeError else ""
-        screen.end()
+        screen.end_line()
         print(f"python -m trainers: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return EXIT_MISTAKE
     return 0

@@ -88,7 +88,7 @@ class EmaOptimizer:
 
     def __init__(self, optimizer, decay: float, on_cpu: bool = False):
         self.optimizer, self.decay, self.updates = optimizer, decay, 0
-        self.average = [p.detach().to("cpu" if on_cpu else p.device, copy=True) for p in self.params()]
+        self.ema_params = [p.detach().to("cpu" if on_cpu else p.device, copy=True) for p in self.params()]
 
     @property
     def param_groups(self):
@@ -102,7 +102,7 @@ class EmaOptimizer:
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         with torch.no_grad():
-            for average, p in zip(self.average, self.params(), strict=True):
+            for average, p in zip(self.ema_params, self.params(), strict=True):
                 average.lerp_(p.detach().to(average.device), 1 - keep)
 
     def zero_grad(self, set_to_none=True):
@@ -111,16 +111,16 @@ class EmaOptimizer:
     def eval(self):
         """Put the average into the parameters."""
         with torch.no_grad():
-            for average, p in zip(self.average, self.params(), strict=True):
+            for average, p in zip(self.ema_params, self.params(), strict=True):
                 p.copy_(average)
 
     def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "average": list(self.average), "updates": self.updates}
+        return {"optimizer": self.optimizer.state_dict(), "average": list(self.ema_params), "updates": self.updates}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
-        for average, saved in zip(self.average, state["average"], strict=True):
+        for average, saved in zip(self.ema_params, state["average"], strict=True):
             average.copy_(saved)
 
 

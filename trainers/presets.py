@@ -23,7 +23,7 @@ class FamilyDefaults:
     adapter: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=dict)
     noise: dict = field(default_factory=dict)
-    steps: dict = field(
+    step_ranges: dict = field(
         default_factory=lambda: {
             PURPOSE_CHARACTER: (1000, 3000),
             PURPOSE_STYLE: (2000, 6000),
@@ -63,7 +63,7 @@ PRESET_FAMILIES = {
         "by SeaArt's guide (1500 to 3000 for a character, 3000 to 6000 for a style)",
         optimizer={"schedule": "cosine", "warmup": 100},
         noise={"weighting": "debiased"},
-        steps={PURPOSE_CHARACTER: (1500, 3000), PURPOSE_STYLE: (3000, 6000), PURPOSE_CONCEPT: (1500, 3000)},
+        step_ranges={PURPOSE_CHARACTER: (1500, 3000), PURPOSE_STYLE: (3000, 6000), PURPOSE_CONCEPT: (1500, 3000)},
     ),
     "NoobAI v-pred": FamilyDefaults(
         32,
@@ -74,7 +74,7 @@ PRESET_FAMILIES = {
         "sd-scripts; the schedule with zero terminal SNR comes from the model itself",
         optimizer={"schedule": "cosine", "warmup": 100},
         noise=MIN_SNR_NOISE,
-        steps={PURPOSE_CHARACTER: (1500, 3000), PURPOSE_STYLE: (3000, 6000), PURPOSE_CONCEPT: (1500, 3000)},
+        step_ranges={PURPOSE_CHARACTER: (1500, 3000), PURPOSE_STYLE: (3000, 6000), PURPOSE_CONCEPT: (1500, 3000)},
     ),
     "SD 3": FamilyDefaults(
         16,
@@ -84,7 +84,7 @@ PRESET_FAMILIES = {
         "ostris/ai-toolkit as Replicate's SD 3.5 trainer sets it (rank 16 = alpha, 4e-4, 512 and 768 px, EMA 0.99, "
         "caption dropout 0.05); noise levels by Esser et al. 2024",
         optimizer=AI_TOOLKIT_OPTIMIZER,
-        steps={PURPOSE_CHARACTER: (700, 2000), PURPOSE_STYLE: (1000, 3000), PURPOSE_CONCEPT: (700, 2000)},
+        step_ranges={PURPOSE_CHARACTER: (700, 2000), PURPOSE_STYLE: (1000, 3000), PURPOSE_CONCEPT: (700, 2000)},
     ),
     "Flux": FamilyDefaults(
         16,
@@ -94,7 +94,7 @@ PRESET_FAMILIES = {
         "ostris/ai-toolkit, example for FLUX.1-dev (rank 16 = alpha, 1e-4, 2000 steps, 512 to 1024 px, EMA 0.99, "
         "caption dropout 0.05); guidance 1 and the shift by size as in kohya-ss sd-scripts",
         optimizer=AI_TOOLKIT_OPTIMIZER,
-        steps={PURPOSE_CHARACTER: (1000, 2000), PURPOSE_STYLE: (1500, 3000), PURPOSE_CONCEPT: (1000, 2000)},
+        step_ranges={PURPOSE_CHARACTER: (1000, 2000), PURPOSE_STYLE: (1500, 3000), PURPOSE_CONCEPT: (1000, 2000)},
     ),
     "Chroma": FamilyDefaults(
         16,
@@ -103,7 +103,7 @@ PRESET_FAMILIES = {
         768,
         "ostris/ai-toolkit (1e-4, caption dropout 0.05), kohya-ss sd-scripts (guidance 0, logit-normal noise levels)",
         optimizer=AI_TOOLKIT_OPTIMIZER,
-        steps={PURPOSE_CHARACTER: (1000, 2500), PURPOSE_STYLE: (1500, 3500), PURPOSE_CONCEPT: (1000, 2500)},
+        step_ranges={PURPOSE_CHARACTER: (1000, 2500), PURPOSE_STYLE: (1500, 3500), PURPOSE_CONCEPT: (1000, 2500)},
     ),
 }
 # What a purpose changes: our own choice within the published ranges.
@@ -131,7 +131,7 @@ class TrainingPreset:
     noise: NoiseSettings
     run: RunSettings
     resolution: int
-    changed: tuple[str, ...] = ()
+    changed_names: tuple[str, ...] = ()
 
 
 def make_training_preset(family: str, purpose: str, pictures: int, changes: str = "") -> TrainingPreset:
@@ -139,7 +139,7 @@ def make_training_preset(family: str, purpose: str, pictures: int, changes: str 
     bad line."""
     base = PRESET_FAMILIES[family]
     rank = max(4, int(base.rank * RANK_FACTORS[purpose]))
-    least, most = base.steps[purpose]
+    least, most = base.step_ranges[purpose]
     steps = min(max(STEPS_PER_IMAGE[purpose] * pictures, least), most)
     convolutions = (
         {"conv": True, "conv_rank": max(4, rank // 2), "conv_alpha": max(4, rank // 2) / 2}
@@ -163,7 +163,7 @@ def make_training_preset(family: str, purpose: str, pictures: int, changes: str 
 
 def apply_preset_change(chosen: TrainingPreset, where: str, text: str) -> TrainingPreset:
     name, equals, value = (part.strip() for part in text.partition("="))
-    done = (*chosen.changed, name)
+    done = (*chosen.changed_names, name)
     if not equals:
         raise ValueError(f"{where} is no change. Write a name, = and a value, for example rank = 32.")
     try:
@@ -173,13 +173,13 @@ def apply_preset_change(chosen: TrainingPreset, where: str, text: str) -> Traini
                 resolution=check_field_value(
                     name, parse_setting_value(value, 1024), 1024, dict(lo=16, hi=8192, unit="px")
                 ),
-                changed=done,
+                changed_names=done,
             )
         for part in ("adapter", "optimizer", "noise", "run"):
             settings = getattr(chosen, part)
             if name in (kinds := {f.name: f for f in fields(settings) if part != "run" or f.name in RUN_FIELDS}):
                 new = replace(settings, **{name: parse_setting_value(value, kinds[name].default)})
-                return replace(chosen, **{part: new}, changed=done)
+                return replace(chosen, **{part: new}, changed_names=done)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     known = [
@@ -216,8 +216,8 @@ def format_preset(chosen: TrainingPreset) -> str:
         run,
         *(f"{name}: {told}" for name, settings, less in parts if (told := format_changed_settings(settings, less))),
     ]
-    if chosen.changed:
-        lines.append(f"changed by you: {', '.join(dict.fromkeys(chosen.changed))}")
+    if chosen.changed_names:
+        lines.append(f"changed by you: {', '.join(dict.fromkeys(chosen.changed_names))}")
     return "\n".join(
         [*lines, f"pictures: {DATASET_ADVICE[chosen.purpose]}", f"from: {PRESET_FAMILIES[chosen.family].source}"]
     )

@@ -67,7 +67,7 @@ class Original:
         sigmas = denoiser.sigma_at(1 - torch.arange(k + 1) / STEPS).to(noise)
         sigma = sigmas[0].expand(len(noise))
         x = denoiser.noised(torch.zeros_like(noise), noise, sigma)
-        with self.model.adapters.at(1.0):
+        with self.model.adapters.at_strength(1.0):
             for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
                 sigma = here.expand(len(x))
                 self.model.forward_counts["rollout"] += 2 * len(x)

@@ -66,9 +66,9 @@ class TrainingSession:
 
     def tensors(self):
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
-        tensors, untouched = self.adapters.tensors(self.keys.__getitem__)
+        tensors, untouched = self.adapters.export_tensors(self.keys.__getitem__)
         if self.text_adapters is not None:
-            more, others = self.text_adapters.tensors(self.text_layer_keys.__getitem__)
+            more, others = self.text_adapters.export_tensors(self.text_layer_keys.__getitem__)
             tensors, untouched = {**tensors, **more}, untouched + others
         return tensors, untouched
 
@@ -113,7 +113,7 @@ def open_training_session(
             stack.enter_context(habit())
         session.blocks.plan = PLAN_PER_BLOCK if checkpointing == PLAN_AUTO else checkpointing  # until a plan is chosen
         if compiling:
-            session.blocks.compiler = stack.enter_context(make_block_compiler(adapters, compiling).ready())
+            session.blocks.compiler = stack.enter_context(make_block_compiler(adapters, compiling).compile_context())
         stack.enter_context(checkpoint_blocks(find_block_classes(network), adapters, session.blocks))
         session.denoiser = ComfyDenoiser(patcher, session.family)
         if checkpointing == PLAN_OFFLOADED:

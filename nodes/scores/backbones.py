@@ -170,7 +170,7 @@ class ExtractorRecomputeContext:
     look: DiffusionFeatureExtractor
     adapters: Adapters
 
-    def as_now(self):
+    def capture_context(self):
         @contextlib.contextmanager
         def again():
             with self.look.autograd_context(), self.adapters.attached():
@@ -476,7 +476,9 @@ def make_feature_adapters(look: DiffusionFeatureExtractor, rank: int) -> Adapter
     """A LoRA on the attention that a look comes by, all else being dead weight in the file. It learns slower than the
     small layers after it."""
     rng = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
-    adapters = Adapters(look.network, AdapterSettings(rank=rank, targets="attention"), rng).only(look.active_layers())
+    adapters = Adapters(look.network, AdapterSettings(rank=rank, targets="attention"), rng).keep_layers(
+        look.active_layers()
+    )
     for p in adapters.parameters():
         p.rate = LORA_LR_FACTOR
     return adapters

@@ -296,7 +296,7 @@ class TrainingJob:
         """Says what the rest of the run will cost: memory and time, where they were measured, and forwards, where they
         are planned."""
         done = (read_run_record(folder.folder / "run.json") or {}).get("step", 0)
-        parts = [forecast.line(max(0, self.run.steps - done))] if forecast else []
+        parts = [forecast.format_line(max(0, self.run.steps - done))] if forecast else []
         if found := self.planned():
             parts.append(f"forwards per step: {format_counts_per_step(found, 1)} planned")
         if not parts:

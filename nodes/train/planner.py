@@ -152,7 +152,7 @@ def count_step_memory(session, method, job) -> StepMemory | None:
         session.blocks.counter = None
     asked = math.prod(job.largest()) * job.run.batch
     adapters = sum(p.numel() * p.element_size() for p in method.parameters())
-    measured = tally.measured(adapters).scaled(max(1.0, asked / max(1, session.denoiser.max_batch_numel)))
+    measured = tally.step_memory(adapters).scaled(max(1.0, asked / max(1, session.denoiser.max_batch_numel)))
     measured = add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
     return replace(measured, has_accumulated_gradients=job.optimizing.accumulate > 1)
 
@@ -174,7 +174,7 @@ def run_trial_step(session, method, job, measured, plans):
                     measure_step_cost(session, method, job)  # in which programs are made
                 seconds, peak = measure_step_cost(session, method, job)
             extra = (
-                max(0, peak - (measured.peak(plan) - 2 * measured.adapters)) if peak else 0
+                max(0, peak - (measured.peak_bytes(plan) - 2 * measured.adapter_bytes)) if peak else 0
             )  # the optimizer has no numbers of its own yet
             return method, make_run_forecast(
                 measured, plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra, session.away

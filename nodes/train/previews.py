@@ -95,7 +95,7 @@ class PreviewRenderer:
         with switch_to_sampling(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
             for adapters in (self.session.adapters, self.session.text_adapters):
                 if adapters is not None:
-                    stack.enter_context(adapters.at(strength))
+                    stack.enter_context(adapters.at_strength(strength))
             latents = [self.sample_one_latent(patcher, label, cond, seed) for label, cond, seed in self.pictures]
             return [self.decoded(latent) for latent in latents]
 

@@ -117,9 +117,11 @@ def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
     with host.session.open_training_session(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:
         own, data, network = session.adapters, contenders.encoded(plan), session.denoiser.model.diffusion_model
         for name in own.layers:
-            torch.nn.init.normal_(own.low(name).up, std=0.1, generator=host.progress.make_generator(1))
+            torch.nn.init.normal_(own.adapter_for(name).up, std=0.1, generator=host.progress.make_generator(1))
         ours = contenders.LoraTraining(session.denoiser, own, data, density=session.family.density)
-        loss, gradient = pull(ours, [p for name in own.layers for p in (own.low(name).down, own.low(name).up)])
+        loss, gradient = pull(
+            ours, [p for name in own.layers for p in (own.adapter_for(name).down, own.adapter_for(name).up)]
+        )
         own.detach()
         loras, method = contenders.kohya_method(plan, session, data, checkpointing)
         assert list(loras.layers) == list(own.layers)

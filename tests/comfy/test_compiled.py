@@ -26,7 +26,7 @@ def gradients(session, family):
     found, problem = [], Problem(session, family)
     shake(session.adapters)
     for strength in (1.0, -1.0):
-        with session.adapters.at(strength):
+        with session.adapters.at_strength(strength):
             found.append(problem.gradient(session.adapters))
     return torch.cat(found)
 

@@ -139,11 +139,11 @@ def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_mi
         problem = Problem(session, family)
         with torch.no_grad():
             ask = lambda: problem.denoiser.denoise(problem.x0, problem.sigma, problem.conds).clone()
-            with session.adapters.at(0.0):
+            with session.adapters.at_strength(0.0):
                 base = ask()
             trained = {}
             for strength in (1.0, -1.0):
-                with session.adapters.at(strength):
+                with session.adapters.at_strength(strength):
                     trained[strength] = ask()
         tensors, _ = session.tensors()
     path = tmp_path / "lora.safetensors"

@@ -25,7 +25,7 @@ def answers(session, problem, strengths=(0.0, 1.0, -1.0)):
     found = {}
     with torch.no_grad():
         for strength in strengths:
-            with session.adapters.at(strength):
+            with session.adapters.at_strength(strength):
                 found[strength] = problem.denoiser.denoise(problem.x0, problem.sigma, problem.conds).clone()
     return found
 

@@ -174,7 +174,7 @@ def test_a_lora_of_the_embedded_engine_does_the_same_in_comfyui(family, caplog):
     )
     with adapters.attached(), torch.no_grad():
         mine = denoiser.denoise(x, sigma, conds)
-        with adapters.at(0):
+        with adapters.at_strength(0):
             base = denoiser.denoise(x, sigma, conds)
     with host.session.open_training_session(patched, AdapterSettings(rank=2)) as session, torch.no_grad():
         theirs = session.denoiser.denoise(x, sigma, conds)

@@ -42,7 +42,7 @@ def test_every_plan_gives_the_same_gradients_bit_for_bit_and_leaves_the_model_as
         ):
             shake(session.adapters)
             problem = Problem(session, family)
-            with session.adapters.at(strength):
+            with session.adapters.at_strength(strength):
                 loss = problem.loss().mean()
             loss.backward()
             found[plan] = [p.grad for p in session.adapters.parameters()]
@@ -67,7 +67,7 @@ def test_strength_minus_one_has_other_gradients():
     ):
         shake(session.adapters)
         for strength in (1.0, -1.0):
-            with session.adapters.at(strength):
+            with session.adapters.at_strength(strength):
                 grads.append(Problem(session, "sd3").gradient(session.adapters))
     assert not torch.allclose(*grads)
 
@@ -103,12 +103,12 @@ def planned(monkeypatch, free, checkpointing=PLAN_AUTO, device=None, **run):
 def test_auto_keeps_everything_where_there_is_room(monkeypatch, folders):
     forecast, plan = planned(monkeypatch, 100 * GIB)
     assert (forecast.plan, plan) == (PLAN_OFF, PLAN_OFF)
-    assert forecast.fits and forecast.room > 1 and forecast.seconds > 0
+    assert forecast.fits and forecast.max_batch > 1 and forecast.seconds > 0
 
 
 def test_auto_checkpoints_where_there_is_less_and_goes_to_the_cpu_where_there_is_least(monkeypatch, folders):
     full, _ = planned(monkeypatch, 100 * GIB)
-    assert planned(monkeypatch, full.peak)[1] == PLAN_PER_BLOCK
+    assert planned(monkeypatch, full.peak_bytes)[1] == PLAN_PER_BLOCK
     assert planned(monkeypatch, 1000, device="cuda")[1] == PLAN_OFFLOADED
 
 
@@ -119,7 +119,7 @@ def test_on_the_cpu_alone_nothing_is_sent_to_the_cpu(monkeypatch, folders):
 def test_a_plan_of_the_users_own_is_kept_and_told(monkeypatch, folders):
     forecast, plan = planned(monkeypatch, 1000, checkpointing=PLAN_OFF)
     assert (plan, forecast.fits) == (PLAN_OFF, False)
-    assert "this is tight" in forecast.line(10)
+    assert "this is tight" in forecast.format_line(10)
 
 
 def test_a_short_run_with_a_plan_of_its_own_is_not_measured(monkeypatch, folders):
@@ -128,7 +128,7 @@ def test_a_short_run_with_a_plan_of_its_own_is_not_measured(monkeypatch, folders
 
 def test_the_forecast_is_of_the_largest_pictures_and_the_whole_batch(monkeypatch, folders):
     one, two = (planned(monkeypatch, 100 * GIB, batch=batch)[0] for batch in (1, 2))
-    assert one.peak < two.peak < 2 * one.peak
+    assert one.peak_bytes < two.peak_bytes < 2 * one.peak_bytes
 
 
 def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, folders):
@@ -230,10 +230,10 @@ def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterward
 def test_only_as_many_weights_leave_as_are_missing(monkeypatch, folders):
     full, _ = planned(monkeypatch, 100 * GIB, checkpointing=PLAN_OFFLOADED)
     monkeypatch.setattr(planner, "choose_checkpointing_plan", lambda measured, free, plans: PLAN_OFFLOADED)
-    forecast, plan = planned(monkeypatch, full.peak / USABLE_MEMORY_SHARE - 1000, device="cuda")
+    forecast, plan = planned(monkeypatch, full.peak_bytes / USABLE_MEMORY_SHARE - 1000, device="cuda")
     assert (plan, forecast.plan) == (PLAN_OFFLOADED, PLAN_OFFLOADED)
-    assert 999 <= forecast.away < full.away / 2
-    assert "GiB of weights wait in the CPU's memory" in forecast.line(60)
+    assert 999 <= forecast.offloaded_bytes < full.away / 2
+    assert "GiB of weights wait in the CPU's memory" in forecast.format_line(60)
 
 
 def test_a_lora_that_is_active_in_the_model_stays_in_force_while_the_weights_travel(folders):
@@ -253,8 +253,8 @@ def test_a_lora_that_is_active_in_the_model_stays_in_force_while_the_weights_tra
 def test_a_batch_that_is_left_open_is_as_large_as_fits(monkeypatch, folders):
     one = planned(monkeypatch, 100 * GIB, batch=1, device="cuda")[0]
     eight = planned(monkeypatch, 100 * GIB, batch=0, device="cuda", encoded=data(count=9))[0]
-    assert (eight.batch, eight.plan, eight.room >= 8) == (8, PLAN_OFF, True)
-    some, plan = planned(monkeypatch, 2.5 * one.peak, batch=0, device="cuda")
+    assert (eight.batch, eight.plan, eight.max_batch >= 8) == (8, PLAN_OFF, True)
+    some, plan = planned(monkeypatch, 2.5 * one.peak_bytes, batch=0, device="cuda")
     assert 1 < some.batch < 8 and plan == PLAN_OFF and some.fits
     assert f"off, batch {some.batch}: " in some.line(60)
 
@@ -266,7 +266,7 @@ def test_on_the_cpu_an_open_batch_is_one_picture_because_more_would_only_take_lo
 def test_a_batch_that_fits_under_no_plan_is_split_and_the_steps_stay_as_large(monkeypatch, folders):
     least = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PLAN_PER_BLOCK)[0]
     monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS[:2])
-    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(least.peak * 1.6))
+    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(least.peak_bytes * 1.6))
     split = job(steps=60, batch=4, checkpointing=PLAN_AUTO, encoded=data(count=4), name="split")
     whole = job(steps=60, batch=1, checkpointing=PLAN_PER_BLOCK, encoded=data(count=4), name="whole")
     whole.optimizing = dataclasses.replace(whole.optimizing, accumulate=4)
@@ -291,7 +291,7 @@ def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
     monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS)
     open_one = lambda name: job(name=name, steps=6, batch=0, encoded=data(count=4))
     one = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PLAN_OFF)[0]
-    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(2.6 * one.peak))
+    monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(2.6 * one.peak_bytes))
     whole = open_one("whole")
     wanted = result(whole)[0]
     assert whole.run.batch > 1

@@ -60,14 +60,14 @@ def test_the_formula_by_hand():
     network = nn.Sequential(nn.Linear(2, 2, bias=False))
     network[0].weight.data = torch.eye(2)
     adapters = Adapters(network, settings(rank=1, alpha=0.5))
-    low = adapters.low("0")
+    low = adapters.adapter_for("0")
     low.down.data, low.up.data = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [2.0]])
     x = torch.ones(1, 2)
     with adapters.attached():
         assert network(x).tolist() == [[4.5, 8.0]]
-        with adapters.at(-2.0):
+        with adapters.at_strength(-2.0):
             assert network(x).tolist() == [[-6.0, -13.0]]
-        with adapters.at(0.0):
+        with adapters.at_strength(0.0):
             assert network(x).tolist() == [[1.0, 1.0]]
 
 
@@ -95,7 +95,7 @@ def test_a_fresh_adapter_changes_nothing_and_still_gets_a_gradient():
 def test_alpha_over_rank_and_rslora_by_hand(rank, alpha, rslora, scale):
     """alpha 0 means alpha = rank. rsLoRA divides by sqrt(rank): 4 / 2 = 2 and 8 / 4 = 2."""
     assert adapter_scale(rank, alpha or rank, rslora) == scale
-    low = Adapters(nn.Sequential(nn.Linear(16, 16)), settings(rank=rank, alpha=alpha, rslora=rslora)).low("0")
+    low = Adapters(nn.Sequential(nn.Linear(16, 16)), settings(rank=rank, alpha=alpha, rslora=rslora)).adapter_for("0")
     assert low.scale == scale
 
 
@@ -106,7 +106,7 @@ def test_a_loader_that_divides_alpha_by_the_rank_gets_the_same_change(rslora):
     adapters = learnt(network, rank=3, alpha=2.0, rslora=rslora)
     x = torch.randn(4, 6, generator=rng())
     trained = network(x)
-    tensors, _ = adapters.tensors()
+    tensors, _ = adapters.export_tensors()
     adapters.detach()
     alpha, up, down = (tensors[f"lora_unet_0.{suffix}"] for suffix in ("alpha", "lora_up.weight", "lora_down.weight"))
     loaded = network(x) + x @ (up @ down * (alpha / len(down))).T
@@ -119,7 +119,7 @@ def test_a_convolution_in_the_file_is_the_change_of_its_weight():
     adapters = learnt(network, conv=True, conv_alpha=3.0)
     x = torch.randn(2, 3, 8, 8, generator=rng())
     trained = network.op(x)
-    tensors, _ = adapters.tensors()
+    tensors, _ = adapters.export_tensors()
     adapters.detach()
     up, down = tensors["lora_unet_op.lora_up.weight"], tensors["lora_unet_op.lora_down.weight"]
     assert up.shape == (6, 2, 1, 1) and down.shape == (2, 3, 3, 3) and float(tensors["lora_unet_op.alpha"]) == 3.0
@@ -146,8 +146,8 @@ def test_the_formula_is_the_one_of_peft(rslora):
     with torch.no_grad():
         for name in ours.layers:
             layer = theirs.get_submodule(name)
-            layer.lora_A["default"].weight.copy_(ours.low(name).down)
-            layer.lora_B["default"].weight.copy_(ours.low(name).up)
+            layer.lora_A["default"].weight.copy_(ours.adapter_for(name).down)
+            layer.lora_B["default"].weight.copy_(ours.adapter_for(name).up)
     x = torch.randn(2, 3, 8, 8, generator=rng())
     assert list(ours.layers) == ["emb", "op", "skip"]
     assert torch.allclose(network(x), theirs(x), atol=1e-4, rtol=1e-5), (network(x) - theirs(x)).abs().max()
@@ -181,7 +181,7 @@ def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
 def test_the_strength_comes_back_after_an_error_and_an_interrupt():
     adapters = Adapters(Net(), settings())
     for trouble in (ValueError, Stop):
-        with pytest.raises(trouble), adapters.at(-1.0), adapters.at(3.0):
+        with pytest.raises(trouble), adapters.at_strength(-1.0), adapters.at_strength(3.0):
             assert adapters.strength == 3.0
             raise trouble
         assert adapters.strength == 1.0
@@ -228,7 +228,7 @@ def test_adapters_that_give_way_to_a_guest_are_back_afterwards_and_a_block_compu
     own = network(x)
     with host.replaced_by(guest):
         assert torch.allclose(network(x), with_guest)
-        again = host.as_now()
+        again = host.capture_context()
     assert torch.equal(network(x), own) and hooks(network) == 1 and host.replacement is None
     with again():
         assert torch.allclose(network(x), with_guest)
@@ -250,7 +250,7 @@ def test_what_is_attached_already_stays_so_after_being_attached_inside():
 
 def test_adapters_of_some_layers_only():
     network = seeded(ConvNet())
-    adapters = Adapters(network, settings(conv=True)).only({"emb", "skip"})
+    adapters = Adapters(network, settings(conv=True)).keep_layers({"emb", "skip"})
     assert list(adapters.layers) == list(adapters.lows) == ["emb", "skip"]
     with adapters.attached():
         assert hooks(network) == 2
@@ -262,8 +262,8 @@ def test_adapters_of_some_layers_only():
 def test_layers_that_learnt_nothing_are_left_out_of_the_file_and_named():
     adapters = learnt(seeded(ConvNet()), conv=True)
     with torch.no_grad():
-        adapters.low("skip").up.zero_()
-    tensors, untouched = adapters.tensors()
+        adapters.adapter_for("skip").up.zero_()
+    tensors, untouched = adapters.export_tensors()
     assert untouched == ["skip"]
     assert sorted(tensors) == [
         f"lora_unet_{n}.{s}" for n in ("emb", "op") for s in ("alpha", "lora_down.weight", "lora_up.weight")
@@ -273,16 +273,16 @@ def test_layers_that_learnt_nothing_are_left_out_of_the_file_and_named():
 
 def test_the_file_is_a_copy_that_later_steps_do_not_change():
     adapters = learnt(seeded(ConvNet()))
-    tensors, _ = adapters.tensors()
+    tensors, _ = adapters.export_tensors()
     before = tensors["lora_unet_emb.lora_up.weight"].clone()
     with torch.no_grad():
-        adapters.low("emb").up.add_(1)
+        adapters.adapter_for("emb").up.add_(1)
     assert torch.equal(tensors["lora_unet_emb.lora_up.weight"], before)
 
 
 def test_keys_are_those_of_kohya_or_the_callers_own():
     assert kohya_lora_key("lora_unet", "double_blocks.0.img_attn.qkv") == "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors, _ = learnt(seeded(nn.Sequential(nn.Linear(6, 5)))).tensors(lambda name: f"diffusion_model.{name}")
+    tensors, _ = learnt(seeded(nn.Sequential(nn.Linear(6, 5)))).export_tensors(lambda name: f"diffusion_model.{name}")
     assert sorted(tensors) == [
         "diffusion_model.0.alpha",
         "diffusion_model.0.lora_down.weight",
@@ -495,6 +495,6 @@ def test_targets_that_match_nothing_say_what_the_model_has():
 
 def test_an_adapter_starts_with_kaimings_uniform_bound():
     """nn.Linear's own start: uniform in +-1/sqrt(fan-in), 1/sqrt(64) = 0.125."""
-    down = Adapters(nn.Sequential(nn.Linear(64, 64)), settings(rank=64), rng()).low("0").down.detach()
+    down = Adapters(nn.Sequential(nn.Linear(64, 64)), settings(rank=64), rng()).adapter_for("0").down.detach()
     assert 0.12 < down.abs().max() <= 0.125
     assert float(down.std()) == pytest.approx(0.125 / math.sqrt(3), rel=0.05)

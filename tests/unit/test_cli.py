@@ -103,10 +103,10 @@ def test_three_and_three_steps_are_six(files, tmp_path):
 def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(files, tmp_path, monkeypatch, capsys):
     whole, broken = (with_value(files, "--out", tmp_path / name) for name in ("whole", "broken"))
     assert cli.main(["lora", *whole, *FAST]) == 0
-    line = cli.ConsoleOutput.line
+    line = cli.ConsoleOutput.update_line
     train = cli.train
     monkeypatch.setattr(cli, "train", lambda *a, **k: train(*a, **k, interval=0))
-    monkeypatch.setattr(cli.ConsoleOutput, "line", lambda self, text, force=False: (
+    monkeypatch.setattr(cli.ConsoleOutput, "update_line", lambda self, text, force=False: (
         line(self, text, force), signal.raise_signal(signal.SIGINT) if text.startswith("step 3/6") else None))  # fmt: skip
     handler = signal.getsignal(signal.SIGINT)
     assert cli.main(["lora", *broken, *FAST]) == 130
@@ -215,7 +215,7 @@ def test_a_mistake_is_one_plain_line(files, capsys, change, says):
 
 def test_missing_captions_are_named_before_the_model_is_loaded(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "images" / "2.txt").unlink()
-    monkeypatch.setattr(cli.CommandLineJob, "engine", lambda self: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(cli.CommandLineJob, "load_engine", lambda self: pytest.fail("the model was loaded first"))
     assert cli.main(["lora", *files, *FAST]) == 2
     assert "Captions are asked for, and 1 of 4 images have none: 2.png" in capsys.readouterr().err
 

@@ -57,7 +57,7 @@ def rows(count):
 
 def gradients(net, adapters, x, strength=1.0):
     adapters.zero_grad()
-    with adapters.at(strength):
+    with adapters.at_strength(strength):
         loss = net(x).square().mean()
     loss.backward()
     return torch.cat(
@@ -74,7 +74,7 @@ def both(backend, plan=PLAN_OFF, settings=RANK_2):
     net = Net()
     adapters = shaken(net, settings)
     compiler = BlockCompiler(adapters, placeless, backend=backend)
-    with adapters.attached(), compiler.ready():
+    with adapters.attached(), compiler.compile_context():
         for strength in (1.0, -1.0):
             plain = gradients(net, adapters, rows(5), strength)
             with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(plan, compiler=compiler)):
@@ -114,7 +114,7 @@ def test_blocks_with_and_without_an_adapter_share_no_program():
     net = Net(depth=2)
     adapters = shaken(net, AdapterSettings(rank=2, targets="regex", pattern="blocks.1"))
     compiler = BlockCompiler(adapters, placeless, backend="aot_eager")
-    with adapters.attached(), compiler.ready():
+    with adapters.attached(), compiler.compile_context():
         plain = gradients(net, adapters, rows(5))
         with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)):
             assert away(gradients(net, adapters, rows(5)), plain) <= COMPILED_GRADIENT_TOLERANCE
@@ -134,7 +134,7 @@ def test_each_shape_has_its_program_up_to_a_limit_and_backward_finds_the_one_of_
         sum(net(rows(count)).square().mean() for count in (5, 6, 7)).backward()
         return torch.cat([p.grad.flatten() for p in adapters.parameters()])
 
-    with adapters.attached(), compiler.ready():
+    with adapters.attached(), compiler.compile_context():
         plain = step()
         with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_PER_BLOCK, compiler=compiler)):
             assert away(step(), plain) <= COMPILED_GRADIENT_TOLERANCE
@@ -147,14 +147,14 @@ def test_strengths_that_are_only_looked_at_get_no_program():
     compiler = BlockCompiler(adapters, placeless, backend="eager")
     with (
         adapters.attached(),
-        compiler.ready(),
+        compiler.compile_context(),
         checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
     ):
         gradients(net, adapters, rows(5))
-        with torch.no_grad(), adapters.at(0.7):
+        with torch.no_grad(), adapters.at_strength(0.7):
             net(rows(5))
         assert programs(compiler) == 1, compiler.failure
-        with torch.no_grad(), adapters.at(0):
+        with torch.no_grad(), adapters.at_strength(0):
             net(rows(5))
         assert programs(compiler) == 2, "the frozen model is asked at every step"
 
@@ -168,7 +168,7 @@ def test_where_no_program_can_be_made_it_says_so_once_and_goes_on_with_the_same_
     said, net = [], Net()
     adapters = shaken(net)
     compiler = BlockCompiler(adapters, placeless, said.append, backend=broken)
-    with adapters.attached(), compiler.ready():
+    with adapters.attached(), compiler.compile_context():
         plain = gradients(net, adapters, rows(5))
         with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_PER_BLOCK, compiler=compiler)):
             for _ in range(2):
@@ -190,7 +190,7 @@ def test_a_machine_without_a_c_compiler_is_told_so():
     compiler = BlockCompiler(adapters, placeless, said.append, backend=broken)
     with (
         adapters.attached(),
-        compiler.ready(),
+        compiler.compile_context(),
         checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
     ):
         net(rows(5))
@@ -211,7 +211,7 @@ def test_a_backward_that_cannot_be_compiled_is_known_in_forward():
         said.append,
         backend=aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=nope),
     )
-    with adapters.attached(), compiler.ready():
+    with adapters.attached(), compiler.compile_context():
         plain = gradients(net, adapters, rows(5))
         with checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)):
             assert torch.equal(gradients(net, adapters, rows(5)), plain)
@@ -228,7 +228,7 @@ def test_an_error_at_work_is_no_trouble_of_the_compiler():
 
     with (
         adapters.attached(),
-        compiler.ready(),
+        compiler.compile_context(),
         checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
     ):
         with pytest.raises(torch.OutOfMemoryError):
@@ -253,13 +253,13 @@ def test_nothing_is_left_behind_also_after_an_error():
     with (
         pytest.raises(KeyboardInterrupt),
         adapters.attached(),
-        compiler.ready(),
+        compiler.compile_context(),
         checkpoint_blocks({Layer}, adapters, CheckpointPolicy(PLAN_OFF, compiler=compiler)),
     ):
         net(rows(5))
         raise KeyboardInterrupt
     assert Layer.forward is before and not compiler.programs and torch._dynamo.config.recompile_limit == limit
-    assert not any(adapters.mark in m.__dict__ or m._forward_hooks for m in net.modules())
+    assert not any(adapters.slot_name in m.__dict__ or m._forward_hooks for m in net.modules())
 
 
 def test_a_copied_function_answers_as_the_original():

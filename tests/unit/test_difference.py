@@ -58,7 +58,7 @@ class Switch:
     def dropout_active(self, rng):
         return contextlib.nullcontext()
 
-    def at(self, strength):
+    def at_strength(self, strength):
         @contextlib.contextmanager
         def turned():
             before, self.strength = self.strength, strength
@@ -116,7 +116,7 @@ def test_the_loss_is_the_literal_one_in_the_networks_own_terms(prediction):
     task = PromptTask(make_leco_targets("cat", "red cat", "dog", "old", "enhance", g), "cat")
     x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
     words = lambda prompt: m.conds[prompt]["cross_attn"].flatten(1).expand(2, -1)
-    with torch.no_grad(), m.adapters.at(0):
+    with torch.no_grad(), m.adapters.at_strength(0):
         e = {p: m.denoiser.network(x, sigma, words(p)) for p in ("red cat", "dog", "old")}
     with torch.no_grad():
         student = m.denoiser.network(x, sigma, words("cat"))
@@ -299,7 +299,7 @@ def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():
     assert [strength for strength, _ in sides] == [1.0, -1.0] and not torch.equal(x0[0], x0[1])
     literal = []
     for clean, (strength, batch) in zip(x0, sides, strict=True):
-        with m.adapters.at(strength):
+        with m.adapters.at_strength(strength):
             literal.append(denoising_loss(m.denoiser, clean, noise, sigma, batch.conds))
     fresh = ImageSlider(m.denoiser, m.adapters, pairs(), batch=2)
     torch.testing.assert_close(fresh.loss(rng(4)), torch.cat(literal))
@@ -352,9 +352,9 @@ def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
     seen_b, seen_a = m.denoiser.noised(b, noise, sigma), m.denoiser.noised(a, noise, sigma)
     eps = lambda x, x0: (x - x0) / sigma.view(-1, 1, 1, 1)
     with torch.no_grad():
-        with m.adapters.at(0):
+        with m.adapters.at_strength(0):
             goal = eps(seen_b, m.denoiser.denoise(seen_b, sigma, before.conds))
-        with m.adapters.at(0.25):
+        with m.adapters.at_strength(0.25):
             student = eps(seen_a, m.denoiser.denoise(seen_a, sigma, after.conds))
     fresh = AddiftTraining(m.denoiser, m.adapters, pairs(1), NoiseSettings())
     found = fresh.loss(rng(4))[0].detach()

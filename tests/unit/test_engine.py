@@ -72,7 +72,7 @@ def test_a_batch_of_two_captions_equals_two_batches_of_one(engines, family):
 def test_the_native_scale_is_how_far_x0_moves_with_the_networks_output(engines, family, monkeypatch):
     engine = engines(family)
     x, sigma, conds, _, _ = problem(engine)
-    name = "velocity" if engine.denoiser.flow else "output"
+    name = "velocity" if engine.denoiser.flow else "network_output"
     answers = []
     for value in (0.0, 1.0):
         monkeypatch.setattr(engine.denoiser, name, lambda x, *_, v=value: torch.full_like(x, v), raising=False)
@@ -89,7 +89,7 @@ def test_a_perfect_answer_has_no_loss(engines, family, monkeypatch):
     conds = conds[:1] * 2  # of one length, so that both are answered at once
     perfect = noise - x0 if engine.denoiser.flow else noise
     monkeypatch.setattr(
-        engine.denoiser, "velocity" if engine.denoiser.flow else "output", lambda *_: perfect, raising=False
+        engine.denoiser, "velocity" if engine.denoiser.flow else "network_output", lambda *_: perfect, raising=False
     )
     assert denoising_loss(engine.denoiser, x0, noise, sigma, conds).max() < 1e-6
     x = engine.denoiser.noised(x0, noise, sigma)
@@ -106,7 +106,9 @@ def test_a_perfect_v_prediction_has_no_loss(tmp_path, monkeypatch):
     _, _, conds, x0, noise = problem(engine)
     sigma = engine.denoiser.sigma_at(torch.tensor([0.1, 1.0]))
     s = sigma.view(-1, 1, 1, 1)
-    monkeypatch.setattr(engine.denoiser, "output", lambda *_: (noise - s * x0) / (1 + s**2).sqrt(), raising=False)
+    monkeypatch.setattr(
+        engine.denoiser, "network_output", lambda *_: (noise - s * x0) / (1 + s**2).sqrt(), raising=False
+    )
     assert denoising_loss(engine.denoiser, x0[:1], noise[:1], sigma[:1], conds[:1]).max() < 1e-6
 
 
@@ -210,7 +212,11 @@ def test_a_text_encoder_gets_gradients_and_kohyas_names(engines, family):
     with text.attached():
         conds = [engine.text(c) for c in CAPTIONS]
         denoising_loss(engine.denoiser, x0, noise, sigma, conds).mean().backward()
-    reached = [name for name in text.layers if text.low(name).up.grad is not None and text.low(name).up.grad.any()]
+    reached = [
+        name
+        for name in text.layers
+        if text.adapter_for(name).up.grad is not None and text.adapter_for(name).up.grad.any()
+    ]
     first_layers = [n for n in text.layers if ".layers.0." in n]
     assert set(first_layers) <= set(reached)
     keys = {

@@ -134,7 +134,7 @@ def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
             x0 = method.denoiser.model_space(batch.x0)
             noise = fixed_batches.cpu_randn_like(x0, fixed_batches.validation_rng("noise", pair.name, level))
             sigma = torch.tensor([float(sigma)])
-            with torch.no_grad(), method.adapters.at(strength):
+            with torch.no_grad(), method.adapters.at_strength(strength):
                 answer = method.denoiser.denoise(method.denoiser.noised(x0, noise, sigma), sigma, batch.conds)
             both.append(((answer - x0) / sigma).square().mean())
         wanted.append(sum(both) / 2)

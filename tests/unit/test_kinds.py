@@ -71,9 +71,9 @@ def test_the_file_merged_into_the_weights_gives_the_trained_output(algorithm, ra
         adapters = shaken(
             network, algorithm=algorithm, rank=rank, conv_rank=rank, conv=True, alpha=3.0, conv_alpha=0.5, factor=2
         )
-        with adapters.at(strength):
+        with adapters.at_strength(strength):
             trained = network(X)
-        tensors = adapters.tensors()[0]
+        tensors = adapters.export_tensors()[0]
         adapters.detach()
         loaded = merged(network, tensors, strength)(X)
     assert torch.allclose(trained, loaded, rtol=1e-4, atol=1e-4), (trained - loaded).abs().max()
@@ -86,7 +86,7 @@ def test_every_algorithm_starts_as_no_change_and_every_number_learns(algorithm):
     adapters = Adapters(network, settings(algorithm=algorithm, conv=True, factor=2), rng())
     with adapters.attached():
         assert torch.allclose(network(X), before, rtol=1e-6, atol=1e-5)
-        assert adapters.tensors() == ({}, ["emb", "op", "skip"])
+        assert adapters.export_tensors() == ({}, ["emb", "op", "skip"])
         params, optimizer = list(adapters.parameters()), torch.optim.SGD(adapters.parameters(), 1e-3)
         start = [p.detach().clone() for p in params]
         for _ in range(3):
@@ -102,7 +102,7 @@ def test_dora_by_hand():
     network = nn.Sequential(nn.Linear(2, 1))
     network[0].weight.data, network[0].bias.data = torch.tensor([[3.0, 4.0]]), torch.tensor([10.0])
     adapters = Adapters(network, settings(algorithm="DoRA", rank=1))
-    low = adapters.low("0")
+    low = adapters.adapter_for("0")
     low.down.data, low.up.data, low.magnitude.data = (
         torch.tensor([[3.0, -4.0]]),
         torch.tensor([[1.0]]),
@@ -110,9 +110,9 @@ def test_dora_by_hand():
     )
     with adapters.attached():
         assert network(torch.ones(1, 2)).item() == pytest.approx(16.0)
-        with adapters.at(2.0):
+        with adapters.at_strength(2.0):
             assert network(torch.ones(1, 2)).item() == pytest.approx(15.0)
-    assert adapters.tensors()[0]["lora_unet_0.dora_scale"].tolist() == [[pytest.approx(5.0)]], (
+    assert adapters.export_tensors()[0]["lora_unet_0.dora_scale"].tolist() == [[pytest.approx(5.0)]], (
         "ComfyUI: dora_scale / |W| = 1"
     )
 
@@ -130,7 +130,7 @@ def test_lokr_by_hand():
     """kron([[1, 2], [3, 4]], [[0, 1], [1, 0]]) = [[0,1,0,2],[1,0,2,0],[0,3,0,4],[3,0,4,0]]; x = (1, 2, 3, 4): (10, 7,
     22, 15)."""
     adapters = Adapters(nn.Sequential(nn.Linear(4, 4)), settings(algorithm="LoKr", rank=2, factor=2))
-    low = adapters.low("0")
+    low = adapters.adapter_for("0")
     low.w1.data, low.w2.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert low(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[10.0, 7.0, 22.0, 15.0]]
 
@@ -175,7 +175,7 @@ def test_the_formulas_are_those_of_peft(algorithm):
     inject_adapter_in_model(config, theirs)
     with torch.no_grad():
         for name, layer in ours.layers.items():
-            copy_to_peft(theirs.get_submodule(name), ours.low(name), layer)
+            copy_to_peft(theirs.get_submodule(name), ours.adapter_for(name), layer)
         assert torch.allclose(network(X), theirs(X), rtol=1e-4, atol=1e-4), (network(X) - theirs(X)).abs().max()
 
 
@@ -186,7 +186,7 @@ def copy_to_peft(theirs, low, layer):
         return
     if hasattr(low, "w1"):
         theirs.lokr_w1["default"].copy_(low.w1)
-        for part in ("w2",) if low.whole else ("w2_a", "w2_b"):
+        for part in ("w2",) if low.has_full_w2 else ("w2_a", "w2_b"):
             there = getattr(theirs, f"lokr_{part}")["default"]
             there.copy_(getattr(low, part).view(there.shape))
         return
@@ -227,7 +227,7 @@ def test_rules_give_layers_their_own_rank_alpha_and_rate():
     adapters = Adapters(Net(), AdapterSettings(rank=4, alpha=2.0, blocks=text))
     found = {
         name.rsplit(".", 1)[1]: (low.rank, low.scale, low.up.rate)
-        for name, low in ((n, adapters.low(n)) for n in adapters.layers)
+        for name, low in ((n, adapters.adapter_for(n)) for n in adapters.layers)
     }
     assert found == {"to_q": (8, 1.0, 1.0), "up": (2, 0.5, 0.5), "down": (4, 0.5, 1.0)}
 
@@ -294,16 +294,16 @@ def test_dropout_is_of_the_step_alone_and_can_be_had_again():
     adapters = shaken(network, rank=16, dropout=0.5)
     whole = network(x)
     with adapters.dropout_active(rng(1)):
-        dropped, again, later = network(x), network(x), adapters.as_now()
+        dropped, again, later = network(x), network(x), adapters.capture_context()
     with adapters.dropout_active(rng(2)):
         other = network(x)
     assert torch.equal(dropped, again) and not torch.equal(dropped, other) and not torch.equal(dropped, whole)
     assert torch.equal(network(x), whole)
-    with adapters.at(0.3), later():
+    with adapters.at_strength(0.3), later():
         assert torch.equal(network(x), dropped), (
             "a block that is computed again drops the same, at the strength of then"
         )
-    assert adapters.strength == 1.0 and adapters.luck is None
+    assert adapters.strength == 1.0 and adapters.dropout_seed is None
 
 
 def ranks_seen(shape, **dropout):
@@ -312,7 +312,7 @@ def ranks_seen(shape, **dropout):
     network = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
     network[0].weight.zero_()
     adapters = Adapters(network, settings(rank=64, **dropout))
-    low = adapters.low("0")
+    low = adapters.adapter_for("0")
     low.down.data, low.up.data = torch.eye(64), torch.eye(64)
     adapters.attach()
     with adapters.dropout_active(rng()), torch.no_grad():
@@ -338,7 +338,7 @@ def test_rank_dropout_leaves_out_whole_ranks_for_each_picture_and_keeps_the_mean
 def test_rank_dropout_of_a_convolution_is_along_its_channels():
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False)).requires_grad_(False)
     adapters = Adapters(network, settings(rank=3, conv=True, conv_rank=3, rank_dropout=0.5))
-    low = adapters.low("0")
+    low = adapters.adapter_for("0")
     low.down.data.fill_(0.1), low.up.data.zero_()
     low.up.data[:3, :, 0, 0] = torch.eye(3)
     network[0].weight.zero_(), adapters.attach()
@@ -386,7 +386,7 @@ def test_adapters_that_start_from_a_file_give_what_the_file_gives(algorithm):
     network = seeded(ConvNet())
     how = dict(algorithm=algorithm, conv=True, rank=2, conv_rank=1, factor=2)
     first = shaken(network, **how, alpha=3.0)
-    wanted, tensors = network(X), first.tensors()[0]
+    wanted, tensors = network(X), first.export_tensors()[0]
     first.detach()
     second = Adapters(network, settings(**how, alpha=1.0), rng(9))
     second.load(from_file(tensors))
@@ -399,7 +399,7 @@ def test_a_file_in_the_names_of_peft_is_taken_over_too():
     adapters = Adapters(network, settings(rank=2))
     down, up = torch.randn(2, 6, generator=rng()), torch.randn(5, 2, generator=rng())
     adapters.load({"0": {"lora_A.weight": down, "lora_B.weight": up}})
-    assert torch.equal(adapters.low("0").down, down) and torch.equal(adapters.low("0").up, up)
+    assert torch.equal(adapters.adapter_for("0").down, down) and torch.equal(adapters.adapter_for("0").up, up)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_file_in_the_names_of_peft_is_taken_over_too():
 )
 def test_a_file_that_does_not_fit_is_refused_by_layer(file, here, message):
     network = seeded(ConvNet())
-    tensors = shaken(network, **file).tensors()[0]
+    tensors = shaken(network, **file).export_tensors()[0]
     with pytest.raises(ValueError, match=message):
         Adapters(network, settings(**here)).load(from_file(tensors))
 
@@ -462,8 +462,8 @@ def test_half_precision_keeps_a_gain_that_is_nearly_1():
     network = nn.Sequential(nn.Linear(1, 1, bias=False)).requires_grad_(False)
     network[0].weight.fill_(1.0)
     adapters = Adapters(network, settings(algorithm="DoRA", rank=1))
-    adapters.low("0").magnitude.data.fill_(0.004)
+    adapters.adapter_for("0").magnitude.data.fill_(0.004)
     network.to(torch.bfloat16)
     x = torch.full((1, 1), 100.0, dtype=torch.bfloat16)
-    change = adapters.low("0").change(network[0], x, network(x), 1.0)
+    change = adapters.adapter_for("0").output_change(network[0], x, network(x), 1.0)
     assert change.item() == pytest.approx(0.4, rel=0.01)

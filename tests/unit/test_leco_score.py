@@ -487,7 +487,7 @@ def drawing(m):
     noise = torch.randn(3, *SHAPE, generator=rng(4))
 
     def draw(prompt, strength):
-        with torch.no_grad(), m.adapters.at(strength):
+        with torch.no_grad(), m.adapters.at_strength(strength):
             return m.denoiser.denoise(noise, torch.full((3,), 0.8), [m.conds[prompt]] * 3)
 
     return draw

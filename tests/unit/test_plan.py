@@ -35,8 +35,8 @@ FOUR = StepMemory(
     total=440 * MIB,
     outside_blocks=20 * MIB,
     blocks=(BlockMemory(10 * MIB, 100 * MIB, 20 * MIB), *[BlockMemory(10 * MIB, 100 * MIB)] * 3),
-    largest=10 * MIB,
-    adapters=MIB,
+    largest_tensor=10 * MIB,
+    adapter_bytes=MIB,
 )
 WEIGHTY = replace(FOUR, weights=200 * MIB, largest_block_weights=50 * MIB)
 
@@ -61,24 +61,28 @@ def test_a_large_first_block_is_computed_again_when_nothing_else_waits_any_more(
 
 
 def test_the_peak_adds_gradients_in_flight_and_the_optimizers_numbers():
-    assert FOUR.peak(PLAN_PER_BLOCK) - kept(FOUR, PLAN_PER_BLOCK) == (2 * 10 + 2 * 1) * MIB
+    assert FOUR.peak_bytes(PLAN_PER_BLOCK) - kept(FOUR, PLAN_PER_BLOCK) == (2 * 10 + 2 * 1) * MIB
 
 
 def test_the_adapters_gradients_come_one_after_the_other_from_the_last_block_on_unless_those_of_a_batch_before_are_there():
     """The first block is the worst moment here, when three of four blocks have theirs."""
     first = StepMemory(
-        total=10**9, outside_blocks=0, blocks=(BlockMemory(0, 1000), *[BlockMemory(0, 10)] * 3), adapters=400
+        total=10**9, outside_blocks=0, blocks=(BlockMemory(0, 1000), *[BlockMemory(0, 10)] * 3), adapter_bytes=400
     )
-    assert first.peak(PLAN_PER_BLOCK) == 1000 + 300 + 2 * 400
-    assert replace(first, has_accumulated_gradients=True).peak(PLAN_PER_BLOCK) == 1000 + 400 + 2 * 400
-    assert replace(first, blocks=first.blocks[::-1]).peak(PLAN_PER_BLOCK) == 1000 + 2 * 400
+    assert first.peak_bytes(PLAN_PER_BLOCK) == 1000 + 300 + 2 * 400
+    assert replace(first, has_accumulated_gradients=True).peak_bytes(PLAN_PER_BLOCK) == 1000 + 400 + 2 * 400
+    assert replace(first, blocks=first.blocks[::-1]).peak_bytes(PLAN_PER_BLOCK) == 1000 + 2 * 400
 
 
 def test_what_is_kept_behind_a_block_is_free_when_its_turn_comes():
-    late = StepMemory(total=10**9, outside_blocks=150, blocks=(BlockMemory(10, 300, before=50), BlockMemory(10, 100)))
+    late = StepMemory(
+        total=10**9, outside_blocks=150, blocks=(BlockMemory(10, 300, outside_before=50), BlockMemory(10, 100))
+    )
     assert kept(late, PLAN_PER_BLOCK) == 50 + 10 + 300
     early = StepMemory(
-        total=10**9, outside_blocks=150, blocks=(BlockMemory(10, 100, before=50), BlockMemory(10, 300, before=100))
+        total=10**9,
+        outside_blocks=150,
+        blocks=(BlockMemory(10, 100, outside_before=50), BlockMemory(10, 300, outside_before=100)),
     )
     assert kept(early, PLAN_PER_BLOCK) == 150 + 20 + 300
     small = StepMemory(total=10**9, outside_blocks=900, blocks=(BlockMemory(10, 100),))
@@ -88,7 +92,7 @@ def test_what_is_kept_behind_a_block_is_free_when_its_turn_comes():
 def test_twice_the_batch_needs_twice_the_activations_and_the_same_adapters():
     twice = FOUR.scaled(2)
     assert kept(twice, PLAN_PER_BLOCK) == 2 * kept(FOUR, PLAN_PER_BLOCK)
-    assert twice.adapters == FOUR.adapters
+    assert twice.adapter_bytes == FOUR.adapter_bytes
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_else_the_smallest(free, plan):
 
 
 def test_weights_that_leave_make_room_for_activations_but_one_block_comes_back():
-    assert WEIGHTY.peak(PLAN_OFFLOADED) == WEIGHTY.peak(PLAN_PER_BLOCK_CPU) + 50 * MIB
+    assert WEIGHTY.peak_bytes(PLAN_OFFLOADED) == WEIGHTY.peak_bytes(PLAN_PER_BLOCK_CPU) + 50 * MIB
     assert WEIGHTY.fits(PLAN_OFFLOADED, 60 * MIB) and not WEIGHTY.fits(PLAN_PER_BLOCK_CPU, 60 * MIB)
     assert replace(WEIGHTY, weights=0).fits(PLAN_OFFLOADED, 60 * MIB) is False, (
         "nothing is gained where they are away already"
@@ -113,12 +117,12 @@ def test_a_plan_fits_once_what_is_missing_has_left_and_not_a_byte_before(free):
     assert FOUR.fits(PLAN_PER_BLOCK_CPU, free * MIB + missing) and not FOUR.fits(
         PLAN_PER_BLOCK_CPU, free * MIB + missing - 1
     )
-    assert RunForecast(PLAN_PER_BLOCK_CPU, FOUR.peak(PLAN_PER_BLOCK_CPU), free * MIB + missing).fits
+    assert RunForecast(PLAN_PER_BLOCK_CPU, FOUR.peak_bytes(PLAN_PER_BLOCK_CPU), free * MIB + missing).fits
     assert FOUR.missing_bytes(PLAN_PER_BLOCK_CPU, 10**12) == 0
 
 
 def test_an_open_batch_is_the_largest_that_fits_and_never_more_than_eight():
-    fits = lambda batch, free: FOUR.scaled(batch).peak(PLAN_OFF) <= 0.9 * free
+    fits = lambda batch, free: FOUR.scaled(batch).peak_bytes(PLAN_OFF) <= 0.9 * free
     for free in (100 * MIB, 600 * MIB, 1500 * MIB, 2800 * MIB, 10**12):
         batch = largest_fitting_batch(FOUR, free, PLAN_OFF)
         assert batch == 1 or fits(batch, free)
@@ -148,33 +152,33 @@ def test_the_next_cheaper_plan_and_none_after_the_last():
 
 def test_the_room_for_a_larger_batch_is_what_the_forecast_says_fits():
     told = make_run_forecast(FOUR.scaled(2), PLAN_PER_BLOCK, 2000 * MIB, batch=2)
-    grown = lambda batch: FOUR.scaled(batch).peak(PLAN_PER_BLOCK)
-    assert grown(told.room) <= 0.9 * 2000 * MIB < grown(told.room + 1)
+    grown = lambda batch: FOUR.scaled(batch).peak_bytes(PLAN_PER_BLOCK)
+    assert grown(told.max_batch) <= 0.9 * 2000 * MIB < grown(told.max_batch + 1)
 
 
 def test_what_a_real_step_took_beyond_the_count_is_part_of_the_forecast():
-    assert make_run_forecast(FOUR, PLAN_OFF, MIB, extra=7).peak == FOUR.peak(PLAN_OFF) + 7
+    assert make_run_forecast(FOUR, PLAN_OFF, MIB, extra=7).peak_bytes == FOUR.peak_bytes(PLAN_OFF) + 7
 
 
 def test_the_line_says_memory_time_and_finish():
-    line = RunForecast(PLAN_PER_BLOCK, 1300 * MIB, 8 * 1024 * MIB, seconds=0.42, room=4).line(1000, now=0)
+    line = RunForecast(PLAN_PER_BLOCK, 1300 * MIB, 8 * 1024 * MIB, seconds=0.42, max_batch=4).format_line(1000, now=0)
     assert line.startswith("per block, batch 1: 1.3 of 8 GiB free, 0.42 s a step, 7 min, until ")
     assert line.endswith("batch up to 4 fits")
 
 
 def test_the_line_says_what_left_the_device():
-    assert "2 GiB of weights wait in the CPU's memory" in RunForecast(PLAN_OFFLOADED, 100, 2**30, away=2 * 2**30).line(
-        10
-    )
-    assert "weights" not in RunForecast(PLAN_PER_BLOCK, 100, 2**30).line(10)
+    assert "2 GiB of weights wait in the CPU's memory" in RunForecast(
+        PLAN_OFFLOADED, 100, 2**30, offloaded_bytes=2 * 2**30
+    ).format_line(10)
+    assert "weights" not in RunForecast(PLAN_PER_BLOCK, 100, 2**30).format_line(10)
 
 
 def test_room_for_a_batch_that_is_used_already_is_no_news():
-    assert "fits" not in RunForecast(PLAN_OFF, 100, 2**30, room=4, batch=4).line(10)
+    assert "fits" not in RunForecast(PLAN_OFF, 100, 2**30, max_batch=4, batch=4).format_line(10)
 
 
 def test_a_forecast_that_does_not_fit_says_what_to_do():
-    assert "lower batch or resolution" in RunForecast(PLAN_PER_BLOCK_CPU, 100 * MIB, 50 * MIB).line(10)
+    assert "lower batch or resolution" in RunForecast(PLAN_PER_BLOCK_CPU, 100 * MIB, 50 * MIB).format_line(10)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ class Strength:
 
     now = 1.0
 
-    def as_now(self):
+    def capture_context(self):
         now = self.now
 
         @contextlib.contextmanager
@@ -260,11 +264,11 @@ def test_the_count_equals_what_autograd_keeps():
     blocks = CheckpointPolicy(counter=ActivationCounter(net.parameters()))
     with checkpoint_blocks({Layer}, Strength(), blocks), blocks.counter:
         net(x).square().mean()
-    measured = blocks.counter.measured(adapters=0)
+    measured = blocks.counter.step_memory(adapter_bytes=0)
     assert [b.inside for b in measured.blocks] == [one] * 3
     assert [b.inputs for b in measured.blocks] == [2 * one, one, one], "the shift is given to all and counts once"
     assert measured.total == 4 * one
-    assert measured.largest == one
+    assert measured.largest_tensor == one
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -276,10 +280,10 @@ def test_a_piece_that_is_kept_outside_and_given_to_a_block_counts_once(first):
         early = x.sin().sum() if first else 0
         out = net(x, {"scale": 1.0}, shift=torch.zeros(()))
         (out.sum() + early + (0 if first else x.sin().sum())).square()
-    measured = blocks.counter.measured(adapters=0)
+    measured = blocks.counter.step_memory(adapter_bytes=0)
     (block,) = measured.blocks
     assert (block.inputs, block.inside) == (4, one), "the shift has four bytes"
-    assert block.before == (one if first else 0)
+    assert block.outside_before == (one if first else 0)
     assert one <= measured.outside_blocks < one + 100
     assert kept(measured, PLAN_PER_BLOCK_CPU) >= (2 * one if first else one)
 

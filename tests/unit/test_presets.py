@@ -10,7 +10,7 @@ def test_every_preset_is_whole_keeps_the_familys_scale_and_names_its_source(fami
     chosen, base = make_training_preset(family, purpose, 20), PRESET_FAMILIES[family]
     assert chosen.adapter.alpha / chosen.adapter.rank == base.alpha / base.rank
     assert chosen.run.learning_rate == base.learning_rate and chosen.resolution == base.resolution
-    low, high = base.steps[purpose]
+    low, high = base.step_ranges[purpose]
     assert low <= chosen.run.steps <= high
     words = format_preset(chosen)
     assert base.source in words and f"steps {chosen.run.steps}" in words and f"rank {chosen.adapter.rank}" in words

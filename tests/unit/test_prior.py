@@ -66,7 +66,7 @@ def test_what_is_preserved_adds_weight_times_the_drift_to_every_sample():
     batch_rng = step_rng(0, 0)
     _, x, sigma = made.denoise_batch(made.data.batch(made.deck.draw(batch_rng), batch_rng), batch_rng)
     told = [CONDS[list(CONDS)[i]] for i in torch.randint(2, (2,), generator=batch_rng).tolist()]
-    with torch.no_grad(), made.adapters.at(0):
+    with torch.no_grad(), made.adapters.at_strength(0):
         teacher = made.denoiser.denoise(x, sigma, told)
     by_hand = ((made.denoiser.denoise(x, sigma, told) - teacher) / sigma.view(-1, 1, 1, 1)).square().mean()
     assert drift[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
@@ -91,7 +91,7 @@ def drift_after(prior, steps=150):
     x, sigma = torch.randn(8, 2, 4, 4, generator=draw), torch.rand(8, generator=draw) * 0.9 + 0.05
     cond = [CONDS["cat"]] * 8
     with torch.no_grad():
-        with made.adapters.at(0):
+        with made.adapters.at_strength(0):
             frozen = made.denoiser.denoise(x, sigma, cond)
         return (made.denoiser.denoise(x, sigma, cond) - frozen).square().mean().item()
 

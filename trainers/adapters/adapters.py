@@ -131,7 +131,7 @@ def build_adapter_layer(name, layer, settings: AdapterSettings, rule, rng):
         ) from None
     for part, p in low.named_parameters():
         p.rate = (rule.lr if rule else 1.0) * (
-            settings.up_rate if part in low.upper else 1.0
+            settings.up_rate if part in low.fast_parts else 1.0
         )  # of the run's; read by make_optimizer
     return low
 
@@ -142,14 +142,14 @@ class RankDropout:
     ones whenever it is
     asked: a block that is computed again for its gradient must drop what it dropped before."""
 
-    share: float
+    value_share: float
     rank_share: float
     seed: int
 
     def __call__(self, inner: Tensor, axis: int) -> Tensor:
         """`axis`: that of the ranks; pictures lie along the first."""
         rng = torch.Generator(inner.device).manual_seed(self.seed)
-        inner = apply_dropout(inner, inner.shape, self.share, rng) if self.share else inner
+        inner = apply_dropout(inner, inner.shape, self.value_share, rng) if self.value_share else inner
         whole = [1] * inner.ndim
         whole[0], whole[axis] = inner.shape[0], inner.shape[axis]
         return apply_dropout(inner, whole, self.rank_share, rng) if self.rank_share else inner
@@ -179,12 +179,12 @@ class Adapters(nn.Module):
             }
         )
         self.settings, self.strength = settings, 1.0
-        self.luck: int | None = None  # of a step that leaves something out
+        self.dropout_seed: int | None = None  # of a step that leaves something out
         self._hooks: list = []
-        self.mark = f"trainyard {id(self)}"  # where a layer holds its adapter while these are attached
+        self.slot_name = f"trainyard {id(self)}"  # where a layer holds its adapter while these are attached
         self.__dict__["replacement"] = None  # Adapters that these give way to
 
-    def low(self, name: str) -> LoraLayer:
+    def adapter_for(self, name: str) -> LoraLayer:
         return self.lows[name.replace(".", "/")]
 
     def attach(self):
@@ -192,8 +192,8 @@ class Adapters(nn.Module):
         twice."""
         self.detach()
         for number, (name, layer) in enumerate(self.layers.items()):
-            layer.__dict__[self.mark] = (
-                self.low(name),
+            layer.__dict__[self.slot_name] = (
+                self.adapter_for(name),
                 number,
             )  # and one hook for all layers, so that compiled blocks can share a program
             self._hooks.append(layer.register_forward_hook(self._add, with_kwargs=True))
@@ -201,18 +201,18 @@ class Adapters(nn.Module):
     def _add(self, layer, args, kwargs, out):
         if self.strength == 0:
             return out
-        low, number = getattr(layer, self.mark)
+        low, number = getattr(layer, self.slot_name)
         x = args[0] if args else kwargs["input"]
         left_out, drop = self.layer_dropout(number)
-        return out + low.change(
+        return out + low.output_change(
             layer, x, out, 0.0 if left_out else self.strength, drop
         )  # 0: autograd still finds its way
 
     def layer_dropout(self, number) -> tuple[bool, RankDropout | None]:
         """(whether layer `number` is left out, what leaves out its inner values) in this step."""
-        if self.luck is None:
+        if self.dropout_seed is None:
             return False, None
-        s, seed = self.settings, (self.luck + number * 0x9E3779B97F4A7C15) % 2**63
+        s, seed = self.settings, (self.dropout_seed + number * 0x9E3779B97F4A7C15) % 2**63
         coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if s.module_dropout else 1.0
         return coin < s.module_dropout, RankDropout(
             s.dropout, s.rank_dropout, seed
@@ -227,19 +227,19 @@ class Adapters(nn.Module):
     def dropout_active(self, rng: torch.Generator):
         """A step with the dropout of the settings; rng is asked only when there is any. Everywhere else nothing is left
         out."""
-        before = self.luck
+        before = self.dropout_seed
         if self.has_dropout:
-            self.luck = int(torch.randint(2**62, (1,), generator=rng))
+            self.dropout_seed = int(torch.randint(2**62, (1,), generator=rng))
         try:
             yield
         finally:
-            self.luck = before
+            self.dropout_seed = before
 
     def detach(self):
         while self._hooks:
             self._hooks.pop().remove()
         for layer in self.layers.values():
-            layer.__dict__.pop(self.mark, None)
+            layer.__dict__.pop(self.slot_name, None)
 
     @contextlib.contextmanager
     def attached(self):
@@ -254,7 +254,7 @@ class Adapters(nn.Module):
             self.detach()
 
     @contextlib.contextmanager
-    def at(self, strength: float):
+    def at_strength(self, strength: float):
         """The same adapters at another strength; the previous one comes back, after errors too."""
         before, self.strength = self.strength, strength
         try:
@@ -268,7 +268,7 @@ class Adapters(nn.Module):
         before = self.replacement
         self.__dict__["replacement"] = guest  # lent, not owned
         try:
-            with self.at(0), contextlib.nullcontext() if guest is None else guest.attached():
+            with self.at_strength(0), contextlib.nullcontext() if guest is None else guest.attached():
                 yield
         finally:
             self.__dict__["replacement"] = before
@@ -277,29 +277,29 @@ class Adapters(nn.Module):
     def compile_strength(self) -> float | None:
         """The strength that a compiled block would be made for; None while it could not follow: dropout draws anew in
         every step, and a guest brings hooks of its own."""
-        return None if self.luck is not None or self.replacement is not None else self.strength
+        return None if self.dropout_seed is not None or self.replacement is not None else self.strength
 
     def adapter_signature(self, layer) -> tuple | None:
         """Equal for layers whose adapters differ in their numbers only."""
-        low, _ = getattr(layer, self.mark, (None, 0))
+        low, _ = getattr(layer, self.slot_name, (None, 0))
         return low and (type(low), *(tuple(p.shape) for p in low.parameters()))
 
-    def as_now(self):
+    def capture_context(self):
         """A context that brings back today's strength, dropout and guest later: for a block that is computed again."""
-        strength, luck, guest = self.strength, self.luck, self.replacement
+        strength, seed, guest = self.strength, self.dropout_seed, self.replacement
 
         @contextlib.contextmanager
         def again():
-            before, self.luck = self.luck, luck
+            before, self.dropout_seed = self.dropout_seed, seed
             try:
-                with self.at(strength), contextlib.nullcontext() if guest is None else guest.attached():
+                with self.at_strength(strength), contextlib.nullcontext() if guest is None else guest.attached():
                     yield
             finally:
-                self.luck = before
+                self.dropout_seed = before
 
         return again
 
-    def only(self, names) -> Adapters:
+    def keep_layers(self, names) -> Adapters:
         """These adapters without those of all other layers."""
         for name in [name for name in self.layers if name not in names]:
             del self.layers[name]
@@ -316,23 +316,23 @@ class Adapters(nn.Module):
             )
         for name, tensors in by_layer.items():
             try:
-                self.low(name).load(
+                self.adapter_for(name).load(
                     self.layers[name], {PEFT_SUFFIXES.get(suffix, suffix): value for suffix, value in tensors.items()}
                 )
             except ValueError as error:
                 raise ValueError(f"start_from does not fit at layer {name}: {error}.") from None
 
-    def tensors(self, key=None) -> tuple[dict[str, Tensor], list[str]]:
+    def export_tensors(self, key=None) -> tuple[dict[str, Tensor], list[str]]:
         """(file tensors, names of untouched layers). `key` maps a layer's path to its name in the file. Adapters whose
         output is still zero (layers the model never calls) are left out: loading them would change nothing."""
         key = key or (lambda name: kohya_lora_key("lora_unet", name))
         out, untouched = {}, []
         for name in self.layers:
-            low = self.low(name)
-            if low.idle():
+            low = self.adapter_for(name)
+            if low.is_zero():
                 untouched.append(name)
                 continue
-            for suffix, value in low.tensors(self.layers[name]).items():
+            for suffix, value in low.export_tensors(self.layers[name]).items():
                 out[f"{key(name)}.{suffix}"] = value.detach().to("cpu", torch.float32).clone().contiguous()
         return out, untouched
 

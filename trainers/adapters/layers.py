@@ -59,11 +59,11 @@ def apply_low_rank(
 class LoraLayer(nn.Module):
     """One LoRA (Linear, 1x1) or LoCon (k x k) adapter; `up` starts at zero, so that attaching changes nothing."""
 
-    parts = {
+    file_suffixes = {
         "lora_down.weight": "down",
         "lora_up.weight": "up",
     }  # file suffix -> tensor here; the last one starts at zero
-    upper = ("up",)  # what LoRA+ teaches faster
+    fast_parts = ("up",)  # what LoRA+ teaches faster
 
     def __init__(self, layer, rank: int, alpha: float, rslora: bool = False, rng: torch.Generator | None = None):
         super().__init__()
@@ -79,50 +79,50 @@ class LoraLayer(nn.Module):
         """What the layer's output changes by, computed in the dtype of x."""
         return apply_low_rank(x, self.down.to(x.dtype), self.up.to(x.dtype), self.scale * strength, self.geometry, drop)
 
-    def change(self, layer, x: Tensor, out: Tensor, strength: float, drop: Callable | None = None) -> Tensor:
+    def output_change(self, layer, x: Tensor, out: Tensor, strength: float, drop: Callable | None = None) -> Tensor:
         """The same, for adapters that must know what the layer answered."""
         return self(x, strength, drop).to(out.dtype)
 
     @property
-    def first(self) -> Tensor:
+    def zero_initialized(self) -> Tensor:
         """What starts at zero, and learns first."""
-        return getattr(self, list(self.parts.values())[-1])
+        return getattr(self, list(self.file_suffixes.values())[-1])
 
-    def idle(self) -> bool:
+    def is_zero(self) -> bool:
         """True while the adapter changes nothing."""
-        return not self.first.any()
+        return not self.zero_initialized.any()
 
     @torch.no_grad()
-    def rest(self):
+    def reset_to_zero(self):
         """Change nothing from now on."""
-        self.first.zero_()
+        self.zero_initialized.zero_()
 
-    def tensors(self, layer) -> dict[str, Tensor]:
+    def export_tensors(self, layer) -> dict[str, Tensor]:
         """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader
         agrees."""
         alpha = {} if self.scale is None else {"alpha": torch.tensor(self.scale * self.rank, dtype=torch.float32)}
-        return {suffix: getattr(self, name) for suffix, name in self.parts.items()} | alpha
+        return {suffix: getattr(self, name) for suffix, name in self.file_suffixes.items()} | alpha
 
     @torch.no_grad()
     def load(self, layer, tensors: dict[str, Tensor]):
         """Take over what a file holds for this layer, brought to the scale of here. Raises ValueError for another
         algorithm or size."""
-        if missing := [suffix for suffix in self.parts if suffix not in tensors]:
+        if missing := [suffix for suffix in self.file_suffixes if suffix not in tensors]:
             raise ValueError(
                 f"it has no {missing[0]}, but {', '.join(sorted(tensors))}; choose the algorithm of the file"
             )
-        for suffix, name in self.parts.items():
+        for suffix, name in self.file_suffixes.items():
             own, given = getattr(self, name), tensors[suffix]
             if own.numel() != given.numel() or len(own) != len(given):
                 raise ValueError(
                     f"its {suffix} is {tuple(given.shape)}, and {tuple(own.shape)} is wanted here; "
-                    f"{self.other_size(tensors)}"
+                    f"{self.size_remedy(tensors)}"
                 )
             own.copy_(given.reshape(own.shape))
         if self.scale is not None and abs((factor := lora_file_scale(tensors, self.rank) / self.scale) - 1) > 1e-6:
-            self.first.mul_(factor)
+            self.zero_initialized.mul_(factor)
 
-    def other_size(self, tensors) -> str:
+    def size_remedy(self, tensors) -> str:
         """What to do about a size that does not fit."""
         return f"the file has rank {len(tensors['lora_down.weight'])}, so set rank to that, or it is from another model"
 
@@ -140,8 +140,8 @@ class DoraLayer(LoraLayer):
         self.magnitude = nn.Parameter(torch.zeros(layer_features(layer)[1]))
         self.squared_row_norms = None  # (outputs,) squared row norms of W, once the layer is loaded
 
-    def change(self, layer, x, out, strength, drop=None):
-        more = self.broadcast_rows(self.gain(layer) - 1).to(
+    def output_change(self, layer, x, out, strength, drop=None):
+        more = self.broadcast_rows(self.row_gain(layer) - 1).to(
             out.dtype
         )  # half precision would round a gain of 1.001 to 1
         bias = effective_parameter(layer, "bias")
@@ -149,7 +149,7 @@ class DoraLayer(LoraLayer):
         low = self(x, 1.0, drop).to(out.dtype)
         return strength * (more * (own + low) + low)
 
-    def gain(self, layer) -> Tensor:
+    def row_gain(self, layer) -> Tensor:
         """(outputs,) what the rows of W + s B A are multiplied with."""
         return (1 + self.magnitude) * self.norm_ratio(layer)
 
@@ -169,20 +169,20 @@ class DoraLayer(LoraLayer):
         """(outputs,) so that it multiplies the layer's output."""
         return rows if self.geometry is None else rows.view(-1, *[1] * (self.down.ndim - 2))
 
-    def idle(self):
-        return super().idle() and not self.magnitude.any()
+    def is_zero(self):
+        return super().is_zero() and not self.magnitude.any()
 
     @torch.no_grad()
-    def rest(self):
-        super().rest()
+    def reset_to_zero(self):
+        super().reset_to_zero()
         self.magnitude.zero_()
 
-    def tensors(self, layer):
+    def export_tensors(self, layer):
         """dora_scale as ComfyUI reads it: it multiplies W + s B A by dora_scale over the row norm of W alone, where
         other tools and the paper take that of W + s B A. Rows are the output axis."""
-        gain = self.gain(layer)
+        gain = self.row_gain(layer)
         norms = self.squared_row_norms.sqrt() + torch.finfo(torch.float32).eps
-        return super().tensors(layer) | {"dora_scale": (gain * norms).view(-1, *[1] * (self.down.ndim - 1))}
+        return super().export_tensors(layer) | {"dora_scale": (gain * norms).view(-1, *[1] * (self.down.ndim - 1))}
 
     @torch.no_grad()
     def load(self, layer, tensors):
@@ -203,8 +203,8 @@ class LohaLayer(LoraLayer):
     its rows are those of a LoRA of rank^2, the products of every row of w1_b with every row of w2_b. Starting sizes as
     in LyCORIS."""
 
-    parts = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_b": "w2_b", "hada_w2_a": "w2_a"}
-    upper = ("w1_a", "w2_a")
+    file_suffixes = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_b": "w2_b", "hada_w2_a": "w2_a"}
+    fast_parts = ("w1_a", "w2_a")
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         nn.Module.__init__(self)
@@ -234,7 +234,7 @@ class LohaLayer(LoraLayer):
         up = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)  # (outputs, rank^2)
         return apply_low_rank(x, down, up.view(*up.shape, *(1 for _ in self.kernel)), factor, self.geometry)
 
-    def other_size(self, tensors):
+    def size_remedy(self, tensors):
         return f"the file has rank {len(tensors['hada_w1_b'])}, so set rank to that, or it is from another model"
 
 
@@ -243,26 +243,26 @@ class LokrLayer(LoraLayer):
     larger. The layer's inputs are seen as a table that w2 multiplies from one side and w1 from the other, so dW is
     never built. w2 of a convolution holds its kernel in its columns."""
 
-    upper = ("w2_a",)
+    fast_parts = ("w2_a",)
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None, factor=8):
         nn.Module.__init__(self)
         inputs, outputs = layer_features(layer)
         self.kernel, self.geometry = conv_kernel_size(layer), conv_arguments(layer)
         (rows, tall), (columns, wide) = factorize_dimension(outputs, factor), factorize_dimension(inputs, factor)
-        self.table = (columns, wide)
+        self.input_shape = (columns, wide)
         self.w1 = nn.Parameter(torch.empty(rows, columns))
         nn.init.kaiming_uniform_(self.w1, a=math.sqrt(5), generator=rng)
         self.rank, self.flat_inputs = rank, wide * math.prod(self.kernel)
-        self.whole = rank >= max(tall, wide) / 2
-        if self.whole:
-            self.parts = {"lokr_w1": "w1", "lokr_w2": "w2"}
+        self.has_full_w2 = rank >= max(tall, wide) / 2
+        if self.has_full_w2:
+            self.file_suffixes = {"lokr_w1": "w1", "lokr_w2": "w2"}
             self.w2, self.scale = (
                 nn.Parameter(torch.zeros(tall, self.flat_inputs)),
                 None,
             )  # loaders know no alpha for these: the scale is 1
             return
-        self.parts = {"lokr_w1": "w1", "lokr_w2_b": "w2_b", "lokr_w2_a": "w2_a"}
+        self.file_suffixes = {"lokr_w1": "w1", "lokr_w2_b": "w2_b", "lokr_w2_a": "w2_a"}
         self.w2_a, self.w2_b = nn.Parameter(torch.zeros(tall, rank)), nn.Parameter(torch.empty(rank, self.flat_inputs))
         nn.init.kaiming_uniform_(self.w2_b, a=math.sqrt(5), generator=rng)
         self.scale = adapter_scale(rank, alpha, rslora)
@@ -272,19 +272,21 @@ class LokrLayer(LoraLayer):
         w1 = self.w1.to(x.dtype)
         w1 = w1 if factor == 1 else w1 * factor
         if self.geometry is None:
-            return (w1 @ self.second(x.unflatten(-1, self.table))).flatten(-2)
-        table = self.second(x.unflatten(1, self.table).flatten(0, 1)).unflatten(0, (len(x), self.table[0]))
+            return (w1 @ self.apply_w2(x.unflatten(-1, self.input_shape))).flatten(-2)
+        table = self.apply_w2(x.unflatten(1, self.input_shape).flatten(0, 1)).unflatten(
+            0, (len(x), self.input_shape[0])
+        )
         return torch.einsum("lm,bmk...->blk...", w1, table).flatten(1, 2)
 
-    def second(self, x):
+    def apply_w2(self, x):
         """w2 on the last axis, or as a convolution."""
-        if self.whole:
-            return apply_weight(x, self.w2.to(x.dtype).view(-1, self.table[1], *self.kernel), self.geometry)
-        down = self.w2_b.to(x.dtype).view(-1, self.table[1], *self.kernel)
+        if self.has_full_w2:
+            return apply_weight(x, self.w2.to(x.dtype).view(-1, self.input_shape[1], *self.kernel), self.geometry)
+        down = self.w2_b.to(x.dtype).view(-1, self.input_shape[1], *self.kernel)
         up = self.w2_a.to(x.dtype)
         return apply_low_rank(x, down, up.view(*up.shape, *(1 for _ in self.kernel)), 1.0, self.geometry)
 
-    def other_size(self, tensors):
+    def size_remedy(self, tensors):
         return "set rank and factor to those of the file, or it is from another model"
 
 

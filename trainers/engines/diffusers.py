@@ -186,10 +186,10 @@ class UnetDenoiser(EngineDenoiser):
 
     def predict_x0(self, x, sigma, conds):
         s = per_sample(sigma, x)
-        out = self.output((x / (s**2 + 1).sqrt()).to(self.dtype), self.nearest_timestep(sigma), conds).float()
+        out = self.network_output((x / (s**2 + 1).sqrt()).to(self.dtype), self.nearest_timestep(sigma), conds).float()
         return x - s * out if self.prediction == "epsilon" else x / (s**2 + 1) - out * s / (s**2 + 1).sqrt()
 
-    def output(self, x, t, conds):
+    def network_output(self, x, t, conds):
         added = self.sdxl_extras(conds, x) if self.network.config.addition_embed_type == "text_time" else None
         return self.network(
             x,
@@ -237,7 +237,7 @@ class EngineFamily:
     """What a family's files are called, and how it is trained by default; equal to ComfyUI's side,
     nodes/families.py."""
 
-    base: str  # kohya's ss_base_model_version
+    base_version: str  # kohya's ss_base_model_version
     architecture: str  # modelspec
     density: NoiseLevelDensity
     guidance: float  # for sampling
@@ -257,7 +257,7 @@ ENGINE_FAMILIES = {
 class DiffusersEngine:
     """One loaded model: its denoiser, text side and autoencoder."""
 
-    name: str  # of the family
+    family_name: str  # of the family
     denoiser: EngineDenoiser
     text: TextEncoders
     vae: DiffusersVae
@@ -265,7 +265,7 @@ class DiffusersEngine:
 
     @property
     def family(self) -> EngineFamily:
-        return ENGINE_FAMILIES[self.name]
+        return ENGINE_FAMILIES[self.family_name]
 
     @property
     def network(self) -> nn.Module:
@@ -282,12 +282,12 @@ class DiffusersEngine:
         """modelspec.prediction_type."""
         return "flow" if self.denoiser.flow else {"epsilon": "epsilon", "v_prediction": "v"}[self.denoiser.prediction]
 
-    def encode(self, batch) -> list[dict]:
+    def encode_batch(self, batch) -> list[dict]:
         """The batch's conditionings with gradients, for a text encoder that learns too."""
         sizes = [{k: v for k, v in c.items() if not isinstance(v, Tensor)} for c in batch.conds]
         return [{**size, **self.text(caption)} for size, caption in zip(sizes, batch.captions, strict=True)]
 
-    def key(self, name: str) -> str:
+    def lora_key(self, name: str) -> str:
         """A layer's name in a LoRA file: diffusers' spelling for transformers, kohya's for UNets. ComfyUI and diffusers
         load both."""
         return f"transformer.{name}" if self.denoiser.flow else kohya_lora_key("lora_unet", name)
@@ -301,23 +301,23 @@ class DiffusersEngine:
         """(tensors by their key in the file, layers that never learnt)."""
         tensors, untouched = {}, []
         for owner, key in self.adapters_with_keys(adapters, text_adapters):
-            more, idle = owner.tensors(key)
+            more, idle = owner.export_tensors(key)
             tensors |= {self.to_file_key(k): v for k, v in more.items()}
             untouched += idle
         return tensors, untouched
 
     def adapters_with_keys(self, adapters, text_adapters):
-        return [(adapters, self.key)] + ([(text_adapters, text_lora_key)] if text_adapters is not None else [])
+        return [(adapters, self.lora_key)] + ([(text_adapters, text_lora_key)] if text_adapters is not None else [])
 
     @torch.no_grad()
     def load_lora(self, tensors: dict[str, Tensor], adapters: Adapters, text_adapters: Adapters | None = None):
         """Fill adapters of the same settings from what `lora_tensors` gave; layers that are not in it are off."""
         for owner, key in self.adapters_with_keys(adapters, text_adapters):
             for name, layer in owner.layers.items():
-                low = owner.low(name)
-                keys = {suffix: self.to_file_key(f"{key(name)}.{suffix}") for suffix in low.tensors(layer)}
+                low = owner.adapter_for(name)
+                keys = {suffix: self.to_file_key(f"{key(name)}.{suffix}") for suffix in low.export_tensors(layer)}
                 found = {suffix: tensors[there] for suffix, there in keys.items() if there in tensors}
-                low.load(layer, found) if found else low.rest()
+                low.load(layer, found) if found else low.reset_to_zero()
 
     @torch.no_grad()
     def sample(
@@ -347,7 +347,7 @@ class GuidedDenoiser:
     """Classifier-free guidance (Ho & Salimans 2022) as a denoiser of its own."""
 
     denoiser: EngineDenoiser
-    empty: dict
+    empty_cond: dict
     cfg: float
 
     def noised(self, x0, noise, sigma):
@@ -356,7 +356,7 @@ class GuidedDenoiser:
     def denoise(self, x, sigma, conds):
         if self.cfg == 1.0:
             return self.denoiser.denoise(x, sigma, conds)
-        with_text, without = (self.denoiser.denoise(x, sigma, c) for c in (conds, [self.empty] * len(conds)))
+        with_text, without = (self.denoiser.denoise(x, sigma, c) for c in (conds, [self.empty_cond] * len(conds)))
         return without + self.cfg * (with_text - without)
 
 
@@ -421,11 +421,11 @@ def load_folder_clip(path: Path, number: str, prefix: str, layer=None) -> ClipTe
     return ClipTextEncoder(load_clip_tokenizer(path / f"tokenizer{number}"), model, prefix, layer)
 
 
-def load_folder_t5(path: Path, number: str, least: int) -> T5TextEncoder:
+def load_folder_t5(path: Path, number: str, min_tokens: int) -> T5TextEncoder:
     from transformers import AutoTokenizer, T5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(str(path / f"tokenizer{number}"), local_files_only=True)
-    return T5TextEncoder(tokenizer, load_frozen_module(T5EncoderModel, path, f"text_encoder{number}"), least)
+    return T5TextEncoder(tokenizer, load_frozen_module(T5EncoderModel, path, f"text_encoder{number}"), min_tokens)
 
 
 def load_folder_vae(path: Path, space: tuple[float, float]) -> tuple[DiffusersVae, tuple[float, float]]:
@@ -469,7 +469,7 @@ def load_sd3_folder(path: Path) -> DiffusersEngine:
         if (path / f"text_encoder{n}").is_dir()
     }
     if (path / "text_encoder_3").is_dir():
-        encoders["t5"] = load_folder_t5(path, "_3", least=77)
+        encoders["t5"] = load_folder_t5(path, "_3", min_tokens=77)
     vae, space = load_folder_vae(path, (1.5305, 0.0609))
     return DiffusersEngine(
         "sd3",
@@ -482,7 +482,7 @@ def load_sd3_folder(path: Path) -> DiffusersEngine:
 def load_flux_folder(path: Path) -> DiffusersEngine:
     from diffusers import FluxTransformer2DModel
 
-    encoders = {"l": load_folder_clip(path, "", "lora_te1"), "t5": load_folder_t5(path, "_2", least=256)}
+    encoders = {"l": load_folder_clip(path, "", "lora_te1"), "t5": load_folder_t5(path, "_2", min_tokens=256)}
     vae, space = load_folder_vae(path, (0.3611, 0.1159))
     denoiser = FluxDenoiser(load_frozen_module(FluxTransformer2DModel, path, "transformer"), *space)
     return DiffusersEngine(

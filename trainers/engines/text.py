@@ -49,12 +49,13 @@ def hash_module_weights(*modules: nn.Module, extra="") -> str:
 
 @dataclass
 class ClipTextEncoder:
-    """One CLIP text model with its tokenizer. `layer` is the hidden state to use: None is the normalised last one."""
+    """One CLIP text model with its tokenizer. `hidden_layer`: which hidden state to use; None is the normalised last
+    one."""
 
     tokenizer: object
     model: nn.Module
     lora_prefix: str  # of its LoRA keys, such as lora_te1
-    layer: int | None = None
+    hidden_layer: int | None = None
 
     def tokens(self, caption: str) -> list[list[int]]:
         """The caption's chunks of 77 token ids."""
@@ -67,22 +68,22 @@ class ClipTextEncoder:
         """((1, 77 * chunks, D), (1, P))."""
         device = next(self.model.parameters()).device
         out = self.model(torch.tensor(self.tokens(caption), device=device), output_hidden_states=True)
-        states = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        states = out.last_hidden_state if self.hidden_layer is None else out.hidden_states[self.hidden_layer]
         pooled = out.text_embeds if getattr(out, "text_embeds", None) is not None else out.pooler_output
         return states.flatten(0, 1)[None].float(), pooled[:1].float()
 
 
 @dataclass
 class T5TextEncoder:
-    """The T5 encoder of SD3 and Flux: padded to `least` tokens with zeros, never cut, no mask, as ComfyUI does."""
+    """The T5 encoder of SD3 and Flux: padded to `min_tokens` tokens with zeros, never cut, no mask, as ComfyUI does."""
 
     tokenizer: object
     model: nn.Module
-    least: int
+    min_tokens: int
 
     def tokens(self, caption: str) -> list[list[int]]:
         ids = self.tokenizer(caption, verbose=False)["input_ids"]
-        return [ids + [0] * (self.least - len(ids))]
+        return [ids + [0] * (self.min_tokens - len(ids))]
 
     def __call__(self, caption: str) -> tuple[Tensor, None]:
         device = next(self.model.parameters()).device
@@ -136,8 +137,8 @@ JOIN_IDENTITIES = {
 
 def concat_channels(*states):
     """(1, T, D1 + D2), cut to the shortest."""
-    least = min(s.shape[1] for s in states)
-    return torch.cat([s[:, :least] for s in states], dim=-1)
+    shortest = min(s.shape[1] for s in states)
+    return torch.cat([s[:, :shortest] for s in states], dim=-1)
 
 
 @dataclass
@@ -145,7 +146,7 @@ class TextEncoders:
     """The text side of a model: `encode(captions)` gives one conditioning each, fp32, on the CPU."""
 
     encoders: dict  # of "l", "g", "t5"
-    join: object
+    join_states: object
     device: torch.device = torch.device("cpu")
     _identity: str = field(default="", init=False)
 
@@ -153,20 +154,21 @@ class TextEncoders:
     def identity(self) -> str:
         if not self._identity:
             about = [
-                [k, getattr(e, "layer", None), e.tokens("a red circle, Größe 12")] for k, e in self.encoders.items()
+                [k, getattr(e, "hidden_layer", None), e.tokens("a red circle, Größe 12")]
+                for k, e in self.encoders.items()
             ]
             self._identity = hash_module_weights(
-                *(e.model for e in self.encoders.values()), extra=[JOIN_IDENTITIES[self.join], about]
+                *(e.model for e in self.encoders.values()), extra=[JOIN_IDENTITIES[self.join_states], about]
             )
         return self._identity
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[dict]:
-        with self.ready():
+        with self.on_device():
             return [{k: v.cpu() for k, v in self(caption).items()} for caption in captions]
 
     @contextlib.contextmanager
-    def ready(self):
+    def on_device(self):
         """The encoders on their device while inside."""
         with contextlib.ExitStack() as stack:
             for encoder in self.encoders.values():
@@ -175,7 +177,7 @@ class TextEncoders:
 
     def __call__(self, caption: str) -> dict:
         """One conditioning where the encoders are, with gradients when they are on."""
-        return self.join({kind: encoder(caption) for kind, encoder in self.encoders.items()})
+        return self.join_states({kind: encoder(caption) for kind, encoder in self.encoders.items()})
 
     def trainable_models(self) -> nn.ModuleDict:
         """The CLIP models by the prefix of their LoRA keys."""

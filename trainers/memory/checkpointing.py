@@ -44,13 +44,13 @@ def checkpoint_blocks(classes, adapters, blocks: CheckpointPolicy | None = None)
 def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
     def run(module, *args, **kwargs):
         if blocks.counter is not None and torch.is_grad_enabled():
-            with blocks.counter.block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
+            with blocks.counter.count_block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
                 return forward(module, *args, **kwargs)
-        call = forward if blocks.compiler is None else blocks.compiler.of(forward)
+        call = forward if blocks.compiler is None else blocks.compiler.bind_program(forward)
         if not torch.is_grad_enabled() or blocks.plan == PLAN_OFF:
             return call(module, *args, **kwargs)
         tensors, restored = split_tensor_arguments(args, kwargs)
-        again = adapters.as_now()  # backward comes when another strength may be set, and another dropout
+        again = adapters.capture_context()  # backward comes when another strength may be set, and another dropout
 
         def block(*tensors):
             args, kwargs = restored(tensors)
@@ -87,7 +87,7 @@ def split_tensor_arguments(args, kwargs):
 class LiveStorageDict(dict):
     """Values by storage, forgotten when the storage dies: its address is used again."""
 
-    def remember(self, tensor, key, value):
+    def store(self, tensor, key, value):
         self[key] = value
         weakref.finalize(tensor.untyped_storage(), self.pop, key, None)
 
@@ -118,7 +118,7 @@ class CpuOffloadHooks(torch.autograd.graph.saved_tensors_hooks):
         known = self.copies.get(key)
         if known is None or (waiting := known()) is None:
             waiting = OffloadedTensor(tensor)
-            self.copies.remember(tensor, key, weakref.ref(waiting))
+            self.copies.store(tensor, key, weakref.ref(waiting))
         return waiting
 
     @staticmethod
@@ -147,10 +147,10 @@ class CountedPassError(RuntimeError):
 
 @dataclass
 class BlockCall:
-    before: int = 0  # of what was kept outside, when the call began
+    outside_before: int = 0  # of what was kept outside, when the call began
     inputs: int = 0
     inside: int = 0
-    seen: LiveStorageDict = field(default_factory=LiveStorageDict)
+    saved_storages: LiveStorageDict = field(default_factory=LiveStorageDict)
 
 
 class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
@@ -160,36 +160,36 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, weights):
         super().__init__(self.pack, self.unpack)
         self.weights = {storage_key(w) for w in weights}
-        self.all, self.block_inputs, self.outside_storages = (
+        self.saved_storages, self.block_inputs, self.outside_storages = (
             LiveStorageDict(),
             LiveStorageDict(),
             LiveStorageDict(),
         )  # apart: kept by what is no block
-        self.total = self.outside_blocks = self.largest = 0
+        self.total = self.outside_blocks = self.largest_tensor = 0
         self.calls: list[BlockCall] = []
-        self.now: BlockCall | None = None
+        self.current_call: BlockCall | None = None
 
     def pack(self, tensor):
         key, size = storage_key(tensor), tensor.untyped_storage().nbytes()
         if key in self.weights:
             return None
-        if key not in self.all:
-            self.all.remember(tensor, key, size)
+        if key not in self.saved_storages:
+            self.saved_storages.store(tensor, key, size)
             self.total += size
-            self.largest = max(self.largest, size)
-        if self.now is None and key not in self.outside_storages:
-            self.outside_storages.remember(tensor, key, size)
+            self.largest_tensor = max(self.largest_tensor, size)
+        if self.current_call is None and key not in self.outside_storages:
+            self.outside_storages.store(tensor, key, size)
             self.outside_blocks += size
             if call := self.block_inputs.get(key):  # it stays, whether the block is given it or not
                 call.inputs -= size
         if (
-            self.now is not None
-            and key not in self.now.seen
+            self.current_call is not None
+            and key not in self.current_call.saved_storages
             and key not in self.block_inputs
             and key not in self.outside_storages
         ):
-            self.now.seen.remember(tensor, key, size)
-            self.now.inside += size
+            self.current_call.saved_storages.store(tensor, key, size)
+            self.current_call.inside += size
         return None
 
     @staticmethod
@@ -197,26 +197,26 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
         raise CountedPassError("nothing was kept for a backward pass")
 
     @contextlib.contextmanager
-    def block(self, tensors):
-        if self.now is not None:  # a block within a block is part of it
+    def count_block(self, tensors):
+        if self.current_call is not None:  # a block within a block is part of it
             yield
             return
-        self.now = BlockCall(self.outside_blocks)
+        self.current_call = BlockCall(self.outside_blocks)
         for tensor in tensors:
             key = storage_key(tensor)
             if key not in self.block_inputs and key not in self.outside_storages and key not in self.weights:
-                self.block_inputs.remember(tensor, key, self.now)
-                self.now.inputs += tensor.untyped_storage().nbytes()
-        self.calls.append(self.now)
+                self.block_inputs.store(tensor, key, self.current_call)
+                self.current_call.inputs += tensor.untyped_storage().nbytes()
+        self.calls.append(self.current_call)
         try:
             yield
         finally:
-            self.now = None
+            self.current_call = None
 
-    def measured(self, adapters: int) -> StepMemory:
-        before = [0, *(call.before for call in self.calls)]
+    def step_memory(self, adapter_bytes: int) -> StepMemory:
+        before = [0, *(call.outside_before for call in self.calls)]
         blocks = tuple(
-            BlockMemory(call.inputs, call.inside, call.before - b)
+            BlockMemory(call.inputs, call.inside, call.outside_before - b)
             for b, call in zip(before[:-1], self.calls, strict=True)
         )
-        return StepMemory(self.total, self.outside_blocks, blocks, self.largest, adapters)
+        return StepMemory(self.total, self.outside_blocks, blocks, self.largest_tensor, adapter_bytes)

@@ -30,17 +30,17 @@ class BlockCompiler:
     told once why there are none."""
 
     adapters: object
-    plain: Callable = lambda args, kwargs: (args, kwargs)
-    say: Callable[[str], None] = lambda text: None
+    normalize_call: Callable = lambda args, kwargs: (args, kwargs)
+    notify: Callable[[str], None] = lambda text: None
     backend: str = field(default_factory=lambda: COMPILE_BACKEND)
     failure: str = ""  # why blocks run as before
     programs: dict = field(default_factory=dict)
     block_signatures: weakref.WeakKeyDictionary = field(
         default_factory=weakref.WeakKeyDictionary
     )  # block -> how it is built
-    trained: set = field(default_factory=set)  # strengths that a gradient was asked for
+    trained_strengths: set = field(default_factory=set)  # strengths that a gradient was asked for
 
-    def of(self, forward):
+    def bind_program(self, forward):
         """A function that calls a block as it was called the first time: what backward computes again must come from
         the same program."""
         chosen = None
@@ -64,7 +64,7 @@ class BlockCompiler:
 
     def call_normalized(self, program):
         def run(module, *args, **kwargs):
-            args, kwargs = self.plain(args, kwargs)
+            args, kwargs = self.normalize_call(args, kwargs)
             return program(module, *args, **kwargs)
 
         return run
@@ -77,8 +77,8 @@ class BlockCompiler:
         if self.failure or strength is None:
             return None
         if learning:
-            self.trained.add(strength)
-        elif strength and strength not in self.trained:
+            self.trained_strengths.add(strength)
+        elif strength and strength not in self.trained_strengths:
             return None
         if module not in self.block_signatures:
             self.block_signatures[module] = block_signature(module, self.adapters)
@@ -93,10 +93,10 @@ class BlockCompiler:
     def give_up(self, why: str):
         self.failure = why
         self.programs.clear()
-        self.say(format_not_compiled(why))
+        self.notify(format_not_compiled(why))
 
     @contextlib.contextmanager
-    def ready(self):
+    def compile_context(self):
         """What torch must be told while blocks are compiled. Programs for backward are made in forward, where a block
         can still run without."""
         import torch._dynamo

@@ -37,7 +37,7 @@ class BlockMemory:
 
     inputs: int  # those that nothing before it kept already
     inside: int
-    before: int = 0  # kept by what is no block, between the block before and this one
+    outside_before: int = 0  # kept by what is no block, between the block before and this one
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class StepMemory:
     total: int  # each piece of memory once
     outside_blocks: int  # kept by what is no block, all through the pass
     blocks: tuple[BlockMemory, ...]
-    largest: int = 0  # the largest single piece: gradients of that size come and go
-    adapters: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
+    largest_tensor: int = 0  # the largest single piece: gradients of that size come and go
+    adapter_bytes: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
     has_accumulated_gradients: bool = False  # gradients of the batch before are there all the time
     weights: int = 0  # bytes of the blocks' weights that lie on the device
     largest_block_weights: int = 0  # bytes of the weights of the block that has most, wherever they lie
@@ -56,7 +56,7 @@ class StepMemory:
     def scaled(self, factor: float) -> StepMemory:
         """The same for a batch or a picture that is `factor` times as large."""
         blocks = tuple(
-            BlockMemory(round(b.inputs * factor), round(b.inside * factor), round(b.before * factor))
+            BlockMemory(round(b.inputs * factor), round(b.inside * factor), round(b.outside_before * factor))
             for b in self.blocks
         )
         return replace(
@@ -64,7 +64,7 @@ class StepMemory:
             total=round(self.total * factor),
             outside_blocks=round(self.outside_blocks * factor),
             blocks=blocks,
-            largest=round(self.largest * factor),
+            largest_tensor=round(self.largest_tensor * factor),
         )
 
     def backward_profile(self, plan: str) -> list[tuple[int, float]]:
@@ -74,27 +74,30 @@ class StepMemory:
             return [(self.total, 0.0), (0, 1.0)]
         given, outside, found = 0, 0, []
         for number, block in enumerate(self.blocks, 1):
-            given, outside = given + block.inputs if plan == PLAN_PER_BLOCK else block.inputs, outside + block.before
+            given, outside = (
+                given + block.inputs if plan == PLAN_PER_BLOCK else block.inputs,
+                outside + block.outside_before,
+            )
             found.append((min(self.total, outside + given + block.inside), 1 - number / len(self.blocks)))
         return [(min(self.total, self.outside_blocks + given), 0.0), *found, (0, 1.0)]
 
-    def peak(self, plan: str) -> int:
+    def peak_bytes(self, plan: str) -> int:
         """Bytes beside the weights at the worst moment of a step."""
-        made = lambda share: self.adapters * (1 if self.has_accumulated_gradients else share)
+        made = lambda share: self.adapter_bytes * (1 if self.has_accumulated_gradients else share)
         return (
             round(max(kept + made(share) for kept, share in self.backward_profile(plan)))
-            + 2 * self.largest
+            + 2 * self.largest_tensor
             + self.constant_bytes(plan)
         )
 
     def constant_bytes(self, plan: str) -> int:
         """Those of them that are the same for every batch and moment: the optimizer's numbers, and the weights of a
         block that were away."""
-        return 2 * self.adapters + (self.largest_block_weights if plan == PLAN_OFFLOADED else 0)
+        return 2 * self.adapter_bytes + (self.largest_block_weights if plan == PLAN_OFFLOADED else 0)
 
     def missing_bytes(self, plan: str, free: int) -> int:
         """Bytes that must become free beside those that are, before the plan fits."""
-        return max(0, math.ceil(self.peak(plan) / USABLE_MEMORY_SHARE - free))
+        return max(0, math.ceil(self.peak_bytes(plan) / USABLE_MEMORY_SHARE - free))
 
     def fits(self, plan: str, free: int) -> bool:
         return self.missing_bytes(plan, free) <= (self.weights if plan == PLAN_OFFLOADED else 0)
@@ -105,30 +108,32 @@ class RunForecast:
     """What is said before the run."""
 
     plan: str
-    peak: int  # bytes beside the weights
-    free: int  # bytes, before the step
+    peak_bytes: int  # bytes beside the weights
+    free_bytes: int  # bytes, before the step
     seconds: float | None = None  # per step
-    room: int = 0  # the largest batch that would fit under this plan, 0 when not even this one does
+    max_batch: int = 0  # the largest batch that would fit under this plan, 0 when not even this one does
     batch: int = 1
-    away: int = 0  # bytes of the model's weights that wait in the CPU's memory
+    offloaded_bytes: int = 0  # bytes of the model's weights that wait in the CPU's memory
 
     @property
     def fits(self) -> bool:
-        return self.peak <= USABLE_MEMORY_SHARE * self.free
+        return self.peak_bytes <= USABLE_MEMORY_SHARE * self.free_bytes
 
-    def line(self, steps: int, now: float | None = None) -> str:
+    def format_line(self, steps: int, now: float | None = None) -> str:
         """per block, batch 2: 1.3 of 8.0 GiB free, 0.42 s a step, 7 min, until 14:32"""
-        parts = [f"{self.plan}, batch {self.batch}: {format_gib(self.peak)} of {format_gib(self.free)} GiB free"]
-        if self.away:
-            parts.append(f"{format_gib(self.away)} GiB of weights wait in the CPU's memory")
+        parts = [
+            f"{self.plan}, batch {self.batch}: {format_gib(self.peak_bytes)} of {format_gib(self.free_bytes)} GiB free"
+        ]
+        if self.offloaded_bytes:
+            parts.append(f"{format_gib(self.offloaded_bytes)} GiB of weights wait in the CPU's memory")
         if self.seconds is not None:
             left = self.seconds * steps
             until = time.strftime("%H:%M", time.localtime((time.time() if now is None else now) + left))
             parts += [f"{self.seconds:.2g} s a step", f"{format_duration(left)}, until {until}"]
         if not self.fits:
             parts.append("this is tight: lower batch or resolution if it stops")
-        elif self.room > self.batch:
-            parts.append(f"batch up to {self.room} fits")
+        elif self.max_batch > self.batch:
+            parts.append(f"batch up to {self.max_batch} fits")
         return ", ".join(parts)
 
 
@@ -179,6 +184,6 @@ def make_run_forecast(
 ) -> RunForecast:
     """`measured` is of this batch; `extra`: bytes that a real step took beyond what was counted; `away`: of weights
     that left before."""
-    each = max(1, measured.scaled(1 / batch).peak(plan) - measured.constant_bytes(plan))
+    each = max(1, measured.scaled(1 / batch).peak_bytes(plan) - measured.constant_bytes(plan))
     room = (USABLE_MEMORY_SHARE * free - extra - measured.constant_bytes(plan)) / each
-    return RunForecast(plan, measured.peak(plan) + extra, free, seconds, max(0, int(room)), batch, away)
+    return RunForecast(plan, measured.peak_bytes(plan) + extra, free, seconds, max(0, int(room)), batch, away)

@@ -85,7 +85,7 @@ class ImagePairTraining:
 
     def student(self, x, sigma, batch, strength):
         self.forward_counts["student"] += len(x)
-        with self.adapters.at(strength):
+        with self.adapters.at_strength(strength):
             return self.denoiser.denoise(x, sigma, batch.conds)
 
     def weighted_error(self, x0_hat, goal, sigma, batch):
@@ -134,5 +134,5 @@ class AddiftTraining(ImagePairTraining):
     @torch.no_grad()
     def frozen(self, x, sigma, batch):
         self.forward_counts["frozen"] += len(x)
-        with self.adapters.at(0):
+        with self.adapters.at_strength(0):
             return self.denoiser.denoise(x, sigma, batch.conds)

@@ -354,7 +354,7 @@ class NoisedImageStates:
 @torch.no_grad()
 def predict_without_adapters(model: StudentTeacherModel, x, sigma, conds) -> Tensor:
     model.forward_counts["frozen"] += len(x)
-    with model.adapters.at(0):
+    with model.adapters.at_strength(0):
         return model.denoiser.denoise(x, sigma, conds)
 
 
@@ -450,7 +450,7 @@ class LecoScoreTraining:
 
     def target_loss(self, pull: PromptTarget, place: ScoredState, rng) -> Tensor:
         """`pull.weight` is the sign of the score: up, down, or 0 for what is only held."""
-        with self.model.adapters.at(pull.strength):
+        with self.model.adapters.at_strength(pull.strength):
             x0 = self.student(place.x, place.sigma, place.conds)
             loss = torch.zeros(len(x0), device=x0.device)
             if pull.weight:

@@ -101,7 +101,7 @@ class PriorLoss:
         """(B,) native error between the model with and without its adapters, one class prompt per sample."""
         told = [self.prompts[i] for i in torch.randint(len(self.prompts), (len(x),), generator=rng).tolist()]
         conds = [self.prior.conds[prompt] for prompt in told]
-        with torch.no_grad(), method.adapters.at(0):
+        with torch.no_grad(), method.adapters.at_strength(0):
             teacher = method.denoiser.denoise(x, sigma, conds)
         asked = method.encode(SimpleNamespace(captions=told, conds=conds)) if method.encode else conds
         with method.adapters.dropout_active(rng):

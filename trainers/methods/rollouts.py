@@ -59,7 +59,7 @@ class PromptTask:
 class NoAdapters:
     """In the place of adapters, where only the frozen model is asked."""
 
-    def at(self, strength):
+    def at_strength(self, strength):
         return contextlib.nullcontext()
 
 
@@ -80,21 +80,21 @@ class StudentTeacherModel:
         """prompt -> x0 (B, ...) without the adapters: all prompts in one call."""
         self.forward_counts["frozen"] += len(prompts) * len(x)
         conds = [self.conds[prompt] for prompt in prompts for _ in range(len(x))]
-        with torch.no_grad(), self.adapters.at(0):
+        with torch.no_grad(), self.adapters.at_strength(0):
             answers = self.denoiser.denoise(torch.cat([x] * len(prompts)), torch.cat([sigma] * len(prompts)), conds)
         return dict(zip(prompts, answers.chunk(len(prompts)), strict=True))
 
     def student(self, x, sigma, prompt, strength) -> Tensor:
         """x0 (B, ...) with the adapters at this strength, with gradient."""
         self.forward_counts["student"] += len(x)
-        with self.adapters.at(strength):
+        with self.adapters.at_strength(strength):
             return self.denoiser.denoise(x, sigma, [self.conds[prompt]] * len(x))
 
     @torch.no_grad()
     def walk(self, noise, sigmas, task: PromptTask, strength, guidance):
         """[(x, sigma)]: the way of the current student from noise (B, ...) along sigmas (S, B)."""
         self.forward_counts["rollout"] += len(noise) * (len(sigmas) - 1) * (1 if guidance == 1 else 2)
-        with self.adapters.at(strength):
+        with self.adapters.at_strength(strength):
             return list(rollout(self.denoiser, noise, sigmas, self.conds[task.scene], self.conds[task.away], guidance))
 
 

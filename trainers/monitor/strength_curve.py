@@ -113,7 +113,7 @@ def sample_from_noise(
     """x0 (B, C, ...) of pictures drawn from this noise by Euler steps."""
     levels = torch.linspace(1, 0, steps + 1)[:-1, None].expand(-1, len(noise))
     sigmas = model.denoiser.sigma_at(levels.flatten()).view(levels.shape).to(noise)
-    with model.adapters.at(strength):
+    with model.adapters.at_strength(strength):
         *_, (x, sigma) = rollout(model.denoiser, noise, sigmas, model.conds[prompt], model.conds[away], guidance)
         return model.denoiser.denoise(x, sigma, [model.conds[prompt]] * len(x))
 
