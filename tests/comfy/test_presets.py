@@ -5,7 +5,7 @@ import pytest
 from trainyard.nodes.train import presets, prior, settings_nodes
 from trainyard.nodes.train.presets import PresetRecipe
 from trainyard.nodes.train.settings_nodes import Adapter, NoiseAndLoss, Optimizer
-from trainyard.tests.comfy.test_train_node import job, result
+from trainyard.tests.comfy.test_train_lora import job, result
 from trainyard.trainers.presets import PRESET_FAMILIES
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings
 

@@ -19,8 +19,8 @@ from trainyard.nodes.train.validation import MonitorConfig, Validation
 from trainyard.nodes.train.widgets import PlaceSettings
 from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
-from trainyard.tests.comfy.test_differences import pair_job, pairs
-from trainyard.tests.comfy.test_train_node import data, job, result, state
+from trainyard.tests.comfy.test_prompt_and_pair_nodes import pair_job, pairs
+from trainyard.tests.comfy.test_train_lora import data, job, result, state
 from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.loop import TrainingProgress

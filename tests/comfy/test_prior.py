@@ -4,7 +4,7 @@ import pytest
 import torch
 from trainyard.nodes.train.prior import PriorPreservation
 from trainyard.tests.comfy.families import cond
-from trainyard.tests.comfy.test_train_node import data, job, result
+from trainyard.tests.comfy.test_train_lora import data, job, result
 from trainyard.trainers.methods.prior import PriorData, PriorSettings
 
 KEEP = PriorSettings(class_prompt="dog", weight=2.0)

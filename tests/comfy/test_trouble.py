@@ -22,8 +22,8 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.server import Server
 from trainyard.tests.comfy.test_host import fingerprint, left_behind
 from trainyard.tests.comfy.test_previews import looking
-from trainyard.tests.comfy.test_train_node import Poisoned, data, job, result, state
-from trainyard.tests.comfy.test_training import graph, make_dataset, stop_after
+from trainyard.tests.comfy.test_train_lora import Poisoned, data, job, result, state
+from trainyard.tests.comfy.test_train_lora_server import graph, make_dataset, stop_after
 from trainyard.trainers import loop
 from trainyard.trainers import runs as run_files
 from trainyard.trainers.loop import Diverged

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from trainyard.tests.unit.test_kinds import merge
+from trainyard.tests.unit.test_adapter_layers import merge
 from trainyard.tests.unit.toy import (
     CHANNELS,
     SHAPE,

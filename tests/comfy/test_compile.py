@@ -8,7 +8,7 @@ import torch
 from trainyard.nodes import host
 from trainyard.tests.comfy.families import TABLE, make
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
-from trainyard.tests.comfy.test_train_node import job, result
+from trainyard.tests.comfy.test_train_lora import job, result
 from trainyard.trainers.memory import compile
 from trainyard.trainers.memory.compile import COMPILED_GRADIENT_TOLERANCE
 from trainyard.trainers.memory.plan import PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU

@@ -9,9 +9,9 @@ import torch
 from trainyard.nodes import host
 from trainyard.nodes.train import planner
 from trainyard.tests.comfy.families import make
-from trainyard.tests.comfy.test_differences import pair_job
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
-from trainyard.tests.comfy.test_train_node import data, fail_at, job, result, state
+from trainyard.tests.comfy.test_prompt_and_pair_nodes import pair_job
+from trainyard.tests.comfy.test_train_lora import data, fail_at, job, result, state
 from trainyard.trainers.memory.checkpointing import CpuOffloadHooks
 from trainyard.trainers.memory.plan import (
     CHECKPOINTING_PLANS,
