@@ -1,6 +1,17 @@
-"""What ComfyUI registers."""
+"""What ComfyUI registers: every node of every module below that lists some in NODES."""
+
+import importlib
+import pathlib
 
 from comfy_api.latest import ComfyExtension
+
+# The page's node library shows nodes in the order of their registration: these modules first, others after them.
+MENU_ORDER = (
+    *("dataset", "quality", "captioning", "tagger_settings", "captions", "collage", "encode"),
+    *("train_lora", "prompts", "leco", "image_pairs", "sweep"),
+    *("score", "score_backbones", "prompt_match", "features", "leco_score", "image_conditioning"),
+    *("presets", "settings_nodes", "prior", "validation", "lora"),
+)
 
 
 class TrainyardExtension(ComfyExtension):
@@ -12,41 +23,14 @@ class TrainyardExtension(ComfyExtension):
         run_routes.register_run_routes(PromptServer.instance.routes)
 
     async def get_node_list(self):
-        from .data import captioning, captions, collage, dataset, encode, quality
-        from .scores import features, image_conditioning, score, score_backbones
-        from .train import (
-            leco,
-            leco_score,
-            lora,
-            presets,
-            prior,
-            prompts,
-            settings_nodes,
-            sweep,
-            train_lora,
-            validation,
-        )
+        return [node for name in find_node_modules() for node in importlib.import_module(name, __package__).NODES]
 
-        rooms = (
-            dataset,
-            quality,
-            captioning,
-            captions,
-            collage,
-            encode,
-            train_lora,
-            prompts,
-            leco,
-            sweep,
-            score,
-            score_backbones,
-            features,
-            leco_score,
-            image_conditioning,
-            presets,
-            settings_nodes,
-            prior,
-            validation,
-            lora,
-        )
-        return [node for room in rooms for node in room.NODES]
+
+def find_node_modules() -> list[str]:
+    """Relative names of the modules with nodes, in the order of the menu. They are found by their text, so that helper
+    modules are imported only by those that need them."""
+    files = pathlib.Path(__file__).parent.glob("*/*.py")
+    found = [file for file in sorted(files) if "\nNODES = " in file.read_text(encoding="utf-8")]
+    place = {name: number for number, name in enumerate(MENU_ORDER)}
+    found.sort(key=lambda file: place.get(file.stem, len(place)))
+    return [f".{file.parent.name}.{file.stem}" for file in found]

@@ -287,4 +287,4 @@ def format_caption_preview(done) -> str:
     return "\n".join([format_caption_counts(done), *failures, *lines, *more])
 
 
-NODES = [CaptionImages, CaptionPromptNode, *tagger_settings.NODES]
+NODES = [CaptionImages, CaptionPromptNode]

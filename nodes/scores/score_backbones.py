@@ -33,7 +33,7 @@ from ..fields import (
     settings_from_widgets,
     settings_inputs,
 )
-from . import backbones, latents, prompt_match
+from . import backbones, latents
 
 BACKBONE_TRAINING_VERSION = (
     1  # of pre-training and distillation: raise it when the same inputs would give another model
@@ -434,4 +434,4 @@ def distill_from_teacher(model, taught, scorer, settings, before, seeing, trunk,
     )
 
 
-NODES = [PretrainScoreBackbone, DistillScoreModel, LoadAestheticHead, *prompt_match.NODES]
+NODES = [PretrainScoreBackbone, DistillScoreModel, LoadAestheticHead]

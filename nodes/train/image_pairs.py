@@ -235,3 +235,6 @@ class TrainDifference(io.ComfyNode):
             **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
         )
         return run_difference_job(cls, job)
+
+
+NODES = [ImagePairs, TrainImageSlider, TrainDifference]

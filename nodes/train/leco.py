@@ -23,7 +23,6 @@ from ...trainers.monitor.validation import pick_validation_images
 from ...trainers.settings import PointSettings, Settings, choice_field, number_field, text_field
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
-from .image_pairs import ImagePairs, TrainDifference, TrainImageSlider
 from .job import CALIBRATE_OFF, largest_latent_shape
 from .prompts import PromptRowsType
 from .widgets import (
@@ -407,4 +406,4 @@ def make_slider_row(words: SliderWords) -> PromptRow:
     )
 
 
-NODES = [ImagePairs, TrainLeco, TrainTextSlider, TrainImageSlider, TrainDifference]
+NODES = [TrainLeco, TrainTextSlider]
