@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 # Processes that run tests, each with its own ComfyUI and server (about 4 GB).
 JOBS ?= 2
 
-.PHONY: demo test test-unit check bench env
+.PHONY: demo test test-unit check refresh bench env
 
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
@@ -23,6 +23,9 @@ check: env  ## format, lint, types, and the direction of imports
 	@$(PY) -m ruff check .
 	@.venv/bin/basedpyright --level error
 	@.venv/bin/pytest -q tests/unit/test_house.py
+
+refresh: env  ## everything derived from nodes and workflow sources, made again: snapshot, English texts, README rows, API twins, cards
+	@$(PY) tools/refresh.py $(ARGS)
 
 bench: env  ## FLOPs, bytes and seconds a step against ComfyUI's own Train LoRA
 	@$(PY) benchmarks/train_lora.py $(ARGS)

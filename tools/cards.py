@@ -1,7 +1,7 @@
-"""The pictures of workflows 01b to 04 and 09 to 12, from real runs of their parts on drawn pictures: workflows/*.jpg.
+"""The cards of the bundled workflows, workflows/<name>.jpg: what each leaves, from real runs on drawn images.
 
-.venv/bin/python tools/cards.py                        # all of them
-.venv/bin/python tools/cards.py 10_leco_score          # one, three minutes on a quiet core
+`make refresh` draws those that are missing, `make refresh ARGS="--card 10_leco_score"` one again. A workflow that is not
+in MAKERS is run as it is, in the toy world, and its images are its card.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import sys
 import tempfile
 
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-import trainyard_plugin  # noqa: E402, F401, I001 - the alias package
 
 SIDE, PAPER, INK, DIM, EDGE, BLUE = 768, "#17191f", "#ececec", "#9096a3", "#2b2e36", "#5b9bf5"
 COLOURS, SHAPES = (
@@ -158,9 +155,21 @@ def pretraining():
 
 
 def followed():
-    import score_card  # imports the benchmark
+    from . import score_card  # imports the benchmark
 
     return score_card.followed()
+
+
+def first_lora():
+    from . import first_lora_card
+
+    return first_lora_card.first_lora()
+
+
+def difference(name):
+    from . import difference_cards
+
+    return difference_cards.difference(name)
 
 
 @functools.lru_cache(maxsize=1)
@@ -228,24 +237,71 @@ def watched():
     return page
 
 
-def main():
-    makers = {
-        "02_caption_a_folder": captions,
-        "03_check_and_clean": checked,
-        "04_collage_lora": collages,
-        "01b_lora_with_validation": watched,
-        "09_train_aesthetic_score": rated,
-        "10_leco_score": followed,
-        "11_pretrain_on_my_art": pretraining,
-        "12_score_and_filter": lambda: rated(keep=True),
-    }
-    wanted = sys.argv[1:]
-    for name, make in makers.items():
-        if wanted and not name.startswith(tuple(wanted)):
-            continue
-        make().save(ROOT / "workflows" / f"{name}.jpg", quality=88)
-        print(f"{name}.jpg")
+def run_in_toy_world(name):
+    """The images that a workflow leaves when it is run on the toy world: every size 64 px, all else as it is saved."""
+    from trainyard.tests.comfy.server import Server
+    from trainyard.tests.toy import shapes, world
+
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as where, Server(where, packs={"trainyard": ROOT}) as server:
+        for node in prompt.values():
+            node["inputs"] |= {key: value for key, value in TOY_INPUTS.items() if key in node["inputs"]}
+            folder = node["inputs"].get("folder")
+            if isinstance(folder, str) and folder.startswith("input/"):
+                (server.base / folder).mkdir(parents=True, exist_ok=True)
+                drawings(server.base / folder, px=shapes.PX, caption="{}")
+        world.build(server.base / "models" / "checkpoints" / TOY_INPUTS["ckpt_name"])
+        run = server.run(prompt, seconds=3600)
+        if not run.ok:
+            raise SystemExit(f"{name} cannot be run in the toy world; write its card into tools/cards.py. {run.why}")
+        files = [file for output in run.outputs.values() for file in output.get("images", ())]
+        images = [Image.open(server.base / f["type"] / f["subfolder"] / f["filename"]).convert("RGB") for f in files]
+    if not images:
+        raise SystemExit(f"{name} leaves no image; write its card into tools/cards.py.")
+    return contact_card(name.split("_", 1)[1].replace("_", " "), images)
 
 
-if __name__ == "__main__":
-    main()
+def contact_card(headline, images):
+    """A card of images side by side, each as large as there is room."""
+    page, _ = card(headline)
+    columns = next(n for n in range(1, 9) if n * n >= len(images) or n == 8)
+    cell = (SIDE - 40) // columns
+    for index, image in enumerate(images[: columns * ((SIDE - 120) // cell)]):
+        scale = (cell - 8) / max(image.size)
+        size = round(image.width * scale), round(image.height * scale)
+        page.paste(image.resize(size), (20 + index % columns * cell, 104 + index // columns * cell))
+    return page
+
+
+TOY_INPUTS = {"ckpt_name": "toy_world.safetensors", "scheduler": "simple", "resolution": 64, "step": 8, "width": 64,
+              "height": 64, "min_side": 64, "max_side": 64}  # fmt: skip
+MAKERS = {
+    "01_first_lora": first_lora,
+    "01b_lora_with_validation": watched,
+    "02_caption_a_folder": captions,
+    "03_check_and_clean": checked,
+    "04_collage_lora": collages,
+    "05_image_pair_slider": lambda: difference("05_image_pair_slider"),
+    "06_leco": lambda: difference("06_leco"),
+    "07_text_slider": lambda: difference("07_text_slider"),
+    "08_difference": lambda: difference("08_difference"),
+    "09_train_aesthetic_score": rated,
+    "10_leco_score": followed,
+    "11_pretrain_on_my_art": pretraining,
+    "12_score_and_filter": lambda: rated(keep=True),
+}
+
+
+def missing_cards() -> list[str]:
+    """Names of the workflows that have no card."""
+    return [file.stem for file in sorted((ROOT / "workflows").glob("*.json")) if not file.with_suffix(".jpg").is_file()]
+
+
+def draw_cards(names) -> list[pathlib.Path]:
+    """Draws these cards; the files."""
+    files = []
+    for name in names:
+        files.append(ROOT / "workflows" / f"{name}.jpg")
+        print(f"{files[-1].relative_to(ROOT)} (a real run) ...", flush=True)
+        MAKERS.get(name, lambda name=name: run_in_toy_world(name))().save(files[-1], quality=90)
+    return files

@@ -1,19 +1,15 @@
-"""The cards of workflows 05 to 08 and the pictures of their help pages: each workflow's own graph, run on the toy world
-in a real ComfyUI.
-
-.venv/bin/python tools/difference_cards.py              # all of them, about ten minutes on two cores
-.venv/bin/python tools/difference_cards.py 06_leco
-"""
+"""The cards of workflows 05 to 08 and the images of their help pages: each workflow's own graph, run on the toy world in
+a real ComfyUI, about three minutes each on two cores."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from dataclasses import dataclass, field
 
-from demo import OUT, ROOT, pack
 from PIL import Image, ImageDraw, ImageFont
+
+from .demo import OUT, ROOT
 
 INK, DIM, PAPER, GRID, LINE = "#ececec", "#9096a3", "#17191f", "#2b2e36", "#5b9bf5"
 SIDE, CELL, GAP, LEFT, TOP = 768, 112, 12, 134, 108
@@ -207,25 +203,18 @@ def chart(draw, xs, values, font):
     draw.text((LEFT - 12, (top + bottom) / 2), "area", fill=DIM, font=font, anchor="rm")
 
 
-def main():
-    pack()
+def difference(name):
+    """The card of one of these workflows; its rows and curve become the image of its help page too."""
     from trainyard.tests.comfy.server import Server
     from trainyard.tests.toy import world
 
-    base = OUT / "comfyui"
+    base, card = OUT / "comfyui", CARDS[name]
     checkpoint = base / "models" / "checkpoints" / "toy_world.safetensors"
     if not checkpoint.exists():
         world.build(checkpoint)
     with Server(base, packs={"trainyard": ROOT}) as server:
-        for name in sys.argv[1:] or CARDS:
-            card = CARDS[name]
-            strengths, pictures = rows(server, name, card, checkpoint.name)
-            image = drawn(card, strengths, pictures)
-            image.save(ROOT / "workflows" / f"{name}.jpg", quality=90)
-            image.crop((0, TOP - 8, SIDE, SIDE)).resize(
-                (SIDE // 2, (SIDE - TOP + 8) // 2), Image.Resampling.LANCZOS
-            ).save(ROOT / "web" / "docs" / f"{name[3:]}.jpg", quality=88)
-
-
-if __name__ == "__main__":
-    main()
+        strengths, pictures = rows(server, name, card, checkpoint.name)
+    image = drawn(card, strengths, pictures)
+    shown = image.crop((0, TOP - 8, SIDE, SIDE)).resize((SIDE // 2, (SIDE - TOP + 8) // 2), Image.Resampling.LANCZOS)
+    shown.save(ROOT / "web" / "docs" / f"{name[3:]}.jpg", quality=88)
+    return image

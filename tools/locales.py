@@ -1,26 +1,26 @@
 """Texts of all nodes for translators, and what a translation still lacks.
 
-    .venv/bin/python tools/locales.py                    # writes locales/en/nodeDefs.json from the nodes themselves
-    .venv/bin/python tools/locales.py check              # names every text that another language lacks, or has too much
+    make refresh                                         # writes locales/en/nodeDefs.json from the nodes themselves
+    .venv/bin/python tools/locales.py                    # names every text that another language lacks
     .venv/bin/python tools/locales.py todo zh > new.json # the English texts that Chinese lacks, to be filled in:
     {English: ""} .venv/bin/python tools/locales.py fill zh new.json   # puts them where they belong; a key may also be
-    a path that `check` names
+    the path of a text
 
-When an English text changes, the first command takes its old translation out of the other languages, so that `check`
-asks for a new one; a sentence that only moved takes its translation along. ComfyUI reads
-locales/<language>/nodeDefs.json; a text that is not there is shown as the node has it.
+When an English text changes, `make refresh` takes its old translation out of the other languages; a sentence that only
+moved takes its translation along. ComfyUI reads locales/<language>/nodeDefs.json, and its page shows a text that is not
+there as the node has it, in English; the pack's own page does the same with the words of main.json. So nobody has to
+translate in order to change a node.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import pathlib
+import re
 import sys
-import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LOCALES = ROOT / "locales"
+LOCALES, WEB = ROOT / "locales", ROOT / "web"
 
 
 def texts(schema: dict) -> dict:
@@ -102,40 +102,20 @@ def filled(english: dict, translated: dict, words: dict[str, str]) -> dict:
     return tree(given | new | named)
 
 
-def english() -> dict:
-    """The texts of every node of the pack, by node id."""
-    package = types.ModuleType("trainyard")
-    package.__path__ = [str(ROOT)]
-    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]  # our `nodes` would hide ComfyUI's
-    sys.modules.setdefault("trainyard", package)
-    from trainyard.tests.comfy import boot
-
-    boot.boot()
-    from trainyard.nodes import TrainyardExtension
-
-    return {
-        cls.GET_SCHEMA().node_id: texts(vars_of(cls.GET_NODE_INFO_V1()))
-        for cls in asyncio.run(TrainyardExtension().get_node_list())
-    }
-
-
-def vars_of(info) -> dict:
-    return info if isinstance(info, dict) else vars(info)
-
-
 def read(language: str) -> dict:
     """A language's texts; none when there is no such file."""
     file = LOCALES / language / "nodeDefs.json"
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def write(language: str, texts: dict):
-    """Writes a language's texts, unless they are in its file already."""
+def write(language: str, texts: dict) -> list[pathlib.Path]:
+    """[the language's file] when these texts were written to it, [] when they were in it already."""
     file = LOCALES / language / "nodeDefs.json"
-    if texts != read(language):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(texts, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{language}: {len(flat(texts))} texts of {len(texts)} nodes")
+    if texts == read(language):
+        return []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(texts, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    return [file]
 
 
 def languages() -> list[str]:
@@ -143,26 +123,64 @@ def languages() -> list[str]:
     return sorted(file.parent.name for file in LOCALES.glob("*/nodeDefs.json") if file.parent.name != "en")
 
 
-def rewrite(now: dict):
-    """English as the nodes have it now, and every other language without the translations of texts that changed."""
-    before = read("en")
-    for language in languages():
-        write(language, carried(before, now, read(language)))
-    write("en", now)
+def write_locales(schemas: dict) -> list[pathlib.Path]:
+    """The files that changed: English as the nodes have it now, and every other language without the translations of
+    texts that changed."""
+    before, now = read("en"), {name: texts(schema) for name, schema in schemas.items()}
+    changed = [file for language in languages() for file in write(language, carried(before, now, read(language)))]
+    return changed + write("en", now)
 
 
-def check(now: dict) -> bool:
-    """Prints what each language lacks or has too much; true when that is anything."""
-    found = read("en") != now
-    if found:
-        print("en: the nodes say something else by now; run tools/locales.py without `check` first")
+def report_missing() -> list[str]:
+    """A line for each language that lacks texts; the page shows those in English."""
+    lines = []
     for language in languages():
-        missing, stale = differences(now, read(language))
-        print(f"{language}: {len(missing)} missing, {len(stale)} of no node", *missing[:20], *stale[:20], sep="\n  ")
-        found |= bool(missing or stale)
+        nodes, words = (
+            differences(read("en"), read(language))[0],
+            sorted(page_words() - read_page_words(language).keys()),
+        )
+        if nodes or words:
+            shown = ", ".join([*nodes, *words][:5]) + (", ..." if len(nodes) + len(words) > 5 else "")
+            lines.append(
+                f"{language}: {len(nodes)} texts of nodes and {len(words)} words of the page have no translation: {shown}"
+            )
+    return lines
+
+
+# -- the page's own words ----------------------------------------------------------------------------------------------
+WORD = re.compile(r"\bword\('([^']+)'")
+ACT = re.compile(r"\bact\('([^']+)', '([^']+)'")
+CHOSEN = (  # where the word depends on the run: its status, what was measured, which cards are shown
+    *("training", "stopped", "finished", "failed"),
+    *(
+        f"{how} {noun}"
+        for how, nouns in (
+            ("fixed", ("pictures", "pairs", "points")),
+            ("trained", ("pictures", "pairs", "points", "scores")),
+        )
+        for noun in nouns
+    ),
+    *("minus the score", "minus the held-out score", "validation", "all", "edited", "without caption"),
+    *("No picture matches the filter.", "Run to see the pictures."),
+)
+
+
+def page_words() -> set[str]:
+    """The English words and sentences that the scripts in web/ show."""
+    found = set(CHOSEN)
+    for file in (*WEB.glob("*.js"), *WEB.glob("*.mjs")):
+        text = file.read_text("utf-8")
+        found |= set(WORD.findall(text)) | {part for pair in ACT.findall(text) for part in pair}
     return found
 
 
+def read_page_words(language: str) -> dict[str, str]:
+    """A language's words of the page, by their English."""
+    file = LOCALES / language / "main.json"
+    return json.loads(file.read_text("utf-8")).get("trainyard", {}) if file.is_file() else {}
+
+
+# -- for translators ---------------------------------------------------------------------------------------------------
 def todo(language: str) -> dict[str, str]:
     """English texts that a language lacks, each once, with nothing as their translation."""
     english = flat(read("en"))
@@ -174,10 +192,8 @@ def main(order="", language="", words="") -> int:
         print(json.dumps(todo(language), indent=1, ensure_ascii=False))
     elif order == "fill":
         write(language, filled(read("en"), read(language), json.loads(pathlib.Path(words).read_text("utf-8"))))
-    elif order == "check":
-        return check(english())
     else:
-        rewrite(english())
+        print(*(report_missing() or ["Every text is translated."]), sep="\n")
     return 0
 
 

@@ -1,7 +1,7 @@
 """The card of workflow 10: what Train LECO-Score's defaults do to the pictures of the toy world, trained as
 benchmarks/leco_score.py trains them.
 
-    .venv/bin/python tools/cards.py 10_leco_score          # three minutes on a quiet core
+Three minutes on a quiet core.
 
 The score model learns redness from drawn pictures that a noisy rater judged; the curve is the redness that is really
 there. The first picture of each prompt is shown, whatever it is. Sizes were not named in the prompts of the training,
@@ -13,8 +13,9 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from difference_cards import CELL, CHART, DIM, GRID, INK, LEFT, LINE, SIDE, Card, drawn
 from PIL import Image, ImageDraw, ImageFont
+
+from .difference_cards import CELL, CHART, DIM, GRID, INK, LEFT, LINE, SIDE, Card, drawn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 import leco_score as benchmark  # noqa: E402

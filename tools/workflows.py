@@ -1,51 +1,68 @@
-"""The bundled workflows, from short descriptions: UI file and API twin, with every widget in its place.
+"""The bundled workflows: each is described in tools/sources/<name>.py and written as workflows/<name>.json (what the page
+opens) and workflows/api/<name>.json (its twin, an API prompt).
 
-    .venv/bin/python tools/workflows.py            # all that are described here
-    .venv/bin/python tools/workflows.py 03         # those whose name begins so
-
-A description names nodes, their place, the widgets that differ from the default and what is connected to what. The
-schemas come from a real ComfyUI server, so a widget that was added later is in the right position after running this
-again.
+A description says what differs from the defaults: RESULT (its row in the README), NOTE and NOTE_SIZE (the note at the
+left), and build(workflow), which adds groups of nodes. A workflow without a description was made in the page; its twin is
+derived from it all the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
-import sys
-import tempfile
+
+from trainyard.tests.workflows.convert import to_api
+
+from .workflow_builder import WorkflowBuilder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+FOLDER = ROOT / "workflows"
+PLACING = ("pos", "size")  # where a node lies says nothing about what it does
 
 
-def schemas_of_comfyui():
-    from trainyard.tests.comfy.server import Server
-
-    with tempfile.TemporaryDirectory() as base, Server(pathlib.Path(base)) as server:
-        return server.object_info()
+def source_names() -> list[str]:
+    """Names of all workflows that are described in tools/sources/."""
+    return sorted(file.stem for file in (ROOT / "tools" / "sources").glob("[0-9]*.py"))
 
 
-def main():
-    import trainyard_plugin  # noqa: F401 - the alias package
-    from descriptions import FLOWS
-    from flow import Flow
-    from trainyard.tests.workflows.convert import to_api
-
-    wanted = sys.argv[1:]
-    Flow.schemas = schemas = schemas_of_comfyui()
-    for make in FLOWS:
-        flow = make()
-        if wanted and not flow.name.startswith(tuple(wanted)):
-            continue
-        workflow = flow.build(schemas)
-        (ROOT / "workflows" / f"{flow.name}.json").write_text(
-            json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        twin = ROOT / "workflows" / "api" / f"{flow.name}.json"
-        twin.write_text(json.dumps(to_api(workflow, schemas), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{flow.name}: {len(workflow['nodes'])} nodes")
+def load_source(name: str):
+    return importlib.import_module(f"trainyard.tools.sources.{name}")
 
 
-if __name__ == "__main__":
-    main()
+def build_workflow(name: str, schemas: dict) -> dict:
+    """A described workflow as the page saves it."""
+    source = load_source(name)
+    workflow = WorkflowBuilder(name, source.NOTE, source.NOTE_SIZE, schemas)
+    source.build(workflow)
+    return workflow.to_page()
+
+
+def without_layout(workflow: dict) -> dict:
+    """What a workflow does and says, without where its nodes lie."""
+    nodes = [{key: value for key, value in node.items() if key not in PLACING} for node in workflow["nodes"]]
+    groups = [{key: value for key, value in group.items() if key != "bounding"} for group in workflow["groups"]]
+    return workflow | {"nodes": nodes, "groups": groups}
+
+
+def write_workflows(schemas: dict, laid_out: tuple[str, ...] = ()) -> list[pathlib.Path]:
+    """The files that changed. A file whose nodes, links and texts are the described ones keeps its layout, unless its
+    name begins with one of `laid_out`."""
+    changed = []
+    for name in source_names():
+        path, built = FOLDER / f"{name}.json", build_workflow(name, schemas)
+        known = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        if known is None or without_layout(known) != without_layout(built) or name.startswith(tuple(laid_out)):
+            changed += write_json(path, built)
+    for path in sorted(FOLDER.glob("*.json")):
+        changed += write_json(FOLDER / "api" / path.name, to_api(json.loads(path.read_text("utf-8")), schemas))
+    return changed
+
+
+def write_json(path: pathlib.Path, tree: dict) -> list[pathlib.Path]:
+    """[path] when its file was written, [] when it held the same text already."""
+    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    if path.is_file() and path.read_text("utf-8") == text:
+        return []
+    path.write_text(text, encoding="utf-8")
+    return [path]

@@ -1,7 +1,6 @@
-"""The nodes in other languages: whole, exact, and what ComfyUI's page is given.
+"""The nodes in other languages: exact where they are translated, and what ComfyUI's page is given.
 
-`.venv/bin/python tools/locales.py check` says the same without a server; its docstring tells how a translation is
-brought up to date.
+What a translation lacks, the page shows in English; `tools/locales.py` names it and tells how it is filled in.
 """
 
 import re
@@ -44,7 +43,7 @@ def translated(language):
 
 @pytest.fixture
 def pairs(english, translated):
-    """(path, English text, translated text); what is missing is named by a test of its own."""
+    """(path, English text, translated text) of what is translated."""
     return [(path, english[path], translated[path]) for path in sorted(english.keys() & translated.keys())]
 
 
@@ -69,16 +68,7 @@ def quoted_options(schemas):
 def test_the_english_file_says_what_the_nodes_say(schemas, english):
     said = locales.flat({name: locales.texts(schema) for name, schema in schemas.items()})
     changed = sorted(path for path in said.keys() | english.keys() if said.get(path) != english.get(path))
-    assert changed == [], (
-        "run `.venv/bin/python tools/locales.py`, then `check` for what the other languages lack by that"
-    )
-
-
-def test_a_translation_has_every_text_and_no_other(english, translated, language):
-    missing, stale = sorted(english.keys() - translated.keys()), sorted(translated.keys() - english.keys())
-    assert (missing, stale) == ([], []), (
-        f"run `.venv/bin/python tools/locales.py todo {language}`, translate, then `fill {language}`"
-    )
+    assert changed == [], "run `make refresh`"
 
 
 def test_what_is_called_a_translation_is_one(pairs):
@@ -111,22 +101,22 @@ def test_an_option_that_a_tooltip_explains_is_called_what_the_widget_calls_it(sc
 
 def test_no_two_inputs_of_a_node_share_a_name(language):
     for node, texts in locales.read(language).items():
-        names = [about["name"] for about in texts["inputs"].values()]
+        names = [about["name"] for about in texts.get("inputs", {}).values() if "name" in about]
         assert len(names) == len(set(names)), f"{node}: {sorted(name for name in names if names.count(name) > 1)}"
 
 
 def test_no_two_nodes_share_a_name(language):
-    names = [texts["display_name"] for texts in locales.read(language).values()]
+    names = [texts["display_name"] for texts in locales.read(language).values() if "display_name" in texts]
     assert len(names) == len(set(names))
 
 
-def test_the_folders_of_the_node_menu_that_are_the_packs_own_have_names(server, schemas, language):
+def test_a_translated_folder_of_the_node_menu_is_one_of_the_packs_own(server, schemas, language):
     """model/training is ComfyUI's; what comes after it is ours."""
     folders = {folder for schema in schemas.values() for folder in schema["category"].split("/")} - {
         "model",
         "training",
     }
-    assert set(server.get("/i18n")[language].get("nodeCategories", {})) == folders, f"locales/{language}/main.json"
+    assert set(server.get("/i18n")[language].get("nodeCategories", {})) <= folders, f"locales/{language}/main.json"
 
 
 @pytest.mark.parametrize("language", ["en", *LANGUAGES])

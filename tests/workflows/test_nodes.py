@@ -1,22 +1,19 @@
 """The nodes as ComfyUI shows them: nothing changes by accident, everything explains itself."""
 
 import dataclasses
-import json
 import pathlib
 import re
 
 import pytest
+from trainyard.tests.workflows import snapshot
 from trainyard.tests.workflows.convert import WIDGETS, widgets
+from trainyard.tests.workflows.snapshot import AS_IN_KSAMPLER, READ_FROM_DISK
 from trainyard.trainers.captioners.tags import TaggerSettings
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
-IDS = tuple(json.loads((HERE / "nodes.json").read_text()))
-READ_FROM_DISK = ("folder", "file", "masks", "model", "pooler", "labels")  # their options are what the machine holds
-AS_IN_KSAMPLER = ("sampler", "scheduler")  # theirs are ComfyUI's own, and known from there
-FACTS = ("default", "min", "max", "step", "options", "multiline", "advanced", "control_after_generate")
+IDS = tuple(snapshot.known_promises())
 
 
 @pytest.fixture(scope="module")
@@ -24,41 +21,15 @@ def schemas(server):
     return {name: schema for name, schema in server.object_info().items() if name.startswith("Trainyard")}
 
 
-def promises(schema):
-    """What saved workflows and prompts depend on: names, order, kinds, ranges. Texts may change freely."""
-    inputs = [
-        {"name": name, "kind": "COMBO" if isinstance(kind, list) else kind, "group": group} | facts(name, *about)
-        for group in ("required", "optional")
-        for name, (kind, *about) in schema["input"].get(group, {}).items()
-    ]
-    outputs = [{"name": name, "kind": kind} for name, kind in zip(schema["output_name"], schema["output"], strict=True)]
-    return {"inputs": inputs, "outputs": outputs}
-
-
-def facts(name, about=None):
-    return {
-        key: about[key]
-        for key in FACTS
-        if key in (about or {}) and not (key == "options" and name in READ_FROM_DISK + AS_IN_KSAMPLER)
-    }
-
-
 def test_ids_inputs_and_outputs_are_those_that_saved_workflows_know(schemas):
-    found = json.dumps({name: promises(schemas[name]) for name in sorted(schemas)}, indent=1) + "\n"
-    known = HERE / "nodes.json"
-    if found == known.read_text():
-        return
-    new = HERE / "failures" / "nodes.json"
-    new.parent.mkdir(exist_ok=True)
-    new.write_text(found)
-    before, after = json.loads(known.read_text()), json.loads(found)
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    pytest.fail(
-        f"The schema of {', '.join(changed)} changed, and saved workflows depend on it (widget values are saved by "
-        "position: append, "
-        f"never insert). If it is meant: see `diff {known} {new}`, copy the second over the first, and tell users in "
-        "CHANGELOG.md."
-    )
+    found, known = snapshot.all_promises(schemas), snapshot.known_promises()
+    if changed := snapshot.changed_nodes(known, found):
+        pytest.fail(
+            f"The schema of {', '.join(changed)} changed, and saved workflows depend on it (widget values are saved by "
+            "position: append, never insert). If it is meant: `make refresh ARGS=--accept`, see `git diff` of "
+            "tests/workflows/nodes.json, and tell users in CHANGELOG.md."
+        )
+    assert list(found) == list(known), "run `make refresh`"
 
 
 def every_input(schema):

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 TITLE = 30  # px above a node's position
+SMALL_BY_NAME = {"steps": 2, "resolution": 64, "calibrate": "off"}  # of nodes that are not in SMALL
 SMALL = {  # what makes a workflow run in seconds on a small checkpoint and drawn pictures of 64 px
     "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
     "TrainyardBucketDataset": {"resolution": 64, "step": 8},
@@ -45,7 +46,7 @@ SMALL = {  # what makes a workflow run in seconds on a small checkpoint and draw
     "KSampler": {"steps": 2, "cfg": 1.0},
 }
 SLIDER = {"TrainyardSaveLora", "TrainyardLossPlot", "TrainyardStrengthSweep", "SaveImage", "PreviewAny"}
-MADE = {  # nodes that must have shown something
+MADE = {  # nodes that must have shown something; of workflows that are not named: Train nodes and those of SLIDER
     "01_first_lora": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
     "01b_lora_with_validation": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot"},
     "02_caption_a_folder": {
@@ -132,16 +133,15 @@ def test_no_node_lies_on_another_and_every_node_lies_in_one_group(file):
 @named(FILES)
 def test_the_api_twin_is_the_same_graph(file, schemas):
     twin = FOLDER / "api" / file.name
-    assert load(twin) == to_api(load(file), schemas), (
-        f"{twin.name}: open the workflow, Export (API), save it as workflows/api/{file.name}"
-    )
+    assert load(twin) == to_api(load(file), schemas), f"workflows/api/{twin.name}: run `make refresh`"
 
 
 @named(FILES)
 def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
     prompt = load(FOLDER / "api" / file.name)
     for node in prompt.values():
-        node["inputs"] |= SMALL.get(node["class_type"], {})
+        by_name = {name: value for name, value in SMALL_BY_NAME.items() if name in node["inputs"]}
+        node["inputs"] |= SMALL.get(node["class_type"], by_name)
         if node["class_type"] == "CheckpointLoaderSimple":
             node["inputs"]["ckpt_name"] = server.install("sd15")
         if node["class_type"] == "TrainyardLoadDataset":
@@ -153,7 +153,9 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
     run = server.run(prompt)
     assert run.ok, run.why
     produced = {prompt[node]["class_type"] for node in run.outputs}
-    assert MADE[file.stem] <= produced
+    showing = {node["class_type"] for node in prompt.values()}
+    showing = {name for name in showing if name in SLIDER or name.startswith("TrainyardTrain")}
+    assert MADE.get(file.stem, showing) and MADE.get(file.stem, showing) <= produced
     saved = [node["inputs"]["filename_prefix"] for node in prompt.values() if node["class_type"] == "SaveImage"]
     if len(saved) == 2:
         first, second = (Image.open(sorted(server.output().glob(f"{prefix}_*.png"))[-1]).tobytes() for prefix in saved)

@@ -1,12 +1,11 @@
-"""The picture of the first workflow, from the newest `make demo`: workflows/01_first_lora.jpg.
-
-The first four questions of the demo as they came out, without and with the LoRA, and the loss of that run.
-"""
+"""The card of workflow 01, from the newest `make demo`: its first four prompts as they came out without and with the LoRA,
+and the loss of that run."""
 
 from __future__ import annotations
 
-from demo import OUT, ROOT, pack
 from PIL import Image, ImageDraw, ImageFont
+
+from .demo import OUT
 
 INK, DIM, PAPER, GRID, RAW, SMOOTH = "#ececec", "#9096a3", "#17191f", "#2b2e36", "#33507c", "#5b9bf5"
 SIDE, CELL, LEFT, TOP, GAP = 768, 150, 112, 116, 14
@@ -52,8 +51,9 @@ def chart(draw, values):
         draw.line([(x(i), y(v)) for i, v in enumerate(curve)], fill=colour, width=width, joint="curve")
 
 
-def main():
-    pack()
+def first_lora():
+    if not (OUT / "before_after.png").is_file():
+        raise SystemExit("The card of 01_first_lora shows the newest demo: run `make demo` first.")
     card = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw, text = ImageDraw.Draw(card), lambda size: ImageFont.load_default(size=size)
     draw.text(
@@ -70,8 +70,4 @@ def main():
     draw.text((98, 602), "loss", fill=DIM, font=text(19), anchor="rm")
     draw.text((LEFT, 740), "step 1", fill=DIM, font=text(17), anchor="lt")
     draw.text((726, 740), str(len(values)), fill=DIM, font=text(17), anchor="rt")
-    card.save(ROOT / "workflows" / "01_first_lora.jpg", quality=90)
-
-
-if __name__ == "__main__":
-    main()
+    return card
