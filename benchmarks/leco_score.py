@@ -130,7 +130,7 @@ def agreement(denoiser, score, drawn, true) -> dict:
         sigma = level_to_sigma(denoiser, torch.full((len(drawn.x0),), level))
         x = denoiser.noised(drawn.x0, torch.randn(drawn.x0.shape, generator=rng), sigma)
         with torch.no_grad():
-            said = score.value(*to_scorer_input(denoiser, x, sigma))
+            said = score.mean_score(*to_scorer_input(denoiser, x, sigma))
         found[f"level {level:g}"] = round(spearman_correlation(true(drawn.pictures).tolist(), said.tolist()), 3)
     return found
 

@@ -72,7 +72,7 @@ def asked(model, schedule, x0, scores) -> dict:
     with torch.no_grad():
         for level in LEVELS:
             x, levels = noised(schedule, x0, level)
-            said = torch.cat([model.value(a, b) for a, b in zip(x.split(50), levels.split(50), strict=True)])
+            said = torch.cat([model.mean_score(a, b) for a, b in zip(x.split(50), levels.split(50), strict=True)])
             figure = bootstrap_interval(srcc, said.numpy(), scores)
             found[str(level)] = [round(v, 3) for v in (figure.value, figure.low, figure.high)]
     return found
@@ -105,7 +105,7 @@ def figures(schedule, kind, data, x0, scores) -> dict:
     size = sum(p.numel() for p in made.model.networks[0].parameters())
     return {
         "SRCC by noise": asked(made.model, schedule, x0, scores),
-        "folds": made.model.about.metrics,
+        "folds": made.model.info.metrics,
         "parameters": size,
         "seconds of one core": round(time.process_time() - start),
         "threads": torch.get_num_threads(),

@@ -90,7 +90,7 @@ def pretrained_row(views, schedule, weights, steps, labelled, asked) -> dict:
         made, row["seconds of one core"] = timed(
             lambda: pretrain_backbone(views, schedule, ScorerSettings(**NETWORK), settings, latent_format="SD3")
         )
-        trunk, row["same picture found"] = made.model.networks[0].trunk, made.model.about.metrics["same picture found"]
+        trunk, row["same picture found"] = made.model.networks[0].trunk, made.model.info.metrics["same picture found"]
     else:
         trunk = call_with_seed(0, lambda: build_scorer(ScoreModelInfo(channels=16, **NETWORK))).trunk
     return row | {f"SRCC of {name} from {LABELS} ratings": probe(trunk, labelled, asked, name) for name in asked[1]}
@@ -152,7 +152,7 @@ def main(names, tasks, steps):
     torch.set_num_threads(1)
     from trainyard.nodes.scores.latents import NoiseSchedule
     from trainyard.tests.toy import sampling
-    from trainyard.trainers.scores.backbones import DECODED_IMAGE, MODEL_FEATURES
+    from trainyard.trainers.scores.networks import DECODED_IMAGE, MODEL_FEATURES
 
     toy = pack.toy_world()
     schedule = NoiseSchedule(toy.model)

@@ -25,13 +25,18 @@ from ...trainers.files import tensor_hash
 from ...trainers.memory.checkpointing import checkpoint_blocks
 from ...trainers.scores.aesthetic_heads import AestheticHead, check_embedding_width
 from ...trainers.scores.backbones import (
-    DECODED_IMAGE,
-    MODEL_FEATURES,
     LoadedModelTrunk,
     from_scorer_input,
     pool_hidden_states,
 )
-from ...trainers.scores.networks import LATENT_BACKBONES, ScoreModelInfo, ScorerEnsemble, squeeze_single_frame
+from ...trainers.scores.networks import (
+    DECODED_IMAGE,
+    LATENT_BACKBONES,
+    MODEL_FEATURES,
+    ScoreModelInfo,
+    ScorerEnsemble,
+    squeeze_single_frame,
+)
 from ...trainers.settings import AdapterSettings, compute_fingerprint
 from .. import host
 from ..host.families import find_model_family
@@ -85,7 +90,7 @@ class DiffusionFeatureExtractor:
         x, level = x.to(self.patcher.load_device, torch.float32), level.to(self.patcher.load_device)
         found: list[Tensor] = []
         with (
-            self.ready(needs_gradients(x, self.network), adapters),
+            self.forward_context(needs_gradients(x, self.network), adapters),
             capture_block_states(self.blocks, found, count_image_tokens(x)),
         ):
             with contextlib.suppress(StopForward):
@@ -100,7 +105,7 @@ class DiffusionFeatureExtractor:
         return torch.cat(found, 1).to(device)
 
     @contextlib.contextmanager
-    def ready(self, graded: bool, adapters: Adapters | None = None):
+    def forward_context(self, graded: bool, adapters: Adapters | None = None):
         """The model on its device, as the host loads it; in a training session it is there already, and stays as it
         is."""
         with contextlib.ExitStack() as stack:
@@ -147,13 +152,13 @@ class DiffusionFeatureExtractor:
             layer.register_forward_hook(note(name)) for name, layer in find_adaptable_layers(self.network).items()
         ]
         try:
-            self.size()
+            self.feature_width()
         finally:
             for handle in handles:
                 handle.remove()
         return names
 
-    def size(self) -> int:
+    def feature_width(self) -> int:
         """Numbers per picture, found by looking at noise."""
         shape = self.denoiser.model.latent_format
         frames = (1,) if shape.latent_dimensions == 3 else ()
@@ -167,13 +172,13 @@ class ExtractorRecomputeContext:
     """What a block needs that is computed again in backward, when the look is long over: its adapters, and the host's
     habits."""
 
-    look: DiffusionFeatureExtractor
+    extractor: DiffusionFeatureExtractor
     adapters: Adapters
 
     def capture_context(self):
         @contextlib.contextmanager
         def again():
-            with self.look.autograd_context(), self.adapters.attached():
+            with self.extractor.autograd_context(), self.adapters.attached():
                 yield
 
         return again
@@ -379,19 +384,19 @@ class DecodedFeatureExtractor:
             loaded_patchers([self.patcher, self.vision_encoder.patcher], graded),
             contextlib.nullcontext() if graded else torch.no_grad(),
         ):
-            seen = self.vision_encoder(self.decoded(x))
+            seen = self.vision_encoder(self.decode_pixels(x))
             if self.head is not None:
                 return self.head.to(seen.device)(seen)[:, None].to(x.device)
             return mean_pool_tokens(seen).to(x.device)
 
-    def room(self, shape) -> float:
+    def gradient_memory(self, shape) -> float:
         """Bytes that a look with gradient at latents (B, C, ..., h, w) needs beside the model in training."""
         models = self.patcher.model_size() + self.vision_encoder.patcher.model_size()
         return models + DECODE_BACKWARD_MEMORY_FACTOR * self.vae.memory_used_decode(
             (shape[0], shape[1], *shape[-2:]), self.vae.vae_dtype
         )
 
-    def decoded(self, x: Tensor) -> Tensor:
+    def decode_pixels(self, x: Tensor) -> Tensor:
         """(B, 3, h, w) about 0 to 1, not clamped: the clamp of VAE.decode has no gradient where a picture is white or
         black."""
         latent = self.format.process_out(x.to(self.patcher.load_device, torch.float32))
@@ -444,30 +449,33 @@ def make_trunk_factory(model=None, vae=None, clip_vision=None) -> Callable[[Scor
     for what is not connected."""
     looks: dict[str, object] = {}  # one for all members of an ensemble
 
-    def look(about: ScoreModelInfo):
-        if about.backbone not in looks:
+    def look(info: ScoreModelInfo):
+        if info.backbone not in looks:
             made = (
                 DiffusionFeatureExtractor(model)
-                if about.backbone == MODEL_FEATURES
-                else DecodedFeatureExtractor(vae, DifferentiableClipVision(clip_vision), about.latent_format)
+                if info.backbone == MODEL_FEATURES
+                else DecodedFeatureExtractor(vae, DifferentiableClipVision(clip_vision), info.latent_format)
             )
-            looks[about.backbone] = made, made.size() if about.backbone == MODEL_FEATURES else made.vision_encoder.width
-        return looks[about.backbone]
+            looks[info.backbone] = (
+                made,
+                made.feature_width() if info.backbone == MODEL_FEATURES else made.vision_encoder.width,
+            )
+        return looks[info.backbone]
 
-    def trunk(about: ScoreModelInfo):
-        if about.backbone in LATENT_BACKBONES:
-            return LATENT_BACKBONES[about.backbone](about.channels, about.width, about.depth)
-        found, seen = look(about)
-        if about.backbone == MODEL_FEATURES and found.denoiser.model.latent_format.latent_channels != about.channels:
+    def trunk(info: ScoreModelInfo):
+        if info.backbone in LATENT_BACKBONES:
+            return LATENT_BACKBONES[info.backbone](info.channels, info.width, info.depth)
+        found, seen = look(info)
+        if info.backbone == MODEL_FEATURES and found.denoiser.model.latent_format.latent_channels != info.channels:
             raise ValueError(
-                f"This score model looks through a model of {about.channels} latent channels ({about.latent_format}), "
+                f"This score model looks through a model of {info.channels} latent channels ({info.latent_format}), "
                 f"and the connected MODEL has {found.denoiser.model.latent_format.latent_channels} "
                 f"({latents.latent_format_name(found.patcher)})."
             )
-        if about.backbone != MODEL_FEATURES or not about.rank:
-            return LoadedModelTrunk(found, seen, about.width)
-        adapters = make_feature_adapters(found, about.rank)
-        return LoadedModelTrunk(functools.partial(found, adapters=adapters), seen, about.width, adapters)
+        if info.backbone != MODEL_FEATURES or not info.rank:
+            return LoadedModelTrunk(found, seen, info.width)
+        adapters = make_feature_adapters(found, info.rank)
+        return LoadedModelTrunk(functools.partial(found, adapters=adapters), seen, info.width, adapters)
 
     return trunk
 
@@ -513,13 +521,13 @@ class ImageScoreModel(ScorerEnsemble):
         others = [host.identity.hash_patched_weights(one.patcher) for one in (clip_vision, vae) if one is not None]
         self.identity = compute_fingerprint(name, tensor_hash(head.state_dict()), others, format_name)
 
-    def members(self, x: Tensor, level: Tensor) -> Tensor:
+    def member_scores(self, x: Tensor, level: Tensor) -> Tensor:
         if not self.networks:
             raise ValueError(
                 f"{self.name} rates pictures, and was asked about latents. Connect model and vae to Load Aesthetic "
                 "Head, so that it can decode them."
             )
-        return super().members(x, level)
+        return super().member_scores(x, level)
 
     @torch.no_grad()
     def rate(self, pictures, report=None, check_interrupt=host.progress.raise_if_interrupted) -> list[float]:
@@ -554,12 +562,12 @@ class DecodedScorer(torch.nn.Module):
     """The network of an image score model: (x, level) -> (B, 1), in points above the middle of the head's scale. It has
     nothing of its own."""
 
-    def __init__(self, look: DecodedFeatureExtractor, name: str):
+    def __init__(self, extract: DecodedFeatureExtractor, name: str):
         super().__init__()
-        self.look, self.name = look, name
+        self.extract, self.name = extract, name
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        return self.look(x, level) - AESTHETIC_SCALE_MIDDLE
+        return self.extract(x, level) - AESTHETIC_SCALE_MIDDLE
 
     def state_dict(self, *args, **kwargs):
         raise ValueError(

@@ -124,15 +124,15 @@ def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeature
         raise ValueError(
             "This score model is an aesthetic head on a CLIP_VISION. Connect that CLIP_VISION as clip_vision instead."
         )
-    encoder, about = host.encoders.VaeEncoder(vae), score_model.about
-    check_score_latent_format(about, "", encoder.channels)
+    encoder, info = host.encoders.VaeEncoder(vae), score_model.info
+    check_score_latent_format(info, "", encoder.channels)
     step = math.lcm(8, 2 * encoder.factor)
     try:
         with host.context.enable_gradients():
             encoded = encode_dataset(
                 dataset,
                 CaptionSettings(caption_mode=CAPTION_MODE_EMPTY),
-                BucketSettings(resolution=max(step, about.resolution or DEFAULT_FEATURE_SIDE), step=step, merge=1),
+                BucketSettings(resolution=max(step, info.resolution or DEFAULT_FEATURE_SIDE), step=step, merge=1),
                 flip=False,
                 vae=encoder,
                 text=None,
@@ -143,12 +143,12 @@ def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeature
     finally:
         encoder.free()
     means = [
-        latents.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], about.latent_format)[0]
+        latents.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], info.latent_format)[0]
         for item in encoded.items
     ]
     rows = extract_trunk_features(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
     kind = f"backbone {tensor_hash(score_model.networks[0].trunk.state_dict())}"
-    return ImageFeatures(dataset, unit_rows(rows), f"the backbone of a score model ({about.backbone})", kind)
+    return ImageFeatures(dataset, unit_rows(rows), f"the backbone of a score model ({info.backbone})", kind)
 
 
 def format_features_summary(found: ImageFeatures) -> str:

@@ -36,7 +36,7 @@ class ClipVisionOutput:
 class Pooled:
     """SDXL: in the place of the pooled text vector of CLIP-G."""
 
-    reads, kind = "image_embeds", "CLIP-ViT-bigG-14"
+    embedding_field, encoder_name = "image_embeds", "CLIP-ViT-bigG-14"
 
     def __init__(self, model):
         self.width = 1280
@@ -48,7 +48,7 @@ class Pooled:
 class Unclip:
     """SD 2.1 unCLIP: its own entry for image embeddings, without further noise."""
 
-    reads, kind = "image_embeds", "the CLIP vision model of its checkpoint"
+    embedding_field, encoder_name = "image_embeds", "the CLIP vision model of its checkpoint"
 
     def __init__(self, model):
         self.width = model.noise_augmentor.time_embed.dim
@@ -69,7 +69,7 @@ class Unclip:
 class Cascade(Unclip):
     """Stable Cascade stage C: its entry clip_img, which the host fills from the same list."""
 
-    kind = "CLIP-ViT-L-14"
+    encoder_name = "CLIP-ViT-L-14"
 
     def __init__(self, model):
         self.width = 768
@@ -78,7 +78,7 @@ class Cascade(Unclip):
 class Redux:
     """Flux: tokens of the style model after those of the text."""
 
-    reads, kind = "last_hidden_state", "SigLIP so400m patch 14"
+    embedding_field, encoder_name = "last_hidden_state", "SigLIP so400m patch 14"
 
     def __init__(self, model, style_model):
         if style_model is None:
@@ -125,11 +125,11 @@ def encode_image_embedding(clip_vision, pixels, slot) -> torch.Tensor:
     """(1, D) or tokens (1, T, D) of one picture (1, H, W, 3), as an ordinary tensor. ValueError for another CLIP_VISION
     than the slot wants."""
     with torch.no_grad():
-        found = clip_vision.encode_image(pixels)[slot.reads].float().cpu()
-    if found.shape[-1] != slot.width or found.ndim != (3 if slot.reads == "last_hidden_state" else 2):
+        found = clip_vision.encode_image(pixels)[slot.embedding_field].float().cpu()
+    if found.shape[-1] != slot.width or found.ndim != (3 if slot.embedding_field == "last_hidden_state" else 2):
         raise ValueError(
             f"This clip_vision gives {found.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load "
-            f"{slot.kind}."
+            f"{slot.encoder_name}."
         )
     return host.context.clone_inference_tensors(found)
 
@@ -287,24 +287,24 @@ class ImageConditioningStore:
     """A store of conditionings that are made when they are asked for, image/number/variant, before those of another
     store: the tokens of Redux would take 12 MB each."""
 
-    seen: list[torch.Tensor]
+    embeddings: list[torch.Tensor]
     ids: list[str]
     slot: object
     empty: dict
     settings: LafiteSettings
-    rest: object
+    fallback_store: object
 
     def load(self, key: str):
         if key == EMPTY_CAPTION_KEY:
             return self.empty
         if not key.startswith("image/"):
-            return self.rest.load(key)
+            return self.fallback_store.load(key)
         _, number, variant = key.split("/")
         chance = compute_fingerprint(
             self.settings.seed, self.ids[int(number)], int(variant)
         )  # a picture's own, whatever stands before it
         rng = host.progress.make_generator(int(chance[:15], 16))
-        return self.slot(self.empty, perturb_embedding(self.seen[int(number)], self.settings.alpha, rng))
+        return self.slot(self.empty, perturb_embedding(self.embeddings[int(number)], self.settings.alpha, rng))
 
 
 NODES = [ImageConditioning, CaptionsFromImages]

@@ -8,8 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...trainers.data.records import open_image
-from ...trainers.scores.backbones import DECODED_IMAGE
-from ...trainers.scores.networks import ScoreModelInfo, ScorerEnsemble
+from ...trainers.scores.networks import DECODED_IMAGE, ScoreModelInfo, ScorerEnsemble
 from ...trainers.settings import compute_fingerprint
 from .. import host
 from ..data import image_features, zeroshot
@@ -26,7 +25,7 @@ class ClipScoreModel(ScorerEnsemble):
 
     def __init__(self, clip_vision, clip, words: str = "", vae=None, format_name: str = "", channels: int = 0):
         self.encoder = zeroshot.find_partner_encoder(clip_vision, clip)
-        self.clip_vision, self.clip, self.words, self.known = clip_vision, clip, words.strip(), {}
+        self.clip_vision, self.clip, self.words, self.text_embeddings = clip_vision, clip, words.strip(), {}
         eyes = (
             []
             if vae is None
@@ -55,13 +54,13 @@ class ClipScoreModel(ScorerEnsemble):
         ]
         self.identity = compute_fingerprint("prompt match", self.words, others, format_name)
 
-    def read(self, texts) -> None:
+    def encode_prompts(self, texts) -> None:
         """Understand these texts now; later, while a model is trained, the text encoder would take its place."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        new = [text for text in dict.fromkeys(texts) if text not in self.text_embeddings]
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(new), PROMPT_BATCH_SIZE):
                 part = new[start : start + PROMPT_BATCH_SIZE]
-                self.known |= zip(
+                self.text_embeddings |= zip(
                     part,
                     F.normalize(zeroshot.encode_text_features(self.clip, part, self.encoder).clone(), dim=-1),
                     strict=True,
@@ -69,8 +68,8 @@ class ClipScoreModel(ScorerEnsemble):
 
     def clip_scores(self, seen: Tensor, texts) -> Tensor:
         """(B,) the scores of embeddings, each with its own text."""
-        self.read(texts)
-        words = torch.stack([self.known[text] for text in texts]).to(seen.device)
+        self.encode_prompts(texts)
+        words = torch.stack([self.text_embeddings[text] for text in texts]).to(seen.device)
         return CLIP_SCORE_SCALE * (F.normalize(seen.float(), dim=-1) * words).sum(-1)
 
     def members_for_prompts(self, x: Tensor, level: Tensor, texts) -> Tensor:
@@ -82,7 +81,7 @@ class ClipScoreModel(ScorerEnsemble):
             )
         return ((self.clip_scores(self.networks[0](x, level), texts) - CLIP_SCORE_MEAN) / CLIP_SCORE_STD)[None]
 
-    def members(self, x: Tensor, level: Tensor) -> Tensor:
+    def member_scores(self, x: Tensor, level: Tensor) -> Tensor:
         if not self.words:
             raise ValueError("Prompt Match Score has no words to compare latents with. Write them into its words.")
         return self.members_for_prompts(x, level, [self.words] * len(x))
@@ -112,12 +111,12 @@ class ClipScoreModel(ScorerEnsemble):
 class DecodedClipEmbedder(torch.nn.Module):
     """(x, level) -> (B, d) embeddings of decoded latents. It has nothing of its own."""
 
-    def __init__(self, look):
+    def __init__(self, extract):
         super().__init__()
-        self.look = look
+        self.extract = extract
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        return self.look(x, level)
+        return self.extract(x, level)
 
     def state_dict(self, *args, **kwargs):
         raise ValueError("Prompt Match Score has no file of its own: add the node wherever it is wanted.")

@@ -228,8 +228,8 @@ class TrainScoreModel(io.ComfyNode):
         seeing = score_backbones.choose_backbone_settings(scorer, pretrained)
         key = score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
         trunk = find_trunk_factory(seeing, model, vae, clip_vision)
-        make = lambda work: train_from_ratings(
-            cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work
+        make = lambda resume: train_from_ratings(
+            cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, resume
         )
         return score_backbones.score_model_output(
             cls, *score_backbones.load_or_train_score_model(key, cls.hidden.unique_id, make, trunk)
@@ -247,7 +247,7 @@ def read_preference_pairs(file, encoded, task) -> list[tuple[int, int]]:
 
 def score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision) -> str:
     """A name that changes with everything that the trained model depends on."""
-    before = compute_fingerprint(pretrained.about.to_dict(), content(pretrained)) if pretrained is not None else ""
+    before = compute_fingerprint(pretrained.info.to_dict(), content(pretrained)) if pretrained is not None else ""
     others = [host.identity.hash_patched_weights(other.patcher) for other in (vae, clip_vision) if other is not None]
     ratings = [[item.id, item.score] for item in encoded.items]
     return compute_fingerprint(
@@ -274,7 +274,7 @@ def find_trunk_factory(scorer, model, vae, clip_vision):
     return score_backbones.make_checked_trunk_factory(scorer, model, vae, clip_vision)
 
 
-def train_from_ratings(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, work):
+def train_from_ratings(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, resume):
     schedule = latents_room.NoiseSchedule(model)
     report = host.progress.ItemProgressReporter(node_id)
     groups = duplicate_group_names(
@@ -293,7 +293,7 @@ def train_from_ratings(node_id, model, encoded, scorer, settings, pairs, pretrai
         pairs=pairs,
         trunk=trunk,
         pretrained=pretrained,
-        work=work,
+        resume=resume,
         device=schedule.device,
         report=report,
         check_interrupt=host.progress.raise_if_interrupted,
@@ -332,10 +332,10 @@ class SaveScoreModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, score_model, name, untrained=False):
-        if not score_model.about.trained and not untrained:
+        if not score_model.info.trained and not untrained:
             raise ValueError(
                 "This score model is not saved, because it cannot be told from chance: "
-                f"{format_score_metrics(score_model.about)}. Rate more pictures and train it again, or switch "
+                f"{format_score_metrics(score_model.info)}. Rate more pictures and train it again, or switch "
                 "untrained on to keep it all the same."
             )
         path = paths.new_score_model_path(name, lambda there: score_file_matches(score_model, there))
@@ -396,48 +396,48 @@ class LoadScoreModel(io.ComfyNode):
     @classmethod
     def execute(cls, file, model=None, vae=None, clip_vision=None):
         loaded = read_score_model(
-            paths.score_model_path(file), lambda about: make_connected_trunk(about, model, vae, clip_vision)
+            paths.score_model_path(file), lambda info: make_connected_trunk(info, model, vae, clip_vision)
         )
         if model is not None:
             check_score_latent_format(
-                loaded.about, latents_room.latent_format_name(model), model.model.latent_format.latent_channels
+                loaded.info, latents_room.latent_format_name(model), model.model.latent_format.latent_channels
             )
-        return io.NodeOutput(loaded, format_score_model_summary(loaded.about))
+        return io.NodeOutput(loaded, format_score_model_summary(loaded.info))
 
 
-def make_connected_trunk(about, model, vae, clip_vision):
-    maker = find_trunk_factory(about, model, vae, clip_vision)
-    return maker and maker(about)
+def make_connected_trunk(info, model, vae, clip_vision):
+    maker = find_trunk_factory(info, model, vae, clip_vision)
+    return maker and maker(info)
 
 
-def format_score_metrics(about) -> str:
+def format_score_metrics(info) -> str:
     return (
-        ", ".join(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in about.metrics.items())
+        ", ".join(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in info.metrics.items())
         or "it was not measured"
     )
 
 
-def format_score_model_summary(about) -> str:
+def format_score_model_summary(info) -> str:
     facts = [
-        "" if about.trained else "NOT TRAINED: what it says cannot be told from chance.",
-        f"{describe_score_model_kind(about)} on {about.latent_format or 'latents'} of {about.channels} channels",
-        "at any noise level" if about.noisy else "of clean pictures only",
-        f"figures on pictures that were not learnt from: {format_score_metrics(about)}",
-        f"ratings from {about.low:g} to {about.high:g}, mean {about.mean:g}"
-        if about.task in ("regression", "distribution")
+        "" if info.trained else "NOT TRAINED: what it says cannot be told from chance.",
+        f"{describe_score_model_kind(info)} on {info.latent_format or 'latents'} of {info.channels} channels",
+        "at any noise level" if info.noisy else "of clean pictures only",
+        f"figures on pictures that were not learnt from: {format_score_metrics(info)}",
+        f"ratings from {info.low:g} to {info.high:g}, mean {info.mean:g}"
+        if info.task in ("regression", "distribution")
         else "",
-        f"trained at about {about.resolution}x{about.resolution} px" if about.resolution else "",
+        f"trained at about {info.resolution}x{info.resolution} px" if info.resolution else "",
     ]
     return "\n".join(fact for fact in facts if fact)
 
 
-def describe_score_model_kind(about) -> str:
-    if about.task == PRETRAINING_TASK:
+def describe_score_model_kind(info) -> str:
+    if info.task == PRETRAINING_TASK:
         return (
-            f"a pre-trained backbone without a head ({about.backbone}), for the input pretrained of Train Score Model,"
+            f"a pre-trained backbone without a head ({info.backbone}), for the input pretrained of Train Score Model,"
         )
-    lora = f" with a LoRA of rank {about.rank}" if about.rank else ""
-    return f"{about.task} by {about.members} networks ({about.backbone}{lora})"
+    lora = f" with a LoRA of rank {info.rank}" if info.rank else ""
+    return f"{info.task} by {info.members} networks ({info.backbone}{lora})"
 
 
 class ScoreImages(io.ComfyNode):
@@ -499,7 +499,7 @@ class ScoreImages(io.ComfyNode):
             settings_from_widgets(ScoringSettings, widgets),
             host.progress.ItemProgressReporter(cls.hidden.unique_id),
         )
-        check_trained_head(score_model.about)
+        check_trained_head(score_model.info)
         if sum(given is not None for given in (dataset, images, latents)) != 1:
             raise ValueError("Connect exactly one of dataset, images and latents, so that it is clear what is scored.")
         if latents is not None:
@@ -516,7 +516,7 @@ class ScoreImages(io.ComfyNode):
             found = score_dataset_images(score_model, before, vae, settings, report)
             after, names = set_image_scores(before, found[0]), [make_printable(Path(r.path).name) for r in before]
             picture = lambda i: make_thumbnail(before[i])
-        words = format_score_report(score_model.about, *found, names)
+        words = format_score_report(score_model.info, *found, names)
         sheet = image_to_batch_tensor(
             draw_best_and_worst_sheet(found[0], picture, names, settings.shown, found[1], words.splitlines()[0])
         )
@@ -528,10 +528,10 @@ def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[l
     """(scores, spreads). A scorer of pictures is shown the pictures, one of latents their latents."""
     if hasattr(score_model, "rate_pictures"):
         return score_model.rate_pictures(dataset, report, host.progress.raise_if_interrupted)
-    encoder, about = host.encoders.VaeEncoder(vae), score_model.about
-    check_score_latent_format(about, "", encoder.channels)
+    encoder, info = host.encoders.VaeEncoder(vae), score_model.info
+    check_score_latent_format(info, "", encoder.channels)
     step = math.lcm(8, 2 * encoder.factor)
-    side = max(step, settings.resolution or about.resolution or DEFAULT_SCORE_SIDE)
+    side = max(step, settings.resolution or info.resolution or DEFAULT_SCORE_SIDE)
     try:
         with host.context.enable_gradients():
             encoded = encode_dataset(
@@ -548,7 +548,7 @@ def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[l
     finally:
         encoder.free()
     means = [
-        latents_room.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], about.latent_format)[0]
+        latents_room.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], info.latent_format)[0]
         for item in encoded.items
     ]
     return rate_latents(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
@@ -556,11 +556,11 @@ def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[l
 
 def score_latent_samples(score_model, latent, vae, report):
     """((scores, spreads), index -> picture, names)"""
-    samples, about = latent["samples"], score_model.about
-    check_score_latent_format(about, "", samples.shape[1])
+    samples, info = latent["samples"], score_model.info
+    check_score_latent_format(info, "", samples.shape[1])
     found = rate_latents(
         score_model,
-        list(latents_room.latent_to_model_space(samples, about.latent_format)),
+        list(latents_room.latent_to_model_space(samples, info.latent_format)),
         samples.device,
         report,
         host.progress.raise_if_interrupted,
@@ -579,9 +579,9 @@ def first_frame_to_image(images) -> Image.Image:
     return Image.fromarray((array * 255).round().astype(np.uint8))
 
 
-def format_score_report(about, scores, spreads, names) -> str:
+def format_score_report(info, scores, spreads, names) -> str:
     head = f"{len(scores)} pictures scored: mean {np.mean(scores):.3f}, from {min(scores):.3f} to {max(scores):.3f}"
-    warned = [] if about.trained else ["This score model cannot be told from chance; its scores say nothing."]
+    warned = [] if info.trained else ["This score model cannot be told from chance; its scores say nothing."]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return "\n".join([head, *warned, *(f"{scores[i]:.3f} +-{spreads[i]:.3f} {names[i]}" for i in order)])
 

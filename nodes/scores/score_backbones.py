@@ -13,9 +13,15 @@ from ...trainers.data.readers import make_printable
 from ...trainers.data.views import encode_views
 from ...trainers.files import read_safetensors, tensor_hash
 from ...trainers.scores.aesthetic_heads import read_aesthetic_head
-from ...trainers.scores.backbones import DECODED_IMAGE, LOADED_BACKBONES, MODEL_FEATURES, cache_frozen_features
+from ...trainers.scores.backbones import cache_frozen_features
 from ...trainers.scores.files import read_score_model, score_model_tensors, write_score_model
-from ...trainers.scores.networks import ScorerSettings, check_trained_head
+from ...trainers.scores.networks import (
+    DECODED_IMAGE,
+    LOADED_BACKBONES,
+    MODEL_FEATURES,
+    ScorerSettings,
+    check_trained_head,
+)
 from ...trainers.scores.objective import MSE_ONLY, ScoreSettings
 from ...trainers.scores.pretext import PretextSettings
 from ...trainers.scores.pretraining import pretrain_backbone
@@ -64,7 +70,7 @@ def choose_backbone_settings(scorer, pretrained):
             "What is connected as pretrained is a finished scorer of pictures and has no backbone to learn on. Connect "
             "a model of Pretrain Score Backbone or Train Score Model, or use it as the teacher of Distill Score Model."
         )
-    return pretrained.about
+    return pretrained.info
 
 
 def cache_features_if_frozen(encoded, denoiser, scorer, trunk):
@@ -88,17 +94,19 @@ def load_or_train_score_model(key: str, node_id, make, trunk=None):
         metadata = read_safetensors(path)[1]
         words = f"{metadata['report']}\nTrained before: it was read from the cache."
         return read_score_model(path, trunk), words, json.loads(metadata["losses"])
-    work = ResumeFolder(paths.score_cache_folder() / f"{key}.unfinished")
+    resume = ResumeFolder(paths.score_cache_folder() / f"{key}.unfinished")
     try:
         with host.context.enable_gradients():
-            done = make(work)
+            done = make(resume)
     except BaseException:
-        if work.saved:
-            host.progress.show_node_text(f"stopped; all up to {work.saved} is saved, Run goes on from there", node_id)
+        if resume.saved_progress:
+            host.progress.show_node_text(
+                f"stopped; all up to {resume.saved_progress} is saved, Run goes on from there", node_id
+            )
         raise
     words = make_printable(done.report)
     write_score_model(path, done.model, {"report": words, "losses": json.dumps(done.losses)})
-    work.clear()
+    resume.clear()
     return done.model, words, done.losses
 
 
@@ -184,11 +192,11 @@ class PretrainScoreBackbone(io.ComfyNode):
             classes,
             scores,
         )
-        make = lambda work: pretrain_from_images(model, pictures, dataset, scorer, settings, classes, report, work)
+        make = lambda resume: pretrain_from_images(model, pictures, dataset, scorer, settings, classes, report, resume)
         return score_model_output(cls, *load_or_train_score_model(key, cls.hidden.unique_id, make))
 
 
-def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, report, work):
+def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, report, resume):
     schedule = latents.NoiseSchedule(model)
     try:
         views = encode_views(
@@ -212,7 +220,7 @@ def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, re
         latent_format=latents.latent_format_name(model),
         labels=classes,
         device=schedule.device,
-        work=work,
+        resume=resume,
         report=report,
         check_interrupt=host.progress.raise_if_interrupted,
     )
@@ -372,8 +380,8 @@ class DistillScoreModel(io.ComfyNode):
             before,
         )
         trunk = make_checked_trunk_factory(seeing, model) if seeing.backbone in LOADED_BACKBONES else None
-        make = lambda work: distill_from_teacher(
-            model, taught, scorer, settings, pretrained, seeing, trunk, report, work
+        make = lambda resume: distill_from_teacher(
+            model, taught, scorer, settings, pretrained, seeing, trunk, report, resume
         )
         return score_model_output(cls, *load_or_train_score_model(key, cls.hidden.unique_id, make, trunk))
 
@@ -381,7 +389,7 @@ class DistillScoreModel(io.ComfyNode):
 def rate_with_teacher(teacher, dataset, encoded, report):
     """The encoded pictures with the teacher's ratings in place of their own. ValueError for a teacher that does not
     look at pictures, and for encoded pictures that are not in the dataset."""
-    check_trained_head(teacher.about)
+    check_trained_head(teacher.info)
     if not hasattr(teacher, "rate_pictures"):
         raise ValueError(
             "The teacher is a score model of latents, and pictures are to be rated. Connect one of Load Aesthetic "
@@ -413,7 +421,7 @@ def rated(encoded, ratings):
     return replace(encoded, items=[replace(item, score=ratings[item.id]) for item in encoded.items])
 
 
-def distill_from_teacher(model, taught, scorer, settings, before, seeing, trunk, report, work):
+def distill_from_teacher(model, taught, scorer, settings, before, seeing, trunk, report, resume):
     groups = duplicate_group_names(
         taught, ScanOptions(report=report, check_interrupt=host.progress.raise_if_interrupted)
     )
@@ -427,7 +435,7 @@ def distill_from_teacher(model, taught, scorer, settings, before, seeing, trunk,
         groups=groups,
         trunk=trunk,
         pretrained=before,
-        work=work,
+        resume=resume,
         device=schedule.device,
         report=report,
         check_interrupt=host.progress.raise_if_interrupted,

@@ -269,18 +269,18 @@ class LecoScoreJob(TrainingJob):
         self.check_data()
         held = [(self.held_out, 1.0)] if self.held_out else []
         for score, _ in (*self.scores, *held):
-            check_trained_head(score.about)
+            check_trained_head(score.info)
             if not score.networks:
                 raise ValueError(
                     "This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to "
                     "the node it comes from."
                 )
             check_score_latent_format(
-                score.about, latents.latent_format_name(self.model), self.model.model.latent_format.latent_channels
+                score.info, latents.latent_format_name(self.model), self.model.model.latent_format.latent_channels
             )
-            if not score.about.trained:
+            if not score.info.trained:
                 raise ValueError(
-                    f"What this score model ({score.about.backbone}) says cannot be told from chance: there is nothing "
+                    f"What this score model ({score.info.backbone}) says cannot be told from chance: there is nothing "
                     "to follow. Give it more ratings in Train Score Model."
                 )
         check_target_scorers(self.scores, self.settings)
@@ -326,7 +326,7 @@ class LecoScoreJob(TrainingJob):
 
     def parts(self):
         judges = [
-            (score_model_identity(score), score.about.to_dict(), weight)
+            (score_model_identity(score), score.info.to_dict(), weight)
             for score, weight in (*self.scores, *((self.held_out, 0.0),))
             if score
         ]
@@ -355,15 +355,17 @@ class LecoScoreJob(TrainingJob):
             id(look): look
             for score in judges
             for network in score.networks
-            if hasattr(look := unwrap_feature_extractor(network), "room")
+            if hasattr(look := unwrap_feature_extractor(network), "gradient_memory")
         }
-        return float(sum(look.room((self.run.batch, *self.largest())) for look in looks.values()))
+        return float(sum(look.gradient_memory((self.run.batch, *self.largest())) for look in looks.values()))
 
     def prepare(self):
         captions = [text for item in self.data.items for text in item.captions] if self.data else []
         for score, _ in (*self.scores, (self.held_out, 0.0)):
             if is_text_scorer(score):
-                score.read(list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions]))
+                score.encode_prompts(
+                    list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions])
+                )
         encoder, texts = host.encoders.TextEncoder(self.clip), self.texts()
         try:
             with host.context.enable_gradients():
@@ -498,15 +500,15 @@ class LecoScoreJob(TrainingJob):
 
 def unwrap_feature_extractor(network):
     """What a network looks with, under what remembers for it."""
-    look = getattr(getattr(network, "trunk", network), "look", None)
-    return getattr(look, "look", look)
+    look = getattr(getattr(network, "trunk", network), "extract", None)
+    return getattr(look, "extract", look)
 
 
 def copy_score_for_training(score: Scores, session) -> Scores:
     """A score model whose networks autograd can run, on the device of the training; the one that is given stays as it
     is. One that looks through the very MODEL in training sees it as it was, and an aesthetic head has nothing of its
     own to copy."""
-    own = score.about.backbone in LATENT_BACKBONES
+    own = score.info.backbone in LATENT_BACKBONES
     apart = lambda network: (
         copy.deepcopy(network)
         if own
@@ -526,7 +528,7 @@ def copy_bypassing_adapters(network, adapters):
     """The network with a trunk of its own that looks past these adapters; all weights are shared."""
     made, trunk = copy.copy(network), copy.copy(network.trunk)
     made._modules = {**network._modules, "trunk": trunk}
-    trunk.__dict__["others"] = adapters
+    trunk.__dict__["excluded_adapters"] = adapters
     return made
 
 

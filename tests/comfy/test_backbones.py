@@ -16,14 +16,19 @@ from trainyard.tests.comfy.test_quality import encoder
 from trainyard.tests.drawn import texture
 from trainyard.trainers.scores.aesthetic_heads import AestheticHead, AestheticMLP
 from trainyard.trainers.scores.backbones import (
-    DECODED_IMAGE,
-    MODEL_FEATURES,
     FeatureNorm,
     bypass_adapters,
     cache_frozen_features,
 )
 from trainyard.trainers.scores.files import read_score_model, write_score_model
-from trainyard.trainers.scores.networks import ScoreModelInfo, Scorer, ScorerEnsemble, call_with_seed
+from trainyard.trainers.scores.networks import (
+    DECODED_IMAGE,
+    MODEL_FEATURES,
+    ScoreModelInfo,
+    Scorer,
+    ScorerEnsemble,
+    call_with_seed,
+)
 from trainyard.trainers.settings import AdapterSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
@@ -173,19 +178,19 @@ def test_adapters_in_training_are_not_looked_through(checkpointing):
     model, x, level = make("sd3", inference=True), sample("sd3"), torch.tensor([0.2, 0.4])
     score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(about(model)), 1)], ScoreModelInfo())
     with torch.no_grad():
-        clean = score.value(x, level)
+        clean = score.mean_score(x, level)
     with (
         host.session.open_training_session(model, AdapterSettings(rank=4), checkpointing=checkpointing) as session,
         torch.no_grad(),
     ):
         for low in session.adapters.lows.values():
             low.up.normal_()
-        assert not torch.allclose(score.value(x, level), clean, atol=1e-3)
+        assert not torch.allclose(score.mean_score(x, level), clean, atol=1e-3)
         with bypass_adapters(score, session.adapters):
-            assert torch.allclose(score.value(x, level), clean, atol=1e-5)
+            assert torch.allclose(score.mean_score(x, level), clean, atol=1e-5)
             with torch.enable_grad():
                 x = x.requires_grad_()
-                (grad,) = torch.autograd.grad(score.value(x, level).sum(), x)
+                (grad,) = torch.autograd.grad(score.mean_score(x, level).sum(), x)
             assert float(grad.norm()) > 0
 
 
@@ -237,7 +242,7 @@ def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
     def judged():
         with host.context.enable_gradients():
             at = x.clone().requires_grad_()
-            said = score.value(at, level)
+            said = score.mean_score(at, level)
             return said.detach(), torch.autograd.grad(said.sum(), at)[0]
 
     alone = judged()
@@ -261,7 +266,7 @@ def test_the_file_holds_the_small_layers_and_the_lora_and_loads_onto_the_same_mo
     assert (tmp_path / "score.safetensors").stat().st_size < 2**20
     loaded = read_score_model(tmp_path / "score.safetensors", backbones.make_trunk_factory(model))
     with torch.no_grad():
-        assert torch.allclose(loaded.value(x, level), score.value(x, level), atol=1e-5)
+        assert torch.allclose(loaded.mean_score(x, level), score.mean_score(x, level), atol=1e-5)
 
 
 def test_an_error_in_the_middle_takes_every_hook_off():
@@ -304,7 +309,7 @@ def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
     look = backbones.DecodedFeatureExtractor(vae, backbones.DifferentiableClipVision(encoder()), "SD3")
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
-        ours = look.decoded(x)
+        ours = look.decode_pixels(x)
         hosts = vae.decode(look.format.process_out(x)).movedim(-1, 1)
     assert torch.allclose(ours.clamp(0, 1), hosts, atol=2e-3)
 
@@ -328,15 +333,15 @@ def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(v
     model = backbones.ImageScoreModel(head, encoder(), "test", vae, "SD3", 16)
     x = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
-        pixels = vae.decode(model.networks[0].look.format.process_out(x))[0]
+        pixels = vae.decode(model.networks[0].extract.format.process_out(x))[0]
     picture = Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
     assert model.ratings(x)[0].tolist() == pytest.approx(model.rate([picture]), abs=0.03)
-    auto, finite = slope(lambda x: model.value(x, torch.zeros(1)), x)
+    auto, finite = slope(lambda x: model.mean_score(x, torch.zeros(1)), x)
     assert auto == pytest.approx(finite, rel=0.05, abs=1e-6)
     with pytest.raises(ValueError, match="has its own file"):
         write_score_model("never.safetensors", model)
     with pytest.raises(ValueError, match="Connect model and vae to Load Aesthetic Head"):
-        backbones.ImageScoreModel(head, encoder(), "test").value(x, torch.zeros(1))
+        backbones.ImageScoreModel(head, encoder(), "test").mean_score(x, torch.zeros(1))
 
 
 def test_a_head_of_another_width_names_the_encoder_it_wants():
@@ -383,8 +388,8 @@ def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
         data, latents.NoiseSchedule(model), backbones.make_trunk_factory(model)
     )
     network, calls = trunk(about(model)), []
-    inner = network.look.look
-    network.look.look = lambda x, level: calls.append(len(x)) or inner(x, level)
+    inner = network.extract.extract
+    network.extract.extract = lambda x, level: calls.append(len(x)) or inner(x, level)
     x0 = torch.stack([data.store.load(item.latent)["mean"] for item in data.items])
     for step in range(40):
         rng = torch.Generator().manual_seed(step)

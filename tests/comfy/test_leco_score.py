@@ -41,9 +41,9 @@ from trainyard.trainers.methods.rollouts import StudentTeacherModel
 from trainyard.trainers.monitor.previews import PreviewSettings
 from trainyard.trainers.monitor.validation import ValidationSettings
 from trainyard.trainers.scores.aesthetic_heads import AestheticHead, AestheticMLP
-from trainyard.trainers.scores.backbones import MODEL_FEATURES
 from trainyard.trainers.scores.files import write_score_model
 from trainyard.trainers.scores.networks import (
+    MODEL_FEATURES,
     PRETRAINING_TASK,
     LatentResNet,
     ScoreModelInfo,
@@ -215,7 +215,7 @@ def test_a_score_model_made_under_inference_mode_is_lent_and_comes_back_as_it_wa
         with host.session.open_training_session(model, RANK_4) as session:
             borrowed = nodes.copy_score_for_training(score, session)
             x = torch.randn(1, 4, 8, 8, requires_grad=True)
-            borrowed.value(x, torch.tensor([0.3])).sum().backward()
+            borrowed.mean_score(x, torch.tensor([0.3])).sum().backward()
         assert x.grad.abs().sum() > 0 and borrowed.networks[0] is not score.networks[0]
         assert all(torch.equal(a, b) for a, b in zip(score.networks[0].parameters(), before, strict=True))
 
@@ -246,15 +246,15 @@ def test_a_score_model_that_looks_through_the_model_in_training_sees_it_as_it_wa
         with host.session.open_training_session(model, RANK_4) as session:
             judge_ = nodes.copy_score_for_training(score, session)
             x, level = torch.randn(latent_shape(family)), torch.tensor([0.3])
-            plain = judge_.value(x, level)
+            plain = judge_.mean_score(x, level)
             shake(session.adapters, size=0.5)
-            assert torch.allclose(judge_.value(x, level), plain, atol=1e-5) and not torch.allclose(
-                score.value(x, level), plain, atol=1e-3
+            assert torch.allclose(judge_.mean_score(x, level), plain, atol=1e-5) and not torch.allclose(
+                score.mean_score(x, level), plain, atol=1e-3
             )
             x.requires_grad_()
-            judge_.value(x, level).sum().backward()
+            judge_.mean_score(x, level).sum().backward()
             assert x.grad.abs().sum() > 0
-        assert score.networks[0].trunk.others is None and fingerprint(model) == before
+        assert score.networks[0].trunk.excluded_adapters is None and fingerprint(model) == before
 
 
 def test_a_run_under_a_score_model_that_looks_through_the_model(folders):

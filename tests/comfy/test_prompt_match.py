@@ -81,9 +81,9 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
         score.clip_scores(seen, ["a photo of red"] * 2).tolist(), abs=0.3
     )
     with torch.no_grad():
-        assert torch.equal(predict_member_scores(score, x, level, ["a photo of blue"] * 2), score.members(x, level)), (
-            "its own words come first in LECO-score"
-        )
+        assert torch.equal(
+            predict_member_scores(score, x, level, ["a photo of blue"] * 2), score.member_scores(x, level)
+        ), "its own words come first in LECO-score"
     said = lambda x: score.members_for_prompts(x, level, ["a photo of red", "a photo of blue"])[0]
     auto, finite = slope(said, x)
     assert auto == pytest.approx(finite, rel=0.05, abs=1e-5)
@@ -93,7 +93,7 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
     with pytest.raises(ValueError, match="no file of its own"):
         write_score_model("never.safetensors", score)
     with pytest.raises(ValueError, match="no words to compare latents with"):
-        ClipScoreModel(eyes, clip_l, "", vae, "SD3", 16).value(x, level)
+        ClipScoreModel(eyes, clip_l, "", vae, "SD3", 16).mean_score(x, level)
 
 
 @pytest.mark.parametrize("target", ["x0", "direct_align"])
@@ -117,7 +117,7 @@ def test_leco_score_learns_from_good_words_against_bad_ones(folders, clip_l, eye
         )
         made.calibrate = "after training"
         lora, losses, _ = made.result()
-        assert {"a cat", "beautiful. a cat", "ugly. a cat"} <= set(score.known)
+        assert {"a cat", "beautiful. a cat", "ugly. a cat"} <= set(score.text_embeddings)
         assert (
             job(model=model, score=score, name="plain", rows=ROWS[:1], settings={"target": "x0"}).result()[1] != losses
         )

@@ -26,9 +26,8 @@ from trainyard.trainers.data.join_split import join_datasets
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.similarity.clusters import ClusterSettings
 from trainyard.trainers.data.similarity.similar import SimilarSettings
-from trainyard.trainers.scores.backbones import MODEL_FEATURES
 from trainyard.trainers.scores.files import score_model_tensors
-from trainyard.trainers.scores.networks import PRETRAINING_TASK, ScorerSettings
+from trainyard.trainers.scores.networks import MODEL_FEATURES, PRETRAINING_TASK, ScorerSettings
 from trainyard.trainers.scores.objective import ScoreSettings
 from trainyard.trainers.scores.pretext import PretextSettings
 
@@ -104,8 +103,8 @@ def pretrained(dataset, vae):
 
 def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_from(dataset, vae, pretrained):
     model, report, losses = pretrained
-    assert model.about.task == PRETRAINING_TASK
-    assert model.about.latent_format == "SD3"
+    assert model.info.task == PRETRAINING_TASK
+    assert model.info.latent_format == "SD3"
     assert "same picture found" in report
     assert "ridge class accuracy" in report, "dark and light are folders"
     assert len(losses["loss"]) == 6
@@ -117,7 +116,7 @@ def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_
             .execute(make("sd3", inference=True), encoded_of(rated, vae), pretrained=model, **given)
             .args
         )
-    assert trained.about.width == 8
+    assert trained.info.width == 8
 
 
 def test_the_same_pictures_are_not_pretrained_twice(dataset, vae, pretrained, monkeypatch):
@@ -148,7 +147,7 @@ def test_an_aesthetic_head_rates_pictures_and_with_model_and_vae_their_latents(p
     assert out[0] == pytest.approx(ratings)
     with host.context.enable_gradients():
         x = torch.randn(1, 16, 8, 8, requires_grad=True)
-        (grad,) = torch.autograd.grad(whole.value(x, torch.zeros(1)).sum(), x)
+        (grad,) = torch.autograd.grad(whole.mean_score(x, torch.zeros(1)).sum(), x)
     assert float(grad.norm()) > 0
     assert (hash_of(sight.patcher), hash_of(vae.patcher)) == before
 
@@ -168,14 +167,14 @@ def test_a_student_learns_its_teachers_ratings_and_keeps_its_scale(places, datas
             node(DistillScoreModel).execute(teacher, model, dataset, encoded_of(dataset, vae), **given).args
         )
         said = teacher.rate_pictures(dataset)[0]
-    assert student.about.mean == pytest.approx(np.mean(said), abs=1e-3)
-    assert student.about.task == "regression"
+    assert student.info.mean == pytest.approx(np.mean(said), abs=1e-3)
+    assert student.info.task == "regression"
     assert "SRCC" in report
     assert hash_of(model) == before
     assert not any(m._forward_hooks for m in model.model.modules())
     x = torch.randn(2, 16, 8, 8)
     with torch.no_grad():
-        assert student.value(x, torch.tensor([0.0, 0.5])).shape == (2,)
+        assert student.mean_score(x, torch.tensor([0.0, 0.5])).shape == (2,)
 
 
 def test_an_aesthetic_head_is_no_backbone_to_learn_on(places, dataset, vae):
@@ -187,7 +186,7 @@ def test_an_aesthetic_head_is_no_backbone_to_learn_on(places, dataset, vae):
 
 
 def test_a_score_of_latents_is_no_teacher(dataset, vae, pretrained):
-    rates = replace(pretrained[0], about=replace(pretrained[0].about, task="regression"))
+    rates = replace(pretrained[0], info=replace(pretrained[0].info, task="regression"))
     with pytest.raises(ValueError, match="Connect one of Load Aesthetic Head"):
         score_backbones.rate_with_teacher(rates, dataset, encoded_of(dataset, vae), None)
 
@@ -280,7 +279,7 @@ def test_train_score_model_learns_on_the_models_own_states_frozen_or_with_a_lora
         torch.tensor([0.0, 0.0, 0.4, 0.8]),
     )
     with torch.no_grad():
-        said = [one.value(x, level) for one in (trained, loaded, again)]
+        said = [one.mean_score(x, level) for one in (trained, loaded, again)]
     assert (
         torch.allclose(said[0], said[1], atol=1e-3) and torch.equal(said[1], said[2]) and "read from the cache" in told
     )
@@ -356,7 +355,7 @@ def test_a_score_model_through_the_model_is_learnt_on_with_its_lora_whatever_the
             )
             .args[0]
         )
-    assert (second.about.backbone, second.about.rank) == (MODEL_FEATURES, 4)
+    assert (second.info.backbone, second.info.rank) == (MODEL_FEATURES, 4)
 
 
 def test_a_lora_for_a_backbone_that_has_no_model_is_refused():

@@ -106,11 +106,11 @@ def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
         compute_fingerprint(host.identity.hash_model_and_schedule(model)) == before
         and host.encoders.VaeEncoder(vae).identity
     )
-    assert score_model.about.trained, report
+    assert score_model.info.trained, report
     assert (
-        score_model.about.latent_format == "SD3"
-        and score_model.about.channels == 16
-        and score_model.about.resolution == 64
+        score_model.info.latent_format == "SD3"
+        and score_model.info.channels == 16
+        and score_model.info.resolution == 64
     )
     assert report.startswith(f"Trained on {SHADES} rated pictures: SRCC 0.") and len(losses["loss"]) == 80
 
@@ -161,12 +161,12 @@ def test_an_unchanged_graph_never_trains_twice_not_even_after_a_restart(vae, pla
     first, words, losses = train(data, steps=10)
     monkeypatch.setattr("trainyard.nodes.scores.score.train_from_ratings", lambda *_: pytest.fail("trained again"))
     again, told, same_losses = train(data, steps=10)
-    assert again.about == first.about and told.startswith(words) and same_losses == losses
+    assert again.info == first.info and told.startswith(words) and same_losses == losses
     x, level = (
         torch.randn(2, 16, 8, 8, generator=host.progress.make_generator(0)),
         torch.rand(2, generator=host.progress.make_generator(1)),
     )
-    assert torch.equal(again.value(x, level), first.value(x, level))
+    assert torch.equal(again.mean_score(x, level), first.mean_score(x, level))
 
 
 def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_same_model(vae, places, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_sa
     )
     again, report, _ = train(data, steps=40)
     ours, theirs = score_model_tensors(again), score_model_tensors(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and again.about == whole.about
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and again.info == whole.info
     assert [path.suffix for path in paths.score_cache_folder().iterdir()] == [".safetensors"], (
         "the unfinished work is gone"
     )
@@ -204,7 +204,7 @@ def test_what_cannot_be_told_from_chance_is_said_and_not_saved(vae, places):
     order = torch.randperm(SHADES, generator=host.progress.make_generator(3)).tolist()
     items = [type(item)(**{**vars(item), "score": float(order[i])}) for i, item in enumerate(data.items)]
     score_model, report, _ = train(type(data)(items, data.store, data.channels, "shuffled"), steps=30)
-    assert not score_model.about.trained and report.startswith("NOT TRAINED: SRCC is ")
+    assert not score_model.info.trained and report.startswith("NOT TRAINED: SRCC is ")
     with pytest.raises(
         ValueError, match=r"not saved, because it cannot be told from chance: SRCC .*Rate more pictures"
     ):
@@ -237,7 +237,7 @@ def test_a_scorer_of_another_latent_format_is_refused_with_both_names(vae, place
             vae=vae,
             **ScoringSettings().to_dict(),
         )
-    assert node(LoadScoreModel).execute("sd3.safetensors", make("sd3")).args[0].about.latent_format == "SD3"
+    assert node(LoadScoreModel).execute("sd3.safetensors", make("sd3")).args[0].info.latent_format == "SD3"
 
 
 def test_what_is_to_be_scored_must_be_clear(vae):

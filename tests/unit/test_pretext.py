@@ -154,7 +154,7 @@ def test_every_task_learns_and_its_loss_is_one_number_per_picture(dataset, tmp_p
     heads = build_pretext_heads(trunk, views.shape, settings, 2)
     method = PretextTraining(Denoiser(), trunk, heads, views, range(16), settings, labels=[0] * 8 + [None] * 8)
     for name, _ in settings.tasks():
-        assert method.asked[name]([0, 1, 8], step_rng(0, 1)).shape == (3,)
+        assert method.loss_functions[name]([0, 1, 8], step_rng(0, 1)).shape == (3,)
     loss = method.loss(step_rng(0, 0))
     assert loss.shape == (4,)
     loss.mean().backward()
@@ -171,10 +171,10 @@ def test_the_same_seed_gives_the_same_backbone_and_the_file_loads_back(dataset, 
     ]
     a, b = (run.model.networks[0].state_dict() for run in runs)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert runs[0].model.about.task == PRETRAINING_TASK
+    assert runs[0].model.info.task == PRETRAINING_TASK
     write_score_model(tmp_path / "b.safetensors", runs[0].model)
-    assert read_score_model(tmp_path / "b.safetensors").about == runs[0].model.about
-    assert runs[0].model.value(torch.randn(2, 3, 8, 8), torch.zeros(2)).tolist() == [0, 0], "it has no head yet"
+    assert read_score_model(tmp_path / "b.safetensors").info == runs[0].model.info
+    assert runs[0].model.mean_score(torch.randn(2, 3, 8, 8), torch.zeros(2)).tolist() == [0, 0], "it has no head yet"
 
 
 def test_a_pretraining_that_is_stopped_goes_on_and_gives_the_same_backbone(dataset, tmp_path, monkeypatch):
@@ -190,11 +190,11 @@ def test_a_pretraining_that_is_stopped_goes_on_and_gives_the_same_backbone(datas
         return losses(self, rng)
 
     monkeypatch.setattr(PretextTraining, "loss", stopping)
-    work = ResumeFolder(tmp_path / "work")
+    resume = ResumeFolder(tmp_path / "work")
     with pytest.raises(KeyboardInterrupt):
-        train(work=work)
-    assert work.saved == "network 1, step 3"
-    parts = train(work=ResumeFolder(tmp_path / "work"))
+        train(resume=resume)
+    assert resume.saved_progress == "network 1, step 3"
+    parts = train(resume=ResumeFolder(tmp_path / "work"))
     ours, theirs = score_model_tensors(parts.model), score_model_tensors(whole.model)
     assert (
         parts.losses == whole.losses
@@ -214,8 +214,8 @@ def test_probes_tell_before_from_after(dataset, tmp_path):
         views, Denoiser(), ScorerSettings(width=8, depth=1), settings, labels=folder_labels(views.dataset)
     )
     probes = ("same picture found", "ridge SRCC", "ridge class accuracy")
-    assert set(done.model.about.metrics) == {*probes, *(f"{name}, untrained" for name in probes)}
-    assert done.model.about.metrics["ridge class accuracy"] == [1.0, 1.0, 1.0], "red from green, with its interval"
+    assert set(done.model.info.metrics) == {*probes, *(f"{name}, untrained" for name in probes)}
+    assert done.model.info.metrics["ridge class accuracy"] == [1.0, 1.0, 1.0], "red from green, with its interval"
     assert "learnt from: there are too few" in done.report
     assert len(done.losses) == 30
     assert sum(done.losses[-5:]) < sum(done.losses[:5])

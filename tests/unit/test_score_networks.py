@@ -111,9 +111,11 @@ def test_the_gradient_toward_a_better_latent_is_that_of_differences(backbone):
         torch.tensor([0.4], dtype=torch.float64),
         torch.randn(1, 4, 6, 6, generator=rng(1), dtype=torch.float64),
     )
-    (gradient,) = torch.autograd.grad(made.value(x, level).sum(), x)
+    (gradient,) = torch.autograd.grad(made.mean_score(x, level).sum(), x)
     step = 1e-5
-    difference = (made.value(x + step * direction, level) - made.value(x - step * direction, level)) / (2 * step)
+    difference = (made.mean_score(x + step * direction, level) - made.mean_score(x - step * direction, level)) / (
+        2 * step
+    )
     assert float((gradient * direction).sum()) == pytest.approx(difference.item(), rel=1e-3)
 
 
@@ -155,7 +157,7 @@ def test_a_model_of_clean_pictures_takes_everything_for_clean():
     made = model(noisy=False)
     shaken(made.networks[0])
     x = torch.randn(2, 4, 8, 8, generator=rng())
-    assert torch.equal(made.value(x, torch.tensor([0.9, 0.9])), made.value(x, torch.zeros(2)))
+    assert torch.equal(made.mean_score(x, torch.tensor([0.9, 0.9])), made.mean_score(x, torch.zeros(2)))
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def test_a_model_loads_back_equal(backbone, task, tmp_path):
     write_score_model(tmp_path / "m.safetensors", made)
     back = read_score_model(tmp_path / "m.safetensors")
     x, level = torch.randn(2, 4, 8, 8, generator=rng()), torch.tensor([0.0, 0.6])
-    assert back.about == made.about and torch.equal(back.members(x, level), made.members(x, level))
+    assert back.info == made.info and torch.equal(back.member_scores(x, level), made.member_scores(x, level))
     assert all(torch.equal(a, b) for a, b in zip(back.ratings(x), made.ratings(x), strict=True))
     assert score_file_matches(made, tmp_path / "m.safetensors") and not score_file_matches(
         model(), tmp_path / "m.safetensors"

@@ -193,8 +193,8 @@ def test_pictures_of_several_sizes_share_a_batch_in_their_order():
         data.store[key] = {"mean": torch.randn(2, 6, 3, generator=rng(number)), "std": None}
         data.items[number] = replace(data.items[number], shape=(2, 6, 3))
     method = method_of(data)
-    together = method.said([0, 1, 2, 3, 4, 5], torch.zeros(6), rng())
-    alone = torch.cat([method.said([i], torch.zeros(1), rng()) for i in range(6)])
+    together = method.predict_outputs([0, 1, 2, 3, 4, 5], torch.zeros(6), rng())
+    alone = torch.cat([method.predict_outputs([i], torch.zeros(1), rng()) for i in range(6)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
@@ -214,7 +214,7 @@ def test_dropout_comes_from_the_steps_generator():
     method = method_of(rated(4), dropout=0.5)
     torch.manual_seed(2)
     assert torch.equal(method.loss(rng(3)), first)
-    keep = method.kept(1000, rng())
+    keep = method.dropout_mask(1000, rng())
     assert set(keep.unique().tolist()) == {0.0, 2.0} and keep.mean().item() == pytest.approx(1, abs=0.05)
 
 
@@ -222,7 +222,7 @@ def test_the_average_of_the_weights_by_hand():
     """memory (1 + n) / (10 + n): after the weight 1 (as it began) comes 0, kept at .1; then 0 again, kept at 2 / 11"""
     method = method_of(rated(4))
     method.average = [torch.ones_like(p) for p in method.parameters()]
-    method.keep([torch.zeros_like(p) for p in method.parameters()])
+    method.load_weights([torch.zeros_like(p) for p in method.parameters()])
     method.update_average()
     assert method.average[0].flatten()[0].item() == pytest.approx(0.1)
     method.update_average()
@@ -236,16 +236,16 @@ def test_the_average_of_the_weights_by_hand():
 def test_a_known_score_is_found_and_said_to_be(backbone):
     made = train(rated(80, lambda mean: 5 + 3 * float(mean[0].mean())), scorer=ScorerSettings(backbone=backbone, width=8, depth=1),
                  settings=replace(QUICK, steps=120))  # fmt: skip
-    about = made.model.about
+    about = made.model.info
     assert about.trained and about.metrics["SRCC"][0] > 0.6, made.report
     assert set(about.metrics) >= {"SRCC", "PLCC", "MAE", "pairwise accuracy", "SRCC at noise 0.9"}
     assert (
         made.report.startswith("Trained on 80 rated pictures: SRCC 0.")
-        and len(made.said) == 80
+        and len(made.predictions) == 80
         and len(made.losses) == 120
     )
     assert about.members == len(made.model.networks) == 2 and about.mean == pytest.approx(5, abs=0.3)
-    assert 4 < np.mean(made.said) < 6, "on the user's own scale"
+    assert 4 < np.mean(made.predictions) < 6, "on the user's own scale"
 
 
 def test_a_slip_of_the_hand_is_pointed_at():
@@ -266,7 +266,7 @@ def test_every_task_learns_what_can_be_learnt(task, figure):
     }
     data = rated(80, score.get(task, lambda m: float(m[0].mean())))
     made = train(data, settings=replace(QUICK, task=task, steps=120))
-    assert made.model.about.trained and figure in made.model.about.metrics, made.report
+    assert made.model.info.trained and figure in made.model.info.metrics, made.report
     ratings, spreads = rate_latents(made.model, [data.store.load(item.latent)["mean"] for item in data.items])
     true = [item.score for item in data.items]
     assert np.corrcoef(ratings, true)[0, 1] > 0.6 and min(spreads) >= 0
@@ -296,7 +296,7 @@ def test_what_is_learnt_is_measured_on_pictures_that_were_not_seen(monkeypatch):
 def test_a_score_that_is_chance_is_not_called_trained():
     draw = iter(torch.randn(1000, generator=rng(9)).tolist())
     made = train(rated(60, lambda mean: next(draw)))
-    assert not made.model.about.trained
+    assert not made.model.info.trained
     assert (
         made.report.startswith("NOT TRAINED: SRCC is ")
         and "chance gives 0" in made.report
@@ -307,7 +307,7 @@ def test_a_score_that_is_chance_is_not_called_trained():
 def test_the_same_seed_gives_the_same_model_and_another_seed_another():
     first, same, other = (train(rated(40), settings=replace(QUICK, steps=30, seed=s)) for s in (1, 1, 2))
     one, two, three = (score_model_tensors(t.model) for t in (first, same, other))
-    assert first.model.about == same.model.about and all(torch.equal(one[k], two[k]) for k in one)
+    assert first.model.info == same.model.info and all(torch.equal(one[k], two[k]) for k in one)
     assert not all(torch.equal(one[k], three[k]) for k in one)
 
 
@@ -321,11 +321,11 @@ def test_the_best_weights_are_kept_and_not_the_last(monkeypatch):
     """The marks of the held back pictures are made up: the third is the best, so the average of step 6 is what
     stays."""
     marks, kept = iter([0.1, 0.2, 0.9, 0.3, 0.3, 0.3] * 2), []
-    monkeypatch.setattr(EnsembleMember, "mark", lambda self, index: next(marks))
-    real = ScoreTraining.keep
+    monkeypatch.setattr(EnsembleMember, "validation_score", lambda self, index: next(marks))
+    real = ScoreTraining.load_weights
     monkeypatch.setattr(
         ScoreTraining,
-        "keep",
+        "load_weights",
         lambda self, weights: kept.append((self.steps, weights[0].clone())) or real(self, weights),
     )
     made = train(rated(160), settings=replace(QUICK, steps=12, check_every=2, patience=10))
@@ -366,7 +366,7 @@ def stopped_and_gone_on(folder, every, data, settings, **rest):
     for stops in range(200):
         with contextlib.suppress(Stop):
             return train(
-                data, settings=settings, work=ResumeFolder(folder), check_interrupt=After((stops + 1) * every), **rest
+                data, settings=settings, resume=ResumeFolder(folder), check_interrupt=After((stops + 1) * every), **rest
             ), stops
     raise AssertionError("It never ends: nothing is kept.")
 
@@ -374,7 +374,9 @@ def stopped_and_gone_on(folder, every, data, settings, **rest):
 def same_training(a, b):
     one, two = score_model_tensors(a.model), score_model_tensors(b.model)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert a.model.about == b.model.about and a.losses == b.losses and a.said == b.said and a.lines == b.lines
+    assert (
+        a.model.info == b.model.info and a.losses == b.losses and a.predictions == b.predictions and a.lines == b.lines
+    )
 
 
 @pytest.mark.parametrize(("every", "patience"), [(5, 10), (6, 10), (7, 0), (13, 10), (6, 1)])
@@ -385,7 +387,7 @@ def test_a_training_that_is_stopped_again_and_again_is_the_same_training(tmp_pat
     monkeypatch.setattr(loop.TrainingClock, "due", lambda self, step: True)  # asked at every step, not by the clock
     monkeypatch.setattr(
         EnsembleMember,
-        "mark",
+        "validation_score",
         lambda self, index: 1e4 * float(next(self.network.parameters()).detach().double().sum()) % 1,
     )
     data, settings = rated(160), replace(QUICK, steps=18, members=3, check_every=3, patience=patience)
@@ -412,24 +414,24 @@ def test_networks_that_are_done_are_not_trained_again(tmp_path, monkeypatch):
         "loss",
         lambda self, rng: done.append(1) or (loss(self, rng) if len(done) != 10 else (_ for _ in ()).throw(Stop())),
     )
-    work = ResumeFolder(tmp_path / "work")
+    resume = ResumeFolder(tmp_path / "work")
     with pytest.raises(Stop):
-        train(data, settings=settings, work=work)
-    assert work.saved == "network 3, step 1" and sorted(p.name for p in (tmp_path / "work").iterdir()) == [
+        train(data, settings=settings, resume=resume)
+    assert resume.saved_progress == "network 3, step 1" and sorted(p.name for p in (tmp_path / "work").iterdir()) == [
         "network0.state",
         "network1.state",
         "now.state",
     ]
-    train(data, settings=settings, work=ResumeFolder(tmp_path / "work"))
+    train(data, settings=settings, resume=ResumeFolder(tmp_path / "work"))
     assert len(done) == 10 + 3, "of the third network steps 2 to 4"
-    work.clear()
+    resume.clear()
     assert not (tmp_path / "work").exists()
 
 
 def test_damaged_work_says_what_to_delete(tmp_path):
     (tmp_path / "network0.state").write_bytes(b"no state")
     with pytest.raises(ValueError, match=f"Delete the folder {re.escape(str(tmp_path))}"):
-        train(rated(40), work=ResumeFolder(tmp_path))
+        train(rated(40), resume=ResumeFolder(tmp_path))
 
 
 def test_progress_counts_the_steps_of_all_members():
@@ -442,10 +444,10 @@ def test_progress_counts_the_steps_of_all_members():
 def test_ratings_come_out_on_the_scale_they_went_in(calibration):
     data = rated(120, lambda mean: 50 + 20 * float(mean[0].mean()))
     made = train(data, settings=replace(QUICK, steps=80, calibration=calibration))
-    about = made.model.about
+    about = made.model.info
     assert bool(about.curve) == (calibration == "isotonic") and (about.line != (1.0, 0.0)) == (calibration == "linear")
     assert about.metrics["MAE"][0] < np.std([item.score for item in data.items]), made.report
-    assert 30 < min(made.said) < max(made.said) < 70
+    assert 30 < min(made.predictions) < max(made.predictions) < 70
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -482,7 +484,9 @@ def test_pictures_without_a_rating_are_left_out_and_named():
     data = rated(40)
     data.items[3] = replace(data.items[3], score=None, path="/somewhere/cat.png")
     made = train(data, settings=replace(QUICK, steps=2))
-    assert "1 pictures without a rating were left out: /somewhere/cat.png" in made.report and len(made.said) == 39
+    assert (
+        "1 pictures without a rating were left out: /somewhere/cat.png" in made.report and len(made.predictions) == 39
+    )
 
 
 def test_too_few_constant_and_unsuitable_ratings_are_refused_before_anything_is_trained():
@@ -503,7 +507,7 @@ def test_a_pretrained_trunk_is_learnt_on_and_another_kind_of_latent_refused():
     made = train(
         rated(40), settings=replace(QUICK, steps=1, learning_rate=1e-7), pretrained=pretrained, latent_format="SD15"
     )
-    assert made.model.about.width == 16
+    assert made.model.info.width == 16
     start, end = pretrained.networks[0].trunk.state_dict(), made.model.networks[1].trunk.state_dict()
     assert all(torch.allclose(start[k], end[k], atol=1e-4) for k in start)
     with pytest.raises(

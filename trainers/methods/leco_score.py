@@ -550,8 +550,8 @@ class LecoScoreTraining:
 
 
 def is_text_scorer(score) -> bool:
-    """Whether a score model judges a picture by a text: `members_told(x, level, texts)`, and `read(texts)`
-    beforehand."""
+    """Whether a score model judges a picture by a text: `members_for_prompts(x, level, texts)`, and
+    `encode_prompts(texts)` beforehand."""
     return hasattr(score, "members_for_prompts")
 
 
@@ -561,7 +561,7 @@ def predict_member_scores(score, view, level, words) -> Tensor:
     return (
         score.members_for_prompts(view, level, list(words))
         if is_text_scorer(score) and not getattr(score, "words", "")
-        else score.members(view, level)
+        else score.member_scores(view, level)
     )
 
 
@@ -586,7 +586,7 @@ def check_target_scorers(scores, settings: LecoScoreSettings) -> None:
             "be above 0."
         )
     for score, _ in scores:
-        if settings.needs_noise and not score.about.noisy:
+        if settings.needs_noise and not score.info.noisy:
             fits = ", ".join(t for t in SCORE_TARGETS if not LecoScoreSettings(target=t).needs_noise)
             raise ValueError(
                 f"target is {settings.target!r}, which shows the score model noised latents, and this one was trained "
@@ -594,6 +594,6 @@ def check_target_scorers(scores, settings: LecoScoreSettings) -> None:
             )
     if settings.relative and not any(is_text_scorer(score) for score, _ in scores):
         raise ValueError(
-            f"relative is {settings.relative}, and no score model here ({scores[0][0].about.backbone}) reads text: "
+            f"relative is {settings.relative}, and no score model here ({scores[0][0].info.backbone}) reads text: "
             "with good and bad words they say the same. Set relative to 0, or use Prompt Match Score."
         )

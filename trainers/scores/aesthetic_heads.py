@@ -1,9 +1,8 @@
-"""Aesthetic heads that others trained: a few linear layers on the embedding of a CLIP or SigLIP, which give a picture
-its rating.
+"""Published aesthetic heads: a few linear layers that turn a CLIP or SigLIP image embedding into a rating.
 
 LAION's predictors (Schuhmann 2022: one linear layer, or five without activations between them) and Aesthetic Predictor
-V2.5 (discus0434) are such chains on embeddings of unit length. SigLIP's own embedding comes from a pooling layer that
-ComfyUI leaves out; `Pooler` is that layer.
+V2.5 (discus0434) are such layers on embeddings of unit length. SigLIP's own embedding comes from a pooling layer that
+ComfyUI leaves out; `SiglipPooler` is that layer.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ ENCODER_NAMES = {
 }
 POOLER_PREFIX = "vision_model.head."
 SIGLIP_ATTENTION_HEADS = {768: 12, 1024: 16, 1152: 16}  # of SigLIP base, large and so400m: a file's shapes do not tell
-SIGLIP_WIDTH = 1152  # width at which a chain was trained on SigLIP's pooled embedding
 
 
 class AestheticMLP(nn.Module):
-    """Linear layers, one after the other: (B, width) -> (B,) ratings. Dropout between them does nothing when it is
-    asked."""
+    """Linear layers in sequence on the normalised embedding: (B, width) -> (B,) ratings. The dropout that some were
+    trained with is left out, as it does nothing at inference."""
 
     def __init__(self, layers: list[tuple[Tensor, Tensor | None]]):
         super().__init__()
@@ -39,7 +37,7 @@ class AestheticMLP(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.layers[0].in_features
+        return self.layers[0].in_features  # pyright: ignore[reportReturnType]  a ModuleList yields Modules
 
     def forward(self, embedding: Tensor) -> Tensor:
         h = F.normalize(embedding.float(), dim=-1)
@@ -74,12 +72,12 @@ class SiglipPooler(nn.Module):
 
 
 class AestheticHead(nn.Module):
-    """What an image encoder says -> (B,) ratings: embeddings (B, width), or tokens (B, T, width) where there is a
+    """The output of an image encoder -> (B,) ratings: embeddings (B, width), or tokens (B, T, width) where there is a
     pooler."""
 
     def __init__(self, chain: AestheticMLP, pooler: SiglipPooler | None = None):
         super().__init__()
-        self.chain, self.pooler = chain, pooler
+        self.chain, self.pooler = chain, pooler  # the names are keys of state_dict, whose hash identifies the model
         if pooler is not None and pooler.probe.shape[-1] != chain.width:
             raise ValueError(
                 f"The head wants {chain.width} numbers a picture and the pooler gives {pooler.probe.shape[-1]}. Choose "
@@ -90,16 +88,17 @@ class AestheticHead(nn.Module):
     def width(self) -> int:
         return self.chain.width
 
-    def forward(self, seen: Tensor) -> Tensor:
-        return self.chain(seen if self.pooler is None else self.pooler(seen))
+    def forward(self, encoded: Tensor) -> Tensor:
+        return self.chain(encoded if self.pooler is None else self.pooler(encoded))
 
 
 def describe_encoder(width: int) -> str:
+    """The image encoders whose embedding has this width, in words."""
     return ENCODER_NAMES.get(width, f"one that gives {width} numbers a picture")
 
 
 def check_embedding_width(head: AestheticHead, width: int) -> None:
-    """ValueError unless the encoder gives what the head wants."""
+    """ValueError unless the encoder's embedding has the width that the head was trained on."""
     if head.width != width:
         raise ValueError(
             f"This head rates embeddings of {head.width} numbers and the connected CLIP_VISION gives {width} "
@@ -112,12 +111,13 @@ def check_embedding_width(head: AestheticHead, width: int) -> None:
 
 def read_aesthetic_head(path, pooler_path=None) -> AestheticHead:
     """The head in a .safetensors, .pth, .pt or .ckpt file, with SigLIP's pooler from a file that holds
-    `vision_model.head.`. Only tensors are read; a file that wants to run code is refused."""
+    `vision_model.head.*`. Only tensors are read; a file that would run code is refused."""
     chain = build_aesthetic_mlp(read_head_tensors(path), Path(path).name)
     return AestheticHead(chain, None if pooler_path is None else read_siglip_pooler(pooler_path))
 
 
 def read_head_tensors(path) -> dict[str, Tensor]:
+    """The named tensors in a file. ValueError for a pickle that holds anything else."""
     path = Path(path)
     if path.suffix in (".safetensors", ".sft"):
         from ..files import read_safetensors
@@ -142,8 +142,12 @@ def read_head_tensors(path) -> dict[str, Tensor]:
 def build_aesthetic_mlp(tensors: dict[str, Tensor], name: str) -> AestheticMLP:
     """The linear layers in the order of the numbers in their names. ValueError for anything else."""
     weights = sorted((key for key in tensors if key.endswith("weight")), key=layer_sort_key)
-    layers = [(tensors[key].float(), find_layer_bias(tensors, key)) for key in weights]
-    others = set(tensors) - set(weights) - {key.removesuffix("weight") + "bias" for key in weights}
+    biases = [key.removesuffix("weight") + "bias" for key in weights]
+    layers = [
+        (tensors[weight].float(), tensors[bias].float() if bias in tensors else None)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    others = set(tensors) - set(weights) - set(biases)
     if not layers or others or any(weight.ndim != 2 for weight, _ in layers):
         found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:4]) or "nothing"
         raise ValueError(
@@ -159,16 +163,12 @@ def build_aesthetic_mlp(tensors: dict[str, Tensor], name: str) -> AestheticMLP:
 
 
 def layer_sort_key(key: str) -> list:
+    """Natural order: layers.2 before layers.10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
-def find_layer_bias(tensors, key: str) -> Tensor | None:
-    bias = tensors.get(key.removesuffix("weight") + "bias")
-    return None if bias is None else bias.float()
-
-
 def read_siglip_pooler(path) -> SiglipPooler:
-    """SigLIP's pooling layer out of the whole model's file; nothing else of it is read."""
+    """SigLIP's pooling layer from the file of the whole model; nothing else of it is read."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:

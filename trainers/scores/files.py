@@ -1,4 +1,4 @@
-"""A score model as one safetensors file: the weights of every member, and all that is known about them."""
+"""A score model as one safetensors file: the weights of every member, and its info as JSON in the metadata."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SCORE_MODEL_KEY, SCORE_MODEL_VERSION = "trainyard.score_model", "1"
 
 
 def score_model_tensors(model: ScorerEnsemble) -> dict[str, torch.Tensor]:
+    """The weights as the file holds them: "<member number>.<name in the network>"."""
     return {
         f"{number}.{name}": value.detach().cpu().clone()
         for number, network in enumerate(model.networks)
@@ -24,34 +25,35 @@ def score_model_tensors(model: ScorerEnsemble) -> dict[str, torch.Tensor]:
 
 
 def score_model_identity(model: ScorerEnsemble) -> str:
-    """What tells one score model from another: its weights, or what it says of itself where those are not its own."""
+    """A hash that tells score models apart: of the weights, or the model's own `identity` where the weights belong to
+    loaded models."""
     return getattr(model, "identity", None) or tensor_hash(score_model_tensors(model))
 
 
 def write_score_model(path, model: ScorerEnsemble, extra: dict[str, str] | None = None) -> None:
-    """Atomic. Raises ValueError rather than keep numbers that are none."""
+    """Write the file atomically. ValueError for weights that are NaN or infinite."""
     tensors = score_model_tensors(model)
     if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         raise ValueError(
             f"This score model holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. "
             "Train it with a lower learning rate."
         )
-    about = json.dumps(model.about.to_dict(), sort_keys=True, allow_nan=False)
+    info = json.dumps(model.info.to_dict(), sort_keys=True, allow_nan=False)
     spec = {
-        "modelspec.title": f"score model ({model.about.backbone}, {model.about.task})",
+        "modelspec.title": f"score model ({model.info.backbone}, {model.info.task})",
         "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
     }
-    write_safetensors(path, tensors, {SCORE_MODEL_KEY: SCORE_MODEL_VERSION, "about": about, **spec, **(extra or {})})
+    write_safetensors(path, tensors, {SCORE_MODEL_KEY: SCORE_MODEL_VERSION, "about": info, **spec, **(extra or {})})
 
 
 def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None = None) -> ScorerEnsemble:
-    """The model as it was saved. `trunk(about)` makes the trunk of backbones that come from a loaded model.
+    """The model as it was saved. `trunk(info)` builds the trunk of backbones on a loaded model.
 
-    Raises ValueError for files of another kind, of a newer version, or with weights that do not fit what they say about
-    themselves."""
+    Raises ValueError for files of another kind or a newer version, and for weights that do not fit the file's own
+    info."""
     tensors, metadata = read_safetensors(path)
-    about = parse_score_model_info(metadata, Path(path).name)
-    networks = [call_with_seed(0, lambda: build_scorer(about, trunk and trunk(about))) for _ in range(about.members)]
+    info = parse_score_model_info(metadata, Path(path).name)
+    networks = [call_with_seed(0, lambda: build_scorer(info, trunk and trunk(info))) for _ in range(info.members)]
     for number, network in enumerate(networks):
         own = {
             name.removeprefix(f"{number}."): value for name, value in tensors.items() if name.startswith(f"{number}.")
@@ -64,10 +66,11 @@ def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None =
                 f"{str(error).splitlines()[-1].strip()} It may be damaged; save it again, or fetch it again."
             ) from error
         network.eval().requires_grad_(False)
-    return ScorerEnsemble(networks, about)
+    return ScorerEnsemble(networks, info)
 
 
 def parse_score_model_info(metadata: dict[str, str], name: str) -> ScoreModelInfo:
+    """The info in a file's metadata; `name` is the file's name for the error."""
     if SCORE_MODEL_KEY not in metadata:
         raise ValueError(f"{name} is no score model of Trainyard. Load a file that Save Score Model wrote.")
     if metadata[SCORE_MODEL_KEY] != SCORE_MODEL_VERSION:
@@ -79,23 +82,23 @@ def parse_score_model_info(metadata: dict[str, str], name: str) -> ScoreModelInf
 
 
 def score_file_matches(model: ScorerEnsemble, path) -> bool:
-    """Whether the file holds this very model."""
+    """Whether the file holds exactly this model: equal weights and info."""
     try:
         tensors, metadata = read_safetensors(path)
-        about = parse_score_model_info(metadata, "").to_dict()
+        info = parse_score_model_info(metadata, "").to_dict()
     except ValueError:
         return False
     ours = score_model_tensors(model)
     equal = tensors.keys() == ours.keys() and all(torch.equal(tensors[k], v) for k, v in ours.items())
-    return equal and json.dumps(about, sort_keys=True) == json.dumps(model.about.to_dict(), sort_keys=True)
+    return equal and json.dumps(info, sort_keys=True) == json.dumps(model.info.to_dict(), sort_keys=True)
 
 
-def check_score_latent_format(about: ScoreModelInfo, latent_format: str, channels: int) -> None:
-    """ValueError unless the model judges latents of this kind. A format that is not known ("") is judged by its
-    channels alone."""
-    if about.channels != channels or (latent_format and about.latent_format and latent_format != about.latent_format):
+def check_score_latent_format(info: ScoreModelInfo, latent_format: str, channels: int) -> None:
+    """ValueError unless the model scores latents of this format. Where the format is unknown (""), only the channels
+    are compared."""
+    if info.channels != channels or (latent_format and info.latent_format and latent_format != info.latent_format):
         raise ValueError(
-            f"This score model judges latents of {about.latent_format or 'an unnamed format'} ({about.channels} "
+            f"This score model judges latents of {info.latent_format or 'an unnamed format'} ({info.channels} "
             f"channels), and these are of {latent_format or 'an unnamed format'} ({channels} channels). Each kind of "
             "latent needs a score model of its own: train or distil one for it."
         )

@@ -1,15 +1,16 @@
-"""Networks that look at latents and say how good they are, at any noise level.
+"""Networks that score latents at any noise level.
 
-A network sees x scaled to unit size and a level in [0, 1]: 0 clean, 1 noise, whatever the family's sigma means. What it
-says is read by
-its task: a rating, a distribution over ten bins, a class, or which of two is better.
+A network takes latents scaled to about unit variance and a noise level in [0, 1] (0 clean, 1 pure noise), whatever the
+model family's sigma means. The task decides how its outputs are read: as a rating, a distribution over ten bins, a
+class, or a value to compare two images by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ from ..diffusion import Denoiser, per_sample
 from ..settings import Settings, choice_field, number_field, switch_field
 
 BACKBONES = ("latent ResNet", "latent ViT", "model features", "decode + image scorer")
-ADAPTABLE_BACKBONE = BACKBONES[2]
+MODEL_FEATURES, DECODED_IMAGE = LOADED_BACKBONES = BACKBONES[
+    2:
+]  # built on a loaded diffusion model, or VAE + CLIP_VISION
 SCORE_TASKS = ("regression", "distribution", "binary", "multiclass", "pairwise")
 PRETRAINING_TASK = "pretraining"  # the task of a backbone that has no head yet
 NUM_RATING_BINS = 10
@@ -27,7 +30,7 @@ NUM_RATING_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSettings(Settings):
-    """What looks at the latents."""
+    """Architecture of the networks that score latents."""
 
     backbone: str = choice_field(
         "latent ResNet",
@@ -57,10 +60,10 @@ class ScorerSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rank and self.backbone != ADAPTABLE_BACKBONE:
+        if self.rank and self.backbone != MODEL_FEATURES:
             raise ValueError(
                 f"rank is {self.rank} and backbone is {self.backbone!r}, which looks through no diffusion model that a "
-                f"LoRA could adapt. Set rank to 0, or choose {ADAPTABLE_BACKBONE!r}."
+                f"LoRA could adapt. Set rank to 0, or choose {MODEL_FEATURES!r}."
             )
 
 
@@ -71,25 +74,25 @@ def noising_coefficients(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Ten
 
 
 def sigma_to_level(denoiser: Denoiser, sigma: Tensor) -> Tensor:
-    """(B,) the level of `unit_view`: the share of noise in x."""
+    """(B,) the noise level of `to_scorer_input`: b / (a + b) for x = a * x0 + b * noise."""
     a, b = noising_coefficients(denoiser, sigma)
     return b / (a + b)
 
 
 def to_scorer_input(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(x of about unit size, level in [0, 1]) of noised latents of any family: with x = a * x0 + b * noise, x /
-    sqrt(a^2 + b^2) and b / (a + b)."""
+    """(x of about unit variance, noise level in [0, 1]) of noised latents of any family: for x = a * x0 + b * noise
+    these are x / sqrt(a^2 + b^2) and b / (a + b)."""
     a, b = noising_coefficients(denoiser, sigma.to(x.device))
     return x / per_sample((a.square() + b.square()).sqrt(), x), b / (a + b)
 
 
 def level_to_sigma(denoiser: Denoiser, level: Tensor) -> Tensor:
-    """(B,) the sigma at which `unit_view` gives this level, below 1."""
+    """(B,) the sigma whose `to_scorer_input` has this noise level; the level must be below 1."""
     return level if denoiser.flow else level / (1 - level)
 
 
 class NoiseLevelEmbedding(nn.Module):
-    """A level (B,) as features (B, width): sines of several speeds, then two layers."""
+    """Noise levels (B,) -> features (B, width): sines and cosines of several frequencies, then two layers."""
 
     def __init__(self, width: int, speeds: int = 16):
         super().__init__()
@@ -102,7 +105,7 @@ class NoiseLevelEmbedding(nn.Module):
 
 
 class FiLM(nn.Module):
-    """Scale and shift per channel from the level (Perez et al. 2018); does nothing at the start."""
+    """Scale and shift per channel from the noise level features (Perez et al. 2018). Starts as the identity."""
 
     def __init__(self, features: int, channels: int):
         super().__init__()
@@ -114,13 +117,15 @@ class FiLM(nn.Module):
         return h * (1 + scale) + shift
 
 
-def make_group_norm(channels):
-    """Groups of 16 channels or more: with one channel each, the norm would take away how bright or colourful a picture
-    is."""
+def make_group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with groups of 16 channels or more: with one channel per group, the norm would remove brightness and
+    saturation."""
     return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)
 
 
 class ResBlock(nn.Module):
+    """Two 3x3 convolutions with FiLM of the noise level between them, and a skip connection. Starts as the skip."""
+
     def __init__(self, inputs, outputs, features, stride=1):
         super().__init__()
         self.first, self.second = nn.Conv2d(inputs, outputs, 3, stride, 1), nn.Conv2d(outputs, outputs, 3, 1, 1)
@@ -135,8 +140,10 @@ class ResBlock(nn.Module):
 
 
 class LatentResNet(nn.Module):
-    """(B, C, h, w), (B,) -> (B, size): four stages, the first at full latent size, mean and maximum over what is
-    left."""
+    """(B, C, h, w), (B,) -> (B, size): four stages, the first at full latent resolution, then mean and maximum over the
+    last map."""
+
+    size: int
 
     def __init__(self, channels: int, width: int = 64, depth: int = 2):
         super().__init__()
@@ -158,8 +165,8 @@ class LatentResNet(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and an MLP, each scaled, shifted and gated by the level (Peebles and Xie 2023); does nothing at the
-    start."""
+    """Attention and an MLP, each scaled, shifted and gated by the noise level features (adaLN-Zero, Peebles and Xie
+    2023). Starts as the identity."""
 
     def __init__(self, width: int, heads: int, features: int):
         super().__init__()
@@ -181,10 +188,11 @@ class DiTBlock(nn.Module):
 
 
 class LatentViT(nn.Module):
-    """(B, C, h, w), (B,) -> (B, size): patches of 2x2 cells as tokens, for any h and w; mean and maximum over the
-    tokens."""
+    """(B, C, h, w), (B,) -> (B, size): patches of 2x2 latent cells as tokens, for any h and w, then mean and maximum
+    over the tokens."""
 
     HEADS = 6
+    size: int
 
     def __init__(self, channels: int, width: int = 64, depth: int = 2):
         super().__init__()
@@ -205,19 +213,19 @@ class LatentViT(nn.Module):
 
 
 def sincos_position_embedding(width: int, rows: int, columns: int) -> Tensor:
-    """(width, rows, columns) sines and cosines of the distance from the middle, half of them for the row and half for
-    the column."""
-    speed = 1000.0 ** -(torch.arange(width // 4) / (width // 4))
+    """(width, rows, columns) sines and cosines of the distance from the centre: half of the channels for the row, half
+    for the column."""
+    frequency = 1000.0 ** -(torch.arange(width // 4) / (width // 4))
 
     def line(count):
-        angle = (torch.arange(count) - (count - 1) / 2)[:, None] * speed
+        angle = (torch.arange(count) - (count - 1) / 2)[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], 1).T  # (width / 2, count)
 
     return torch.cat([line(rows)[:, :, None].expand(-1, -1, columns), line(columns)[:, None].expand(-1, rows, -1)])
 
 
 def squeeze_single_frame(x: Tensor) -> Tensor:
-    """(B, C, h, w) of pictures that a video model holds as (B, C, 1, h, w)."""
+    """(B, C, h, w) of single images, which a video model holds as (B, C, 1, h, w)."""
     if x.ndim == 4:
         return x
     if x.ndim != 5 or x.shape[2] != 1:
@@ -228,56 +236,61 @@ def squeeze_single_frame(x: Tensor) -> Tensor:
 
 
 class Scorer(nn.Module):
-    """A trunk (x, level) -> features (B, size), and a head to the numbers that the task wants."""
+    """A trunk (x, level) -> features (B, size), and a linear head to the outputs of the task."""
+
+    trunk: nn.Module
 
     def __init__(self, trunk: nn.Module, outputs: int):
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Sequential(nn.LayerNorm(trunk.size, bias=False), nn.Linear(trunk.size, outputs))
+        self.head = nn.Sequential(nn.LayerNorm(self.feature_size, bias=False), nn.Linear(self.feature_size, outputs))
+
+    @property
+    def feature_size(self) -> int:
+        return int(self.trunk.size)  # pyright: ignore[reportArgumentType]  each trunk has a size
 
     def forward(self, x, level, keep: Tensor | None = None):
-        """(B, outputs). keep (B, size): the features are multiplied with it, for dropout by a generator of one's
-        own."""
+        """(B, outputs). `keep` (B, size) is a dropout mask that the features are multiplied with, so that the caller's
+        own generator draws it."""
         features = self.trunk(x, level)
         return self.head(features if keep is None else features * keep)
 
 
 @dataclass(frozen=True)
 class ScoreModelInfo:
-    """What a score model is and was trained on: everything but its weights, JSON-able, kept in its file."""
+    """What a score model is and what it was trained on: everything but its weights. Saved as JSON in its file, so the
+    field names are part of the file format."""
 
     backbone: str = "latent ResNet"
     task: str = "regression"
-    latent_format: str = ""  # the host's name of the latents' kind; another kind is refused
+    latent_format: str = ""  # ComfyUI's name of the latent format; latents of another format are refused
     channels: int = 4
     width: int = 64
     depth: int = 2
     noisy: bool = True
     outputs: int = 1
     classes: tuple[str, ...] = ()
-    mean: float = 0.0  # of the ratings, in the user's own scale
+    mean: float = 0.0  # of the ratings, on the user's scale
     std: float = 1.0
-    low: float = 0.0  # the user's scale
+    low: float = 0.0  # ends of the user's scale
     high: float = 1.0
-    line: tuple[float, float] = (1.0, 0.0)  # calibration: rating = line[0] * prediction + line[1], in the user's scale
-    curve: tuple[
-        tuple[float, float], ...
-    ] = ()  # calibration by knots (said, rating) in the user's scale, instead of the line
+    line: tuple[float, float] = (1.0, 0.0)  # calibration: rating = line[0] * prediction + line[1], on the user's scale
+    # calibration by knots (prediction, rating) on the user's scale, in place of the line
+    curve: tuple[tuple[float, float], ...] = ()
     members: int = 1
-    resolution: int = (
-        0  # side in pixels of a square as large as the pictures it was trained on; 0 where only latents were given
-    )
-    trained: bool = True  # False: what it says cannot be told from chance
+    # px, side of the square with the area of the training images; 0 where only latents were given
+    resolution: int = 0
+    trained: bool = True  # False: its predictions are no better than chance
     metrics: dict = field(default_factory=dict)
     dataset: str = ""  # hash of what it was trained on
-    rank: int = 0  # of the LoRA through which it looks at the model's own states
+    rank: int = 0  # of the LoRA on the diffusion model whose features it reads
 
     def to_dict(self) -> dict:
-        """Without a rank of 0: files of frozen features are as they always were."""
+        """The JSON of the file. A rank of 0 is left out, so files of frozen features are as before ranks existed."""
         return {name: value for name, value in asdict(self).items() if name != "rank" or value}
 
     @classmethod
-    def from_dict(cls, values: dict) -> ScoreModelInfo:
+    def from_dict(cls, values: dict[str, Any]) -> ScoreModelInfo:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(
@@ -286,40 +299,45 @@ class ScoreModelInfo:
         return cls(**{k: lists_to_tuples(v) for k, v in values.items()})
 
 
-def check_trained_head(about: ScoreModelInfo) -> None:
-    """ValueError for a backbone that has learnt to see and not yet to rate: its head says 0 to everything."""
-    if about.task == PRETRAINING_TASK:
+def check_trained_head(info: ScoreModelInfo) -> None:
+    """ValueError for a pre-trained backbone: its head predicts 0 for everything."""
+    if info.task == PRETRAINING_TASK:
         raise ValueError(
-            f"This is a pre-trained backbone ({about.backbone}, from Pretrain Score Backbone): it has no trained head, "
+            f"This is a pre-trained backbone ({info.backbone}, from Pretrain Score Backbone): it has no trained head, "
             "so it can rate nothing yet. Connect it to Train Score Model as pretrained, with rated pictures, and use "
             "the score model that comes out."
         )
 
 
-def lists_to_tuples(value):
-    """JSON's lists as the tuples they were."""
+def lists_to_tuples(value: Any) -> Any:
+    """The value with JSON's lists turned back into tuples, at any depth."""
     return tuple(map(lists_to_tuples, value)) if isinstance(value, list) else value
 
 
-LATENT_BACKBONES = {"latent ResNet": LatentResNet, "latent ViT": LatentViT}
+LATENT_BACKBONES: dict[str, type[LatentResNet] | type[LatentViT]] = {
+    "latent ResNet": LatentResNet,
+    "latent ViT": LatentViT,
+}
 
 
-def build_scorer(about: ScoreModelInfo, trunk: nn.Module | None = None) -> Scorer:
-    """A new network of this kind, its weights drawn from torch's own generator. `trunk`: of the backbones that are made
-    from a loaded model, which this room knows nothing of. Its state_dict must leave the loaded model's own weights
-    out."""
+def build_scorer(info: ScoreModelInfo, trunk: nn.Module | None = None) -> Scorer:
+    """A new network as `info` describes it, initialised from torch's global generator. `trunk`: for backbones that are
+    built on a loaded model; its state_dict must leave the loaded model's own weights out."""
     if trunk is None:
-        if about.backbone not in LATENT_BACKBONES:
+        if info.backbone not in LATENT_BACKBONES:
             raise ValueError(
-                f"The backbone {about.backbone!r} is made from a loaded model: connect the one it was trained with. "
+                f"The backbone {info.backbone!r} is made from a loaded model: connect the one it was trained with. "
                 f"Only {' and '.join(LATENT_BACKBONES)} stand for themselves."
             )
-        trunk = LATENT_BACKBONES[about.backbone](about.channels, about.width, about.depth)
-    return Scorer(trunk, about.outputs)
+        trunk = LATENT_BACKBONES[info.backbone](info.channels, info.width, info.depth)
+    return Scorer(trunk, info.outputs)
 
 
-def call_with_seed(seed: int, make):
-    """make() with torch's own generator at this seed; it is put back afterwards."""
+T = TypeVar("T")
+
+
+def call_with_seed(seed: int, make: Callable[[], T]) -> T:
+    """make() with torch's global generator at this seed; its state is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -327,69 +345,70 @@ def call_with_seed(seed: int, make):
 
 @dataclass
 class ScorerEnsemble:
-    """An ensemble of scorers with what is known about them. Values are in standard deviations of the ratings it was
-    trained on, so that different scores can be added."""
+    """A score model: an ensemble of scorers and what is known about them. Scores are in standard deviations of the
+    ratings it was trained on, so that different score models can be added."""
 
-    networks: list[nn.Module]
-    about: ScoreModelInfo
+    networks: Sequence[nn.Module]
+    info: ScoreModelInfo
 
     def to(self, device):
         self.networks = [network.to(device) for network in self.networks]
         return self
 
-    def members(self, x: Tensor, level: Tensor) -> Tensor:
-        """(M, B) what each member says of noised latents, as `unit_view` gives them. Differentiable in x. A model of
-        clean pictures knows no levels and takes everything for clean."""
-        level = level if self.about.noisy else torch.zeros_like(level)
-        return torch.stack([score_from_outputs(network(x, level), self.about) for network in self.networks])
+    def member_scores(self, x: Tensor, level: Tensor) -> Tensor:
+        """(M, B) the score of each member for noised latents, as `to_scorer_input` gives them. Differentiable in x. A
+        model trained on clean images ignores the level and takes everything for clean."""
+        level = level if self.info.noisy else torch.zeros_like(level)
+        return torch.stack([score_from_outputs(network(x, level), self.info) for network in self.networks])
 
-    def value(self, x: Tensor, level: Tensor) -> Tensor:
-        """(B,) the mean of the members."""
-        return self.members(x, level).mean(0)
+    def mean_score(self, x: Tensor, level: Tensor) -> Tensor:
+        """(B,) the mean score of the members."""
+        return self.member_scores(x, level).mean(0)
 
     @torch.no_grad()
     def ratings(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """((B,) ratings of clean latents in the user's own scale, (B,) standard deviation between members)."""
-        said = self.members(x0, torch.zeros(len(x0), device=x0.device))
-        rated = to_rating_scale(said, self.about)
-        return rated.mean(0), rated.std(0, unbiased=False)
+        """((B,) ratings of clean latents on the user's scale, (B,) standard deviation between members)."""
+        scores = self.member_scores(x0, torch.zeros(len(x0), device=x0.device))
+        ratings = to_rating_scale(scores, self.info)
+        return ratings.mean(0), ratings.std(0, unbiased=False)
 
 
-def to_rating_scale(said: Tensor, about: ScoreModelInfo) -> Tensor:
-    """Ratings for what a scorer says. Probability for binary, 0 to 1 over the classes, and for pairs the scorer's own
-    scale: it has no other."""
-    if about.task == "binary":
-        return said.sigmoid()
-    if about.task == "multiclass":
-        return said
-    said = said * about.std + about.mean
-    if not about.curve:
-        return said * about.line[0] + about.line[1]
-    return interpolate_knots(said, *torch.tensor(about.curve, device=said.device, dtype=said.dtype).T)
+def to_rating_scale(scores: Tensor, info: ScoreModelInfo) -> Tensor:
+    """Calibrated ratings on the user's scale for scores in standard deviations. Binary: the probability; multiclass: 0
+    to 1 from the first class to the last; pairwise: the score itself, which has no scale of the user's."""
+    if info.task == "binary":
+        return scores.sigmoid()
+    if info.task == "multiclass":
+        return scores
+    raw = scores * info.std + info.mean
+    if not info.curve:
+        return raw * info.line[0] + info.line[1]
+    return interpolate_knots(raw, *torch.tensor(info.curve, device=raw.device, dtype=raw.dtype).T)
 
 
-def interpolate_knots(x: Tensor, at: Tensor, y: Tensor) -> Tensor:
-    """Straight lines through the knots (at, y), at rising; level beyond the first and the last."""
-    if len(at) == 1:
-        return y.expand_as(x)
-    right = torch.searchsorted(at.contiguous(), x.contiguous()).clamp(1, len(at) - 1)
-    share = ((x - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
-    return y[right - 1] + share * (y[right] - y[right - 1])
+def interpolate_knots(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation through (knots, values), knots ascending; constant before the first and after the last."""
+    if len(knots) == 1:
+        return values.expand_as(x)
+    right = torch.searchsorted(knots.contiguous(), x.contiguous()).clamp(1, len(knots) - 1)
+    share = ((x - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
+    return values[right - 1] + share * (values[right] - values[right - 1])
 
 
-def score_from_outputs(out: Tensor, about: ScoreModelInfo) -> Tensor:
-    """(B, outputs) -> (B,): one number to go up. Regression and pairs: the output; bins: their mean, standardised;
-    binary: the logit;
-    classes: the expected class, first to last as low to high."""
-    if about.task == "distribution":
-        centres = torch.linspace(about.low, about.high, NUM_RATING_BINS, device=out.device)
-        return ((out.softmax(1) * centres).sum(1) - about.mean) / about.std
-    if about.task == "multiclass":
-        return (out.softmax(1) * torch.linspace(0, 1, out.shape[1], device=out.device)).sum(1)
-    return out[:, 0]
+def score_from_outputs(outputs: Tensor, info: ScoreModelInfo) -> Tensor:
+    """(B, outputs) -> (B,): one score, higher is better. Regression and pairwise: the output. Distribution: the mean
+    over the bins, standardised. Binary: the logit. Multiclass: the expected class, 0 for the lowest and 1 for the
+    highest."""
+    if info.task == "distribution":
+        centres = torch.linspace(info.low, info.high, NUM_RATING_BINS, device=outputs.device)
+        return ((outputs.softmax(1) * centres).sum(1) - info.mean) / info.std
+    if info.task == "multiclass":
+        return (outputs.softmax(1) * torch.linspace(0, 1, outputs.shape[1], device=outputs.device)).sum(1)
+    return outputs[:, 0]
 
 
 def head_output_size(task: str, classes: int = 0) -> int:
+    """How many outputs the head of this task has."""
     return NUM_RATING_BINS if task == "distribution" else classes if task == "multiclass" else 1
 
 
@@ -397,8 +416,10 @@ SCORING_BATCH_SIZE = 32
 
 
 def batch_indices_by_shape(shapes: Sequence[tuple]) -> list[list[int]]:
-    """Batches of indices with one shape each."""
-    places = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+    """Batches of at most SCORING_BATCH_SIZE indices, all of one shape within a batch."""
+    by_shape = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
     return [
-        same[start : start + SCORING_BATCH_SIZE] for same in places for start in range(0, len(same), SCORING_BATCH_SIZE)
+        same[start : start + SCORING_BATCH_SIZE]
+        for same in by_shape
+        for start in range(0, len(same), SCORING_BATCH_SIZE)
     ]

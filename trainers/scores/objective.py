@@ -1,7 +1,7 @@
-"""A network learns what a person thinks of pictures, from their latents: ratings, classes, or which of two is better.
+"""Training a scorer on rated latents: losses for ratings, classes and preference pairs, and the training batches.
 
-Half of every batch is clean, the other half lies anywhere on the way to noise, by the model's own schedule. Mirrored
-pictures are latents of their own, as they were encoded; a latent is never flipped.
+Half of every batch is clean, the other half is noised to random points of the model's own schedule. Mirrored images are
+encoded latents of their own; a latent is never flipped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,13 +22,13 @@ from .networks import NUM_RATING_BINS, SCORE_TASKS, ScoreModelInfo, Scorer, to_s
 
 MSE_RANKING, MSE_MARGIN_RANKING, MSE_ONLY = SCORE_LOSSES = ("MSE + ranking", "MSE + margin ranking", "MSE")
 CALIBRATION_METHODS = ("linear", "isotonic", "off")
-MAX_SCORE_NOISE = 0.98  # of the schedule
-RANKING_WEIGHT = 0.25  # weight of the ranking
+MAX_SCORE_NOISE = 0.98  # as a share of the schedule
+RANKING_WEIGHT = 0.25  # of the ranking loss beside the squared error
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings(Settings):
-    """What is learnt from the ratings, and how it is measured."""
+    """How a score model is trained on ratings, and how it is measured."""
 
     task: str = choice_field(
         "regression",
@@ -98,66 +99,67 @@ class ScoreSettings(Settings):
 # -- losses, one number per sample -------------------------------------------------------------------------------------
 
 
-def squared_error(said: Tensor, wanted: Tensor) -> Tensor:
-    return (said - wanted).square()
+def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    return (predictions - targets).square()
 
 
-def ranking_loss(said: Tensor, wanted: Tensor, margin: bool = False) -> Tensor:
-    """(B,) how wrong the order of a batch is: over all pairs log(1 + exp(-distance)) of the better one above the worse
-    one, or how much of their difference in rating is missing; pairs count by that difference. The mean over B is the
-    mean over pairs."""
-    apart, wrong = wanted[:, None] - wanted[None], said[:, None] - said[None]
-    weight, ahead = apart.abs(), apart.sign() * wrong
-    lost = (weight - ahead).clamp(min=0) if margin else F.softplus(-ahead)
-    return (weight * lost).sum(1) / weight.sum().clamp(min=1e-6) * len(said)
+def ranking_loss(predictions: Tensor, targets: Tensor, margin: bool = False) -> Tensor:
+    """(B,) pairwise ranking loss over all pairs of the batch, weighted by their difference in rating. Logistic: log(1 +
+    exp(-d)) for d, how far the better one is predicted above the worse one; margin: how far d falls short of the
+    difference in rating. The mean over B is the weighted mean over pairs."""
+    rating_gap, predicted_gap = targets[:, None] - targets[None], predictions[:, None] - predictions[None]
+    weight, ahead = rating_gap.abs(), rating_gap.sign() * predicted_gap
+    pair_loss = (weight - ahead).clamp(min=0) if margin else F.softplus(-ahead)
+    return (weight * pair_loss).sum(1) / weight.sum().clamp(min=1e-6) * len(predictions)
 
 
-def emd_loss(out: Tensor, wanted: Tensor, r: int = 2) -> Tensor:
-    """(B,) distance between two distributions over ordered bins (Hou et al. 2016; NIMA, Talebi and Milanfar 2018), from
-    logits."""
-    apart = (out.softmax(1).cumsum(1) - wanted.cumsum(1)).abs() ** r
-    return apart.mean(1).clamp(min=1e-12) ** (1 / r)
+def emd_loss(outputs: Tensor, targets: Tensor, r: int = 2) -> Tensor:
+    """(B,) earth mover's distance between distributions over ordered bins, from logits (Hou et al. 2016; NIMA, Talebi
+    and Milanfar 2018)."""
+    distance = (outputs.softmax(1).cumsum(1) - targets.cumsum(1)).abs() ** r
+    return distance.mean(1).clamp(min=1e-12) ** (1 / r)
 
 
 def bradley_terry_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """(B,) -log of the chance that the better one wins (Bradley and Terry 1952)."""
+    """(B,) negative log-likelihood that the better one wins (Bradley and Terry 1952)."""
     return F.softplus(worse - better)
 
 
 def two_hot_ratings(scores: Tensor, low: float, high: float) -> Tensor:
-    """(N,) -> (N, BINS): all weight on the two bins around each rating, so that their mean is the rating."""
-    at = (scores.clamp(low, high) - low) / (high - low) * (NUM_RATING_BINS - 1)
-    left = at.floor().clamp(max=NUM_RATING_BINS - 2).long()
-    share = (at - left).float()
+    """(N,) -> (N, NUM_RATING_BINS): all weight on the two bins around each rating, so that their mean is the rating."""
+    position = (scores.clamp(low, high) - low) / (high - low) * (NUM_RATING_BINS - 1)
+    left = position.floor().clamp(max=NUM_RATING_BINS - 2).long()
+    share = (position - left).float()
     return (
         F.one_hot(left, NUM_RATING_BINS) * (1 - share)[:, None] + F.one_hot(left + 1, NUM_RATING_BINS) * share[:, None]
     )
 
 
-# -- what is wanted ----------------------------------------------------------------------------------------------------
+# -- targets and training ----------------------------------------------------------------------------------------------
 
 
-def score_targets(scores: Sequence[float], about: ScoreModelInfo) -> Tensor:
-    """What the network should say to each picture: (N,) standardised ratings, labels or class numbers, or (N, BINS)."""
-    scores = torch.tensor(scores, dtype=torch.float32)
-    if about.task == "distribution":
-        return two_hot_ratings(scores, about.low, about.high)
-    if about.task in ("binary", "multiclass"):
-        return torch.searchsorted(torch.tensor([float(c) for c in about.classes]), scores).to(
-            torch.float32 if about.task == "binary" else torch.long
+def score_targets(scores: Sequence[float] | np.ndarray, info: ScoreModelInfo) -> Tensor:
+    """The targets of the loss: (N,) standardised ratings, labels or class numbers, or (N, NUM_RATING_BINS)
+    distributions."""
+    ratings = torch.tensor(scores, dtype=torch.float32)
+    if info.task == "distribution":
+        return two_hot_ratings(ratings, info.low, info.high)
+    if info.task in ("binary", "multiclass"):
+        return torch.searchsorted(torch.tensor([float(c) for c in info.classes]), ratings).to(
+            torch.float32 if info.task == "binary" else torch.long
         )
-    return (scores - about.mean) / about.std
+    return (ratings - info.mean) / info.std
 
 
 @dataclass
 class ScoreTraining:
-    """`data` holds the pictures that are learnt from, `wanted` what is to be said of each (`targets`); for the pairwise
-    task `pairs` of (better, worse) indices take its place."""
+    """The training of one scorer, as the loop drives it. `data` holds the training images, `targets` what
+    `score_targets` gives for each; the pairwise task takes `pairs` of (better, worse) indices in their place."""
 
     denoiser: Denoiser
     network: Scorer
     data: EncodedDataset
-    about: ScoreModelInfo
+    info: ScoreModelInfo
     targets: Tensor | None = None
     pairs: Sequence[tuple[int, int]] = ()
     settings: ScoreSettings = ScoreSettings()
@@ -167,16 +169,12 @@ class ScoreTraining:
     steps: int = 0
 
     def __post_init__(self):
-        cards = (
-            [pair for pair in self.pairs]
-            if self.about.task == "pairwise"
-            else [(index,) for index in range(len(self.data))]
-        )
-        if not cards:
+        by_pairs = self.info.task == "pairwise"
+        self.samples = list(self.pairs) if by_pairs else [(index,) for index in range(len(self.data))]
+        if not self.samples:
             raise ValueError("There is no pair of pictures to compare. Give pairs, or ratings that differ.")
-        self.cards = cards
         self.deck = BucketBatchSampler(
-            SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in cards]), self.settings.batch
+            SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.samples]), self.settings.batch
         )
         self.average = [p.detach().clone() for p in self.parameters()]
 
@@ -192,35 +190,39 @@ class ScoreTraining:
         self.steps = state["steps"]
 
     def loss(self, rng):
-        """(B,) one number per picture, or per pair."""
+        """(B,) one loss per image, or per pair."""
         self.update_average()
-        cards = [self.cards[i] for i in self.deck.draw(rng)]
+        samples = [self.samples[i] for i in self.deck.draw(rng)]
         levels = torch.where(
-            torch.rand(len(cards), generator=rng) < 0.5, 0.0, torch.rand(len(cards), generator=rng) * MAX_SCORE_NOISE
+            torch.rand(len(samples), generator=rng) < 0.5,
+            0.0,
+            torch.rand(len(samples), generator=rng) * MAX_SCORE_NOISE,
         )
-        sides = len(cards[0])
-        index = [i for card in cards for i in card]
-        out = self.said(index, levels.repeat_interleave(sides) * self.about.noisy, rng)
-        if self.about.task == "pairwise":
-            return bradley_terry_loss(*out[:, 0].view(-1, 2).T)
-        return self.sample_losses(out, self.targets[index].to(out.device))
+        sides = len(samples[0])
+        index = [i for sample in samples for i in sample]
+        outputs = self.predict_outputs(index, levels.repeat_interleave(sides) * self.info.noisy, rng)
+        if self.info.task == "pairwise":
+            return bradley_terry_loss(*outputs[:, 0].view(-1, 2).T)
+        assert self.targets is not None  # only the pairwise task goes without
+        return self.sample_losses(outputs, self.targets[index].to(outputs.device))
 
-    def sample_losses(self, out, wanted):
-        if self.about.task == "distribution":
-            return emd_loss(out, wanted)
-        if self.about.task == "multiclass":
-            return F.cross_entropy(out, wanted, reduction="none")
-        said = out[:, 0]
-        if self.about.task == "binary":
-            return F.binary_cross_entropy_with_logits(said, wanted, reduction="none")
+    def sample_losses(self, outputs, targets):
+        """(B,) the loss of the task for the network's outputs."""
+        if self.info.task == "distribution":
+            return emd_loss(outputs, targets)
+        if self.info.task == "multiclass":
+            return F.cross_entropy(outputs, targets, reduction="none")
+        predictions = outputs[:, 0]
+        if self.info.task == "binary":
+            return F.binary_cross_entropy_with_logits(predictions, targets, reduction="none")
         if self.settings.loss == MSE_ONLY:
-            return squared_error(said, wanted)
-        return squared_error(said, wanted) + RANKING_WEIGHT * ranking_loss(
-            said, wanted, self.settings.loss == MSE_MARGIN_RANKING
+            return squared_error(predictions, targets)
+        return squared_error(predictions, targets) + RANKING_WEIGHT * ranking_loss(
+            predictions, targets, self.settings.loss == MSE_MARGIN_RANKING
         )
 
-    def said(self, index, u, rng) -> Tensor:
-        """(B, outputs) in the order of index, at the share u of the schedule; pictures of one size go through the
+    def predict_outputs(self, index, u, rng) -> Tensor:
+        """(B, outputs) in the order of index, at the share u of the schedule. Latents of one shape go through the
         network together."""
         items = [self.data.items[i] for i in index]
         flips = [
@@ -230,49 +232,51 @@ class ScoreTraining:
         by_shape: dict[tuple, list[int]] = {}
         for place, item in enumerate(items):
             by_shape.setdefault(item.shape, []).append(place)
-        out = [
+        outputs = [
             self.network(
-                *self.view([items[i] for i in places], [flips[i] for i in places], u[places], rng),
-                self.kept(len(places), rng),
+                *self.scorer_input([items[i] for i in places], [flips[i] for i in places], u[places], rng),
+                self.dropout_mask(len(places), rng),
             )
             for places in by_shape.values()
         ]
         order = torch.tensor([place for places in by_shape.values() for place in places]).argsort()
-        return torch.cat(out)[order.to(out[0].device)]
+        return torch.cat(outputs)[order.to(outputs[0].device)]
 
-    def view(self, items, flips, u, rng) -> tuple[Tensor, Tensor]:
-        """What the network sees of latents of one shape: clean where u is 0."""
+    def scorer_input(self, items, flips, u, rng) -> tuple[Tensor, Tensor]:
+        """(x, level) for the network, of items of one latent shape: clean where u is 0."""
         latents = [self.data.latent(item, flip, rng) for item, flip in zip(items, flips, strict=True)]
         return noised_scorer_input(
             self.denoiser, self.denoiser.model_space(torch.stack(latents)), self.denoiser.sigma_at(u), u > 0, rng
         )
 
-    def kept(self, count, rng) -> Tensor | None:
-        """Dropout by the step's own generator, so that a resumed run is the same run."""
+    def dropout_mask(self, count, rng) -> Tensor | None:
+        """(count, size) inverted dropout of the features, drawn from the step's own generator so that a resumed run is
+        the same run. None without dropout."""
         if not self.dropout:
             return None
-        keep = (torch.rand(count, self.network.trunk.size, generator=rng) >= self.dropout).float() / (1 - self.dropout)
-        return keep.to(next(self.network.head.parameters()).device)
+        kept = torch.rand(count, self.network.feature_size, generator=rng) >= self.dropout
+        return (kept.float() / (1 - self.dropout)).to(next(self.network.head.parameters()).device)
 
-    # -- the average of the weights ------------------------------------------------------------------------------------
+    # -- EMA of the weights --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update_average(self):
-        """The average takes in the weights as they are. Its memory grows with the run, so that the first steps do not
-        weigh on it."""
+        """Update the EMA with the current weights. The decay grows with the number of steps, so that the initial
+        weights do not linger."""
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
         self.average = [torch.lerp(p, a, decay) for a, p in zip(self.average, self.parameters(), strict=True)]
         self.steps += 1
 
     @torch.no_grad()
-    def keep(self, weights: list[Tensor]):
+    def load_weights(self, weights: list[Tensor]):
         """Put these weights into the network."""
         for p, value in zip(self.parameters(), weights, strict=True):
             p.copy_(value)
 
 
 def noised_scorer_input(denoiser, x0, sigma, noisy, rng) -> tuple[Tensor, Tensor]:
-    """`unit_view` of latents, those that are not noisy left as they are at level 0. Noise is drawn for all of them."""
+    """`to_scorer_input` of x0 noised to sigma (B,); rows where `noisy` (B,) is False stay clean at level 0. Noise is
+    drawn for every row, so that the generator advances alike."""
     sigma = sigma.to(x0.device, torch.float32)
     x, level = to_scorer_input(denoiser, denoiser.noised(x0, cpu_randn_like(x0, rng), sigma), sigma)
     noisy = noisy.to(x0.device)

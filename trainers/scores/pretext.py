@@ -1,14 +1,15 @@
-"""A latent backbone learns from pictures without ratings: what is hidden, which crops belong together, how a picture
-was turned or shuffled, which colours it had, which folder it came from. The tasks share the trunk and are summed by
-weights.
+"""Self-supervised pretext tasks for a latent backbone, on images without ratings: inpainting, SimCLR, rotation, jigsaw,
+colourisation, and class labels. The tasks share the trunk; their losses are summed by weight.
 
-Measured on 600 pictures and 64 ratings (reference bed of this project): hidden parts help a score most, crops help
-likeness most.
+Measured on 600 images and 64 ratings (reference bed of this project): inpainting helps a score most, SimCLR helps image
+similarity most.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -32,16 +33,16 @@ from ..settings import Settings, choice_field, number_field
 from .networks import LATENT_BACKBONES, squeeze_single_frame
 from .objective import noised_scorer_input
 
-MASK_RATIO = 0.6  # share of the blocks that are hidden
+MASK_RATIO = 0.6  # share of the blocks that are masked
 MASK_BLOCK_SIZE = 2  # latent cells
 SIMCLR_TEMPERATURE = 0.2
-MAX_PRETEXT_NOISE = 0.7  # of the schedule: beyond, little is left to learn a picture by
+MAX_PRETEXT_NOISE = 0.7  # as a share of the schedule; beyond it little of the image is left
 PROJECTION_WIDTH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretextSettings(Settings):
-    """What a backbone learns before it sees a rating."""
+    """The self-supervised pre-training of a latent backbone."""
 
     backbone: str = choice_field(
         "latent ResNet",
@@ -115,36 +116,37 @@ class PretextSettings(Settings):
             raise ValueError("The weights of all tasks are 0; nothing would be learnt. Set inpaint to 1, for example.")
 
     def tasks(self) -> list[tuple[str, float]]:
+        """(name, weight) of every task."""
         return [
             (name, getattr(self, name)) for name in ("inpaint", "simclr", "rotation", "jigsaw", "colours", "classes")
         ]
 
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of views beside crops."""
-        wanted = {ROTATED_VIEW: self.rotation, SHUFFLED_VIEW: self.jigsaw, GREY_VIEW: self.colours}
-        return tuple(kind for kind, weight in wanted.items() if weight)
+        """The kinds of views, beside crops, that the tasks need."""
+        weights = {ROTATED_VIEW: self.rotation, SHUFFLED_VIEW: self.jigsaw, GREY_VIEW: self.colours}
+        return tuple(kind for kind, weight in weights.items() if weight)
 
 
 # -- losses, one number per sample -------------------------------------------------------------------------------------
 
 
 def nt_xent(a: Tensor, b: Tensor, tau: float = SIMCLR_TEMPERATURE) -> Tensor:
-    """(B,) how badly each of two views is told to belong to the other, among all views of the batch (Chen et al.
-    2020)."""
+    """(B,) normalised temperature-scaled cross entropy of SimCLR: each view must find its partner among all views of
+    the batch (Chen et al. 2020)."""
     z = F.normalize(torch.cat([a, b]), dim=1)
-    likeness = (z @ z.T / tau).fill_diagonal_(float("-inf"))
+    similarity = (z @ z.T / tau).fill_diagonal_(float("-inf"))
     partner = torch.arange(len(z), device=z.device).roll(len(a))
-    return F.cross_entropy(likeness, partner, reduction="none").view(2, -1).mean(0)
+    return F.cross_entropy(similarity, partner, reduction="none").view(2, -1).mean(0)
 
 
-def masked_mse(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
-    """(B,) mean square error over the hidden cells; hidden (B, 1, h, w), 1 = hidden."""
-    square = (guess - truth).square() * hidden
-    return square.flatten(1).sum(1) / (hidden.flatten(1).sum(1) * truth.shape[1]).clamp(min=1)
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """(B,) mean squared error over the masked cells; mask (B, 1, h, w), 1 = masked."""
+    square = (prediction - target).square() * mask
+    return square.flatten(1).sum(1) / (mask.flatten(1).sum(1) * target.shape[1]).clamp(min=1)
 
 
 def sample_block_mask(shape: Sequence[int], rng) -> Tensor:
-    """(B, 1, h, w) of 1 where blocks of 2x2 cells are hidden, the same share in every picture."""
+    """(B, 1, h, w) of 1 where blocks of 2x2 latent cells are masked, the same share in every image."""
     count, (height, width) = shape[0], shape[-2:]
     rows, columns = -(-height // MASK_BLOCK_SIZE), -(-width // MASK_BLOCK_SIZE)
     order = torch.rand(count, rows * columns, generator=rng).argsort(1).argsort(1)
@@ -152,11 +154,11 @@ def sample_block_mask(shape: Sequence[int], rng) -> Tensor:
     return blocks.repeat_interleave(MASK_BLOCK_SIZE, 2).repeat_interleave(MASK_BLOCK_SIZE, 3)[..., :height, :width]
 
 
-# -- what stands on the trunk while it learns --------------------------------------------------------------------------
+# -- heads of the tasks ------------------------------------------------------------------------------------------------
 
 
 class ReconstructionHead(nn.Module):
-    """The trunk's last map (B, D, h / f, w / f) -> (B, C, h, w)."""
+    """The trunk's last feature map (B, D, h / factor, w / factor) -> a latent (B, C, h, w), by pixel shuffle."""
 
     def __init__(self, inputs: int, channels: int, factor: int):
         super().__init__()
@@ -170,25 +172,26 @@ class ReconstructionHead(nn.Module):
 
 
 def features_and_map(trunk, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """(features (B, size), the map (B, D, rows, columns) that they are pooled from)."""
-    kept = []
-    handle = trunk.last.register_forward_hook(lambda module, args, out: kept.append(out))
+    """(features (B, size), the feature map (B, D, rows, columns) that they are pooled from)."""
+    captured = []
+    handle = trunk.last.register_forward_hook(lambda module, args, out: captured.append(out))
     try:
         features = trunk(x, level)
     finally:
         handle.remove()
-    state = kept[0]
+    state = captured[0]
     if state.ndim == 3:  # a ViT's tokens, of 2x2 cells
         state = state.transpose(1, 2).unflatten(2, (-1, -(-x.shape[-1] // 2)))
     return features, state
 
 
 def make_projection_head(inputs: int) -> nn.Module:
+    """SimCLR's projection head, which is dropped after pre-training."""
     return nn.Sequential(nn.Linear(inputs, inputs), nn.SiLU(), nn.Linear(inputs, PROJECTION_WIDTH))
 
 
 def build_pretext_heads(trunk, shape: Sequence[int], settings: PretextSettings, classes: int) -> nn.ModuleDict:
-    """A head for each task that has a weight. shape: (C, ..., h, w) of a latent."""
+    """{task: its head} for each task whose weight is not 0. shape: (C, ..., h, w) of a latent."""
     with torch.no_grad():
         _, state = features_and_map(trunk, torch.zeros(1, *shape), torch.zeros(1))
     factor = max(math.ceil(side / cells) for side, cells in zip(shape[-2:], state.shape[-2:], strict=True))
@@ -205,7 +208,8 @@ def build_pretext_heads(trunk, shape: Sequence[int], settings: PretextSettings, 
 
 @dataclass
 class PretextTraining:
-    """`labels`: class numbers by picture, None where there is none; `index`: the pictures that are learnt from."""
+    """The pre-training as the loop drives it. `index`: the training images; `labels`: class numbers by image, None
+    where there is none."""
 
     denoiser: Denoiser
     trunk: nn.Module
@@ -221,7 +225,7 @@ class PretextTraining:
         self.deck = BucketBatchSampler(
             SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.index]), self.settings.batch
         )
-        self.asked: dict[str, Callable] = {
+        self.loss_functions: dict[str, Callable] = {
             "inpaint": self.inpaint,
             "simclr": self.simclr,
             "rotation": self.rotation,
@@ -240,49 +244,54 @@ class PretextTraining:
         self.deck.load_state(state["deck"])
 
     def loss(self, rng) -> Tensor:
-        """(B,)"""
+        """(B,) the losses of all tasks, summed by weight."""
         picks = [self.index[i] for i in self.deck.draw(rng)]
-        return sum(weight * self.asked[name](picks, rng) for name, weight in self.settings.tasks() if weight)
+        losses = [weight * self.loss_functions[name](picks, rng) for name, weight in self.settings.tasks() if weight]
+        return functools.reduce(operator.add, losses)  # at least one, as the settings promise
 
     # -- the tasks -----------------------------------------------------------------------------------------------------
 
     def inpaint(self, picks, rng):
-        truth = self.clean_latents(self.one_of(picks, CROP_VIEW, rng))
-        x, level = self.noised(truth, rng)
-        hidden = sample_block_mask(truth.shape, rng).to(truth.device)
-        return masked_mse(
-            self.reconstruct_latents("inpaint", squeeze_single_frame(x) * (1 - hidden), level),
-            squeeze_single_frame(truth),
-            hidden,
-        )
+        """(B,) error of the clean latent's masked cells, reconstructed from the rest of the noised latent."""
+        target = self.clean_latents(self.sample_views(picks, CROP_VIEW, rng))
+        x, level = self.noised_views(target, rng)
+        mask = sample_block_mask(target.shape, rng).to(target.device)
+        prediction = self.reconstruct_latents("inpaint", squeeze_single_frame(x) * (1 - mask), level)
+        return masked_mse(prediction, squeeze_single_frame(target), mask)
 
     def simclr(self, picks, rng):
+        """(B,) contrastive loss of two crops of each image."""
         first, second = zip(*(self.sample_crop_pair(i, rng) for i in picks), strict=True)
-        features = self.trunk(*self.noised(self.clean_latents([*first, *second]), rng))
+        features = self.trunk(*self.noised_views(self.clean_latents([*first, *second]), rng))
         return nt_xent(*self.heads["simclr"](features).chunk(2))
 
     def rotation(self, picks, rng):
-        return self.told("rotation", self.one_of(picks, ROTATED_VIEW, rng), rng)
+        """(B,) cross entropy of the number of quarter turns."""
+        return self.classification_loss("rotation", self.sample_views(picks, ROTATED_VIEW, rng), rng)
 
     def jigsaw(self, picks, rng):
-        return self.told("jigsaw", self.one_of(picks, SHUFFLED_VIEW, rng), rng)
+        """(B,) cross entropy of the permutation of the four quarters."""
+        return self.classification_loss("jigsaw", self.sample_views(picks, SHUFFLED_VIEW, rng), rng)
 
     def colours(self, picks, rng):
+        """(B,) mean squared error of the coloured latent, reconstructed from the latent of the grey image."""
         grey, coloured = zip(*(self.views.pictures[i][GREY_VIEW] for i in picks), strict=True)
-        x, level = self.noised(self.clean_latents(grey), rng)
-        truth = squeeze_single_frame(self.clean_latents(coloured))
-        return (self.reconstruct_latents("colours", squeeze_single_frame(x), level) - truth).square().flatten(1).mean(1)
+        x, level = self.noised_views(self.clean_latents(grey), rng)
+        target = squeeze_single_frame(self.clean_latents(coloured))
+        prediction = self.reconstruct_latents("colours", squeeze_single_frame(x), level)
+        return (prediction - target).square().flatten(1).mean(1)
 
     def classes(self, picks, rng):
-        named = [
+        """(B,) cross entropy of the images' classes; 0 for images without one."""
+        labelled = [
             EncodedView(view.key, -1 if self.labels[i] is None else self.labels[i])
-            for i, view in zip(picks, self.one_of(picks, CROP_VIEW, rng), strict=True)
+            for i, view in zip(picks, self.sample_views(picks, CROP_VIEW, rng), strict=True)
         ]
-        return self.told("classes", named, rng)
+        return self.classification_loss("classes", labelled, rng)
 
-    def told(self, task: str, views, rng):
+    def classification_loss(self, task: str, views, rng):
         """(B,) cross entropy of the views' labels; 0 where the label is -1."""
-        out = self.heads[task](self.trunk(*self.noised(self.clean_latents(views), rng)))
+        out = self.heads[task](self.trunk(*self.noised_views(self.clean_latents(views), rng)))
         return F.cross_entropy(
             out, torch.tensor([view.label for view in views], device=out.device), ignore_index=-1, reduction="none"
         )
@@ -290,16 +299,18 @@ class PretextTraining:
     def reconstruct_latents(self, task: str, x, level):
         return self.heads[task](features_and_map(self.trunk, x, level)[1], x.shape[-2:])
 
-    # -- what is shown -------------------------------------------------------------------------------------------------
+    # -- inputs --------------------------------------------------------------------------------------------------------
 
-    def one_of(self, picks, kind, rng) -> list[EncodedView]:
-        luck = torch.rand(len(picks), generator=rng).tolist()
+    def sample_views(self, picks, kind, rng) -> list[EncodedView]:
+        """One random view of this kind for each image."""
+        draws = torch.rand(len(picks), generator=rng).tolist()
         return [
             views[int(coin * len(views))]
-            for views, coin in ((self.views.pictures[i][kind], coin) for i, coin in zip(picks, luck, strict=True))
+            for views, coin in ((self.views.pictures[i][kind], coin) for i, coin in zip(picks, draws, strict=True))
         ]
 
     def sample_crop_pair(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
+        """Two different crops of an image."""
         crops = self.views.pictures[picture][CROP_VIEW]
         first, second = torch.randperm(len(crops), generator=rng)[:2].tolist()
         return crops[first], crops[second]
@@ -307,8 +318,8 @@ class PretextTraining:
     def clean_latents(self, views) -> Tensor:
         return self.denoiser.model_space(torch.stack([self.views.latent(view) for view in views]))
 
-    def noised(self, x0, rng) -> tuple[Tensor, Tensor]:
-        """Half of them clean, the others up to NOISIEST."""
+    def noised_views(self, x0, rng) -> tuple[Tensor, Tensor]:
+        """(x, level) for the trunk: half of them clean, the others noised up to MAX_PRETEXT_NOISE of the schedule."""
         u = (
             torch.where(
                 torch.rand(len(x0), generator=rng) < 0.5, 0.0, torch.rand(len(x0), generator=rng) * MAX_PRETEXT_NOISE

@@ -1,7 +1,7 @@
-"""Work on a score model that may be stopped at any time: the networks that are done, and the state of the one at hand,
-in a folder of its own.
+"""Resuming the training of a score model: a folder with the finished networks and the state of the current one.
 
-The folder is called after everything that the model depends on, so what is found in it is always the same work.
+The folder is named after a fingerprint of everything that the model depends on, so what is found in it always belongs
+to the same training.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from pathlib import Path
 from ..files import read_state_tree, write_state_tree
 from ..loop import NoStore
 
-CHECKPOINT_SECONDS = 180  # seconds of work that a power cut may cost
+CHECKPOINT_SECONDS = 180  # between saves; a power cut costs at most so much
 
 
 @dataclass
 class ResumeFolder:
-    """Without a folder nothing is kept."""
+    """Where the training is saved. Without a folder nothing is saved and nothing is found."""
 
     folder: Path | None = None
-    saved: str = ""  # what is safe, in words
+    saved_progress: str = ""  # the last thing saved, such as "network 2, step 75"
     last_write: float = field(default_factory=time.monotonic)
 
-    def done(self, number: int) -> dict | None:
-        """What `finish` was given for this network, or None."""
+    def load_finished(self, number: int) -> dict | None:
+        """What `save_finished` was given for this network, or None."""
         return self.read(f"network{number}.state")
 
-    def finish(self, number: int, tree: dict) -> None:
+    def save_finished(self, number: int, tree: dict) -> None:
         self.write(f"network{number}.state", tree, f"network {number + 1}")
         if self.folder:
             (self.folder / "now.state").unlink(missing_ok=True)
 
     def load_current(self, number: int) -> dict | None:
-        """What `keep` was given last, if it was for this network."""
+        """What `save_current` was given last, if it was for this network."""
         tree = self.read("now.state")
         return tree if tree and tree["number"] == number else None
 
-    def keep(self, number: int, tree: dict, step: int) -> None:
+    def save_current(self, number: int, tree: dict, step: int) -> None:
         self.write("now.state", {**tree, "number": number}, f"network {number + 1}, step {step}")
 
-    def due(self, why: str) -> bool:
-        """Whether the state of the network at hand should be written: when the work stops, and every few minutes."""
+    def save_due(self, why: str) -> bool:
+        """Whether the state of the current network should be saved: when training stops, and every few minutes."""
         return self.folder is not None and (why == "stopped" or time.monotonic() - self.last_write > CHECKPOINT_SECONDS)
 
     def clear(self) -> None:
-        """The work is done and kept elsewhere."""
+        """Delete the folder: training is done and the model is saved elsewhere."""
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -55,28 +55,30 @@ class ResumeFolder:
         if self.folder is None or not (self.folder / name).exists():
             return None
         try:
-            return read_state_tree(self.folder / name)
+            tree = read_state_tree(self.folder / name)
         except ValueError as error:
             raise ValueError(
                 f"{error}. Delete the folder {self.folder}, which holds the unfinished work, to begin it anew."
             ) from error
+        assert isinstance(tree, dict)  # as save_finished and save_current wrote it
+        return tree
 
-    def write(self, name: str, tree: dict, words: str) -> None:
+    def write(self, name: str, tree: dict, progress: str) -> None:
         if self.folder:
             write_state_tree(self.folder / name, tree)
-            self.saved, self.last_write = words, time.monotonic()
+            self.saved_progress, self.last_write = progress, time.monotonic()
 
 
 class SingleNetworkStore(NoStore):
-    """The store of a training of one network: it goes on where it was stopped."""
+    """The store of the training loop where only one network is trained: continues where it was stopped."""
 
-    def __init__(self, work: ResumeFolder):
-        self.work = work
+    def __init__(self, resume: ResumeFolder):
+        self.resume = resume
 
     def load(self):
-        at_hand = self.work.load_current(0)
-        return at_hand and at_hand["run"]
+        saved = self.resume.load_current(0)
+        return saved and saved["run"]
 
     def save(self, state, why):
-        if why != "finished" and self.work.due(why):
-            self.work.keep(0, {"run": state}, state["step"])
+        if why != "finished" and self.resume.save_due(why):
+            self.resume.save_current(0, {"run": state}, state["step"])
