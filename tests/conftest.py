@@ -156,15 +156,17 @@ def comfy():
 
 
 @pytest.fixture
-def folders(comfy, tmp_path, monkeypatch):
-    """ComfyUI's input, output, temp and datasets folders below one throw-away folder, which is returned."""
+def folders(comfy, tmp_path):
+    """ComfyUI's input, output, temp and datasets folders below one throw-away folder, which is returned. They stay when
+    a test undoes its own patches."""
     for name in ("input", "output", "temp", "datasets"):
         (tmp_path / name).mkdir()
-    for name in ("input", "output", "temp"):
-        monkeypatch.setattr(comfy.folder_paths, f"{name}_directory", str(tmp_path / name))
     kinds = comfy.folder_paths.folder_names_and_paths
-    monkeypatch.setitem(kinds, "datasets", ([str(tmp_path / "datasets")], kinds.get("datasets", ([], set()))[1]))
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("input", "output", "temp"):
+            patch.setattr(comfy.folder_paths, f"{name}_directory", str(tmp_path / name))
+        patch.setitem(kinds, "datasets", ([str(tmp_path / "datasets")], kinds.get("datasets", ([], set()))[1]))
+        yield tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import dataclasses
 
 from comfy_api.latest import io
 
-from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.encoded import EncodedDataset
 from ...trainers.data.pairs import collect_image_pairs, pair_datasets
 from ...trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from ...trainers.methods.rollouts import StudentTeacherModel
@@ -14,18 +14,17 @@ from ...trainers.monitor import fixed_batches
 from ...trainers.monitor.strength_curve import make_axis_projection, measure_strength_curve
 from .. import host
 from ..fields import CATEGORY, DatasetType, EncodedType
-from .job import dataset_gradient_check_inputs, largest_latent_shape, most_common_resolution
+from .job import BuiltMethod, TrainingJob, TrainTask, dataset_metadata_fields, largest_latent_shape
 from .widgets import (
     HIDDEN_INPUTS,
-    DifferenceJob,
     check_unused_noise_settings,
-    common_job_arguments,
     make_appended_inputs,
     make_curve_sampler,
+    make_job,
     make_run_inputs,
     make_settings_inputs,
     make_training_outputs,
-    run_difference_job,
+    run_difference_node,
 )
 
 
@@ -74,74 +73,83 @@ class ImagePairs(io.ComfyNode):
         return io.NodeOutput(pair_datasets(positive, negative, strength, pairs))
 
 
-@dataclasses.dataclass(kw_only=True)
-class PairJob(DifferenceJob):
-    """Image-pair sliders and ADDifT: what is moved is shown by pictures."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairTask(TrainTask):
+    """Image-pair sliders and ADDifT: what is moved is shown by images."""
 
-    data: EncodedData
-    method_class: type
-    strength: float = 1.0
+    data: EncodedDataset
+    method_class: type[ImageSlider | AddiftTraining]
+    strength: float = 1.0  # of ADDifT
 
     @property
-    def kind(self):
+    def version(self):
         return f"{self.method_class.fingerprint_name} 1"
 
-    def check(self):
-        host.checks.check_latent_channels(self.model, self.data.channels)
-        check_unused_noise_settings(self.noise, "both sides of a pair are shown the same noise", idle=("perturbation",))
+    def check(self, job):
+        host.checks.check_latent_channels(job.model, self.data.channels)
+        check_unused_noise_settings(job.noise, "both sides of a pair are shown the same noise", idle=("perturbation",))
         check_pairs_differ(collect_image_pairs(self.data), self.data)
 
-    def parts(self):
+    def fingerprint_parts(self, job):
         return self.data.fingerprint, self.strength
 
-    def largest(self):
+    def metadata_fields(self):
+        return dataset_metadata_fields(self.data)
+
+    def largest_shape(self, job):
         return largest_latent_shape(self.data)
-
-    def method(self, session):
-        more = {} if self.method_class is ImageSlider else {"strength": self.strength}
-        self.student = self.method_class(
-            session.denoiser, session.adapters, self.data, self.noise, session.family.density, self.run.batch, **more
-        )
-        return self.student
-
-    def planned(self):
-        found = self.student.planned(self.run.steps * self.optimizing.accumulate)
-        return {what: count / self.run.steps for what, count in found.items()}
-
-    def exam(self, session, method, data, count):
-        return fixed_batches.build_pair_validation(method, data, count, self.looking.settings.levels, self.run.batch)
 
     def check_held_out(self, data):
         super().check_held_out(data)
         collect_image_pairs(data)
 
-    def measured(self, session):
-        """Along the mean difference of the pairs, on pictures of the first pair's caption."""
-        first = self.student.items[0]
-        same = [pair for pair in self.student.items if pair.latent == first.latent][:16]
+    def build(self, job, session, prompts):
+        more = {} if self.method_class is ImageSlider else {"strength": self.strength}
+        density = session.family.density
+        method = self.method_class(
+            session.denoiser, session.adapters, self.data, job.noise, density, job.run.batch, **more
+        )
+        return BuiltPairs(job, session, method)
+
+
+@dataclasses.dataclass
+class BuiltPairs(BuiltMethod):
+    job: TrainingJob
+    session: object
+    method: ImageSlider | AddiftTraining
+
+    @property
+    def student(self):
+        return self.method  # it counts its own forwards
+
+    def planned_forwards(self):
+        run = self.job.run
+        found = self.method.planned(run.steps * self.job.optimizing.accumulate)
+        return {what: count / run.steps for what, count in found.items()}
+
+    def validation_loss(self, data, count):
+        levels = self.job.monitoring.settings.levels
+        return fixed_batches.build_pair_validation(self.method, data, count, levels, self.job.run.batch)
+
+    def measure_curve(self):
+        """Along the mean difference of the pairs, on images of the first pair's caption."""
+        data, denoiser, pairs = self.job.task.data, self.session.denoiser, self.method.items
+        first = pairs[0]
+        same = [pair for pair in pairs if pair.latent == first.latent][:16]
         rng, end = host.progress.make_generator(0), first.strengths[0]
         sides = [
-            self.data.batch([pair.at[s] for pair in same], host.progress.make_generator(0))
+            data.batch([pair.at[s] for pair in same], host.progress.make_generator(0))
             for s in (end, -end)
             if all(s in pair.at for pair in same)
         ]
-        positive, negative = (session.denoiser.model_space(side.x0) for side in sides)
-        cond = self.data.batch([first.at[end]], rng).conds[0]
-        empty = self.data.store.load(self.data.empty) if self.data.empty else None
-        asking = StudentTeacherModel(session.denoiser, session.adapters, {"scene": cond, "": empty or cond})
-        guidance = host.session.rollout_guidance(session, 0.0) if empty else 1.0
-        draw = make_curve_sampler(asking, first.latent, "", guidance, self.run.seed)
+        positive, negative = (denoiser.model_space(side.x0) for side in sides)
+        cond = data.batch([first.at[end]], rng).conds[0]
+        empty = data.store.load(data.empty) if data.empty else None
+        asking = StudentTeacherModel(denoiser, self.session.adapters, {"scene": cond, "": empty or cond})
+        guidance = host.session.rollout_guidance(self.session, 0.0) if empty else 1.0
+        draw = make_curve_sampler(asking, first.latent, "", guidance, self.job.run.seed)
         effect = make_axis_projection((positive - negative).mean(0, keepdim=True))
         return measure_strength_curve(draw, "scene", effect, unit="half the difference of the pairs")
-
-    def probe(self, session):
-        return dataset_gradient_check_inputs(self.data, session)
-
-    def about(self):
-        return dict(
-            resolution=most_common_resolution(self.data),
-            dataset={"images": len(self.data.items), "dropout": self.data.dropout},
-        )
 
 
 def check_pairs_differ(pairs, data):
@@ -180,14 +188,8 @@ class TrainImageSlider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, encoded, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
-        return run_difference_job(
-            cls,
-            PairJob(
-                data=encoded,
-                method_class=ImageSlider,
-                **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
-            ),
-        )
+        task = PairTask(data=encoded, method_class=ImageSlider)
+        return run_difference_node(make_job(cls, task, model, widgets, adapter, optimizer, noise, validation))
 
 
 class TrainDifference(io.ComfyNode):
@@ -228,13 +230,8 @@ class TrainDifference(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
-        job = PairJob(
-            data=encoded,
-            method_class=AddiftTraining,
-            strength=strength,
-            **common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation),
-        )
-        return run_difference_job(cls, job)
+        task = PairTask(data=encoded, method_class=AddiftTraining, strength=strength)
+        return run_difference_node(make_job(cls, task, model, widgets, adapter, optimizer, noise, validation))
 
 
 NODES = [ImagePairs, TrainImageSlider, TrainDifference]

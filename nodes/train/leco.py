@@ -7,7 +7,7 @@ import dataclasses
 from comfy_api.latest import io
 
 from ...trainers.data.concept_prompts import PromptRow, split_prompt_list
-from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.encoded import EncodedDataset
 from ...trainers.diffusion import resolve_noise_density
 from ...trainers.methods.prompts import PromptDifferenceTraining, build_prompt_tasks
 from ...trainers.methods.rollouts import (
@@ -23,20 +23,28 @@ from ...trainers.monitor.validation import pick_validation_images
 from ...trainers.settings import PointSettings, Settings, choice_field, number_field, text_field
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
-from .job import CALIBRATE_OFF, largest_latent_shape
+from .job import (
+    CALIBRATE_OFF,
+    EMPTY_CLIP,
+    BuiltMethod,
+    TrainingJob,
+    TrainTask,
+    encode_texts_once,
+    hash_clip,
+    largest_latent_shape,
+)
 from .prompts import PromptRowsType
 from .widgets import (
     HIDDEN_INPUTS,
-    DifferenceJob,
     PlaceSettings,
     check_unused_noise_settings,
-    common_job_arguments,
     make_appended_inputs,
     make_curve_sampler,
+    make_job,
     make_run_inputs,
     make_settings_inputs,
     make_training_outputs,
-    run_difference_job,
+    run_difference_node,
 )
 
 
@@ -82,22 +90,20 @@ class SliderWords(Settings):
     preserve: str = text_field("", "Prompts that must not change, separated by semicolons or lines.", advanced=True)
 
 
-@dataclasses.dataclass(kw_only=True)
-class PromptJob(DifferenceJob):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptTask(TrainTask):
     """LECO, replacement and text sliders: what is moved is told by prompts."""
 
     rows: tuple[PromptRow, ...]
     slider: bool
     points: PointSettings
     place: PlaceSettings
-    data: EncodedData | None = None
-    kind = "difference 1"
+    data: EncodedDataset | None = None
+    version = "difference 1"
 
-    def check(self):
-        if self.clip is None:
-            raise ValueError(
-                "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node and connect it."
-            )
+    def check(self, job):
+        if job.clip is None:
+            raise ValueError(EMPTY_CLIP)
         if self.points.points == "pictures" and self.data is None:
             raise ValueError(
                 "points is 'pictures', and no encoded dataset is connected. Connect encoded, or choose 'rollout' in "
@@ -109,55 +115,45 @@ class PromptJob(DifferenceJob):
                 "Settings, or disconnect it."
             )
         if self.data is not None:
-            host.checks.check_latent_channels(self.model, self.data.channels)
-        check_unused_noise_settings(self.noise, "prompts teach by noise levels alone")
-        host.checks.check_prompt_lengths(self.clip, self.texts())
-        self.tasks()
+            host.checks.check_latent_channels(job.model, self.data.channels)
+        check_unused_noise_settings(job.noise, "prompts teach by noise levels alone")
+        host.checks.check_prompt_lengths(job.clip, self.list_texts(job))
+        self.prompt_tasks(job)
 
-    def tasks(self):
+    def prompt_tasks(self, job):
         """Each row with its own batch times the node's, which may be left open until the run begins."""
-        rows = [dataclasses.replace(row, batch=row.batch * max(1, self.run.batch)) for row in self.rows]
-        return build_prompt_tasks(rows, self.shapes, self.slider, self.place.preserve_weight)
+        rows = [dataclasses.replace(row, batch=row.batch * max(1, job.run.batch)) for row in self.rows]
+        shapes_of_row = lambda row: self.latent_shapes(job, row)
+        return build_prompt_tasks(rows, shapes_of_row, self.slider, self.place.preserve_weight)
 
-    def texts(self) -> list[str]:
-        asked = row_slider_axis(self.rows[0], self.slider).texts if self.calibrate != CALIBRATE_OFF else ()
-        return list(dict.fromkeys([prompt for task in self.tasks() for prompt in task.texts] + list(asked)))
+    def latent_shapes(self, job, row):
+        resolution = row.resolution or self.place.resolution
+        return host.checks.square_latent_shapes(job.model, resolution, row.dynamic_resolution)
 
-    def side(self):
-        return self.place.resolution
+    def list_texts(self, job) -> list[str]:
+        of_curve = row_slider_axis(self.rows[0], self.slider).texts if job.calibrate != CALIBRATE_OFF else ()
+        of_tasks = [prompt for task in self.prompt_tasks(job) for prompt in task.texts]
+        return list(dict.fromkeys([*of_tasks, *of_curve]))
 
-    def shapes(self, row):
-        return host.checks.square_latent_shapes(
-            self.model, row.resolution or self.place.resolution, row.dynamic_resolution
-        )
-
-    def parts(self):
+    def fingerprint_parts(self, job):
         rows = [dataclasses.asdict(row) for row in self.rows]
-        encoder = host.identity.hash_patched_weights(self.clip.patcher, self.clip.layer_idx)
-        return rows, self.slider, self.points, self.place, encoder, self.data.fingerprint if self.data else ""
+        images = self.data.fingerprint if self.data else ""
+        return rows, self.slider, self.points, self.place, hash_clip(job.clip), images
 
-    def records(self):
+    def settings_records(self):
         return self.points, self.place
 
-    def largest(self):
-        shapes = [shape for task in self.tasks() for shape in task.shapes]
-        return largest_latent_shape(self.data) if self.data else max(shapes, key=lambda shape: shape[-1] * shape[-2])
+    def metadata_fields(self):
+        return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": 0, "dropout": 0.0})
 
-    def prepare(self):
-        encoder = host.encoders.TextEncoder(self.clip)
-        texts = self.texts()
-        try:
-            with host.context.enable_gradients():
-                self.conds = dict(zip(texts, encoder.encode(texts), strict=True))
-        finally:
-            encoder.free()
+    def largest_shape(self, job):
+        if self.data:
+            return largest_latent_shape(self.data)
+        shapes = [shape for task in self.prompt_tasks(job) for shape in task.shapes]
+        return max(shapes, key=lambda shape: shape[-1] * shape[-2])
 
-    def method(self, session):
-        tasks, self.guidance = self.tasks(), host.session.rollout_guidance(session, self.points.guidance_scale)
-        self.student = StudentTeacherModel(session.denoiser, session.adapters, self.conds)
-        return PromptDifferenceTraining(self.student, tasks, self.source(session, tasks), self.points.renormalise)
-
-    names_worst = False
+    def default_resolution(self):
+        return self.place.resolution
 
     def check_held_out(self, data):
         if self.data is None:
@@ -167,62 +163,80 @@ class PromptJob(DifferenceJob):
             )
         super().check_held_out(data)
 
-    def exam(self, session, method, data, count):
-        """At points of the frozen model's own, which stay the same whatever the student learns."""
-        asked, levels = fixed_batches.with_separate_counts(method), self.looking.settings.levels
-        about = [self.points, fixed_batches.strip_noise_weighting(self.noise), levels]
+    def encode_prompts(self, job):
+        return encode_texts_once(job.clip, self.list_texts(job))
+
+    def default_sample_prompts(self, job, prompts):
+        task = self.prompt_tasks(job)[0]
+        return [(task.scene or "without a prompt", prompts[task.scene])], (task.away, prompts[task.away])
+
+    def gradient_check_inputs(self, job, session, prompts):
+        x0 = session.denoiser.model_space(host.checks.random_latent(self.prompt_tasks(job)[0].shapes[0]))
+        return x0, [next(iter(prompts.values()))]
+
+    def build(self, job, session, prompts):
+        tasks, guidance = self.prompt_tasks(job), host.session.rollout_guidance(session, self.points.guidance_scale)
+        student = StudentTeacherModel(session.denoiser, session.adapters, prompts)
         if self.points.points == "pictures":
-            picks, density = (
-                pick_validation_images(data, count),
-                resolve_noise_density(self.noise, session.family.density),
-            )
-            points = fixed_batches.points_on_images(
-                session.denoiser, asked.tasks, data, density, self.noise, levels, picks
-            )
+            source = ImagePoints(student, tasks, self.data, job.noise, session.family.density, job.run.batch)
+        elif self.points.points == "noise":
+            source = NoisePoints(student, tasks, job.noise)
+        else:
+            source = RolloutPoints(student, tasks, self.points, job.noise, guidance)
+        method = PromptDifferenceTraining(student, tasks, source, self.points.renormalise)
+        return BuiltPrompts(job, session, method, student, guidance, prompts)
+
+
+@dataclasses.dataclass
+class BuiltPrompts(BuiltMethod):
+    job: TrainingJob
+    session: object
+    method: PromptDifferenceTraining
+    student: StudentTeacherModel
+    guidance: float  # classifier-free, of rollouts and samples
+    prompts: dict[str, dict]
+    can_name_worst = False
+
+    def planned_forwards(self):
+        job, task = self.job, self.job.task
+        updates = job.run.steps * job.optimizing.accumulate
+        found = count_planned_forwards(
+            task.points, task.prompt_tasks(job), job.noise, self.guidance, updates, job.run.batch
+        )
+        return {what: count / job.run.steps for what, count in found.items()}
+
+    def validation_loss(self, data, count):
+        """At points of the frozen model's own, which stay the same whatever the student learns."""
+        job, task, denoiser = self.job, self.job.task, self.session.denoiser
+        counted, levels = fixed_batches.with_separate_counts(self.method), job.monitoring.settings.levels
+        identity = [task.points, fixed_batches.strip_noise_weighting(job.noise), levels]
+        if task.points.points == "pictures":
+            picks = pick_validation_images(data, count)
+            density = resolve_noise_density(job.noise, self.session.family.density)
+            points = fixed_batches.points_on_images(denoiser, counted.tasks, data, density, job.noise, levels, picks)
             return fixed_batches.build_point_validation(
-                asked, points, len(picks), self.run.batch, data.fingerprint, picks, *about
+                counted, points, len(picks), job.run.batch, data.fingerprint, picks, *identity
             )
-        if self.points.points == "noise":
-            points = fixed_batches.points_on_noise(session.denoiser, asked.tasks, self.noise, levels)
+        if task.points.points == "noise":
+            points = fixed_batches.points_on_noise(denoiser, counted.tasks, job.noise, levels)
         else:
             points = fixed_batches.points_on_rollouts(
-                asked.model, asked.tasks, self.points, self.noise, self.guidance, levels
+                counted.model, counted.tasks, task.points, job.noise, self.guidance, levels
             )
-        return fixed_batches.build_point_validation(asked, points, count, self.run.batch, self.place, *about)
+        return fixed_batches.build_point_validation(counted, points, count, job.run.batch, task.place, *identity)
 
-    def planned(self):
-        updates = self.run.steps * self.optimizing.accumulate
-        found = count_planned_forwards(self.points, self.tasks(), self.noise, self.guidance, updates, self.run.batch)
-        return {what: count / self.run.steps for what, count in found.items()}
-
-    def source(self, session, tasks):
-        if self.points.points == "pictures":
-            return ImagePoints(self.student, tasks, self.data, self.noise, session.family.density, self.run.batch)
-        if self.points.points == "noise":
-            return NoisePoints(self.student, tasks, self.noise)
-        return RolloutPoints(self.student, tasks, self.points, self.noise, self.guidance)
-
-    def probe(self, session):
-        x0 = session.denoiser.model_space(host.checks.random_latent(self.tasks()[0].shapes[0]))
-        return x0, [next(iter(self.conds.values()))]
-
-    def default_sample_prompts(self):
-        task = self.tasks()[0]
-        return [(task.scene or "without a prompt", self.conds[task.scene])], (task.away, self.conds[task.away])
-
-    def measured(self, session):
+    def measure_curve(self):
         """Along what the first row changes."""
-        axis, shape = row_slider_axis(self.rows[0], self.slider), self.shapes(self.rows[0])[-1]
-        asking = StudentTeacherModel(session.denoiser, session.adapters, self.conds)
-        draw = make_curve_sampler(asking, shape, axis.unconditional, self.guidance, self.run.seed)
+        task = self.job.task
+        row, axis = task.rows[0], row_slider_axis(task.rows[0], task.slider)
+        asking = StudentTeacherModel(self.session.denoiser, self.session.adapters, self.prompts)
+        shape = task.latent_shapes(self.job, row)[-1]
+        draw = make_curve_sampler(asking, shape, axis.unconditional, self.guidance, self.job.run.seed)
         effect = lambda x0: diffusion_classifier_score(asking, x0, axis.toward, axis.away)
         unit = "in the measure's own unit" if axis.reference is None else f"what {axis.reference!r} itself draws"
         return measure_strength_curve(
             draw, axis.scene, effect, reference=axis.reference, preserve=axis.preserve, unit=unit
         )
-
-    def about(self):
-        return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": 0, "dropout": 0.0})
 
 
 def make_prompt_node_schema(words, run_name: str, prompts_tip: str, **about):
@@ -251,19 +265,10 @@ def make_prompt_node_schema(words, run_name: str, prompts_tip: str, **about):
     )
 
 
-def run_prompt_job(cls, model, clip, rows, slider, widgets, *, encoded, points, **recipes):
-    return run_difference_job(
-        cls,
-        PromptJob(
-            rows=rows,
-            slider=slider,
-            clip=clip,
-            data=encoded,
-            points=points or PointSettings(),
-            place=settings_from_widgets(PlaceSettings, widgets),
-            **common_job_arguments(cls, model, widgets, **recipes),
-        ),
-    )
+def run_prompt_node(cls, model, clip, rows, slider, widgets, *, encoded, points, **records):
+    place = settings_from_widgets(PlaceSettings, widgets)
+    task = PromptTask(rows=rows, slider=slider, data=encoded, points=points or PointSettings(), place=place)
+    return run_difference_node(make_job(cls, task, model, widgets, clip=clip, **records))
 
 
 class TrainLeco(io.ComfyNode):
@@ -296,7 +301,7 @@ class TrainLeco(io.ComfyNode):
     ):
         words = settings_from_widgets(LecoWords, widgets)
         rows = select_prompt_rows(prompts, words.target) or (make_leco_row(words),)
-        return run_prompt_job(
+        return run_prompt_node(
             cls,
             model,
             clip,
@@ -362,7 +367,7 @@ class TrainTextSlider(io.ComfyNode):
     ):
         words = settings_from_widgets(SliderWords, widgets)
         rows = check_slider_rows(select_prompt_rows(prompts, words.target)) or (make_slider_row(words),)
-        return run_prompt_job(
+        return run_prompt_node(
             cls,
             model,
             clip,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.encoded import EncodedDataset
 from ...trainers.data.signed_prompts import (
     SignedPrompt,
     read_signed_prompt_file,
@@ -32,11 +32,9 @@ from ...trainers.methods.leco_score import (
 )
 from ...trainers.methods.rollouts import StudentTeacherModel, sample_latent_noise
 from ...trainers.monitor.score_monitor import ScoreAndValidationMonitor, ScoreMonitor, score_latents
-from ...trainers.monitor.strength_curve import measure_strength_curve, sample_from_noise
-from ...trainers.runs import RunFolder
+from ...trainers.monitor.strength_curve import StrengthCurve, measure_strength_curve, sample_from_noise
 from ...trainers.scores.files import check_score_latent_format, score_model_identity
-from ...trainers.scores.networks import LATENT_BACKBONES, check_trained_head
-from ...trainers.scores.networks import ScorerEnsemble as Scores
+from ...trainers.scores.networks import LATENT_BACKBONES, ScorerEnsemble, check_trained_head
 from ...trainers.settings import Settings, number_field
 from .. import host, paths
 from ..fields import (
@@ -50,12 +48,20 @@ from ..fields import (
 )
 from ..scores import latents
 from . import planner
-from .job import CALIBRATE_OFF, TrainingJob, largest_latent_shape, unwrap_list_input
-from .validation import make_validation_monitor
+from .job import (
+    EMPTY_CLIP,
+    BuiltMethod,
+    TrainingJob,
+    TrainTask,
+    encode_texts_once,
+    hash_clip,
+    largest_latent_shape,
+    unwrap_list_input,
+)
+from .run import TrainingResult, format_forward_counts, run_training
 from .widgets import (
     HIDDEN_INPUTS,
-    common_job_arguments,
-    format_forward_counts,
+    make_job,
     make_run_inputs,
     make_settings_inputs,
     make_validation_input,
@@ -69,11 +75,7 @@ ORIGINAL_RECIPE = "original recipe"
 MONITOR_METADATA_KEY = "trainyard.watch"  # key of the metadata: what was seen, for a person
 SCORE_UNIT = "standard deviations of the ratings"
 SCORE_CURVE_STRENGTHS, SLIDER_CURVE_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-PREVIEW_IMAGES_PER_PROMPT, PREVIEW_SAMPLING_STEPS, MAX_PREVIEW_PROMPTS = (
-    4,
-    8,
-    2,
-)  # of each look: pictures a prompt, steps a picture, prompts
+PREVIEW_IMAGES_PER_PROMPT, PREVIEW_SAMPLING_STEPS, MAX_PREVIEW_PROMPTS = 4, 8, 2  # each time samples are scored
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -250,48 +252,34 @@ class ScorePlace(Settings):
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(kw_only=True)
-class LecoScoreJob(TrainingJob):
-    """LECO-score."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LecoScoreTask(TrainTask):
+    """LECO-score: prompts whose images are to be scored higher, lower, or left as they are."""
 
     prompts: tuple[SignedPrompt, ...]
-    scores: tuple[tuple[Scores, float], ...]
-    held_out: Scores | None
+    scores: tuple[tuple[ScorerEnsemble, float], ...]  # (score model, weight)
+    held_out: ScorerEnsemble | None
     settings: LecoScoreSettings
-    watching: WatchSettings
+    monitor_settings: WatchSettings
     place: ScorePlace
-    data: EncodedData | None = None
-    kind = "leco score 1"
-    seen: ScoreMonitor | None = None
-    student: StudentTeacherModel | None = None
+    data: EncodedDataset | None = None
+    version = "leco score 1"
 
-    def check(self):
-        self.check_data()
-        held = [(self.held_out, 1.0)] if self.held_out else []
-        for score, _ in (*self.scores, *held):
-            check_trained_head(score.info)
-            if not score.networks:
-                raise ValueError(
-                    "This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to "
-                    "the node it comes from."
-                )
-            check_score_latent_format(
-                score.info, latents.latent_format_name(self.model), self.model.model.latent_format.latent_channels
-            )
-            if not score.info.trained:
-                raise ValueError(
-                    f"What this score model ({score.info.backbone}) says cannot be told from chance: there is nothing "
-                    "to follow. Give it more ratings in Train Score Model."
-                )
+    def list_scores(self) -> list[tuple[ScorerEnsemble, float]]:
+        """All score models with their weights; the held-out one has none."""
+        return [*self.scores, *([(self.held_out, 0.0)] if self.held_out else [])]
+
+    def check(self, job):
+        self.check_data(job)
+        for score, _ in self.list_scores():
+            check_score_model(score, job.model)
         check_target_scorers(self.scores, self.settings)
-        if self.clip is None:
-            raise ValueError(
-                "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node and connect it."
-            )
-        host.checks.check_prompt_lengths(self.clip, self.texts())
-        self.tasks()
+        if job.clip is None:
+            raise ValueError(EMPTY_CLIP)
+        host.checks.check_prompt_lengths(job.clip, self.list_texts())
+        self.score_tasks(job)
 
-    def check_data(self):
+    def check_data(self, job):
         own = self.settings.target == "direct_align"
         if own and self.data is None:
             raise ValueError(
@@ -304,7 +292,7 @@ class LecoScoreJob(TrainingJob):
                 "'direct_align', or disconnect it."
             )
         if self.data is not None:
-            host.checks.check_latent_channels(self.model, self.data.channels)
+            host.checks.check_latent_channels(job.model, self.data.channels)
             self.data.require_conditionings()
         if not self.prompts:
             raise ValueError(
@@ -312,78 +300,46 @@ class LecoScoreJob(TrainingJob):
                 + (": pictures of them are looked at while the run goes on." if own else ".")
             )
 
-    def tasks(self):
-        return build_score_tasks(self.prompts, self.shapes(), self.run.batch, self.settings)
+    def score_tasks(self, job):
+        return build_score_tasks(self.prompts, self.latent_shapes(job), job.run.batch, self.settings)
 
-    def side(self):
-        return self.place.resolution
+    def latent_shapes(self, job):
+        return host.checks.square_latent_shapes(job.model, self.place.resolution)
 
-    def shapes(self):
-        return host.checks.square_latent_shapes(self.model, self.side())
-
-    def texts(self) -> list[str]:
+    def list_texts(self) -> list[str]:
         return list(dict.fromkeys(["", *(text for row in self.prompts for text in (row.prompt, row.negative))]))
 
-    def parts(self):
-        judges = [
-            (score_model_identity(score), score.info.to_dict(), weight)
-            for score, weight in (*self.scores, *((self.held_out, 0.0),))
-            if score
-        ]
+    def fingerprint_parts(self, job):
+        judges = [(score_model_identity(score), score.info.to_dict(), weight) for score, weight in self.list_scores()]
         rows = [dataclasses.asdict(row) for row in self.prompts]
-        encoder = host.identity.hash_patched_weights(self.clip.patcher, self.clip.layer_idx)
-        return (
-            rows,
-            judges,
-            self.settings,
-            self.watching,
-            self.place,
-            encoder,
-            self.data.fingerprint if self.data else "",
+        images = self.data.fingerprint if self.data else ""
+        return rows, judges, self.settings, self.monitor_settings, self.place, hash_clip(job.clip), images
+
+    def settings_records(self):
+        return self.settings, self.monitor_settings, self.place
+
+    def metadata_fields(self):
+        return dict(
+            resolution="x".join([str(self.place.resolution)] * 2),
+            dataset={"images": len(self.data or ()), "dropout": 0.0},
         )
 
-    def records(self):
-        return self.settings, self.watching, self.place
+    def largest_shape(self, job):
+        return largest_latent_shape(self.data) if self.data else self.latent_shapes(job)[0]
 
-    def largest(self):
-        return largest_latent_shape(self.data) if self.data else self.shapes()[0]
-
-    def room(self):
+    def extra_memory(self, job):
         """Score models that decode have a VAE and a CLIP_VISION there all the time."""
-        judges = [score for score, _ in self.scores] + ([self.held_out] if self.held_out else [])
-        looks = {
-            id(look): look
-            for score in judges
+        extractors = {
+            id(extractor): extractor
+            for score, _ in self.list_scores()
             for network in score.networks
-            if hasattr(look := unwrap_feature_extractor(network), "gradient_memory")
+            if hasattr(extractor := unwrap_feature_extractor(network), "gradient_memory")
         }
-        return float(sum(look.gradient_memory((self.run.batch, *self.largest())) for look in looks.values()))
+        shape = (job.run.batch, *self.largest_shape(job))
+        return float(sum(extractor.gradient_memory(shape) for extractor in extractors.values()))
 
-    def prepare(self):
-        captions = [text for item in self.data.items for text in item.captions] if self.data else []
-        for score, _ in (*self.scores, (self.held_out, 0.0)):
-            if is_text_scorer(score):
-                score.encode_prompts(
-                    list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions])
-                )
-        encoder, texts = host.encoders.TextEncoder(self.clip), self.texts()
-        try:
-            with host.context.enable_gradients():
-                self.conds = dict(zip(texts, encoder.encode(texts), strict=True))
-        finally:
-            encoder.free()
-
-    def method(self, session):
-        self.student = StudentTeacherModel(session.denoiser, session.adapters, self.conds)
-        scores = [(copy_score_for_training(score, session), weight) for score, weight in self.scores]
-        self.held = self.held_out and copy_score_for_training(self.held_out, session)
-        self.guidance = host.session.rollout_guidance(session, self.settings.guidance_scale)
-        places = (
-            NoisedImageStates(self.student, self.data, self.settings, self.run.batch)
-            if self.data
-            else make_rollout_states(self.student, self.tasks(), self.settings, self.guidance)
-        )
-        return LecoScoreTraining(self.student, scores, places, self.settings)
+    def default_resolution(self):
+        return self.place.resolution
 
     def check_held_out(self, data):
         raise ValueError(
@@ -392,110 +348,131 @@ class LecoScoreJob(TrainingJob):
             "better."
         )
 
-    def default_sample_prompts(self):
-        scene = self.preview_prompts()[0]
-        away = self.negative()[scene]
-        return [(scene or "without a prompt", self.conds[scene])], (away, self.conds[away])
-
-    def negative(self) -> dict[str, str]:
-        return {row.prompt: row.negative for row in self.prompts}
-
-    def watch(self, session, method):
-        self.seen = ScoreMonitor(
-            method,
-            self.make_preview_sampler(),
-            self.preview_prompts(),
-            self.held,
-            self.watching.watch_every,
-            self.watching.patience,
-        )
-        return (
-            ScoreAndValidationMonitor(self.seen, make_validation_monitor(self, session, method))
-            if self.looking
-            else self.seen
-        )
+    def encode_prompts(self, job):
+        captions = [text for item in self.data.items for text in item.captions] if self.data else []
+        for score, _ in self.list_scores():
+            if is_text_scorer(score):
+                score.encode_prompts(list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions]))
+        return encode_texts_once(job.clip, self.list_texts())
 
     def preview_prompts(self) -> list[str]:
-        """The prompts that are looked at: those that are to become better come first."""
+        """The prompts that samples are scored on: those that are to become better come first."""
         return [row.prompt for row in sorted(self.prompts, key=lambda row: -row.sign)[:MAX_PREVIEW_PROMPTS]]
+
+    def negative_prompts(self) -> dict[str, str]:
+        return {row.prompt: row.negative for row in self.prompts}
+
+    def default_sample_prompts(self, job, prompts):
+        prompt = self.preview_prompts()[0]
+        negative = self.negative_prompts()[prompt]
+        return [(prompt or "without a prompt", prompts[prompt])], (negative, prompts[negative])
+
+    def gradient_check_inputs(self, job, session, prompts):
+        x0 = session.denoiser.model_space(host.checks.random_latent(self.latent_shapes(job)[0]))
+        return x0, [next(iter(prompts.values()))]
+
+    def build(self, job, session, prompts):
+        student = StudentTeacherModel(session.denoiser, session.adapters, prompts)
+        scores = [(copy_score_for_training(score, session), weight) for score, weight in self.scores]
+        held_out = self.held_out and copy_score_for_training(self.held_out, session)
+        guidance = host.session.rollout_guidance(session, self.settings.guidance_scale)
+        states = (
+            NoisedImageStates(student, self.data, self.settings, job.run.batch)
+            if self.data
+            else make_rollout_states(student, self.score_tasks(job), self.settings, guidance)
+        )
+        method = LecoScoreTraining(student, scores, states, self.settings)
+        return BuiltLecoScore(job, method, student, held_out, guidance)
+
+
+def check_score_model(score: ScorerEnsemble, model):
+    """ValueError for a score model that cannot be followed on this MODEL."""
+    check_trained_head(score.info)
+    if not score.networks:
+        raise ValueError(
+            "This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to "
+            "the node it comes from."
+        )
+    check_score_latent_format(score.info, latents.latent_format_name(model), model.model.latent_format.latent_channels)
+    if not score.info.trained:
+        raise ValueError(
+            f"What this score model ({score.info.backbone}) says cannot be told from chance: there is nothing "
+            "to follow. Give it more ratings in Train Score Model."
+        )
+
+
+@dataclasses.dataclass
+class BuiltLecoScore(BuiltMethod):
+    job: TrainingJob
+    method: LecoScoreTraining
+    student: StudentTeacherModel
+    held_out: ScorerEnsemble | None
+    guidance: float  # classifier-free, of rollouts and samples
+    score_monitor: ScoreMonitor | None = None
+    held_out_curve: StrengthCurve | None = None
+
+    def make_monitor(self, validation):
+        task = self.job.task
+        every, patience = task.monitor_settings.watch_every, task.monitor_settings.patience
+        self.score_monitor = ScoreMonitor(
+            self.method, self.make_preview_sampler(), task.preview_prompts(), self.held_out, every, patience
+        )
+        return ScoreAndValidationMonitor(self.score_monitor, validation) if validation else self.score_monitor
 
     def make_preview_sampler(self):
         """draw(prompt, strength) from fixed noise, in batches no larger than a step's."""
-        negative = self.negative()
-        noise = sample_latent_noise(
-            (PREVIEW_IMAGES_PER_PROMPT, *self.shapes()[0]),
-            self.student.denoiser,
-            host.progress.make_generator(self.run.seed),
-        )
-        asking = dataclasses.replace(
-            self.student, forward_counts=dict(self.student.forward_counts)
-        )  # what is looked at is no cost of the training
+        job, negative = self.job, self.job.task.negative_prompts()
+        shape = (PREVIEW_IMAGES_PER_PROMPT, *job.task.latent_shapes(job)[0])
+        noise = sample_latent_noise(shape, self.student.denoiser, host.progress.make_generator(job.run.seed))
+        # Samples are no cost of the training.
+        uncounted = dataclasses.replace(self.student, forward_counts=dict(self.student.forward_counts))
 
         def draw(prompt, strength):
             host.progress.raise_if_interrupted()
-            parts = noise.split(self.run.batch)
             return torch.cat(
                 [
                     sample_from_noise(
-                        asking, prompt, negative[prompt], part, strength, PREVIEW_SAMPLING_STEPS, self.guidance
+                        uncounted, prompt, negative[prompt], part, strength, PREVIEW_SAMPLING_STEPS, self.guidance
                     )
-                    for part in parts
+                    for part in noise.split(job.run.batch)
                 ]
             )
 
         return draw
 
-    def probe(self, session):
-        x0 = session.denoiser.model_space(host.checks.random_latent(self.shapes()[0]))
-        return x0, [next(iter(self.conds.values()))]
-
-    def measured(self, session):
+    def measure_curve(self):
         """The trained score over the strength, and the held-out one beside it."""
-        method, draw = self.seen.method, functools.cache(self.make_preview_sampler())
-        strengths = SLIDER_CURVE_STRENGTHS if self.settings.slider else SCORE_CURVE_STRENGTHS
-        scene = self.preview_prompts()[0]
-        curve = lambda scores: measure_strength_curve(
-            draw,
-            scene,
-            lambda x0: score_latents(method.denoiser, scores, x0, scene),
-            strengths=strengths,
-            unit=SCORE_UNIT,
-        )
-        self.held_out_curve = curve([(self.held, 1.0)]) if self.held else None
-        return curve(method.scores)
+        draw, prompt = functools.cache(self.make_preview_sampler()), self.job.task.preview_prompts()[0]
+        strengths = SLIDER_CURVE_STRENGTHS if self.job.task.settings.slider else SCORE_CURVE_STRENGTHS
 
-    def needs_curve(self, step) -> bool:
-        """A run that ends early has its curve too."""
-        return super().needs_curve(step) or (self.calibrate != CALIBRATE_OFF and self.seen.should_stop)
+        def curve_of(scores):
+            effect = lambda x0: score_latents(self.method.denoiser, scores, x0, prompt)
+            return measure_strength_curve(draw, prompt, effect, strengths=strengths, unit=SCORE_UNIT)
 
-    def lora(self, session, steps):
-        self.held_out_curve = None
-        lora = super().lora(session, steps)
-        if self.seen.looks:
-            lora.metadata |= {
-                "trainyard.looks": json.dumps([dataclasses.asdict(look) for look in self.seen.looks]),
-                MONITOR_METADATA_KEY: self.seen.text(),
-            }
-        if self.held_out_curve:
-            lora.metadata["trainyard.curve.held_out"] = self.held_out_curve.to_json()
-        return lora
+        self.held_out_curve = curve_of([(self.held_out, 1.0)]) if self.held_out else None
+        return curve_of(self.method.scores)
 
-    def previews(self) -> torch.Tensor:
-        """(B, C, ..., h, w) as the host's LATENT, in the order of the run; also of a run that was only read."""
-        if self.seen is None:
-            folder = RunFolder(paths.runs_folder(), self.name, self.fingerprint(), {}, self.run.steps)
-            self.seen = ScoreMonitor(None, None, ())
-            self.seen.load_state(folder.read()["watch"])
-        return self.model.model.process_latent_out(self.seen.strip())
+    def ends_early(self):
+        return self.score_monitor is not None and self.score_monitor.should_stop
 
-    def about(self):
-        return dict(
-            resolution="x".join([str(self.place.resolution)] * 2),
-            dataset={"images": len(self.data or ()), "dropout": 0.0},
-        )
+    def extra_metadata(self, with_curve):
+        found = {}
+        if self.score_monitor.looks:
+            found["trainyard.looks"] = json.dumps([dataclasses.asdict(look) for look in self.score_monitor.looks])
+            found[MONITOR_METADATA_KEY] = self.score_monitor.text()
+        if with_curve and self.held_out_curve:
+            found["trainyard.curve.held_out"] = self.held_out_curve.to_json()
+        return found
 
-    def cost(self) -> str:
-        return format_forward_counts(self.student, self.run.steps)
+
+def load_preview_latents(job: TrainingJob, result: TrainingResult) -> torch.Tensor:
+    """(B, C, ..., h, w) as the host's LATENT, in the order of the run; also of a run that was only read."""
+    if result.built is None:
+        monitor = ScoreMonitor(None, None, ())
+        monitor.load_state(result.folder.read()["watch"])
+    else:
+        monitor = result.built.score_monitor
+    return job.model.model.process_latent_out(monitor.strip())
 
 
 def unwrap_feature_extractor(network):
@@ -504,7 +481,7 @@ def unwrap_feature_extractor(network):
     return getattr(look, "extract", look)
 
 
-def copy_score_for_training(score: Scores, session) -> Scores:
+def copy_score_for_training(score: ScorerEnsemble, session) -> ScorerEnsemble:
     """A score model whose networks autograd can run, on the device of the training; the one that is given stays as it
     is. One that looks through the very MODEL in training sees it as it was, and an aesthetic head has nothing of its
     own to copy."""
@@ -636,20 +613,19 @@ class TrainLecoScore(io.ComfyNode):
         validation=None,
         **widgets,
     ):
-        chosen, watching = settings or (LecoScoreSettings(), WatchSettings())
+        chosen, monitor_settings = settings or (LecoScoreSettings(), WatchSettings())
         chosen = ORIGINAL_LECO_SCORE if target == ORIGINAL_RECIPE else dataclasses.replace(chosen, target=target)
-        job = LecoScoreJob(
+        task = LecoScoreTask(
             prompts=select_signed_prompts(prompts, prompts_text),
             scores=((score_model, 1.0), *(more_scores or ())),
             held_out=held_out,
             data=encoded,
-            clip=clip,
             settings=chosen,
-            watching=watching,
+            monitor_settings=monitor_settings,
             place=settings_from_widgets(ScorePlace, widgets),
-            **common_job_arguments(cls, model, widgets, adapter, optimizer, None, validation, both_ways=chosen.slider),
         )
-        return run_leco_score_job(cls, job)
+        records = (adapter, optimizer, None, validation)
+        return run_leco_score_node(make_job(cls, task, model, widgets, *records, clip=clip, both_ways=chosen.slider))
 
 
 def select_signed_prompts(prompts, text: str) -> tuple[SignedPrompt, ...]:
@@ -663,19 +639,19 @@ def select_signed_prompts(prompts, text: str) -> tuple[SignedPrompt, ...]:
     return tuple(prompts) if prompts else read_signed_prompts(text) if text.strip() else ()
 
 
-def run_leco_score_job(cls, job: LecoScoreJob):
-    lora, losses, line = job.result()
-    curve = json.loads(lora.metadata.get("trainyard.curve", "null"))
-    report = "\n".join(
-        part
-        for part in (f"{line}{job.cost()}", lora.metadata.get(MONITOR_METADATA_KEY, ""), format_score_curve(curve))
-        if part
+def run_leco_score_node(job: TrainingJob) -> io.NodeOutput:
+    result = run_training(job)
+    curve = json.loads(result.lora.metadata.get("trainyard.curve", "null"))
+    parts = (
+        f"{result.line}{format_forward_counts(result, job.run.steps)}",
+        result.lora.metadata.get(MONITOR_METADATA_KEY, ""),
+        format_score_curve(curve),
     )
-    host.progress.show_node_text(line, job.node_id)
-    patched, _ = host.lora_keys.apply_lora(job.model, None, lora)
-    return io.NodeOutput(
-        lora, {"loss": losses}, patched, report, {"samples": job.previews()}, ui=ui.PreviewText(report)
-    )
+    report = "\n".join(part for part in parts if part)
+    host.progress.show_node_text(result.line, job.node_id)
+    patched, _ = host.lora_keys.apply_lora(job.model, None, result.lora)
+    previews = {"samples": load_preview_latents(job, result)}
+    return io.NodeOutput(result.lora, {"loss": result.losses}, patched, report, previews, ui=ui.PreviewText(report))
 
 
 def format_score_curve(curve: dict | None) -> str:

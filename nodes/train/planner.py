@@ -7,7 +7,8 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
@@ -18,6 +19,7 @@ from ...trainers.memory.plan import (
     PLAN_AUTO,
     PLAN_OFF,
     PLAN_OFFLOADED,
+    RunForecast,
     StepMemory,
     choose_checkpointing_plan,
     largest_fitting_batch,
@@ -26,6 +28,10 @@ from ...trainers.memory.plan import (
     next_cheaper_plan,
 )
 from .. import host
+
+if TYPE_CHECKING:
+    from ..host.session import TrainingSession
+    from .job import BuiltMethod, TrainingJob
 
 CHECKPOINTING_TOOLTIP = (
     "How activations are stored for the backward pass. 'per block' needs much less memory and about half as much "
@@ -69,51 +75,95 @@ def compile_blocks_input():
     )
 
 
-def plan_run(session, job, checkpointing: str):
-    """(method, what is to be expected). The plan is chosen where that is left open, and the batch, where it is left
-    open or fits under no plan. None in place of a forecast for short runs that leave nothing open. Nothing else that
-    the run depends on is changed: parameters, draw order and the chance of others are as before."""
-    method = job.method(session)
-    if not (checkpointing == PLAN_AUTO or job.auto_batch or job.run.steps >= MIN_MEASURED_STEPS):
-        return method, None
-    with preserve_method_state(method):
-        measured = count_step_memory(session, method, job)
+@dataclass(frozen=True)
+class BatchSizing:
+    """What the planner may still decide about the batch."""
+
+    is_open: bool = False  # it is left open, and the run has not begun
+    can_split: bool = False  # what is asked for need not go through the model at once
+
+
+FIXED_BATCH = BatchSizing()
+
+
+def resolve_batch_size(job, folder):
+    """(job, BatchSizing) with batch and accumulate as an earlier part of the run had them; a batch that is left open is
+    one image until it is chosen."""
+    resumed, left_open = folder.load_batch_sizes(), job.run.batch == 0
+    batch = folder.sizes.get("batch", job.run.batch or 1)
+    accumulate = folder.sizes.get("accumulate", job.optimizing.accumulate)
+    sizing = FIXED_BATCH if resumed else BatchSizing(is_open=left_open, can_split=not left_open)
+    return job.with_batch(batch, accumulate), sizing
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a run goes on: the job with the batch that was chosen, the method built for it, and what is to be expected
+    (None for short runs that leave nothing open)."""
+
+    job: TrainingJob
+    built: BuiltMethod
+    forecast: RunForecast | None = None
+
+
+@dataclass(frozen=True)
+class StepProbe:
+    """The model with a method built on it, of which one step is measured."""
+
+    session: TrainingSession
+    job: TrainingJob
+    prompts: dict[str, dict]
+    sizing: BatchSizing
+    built: BuiltMethod
+
+    def with_batch(self, batch: int) -> StepProbe:
+        """The same with another batch; a batch that is split keeps its images a step."""
+        job, before = self.job, self.job.run.batch
+        accumulate = job.optimizing.accumulate * (before // batch if self.sizing.can_split else 1)
+        job = job.with_batch(batch, accumulate)
+        return replace(self, job=job, built=job.task.build(job, self.session, self.prompts))
+
+
+def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str) -> RunPlan:
+    """The plan is chosen where that is left open, and the batch, where it is left open or fits under no plan. Nothing
+    else that the run depends on is changed: parameters, draw order and the RNG state of others are as before."""
+    built = job.task.build(job, session, prompts)
+    if not (checkpointing == PLAN_AUTO or sizing.is_open or job.run.steps >= MIN_MEASURED_STEPS):
+        return RunPlan(job, built)
+    probe = StepProbe(session, job, prompts, sizing, built)
+    with preserve_method_state(built.method):
+        measured = count_step_memory(session, built.method, job)
     if measured is None:
-        return method, None
-    plans, free = (
-        device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else (checkpointing,),
-        host.memory.available_device_memory(session),
-    )
+        return RunPlan(job, built)
+    plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else (checkpointing,)
+    free = host.memory.available_device_memory(session)
     plan = session.blocks.plan = choose_checkpointing_plan(measured, free, plans)
-    batch = choose_batch_size(measured, free, plan, job, session.denoiser.device)
-    method, measured = rebuild_with_batch(session, method, job, measured, batch)
+    batch = choose_batch_size(measured, free, plan, probe)
+    probe, measured = rebuild_with_batch(probe, measured, batch)
     if plan == PLAN_OFFLOADED and checkpointing == PLAN_AUTO:
         host.memory.offload_weights(session, measured.missing_bytes(plan, free))
-    return run_trial_step(session, method, job, measured, plans)
+    return run_trial_step(probe, measured, plans)
 
 
-def rebuild_with_batch(session, method, job, measured, batch: int):
-    """(method, measured) with that batch."""
-    before = job.run.batch
+def rebuild_with_batch(probe: StepProbe, measured: StepMemory, batch: int):
+    """(probe, measured) with that batch."""
+    before = probe.job.run.batch
     if batch == before:
-        return method, measured
-    job.take(batch, job.optimizing.accumulate * (before // batch if job.can_split_batch else 1))
-    return job.method(session), replace(
-        measured.scaled(batch / before), has_accumulated_gradients=job.optimizing.accumulate > 1
-    )
+        return probe, measured
+    probe = probe.with_batch(batch)
+    accumulated = probe.job.optimizing.accumulate > 1
+    return probe, replace(measured.scaled(batch / before), has_accumulated_gradients=accumulated)
 
 
-def choose_batch_size(measured, free, plan, job, device) -> int:
-    """The batch. One that is left open is as large as fits under the plan of a single picture, where that makes a
-    device busier. One that is asked
-    for is split where no plan has room for it: it makes the same steps of other pictures, so it comes last."""
-    if job.auto_batch:
-        return (
-            largest_fitting_batch(measured, free, plan)
-            if device_checkpointing_plans(device) == CHECKPOINTING_PLANS
-            else 1
-        )
-    if job.can_split_batch and job.checkpointing == PLAN_AUTO and not measured.fits(plan, free):
+def choose_batch_size(measured: StepMemory, free: float, plan: str, probe: StepProbe) -> int:
+    """The batch. One that is left open is as large as fits under the plan of a single image, where that makes a device
+    busier. One that is asked for is split where no plan has room for it: it makes the same steps of other images, so it
+    comes last."""
+    job, sizing = probe.job, probe.sizing
+    if sizing.is_open:
+        is_busier = device_checkpointing_plans(probe.session.denoiser.device) == CHECKPOINTING_PLANS
+        return largest_fitting_batch(measured, free, plan) if is_busier else 1
+    if sizing.can_split and job.checkpointing == PLAN_AUTO and not measured.fits(plan, free):
         return largest_fitting_microbatch(measured, free, plan, job.run.batch)
     return job.run.batch
 
@@ -150,7 +200,7 @@ def count_step_memory(session, method, job) -> StepMemory | None:
         return None
     finally:
         session.blocks.counter = None
-    asked = math.prod(job.largest()) * job.run.batch
+    asked = math.prod(job.task.largest_shape(job)) * job.run.batch
     adapters = sum(p.numel() * p.element_size() for p in method.parameters())
     measured = tally.step_memory(adapters).scaled(max(1.0, asked / max(1, session.denoiser.max_batch_numel)))
     measured = add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
@@ -163,29 +213,31 @@ def add_block_weights(measured, network, device) -> StepMemory:
     return replace(measured, weights=weights, largest_block_weights=heaviest)
 
 
-def run_trial_step(session, method, job, measured, plans):
-    """(method, forecast) after a real step under the plan. When it does not fit after all: a batch that is the
-    planner's own is halved, else the next of these plans has to do."""
+def run_trial_step(probe: StepProbe, measured: StepMemory, plans) -> RunPlan:
+    """The plan after a real step under it. When it does not fit after all: a batch that is the planner's own is halved,
+    else the next of these plans has to do."""
+    session = probe.session
     while True:
         free, plan = host.memory.available_device_memory(session), session.blocks.plan
+        job, built = probe.job, probe.built
         try:
-            with preserve_method_state(method):
+            with preserve_method_state(built.method):
                 if session.blocks.compiler:
-                    measure_step_cost(session, method, job)  # in which programs are made
-                seconds, peak = measure_step_cost(session, method, job)
-            extra = (
-                max(0, peak - (measured.peak_bytes(plan) - 2 * measured.adapter_bytes)) if peak else 0
-            )  # the optimizer has no numbers of its own yet
-            return method, make_run_forecast(
-                measured, plan, free, job.run.batch, seconds * job.optimizing.accumulate, extra, session.away
-            )
+                    measure_step_cost(session, built.method, job)  # in which programs are made
+                seconds, peak = measure_step_cost(session, built.method, job)
+            # The optimizer has no numbers of its own yet.
+            extra = max(0, peak - (measured.peak_bytes(plan) - 2 * measured.adapter_bytes)) if peak else 0
+            seconds *= job.optimizing.accumulate
+            forecast = make_run_forecast(measured, plan, free, job.run.batch, seconds, extra, session.away)
+            return RunPlan(job, built, forecast)
         except Exception as error:
-            halved, further = job.auto_batch and job.run.batch // 2, next_cheaper_plan(plan, plans)
+            halved, further = probe.sizing.is_open and job.run.batch // 2, next_cheaper_plan(plan, plans)
             if not (halved or further) or not host.memory.is_out_of_memory_error(error):
                 raise
+        del built
         host.memory.release_cached_memory()
         if halved:
-            method, measured = rebuild_with_batch(session, method, job, measured, halved)
+            probe, measured = rebuild_with_batch(probe, measured, halved)
             continue
         session.blocks.plan = further
         if further == PLAN_OFFLOADED:

@@ -4,7 +4,7 @@ import dataclasses
 
 from comfy_api.latest import io, ui
 
-from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.encoded import EncodedDataset
 from ...trainers.files import LoraFile, tensor_hash
 from ...trainers.methods.lora import LoraTraining
 from ...trainers.methods.prior import PriorData
@@ -23,13 +23,15 @@ from ..fields import (
 )
 from . import planner
 from .job import (
+    BuiltMethod,
     TrainingJob,
-    dataset_gradient_check_inputs,
+    TrainTask,
+    dataset_metadata_fields,
     largest_latent_shape,
-    most_common_resolution,
     unwrap_list_input,
 )
 from .prior import PriorType
+from .run import run_training
 from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType
 from .validation import ValidationSettingsType
 
@@ -142,12 +144,14 @@ class TrainLora(io.ComfyNode):
         **widgets,
     ):
         values = {k: v[0] for k, v in widgets.items()}
-        job = LoraJob(
+        job = TrainingJob(
+            task=LoraTask(
+                data=select_training_data(encoded, latents, conditioning),
+                start_from=unwrap_list_input(start_from),
+                prior=unwrap_list_input(prior),
+            ),
             model=model[0],
             clip=unwrap_list_input(clip),
-            data=select_training_data(encoded, latents, conditioning),
-            start=unwrap_list_input(start_from),
-            prior=unwrap_list_input(prior),
             run=settings_from_widgets(RunSettings, values),
             adapter=dataclasses.replace(unwrap_list_input(adapter) or AdapterSettings(), rank=values["rank"]),
             optimizing=unwrap_list_input(optimizer) or OptimizerSettings(),
@@ -158,15 +162,17 @@ class TrainLora(io.ComfyNode):
             compile_blocks=unwrap_list_input(compile_blocks),
             graph=graph_metadata(cls.hidden),
             node_id=cls.hidden.unique_id,
-            looking=unwrap_list_input(validation),
+            monitoring=unwrap_list_input(validation),
         )
-        lora, losses, line = job.result()
-        host.progress.show_node_text(line.split(";")[0], job.node_id)  # the chart tells all of it
-        patched, _ = host.lora_keys.apply_lora(job.model, None, lora)
-        return io.NodeOutput(lora, {"loss": losses}, patched, lora.steps, ui=ui.PreviewText(line))
+        result = run_training(job)
+        host.progress.show_node_text(result.line.split(";")[0], job.node_id)  # the chart tells all of it
+        patched, _ = host.lora_keys.apply_lora(job.model, None, result.lora)
+        return io.NodeOutput(
+            result.lora, {"loss": result.losses}, patched, result.lora.steps, ui=ui.PreviewText(result.line)
+        )
 
 
-def select_training_data(encoded, latents, conditioning) -> EncodedData:
+def select_training_data(encoded, latents, conditioning) -> EncodedDataset:
     if encoded and (latents or conditioning):
         raise ValueError(
             "Both encoded and latents/conditioning are connected. Connect one of them, so that it is clear what is "
@@ -178,66 +184,72 @@ def select_training_data(encoded, latents, conditioning) -> EncodedData:
         raise ValueError(
             "There is nothing to train on. Connect encoded (from Encode Dataset), or both latents and conditioning."
         )
-    return EncodedData.from_core(latents, conditioning)
+    return EncodedDataset.from_core(latents, conditioning)
 
 
-@dataclasses.dataclass(kw_only=True)
-class LoraJob(TrainingJob):
-    """One Train LoRA run: everything that the node was given."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraTask(TrainTask):
+    """Train LoRA: images with captions."""
 
-    data: EncodedData
-    start: LoraFile | None = None
+    data: EncodedDataset
+    start_from: LoraFile | None = None
     prior: PriorData | None = None
-    kind = "lora 1"
+    version = "lora 1"
 
-    def check(self):
+    def check(self, job):
         self.data.require_conditionings()
-        host.checks.check_latent_channels(self.model, self.data.channels)
+        host.checks.check_latent_channels(job.model, self.data.channels)
         if self.prior is not None and self.prior.data is not None:
-            host.checks.check_latent_channels(self.model, self.prior.data.channels)
+            host.checks.check_latent_channels(job.model, self.prior.data.channels)
 
-    def parts(self):
-        start = [] if self.start is None else ["start", tensor_hash(self.start)]
-        return (self.data.fingerprint, *start, *([] if self.prior is None else ["prior", *self.prior.parts()]))
+    def fingerprint_parts(self, job):
+        start = () if self.start_from is None else ("start", tensor_hash(self.start_from))
+        prior = () if self.prior is None else ("prior", *self.prior.parts())
+        return (self.data.fingerprint, *start, *prior)
 
-    def largest(self):
+    def metadata_fields(self):
+        return dataset_metadata_fields(self.data)
+
+    def largest_shape(self, job):
         return largest_latent_shape(self.data)
 
-    def method(self, session):
-        if self.start is not None:
-            host.session.load_lora_into_session(session, self.start)
-        density = session.family.density
-        return LoraTraining(
-            session.denoiser,
-            session.adapters,
-            self.data,
-            self.noise,
-            density,
-            self.run.batch,
-            session.text_adapters,
-            session.encode,
-            self.prior,
+    def build(self, job, session, prompts):
+        if self.start_from is not None:
+            host.session.load_lora_into_session(session, self.start_from)
+        return BuiltLora(
+            job,
+            session,
+            LoraTraining(
+                session.denoiser,
+                session.adapters,
+                self.data,
+                job.noise,
+                session.family.density,
+                job.run.batch,
+                session.text_adapters,
+                session.encode,
+                self.prior,
+            ),
         )
 
-    def exam(self, session, method, data, count):
+
+@dataclasses.dataclass
+class BuiltLora(BuiltMethod):
+    job: TrainingJob
+    session: object
+    method: LoraTraining
+    student = None
+
+    def validation_loss(self, data, count):
         return ImageValidationLoss(
-            session.denoiser,
+            self.session.denoiser,
             data,
             pick_validation_images(data, count),
-            method.density,
-            self.noise,
-            self.looking.settings.levels,
-            self.run.batch,
-            session.encode,
-        )
-
-    def probe(self, session):
-        return dataset_gradient_check_inputs(self.data, session)
-
-    def about(self):
-        return dict(
-            resolution=most_common_resolution(self.data),
-            dataset={"images": len(self.data.items), "dropout": self.data.dropout},
+            self.method.density,
+            self.job.noise,
+            self.job.monitoring.settings.levels,
+            self.job.run.batch,
+            self.session.encode,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 from comfy_api.latest import io
@@ -30,18 +29,14 @@ class MonitorConfig:
     clip: object = None
     positive: list | None = None
     negative: list | None = None
-    asked: tuple = ((), None)  # what `encode` made of the prompts
 
-    def encode(self):
-        """Encode the prompts, before the model is loaded for training."""
-        if self.previews.preview_every:
-            self.asked = self.prompts()
-
-    def prompts(self) -> tuple[list[tuple[str, dict]], tuple[str, dict] | None]:
+    def encode_prompts(self) -> tuple[list[tuple[str, dict]], tuple[str, dict] | None]:
         """([(text, conditioning)], (text, conditioning) of what is avoided or None) of what the user asked for; empty
-        lists leave the choice to the run. Encodes texts, so it is to be asked before the model is loaded."""
-        asked = [(f"positive {i + 1}", cond) for i, cond in enumerate(split_conditioning(self.positive or []))]
-        away = ("", split_conditioning(self.negative)[0]) if self.negative else None
+        lists leave the choice to the run. Encodes texts, so it is to be called before the model is loaded."""
+        if not self.previews.preview_every:
+            return [], None
+        prompts = [(f"positive {i + 1}", cond) for i, cond in enumerate(split_conditioning(self.positive or []))]
+        negative = ("", split_conditioning(self.negative)[0]) if self.negative else None
         if lines := self.previews.lines():
             encoder = host.encoders.TextEncoder(self.clip)
             try:
@@ -49,24 +44,24 @@ class MonitorConfig:
                     *conds, last = encoder.encode([*lines, self.previews.negative_prompt])
             finally:
                 encoder.free()
-            asked = list(zip(lines, conds, strict=True)) + asked
-            away = away or (self.previews.negative_prompt, last)
-        return asked, away
+            prompts = list(zip(lines, conds, strict=True)) + prompts
+            negative = negative or (self.previews.negative_prompt, last)
+        return prompts, negative
 
     def check_job(self, job):
         """Raises ValueError when the held-out pictures cannot tell anything about this job."""
         if self.held_out is None or not self.settings.every:
             return
-        job.check_held_out(self.held_out)
+        job.task.check_held_out(self.held_out)
         host.checks.check_latent_channels(job.model, self.held_out.channels)
-        known = {item.path for item in job.data.items if item.path}
+        known = {item.path for item in job.task.data.items if item.path}
         if both := [item.path for item in self.held_out.items if item.path in known]:
             raise ValueError(
                 f"{len(both)} of the {len(self.held_out)} held-out pictures are also trained on, for example "
                 f"{both[0]}: their loss would tell nothing. Part the dataset with Split Dataset and encode both halves."
             )
 
-    def check(self):
+    def check_settings(self):
         """Raises ValueError for what cannot work, before any training."""
         if self.previews.preview_every and self.previews.lines() and self.clip is None:
             raise ValueError(
@@ -143,7 +138,7 @@ class Validation(io.ComfyNode):
         ):
             if value not in options:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(options)}.")
-        looking = MonitorConfig(
+        config = MonitorConfig(
             settings_from_widgets(ValidationSettings, widgets),
             settings_from_widgets(PreviewSettings, widgets),
             sampler,
@@ -154,93 +149,58 @@ class Validation(io.ComfyNode):
             positive,
             negative,
         )
-        looking.check()
-        return io.NodeOutput(looking)
+        config.check_settings()
+        return io.NodeOutput(config)
 
 
 # -- at work -----------------------------------------------------------------------------------------------------------
 
 
-def make_validation_monitor(job, session, method) -> ValidationMonitor:
-    """What a job asked to be looked at, over the model that is loaded for training."""
-    looking, s = job.looking, job.looking.settings
-    own, exam = (
-        getattr(job, "data", None),
-        lambda data, count: job.exam(session, method, data, count) if s.every and count else None,
-    )
-    found = {
-        "validation": exam(looking.held_out, s.images) if looking.held_out else None,
-        "training": exam(own, s.images),
+def make_validation_monitor(job, session, built, attempt, memory: float) -> ValidationMonitor:
+    """What Validation and Previews asked for, over the model that is loaded for training."""
+    config, settings, trained = job.monitoring, job.monitoring.settings, job.task.data
+
+    def make_loss(data, count: int):
+        return built.validation_loss(data, count) if settings.every and count else None
+
+    losses = {
+        "validation": make_loss(config.held_out, settings.images) if config.held_out else None,
+        "training": make_loss(trained, settings.images),
     }
-    draw = make_preview_renderer(job, session)
+    renderer = make_preview_renderer(job, session, attempt, memory)
     return ValidationMonitor(
-        s,
-        {name: one for name, one in found.items() if one},
-        exam(own, s.name_worst) if job.names_worst else None,
-        draw and draw.draw,
-        looking.previews.preview_every,
+        settings,
+        {name: loss for name, loss in losses.items() if loss},
+        make_loss(trained, settings.name_worst) if built.can_name_worst else None,
+        renderer and renderer.draw,
+        config.previews.preview_every,
         check_interrupt=host.progress.raise_if_interrupted,
-        say=lambda text: show_job_text(job, text),
-        notice=lambda kind, entry: publish_monitor_event(job, kind, entry),
+        say=attempt.display.show_status,
+        notice=attempt.display.add_event,
     )
 
 
-def show_job_text(job, text: str):
-    host.progress.raise_if_interrupted()
-    if text != job.live.text:
-        host.progress.show_node_text(text, job.node_id)
-    job.live.say(text)
-
-
-def publish_monitor_event(job, kind: str, entry: dict):
-    job.live.notice(kind, entry)
-    if kind == "trouble":
-        host.progress.show_node_text(entry["text"], job.node_id)
-        host.progress.log_warning(entry["text"])
-    if job.board_writer:
-        job.board_writer.notice(kind, entry)
-
-
-def make_preview_renderer(job, session) -> PreviewRenderer | None:
-    """What draws the samples of a job, or None when none are asked for."""
-    looking = job.looking
-    if not looking.previews.preview_every:
+def make_preview_renderer(job, session, attempt, memory: float) -> PreviewRenderer | None:
+    """What draws the samples of a run, or None when none are asked for."""
+    config = job.monitoring
+    if not config.previews.preview_every:
         return None
-    prompts, away = looking.asked
-    more, other = ([], None) if prompts else job.default_sample_prompts()
-    shape = preview_latent_shape(job.model, looking.previews, getattr(job, "data", None), job.side())
-    return (
-        PreviewRenderer(
-            session,
-            looking.previews,
-            [*prompts, *more],
-            away or other,
-            shape,
-            job.store.samples_folder,
-            vae=looking.vae,
-            sampler=looking.sampler,
-            scheduler=looking.scheduler,
-            memory=job.memory,
-        )
-        if prompts or more
-        else None
+    prompts, negative = attempt.samples
+    own, own_negative = ([], None) if prompts else job.task.default_sample_prompts(job, attempt.prompts)
+    if not (prompts or own):
+        return None
+    return PreviewRenderer(
+        session,
+        config.previews,
+        [*prompts, *own],
+        negative or own_negative,
+        preview_latent_shape(job.model, config.previews, job.task.data, job.task.default_resolution()),
+        attempt.folder.samples_folder,
+        vae=config.vae,
+        sampler=config.sampler,
+        scheduler=config.scheduler,
+        memory=memory,
     )
-
-
-@contextlib.contextmanager
-def open_tensorboard(job):
-    """The TensorBoard writer of a job while it runs, or None."""
-    if not (job.looking and job.looking.settings.tensorboard):
-        yield None
-        return
-    from ...trainers.monitor.tensorboard import create_tensorboard_log
-
-    done = len(state["losses"]) if (state := job.store.load()) else 0
-    job.board_writer = create_tensorboard_log(job.store.folder / "tensorboard", done)
-    try:
-        yield job.board_writer
-    finally:
-        job.board_writer.close()
 
 
 NODES = [Validation]

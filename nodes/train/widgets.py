@@ -21,7 +21,8 @@ from ...trainers.settings import (
 from .. import host
 from ..fields import LoraModelType, LossMapType, graph_metadata, settings_from_widgets, settings_inputs
 from . import planner
-from .job import CALIBRATE_AFTER, CALIBRATE_MODES, TrainingJob, format_counts_per_step
+from .job import CALIBRATE_AFTER, CALIBRATE_MODES, TrainingJob
+from .run import format_forward_counts, run_training
 from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType, PointSettingsType
 from .validation import ValidationSettingsType
 
@@ -121,15 +122,16 @@ def make_training_outputs():
 HIDDEN_INPUTS = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
-def common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation=None, both_ways=True):
-    """What every job of this file is given. both_ways: the adapter is also trained, or meant to be used, at strengths
+def make_job(cls, task, model, widgets, adapter, optimizer, noise, validation=None, *, clip=None, both_ways=True):
+    """The job of a node with these inputs. both_ways: the adapter is also trained, or meant to be used, at strengths
     below 0."""
-    return dict(
+    adapter = dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"])
+    return TrainingJob(
+        task=task,
         model=model,
+        clip=clip,
         run=settings_from_widgets(RunSettings, widgets),
-        adapter=check_difference_adapter(
-            dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"]), both_ways
-        ),
+        adapter=check_difference_adapter(adapter, both_ways),
         optimizing=optimizer or OptimizerSettings(),
         noise=noise or NoiseSettings(),
         name=check_run_name(widgets["run_name"]),
@@ -139,7 +141,7 @@ def common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validat
         calibrate=widgets["calibrate"],
         graph=graph_metadata(cls.hidden),
         node_id=cls.hidden.unique_id,
-        looking=validation,
+        monitoring=validation,
     )
 
 
@@ -171,37 +173,18 @@ def check_unused_noise_settings(
             )
 
 
-def run_difference_job(cls, job):
-    lora, losses, line = job.result()
-    line = f"{line}{job.cost(len(losses))}{f'; {job.curve.line()}' if job.curve else ''}"
+def run_difference_node(job: TrainingJob) -> io.NodeOutput:
+    result = run_training(job)
+    line = f"{result.line}{format_forward_counts(result)}{f'; {result.curve.line()}' if result.curve else ''}"
     host.progress.show_node_text(line, job.node_id)
-    patched, _ = host.lora_keys.apply_lora(job.model, None, lora)
-    return io.NodeOutput(lora, {"loss": losses}, patched, line, ui=ui.PreviewText(line))
-
-
-@dataclasses.dataclass(kw_only=True)
-class DifferenceJob(TrainingJob):
-    """A run whose steps ask the model several times."""
-
-    student: object = None  # counts its forwards
-
-    def cost(self, steps=None) -> str:
-        """One phrase on the forwards spent in so many steps and planned; nothing when the run was only read."""
-        return format_forward_counts(self.student, steps or self.run.steps, self.planned()) if self.student else ""
+    patched, _ = host.lora_keys.apply_lora(job.model, None, result.lora)
+    return io.NodeOutput(result.lora, {"loss": result.losses}, patched, line, ui=ui.PreviewText(line))
 
 
 def make_curve_sampler(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
     """draw(prompt, strength) for the curve: few small pictures from fixed noise."""
     noise = sample_latent_noise((pictures, *shape), model.denoiser, host.progress.make_generator(seed))
     return lambda prompt, strength: sample_from_noise(model, prompt, unconditional, noise, strength, steps, guidance)
-
-
-def format_forward_counts(student, steps, planned=None) -> str:
-    """One phrase on the forwards spent in so many steps, and planned for each; nothing when the run was only read."""
-    if student is None or not steps:
-        return ""
-    more = f", {sum(planned.values()):.1f} planned" if planned else ""
-    return f"; forwards per step: {format_counts_per_step(student.forward_counts, steps)}{more}"
 
 
 def make_appended_inputs():

@@ -161,10 +161,10 @@ def test_training_goes_on_top_of_a_lora_that_is_on_the_model(family, algorithm, 
 
 
 def test_what_is_started_from_is_part_of_the_run():
-    from trainyard.nodes.train.train_lora import LoraJob
+    from trainyard.nodes.train.train_lora import LoraTask
 
-    parts = lambda start: LoraJob.parts(
-        types.SimpleNamespace(data=types.SimpleNamespace(fingerprint="x"), start=start, prior=None)
+    parts = lambda start: LoraTask(data=types.SimpleNamespace(fingerprint="x"), start_from=start).fingerprint_parts(
+        None
     )
     one, same, other = (LoraFile({"a.lora_up.weight": torch.full((1,), value)}) for value in (1.0, 1.0, 2.0))
     prints = [compute_fingerprint(*parts(start)) for start in (None, one, same, other)]

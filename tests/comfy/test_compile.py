@@ -2,6 +2,7 @@
 it was."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -76,8 +77,9 @@ def test_blocks_that_differ_in_their_place_only_share_a_program(monkeypatch):
 
 def test_a_compiled_run_ends_near_the_plain_one(folders):
     plain = result(job(name="plain"))[0]
-    a_job = job(name="compiled", model=make("sd3", inference=True), checkpointing=PLAN_PER_BLOCK)
-    a_job.compile_blocks = True
+    a_job = dataclasses.replace(
+        job(name="compiled", model=make("sd3", inference=True), checkpointing=PLAN_PER_BLOCK), compile_blocks=True
+    )
     lora, _, line = result(a_job)
     size = sum(float(plain[k].square().sum()) for k in plain) ** 0.5
     distance = sum(float((lora[k] - plain[k]).square().sum()) for k in plain) ** 0.5
@@ -90,8 +92,7 @@ def test_where_nothing_can_be_compiled_the_node_says_so_and_the_file_is_the_same
     shown = []
     monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: shown.append(line))
     monkeypatch.setattr(compile, "COMPILE_BACKEND", no_compiler)
-    a_job = job(name="without", model=make("sd3", inference=True))
-    a_job.compile_blocks = True
+    a_job = dataclasses.replace(job(name="without", model=make("sd3", inference=True)), compile_blocks=True)
     lora, _, line = result(a_job)
     assert all(torch.equal(lora[k], plain[k]) for k in plain)
     told = [text for text in shown if text.startswith("Blocks are not compiled: this machine has no C++ compiler")]
@@ -113,8 +114,7 @@ def test_a_backward_that_fails_to_compile_in_the_middle_of_a_step_costs_that_ste
     monkeypatch.setattr(
         compile, "COMPILE_BACKEND", aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=nope)
     )
-    a_job = job(name="late", model=make("sd3", inference=True))
-    a_job.compile_blocks = True
+    a_job = dataclasses.replace(job(name="late", model=make("sd3", inference=True)), compile_blocks=True)
     lora, losses, line = result(a_job)
     assert len(losses) == 6 and all(torch.equal(lora[k], plain[k]) for k in plain)
     assert "this machine has no C++ compiler" in line

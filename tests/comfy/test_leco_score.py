@@ -11,20 +11,23 @@ import torch
 from trainyard.nodes import host, paths
 from trainyard.nodes.scores import backbones, latents
 from trainyard.nodes.train import leco_score as nodes
+from trainyard.nodes.train.job import TrainingJob
 from trainyard.nodes.train.leco_score import (
-    LecoScoreJob,
     LecoScoreOptions,
+    LecoScoreTask,
     LoadSignedPrompts,
     ScoreMixer,
     TrainLecoScore,
     WatchSettings,
 )
+from trainyard.nodes.train.run import format_forward_counts
 from trainyard.nodes.train.validation import MonitorConfig
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
 from trainyard.tests.comfy.test_previews import Vae
 from trainyard.tests.comfy.test_quality import encoder
+from trainyard.tests.comfy.test_train_node import result, run, with_task
 from trainyard.tests.toy import world
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.signed_prompts import SignedPrompt
@@ -129,16 +132,33 @@ def job(
     data=None,
     watch_every=2,
     patience=2,
+    calibrate="off",
     **run,
 ):
     model = model or make(family, inference=True)
-    return LecoScoreJob(
-        model=model, clip=Clip(family), prompts=rows, scores=((score or judge(model), 1.0),), held_out=held_out, data=data,
-        settings=LecoScoreSettings(**{**QUICK, **(settings or {})}), watching=WatchSettings(watch_every=watch_every, patience=patience),
-        place=nodes.ScorePlace(resolution=64), adapter=AdapterSettings(rank=4), optimizing=OptimizerSettings(), noise=NoiseSettings(), name=name,
-        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), checkpointing="off", graph={},
+    task = LecoScoreTask(
+        prompts=rows,
+        scores=((score or judge(model), 1.0),),
+        held_out=held_out,
+        data=data,
+        settings=LecoScoreSettings(**{**QUICK, **(settings or {})}),
+        monitor_settings=WatchSettings(watch_every=watch_every, patience=patience),
+        place=nodes.ScorePlace(resolution=64),
+    )
+    return TrainingJob(
+        task=task,
+        model=model,
+        clip=Clip(family),
+        adapter=AdapterSettings(rank=4),
+        optimizing=OptimizerSettings(),
+        noise=NoiseSettings(),
+        name=name,
+        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}),
+        checkpointing="off",
+        graph={},
         node_id=None,
-    )  # fmt: skip
+        calibrate=calibrate,
+    )
 
 
 # -- the method on the families' own classes ---------------------------------------------------------------------------
@@ -261,7 +281,7 @@ def test_a_run_under_a_score_model_that_looks_through_the_model(folders):
     with torch.inference_mode():
         model = make("sd3", inference=True)
         before = fingerprint(model)
-        lora, losses, _ = job(model=model, score=looking(model)).result()
+        lora, losses, _ = result(job(model=model, score=looking(model)))
         assert lora and len(losses) == 4 and fingerprint(model) == before
 
 
@@ -288,11 +308,12 @@ def test_a_run_under_an_aesthetic_head_decodes_and_leaves_vae_and_clip_vision_al
         with torch.inference_mode(False):
             scores = [backbones.ImageScoreModel(head, sight, "head.pth", vae, "SD3", 16) for head in heads]
         made = job(model=model, score=scores[0], held_out=scores[1], settings={"target": "x0"})
-        needed = made.room()
-        lora, losses, _ = made.result()
+        needed = made.task.extra_memory(made)
+        done = run(made)
+        lora, losses, plain = done.lora, done.losses, job(model=model)
         assert (
             needed > 2 * (vae.patcher.model_size() + sight.patcher.model_size())
-            and made.memory > needed > job(model=model).room() == 0
+            and done.memory > needed > plain.task.extra_memory(plain) == 0
         )
         assert job(model=model, score=scores[0]).fingerprint() != job(model=model, score=scores[1]).fingerprint()
     assert lora and len(losses) == 4 and fingerprint(model) == base
@@ -311,10 +332,9 @@ def test_a_run_ends_in_a_file_with_what_was_seen_and_leaves_model_and_score_alon
         model = make(family, inference=True)
         score = judge(model)
         before, judged = fingerprint(model), [p.clone() for p in score.networks[0].parameters()]
-        made = job(family, model, score)
-        made.calibrate = "after training"
-        lora, losses, line = made.result()
-        assert lora and len(losses) == 4 and "4 steps" in line and "rollout" in made.cost()
+        done = run(job(family, model, score, calibrate="after training"))
+        lora = done.lora
+        assert lora and len(done.losses) == 4 and "4 steps" in done.line and "rollout" in format_forward_counts(done, 4)
         assert fingerprint(model) == before and all(
             torch.equal(a, b) for a, b in zip(score.networks[0].parameters(), judged, strict=True)
         )
@@ -333,9 +353,9 @@ def test_a_run_ends_in_a_file_with_what_was_seen_and_leaves_model_and_score_alon
 
 def test_a_run_that_is_continued_is_the_same_run(folders):
     with torch.inference_mode():
-        whole, losses, _ = job(name="whole").result()
-        job(name="parts", steps=2).result()
-        parts, same, _ = job(name="parts").result()
+        whole, losses, _ = result(job(name="whole"))
+        result(job(name="parts", steps=2))
+        parts, same, _ = result(job(name="parts"))
     assert losses == same and all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -348,10 +368,12 @@ def test_a_run_of_every_kind_of_adapter_with_an_average_that_is_continued_is_the
             dataclasses.replace(job(name=f"{kind}-{name}", steps=steps), **more)
             for name, steps in (("whole", 4), ("parts", 2), ("parts", 4))
         ]
-        (whole, losses, _), _, (parts, same, _) = [one.result() for one in made]
-        bare = dataclasses.replace(job(name=f"{kind}-bare"), adapter=more["adapter"]).result()[0]
-    assert losses == same and all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert [look.step for look in made[2].seen.looks] == [0, 2, 4] and made[0].seen.looks == made[2].seen.looks
+        whole, _, parts = [run(one) for one in made]
+        bare = result(dataclasses.replace(job(name=f"{kind}-bare"), adapter=more["adapter"]))[0]
+    looks = [one.built.score_monitor.looks for one in (whole, parts)]
+    assert whole.losses == parts.losses and all(torch.equal(whole.lora[key], parts.lora[key]) for key in whole.lora)
+    assert [look.step for look in looks[1]] == [0, 2, 4] and looks[0] == looks[1]
+    whole = whole.lora
     sizes = [
         sum(float(lora[key].double().square().sum()) for key in lora if "alpha" not in key) for lora in (whole, bare)
     ]
@@ -379,12 +401,10 @@ def test_a_run_that_fools_its_score_model_ends_with_the_adapters_of_its_best_mom
         score, opposite = judge(model), judge(model)
         opposite.networks[0].head[-1].weight.neg_()
         opposite.networks[0].head[-1].bias.neg_()
-        made = job(model=model, score=score, held_out=opposite, rows=ROWS[:1], steps=60, learning_rate=2e-2, watch_every=4,
-                   settings={"target": "x0", "anchor": 0.0})  # fmt: skip
-        made.calibrate = "after training"
-        lora, losses, _ = made.result()
-        again, same, line = job(model=model, score=score, held_out=opposite, rows=ROWS[:1], steps=60, learning_rate=2e-2, watch_every=4,
-                                settings={"target": "x0", "anchor": 0.0}).result()  # fmt: skip
+        fooling = dict(model=model, score=score, held_out=opposite, rows=ROWS[:1], steps=60, learning_rate=2e-2)
+        fooling |= dict(watch_every=4, settings={"target": "x0", "anchor": 0.0})
+        lora, losses, _ = result(job(**fooling, calibrate="after training"))
+        again, same, line = result(job(**fooling))
     assert (
         len(losses) < 60
         and "the adapters of step 4 are kept" in lora.metadata[nodes.MONITOR_METADATA_KEY]
@@ -481,9 +501,7 @@ def test_direct_align_learns_on_encoded_pictures(folders):
 
 def test_a_slider_is_measured_both_ways(folders):
     with torch.inference_mode():
-        made = job(settings={"slider": True}, steps=2)
-        made.calibrate = "after training"
-        lora, _, _ = made.result()
+        lora, _, _ = result(job(settings={"slider": True}, steps=2, calibrate="after training"))
     assert json.loads(lora.metadata["trainyard.curve"])["strengths"] == list(nodes.SLIDER_CURVE_STRENGTHS)
 
 
@@ -509,32 +527,31 @@ def rates_pictures():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (lambda j: setattr(j, "scores", ((judge(make("sd15")), 1.0),)), r"judges latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
-    (lambda j: setattr(j, "held_out", judge(make("sd15"))), "judges latents of SD15"),
-    (lambda j: setattr(j, "scores", ((judge(j.model, noisy=False), 1.0),)), "was trained on clean pictures only"),
-    (lambda j: setattr(j, "scores", ((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
-    (lambda j: setattr(j, "scores", ((judge(j.model, task=PRETRAINING_TASK), 1.0),)), "pre-trained backbone .* Connect "
+    (lambda j: with_task(j, scores=((judge(make("sd15")), 1.0),)), r"judges latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
+    (lambda j: with_task(j, held_out=judge(make("sd15"))), "judges latents of SD15"),
+    (lambda j: with_task(j, scores=((judge(j.model, noisy=False), 1.0),)), "was trained on clean pictures only"),
+    (lambda j: with_task(j, scores=((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
+    (lambda j: with_task(j, scores=((judge(j.model, task=PRETRAINING_TASK), 1.0),)), "pre-trained backbone .* Connect "
                                                                                       "it to Train Score Model as "
                                                                                       "pretrained"),
-    (lambda j: setattr(j, "held_out", judge(j.model, task=PRETRAINING_TASK)), "pre-trained backbone"),
-    (lambda j: setattr(j, "scores", ((rates_pictures(), 1.0),)), "rates pictures, and LECO-score asks it about "
+    (lambda j: with_task(j, held_out=judge(j.model, task=PRETRAINING_TASK)), "pre-trained backbone"),
+    (lambda j: with_task(j, scores=((rates_pictures(), 1.0),)), "rates pictures, and LECO-score asks it about "
                                                                  "latents. Connect model and vae"),
-    (lambda j: setattr(j, "prompts", ()), "There are no prompts. Write one a line into prompts_text"),
-    (lambda j: setattr(j, "prompts", (SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
-    (lambda j: setattr(j, "clip", None), "CLIP is empty"),
-    (lambda j: setattr(j, "data", pictures("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
-    (lambda j: setattr(j, "settings", LecoScoreSettings(target="direct_align")), "learns on your own pictures, and "
+    (lambda j: with_task(j, prompts=()), "There are no prompts. Write one a line into prompts_text"),
+    (lambda j: with_task(j, prompts=(SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
+    (lambda j: dataclasses.replace(j, clip=None), "CLIP is empty"),
+    (lambda j: with_task(j, data=pictures("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
+    (lambda j: with_task(j, settings=LecoScoreSettings(target="direct_align")), "learns on your own pictures, and "
                                                                                  "none are connected"),
-    (lambda j: setattr(j, "settings", LecoScoreSettings(anchor=0.0)), "'a dog' has weight 0"),
-    (lambda j: setattr(j, "settings", LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads text: with good and bad words they say the same"),
+    (lambda j: with_task(j, settings=LecoScoreSettings(anchor=0.0)), "'a dog' has weight 0"),
+    (lambda j: with_task(j, settings=LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads text: with good and bad words they say the same"),
 ])  # fmt: skip
 def test_what_cannot_work_is_told_before_anything_is_loaded(folders, monkeypatch, change, says):
-    made = job()
-    change(made)
-    monkeypatch.setattr(host, "training", lambda *_, **__: pytest.fail("the model was loaded"))
+    made = change(job())
+    monkeypatch.setattr(host.session, "open_training_session", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(host.encoders, "TextEncoder", lambda *_: pytest.fail("the text encoder was loaded"))
     with pytest.raises(ValueError, match=says):
-        made.result()
+        result(made)
 
 
 def test_prompts_of_two_places_are_refused(folders):
@@ -582,28 +599,26 @@ def test_validation_and_previews_draws_samples_and_watches_the_held_out_score(fo
     model = make("sd3", inference=True)
     second = judge(model, seed=2)
     with torch.inference_mode():
-        plain, losses, _ = job(model=model, held_out=second, name="plain").result()
-        a_job = job(model=model, held_out=second)
-        a_job.looking = MonitorConfig(
+        plain, losses, _ = result(job(model=model, held_out=second, name="plain"))
+        look = MonitorConfig(
             ValidationSettings(every=1),
             PreviewSettings(preview_every=4, sampling_steps=1, width=64, height=64),
             vae=Vae(),
         )
-        lora, same, line = a_job.result()
-    assert same == losses and all(torch.equal(plain[k], lora[k]) for k in plain)
-    assert [entry["loss"] for entry in a_job.live.validation] == [-look.held_out for look in a_job.seen.looks]
-    assert [sample["step"] for sample in a_job.live.samples] == [4] and "minus the held-out score" in line
-    again = job(model=model, held_out=second)
-    again.looking = a_job.looking
+        a_job = dataclasses.replace(job(model=model, held_out=second), monitoring=look)
+        done = run(a_job)
+    assert done.losses == losses and all(torch.equal(plain[k], done.lora[k]) for k in plain)
+    seen = done.built.score_monitor.looks
+    assert [entry["loss"] for entry in done.live_run.validation] == [-look.held_out for look in seen]
+    assert [sample["step"] for sample in done.live_run.samples] == [4] and "minus the held-out score" in done.line
     with torch.inference_mode():
-        assert (
-            again.result()[2].startswith("already trained") and again.previews().shape[0] == a_job.previews().shape[0]
-        )
-    assert again.live.validation == a_job.live.validation
+        again = run(dataclasses.replace(job(model=model, held_out=second), monitoring=look))
+        previews = [nodes.load_preview_latents(a_job, one) for one in (done, again)]
+    assert again.line.startswith("already trained") and previews[0].shape[0] == previews[1].shape[0]
+    assert again.live_run.validation == done.live_run.validation
 
 
 def test_held_out_pictures_are_refused_where_a_score_is_followed(folders):
-    a_job = job()
-    a_job.looking = MonitorConfig(held_out=pictures("sd3"))
+    a_job = dataclasses.replace(job(), monitoring=MonitorConfig(held_out=pictures("sd3")))
     with pytest.raises(ValueError, match="second score model on held_out of Train LECO-Score tells"):
-        a_job.result()
+        result(a_job)

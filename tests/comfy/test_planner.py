@@ -8,10 +8,11 @@ import pytest
 import torch
 from trainyard.nodes import host
 from trainyard.nodes.train import planner
+from trainyard.nodes.train.run import format_forward_counts, run_training
+from trainyard.nodes.train.train_lora import LoraTask
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
-from trainyard.tests.comfy.test_prompt_and_pair_nodes import pair_job
-from trainyard.tests.comfy.test_train_lora import data, fail_at, job, result, state
+from trainyard.tests.comfy.test_train_lora import data, fail_at, job, result, run, state
 from trainyard.trainers.memory.checkpointing import CpuOffloadHooks
 from trainyard.trainers.memory.plan import (
     CHECKPOINTING_PLANS,
@@ -88,16 +89,16 @@ def planned(monkeypatch, free, checkpointing=PLAN_AUTO, device=None, **run):
     a_job = job(steps=run.pop("steps", 60), checkpointing=checkpointing, encoded=run.pop("encoded", None), **run)
     if device:
         monkeypatch.setattr(planner, "device_checkpointing_plans", lambda device: CHECKPOINTING_PLANS)
-    a_job.auto_batch, a_job.can_split_batch = a_job.run.batch == 0, a_job.run.batch > 0
-    a_job.take(a_job.run.batch or 1, 1)
+    sizing = planner.BatchSizing(is_open=a_job.run.batch == 0, can_split=a_job.run.batch > 0)
+    a_job = a_job.with_batch(a_job.run.batch or 1, 1)
     with (
         torch.inference_mode(),
         host.session.open_training_session(a_job.model, a_job.adapter, checkpointing=checkpointing) as session,
     ):
-        method, forecast = planner.plan_run(session, a_job, checkpointing)
-        assert all(p.grad is None for p in method.parameters())
-        assert method.batch == a_job.run.batch
-        return forecast, session.blocks.plan
+        planned = planner.plan_run(session, a_job, {}, sizing, checkpointing)
+        assert all(p.grad is None for p in planned.built.method.parameters())
+        assert planned.built.method.batch == planned.job.run.batch
+        return planned.forecast, session.blocks.plan
 
 
 def test_auto_keeps_everything_where_there_is_room(monkeypatch, folders):
@@ -158,16 +159,14 @@ def test_a_run_that_was_measured_first_is_the_same_run(folders, monkeypatch):
 def test_measuring_is_no_cost_of_a_difference_and_changes_none(folders, monkeypatch, method):
     """Both ends at strengths +s and -s: the pass is counted at two strengths, and its forwards are not the run's."""
     with torch.inference_mode():
-        blind_job = pair_job(method, name="blind")
-        blind = blind_job.result()[0]
+        blind = run_training(pair_job(method, name="blind"))
         monkeypatch.setattr(planner, "MIN_MEASURED_STEPS", 1)
         lines = []
         monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: lines.append(line))
-        seen_job = pair_job(method, name="seen")
-        seen = seen_job.result()[0]
+        seen = run_training(pair_job(method, name="seen"))
     assert "GiB free" in lines[0]
-    assert all(torch.equal(seen[k], blind[k]) for k in blind)
-    assert seen_job.cost() == blind_job.cost()
+    assert all(torch.equal(seen.lora[k], blind.lora[k]) for k in blind.lora)
+    assert format_forward_counts(seen) == format_forward_counts(blind)
 
 
 def test_the_forecast_is_shown_before_the_first_step(folders, monkeypatch):
@@ -180,17 +179,18 @@ def test_the_forecast_is_shown_before_the_first_step(folders, monkeypatch):
 def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch, folders):
     a_job = job(steps=60)
     with torch.inference_mode(), host.session.open_training_session(a_job.model, a_job.adapter) as session:
-        method = a_job.method(session)
-        plain = method.loss
+        built = a_job.task.build(a_job, session, {})
+        plain = built.method.loss
 
         def looking_back(rng):
             loss = plain(rng)
             loss.sum().backward()
             return loss.detach()
 
-        method.loss = looking_back
-        monkeypatch.setattr(a_job, "method", lambda session: method)
-        assert planner.plan_run(session, a_job, PLAN_OFF) == (method, None)
+        built.method.loss = looking_back
+        monkeypatch.setattr(LoraTask, "build", lambda self, job, session, prompts: built)
+        planned = planner.plan_run(session, a_job, {}, planner.FIXED_BATCH, PLAN_OFF)
+        assert (planned.built, planned.forecast) == (built, None)
         assert session.blocks.counter is None
 
 
@@ -269,10 +269,10 @@ def test_a_batch_that_fits_under_no_plan_is_split_and_the_steps_stay_as_large(mo
     monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(least.peak_bytes * 1.6))
     split = job(steps=60, batch=4, checkpointing=PLAN_AUTO, encoded=data(count=4), name="split")
     whole = job(steps=60, batch=1, checkpointing=PLAN_PER_BLOCK, encoded=data(count=4), name="whole")
-    whole.optimizing = dataclasses.replace(whole.optimizing, accumulate=4)
-    a, losses, _ = result(split)
-    b, wanted, _ = result(whole)
-    assert (split.run.batch, split.optimizing.accumulate) == (1, 4)
+    done = run(split)
+    a, losses = done.lora, done.losses
+    b, wanted, _ = result(dataclasses.replace(whole, optimizing=dataclasses.replace(whole.optimizing, accumulate=4)))
+    assert (done.built.job.run.batch, done.built.job.optimizing.accumulate) == (1, 4)
     assert losses == wanted
     assert all(torch.equal(a[k], b[k]) for k in b)
     about = state("split")
@@ -292,17 +292,17 @@ def test_a_run_that_goes_on_keeps_the_batch_it_began_with(monkeypatch, folders):
     open_one = lambda name: job(name=name, steps=6, batch=0, encoded=data(count=4))
     one = planned(monkeypatch, 100 * GIB, batch=1, checkpointing=PLAN_OFF)[0]
     monkeypatch.setattr(host.memory, "available_device_memory", lambda session: int(2.6 * one.peak_bytes))
-    whole = open_one("whole")
-    wanted = result(whole)[0]
-    assert whole.run.batch > 1
-    fail_at(monkeypatch, whole.run.batch + 4, KeyboardInterrupt)  # predictions while measuring are counted, too
+    whole = run(open_one("whole"))
+    wanted, batch = whole.lora, whole.built.job.run.batch
+    assert batch > 1
+    fail_at(monkeypatch, batch + 4, KeyboardInterrupt)  # predictions while measuring are counted, too
     with pytest.raises(KeyboardInterrupt):
         result(open_one("stopped"))
     assert 0 < state("stopped")["step"] < 6
     monkeypatch.setattr(host.memory, "available_device_memory", lambda session: 100 * GIB)
-    again = open_one("stopped")
-    got = result(again)[0]
-    assert again.run.batch == whole.run.batch
+    again = run(open_one("stopped"))
+    got = again.lora
+    assert again.built.job.run.batch == batch
     assert all(torch.equal(got[k], wanted[k]) for k in wanted)
 
 
@@ -339,9 +339,10 @@ def test_a_run_that_may_try_again_ends_as_if_nothing_had_happened(folders, monke
     fail_at(monkeypatch, 4, lambda: torch.OutOfMemoryError("CUDA out of memory"))
     plans = []
     original = host.session.open_training_session
-    monkeypatch.setattr(host, "training", lambda *a, **k: plans.append(k["checkpointing"]) or original(*a, **k))
-    a_job = job()
-    a_job.retry_cheaper = True
+    monkeypatch.setattr(
+        host.session, "open_training_session", lambda *a, **k: plans.append(k["checkpointing"]) or original(*a, **k)
+    )
+    a_job = dataclasses.replace(job(), retry_cheaper=True)
     again = result(a_job)[0]
     assert plans == [PLAN_OFF, PLAN_PER_BLOCK]
     assert all(torch.equal(again[k], whole[k]) for k in whole)
@@ -358,8 +359,7 @@ def test_a_second_failure_is_told_and_the_run_is_kept(folders, monkeypatch):
         return original(self, x, sigma, conds)
 
     monkeypatch.setattr(host.denoiser.ComfyDenoiser, "denoise", denoise)
-    a_job = job()
-    a_job.retry_cheaper = True
+    a_job = dataclasses.replace(job(), retry_cheaper=True)
     with pytest.raises(host.memory.OutOfMemory, match="per block \\+ CPU"):
         result(a_job)
     assert state()["step"] == 3
@@ -375,8 +375,7 @@ def test_memory_of_the_machine_itself_counts_as_memory_too():
 def test_a_failure_of_another_kind_is_not_tried_again(folders, monkeypatch):
     calls = []
     fail_at(monkeypatch, 2, lambda: calls.append(1) or RuntimeError("something else"))
-    a_job = job()
-    a_job.retry_cheaper = True
+    a_job = dataclasses.replace(job(), retry_cheaper=True)
     with pytest.raises(RuntimeError, match="something else"):
         result(a_job)
     assert calls == [1]

@@ -1,6 +1,8 @@
 """The settings nodes as ComfyUI runs them: presets give what Train LoRA takes, and prompts saved before a setting
 existed still run."""
 
+import dataclasses
+
 import pytest
 from trainyard.nodes.train import presets, prior, settings_nodes
 from trainyard.nodes.train.presets import PresetRecipe
@@ -13,7 +15,7 @@ from trainyard.trainers.settings import AdapterSettings, NoiseSettings, Optimize
 def test_a_preset_trains(folders):
     out = PresetRecipe.execute("Flux", "character", 5, "rank = 4").args
     made = job("flux", steps=2, learning_rate=out[4])
-    made.adapter, made.optimizing, made.noise = out[:3]
+    made = dataclasses.replace(made, adapter=out[0], optimizing=out[1], noise=out[2])
     lora, losses, _ = result(made)
     assert len(losses) == 2 and len(lora) > 0 and out[3:7] == (1000, 1e-4, 4, 768)
 

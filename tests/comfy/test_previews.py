@@ -14,13 +14,15 @@ from PIL import Image
 from trainyard.nodes import host, paths
 from trainyard.nodes.page import live, run_routes
 from trainyard.nodes.train import leco
+from trainyard.nodes.train.job import TrainingJob
 from trainyard.nodes.train.previews import PreviewRenderer, preview_latent_shape, switch_to_sampling
+from trainyard.nodes.train.run import format_forward_counts
 from trainyard.nodes.train.validation import MonitorConfig, Validation
 from trainyard.nodes.train.widgets import PlaceSettings
 from trainyard.tests.comfy.families import cond, make
 from trainyard.tests.comfy.families import latent_shape as family_latent
 from trainyard.tests.comfy.test_prompt_and_pair_nodes import pair_job, pairs
-from trainyard.tests.comfy.test_train_lora import data, job, result, state
+from trainyard.tests.comfy.test_train_lora import data, job, result, run, state
 from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.loop import TrainingProgress
@@ -52,9 +54,11 @@ def looking(family="sd3", previews=None, vae=True, **settings):
 
 
 def seen_job(family="sd3", look=None, model=None, **more):
-    a_job = job(family, model, **more)
-    a_job.looking = look or looking(family)
-    return a_job
+    return dataclasses.replace(job(family, model, **more), monitoring=look or looking(family))
+
+
+def last_live_run():
+    return next(reversed(live.LIVE_RUNS.values()))
 
 
 def run_folder(name="test"):
@@ -116,7 +120,8 @@ def test_a_sample_is_what_the_saved_file_draws(folders, monkeypatch):
     )
     a_job = seen_job(steps=4, learning_rate=1e-2)
     lora, _, _ = result(a_job)
-    p, shape = a_job.looking.previews, preview_latent_shape(a_job.model, a_job.looking.previews, None, a_job.side())
+    p = a_job.monitoring.previews
+    shape = preview_latent_shape(a_job.model, p, None, a_job.task.default_resolution())
     with torch.inference_mode():
         patched = host.lora_keys.apply_lora(make("sd3", inference=True), None, lora)[0]
         how = dict(steps=p.sampling_steps, guidance=2.0, sampler="euler", scheduler="normal")
@@ -152,10 +157,9 @@ def test_after_the_sampler_the_model_is_ready_for_the_next_step(comfy):
 def test_trouble_in_a_preview_is_told_and_the_run_goes_on(folders, monkeypatch):
     monkeypatch.setattr(Vae, "decode", lambda self, latent: 1 / 0)
     plain, losses, _ = result(job(name="plain", steps=4))
-    a_job = seen_job(steps=4)
-    lora, seen_losses, _ = result(a_job)
-    assert seen_losses == losses and equal(lora, plain)
-    assert [t["text"] for t in a_job.live.troubles] == [
+    done = run(seen_job(steps=4))
+    assert done.losses == losses and equal(done.lora, plain)
+    assert [t["text"] for t in done.live_run.troubles] == [
         "No samples at step 2: division by zero",
         "No samples at step 4: division by zero",
     ]
@@ -166,10 +170,9 @@ def test_the_interrupt_in_a_preview_stops_the_run_and_keeps_it(folders, monkeypa
         raise mm.InterruptProcessingException
 
     monkeypatch.setattr(Vae, "decode", decode)
-    a_job = seen_job(steps=4)
     with pytest.raises(mm.InterruptProcessingException):
-        result(a_job)
-    assert (state()["step"], state()["why"], a_job.live.status) == (2, "stopped", "stopped")
+        result(seen_job(steps=4))
+    assert (state()["step"], state()["why"], last_live_run().status) == (2, "stopped", "stopped")
     monkeypatch.undo()
     resumed = result(seen_job(steps=4))[0]
     assert equal(resumed, result(job(name="whole", steps=4))[0])
@@ -185,17 +188,15 @@ def test_an_early_end_is_a_finished_run_and_its_chart_comes_back(folders, monkey
         lambda self, tick: torch.full((len(self.picks), self.levels), float(next(rising))),
     )
     look = looking(patience=2, best=RESTORE_BEST, previews={"preview_every": 0})
-    a_job = seen_job(look=look, steps=30)
-    lora, losses, line = result(a_job)
-    assert (len(losses), lora.steps) == (6, 2)
-    assert "6 of 30 steps, ended early" in line and "the weights of step 2 are the result" in line
-    again = seen_job(look=look, steps=30)
-    recalled, same_losses, line = result(again)
-    assert line.startswith("already trained") and same_losses == losses and equal(recalled, lora)
+    done = run(seen_job(look=look, steps=30))
+    assert (len(done.losses), done.lora.steps) == (6, 2)
+    assert "6 of 30 steps, ended early" in done.line and "the weights of step 2 are the result" in done.line
+    again = run(seen_job(look=look, steps=30))
+    assert again.line.startswith("already trained") and again.losses == done.losses and equal(again.lora, done.lora)
     assert (
-        again.live.losses == losses
-        and again.live.validation == a_job.live.validation
-        and again.live.status == "finished"
+        again.live_run.losses == done.losses
+        and again.live_run.validation == done.live_run.validation
+        and again.live_run.status == "finished"
     )
 
 
@@ -205,9 +206,7 @@ def test_held_out_pictures_are_measured_and_may_not_be_trained_on(folders):
     ]
     look = looking(previews={"preview_every": 0})
     look.held_out = EncodedDataset.from_core(latents, [cond("sd3", seed) for seed in (8, 9)])
-    a_job = seen_job(look=look, steps=2)
-    result(a_job)
-    last = a_job.live.validation[-1]
+    last = run(seen_job(look=look, steps=2)).live_run.validation[-1]
     assert last["held_out"] and last["training"] is not None
     trained = data()
     trained.items = [dataclasses.replace(item, path=f"/set/{item.id}.png") for item in trained.items]
@@ -232,10 +231,9 @@ def widgets():
 
 def test_tensorboard_asked_for_and_missing_is_told_before_any_training(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    a_job = seen_job(look=looking(tensorboard=True))
     with pytest.raises(RuntimeError, match="Run: pip install tensorboard"):
-        result(a_job)
-    assert a_job.live.losses == []
+        result(seen_job(look=looking(tensorboard=True)))
+    assert last_live_run().losses == []
 
 
 def test_two_runs_in_one_graph_and_one_node_in_two_workflows_do_not_mix():
@@ -301,13 +299,11 @@ def test_the_model_of_a_run_is_the_file_behind_it():
 
 @pytest.mark.parametrize("strength", [1.0, -1.0])
 def test_sliders_draw_samples_too(folders, strength):
-    a_job = pair_job(ImageSlider)
-    a_job.looking = MonitorConfig(ValidationSettings(), PreviewSettings(**{**SMALL, "strength": strength}), vae=Vae())
-    with torch.inference_mode():
-        _, losses, _ = a_job.result()
-        plain = pair_job(ImageSlider, name="plain").result()[1]
-    assert losses == plain and [sample["step"] for sample in a_job.live.samples] == [2, 4]
-    assert [entry["where"] for entry in a_job.live.validation] == ["on fixed training pairs"] * 2
+    look = MonitorConfig(ValidationSettings(), PreviewSettings(**{**SMALL, "strength": strength}), vae=Vae())
+    done = run(dataclasses.replace(pair_job(ImageSlider), monitoring=look))
+    plain = run(pair_job(ImageSlider, name="plain")).losses
+    assert done.losses == plain and [sample["step"] for sample in done.live_run.samples] == [2, 4]
+    assert [entry["where"] for entry in done.live_run.validation] == ["on fixed training pairs"] * 2
 
 
 @pytest.mark.parametrize("method, patience", [(ImageSlider, 2), (AddiftTraining, 0)])
@@ -315,50 +311,57 @@ def test_held_out_pairs_are_measured_and_the_best_weights_come_back(folders, met
     """A learning rate that overshoots: the slider ends two measurements after its best."""
     look = looking(previews={"preview_every": 0}, best=RESTORE_BEST, patience=patience, name_worst=1)
     look.held_out = pairs("sd3")
-    with torch.inference_mode():
-        a_job = pair_job(method, steps=30 if patience else 10, learning_rate=5.0)
-        a_job.looking = look
-        lora, losses, line = a_job.result()
-        history = a_job.live.validation
-        best = min(history[1:], key=lambda entry: entry["loss"])
-        assert history[-1]["held_out"] and history[-1]["training"] is not None and history[-1]["noun"] == "pairs"
-        assert lora.steps == best["step"] and "against training pairs" in line
-        assert ("ended early" in line and lora.steps < len(losses) < 30) if patience else len(losses) == 10
-        short = pair_job(method, name="short", steps=best["step"], learning_rate=5.0).result()[0]
+    a_job = pair_job(method, steps=30 if patience else 10, learning_rate=5.0)
+    done = run(dataclasses.replace(a_job, monitoring=look))
+    lora, losses, history = done.lora, done.losses, done.live_run.validation
+    best = min(history[1:], key=lambda entry: entry["loss"])
+    assert history[-1]["held_out"] and history[-1]["training"] is not None and history[-1]["noun"] == "pairs"
+    assert lora.steps == best["step"] and "against training pairs" in done.line
+    assert ("ended early" in done.line and lora.steps < len(losses) < 30) if patience else len(losses) == 10
+    short = run(pair_job(method, name="short", steps=best["step"], learning_rate=5.0)).lora
     assert equal(short, lora)
 
 
 def test_held_out_pictures_that_are_no_pairs_are_refused(folders):
-    a_job = pair_job(ImageSlider)
-    a_job.looking = MonitorConfig(held_out=data())
+    a_job = dataclasses.replace(pair_job(ImageSlider), monitoring=MonitorConfig(held_out=data()))
     with pytest.raises(ValueError, match="belongs to no pair. Put Image Pairs between Load Dataset and Encode Dataset"):
-        a_job.result()
+        run(a_job)
 
 
-class Prompted(leco.PromptJob):
+class Prompted(leco.PromptTask):
     """Train LECO with prompts that are encoded already."""
 
-    def check(self): ...
+    def check(self, job): ...
 
-    def parts(self):
+    def fingerprint_parts(self, job):
         return self.slider, self.points, self.place
 
-    def prepare(self):
-        self.conds = {
+    def encode_prompts(self, job):
+        return {
             text: {"cross_attn": tensor, **extras}
-            for seed, text in enumerate(self.texts())
+            for seed, text in enumerate(self.list_texts(job))
             for tensor, extras in [cond("sd3", seed)[0]]
         }
 
 
 def prompt_job(points="rollout", looking=None, data=None, **run):
-    return Prompted(
-        model=make("sd3", inference=True), rows=(PromptRow("cat", None, "", None, "erase", 1.0, preserve=("dog",)),), slider=False, data=data,
-        points=PointSettings(points=points, sampling_steps=4, ways=2), place=PlaceSettings(resolution=128), adapter=AdapterSettings(rank=4),
-        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
-        noise=NoiseSettings(), name=f"leco {points} "
-                                    f"{bool(looking)}", checkpointing="off", graph={}, node_id=None, looking=looking,
-    )  # fmt: skip
+    row = PromptRow("cat", None, "", None, "erase", 1.0, preserve=("dog",))
+    points_settings = PointSettings(points=points, sampling_steps=4, ways=2)
+    return TrainingJob(
+        task=Prompted(
+            rows=(row,), slider=False, points=points_settings, place=PlaceSettings(resolution=128), data=data
+        ),
+        model=make("sd3", inference=True),
+        adapter=AdapterSettings(rank=4),
+        run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}),
+        optimizing=OptimizerSettings(),
+        noise=NoiseSettings(),
+        name=f"leco {points} {bool(looking)}",
+        checkpointing="off",
+        graph={},
+        node_id=None,
+        monitoring=looking,
+    )
 
 
 @pytest.mark.parametrize("points, steps", [("rollout", 40), ("pictures", 5), ("noise", 5)])
@@ -366,13 +369,12 @@ def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(
     """Of pictures and noise the plan is what tasks are drawn by chance around; of ways it is what is expected."""
     shown = []
     monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: shown.append(line))
-    with torch.inference_mode():
-        a_job = prompt_job(points, data=data() if points == "pictures" else None, steps=steps)
-        a_job.result()
-    spent = sum(a_job.student.forward_counts.values()) / steps
-    planned = sum(a_job.planned().values())
+    done = run(prompt_job(points, data=data() if points == "pictures" else None, steps=steps))
+    spent = sum(done.built.student.forward_counts.values()) / steps
+    planned = sum(done.built.planned_forwards().values())
+    cost = format_forward_counts(done)
     assert shown[0].startswith(f"forwards per step: {planned:.1f} (") and shown[0].endswith("student) planned")
-    assert f"{spent:.1f} (" in a_job.cost(steps) and a_job.cost(steps).endswith(f", {planned:.1f} planned")
+    assert f"{spent:.1f} (" in cost and cost.endswith(f", {planned:.1f} planned")
     assert planned == pytest.approx(spent, rel=0.25)
 
 
@@ -380,18 +382,16 @@ def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(
 def test_a_leco_is_measured_at_fixed_points_and_is_the_same_run(folders, points):
     encoded = data() if points == "pictures" else None
     look = looking(previews={"preview_every": 0}, levels=3)
-    with torch.inference_mode():
-        plain, losses, _ = prompt_job(points, data=encoded).result()
-        a_job = prompt_job(points, look, encoded)
-        lora, same, line = a_job.result()
-    assert same == losses and equal(plain, lora)
-    history = a_job.live.validation
+    plain, losses, _ = result(prompt_job(points, data=encoded))
+    done = run(prompt_job(points, look, encoded))
+    assert done.losses == losses and equal(plain, done.lora)
+    history = done.live_run.validation
     assert [(entry["step"], entry["where"], len(entry["bins"])) for entry in history] == [
         (0, "at fixed points", 3),
         (2, "at fixed points", 3),
         (4, "at fixed points", 3),
     ]
-    assert "at fixed points" in line and a_job.student.forward_counts["student"] == 4, (
+    assert "at fixed points" in done.line and done.built.student.forward_counts["student"] == 4, (
         "what is asked is no cost of the training"
     )
 
@@ -402,7 +402,7 @@ def test_held_out_pictures_of_a_leco_without_pictures_are_refused(folders):
     with pytest.raises(
         ValueError, match="learns from prompts alone.*Disconnect held_out; fixed points of the model's own are measured"
     ):
-        prompt_job(looking=look).result()
+        run(prompt_job(looking=look))
 
 
 # -- what the page asks ------------------------------------------------------------------------------------------------
@@ -445,9 +445,8 @@ def test_a_run_at_work_is_not_deleted_and_a_finished_one_is(folders):
 
 
 def test_a_run_keeps_the_graph_that_made_it(folders):
-    a_job = job(steps=1)
-    a_job.graph = {"workflow": json.dumps({"id": "w", "nodes": []}), "prompt": json.dumps({"1": {}})}
-    result(a_job)
+    graph = {"workflow": json.dumps({"id": "w", "nodes": []}), "prompt": json.dumps({"1": {}})}
+    result(dataclasses.replace(job(steps=1), graph=graph))
     assert run_routes.read_run_graph(run_folder().name) == {"workflow": {"id": "w", "nodes": []}, "prompt": {"1": {}}}
     with pytest.raises(ValueError, match="is no run"):
         run_routes.read_run_graph("../../test")
@@ -476,4 +475,4 @@ def test_samples_are_as_large_as_asked_then_as_the_pictures_then_as_what_is_trai
     ]
     assert size({"width": 128, "height": 256}, side=64) == (32, 16)
     assert size({}, data("sd3"), side=1024) == data("sd3").items[0].shape[-2:]
-    assert size({}, side=1024) == (128, 128) and size({}, side=job("sd3").side()) == (64, 64)
+    assert size({}, side=1024) == (128, 128) and size({}, side=job("sd3").task.default_resolution()) == (64, 64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from trainyard.nodes.train.prior import PriorPreservation
 from trainyard.tests.comfy.families import cond
-from trainyard.tests.comfy.test_train_lora import data, job, result
+from trainyard.tests.comfy.test_train_lora import data, job, result, with_task
 from trainyard.trainers.methods.prior import PriorData, PriorSettings
 
 KEEP = PriorSettings(class_prompt="dog", weight=2.0)
@@ -16,9 +16,7 @@ def dog(family):
 
 
 def with_prior(prior, family="sd3", **run):
-    made = job(family, steps=3, learning_rate=1e-2, **run)
-    made.prior = prior
-    return made
+    return with_task(job(family, steps=3, learning_rate=1e-2, **run), prior=prior)
 
 
 @pytest.mark.parametrize(

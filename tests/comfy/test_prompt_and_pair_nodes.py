@@ -7,6 +7,8 @@ import pytest
 import torch
 from trainyard.nodes import host, paths
 from trainyard.nodes.train import image_pairs, widgets
+from trainyard.nodes.train.job import TrainingJob
+from trainyard.nodes.train.run import format_forward_counts, run_training
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
@@ -24,8 +26,9 @@ def pairs(family, count=2):
 
 
 def pair_job(method, family="sd3", name="pairs", calibrate="off", **run):
-    return image_pairs.PairJob(
-        model=make(family, inference=True), data=pairs(family), method_class=method, strength=0.25, adapter=AdapterSettings(rank=4),
+    task = image_pairs.PairTask(data=pairs(family), method_class=method, strength=0.25)
+    return TrainingJob(
+        task=task, model=make(family, inference=True), adapter=AdapterSettings(rank=4),
         run=RunSettings(**{"steps": 4, "learning_rate": 1e-3, "batch": 1, "seed": 1, "save_every": 0, **run}), optimizing=OptimizerSettings(),
         noise=NoiseSettings(), name=name, checkpointing="off", graph={}, node_id=None, calibrate=calibrate,
     )  # fmt: skip
@@ -34,37 +37,37 @@ def pair_job(method, family="sd3", name="pairs", calibrate="off", **run):
 @pytest.mark.parametrize("method", [ImageSlider, AddiftTraining])
 def test_a_run_of_pairs_ends_in_a_file_is_found_again_and_counts_its_forwards(folders, method):
     with torch.inference_mode():
-        job = pair_job(method)
-        lora, losses, line = job.result()
-        assert lora and len(losses) == 4 and "4 steps" in line
+        done = run_training(pair_job(method))
+        lora = done.lora
+        assert lora and len(done.losses) == 4 and "4 steps" in done.line
         spent = {"ImageSlider": "2.0 (2.0 student)", "Change": "4.0 (2.0 frozen + 2.0 student)"}[
             method.fingerprint_name
         ]
-        assert job.cost() == f"; forwards per step: {spent}, {spent[:3]} planned"
-        again = pair_job(method)
-        same, _, line = again.result()
-    assert "already trained" in line and again.cost() == "" and all(torch.equal(same[k], lora[k]) for k in lora)
+        assert format_forward_counts(done) == f"; forwards per step: {spent}, {spent[:3]} planned"
+        again = run_training(pair_job(method))
+    assert "already trained" in again.line and format_forward_counts(again) == ""
+    assert all(torch.equal(again.lora[k], lora[k]) for k in lora)
     assert len(list(paths.runs_folder().iterdir())) == 1
 
 
 def test_the_curve_of_a_run_is_in_its_file_and_training_is_the_same_with_and_without_it(folders):
     with torch.inference_mode():
-        plain, _, _ = pair_job(ImageSlider, name="plain").result()
-        job = pair_job(ImageSlider, name="curve", calibrate="after training")
-        lora, _, _ = job.result()
+        plain = run_training(pair_job(ImageSlider, name="plain")).lora
+        done = run_training(pair_job(ImageSlider, name="curve", calibrate="after training"))
+    lora = done.lora
     assert (
         json.loads(lora.metadata["trainyard.curve"])["strengths"] == [-2.0, -1.0, 0.0, 1.0, 2.0]
         and "trainyard.curve" not in plain.metadata
     )
-    assert job.curve.effect[2] == 0.0 and job.curve.unit == "half the difference of the pairs"
+    assert done.curve.effect[2] == 0.0 and done.curve.unit == "half the difference of the pairs"
     assert all(torch.equal(plain[k], lora[k]) for k in lora)
 
 
 def test_pictures_that_are_no_pairs_are_refused_before_the_long_work(folders):
     job = pair_job(ImageSlider)
-    job.data.items = [dataclasses.replace(item, pair=None) for item in job.data.items]
+    job.task.data.items = [dataclasses.replace(item, pair=None) for item in job.task.data.items]
     with pytest.raises(ValueError, match="Put Image Pairs between Load Dataset and Encode Dataset"):
-        job.result()
+        run_training(job)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_backbones import slope, unchanged, weights
 from trainyard.tests.comfy.test_host import fingerprint
 from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
+from trainyard.tests.comfy.test_train_node import result
 from trainyard.tests.comfy.test_zeroshot import COLOURS, clip_l, eyes, plain  # noqa: F401 - fixtures
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.methods.leco_score import predict_member_scores
@@ -113,12 +114,17 @@ def test_leco_score_learns_from_good_words_against_bad_ones(folders, clip_l, eye
         words = {"relative": 0.2, "good_words": "beautiful", "bad_words": "ugly"}
         data = pictures("sd3") if target == "direct_align" else None
         made = job(
-            model=model, score=score, held_out=score, rows=ROWS[:1], data=data, settings={"target": target, **words}
+            model=model,
+            score=score,
+            held_out=score,
+            rows=ROWS[:1],
+            data=data,
+            settings={"target": target, **words},
+            calibrate="after training",
         )
-        made.calibrate = "after training"
-        lora, losses, _ = made.result()
+        lora, losses, _ = result(made)
         assert {"a cat", "beautiful. a cat", "ugly. a cat"} <= set(score.text_embeddings)
         assert (
-            job(model=model, score=score, name="plain", rows=ROWS[:1], settings={"target": "x0"}).result()[1] != losses
+            result(job(model=model, score=score, name="plain", rows=ROWS[:1], settings={"target": "x0"}))[1] != losses
         )
     assert lora and len(losses) == 4 and fingerprint(model) == before

@@ -6,7 +6,9 @@ import pathlib
 import pytest
 import torch
 from trainyard.nodes import host
-from trainyard.nodes.train.train_lora import LoraJob
+from trainyard.nodes.train.job import TrainingJob
+from trainyard.nodes.train.run import run_training
+from trainyard.nodes.train.train_lora import LoraTask
 from trainyard.tests.toy import lesson, sampling, world
 from trainyard.trainers.adapters.adapters import text_adapter_settings
 from trainyard.trainers.data.buckets import BucketSettings
@@ -38,10 +40,10 @@ def lesson_job(toy, folder, steps=20):
         folder / "cache",
     )
     recipe = {k: v for k, v in lesson.TRAIN.items() if k != "rank"}
-    return LoraJob(
+    return TrainingJob(
+        task=LoraTask(data=data),
         model=toy.model,
         clip=None,
-        data=data,
         run=RunSettings(**recipe | {"steps": steps, "save_every": 0}),
         adapter=AdapterSettings(rank=lesson.TRAIN["rank"]),
         optimizing=OptimizerSettings(),
@@ -56,7 +58,7 @@ def lesson_job(toy, folder, steps=20):
 def test_the_first_losses_of_the_lesson_are_those_that_were_written_down(toy, folders, tmp_path):
     """Within 1 %: other processors and thread counts move the last digits, and 20 steps let them grow."""
     with torch.inference_mode():
-        _, losses, _ = lesson_job(toy, tmp_path).result()
+        losses = run_training(lesson_job(toy, tmp_path)).losses
     wanted = json.loads(CURVES.read_text())["lora"]
     assert losses == pytest.approx(wanted, rel=0.01), (
         f"if the change is meant, write these into {CURVES.name}: {[round(v, 5) for v in losses]}"

@@ -1,5 +1,6 @@
 """The Train LoRA job in this process: what goes wrong in the middle of a run, and what is kept."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -7,7 +8,9 @@ import os
 import pytest
 import torch
 from trainyard.nodes import host, paths
-from trainyard.nodes.train.train_lora import LoraJob, select_training_data
+from trainyard.nodes.train.job import TrainingJob
+from trainyard.nodes.train.run import run_training
+from trainyard.nodes.train.train_lora import LoraTask, select_training_data
 from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.loop import Diverged
@@ -27,10 +30,10 @@ def data(family=FAMILY, count=3, mask=None):
 
 def job(family=FAMILY, model=None, encoded=None, name="test", checkpointing="off", **run):
     settings = RunSettings(**{"steps": 6, "learning_rate": 1e-3, "batch": 2, "seed": 1, "save_every": 0, **run})
-    return LoraJob(
+    return TrainingJob(
+        task=LoraTask(data=encoded or data(family)),
         model=model or make(family, inference=True),
         clip=None,
-        data=encoded or data(family),
         run=settings,
         adapter=AdapterSettings(rank=4),
         optimizing=OptimizerSettings(),
@@ -42,9 +45,20 @@ def job(family=FAMILY, model=None, encoded=None, name="test", checkpointing="off
     )
 
 
-def result(a_job):
+def run(a_job):
     with torch.inference_mode():
-        return a_job.result()
+        return run_training(a_job)
+
+
+def result(a_job):
+    """(LoRA, losses, line)"""
+    done = run(a_job)
+    return done.lora, done.losses, done.line
+
+
+def with_task(a_job, **changes):
+    """The job with another task: its data, prompts, scores."""
+    return dataclasses.replace(a_job, task=dataclasses.replace(a_job.task, **changes))
 
 
 def state(name="test"):
@@ -89,8 +103,7 @@ def test_out_of_memory_keeps_the_run_and_names_the_need_and_three_settings(folde
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(folders):
     with pytest.raises(Diverged, match="The loss became nan .* at step .*Lower the learning rate"):
         a_job = job(steps=30, save_every=5)
-        a_job.data = Poisoned(a_job.data, at=12)
-        result(a_job)
+        result(with_task(a_job, data=Poisoned(a_job.task.data, at=12)))
     assert state()["step"] == 10
     (folder,) = paths.runs_folder().glob("test-*")
     assert (folder / "test-step000010.safetensors").exists()
@@ -190,8 +203,7 @@ def test_encoded_and_latents_together_are_refused():
 
 
 def test_the_text_encoder_without_clip_is_refused(folders):
-    a_job = job()
-    a_job.adapter = AdapterSettings(rank=4, text_encoder=True)
+    a_job = dataclasses.replace(job(), adapter=AdapterSettings(rank=4, text_encoder=True))
     with pytest.raises(ValueError, match="no CLIP is connected"):
         result(a_job)
 

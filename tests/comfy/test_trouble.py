@@ -3,6 +3,7 @@ and the host as before."""
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -22,7 +23,7 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.server import Server
 from trainyard.tests.comfy.test_host import fingerprint, left_behind
 from trainyard.tests.comfy.test_previews import looking
-from trainyard.tests.comfy.test_train_lora import Poisoned, data, job, result, state
+from trainyard.tests.comfy.test_train_lora import Poisoned, data, job, result, state, with_task
 from trainyard.tests.comfy.test_train_lora_server import graph, make_dataset, stop_after
 from trainyard.trainers import loop
 from trainyard.trainers import runs as run_files
@@ -65,16 +66,16 @@ def pressed_when(monkeypatch, owner, name, nth=1):
 MOMENTS = {  # where Cancel is pressed, and at least how many steps are on the disk then
     "load": (lambda: (mm, "load_models_gpu", 1), 0),
     "measuring": (lambda: (planner, "one_step", 1), 0),
-    "step": (lambda: (loop, "gradients", 4), 3),
-    "preview": (lambda: (PreviewRenderer, "sampled", 2), 2),
-    "save": (lambda: (run_files, "write_tree", 1), 2),
+    "step": (lambda: (loop, "accumulate_gradients", 4), 3),
+    "preview": (lambda: (PreviewRenderer, "sample_one_latent", 2), 2),
+    "save": (lambda: (run_files, "write_state_tree", 1), 2),
 }
 
 
 def troubled_job(model, **more):
     a_job = job(model=model, **{"steps": 6, "save_every": 2, "checkpointing": "auto", **more})
-    a_job.looking = looking(previews=dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0))
-    return a_job
+    look = looking(previews=dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0))
+    return dataclasses.replace(a_job, monitoring=look)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -176,8 +177,7 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_the_last_save_and_says_how_muc
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_loss_that_is_no_number_leaves_the_model_and_the_last_good_state(folders, step):
     model = make("sd3", inference=True)
-    a_job = job(model=model, steps=8, save_every=2)
-    a_job.data = Poisoned(data(), at=step)
+    a_job = with_task(job(model=model, steps=8, save_every=2), data=Poisoned(data(), at=step))
     with given_back(model), pytest.raises(Diverged, match="Lower the learning rate"):
         result(a_job)
     for path in paths.runs_folder().glob("test-*/*.safetensors"):
