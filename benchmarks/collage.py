@@ -66,7 +66,7 @@ def measured(toy, row: str, seed: int, steps: int, folder) -> dict:
     }
     if row == EMPTY:
         return found | {"unprompted": lesson.unprompted(toy, taught.model)}
-    asked = {"exam": lesson.examined, "sides": lesson.sides, "known": lesson.count_pairs}
+    asked = {"exam": lesson.examined, "sides": lesson.sides, "known": lesson.remembered}
     return found | {part: ask(toy, taught.model) for part, ask in asked.items()}
 
 
@@ -138,7 +138,7 @@ def main():
         found = {
             "exam": lesson.examined,
             "sides of known shapes": partial(lesson.sides, new=None),
-            "known": lesson.count_pairs,
+            "known": lesson.remembered,
         }
         base = {part: shares(ask(toy, toy.model)) for part, ask in found.items()}
         print("base", base, flush=True)

@@ -28,6 +28,7 @@ from ..trainers.adapters.adapters import Adapters, select_target_layers
 from ..trainers.data.encoded import EncodedDataset
 from ..trainers.diffusion import cpu_randn_like, denoising_loss, sample_sigmas
 from ..trainers.loop import train
+from ..trainers.memory.checkpointing import checkpoint_blocks
 from ..trainers.methods.lora import LoraTraining
 from ..trainers.optimizers import make_optimizer
 from ..trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
@@ -131,7 +132,7 @@ def core(plan: Plan, targets: str, depth: int | None, bypass: bool = False, mend
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # autocast in fp32 on the CPU says that it is off
         if mended:
-            stack.enter_context(host.out_of_place(model.model.diffusion_model))
+            stack.enter_context(host.out_of_place.disable_inplace_updates(model.model.diffusion_model))
         if targets != EVERY_LAYER:
             layers = select_target_layers(model.model.diffusion_model, plan.adapter(targets))
             stack.enter_context(mock.patch.object(core_nodes, "_setup_lora_adapters", only(layers)))
@@ -309,7 +310,7 @@ class Meta:
 
 def meta_bare(plan: Plan):
     meta = Meta(plan, to_input=True)
-    with host.out_of_place(meta.network):
+    with host.out_of_place.disable_inplace_updates(meta.network):
         return meta.measured(plan, lambda: meta.loss().mean().backward()), 0
 
 
@@ -319,7 +320,11 @@ def meta_ours(plan: Plan, targets: str, checkpointing: str):
     params = list(adapters.parameters())
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], OptimizerSettings())
     classes = host.context.find_block_classes(meta.network) if checkpointing == "per block" else ()
-    with host.out_of_place(meta.network), host.checkpointed(classes, adapters), adapters.attached():
+    with (
+        host.out_of_place.disable_inplace_updates(meta.network),
+        checkpoint_blocks(classes, adapters),
+        adapters.attached(),
+    ):
         cost = meta.measured(plan, lambda: step(meta, optimizer, params, OptimizerSettings().clip))
     return cost, numbers(params)
 
@@ -338,7 +343,7 @@ def meta_kohya(plan: Plan, checkpointing: bool):
             caption.grad = None
 
     classes = host.context.find_block_classes(meta.network) if checkpointing else ()
-    with host.out_of_place(meta.network), kohya_style.checkpointed(classes), loras.installed():
+    with host.out_of_place.disable_inplace_updates(meta.network), kohya_style.checkpointed(classes), loras.installed():
         return meta.measured(plan, one), numbers(params)
 
 
@@ -368,7 +373,7 @@ def meta_core(plan: Plan, targets: str, depth: int | None, bypass: bool = False,
         with torch.device("meta"):
             trained, manager = core_adapters(plan, patcher, targets, dtype, bypass)
         if mended:
-            stack.enter_context(host.out_of_place(meta.network))
+            stack.enter_context(host.out_of_place.disable_inplace_updates(meta.network))
         wrapped(patcher)
         if manager is not None:
             stack.enter_context(mock.patch.object(mm, "get_torch_device", lambda: torch.device("meta")))

@@ -86,7 +86,7 @@ def curve(toy, name) -> list[dict]:
     from trainyard.tests.toy import differences
 
     lesson = differences.curve_lesson(Original if name == "original" else None)
-    taught = differences.train_member(toy, lesson)
+    taught = differences.learn(toy, lesson)
     rows = [dict(updates=0, forwards=0, **lesson.exam(toy, None))]
     for snapshot in taught.snapshots:
         rows.append(dict(updates=snapshot.step, forwards=snapshot.forwards, **lesson.exam(toy, snapshot.lora)))

@@ -64,17 +64,17 @@ def counted(plan, meta):
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
     from trainyard.nodes.train.planner import add_block_weights
-    from trainyard.trainers.memory.checkpointing import ActivationCounter
+    from trainyard.trainers.memory.checkpointing import ActivationCounter, CheckpointPolicy, checkpoint_blocks
     from trainyard.trainers.methods.lora import LoraTraining
 
     adapter = plan.adapter(contenders.DEFAULT_TARGETS)
     if meta:
         it = contenders.Meta(plan, to_input=False)
-        adapters, blocks = contenders.Adapters(it.network, adapter).to("meta"), host.Blocks()
+        adapters, blocks = contenders.Adapters(it.network, adapter).to("meta"), CheckpointPolicy()
         blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
         with (
-            host.out_of_place(it.network),
-            host.checkpointed(host.context.find_block_classes(it.network), adapters, blocks),
+            host.out_of_place.disable_inplace_updates(it.network),
+            checkpoint_blocks(host.context.find_block_classes(it.network), adapters, blocks),
             adapters.attached(),
         ):
             with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.counter:

@@ -107,6 +107,7 @@ def real(row: Row, family: str) -> Cost:
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
+    from trainyard.trainers.memory.checkpointing import checkpoint_blocks
     from trainyard.trainers.memory.plan import PLAN_OFF, PLAN_PER_BLOCK_CPU
     from trainyard.trainers.optimizers import make_optimizer
     from trainyard.trainers.settings import OptimizerSettings
@@ -120,7 +121,11 @@ def real(row: Row, family: str) -> Cost:
     optimizing = OptimizerSettings(**row.optimizing)
     optimizer = make_optimizer([{"params": params, "lr": 1e-4}], optimizing)
     classes = host.context.find_block_classes(it.network) if row.checkpointing != PLAN_OFF else ()
-    with host.out_of_place(it.network), host.checkpointed(classes, adapters), adapters.attached():
+    with (
+        host.out_of_place.disable_inplace_updates(it.network),
+        checkpoint_blocks(classes, adapters),
+        adapters.attached(),
+    ):
         cost = it.measured(plan, lambda: steps(it, optimizer, params, optimizing))
     away = (
         row.checkpointing == PLAN_PER_BLOCK_CPU
@@ -142,14 +147,14 @@ def counted(plan, row):
     """trainers.memory.plan.Measured, from which the bytes of activations that wait in the CPU's memory are told."""
     from trainyard.benchmarks import contenders
     from trainyard.nodes import host
-    from trainyard.trainers.memory.checkpointing import ActivationCounter
+    from trainyard.trainers.memory.checkpointing import ActivationCounter, CheckpointPolicy, checkpoint_blocks
 
     it = contenders.Meta(plan, to_input=False)
-    adapters, blocks = contenders.Adapters(it.network, adapter_of(row, plan.shape)).to("meta"), host.Blocks()
+    adapters, blocks = contenders.Adapters(it.network, adapter_of(row, plan.shape)).to("meta"), CheckpointPolicy()
     blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
     with (
-        host.out_of_place(it.network),
-        host.checkpointed(host.context.find_block_classes(it.network), adapters, blocks),
+        host.out_of_place.disable_inplace_updates(it.network),
+        checkpoint_blocks(host.context.find_block_classes(it.network), adapters, blocks),
         adapters.attached(),
     ):
         with host.context.set_training_flag(), host.context.use_differentiable_rope(), blocks.counter:

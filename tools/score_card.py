@@ -51,10 +51,10 @@ def measured():
     true = benchmark.TRUE["redness"]
     with torch.inference_mode():
         toy = pack.toy_world()
-        denoiser, learnt_from, _ = benchmark.preprocess(toy)
+        denoiser, learnt_from, _ = benchmark.prepared(toy)
         with host.context.enable_gradients():
             score = benchmark.scorer(denoiser, learnt_from, true, True)
-        prompts = [SignedPrompt(scene) for scene in benchmark.preview_prompts("trained")]
+        prompts = [SignedPrompt(scene) for scene in benchmark.scenes("trained")]
         found = benchmark.learnt(toy, learnt_from, true, LecoScoreSettings(), [(score, 1.0)], prompts, look)
     print({**found, "columns": [round(value, 2) for _, value in found["columns"]]}, flush=True)
     pictures, values = zip(*found["columns"], strict=True)

@@ -133,7 +133,7 @@ class DiffusionFeatureExtractor:
     def autograd_context(self):
         """The host's habits as autograd wants them."""
         with (
-            host.out_of_place(self.network),
+            host.out_of_place.disable_inplace_updates(self.network),
             host.context.set_training_flag(),
             host.context.disable_transfer_streams(),
             host.context.use_differentiable_rope(),
@@ -349,7 +349,7 @@ def loaded_patchers(patchers, graded: bool):
             stack.enter_context(host.context.enable_gradients())
             for patcher in patchers:
                 host.context.replace_inference_parameters(patcher.model)
-                stack.enter_context(host.out_of_place(patcher.model))
+                stack.enter_context(host.out_of_place.disable_inplace_updates(patcher.model))
             for habit in (host.context.set_training_flag, host.context.disable_transfer_streams):
                 stack.enter_context(habit())
         yield

@@ -69,7 +69,7 @@ def test_a_cancelled_build_keeps_what_it_has_drawn(dataset, folders, monkeypatch
         if len(calls) == 3:
             raise InterruptedError
 
-    monkeypatch.setattr(room.session.progress, "interrupted", cancel)
+    monkeypatch.setattr(room.host.progress, "raise_if_interrupted", cancel)
     with pytest.raises(InterruptedError):
         node().execute(dataset, **widgets(trim=False))
     drawn = {file: file.stat().st_mtime_ns for file in (folders / "datasets").rglob("*.png")}

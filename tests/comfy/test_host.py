@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from trainyard.nodes import host
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import FAMILIES, cond, latent_shape, make
+from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.diffusion import denoising_loss, sample_sigmas
 from trainyard.trainers.files import LoraFile, write_lora
 from trainyard.trainers.settings import AdapterSettings
@@ -88,9 +89,9 @@ def test_gradients_equal_finite_differences(family, checkpointing):
 
 def reference_gradient(family, model, adapter):
     """Autograd through the host's own in-place code, with every overwritten tensor saved by torch itself."""
-    row, patcher = host.family_of(model.model.model_config), host.session.clone_for_training(model)
+    row, patcher = host.families.find_model_family(model.model.model_config), host.session.clone_for_training(model)
     with host.context.enable_gradients(), host.context.set_training_flag(), host.context.use_differentiable_rope():
-        adapters = host.Adapters(model.model.diffusion_model, adapter)
+        adapters = Adapters(model.model.diffusion_model, adapter)
         shake(adapters)
         with (
             host.session.load_with_adapters(patcher, adapters, 0.0),
@@ -165,7 +166,7 @@ def loaded_output(model, path, strength, problem):
     with host.context.enable_gradients(), torch.no_grad():
         mm.load_models_gpu([patched])
         patched.pre_run()
-        out = host.denoiser.ComfyDenoiser(patched, host.family_of(model.model.model_config)).denoise(
+        out = host.denoiser.ComfyDenoiser(patched, host.families.find_model_family(model.model.model_config)).denoise(
             problem.x0, problem.sigma, problem.conds
         )
         mm.load_models_gpu([model])

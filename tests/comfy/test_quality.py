@@ -107,7 +107,7 @@ def test_a_cancelled_check_ends_with_the_interrupt(dataset, monkeypatch):
     def cancel():
         raise InterruptedError
 
-    monkeypatch.setattr(quality.session.progress, "interrupted", cancel)
+    monkeypatch.setattr(quality.host.progress, "raise_if_interrupted", cancel)
     with pytest.raises(InterruptedError):
         node(CheckDataset).execute(dataset, **QualitySettings(**SMALL).to_dict())
 
