@@ -27,7 +27,7 @@ from trainyard.tests.comfy.families import cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4, fingerprint, shake
 from trainyard.tests.comfy.test_previews import Vae
 from trainyard.tests.comfy.test_quality import encoder
-from trainyard.tests.comfy.test_train_node import result, run, with_task
+from trainyard.tests.comfy.test_train_lora import result, run, with_task
 from trainyard.tests.toy import world
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.signed_prompts import SignedPrompt

@@ -12,6 +12,7 @@ from trainyard.nodes.train.run import format_forward_counts, run_training
 from trainyard.nodes.train.train_lora import LoraTask
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
+from trainyard.tests.comfy.test_prompt_and_pair_nodes import pair_job
 from trainyard.tests.comfy.test_train_lora import data, fail_at, job, result, run, state
 from trainyard.trainers.memory.checkpointing import CpuOffloadHooks
 from trainyard.trainers.memory.plan import (

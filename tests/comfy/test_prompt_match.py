@@ -15,7 +15,7 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_backbones import slope, unchanged, weights
 from trainyard.tests.comfy.test_host import fingerprint
 from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
-from trainyard.tests.comfy.test_train_node import result
+from trainyard.tests.comfy.test_train_lora import result
 from trainyard.tests.comfy.test_zeroshot import COLOURS, clip_l, eyes, plain  # noqa: F401 - fixtures
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.methods.leco_score import predict_member_scores
