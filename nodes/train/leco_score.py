@@ -352,7 +352,9 @@ class LecoScoreTask(TrainTask):
         captions = [text for item in self.data.items for text in item.captions] if self.data else []
         for score, _ in self.list_scores():
             if is_text_scorer(score):
-                score.encode_prompts(list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions]))
+                score.encode_prompts(
+                    list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions])
+                )
         return encode_texts_once(job.clip, self.list_texts())
 
     def preview_prompts(self) -> list[str]:
