@@ -91,7 +91,7 @@ class SliderWords(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptTask(TrainTask):
+class PromptDifferenceTask(TrainTask):
     """LECO, replacement and text sliders: what is moved is told by prompts."""
 
     rows: tuple[PromptRow, ...]
@@ -267,7 +267,7 @@ def make_prompt_node_schema(words, run_name: str, prompts_tip: str, **about):
 
 def run_prompt_node(cls, model, clip, rows, slider, widgets, *, encoded, points, **records):
     place = settings_from_widgets(PlaceSettings, widgets)
-    task = PromptTask(rows=rows, slider=slider, data=encoded, points=points or PointSettings(), place=place)
+    task = PromptDifferenceTask(rows=rows, slider=slider, data=encoded, points=points or PointSettings(), place=place)
     return run_difference_node(make_job(cls, task, model, widgets, clip=clip, **records))
 
 

@@ -328,7 +328,7 @@ def test_held_out_pictures_that_are_no_pairs_are_refused(folders):
         run(a_job)
 
 
-class Prompted(leco.PromptTask):
+class Prompted(leco.PromptDifferenceTask):
     """Train LECO with prompts that are encoded already."""
 
     def check(self, job): ...
