@@ -31,6 +31,7 @@ from ..trainers.loop import train
 from ..trainers.memory.checkpointing import checkpoint_blocks
 from ..trainers.methods.lora import LoraTraining
 from ..trainers.optimizers import make_optimizer
+from ..trainers.rng import make_generator
 from ..trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 from . import shapes
 from .meters import Laps
@@ -78,7 +79,7 @@ def bare(plan: Plan):
         denoiser = session.denoiser
         for step in range(laps.steps):
             laps()
-            rng = host.progress.make_generator(step)
+            rng = make_generator(step)
             batch = data.batch(range(plan.batch), rng)
             x0 = denoiser.model_space(batch.x0).requires_grad_()
             sigma = sample_sigmas(denoiser, session.family.density, x0, rng)

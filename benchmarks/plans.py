@@ -21,6 +21,8 @@ import statistics
 import sys
 from functools import partial
 
+from ..trainers.rng import make_generator
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -90,7 +92,7 @@ def counted(plan, meta):
         )
         session.blocks.counter = tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
         with tally:
-            method.loss(host.progress.make_generator(0))
+            method.loss(make_generator(0))
         return add_block_weights(
             tally.step_memory(bytes_of(session.adapters)),
             session.denoiser.model.diffusion_model,

@@ -9,21 +9,21 @@ import math
 import signal
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from .adapters.adapters import Adapters, text_adapter_settings
 from .data.buckets import BucketSettings
 from .data.caption_variants import CAPTION_MODE_TEXT, CaptionSettings
 from .data.encode import encode_dataset
+from .data.encoded import most_common_bucket
+from .data.images import tensor_to_image
 from .data.readers import read_folder, require_captions
 from .files import LoraFile, lora_metadata, write_lora
 from .loop import train
 from .methods.lora import LoraTraining
 from .monitor.plots import draw_image_grid, draw_loss_plot
+from .rng import make_generator
 from .runs import RunFolder, check_run_name
 from .settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, compute_fingerprint
 
@@ -226,7 +226,7 @@ class CommandLineJob:
         """Read, encode, train, write. From top to bottom what the command does."""
         dataset = self.read_dataset()
         engine = self.load_engine()
-        rng = torch.Generator().manual_seed(self.run.seed)
+        rng = make_generator(self.run.seed)
         adapters = Adapters(engine.network, self.adapter, rng).to(engine.denoiser.device)
         text = self.make_text_adapters(engine, rng)
         data = self.encode_dataset(dataset, engine)
@@ -362,7 +362,7 @@ class CommandLineJob:
             with adapters.attached(), attach_trained_text(engine, text):
                 columns.append((before, look()))
         rows = [
-            [sample_to_pil(column[with_lora][i]) for column in columns]
+            [tensor_to_image(column[with_lora][i], "sample") for column in columns]
             for i in range(len(self.args.samples))
             for with_lora in (0, 1)
         ]
@@ -381,18 +381,6 @@ def attach_trained_text(engine, text):
         return
     with engine.text.on_device(), text.attached():
         yield
-
-
-def most_common_bucket(data) -> tuple[int, int]:
-    """The size that most pictures are trained at, pixels (width, height)."""
-    return Counter(item.bucket for item in data.items).most_common(1)[0][0]
-
-
-def sample_to_pil(tensor):
-    """(H, W, 3) in 0..1 -> PIL"""
-    from PIL import Image
-
-    return Image.fromarray((tensor * 255).round().to(torch.uint8).numpy())
 
 
 def shorten_prompt(text, most=36):

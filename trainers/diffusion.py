@@ -72,14 +72,16 @@ def add_pyramid_noise(noise, rng, levels: int, discount: float):
     return total / per_sample(total.flatten(1).std(1), total)
 
 
+def noising_coefficients(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), each (B,), of x = a * x0 + b * noise, read off the denoiser's own mixing."""
+    one, zero = torch.ones_like(sigma)[:, None], torch.zeros_like(sigma)[:, None]
+    return denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
+
+
 def snr(denoiser, sigma):
-    """(B,) signal-to-noise ratio, read off the denoiser's own mixing: 1/sigma^2 for eps and v, ((1-s)/s)^2 for flow."""
-    one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
-    signal, noise = (
-        denoiser.noised(one[:, None], zero[:, None], sigma),
-        denoiser.noised(zero[:, None], one[:, None], sigma),
-    )
-    return (signal / noise).square().flatten()
+    """(B,) signal-to-noise ratio: 1/sigma^2 for eps and v, ((1-s)/s)^2 for flow."""
+    signal, noise = noising_coefficients(denoiser, sigma)
+    return (signal / noise).square()
 
 
 # -- where to train: densities over t in (0, 1) ------------------------------------------------------------------------

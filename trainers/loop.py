@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -10,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from .optimizers import apply_eval_weights, eval_weights_applied, lr_schedule_factor, make_optimizer
+from .rng import derive_generator
 from .settings import OptimizerSettings, RunSettings
 
 
 def step_rng(seed: int, step: int) -> torch.Generator:
     """The chance of one step: a resumed run is the same run, bit for bit."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return derive_generator(seed, step)
 
 
 class Diverged(RuntimeError):

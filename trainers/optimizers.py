@@ -81,10 +81,14 @@ def require_optimizer_package(module, optimizer):
         )
 
 
+def ema_decay(decay: float, updates: int) -> float:
+    """The decay of an average that was updated `updates` times before. It is low at first, at most (1 + n) / (10 + n)
+    as in TensorFlow, so that the untrained weights are soon forgotten."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 class EmaOptimizer:
-    """An optimizer that also keeps a moving average of what it trains, and delivers that. The first steps count less in
-    it, as in
-    TensorFlow: the decay of update n is at most (1 + n) / (10 + n)."""
+    """An optimizer that also keeps an exponential moving average of what it trains, and delivers that."""
 
     def __init__(self, optimizer, decay: float, on_cpu: bool = False):
         self.optimizer, self.decay, self.updates = optimizer, decay, 0
@@ -99,11 +103,11 @@ class EmaOptimizer:
 
     def step(self):
         self.optimizer.step()
-        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = ema_decay(self.decay, self.updates)
         self.updates += 1
         with torch.no_grad():
             for average, p in zip(self.ema_params, self.params(), strict=True):
-                average.lerp_(p.detach().to(average.device), 1 - keep)
+                average.lerp_(p.detach().to(average.device), 1 - decay)
 
     def zero_grad(self, set_to_none=True):
         self.optimizer.zero_grad(set_to_none=set_to_none)

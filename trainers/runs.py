@@ -205,7 +205,7 @@ def write_json_file(path, what):
 
 
 def to_finite_json(what):
-    """The same value with null for numbers that JSON does not have."""
+    """The same value with null for numbers that JSON does not have: one NaN makes a whole message unreadable."""
     if isinstance(what, dict):
         return {key: to_finite_json(value) for key, value in what.items()}
     if isinstance(what, (list, tuple)):

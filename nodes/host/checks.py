@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .progress import make_generator
+from ...trainers.rng import make_generator
 from .session import TrainingSession
 
 
@@ -55,7 +55,7 @@ def check_gradients(session: TrainingSession, x0, conds, tolerance=None):
     denoiser, adapters = session.denoiser, session.adapters
     params = list(adapters.parameters())
     before = [p.detach().clone() for p in params]
-    rng = torch.Generator().manual_seed(0)
+    rng = make_generator(0)
     low_precision = denoiser.model.get_dtype_inference() in (torch.float16, torch.bfloat16)
     tolerance = tolerance or (0.2 if low_precision else 0.03)
     x0, conds = x0[:1], conds[:1]

@@ -7,7 +7,6 @@ import time
 
 import comfy.lora
 import comfy.model_management as mm
-import torch
 
 
 class NodeProgressReporter:
@@ -54,10 +53,6 @@ class ItemProgressReporter:
 def raise_if_interrupted():
     """Raise the host's interrupt if the user pressed Cancel."""
     mm.throw_exception_if_processing_interrupted()
-
-
-def make_generator(seed: int):
-    return torch.Generator().manual_seed(seed)
 
 
 def log_once(line: str, said=set()):  # noqa: B006 - the set is the memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.lora
 import torch
 
-from .progress import make_generator
+from ...trainers.rng import make_generator
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 

@@ -26,6 +26,7 @@ from ...trainers.data.encoded import split_conditioning
 from ...trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
 from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
+from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings
 from .context import (
     disable_transfer_streams,
@@ -95,7 +96,7 @@ def open_training_session(
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable_gradients())
         patcher = clone_for_training(model)
-        rng = torch.Generator().manual_seed(seed)
+        rng = make_generator(seed)
         network = patcher.model.diffusion_model
         adapters = Adapters(network, adapter, rng).to(patcher.load_device)
         session = TrainingSession(

@@ -10,6 +10,8 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from ...trainers.runs import to_finite_json
+
 RUN_EVENT = "trainyard.run"  # web/runs.mjs has the same
 MAX_LIVE_RUNS = 64  # runs in memory
 MAX_CURVE_POINTS = 2000  # of a curve, when all of it is sent
@@ -45,7 +47,7 @@ class LiveRun:
 
     def whole(self) -> dict:
         """Everything, with a long curve thinned."""
-        return replace_nonfinite_numbers({**self.about(), "first": 0, **self.since({}, MAX_CURVE_POINTS)})
+        return to_finite_json({**self.about(), "first": 0, **self.since({}, MAX_CURVE_POINTS)})
 
     def since(self, sent: dict, points: int) -> dict:
         """What the page does not know when it knows so much of each list."""
@@ -103,7 +105,7 @@ class LiveRun:
         news = {"first": self.sent_counts.get("losses", 0), **self.since(self.sent_counts, MAX_CURVE_POINTS // 10)}
         self.sent_counts = {name: len(getattr(self, name)) for name in ("losses", "rates", *MONITOR_LISTS)}
         self.last = now
-        server.send_sync(RUN_EVENT, replace_nonfinite_numbers({**self.about(), **news}), server.client_id)
+        server.send_sync(RUN_EVENT, to_finite_json({**self.about(), **news}), server.client_id)
 
 
 LIVE_RUNS: collections.OrderedDict[tuple[str, str], LiveRun] = (
@@ -178,12 +180,3 @@ def downsample_losses(losses, first: int, count: int) -> list[list]:
 def subsample_values(values, count: int) -> list:
     width = max(1, math.ceil(len(values) / count))
     return values if width == 1 else [*values[::width], values[-1]]
-
-
-def replace_nonfinite_numbers(what):
-    """The same with null for numbers that JSON does not have: one NaN makes a message unreadable."""
-    if isinstance(what, dict):
-        return {key: replace_nonfinite_numbers(value) for key, value in what.items()}
-    if isinstance(what, (list, tuple)):
-        return [replace_nonfinite_numbers(value) for value in what]
-    return None if isinstance(what, float) and not math.isfinite(what) else what

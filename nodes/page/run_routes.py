@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from ...trainers import runs
+from ...trainers.runs import to_finite_json
 from .. import paths
 from . import live
 
@@ -26,7 +27,7 @@ def list_all_runs() -> list[dict]:
         for one in live.LIVE_RUNS.values()
         if one.status == live.TRAINING and one.folder not in known
     ]
-    return live.replace_nonfinite_numbers([*reversed(fresh), *found])
+    return to_finite_json([*reversed(fresh), *found])
 
 
 def summarise_saved_run(about: dict) -> dict:

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ...trainers.data.encoded import EncodedDataset as EncodedData
 from ...trainers.data.feature_noise import LafiteSettings, perturb_embedding
 from ...trainers.data.records import open_image
+from ...trainers.rng import make_generator
 from ...trainers.settings import compute_fingerprint
 from .. import host
 from ..fields import CATEGORY, DatasetType, EncodedType, settings_from_widgets, settings_inputs
@@ -188,7 +189,7 @@ class ImageConditioning(io.ComfyNode):
             seen = torch.stack([encode_image_embedding(clip_vision, image[None], slot) for image in images]).mean(0)
             cond = slot(
                 encode_empty_prompt(clip),
-                perturb_embedding(seen, settings.alpha, host.progress.make_generator(settings.seed)),
+                perturb_embedding(seen, settings.alpha, make_generator(settings.seed)),
             )
         return io.NodeOutput([[cond["cross_attn"], {key: value for key, value in cond.items() if key != "cross_attn"}]])
 
@@ -303,7 +304,7 @@ class ImageConditioningStore:
         chance = compute_fingerprint(
             self.settings.seed, self.ids[int(number)], int(variant)
         )  # a picture's own, whatever stands before it
-        rng = host.progress.make_generator(int(chance[:15], 16))
+        rng = make_generator(int(chance[:15], 16))
         return self.slot(self.empty, perturb_embedding(self.embeddings[int(number)], self.settings.alpha, rng))
 
 

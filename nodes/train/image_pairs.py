@@ -12,6 +12,7 @@ from ...trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from ...trainers.methods.rollouts import StudentTeacherModel
 from ...trainers.monitor import fixed_batches
 from ...trainers.monitor.strength_curve import make_axis_projection, measure_strength_curve
+from ...trainers.rng import make_generator
 from .. import host
 from ..fields import CATEGORY, DatasetType, EncodedType
 from .job import BuiltMethod, TrainingJob, TrainTask, dataset_metadata_fields, largest_latent_shape
@@ -136,9 +137,9 @@ class BuiltPairs(BuiltMethod):
         data, denoiser, pairs = self.job.task.data, self.session.denoiser, self.method.items
         first = pairs[0]
         same = [pair for pair in pairs if pair.latent == first.latent][:16]
-        rng, end = host.progress.make_generator(0), first.strengths[0]
+        rng, end = make_generator(0), first.strengths[0]
         sides = [
-            data.batch([pair.at[s] for pair in same], host.progress.make_generator(0))
+            data.batch([pair.at[s] for pair in same], make_generator(0))
             for s in (end, -end)
             if all(s in pair.at for pair in same)
         ]

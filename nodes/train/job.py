@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 from typing import Protocol
 
-from ...trainers.data.encoded import EncodedDataset
+from ...trainers.data.encoded import EncodedDataset, most_common_bucket
 from ...trainers.monitor.strength_curve import StrengthCurve
+from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, compute_fingerprint
 from .. import host
 from ..page import live
@@ -193,8 +193,8 @@ def largest_latent_shape(data) -> tuple[int, ...]:
 
 def most_common_resolution(data) -> str:
     """The commonest image size as WIDTHxHEIGHT in pixels, or "unknown" where only latents were given."""
-    buckets = collections.Counter(item.bucket for item in data.items if item.bucket)
-    return "x".join(map(str, buckets.most_common(1)[0][0])) if buckets else "unknown"
+    bucket = most_common_bucket(data)
+    return "x".join(map(str, bucket)) if bucket else "unknown"
 
 
 def dataset_metadata_fields(data) -> dict:
@@ -202,7 +202,7 @@ def dataset_metadata_fields(data) -> dict:
 
 
 def dataset_gradient_check_inputs(data, session):
-    batch = data.batch([0], host.progress.make_generator(0))
+    batch = data.batch([0], make_generator(0))
     return session.denoiser.model_space(batch.x0), batch.conds
 
 
@@ -211,7 +211,7 @@ def first_distinct_captions(data, count: int = 2):
     differ."""
     plain, found = dataclasses.replace(data, dropout=0.0), {}
     for pick in range(min(len(data.items), 50)):
-        batch = plain.batch([pick], host.progress.make_generator(0))
+        batch = plain.batch([pick], make_generator(0))
         found.setdefault(batch.captions[0] or f"caption {len(found) + 1}", batch.conds[0])
         if len(found) == count:
             break

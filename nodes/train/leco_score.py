@@ -33,6 +33,7 @@ from ...trainers.methods.leco_score import (
 from ...trainers.methods.rollouts import StudentTeacherModel, sample_latent_noise
 from ...trainers.monitor.score_monitor import ScoreAndValidationMonitor, ScoreMonitor, score_latents
 from ...trainers.monitor.strength_curve import StrengthCurve, measure_strength_curve, sample_from_noise
+from ...trainers.rng import make_generator
 from ...trainers.scores.files import check_score_latent_format, score_model_identity
 from ...trainers.scores.networks import LATENT_BACKBONES, ScorerEnsemble, check_trained_head
 from ...trainers.settings import Settings, number_field
@@ -425,7 +426,7 @@ class BuiltLecoScore(BuiltMethod):
         """draw(prompt, strength) from fixed noise, in batches no larger than a step's."""
         job, negative = self.job, self.job.task.negative_prompts()
         shape = (PREVIEW_IMAGES_PER_PROMPT, *job.task.latent_shapes(job)[0])
-        noise = sample_latent_noise(shape, self.student.denoiser, host.progress.make_generator(job.run.seed))
+        noise = sample_latent_noise(shape, self.student.denoiser, make_generator(job.run.seed))
         # Samples are no cost of the training.
         uncounted = dataclasses.replace(self.student, forward_counts=dict(self.student.forward_counts))
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ...trainers.methods.rollouts import sample_latent_noise
 from ...trainers.monitor.strength_curve import sample_from_noise
+from ...trainers.rng import make_generator
 from ...trainers.runs import check_run_name
 from ...trainers.settings import (
     DORA,
@@ -183,7 +184,7 @@ def run_difference_node(job: TrainingJob) -> io.NodeOutput:
 
 def make_curve_sampler(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
     """draw(prompt, strength) for the curve: few small pictures from fixed noise."""
-    noise = sample_latent_noise((pictures, *shape), model.denoiser, host.progress.make_generator(seed))
+    noise = sample_latent_noise((pictures, *shape), model.denoiser, make_generator(seed))
     return lambda prompt, strength: sample_from_noise(model, prompt, unconditional, noise, strength, steps, guidance)
 
 

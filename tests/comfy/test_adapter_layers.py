@@ -12,6 +12,7 @@ from trainyard.tests.comfy.test_host import fingerprint as weights_of
 from trainyard.trainers.files import LoraFile, write_lora
 from trainyard.trainers.loop import train
 from trainyard.trainers.methods.lora import LoraTraining
+from trainyard.trainers.rng import make_generator
 from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings, compute_fingerprint
 
 NEW = ("DoRA", "LoHa", "LoKr")
@@ -84,7 +85,7 @@ def test_checkpointed_gradients_are_those_without_checkpointing(more, family):
         ):
             shake(session.adapters)
             problem = Problem(session, family)
-            with session.adapters.dropout_active(host.progress.make_generator(5)):
+            with session.adapters.dropout_active(make_generator(5)):
                 loss = problem.loss().mean()
             loss.backward()  # outside: what was left out must be remembered
             found.append(torch.cat([p.grad.flatten() for p in session.adapters.parameters() if p.grad is not None]))
@@ -179,7 +180,7 @@ def test_two_steps_of_real_training_move_every_kind():
             torch.inference_mode(),
             host.session.open_training_session(as_loader_gives("sd3"), settings("sd3", algorithm)) as session,
         ):
-            draw = host.progress.make_generator(0)
+            draw = make_generator(0)
             latents = [{"samples": torch.randn(1, 16, 16, 16, generator=draw)} for _ in range(2)]
             data = EncodedDataset.from_core(
                 latents,

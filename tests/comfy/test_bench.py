@@ -14,6 +14,7 @@ from trainyard.benchmarks.meters import Ledger, Reads, Saved, flop_counter
 from trainyard.benchmarks.peers import diffusers_script, kohya_style
 from trainyard.benchmarks.shapes import SHAPES, caption, make
 from trainyard.nodes import host
+from trainyard.trainers.rng import make_generator
 
 KIB = 1024
 
@@ -103,7 +104,7 @@ def test_a_claim_can_be_missed(value, holds):
 
 def pull(method, parts):
     """(loss, the gradient in one row) of the first step."""
-    loss = method.loss(host.progress.make_generator(0)).mean()
+    loss = method.loss(make_generator(0)).mean()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in parts])
 
@@ -117,7 +118,7 @@ def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
     with host.session.open_training_session(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:
         own, data, network = session.adapters, contenders.encoded(plan), session.denoiser.model.diffusion_model
         for name in own.layers:
-            torch.nn.init.normal_(own.adapter_for(name).up, std=0.1, generator=host.progress.make_generator(1))
+            torch.nn.init.normal_(own.adapter_for(name).up, std=0.1, generator=make_generator(1))
         ours = contenders.LoraTraining(session.denoiser, own, data, density=session.family.density)
         loss, gradient = pull(
             ours, [p for name in own.layers for p in (own.adapter_for(name).down, own.adapter_for(name).up)]
@@ -163,8 +164,8 @@ def test_the_scripts_network_answers_as_the_hosts(family):
     unet = diffusers_script.network(
         model.model_config.unet_config, torch.float32, "cpu", model.diffusion_model.state_dict()
     )
-    x, t = torch.randn(1, *shape.family.latent, generator=host.progress.make_generator(2)), torch.tensor([400])
-    context, extras = caption(shape, host.progress.make_generator(3))
+    x, t = torch.randn(1, *shape.family.latent, generator=make_generator(2)), torch.tensor([400])
+    context, extras = caption(shape, make_generator(3))
     batch = diffusers_script.batch_of(x, context, extras.get("pooled_output"))
     side = 8 * shape.family.latent[-1]
     y = model.encode_adm(device="cpu", height=side, width=side, **extras) if extras else None

@@ -29,6 +29,7 @@ from trainyard.trainers.loop import TrainingProgress
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.monitor.previews import PreviewSettings
 from trainyard.trainers.monitor.validation import RESTORE_BEST, ImageValidationLoss, ValidationSettings
+from trainyard.trainers.runs import to_finite_json
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 SMALL = dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0)
@@ -258,8 +259,8 @@ def test_two_runs_in_one_graph_and_one_node_in_two_workflows_do_not_mix():
 def test_a_long_curve_is_thinned_to_means_and_nan_is_left_out():
     assert live.downsample_losses([1.0, 3.0, float("nan"), 5.0], 10, 2) == [[12, 2.0], [14, 5.0]]
     assert live.downsample_losses([1.0, 2.0], 0, 100) == [[1, 1.0], [2, 2.0]]
-    assert live.replace_nonfinite_numbers({"a": [float("inf"), 1.5]}) == {"a": [None, 1.5]}
-    json.dumps(live.replace_nonfinite_numbers([float("nan")]), allow_nan=False)
+    assert to_finite_json({"a": [float("inf"), 1.5]}) == {"a": [None, 1.5]}
+    json.dumps(to_finite_json([float("nan")]), allow_nan=False)
 
 
 def test_the_page_is_told_everything_once_and_not_too_often(monkeypatch):

@@ -26,6 +26,7 @@ from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.ratings import RankSettings
 from trainyard.trainers.methods.lora import LoraTraining
+from trainyard.trainers.rng import make_generator
 from trainyard.trainers.scores.files import score_model_tensors
 from trainyard.trainers.scores.networks import (
     ScoreModelInfo,
@@ -147,7 +148,7 @@ def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
 
 def test_images_and_latents_of_the_graph_are_scored_alike(vae, places):
     score_model = train(encoded(vae))[0]
-    images = torch.rand(3, 64, 64, 3, generator=host.progress.make_generator(0)).mul(255).round().div(255)
+    images = torch.rand(3, 64, 64, 3, generator=make_generator(0)).mul(255).round().div(255)
     with torch.inference_mode():
         by_image = node(ScoreImages).execute(score_model, images=images, vae=vae, **ScoringSettings().to_dict()).args
         latent = {"samples": vae.encode(images)}
@@ -163,8 +164,8 @@ def test_an_unchanged_graph_never_trains_twice_not_even_after_a_restart(vae, pla
     again, told, same_losses = train(data, steps=10)
     assert again.info == first.info and told.startswith(words) and same_losses == losses
     x, level = (
-        torch.randn(2, 16, 8, 8, generator=host.progress.make_generator(0)),
-        torch.rand(2, generator=host.progress.make_generator(1)),
+        torch.randn(2, 16, 8, 8, generator=make_generator(0)),
+        torch.rand(2, generator=make_generator(1)),
     )
     assert torch.equal(again.mean_score(x, level), first.mean_score(x, level))
 
@@ -201,7 +202,7 @@ def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_sa
 
 def test_what_cannot_be_told_from_chance_is_said_and_not_saved(vae, places):
     data = encoded(vae)
-    order = torch.randperm(SHADES, generator=host.progress.make_generator(3)).tolist()
+    order = torch.randperm(SHADES, generator=make_generator(3)).tolist()
     items = [type(item)(**{**vars(item), "score": float(order[i])}) for i, item in enumerate(data.items)]
     score_model, report, _ = train(type(data)(items, data.store, data.channels, "shuffled"), steps=30)
     assert not score_model.info.trained and report.startswith("NOT TRAINED: SRCC is ")
@@ -257,7 +258,7 @@ def test_a_lora_refuses_pictures_that_were_encoded_without_clip(vae, places):
         host.session.open_training_session(make("sd3"), AdapterSettings(rank=1)) as session,
         pytest.raises(ValueError, match="encoded without CLIP"),
     ):
-        LoraTraining(session.denoiser, session.adapters, data).loss(host.progress.make_generator(0))
+        LoraTraining(session.denoiser, session.adapters, data).loss(make_generator(0))
 
 
 def test_captions_without_clip_are_still_refused(vae, places):
@@ -276,7 +277,7 @@ def test_the_schedule_alone_says_what_the_loaded_model_says(family):
     """Scale, noise and levels of a MODEL that is not loaded equal those of the denoiser that trains."""
     model = make(family)
     schedule = latents.NoiseSchedule(model)
-    latent = torch.randn((1, *make_shape(model)), generator=host.progress.make_generator(0))
+    latent = torch.randn((1, *make_shape(model)), generator=make_generator(0))
     u = torch.tensor([0.3])
     with host.session.open_training_session(model, AdapterSettings(rank=1)) as session:
         denoiser = session.denoiser

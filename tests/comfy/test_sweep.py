@@ -11,6 +11,7 @@ from trainyard.trainers.adapters.adapters import Adapters
 from trainyard.trainers.files import LoraFile, rescale_lora
 from trainyard.trainers.monitor.plots import draw_sweep_sheet
 from trainyard.trainers.monitor.strength_curve import StrengthCurve
+from trainyard.trainers.rng import make_generator
 from trainyard.trainers.settings import AdapterSettings
 
 
@@ -21,10 +22,10 @@ def toy(comfy):
 
 def random_lora(model, size=0.03):
     network = model.model.diffusion_model
-    made = Adapters(network, AdapterSettings(rank=2), host.progress.make_generator(1))
+    made = Adapters(network, AdapterSettings(rank=2), make_generator(1))
     with torch.no_grad():
         for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=host.progress.make_generator(len(p))) * size)
+            p.copy_(torch.randn(p.shape, generator=make_generator(len(p))) * size)
     return LoraFile(
         made.tensors(host.lora_keys.unet_lora_keys(model.model, made.layers).__getitem__)[0], {"ss_steps": "3"}, 3
     )

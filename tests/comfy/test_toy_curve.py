@@ -17,6 +17,7 @@ from trainyard.trainers.data.encode import encode_dataset
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.files import LoraFile
+from trainyard.trainers.rng import make_generator
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 
 CURVES = pathlib.Path(__file__).parent / "curves.json"
@@ -69,7 +70,7 @@ def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy
     """To 5 % of what it changes: the host rounds patched weights to the file's fp16."""
     adapter = AdapterSettings(rank=4, targets="attention", text_encoder=True)
     batch = EncodedDataset.from_core([{"samples": torch.zeros(1, 16, 8, 8)}], [[[torch.zeros(1, 77, 4096), {}]]]).batch(
-        [0], host.progress.make_generator(0)
+        [0], make_generator(0)
     )
     batch.captions = ["a large red star"]
     with torch.inference_mode(), host.session.open_training_session(toy.model, adapter, clip=toy.clip) as session:

@@ -87,7 +87,7 @@ def test_the_sheet_shows_the_model_without_and_with_the_lora(files, tmp_path, mo
     from trainyard.trainers.engines.diffusers import load_engine
 
     untouched = load_engine(files[1], "cpu").sample(["red star"], 0, (32, 32), steps=2)[0]
-    assert base.tobytes() == cli.sample_to_pil(untouched).tobytes() != changed.tobytes()
+    assert base.tobytes() == cli.tensor_to_image(untouched, "sample").tobytes() != changed.tobytes()
 
 
 def test_three_and_three_steps_are_six(files, tmp_path):

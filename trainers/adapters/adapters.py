@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..rng import make_generator
 from ..settings import LOKR, AdapterSettings, parse_block_rules
 from .layers import ADAPTER_LAYERS, LoraLayer, is_linear, layer_features
 
@@ -213,7 +214,7 @@ class Adapters(nn.Module):
         if self.dropout_seed is None:
             return False, None
         s, seed = self.settings, (self.dropout_seed + number * 0x9E3779B97F4A7C15) % 2**63
-        coin = float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) if s.module_dropout else 1.0
+        coin = float(torch.rand(1, generator=make_generator(seed))) if s.module_dropout else 1.0
         return coin < s.module_dropout, RankDropout(
             s.dropout, s.rank_dropout, seed
         ) if s.dropout or s.rank_dropout else None

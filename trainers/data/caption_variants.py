@@ -8,7 +8,6 @@ cache.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..rng import derive_generator
 from ..settings import Settings, choice_field, number_field, switch_field, text_field
 from .records import ImageRecord
 
@@ -105,8 +105,7 @@ def expand_caption(caption: str, settings: CaptionSettings, rng: torch.Generator
 
 def make_record_rng(record: ImageRecord, seed: int) -> torch.Generator:
     """A generator of the record's own: adding an image to a dataset changes no other image's captions."""
-    digest = hashlib.blake2b(f"captions/{seed}/{record.id}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return derive_generator("captions", seed, record.id)
 
 
 def prepend_trigger(caption: str, trigger: str) -> str:

@@ -8,6 +8,7 @@ dataset.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -270,3 +271,9 @@ class BucketBatchSampler:
 
 def shuffle_list(values: list, rng: torch.Generator) -> list:
     return [values[i] for i in torch.randperm(len(values), generator=rng).tolist()]
+
+
+def most_common_bucket(data: EncodedDataset) -> tuple[int, int] | None:
+    """The size that most images are trained at, pixels (width, height); None where only latents were given."""
+    buckets = Counter(item.bucket for item in data.items if item.bucket)
+    return buckets.most_common(1)[0][0] if buckets else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters, kohya_lora_key
 from ..diffusion import NoiseLevelDensity, per_sample, sample_euler, shift_noise_level
+from ..rng import make_generator
 from . import single_file
 from . import text as words
 from .single_file import CONVERT_REMEDY
@@ -328,9 +329,7 @@ class DiffusersEngine:
         cfg = self.family.guidance if cfg is None else cfg
         conds, (empty,) = self.text.encode(prompts), self.text.encode([""])
         h, w = size[1] // self.vae.factor, size[0] // self.vae.factor
-        noise = torch.randn(1, self.vae.channels, h, w, generator=torch.Generator().manual_seed(seed)).expand(
-            len(conds), -1, -1, -1
-        )
+        noise = torch.randn(1, self.vae.channels, h, w, generator=make_generator(seed)).expand(len(conds), -1, -1, -1)
         sigmas = self.denoiser.sigma_at(torch.linspace(1, 0, steps + 1))
         sigmas[-1] = 0.0
         x0 = sample_euler(

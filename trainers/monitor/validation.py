@@ -8,7 +8,6 @@ training: it uses chance of its own, and the weights of the next step are those 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..data.encoded import EncodedDataset
 from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, native_error, stratified_sigmas
+from ..rng import derive_generator
 from ..settings import NoiseSettings, Settings, choice_field, compute_fingerprint, number_field, switch_field
 
 BEST_CHOICES = KEEP_BEST_FILE, RESTORE_BEST, BEST_OFF = ("keep a file", "restore at the end", "off")
@@ -90,8 +90,7 @@ class ValidationSettings(Settings):
 
 def validation_rng(*what) -> torch.Generator:
     """Chance that depends on its name alone, and is no step's."""
-    digest = hashlib.blake2b("/".join(map(str, ("validation", *what))).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return derive_generator("validation", *what)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion import Denoiser, per_sample
+from ..diffusion import Denoiser, noising_coefficients, per_sample
 from ..settings import Settings, choice_field, number_field, switch_field
 
 BACKBONES = ("latent ResNet", "latent ViT", "model features", "decode + image scorer")
@@ -65,12 +65,6 @@ class ScorerSettings(Settings):
                 f"rank is {self.rank} and backbone is {self.backbone!r}, which looks through no diffusion model that a "
                 f"LoRA could adapt. Set rank to 0, or choose {MODEL_FEATURES!r}."
             )
-
-
-def noising_coefficients(denoiser: Denoiser, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b), each (B,), of x = a * x0 + b * noise."""
-    one, zero = torch.ones(len(sigma), 1, device=sigma.device), torch.zeros(len(sigma), 1, device=sigma.device)
-    return denoiser.noised(one, zero, sigma).flatten(), denoiser.noised(zero, one, sigma).flatten()
 
 
 def sigma_to_level(denoiser: Denoiser, sigma: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..diffusion import Denoiser, cpu_randn_like
+from ..optimizers import ema_decay
 from ..settings import Settings, choice_field, number_field, switch_field
 from .networks import NUM_RATING_BINS, SCORE_TASKS, ScoreModelInfo, Scorer, to_scorer_input
 
@@ -263,7 +264,7 @@ class ScoreTraining:
     def update_average(self):
         """Update the EMA with the current weights. The decay grows with the number of steps, so that the initial
         weights do not linger."""
-        decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
+        decay = ema_decay(self.settings.ema, self.steps)
         self.average = [torch.lerp(p, a, decay) for a, p in zip(self.average, self.parameters(), strict=True)]
         self.steps += 1
 
