@@ -27,7 +27,9 @@ def random_lora(model, size=0.03):
         for p in made.parameters():
             p.copy_(torch.randn(p.shape, generator=make_generator(len(p))) * size)
     return LoraFile(
-        made.tensors(host.lora_keys.unet_lora_keys(model.model, made.layers).__getitem__)[0], {"ss_steps": "3"}, 3
+        made.export_tensors(host.lora_keys.unet_lora_keys(model.model, made.layers).__getitem__)[0],
+        {"ss_steps": "3"},
+        3,
     )
 
 

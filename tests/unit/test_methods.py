@@ -109,7 +109,7 @@ def make_lora(prediction="flow", seed=0, prior=None, adapter=None, **settings):
             *latents,
             *(data.store.load(item.caption_keys[0])["cross_attn"] for item in data.items),
         ],
-        lambda: added.tensors()[0],
+        lambda: added.export_tensors()[0],
         lambda: network(*fixed_inputs()),
         lambda tensors: merged(Net(), tensors)(*fixed_inputs()),
     )
@@ -186,7 +186,7 @@ def random_scorer():
 def made_of(method, network, added):
     output = lambda: network(*fixed_inputs())
     loaded = lambda tensors: merged(Net(), tensors)(*fixed_inputs())
-    return Made(method, list(network.parameters()), lambda: added.tensors()[0], output, loaded)
+    return Made(method, list(network.parameters()), lambda: added.export_tensors()[0], output, loaded)
 
 
 def make_score(task="regression", backbone="latent ResNet", prediction="flow", seed=0):

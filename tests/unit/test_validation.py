@@ -52,7 +52,7 @@ def trained(tmp_path, steps, name="toy", looking=watch, optimizing=None, report=
     """(losses, the LoRA's tensors, watch, store) of one run in a folder."""
     method, added = made()
     seen = looking(method, **settings) if looking else None
-    store = folder(tmp_path, lambda: added.tensors()[0], steps, name)
+    store = folder(tmp_path, lambda: added.export_tensors()[0], steps, name)
     store.ending = seen.settings.ending() if seen else {}
     losses = train(method, run(steps), optimizing, store=store, watch=seen, report=report, interval=0)
     return losses, read_safetensors(store.lora_path(steps))[0], seen, store
@@ -271,7 +271,7 @@ def test_the_parameters_after_the_run_are_the_delivered_ones():
     train(method, run(3), watch=seen)
     other, more = made()
     train(other, run(2))
-    assert same(added.tensors()[0], more.tensors()[0])
+    assert same(added.export_tensors()[0], more.export_tensors()[0])
 
 
 def test_the_best_so_far_is_a_file_beside_the_last_one(tmp_path):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..data.signed_prompts import SignedPrompt
-from ..diffusion import cpu_randn_like, per_sample, per_sample_mse, slope
-from ..scores.networks import ScorerEnsemble, level_to_sigma, noising_coefficients, sigma_to_level, to_scorer_input
+from ..diffusion import cpu_randn_like, noising_coefficients, per_sample, per_sample_mse, slope
+from ..scores.networks import ScorerEnsemble, level_to_sigma, sigma_to_level, to_scorer_input
 from ..scores.objective import MAX_SCORE_NOISE
 from ..settings import NoiseSettings, PointSettings, Settings, choice_field, number_field, switch_field, text_field
 from .rollouts import (

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..adapters.adapters import Adapters
 from ..data.cache import MemoryStore
 from ..data.encoded import EncodedDataset
-from ..diffusion import Denoiser, per_sample
-from .networks import Scorer, ScorerEnsemble, batch_indices_by_shape, level_to_sigma, noising_coefficients
+from ..diffusion import Denoiser, noising_coefficients, per_sample
+from .networks import Scorer, ScorerEnsemble, batch_indices_by_shape, level_to_sigma
 
 CACHED_NOISE_LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # at which frozen features are cached
 CACHED_NOISE_DRAWS = 3  # fixed noises for each latent shape
