@@ -80,7 +80,7 @@ def bare(plan: Plan):
         for step in range(laps.steps):
             laps()
             rng = make_generator(step)
-            batch = data.batch(range(plan.batch), rng)
+            batch = data.make_batch(range(plan.batch), rng)
             x0 = denoiser.model_space(batch.x0).requires_grad_()
             sigma = sample_sigmas(denoiser, session.family.density, x0, rng)
             denoising_loss(denoiser, x0, cpu_randn_like(x0, rng), sigma, batch.conds).mean().backward()

@@ -78,7 +78,7 @@ class CheckDataset(io.ComfyNode):
         found = check_dataset_quality(dataset, settings, make_token_counter(clip), make_scan_options(cls, clip_vision))
         words = format_quality_report(found, settings)
         host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
-        page = image_to_batch_tensor(draw_quality_sheet(found)) if found.pictures else blank_sheet_tensor()
+        page = image_to_batch_tensor(draw_quality_sheet(found)) if found.images else blank_sheet_tensor()
         return io.NodeOutput(
             apply_quality_actions(dataset, found, settings),
             page,

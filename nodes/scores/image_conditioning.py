@@ -273,7 +273,7 @@ def caption_with_image_embeddings(
         seen, [item.id for item in encoded.items], slot, encode_empty_prompt(clip), settings, encoded.store
     )
     return dataclasses.replace(
-        encoded, items=items, store=store, fingerprint=key, empty=EMPTY_CAPTION_KEY, dropout=settings.drop
+        encoded, items=items, store=store, fingerprint=key, empty_key=EMPTY_CAPTION_KEY, dropout=settings.drop
     )
 
 

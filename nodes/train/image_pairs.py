@@ -139,13 +139,13 @@ class BuiltPairs(BuiltMethod):
         same = [pair for pair in pairs if pair.latent == first.latent][:16]
         rng, end = make_generator(0), first.strengths[0]
         sides = [
-            data.batch([pair.at[s] for pair in same], make_generator(0))
+            data.make_batch([pair.index_by_strength[s] for pair in same], make_generator(0))
             for s in (end, -end)
-            if all(s in pair.at for pair in same)
+            if all(s in pair.index_by_strength for pair in same)
         ]
         positive, negative = (denoiser.model_space(side.x0) for side in sides)
-        cond = data.batch([first.at[end]], rng).conds[0]
-        empty = data.store.load(data.empty) if data.empty else None
+        cond = data.make_batch([first.index_by_strength[end]], rng).conds[0]
+        empty = data.store.load(data.empty_key) if data.empty_key else None
         asking = StudentTeacherModel(denoiser, self.session.adapters, {"scene": cond, "": empty or cond})
         guidance = host.session.rollout_guidance(self.session, 0.0) if empty else 1.0
         draw = make_curve_sampler(asking, first.latent, "", guidance, self.job.run.seed)
@@ -155,10 +155,10 @@ class BuiltPairs(BuiltMethod):
 
 def check_pairs_differ(pairs, data):
     """ValueError when no pair shows a difference: the same folder was chosen twice, say."""
-    if all(len({data.items[index].latent for index in pair.at.values()}) == 1 for pair in pairs):
+    if all(len({data.items[index].latent for index in pair.index_by_strength.values()}) == 1 for pair in pairs):
         raise ValueError(
             "Both pictures of every pair are the same, for example "
-            f"{data.items[next(iter(pairs[0].at.values()))].path}: there is no difference to learn. Choose two "
+            f"{data.items[next(iter(pairs[0].index_by_strength.values()))].path}: there is no difference to learn. Choose two "
             "different folders."
         )
 

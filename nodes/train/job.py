@@ -202,7 +202,7 @@ def dataset_metadata_fields(data) -> dict:
 
 
 def dataset_gradient_check_inputs(data, session):
-    batch = data.batch([0], make_generator(0))
+    batch = data.make_batch([0], make_generator(0))
     return session.denoiser.model_space(batch.x0), batch.conds
 
 
@@ -211,11 +211,11 @@ def first_distinct_captions(data, count: int = 2):
     differ."""
     plain, found = dataclasses.replace(data, dropout=0.0), {}
     for pick in range(min(len(data.items), 50)):
-        batch = plain.batch([pick], make_generator(0))
+        batch = plain.make_batch([pick], make_generator(0))
         found.setdefault(batch.captions[0] or f"caption {len(found) + 1}", batch.conds[0])
         if len(found) == count:
             break
-    if data.empty is None:
+    if data.empty_key is None:
         return list(found.items()), None
     sizes = host.session.extract_size_conditioning(next(iter(found.values())))
-    return list(found.items()), ("", {**data.store.load(data.empty), **sizes})
+    return list(found.items()), ("", {**data.store.load(data.empty_key), **sizes})

@@ -55,7 +55,7 @@ def test_a_picture_has_one_scale_whichever_way_it_comes(vae, folder, tmp_path):
         )
         with host.session.open_training_session(make("sd3", inference=True), AdapterSettings(rank=4)) as session:
             x0 = [
-                session.denoiser.model_space(data.batch([0], torch.Generator().manual_seed(0)).x0)
+                session.denoiser.model_space(data.make_batch([0], torch.Generator().manual_seed(0)).x0)
                 for data in (core, ours(), ours())
             ]
             wanted = session.denoiser.model.process_latent_in(host.context.clone_inference_tensors(latent["samples"]))

@@ -213,7 +213,7 @@ def test_each_picture_has_its_own_embedding_in_several_noises_that_do_not_depend
     alone = run(CaptionsFromImages, encoded=encoded, **given, **WIDGETS)
     assert torch.equal(alone.store.load(alone.items[0].caption_keys[2])["pooled_output"], pooled[1][2])
     assert torch.equal(
-        told.store.load(told.empty)["pooled_output"],
+        told.store.load(told.empty_key)["pooled_output"],
         Clip("sdxl").encode_from_tokens_scheduled({"l": [[""]]})[0][1]["pooled_output"],
     )
 

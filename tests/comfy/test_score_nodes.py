@@ -249,7 +249,7 @@ def test_what_is_to_be_scored_must_be_clear(vae):
 
 def test_a_lora_refuses_pictures_that_were_encoded_without_clip(vae, places):
     data = encoded(vae)
-    assert not data.items[0].captions and data.empty is None
+    assert not data.items[0].captions and data.empty_key is None
     with pytest.raises(
         ValueError, match="encoded without CLIP, which is enough for score models and for nothing else.*Connect CLIP"
     ):

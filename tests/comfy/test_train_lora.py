@@ -121,9 +121,9 @@ class Poisoned:
     def __len__(self):
         return len(self.inner)
 
-    def batch(self, picks, rng):
+    def make_batch(self, picks, rng):
         self.draws += 1
-        batch = self.inner.batch(picks, rng)
+        batch = self.inner.make_batch(picks, rng)
         if self.draws >= self.at:
             batch.x0 = batch.x0 * float("nan")
         return batch

@@ -191,7 +191,7 @@ def in_memory(data):
     from ...trainers.data.cache import MemoryStore
 
     keys = {key for item in data.items for key in (item.latent, *item.caption_keys)}
-    return dataclasses.replace(data, store=MemoryStore({key: data.store.load(key) for key in keys}), empty=None)
+    return dataclasses.replace(data, store=MemoryStore({key: data.store.load(key) for key in keys}), empty_key=None)
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------

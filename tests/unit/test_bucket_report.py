@@ -38,8 +38,8 @@ def test_sizes_that_were_decided_before_are_decided_anew():
 def test_rows_by_hand():
     """1000x1000 -> 512x512, nothing cut, scaled by .512. 900x1000 -> scaled by 512/900 = .569 to 512x569: 57 of 569
     rows are cut, .1002"""
-    (row,) = assign_buckets(dataset((1000, 1000), (900, 1000), repeats=(3, 2)), BucketSettings(resolution=512)).rows
-    assert (row.bucket, row.pictures, row.per_epoch) == ((512, 512), 2, 5)
+    (row,) = assign_buckets(dataset((1000, 1000), (900, 1000), repeats=(3, 2)), BucketSettings(resolution=512)).bucket_stats
+    assert (row.bucket, row.images, row.per_epoch) == ((512, 512), 2, 5)
     assert row.mean_cropped_share == pytest.approx(57 / 569 / 2) and row.scales == pytest.approx(
         (0.512, 512 / 900), abs=1e-3
     )
@@ -47,7 +47,7 @@ def test_rows_by_hand():
 
 def test_what_does_not_fill_a_batch_by_hand():
     """5 and 3 pictures an epoch: batch 2: 1 + 1; batch 3: 2 + 0; batch 4: 1 + 3; batch 8: 5 + 3"""
-    rows = assign_buckets(dataset((512, 512), (256, 512), repeats=(5, 3)), BucketSettings(resolution=512)).rows
+    rows = assign_buckets(dataset((512, 512), (256, 512), repeats=(5, 3)), BucketSettings(resolution=512)).bucket_stats
     assert [count_partial_batch_images(rows, batch) for batch in (1, 2, 3, 4, 8)] == [0, 2, 2, 4, 8]
 
 
@@ -101,4 +101,4 @@ def test_the_page_draws_every_bucket_to_one_scale():
 def test_the_page_of_a_crowd_shows_the_fullest():
     sizes = [(256 + 8 * i, 2048 - 8 * i) for i in range(MAX_BUCKET_TILES + 20)]
     result = assign_buckets(dataset(*sizes), BucketSettings(resolution=4096, step=8, merge=1))
-    assert len(result.rows) == MAX_BUCKET_TILES + 20 and draw_buckets_sheet(result).width < 4000
+    assert len(result.bucket_stats) == MAX_BUCKET_TILES + 20 and draw_buckets_sheet(result).width < 4000

@@ -48,7 +48,7 @@ def test_views_of_one_tensor_are_stored_apart(tmp_path):
 def test_shapes_come_from_the_header(tmp_path):
     cache = DiskCache(tmp_path)
     cache.write("a", {"mean": torch.zeros(4, 2, 3), "std": None})
-    assert cache.shapes("a") == {"mean": (4, 2, 3), "std": None} and cache.shapes("b") is None
+    assert cache.read_shapes("a") == {"mean": (4, 2, 3), "std": None} and cache.read_shapes("b") is None
 
 
 def test_tensors_loaded_in_inference_mode_can_be_trained_with(tmp_path):
@@ -67,14 +67,14 @@ def test_memory_stays_within_its_budget_and_keeps_the_last_used(tmp_path):
     for name in "abc":
         cache.write(name, {"x": torch.zeros(100)})
     a, _, again, c = cache.load("a"), cache.load("b"), cache.load("a"), cache.load("c")
-    assert again is a and list(cache.lru.values) == ["a", "c"] and cache.lru.held == 800
+    assert again is a and list(cache.lru.values) == ["a", "c"] and cache.lru.used_bytes == 800
     assert cache.load("c") is c
 
 
 def test_a_value_above_the_budget_is_not_kept():
     shelf = LruCache(budget=10)
     assert shelf.get("a", lambda: {"x": torch.ones(100)})["x"].sum() == 100
-    assert not shelf.values and shelf.held == 0
+    assert not shelf.values and shelf.used_bytes == 0
 
 
 def test_a_file_that_vanished_says_what_to_do(tmp_path):
@@ -99,7 +99,7 @@ def test_nothing_is_encoded_twice(tmp_path):
     assert vae.calls == 3 and sorted(text.seen) == ["", "caption 0", "caption 1", "caption 2"]
     assert first.fingerprint == second.fingerprint and first.items == second.items
     rng = lambda: torch.Generator().manual_seed(0)
-    assert torch.equal(first.batch([0, 1], rng()).x0, second.batch([0, 1], rng()).x0)
+    assert torch.equal(first.make_batch([0, 1], rng()).x0, second.make_batch([0, 1], rng()).x0)
 
 
 def test_moved_pictures_are_not_encoded_again(tmp_path):
@@ -198,9 +198,11 @@ def test_encode_does_not_hold_what_it_encoded(tmp_path):
     """memory of an encoded dataset is names and numbers; tensors come when asked for"""
     captioned(tmp_path / "in", 20)
     data = encoded(tmp_path)
-    assert data.store.lru.held == 0
-    data.batch([0], torch.Generator())
-    assert 0 < data.store.lru.held == sum(count_tensor_bytes(value) for value, _ in data.store.lru.values.values())
+    assert data.store.lru.used_bytes == 0
+    data.make_batch([0], torch.Generator())
+    assert (
+        0 < data.store.lru.used_bytes == sum(count_tensor_bytes(value) for value, _ in data.store.lru.values.values())
+    )
 
 
 def test_a_picture_that_changes_while_the_graph_waits_is_refused(tmp_path):

@@ -129,7 +129,7 @@ def test_claim_3_no_more_pixels_than_exist_small_pictures_are_left_out_and_named
     assert max(cell.scale for _, cell in cells_of(made)) <= 1.0
     out = dict(made.excluded)
     assert out[60] == "is 700x500 px and would be enlarged 1.46 times to span the width of 1024x1024"
-    assert not out.keys() & made.uses().keys()
+    assert not out.keys() & made.count_uses().keys()
 
 
 def test_claim_3_small_pictures_take_a_smaller_frame_of_the_list_and_large_ones_do_not():
@@ -223,7 +223,7 @@ def test_claim_7_at_least_one_pattern_goes_end_to_end_or_the_collage_is_refused(
 def test_claim_8_every_picture_is_used_exactly_as_often_and_never_twice_in_a_frame(layout, uses):
     made = plan_collages(random_sizes(), CollageSettings(layout=layout, uses=uses, per_frame=4))
     kept = set(range(200)) - {source for source, _ in made.excluded}
-    assert made.uses() == dict.fromkeys(kept, uses)
+    assert made.count_uses() == dict.fromkeys(kept, uses)
     for collage in made.collages:
         assert len({cell.source for cell in collage.cells}) == len(collage.cells) <= 4
 

@@ -48,7 +48,7 @@ def scene(seed):
 def test_a_changed_copy_is_near_its_original(change, seed):
     prints = [compute_image_signature(scene(seed)), compute_image_signature(CHANGES[change](scene(seed)))]
     (pair,) = find_hash_pairs(prints, 10)
-    assert ("mirrored" in pair.why) == ("mirrored" in change)
+    assert ("mirrored" in pair.reason) == ("mirrored" in change)
 
 
 def test_a_mirror_image_is_another_picture_when_asked():
@@ -136,14 +136,14 @@ def test_a_copy_of_a_copy_belongs_to_the_original_in_whatever_order_they_are_fou
     ties = [DuplicatePair(1, 2, "a"), DuplicatePair(3, 5, "b"), DuplicatePair(2, 5, "c"), DuplicatePair(6, 7, "d")]
     for pairs in (ties, ties[::-1], [ties[2], ties[0], ties[3], ties[1]]):
         first, second = group_duplicates(pairs, order=lambda index: index)
-        assert (first.best, set(first.rest)) == (1, {2, 3, 5})
-        assert (second.best, second.rest) == (6, (7,))
+        assert (first.best, set(first.copies)) == (1, {2, 3, 5})
+        assert (second.best, second.copies) == (6, (7,))
 
 
 def test_the_best_one_of_a_group_is_the_one_that_comes_first_in_the_order():
     (group,) = group_duplicates([DuplicatePair(1, 2, "a"), DuplicatePair(2, 3, "b")], order=lambda index: -index)
-    assert (group.best, group.rest) == (3, (2, 1))
-    assert group.why == {2: "b", 1: "a"}
+    assert (group.best, group.copies) == (3, (2, 1))
+    assert group.reasons == {2: "b", 1: "a"}
 
 
 def test_features_tie_what_a_hash_does_not():

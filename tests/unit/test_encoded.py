@@ -23,7 +23,7 @@ def rng(seed=0):
 def drawn(data, pick=0, count=400):
     """Many draws of one item."""
     generator = rng()
-    return [data.batch([pick], generator) for _ in range(count)]
+    return [data.make_batch([pick], generator) for _ in range(count)]
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def drawn(data, pick=0, count=400):
 def test_a_batch_holds_its_own_pictures_captions_and_sizes(tmp_path):
     captioned(tmp_path / "in", 3)
     data = encoded(tmp_path)
-    batch = data.batch([2, 0], rng())
+    batch = data.make_batch([2, 0], rng())
     assert batch.index == [2, 0] and batch.captions == ["caption 2", "caption 0"] and batch.mask is None
     assert batch.x0.shape == (2, 3, 2, 2) and data.channels == 3
     assert torch.equal(batch.x0[0], data.store.load(data.items[2].latent)["mean"])
@@ -109,7 +109,7 @@ def test_the_posterior_is_sampled_anew_with_its_own_mean_and_width(tmp_path):
 def test_the_same_generator_state_draws_the_same_batch(tmp_path):
     captioned(tmp_path / "in", 3)
     data = encoded(tmp_path, flip=True, vae=FakeVae("with std", std=1.0), captions=CaptionSettings(dropout=0.5))
-    a, b, c = data.batch([0, 1, 2], rng(7)), data.batch([0, 1, 2], rng(7)), data.batch([0, 1, 2], rng(8))
+    a, b, c = data.make_batch([0, 1, 2], rng(7)), data.make_batch([0, 1, 2], rng(7)), data.make_batch([0, 1, 2], rng(8))
     assert torch.equal(a.x0, b.x0) and a.captions == b.captions and not torch.equal(a.x0, c.x0)
 
 
@@ -122,7 +122,7 @@ def test_latents_are_fp32_whatever_the_vae_gave(tmp_path):
     data = encoded(tmp_path, vae=Half())
     assert (
         data.store.load(data.items[0].latent)["mean"].dtype == torch.bfloat16
-        and data.batch([0], rng()).x0.dtype == torch.float32
+        and data.make_batch([0], rng()).x0.dtype == torch.float32
     )
 
 
@@ -130,7 +130,7 @@ def test_video_latents_pass_through(tmp_path):
     captioned(tmp_path / "in", 2)
     Image.new("L", (16, 16), 255).save(tmp_path / "in" / "0.mask.png")
     data = encoded(tmp_path, vae=FakeVae(frames=True))
-    batch = data.batch([0, 1], rng())
+    batch = data.make_batch([0, 1], rng())
     assert batch.x0.shape == (2, 3, 1, 2, 2) and batch.mask.shape == (2, 1, 1, 2, 2) and data.channels == 3
 
 
@@ -148,8 +148,8 @@ def test_masks_are_the_mean_of_each_cell_and_mirror_with_the_picture(tmp_path):
     for batch in drawn(data, count=20):
         expected = [1.0, 0.5] if torch.equal(batch.x0[0], plain) else [0.5, 1.0]
         assert batch.mask[0, 0].tolist() == [expected, expected]
-    assert data.batch([1], rng()).mask is None
-    assert data.batch([1, 0], rng()).mask[0].eq(1).all()
+    assert data.make_batch([1], rng()).mask is None
+    assert data.make_batch([1, 0], rng()).mask[0].eq(1).all()
 
 
 def test_a_changed_mask_is_read_again_and_the_picture_is_not_encoded_again(tmp_path):
@@ -159,7 +159,7 @@ def test_a_changed_mask_is_read_again_and_the_picture_is_not_encoded_again(tmp_p
         Image.new("L", (16, 16), level).save(tmp_path / "in" / "0.mask.png")
         data = encoded(tmp_path, vae=vae)
         prints.add(data.fingerprint)
-        assert data.batch([0], rng()).mask.eq(level / 255).all()
+        assert data.make_batch([0], rng()).mask.eq(level / 255).all()
     assert vae.calls == 1 and len(prints) == 2
 
 
@@ -180,7 +180,7 @@ def conditioning(*values, rows=1):
 def test_stacks_are_split_and_paired_in_order():
     given = latents(2, 1)
     data = EncodedDataset.from_core(given, conditioning(1, 2, 3))
-    batch = data.batch([0, 1, 2], rng())
+    batch = data.make_batch([0, 1, 2], rng())
     assert torch.equal(batch.x0, torch.cat([latent["samples"] for latent in given])) and data.channels == 4
     assert [cond["cross_attn"].shape for cond in batch.conds] == [(1, 3, 4)] * 3
     assert [cond["pooled_output"].mean().item() for cond in batch.conds] == [1, 2, 3] and batch.conds[0]["width"] == 512
@@ -192,14 +192,14 @@ def test_a_bucket_of_stacked_conditionings_is_split_too():
     entries = [conditioning(1)[0][0], conditioning(2)[0][0]]
     rows = torch.arange(2.0).view(2, 1, 1).expand(2, 3, 4)
     data = EncodedDataset.from_core(latents(4), [entries, [[rows, {"pooled_output": rows[:, 0]}]]])
-    conds = data.batch([0, 1, 2, 3], rng()).conds
+    conds = data.make_batch([0, 1, 2, 3], rng()).conds
     assert [cond["cross_attn"].mean().item() for cond in conds] == [1, 2, 0, 1]
     assert conds[3]["pooled_output"].tolist() == [[1, 1, 1, 1]]
 
 
 def test_one_conditioning_may_serve_all_latents():
     data = EncodedDataset.from_core(latents(1, 1, 1), conditioning(5))
-    assert [cond["cross_attn"].mean().item() for cond in data.batch([0, 2], rng()).conds] == [5, 5]
+    assert [cond["cross_attn"].mean().item() for cond in data.make_batch([0, 2], rng()).conds] == [5, 5]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_noise_masks_become_loss_masks():
     mask = torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     first, second = latents(1, 1)
-    batch = EncodedDataset.from_core([{**first, "noise_mask": mask}, second], conditioning(1)).batch([0, 1], rng())
+    batch = EncodedDataset.from_core([{**first, "noise_mask": mask}, second], conditioning(1)).make_batch([0, 1], rng())
     assert batch.mask[0, 0].tolist() == [[1, 1], [0, 0]] and batch.mask[1].eq(1).all()
     with pytest.raises(ValueError, match="3 samples and 2 masks"):
         EncodedDataset.from_core([{**latents(3)[0], "noise_mask": torch.ones(2, 16, 16)}], conditioning(1))
@@ -247,7 +247,7 @@ def test_noise_masks_become_loss_masks():
 def test_tensors_of_a_node_in_inference_mode_can_be_trained_with():
     with torch.inference_mode():
         data = EncodedDataset.from_core(latents(1), conditioning(1))
-    batch, weight = data.batch([0], rng()), torch.ones(1, requires_grad=True)
+    batch, weight = data.make_batch([0], rng()), torch.ones(1, requires_grad=True)
     (batch.x0 * weight).sum().backward()
     (batch.conds[0]["cross_attn"] * weight).sum().backward()
     assert weight.grad.item() == pytest.approx(batch.x0.sum().item() + 12)
@@ -267,7 +267,7 @@ def test_dropout_of_core_data_needs_an_empty_conditioning():
     with pytest.raises(ValueError, match="dropout is 0.5, and nothing was given for the empty caption"):
         EncodedDataset.from_core(latents(1), conditioning(1), dropout=0.5)
     data = EncodedDataset.from_core(latents(1), conditioning(1), empty=conditioning(0)[0], dropout=1.0)
-    assert data.batch([0], rng()).conds[0]["cross_attn"].sum() == 0
+    assert data.make_batch([0], rng()).conds[0]["cross_attn"].sum() == 0
 
 
 # -- the deck ----------------------------------------------------------------------------------------------------------
@@ -290,20 +290,20 @@ def test_an_epoch_shows_each_picture_as_often_as_it_repeats():
     deck = deck_of(*MIXED)
     assert len(deck) == 5
     for epoch in range(1, 4):
-        batches = [deck.draw(rng(epoch)) for _ in range(5)]
+        batches = [deck.next_batch(rng(epoch)) for _ in range(5)]
         assert Counter(i for batch in batches for i in batch) == {0: 1, 1: 3, 2: 2, 3: 2} and deck.epoch == epoch
         assert sorted(map(len, batches)) == [1, 1, 2, 2, 2]
 
 
 def test_a_batch_has_one_shape():
     deck = deck_of(*MIXED, batch=8)
-    assert sorted(sorted(set(deck.draw(rng()))) for _ in range(2)) == [[0, 2, 3], [1]]
+    assert sorted(sorted(set(deck.next_batch(rng()))) for _ in range(2)) == [[0, 2, 3], [1]]
 
 
 def test_epochs_are_dealt_differently_and_shapes_are_mixed():
     deck = deck_of(*[(SMALL, 1)] * 8, *[(LARGE, 1)] * 8, batch=1)
     generator = rng()
-    first, second = ([deck.draw(generator)[0] for _ in range(16)] for _ in range(2))
+    first, second = ([deck.next_batch(generator)[0] for _ in range(16)] for _ in range(2))
     assert first != second and sorted(first) == sorted(second) == list(range(16))
     assert any(i < 8 for i in first[8:]), "all of one shape came first"
 
@@ -312,10 +312,10 @@ def test_epochs_are_dealt_differently_and_shapes_are_mixed():
 def test_a_resumed_deck_draws_the_same_cards(cut):
     """each step has a generator of its own, as in the loop; 5 batches make an epoch"""
     whole, first, resumed = deck_of(*MIXED), deck_of(*MIXED), deck_of(*MIXED)
-    expected = [whole.draw(rng(step)) for step in range(12)]
-    assert [first.draw(rng(step)) for step in range(cut)] == expected[:cut]
+    expected = [whole.next_batch(rng(step)) for step in range(12)]
+    assert [first.next_batch(rng(step)) for step in range(cut)] == expected[:cut]
     resumed.load_state(json.loads(json.dumps(first.state())))
-    assert [resumed.draw(rng(step)) for step in range(cut, 12)] == expected[cut:] and resumed.epoch == whole.epoch
+    assert [resumed.next_batch(rng(step)) for step in range(cut, 12)] == expected[cut:] and resumed.epoch == whole.epoch
 
 
 def test_a_deck_of_other_data_refuses_the_state():
@@ -325,9 +325,9 @@ def test_a_deck_of_other_data_refuses_the_state():
 
 def test_a_drawn_batch_may_be_changed_without_changing_the_deck():
     deck, other = deck_of(*MIXED), deck_of(*MIXED)
-    deck.draw(rng()).clear()
-    other.draw(rng())
-    assert [deck.draw(rng()) for _ in range(4)] == [other.draw(rng()) for _ in range(4)] and deck.order[0]
+    deck.next_batch(rng()).clear()
+    other.next_batch(rng())
+    assert [deck.next_batch(rng()) for _ in range(4)] == [other.next_batch(rng()) for _ in range(4)] and deck.epoch_batches[0]
 
 
 def test_a_deck_without_cards_is_refused():
@@ -343,7 +343,12 @@ def test_an_epoch_through_a_small_memory_gives_the_same_batches(tmp_path):
     small.store.lru.budget = 600
     for data in (large, small):
         deck, generator = BucketBatchSampler(data, 3), rng()
-        data.seen = [data.batch(deck.draw(generator), generator).x0 for _ in range(len(deck))]
-        assert data.store.lru.held <= data.store.lru.budget
-        assert data.store.lru.held == sum(count_tensor_bytes(value) for value, _ in data.store.lru.values.values())
-    assert torch.equal(torch.cat(large.seen), torch.cat(small.seen)) and small.store.lru.held < large.store.lru.held
+        data.seen = [data.make_batch(deck.next_batch(generator), generator).x0 for _ in range(len(deck))]
+        assert data.store.lru.used_bytes <= data.store.lru.budget
+        assert data.store.lru.used_bytes == sum(
+            count_tensor_bytes(value) for value, _ in data.store.lru.values.values()
+        )
+    assert (
+        torch.equal(torch.cat(large.seen), torch.cat(small.seen))
+        and small.store.lru.used_bytes < large.store.lru.used_bytes
+    )

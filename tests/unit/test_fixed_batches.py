@@ -129,8 +129,8 @@ def test_a_slider_is_measured_as_the_mean_of_both_its_sides():
     wanted = []
     for level, sigma in enumerate(exam.first_sigmas()):
         both = []
-        for strength, index in pair.at.items():
-            batch = method.data.batch([index], fixed_batches.validation_rng("pair", pair.name))
+        for strength, index in pair.index_by_strength.items():
+            batch = method.data.make_batch([index], fixed_batches.validation_rng("pair", pair.name))
             x0 = method.denoiser.model_space(batch.x0)
             noise = fixed_batches.cpu_randn_like(x0, fixed_batches.validation_rng("noise", pair.name, level))
             sigma = torch.tensor([float(sigma)])
@@ -231,5 +231,5 @@ def test_an_interrupt_is_heard_at_every_forward():
 
 def test_dropped_captions_are_not_asked():
     method = sliding()
-    method.data = dataclasses.replace(method.data, empty=method.data.items[0].caption_keys[0], dropout=1.0)
+    method.data = dataclasses.replace(method.data, empty_key=method.data.items[0].caption_keys[0], dropout=1.0)
     assert torch.equal(pair_exam(method).losses(), pair_exam(sliding()).losses())

@@ -613,7 +613,7 @@ def test_a_batch_of_two_captions_equals_two_batches_of_one():
     mean."""
     data = dataset()
     method = lora(data)
-    batch = data.batch([0, 1], rng())
+    batch = data.make_batch([0, 1], rng())
     noise, sigma = torch.randn(batch.x0.shape, generator=rng(1)), torch.tensor([0.3, 0.8])
     both = denoising_loss(method.denoiser, batch.x0, noise, sigma, batch.conds)
     each = [

@@ -91,7 +91,7 @@ def test_a_crop_keeps_proportions_and_a_turn_turns():
 def test_views_are_encoded_once_and_are_what_they_say(dataset, tmp_path):
     vae = FakeVae(factor=4)
     views = views_of(dataset, tmp_path, vae=vae)
-    first = views.pictures[0]
+    first = views.views_by_image[0]
     assert {kind: len(v) for kind, v in first.items()} == {
         CROP_VIEW: 3,
         ROTATED_VIEW: 4,
@@ -100,7 +100,7 @@ def test_views_are_encoded_once_and_are_what_they_say(dataset, tmp_path):
     }
     assert [v.label for v in first[ROTATED_VIEW]] == [0, 1, 2, 3]
     assert all(0 <= v.label < len(QUARTER_PERMUTATIONS) for v in first[SHUFFLED_VIEW])
-    grey, coloured = (views.latent(v) for v in first[GREY_VIEW])
+    grey, coloured = (views.load_latent(v) for v in first[GREY_VIEW])
     assert float((grey[0] - grey[1]).abs().max()) < 1e-6
     assert float((coloured[0] - coloured[1]).abs().max()) > 0.1
     calls = vae.calls
@@ -110,7 +110,7 @@ def test_views_are_encoded_once_and_are_what_they_say(dataset, tmp_path):
 
 def test_only_what_the_tasks_need_is_encoded(dataset, tmp_path):
     views = views_of(dataset, tmp_path, PretextSettings())
-    assert set(views.pictures[0]) == {CROP_VIEW}
+    assert set(views.views_by_image[0]) == {CROP_VIEW}
 
 
 def test_contrast_by_hand():

@@ -64,7 +64,7 @@ def test_what_is_preserved_adds_weight_times_the_drift_to_every_sample():
     assert torch.allclose(losses[3.0] - losses[0.0], 3 * drift, rtol=1e-4)
     made = shaken(method(PriorData(settings(), CONDS)))
     batch_rng = step_rng(0, 0)
-    _, x, sigma = made.denoise_batch(made.data.batch(made.deck.draw(batch_rng), batch_rng), batch_rng)
+    _, x, sigma = made.denoise_batch(made.data.make_batch(made.deck.next_batch(batch_rng), batch_rng), batch_rng)
     told = [CONDS[list(CONDS)[i]] for i in torch.randint(2, (2,), generator=batch_rng).tolist()]
     with torch.no_grad(), made.adapters.at_strength(0):
         teacher = made.denoiser.denoise(x, sigma, told)
@@ -111,8 +111,8 @@ def test_class_images_are_learnt_beside_the_subject():
     found = made.loss(step_rng(0, 0))
     other = method(PriorData(PriorSettings(weight=2.0), data=images))
     chance = step_rng(0, 0)
-    subject = other.denoise_batch(other.data.batch(other.deck.draw(chance), chance), chance)[0]
-    kept = other.denoise_batch(images.batch(other.kept.deck.draw(chance), chance), chance)[0]
+    subject = other.denoise_batch(other.data.make_batch(other.deck.next_batch(chance), chance), chance)[0]
+    kept = other.denoise_batch(images.make_batch(other.kept.deck.next_batch(chance), chance), chance)[0]
     assert torch.allclose(found, subject + 2 * kept.mean())
 
 

@@ -136,7 +136,7 @@ def test_a_vision_model_adds_cosines_and_is_asked_once_per_picture(tmp_path):
         return np.tile(np.array([[0.6, 0.8]], np.float32), (len(pictures), 1))
 
     found = check_dataset_quality(dataset, only("duplicates", resolution=128), looking=ScanOptions(features=features))
-    assert [str(finding) for one in found.pictures for finding in one.findings] == [
+    assert [str(finding) for one in found.images for finding in one.findings] == [
         "duplicate (to a.png, cosine 1.000 >= 0.95)"
     ]
     assert found.vendi == pytest.approx(1)
@@ -299,8 +299,8 @@ def test_a_mask_that_does_not_fit_is_reported_for_its_picture_only(tmp_path):
     Image.new("L", (512, 300), 255).save(tmp_path / "b.mask.png")
     masked = ImageDataset((dataset[0], replace(dataset[1], mask=str(tmp_path / "b.mask.png"))))
     found = check_dataset_quality(masked, only("contrast", resolution=128, min_contrast=0.0))
-    assert found.pictures[0].findings == ()
-    assert "b.mask.png is 512x300 px and its image 512x512 px" in str(found.pictures[1].findings[0])
+    assert found.images[0].findings == ()
+    assert "b.mask.png is 512x300 px and its image 512x512 px" in str(found.images[1].findings[0])
 
 
 def test_an_empty_dataset_is_no_error_to_check():

@@ -132,7 +132,7 @@ def test_ratings_travel_with_the_encoded_pictures_which_need_no_text_encoder(tmp
     )
     for some in (data, bare):
         assert [item.score for item in some.items] == [None, 3.0]
-    assert bare.empty is None and all(item.flipped and not item.caption_keys for item in bare.items)
+    assert bare.empty_key is None and all(item.flipped and not item.caption_keys for item in bare.items)
     with pytest.raises(ValueError, match="no CLIP is connected to encode captions with"):
         encode_dataset(
             read_rated_folder(tmp_path / "in"),

@@ -79,7 +79,7 @@ def test_a_crop_cuts_the_picture_and_its_mask_alike(tmp_path):
     picture.save(tmp_path / "a.png")
     mask.save(tmp_path / "a.mask.png")
     record = record_of(tmp_path, crop=(1, 0, 3, 2))
-    assert record.frame == (2, 2)
+    assert record.cropped_size == (2, 2)
     assert levels(open_image(record)) == [1, 2, 5, 6] == np.asarray(open_mask(record)).ravel().tolist()
 
 

@@ -102,7 +102,7 @@ def test_the_batch_size_changes_no_answer():
 
 def test_dropped_captions_and_masks_are_as_in_training_but_without_dropout():
     method, _ = made()
-    method.data.empty, method.data.dropout = method.data.items[0].caption_keys[0], 1.0
+    method.data.empty_key, method.data.dropout = method.data.items[0].caption_keys[0], 1.0
     told = exam(method)
     assert told.data.dropout == 0 and method.data.dropout == 1.0
     masked = exam(method, dataset(masks=True))

@@ -61,7 +61,9 @@ def loaded(source, **options):
 def told(record):
     """Everything but where the files lie and how their bytes are."""
     mask = open_mask(record)
-    facts = dataclasses.replace(record, id="", path="", mask=None, mask_id=None, crop=None, size=record.frame, flags=())
+    facts = dataclasses.replace(
+        record, id="", path="", mask=None, mask_id=None, crop=None, size=record.cropped_size, flags=()
+    )
     return facts, open_image(record).tobytes(), mask and mask.tobytes()
 
 
@@ -88,7 +90,7 @@ def test_what_is_read_back_is_what_was_saved(source, tmp_path, layout, image_for
 def test_pictures_that_nothing_changed_are_copied_byte_for_byte(source, tmp_path):
     dataset = loaded(source)
     saved = save_dataset(dataset, tmp_path / "out", SaveSettings())
-    assert saved.copied == len(dataset) == 5
+    assert saved.copied_count == len(dataset) == 5
     assert {r.id for r in read_folder(saved.folder)} == {r.id for r in dataset}
 
 
@@ -96,14 +98,14 @@ def test_a_crop_is_saved_without_loss_and_takes_its_mask_along(source, tmp_path)
     dataset = ImageDataset(tuple(dataclasses.replace(r, crop=(1, 2, 6, 7)) for r in loaded(source)))
     saved = save_dataset(dataset, tmp_path / "out", SaveSettings())
     back = read_folder(saved.folder, caption_lines="alternatives")
-    assert saved.copied == 0 and facts(back) == facts(dataset)
+    assert saved.copied_count == 0 and facts(back) == facts(dataset)
     assert {r.size for r in back} == {(5, 5)} and {pathlib.Path(r.path).suffix for r in back} == {".png"}
 
 
 def test_a_jpg_shows_transparency_over_white_and_says_when_a_side_is_too_long(source, tmp_path, monkeypatch):
     saved = save_dataset(loaded(source), tmp_path / "out", SaveSettings(image_format="jpg", quality=100))
     names = {path.name for path in saved.folder.iterdir() if path.suffix == ".jpg"}
-    assert names == {"glass.jpg", "grey.jpg", "palette.jpg", "plain.jpg"} and saved.copied == 1, (
+    assert names == {"glass.jpg", "grey.jpg", "palette.jpg", "plain.jpg"} and saved.copied_count == 1, (
         "photo.JPG is one already"
     )
     monkeypatch.setitem(writers.MAX_FORMAT_SIDE_PX, ".webp", 10)
@@ -169,7 +171,7 @@ def test_the_same_dataset_is_saved_once(source, tmp_path):
     target = save_dataset(loaded(source), tmp_path / "out", SaveSettings()).folder
     before = [path.stat().st_mtime_ns for path in sorted(target.iterdir())]
     again = save_dataset(loaded(source), target, SaveSettings())
-    assert again.pictures == 5 and "It lies there already" in format_save_summary(again, loaded(source))
+    assert again.image_count == 5 and "It lies there already" in format_save_summary(again, loaded(source))
     assert [path.stat().st_mtime_ns for path in sorted(target.iterdir())] == before
     (target / "plain.mask.png").unlink()
     for settings in (SaveSettings(), SaveSettings(layout="kohya")):

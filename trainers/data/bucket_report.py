@@ -25,7 +25,7 @@ class BucketStats:
     """One bucket and what lies in it."""
 
     bucket: tuple[int, int]
-    pictures: int
+    images: int
     per_epoch: int  # with their repeats
     mean_cropped_share: float  # mean share that is cut off
     scales: tuple[float, float]  # least and most: above 1 is enlarged
@@ -36,7 +36,7 @@ class BucketingResult:
     """A dataset whose records carry their buckets, and how it came to that."""
 
     dataset: ImageDataset
-    rows: tuple[BucketStats, ...]  # the fullest first
+    bucket_stats: tuple[BucketStats, ...]  # the fullest first
     merged: tuple[
         tuple[ImageRecord, BucketPlacement, BucketPlacement], ...
     ]  # (record, where it would have gone, where it goes)
@@ -52,7 +52,7 @@ def assign_buckets(dataset: ImageDataset, settings: BucketSettings) -> Bucketing
         raise ValueError("The dataset has no images. Load a folder with images first.")
     placed = place_records([replace(record, bucket=None) for record in dataset], settings)
     rows = collect_bucket_stats(placed)
-    few = {row.bucket for row in rows if row.pictures < settings.merge}
+    few = {row.bucket for row in rows if row.images < settings.merge}
     own = [initial_placement(record, settings) for record, _ in placed]
     merged = tuple(
         (record, before, place) for (record, place), before in zip(placed, own, strict=True) if before != place
@@ -83,7 +83,7 @@ def bucket_stats(bucket, members) -> BucketStats:
 
 def training_scale(record: ImageRecord, place: BucketPlacement) -> float:
     """How much larger than itself the picture is trained, before it is cropped."""
-    return max(place.scaled[0] / record.frame[0], place.scaled[1] / record.frame[1])
+    return max(place.scaled[0] / record.cropped_size[0], place.scaled[1] / record.cropped_size[1])
 
 
 def count_partial_batch_images(rows: Sequence[BucketStats], batch: int) -> int:
@@ -95,7 +95,7 @@ def count_partial_batch_images(rows: Sequence[BucketStats], batch: int) -> int:
 
 
 def format_bucket_report(result: BucketingResult) -> str:
-    rows, settings = result.rows, result.settings
+    rows, settings = result.bucket_stats, result.settings
     seen = sum(row.per_epoch for row in rows)
     head = (
         f"{format_counted_noun(len(result.dataset), 'picture')} in {format_counted_noun(len(rows), 'bucket')}, {seen} "
@@ -134,7 +134,7 @@ def format_bucket_stats(row: BucketStats) -> str:
     least, most = (f"{factor:.2f}" for factor in row.scales)
     scales = least if least == most else f"{least} to {most}"
     return (
-        f"{row.bucket[0]}x{row.bucket[1]}: {format_counted_noun(row.pictures, 'picture')}, {row.per_epoch} per epoch, "
+        f"{row.bucket[0]}x{row.bucket[1]}: {format_counted_noun(row.images, 'picture')}, {row.per_epoch} per epoch, "
         f"{row.mean_cropped_share:.1%} cut off, scaled by {scales}"
     )
 
@@ -174,10 +174,10 @@ def format_bucket_size(place: BucketPlacement) -> str:
 def draw_buckets_sheet(result: BucketingResult) -> Image.Image:
     """Every bucket drawn to one scale, filled as high as it is full beside the fullest; those with too few pictures in
     orange."""
-    shown = result.rows[:MAX_BUCKET_TILES]
+    shown = result.bucket_stats[:MAX_BUCKET_TILES]
     longest = max(max(row.bucket) for row in shown)
-    title = f"{len(result.dataset)} pictures, {len(result.rows)} buckets" + (
-        f", the fullest {MAX_BUCKET_TILES}" if len(result.rows) > MAX_BUCKET_TILES else ""
+    title = f"{len(result.dataset)} pictures, {len(result.bucket_stats)} buckets" + (
+        f", the fullest {MAX_BUCKET_TILES}" if len(result.bucket_stats) > MAX_BUCKET_TILES else ""
     )
     return draw_contact_sheet(
         (make_bucket_tile(row, result, longest) for row in shown), cell=BUCKET_CELL_PX, title=title
@@ -187,13 +187,13 @@ def draw_buckets_sheet(result: BucketingResult) -> Image.Image:
 def make_bucket_tile(row: BucketStats, result: BucketingResult, longest: int) -> SheetTile:
     lines = (
         f"{row.bucket[0]} x {row.bucket[1]}",
-        format_counted_noun(row.pictures, "picture"),
+        format_counted_noun(row.images, "picture"),
         f"{row.mean_cropped_share:.1%} cut off",
     )
     return SheetTile(
-        draw_bucket_fill(row, result.rows[0].pictures, longest),
+        draw_bucket_fill(row, result.bucket_stats[0].images, longest),
         lines,
-        WARN_COLOUR if row.pictures < result.settings.merge else NEUTRAL_COLOUR,
+        WARN_COLOUR if row.images < result.settings.merge else NEUTRAL_COLOUR,
     )
 
 
@@ -201,6 +201,6 @@ def draw_bucket_fill(row: BucketStats, fullest: int, longest: int) -> Image.Imag
     width, height = (max(4, round(side * BUCKET_CELL_PX / longest)) for side in row.bucket)
     picture = Image.new("RGB", (width, height), BUCKET_EMPTY_COLOUR)
     draw = ImageDraw.Draw(picture)
-    draw.rectangle([0, height - max(1, round(height * row.pictures / fullest)), width, height], fill=BUCKET_FILL_COLOUR)
+    draw.rectangle([0, height - max(1, round(height * row.images / fullest)), width, height], fill=BUCKET_FILL_COLOUR)
     draw.rectangle([0, 0, width - 1, height - 1], outline="#e6e6e6")
     return picture

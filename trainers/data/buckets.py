@@ -140,7 +140,9 @@ def place_records(
 def initial_placement(record: ImageRecord, settings: BucketSettings) -> BucketPlacement:
     """Where the record goes when no bucket is merged."""
     return (
-        covering_placement(record.frame, record.bucket) if record.bucket else choose_placement(record.frame, settings)
+        covering_placement(record.cropped_size, record.bucket)
+        if record.bucket
+        else choose_placement(record.cropped_size, settings)
     )
 
 
@@ -197,10 +199,12 @@ def merge_small_buckets(
         targets = {}  # by size: pictures of one size stay together, as pairs must
         for index in list(members[bucket]) if len(members[bucket]) < settings.merge else ():
             record, own = placed[index]
-            if record.bucket is None and record.frame not in targets:
-                targets[record.frame] = nearest_bucket(record.frame, own.bucket, bucket, members, settings)
-            if record.bucket is None and (target := targets[record.frame]):
-                result[index] = record, covering_placement(record.frame, target)
+            if record.bucket is None and record.cropped_size not in targets:
+                targets[record.cropped_size] = nearest_bucket(
+                    record.cropped_size, own.bucket, bucket, members, settings
+                )
+            if record.bucket is None and (target := targets[record.cropped_size]):
+                result[index] = record, covering_placement(record.cropped_size, target)
                 members[bucket].remove(index)
                 members[target].append(index)
     return result

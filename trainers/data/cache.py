@@ -25,7 +25,7 @@ class LruCache:
     """The most recently used values, at most `budget` bytes of tensors in all; a larger value is not kept."""
 
     def __init__(self, budget: int):
-        self.budget, self.held = budget, 0
+        self.budget, self.used_bytes = budget, 0
         self.values: OrderedDict[str, tuple[object, int]] = OrderedDict()
 
     def get(self, key: str, load):
@@ -41,10 +41,10 @@ class LruCache:
         if nbytes > self.budget:
             return
         self.values[key] = value, nbytes
-        self.held += nbytes
-        while self.held > self.budget:
+        self.used_bytes += nbytes
+        while self.used_bytes > self.budget:
             _, (_, dropped) = self.values.popitem(last=False)
-            self.held -= dropped
+            self.used_bytes -= dropped
 
 
 class DiskCache:
@@ -59,7 +59,7 @@ class DiskCache:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def shapes(self, key: str):
+    def read_shapes(self, key: str):
         """The tree with each tensor's shape in its place, from the file's header alone; None when absent or damaged."""
         from safetensors import SafetensorError, safe_open
 
@@ -75,9 +75,9 @@ class DiskCache:
 
     def load(self, key: str):
         """The tree, from memory or disk."""
-        return self.lru.get(key, lambda: self.read(key))
+        return self.lru.get(key, lambda: self.read_from_disk(key))
 
-    def read(self, key: str):
+    def read_from_disk(self, key: str):
         try:
             with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
                 return map_tensors(

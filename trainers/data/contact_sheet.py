@@ -102,7 +102,7 @@ def draw_dataset_sheet(
 
 
 def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
-    name, (width, height) = make_printable(Path(record.path).name), record.frame
+    name, (width, height) = make_printable(Path(record.path).name), record.cropped_size
     facts = [
         f"{width}x{height}",
         *([f"x{record.repeats}"] if record.repeats != 1 else []),

@@ -71,7 +71,7 @@ class EncodingProgress:
     check_interrupt: Callable[[], None] | None
     done: int = 0
 
-    def step(self, count: int, text: str):
+    def advance(self, count: int, text: str):
         self.done += count
         if self.report:
             self.report(self.done, self.total, text)
@@ -200,14 +200,14 @@ def mask_key(record, placement, cells) -> str | None:
 
 def encode_texts(texts: dict[str, str], text: TextEncoderProtocol, cache: DiskCache, work: EncodingProgress) -> None:
     """Writes the conditioning of every caption that is not on disk."""
-    missing = [caption for caption, key in texts.items() if cache.shapes(key) is None]
-    work.step(len(texts) - len(missing), "captions")
+    missing = [caption for caption, key in texts.items() if cache.read_shapes(key) is None]
+    work.advance(len(texts) - len(missing), "captions")
     for start in range(0, len(missing), TEXT_BATCH_SIZE):
         work.raise_if_interrupted()
         some = missing[start : start + TEXT_BATCH_SIZE]
         for caption, cond in zip(some, text.encode(some), strict=True):
             write_conditioning(cache, texts[caption], cond)
-        work.step(len(some), "captions")
+        work.advance(len(some), "captions")
 
 
 def write_conditioning(cache, key, cond: dict) -> None:
@@ -254,15 +254,15 @@ def encode_record(
     name = Path(p.record.path).name
     work.raise_if_interrupted()
     for key, mirrored in list_missing_latents(p, cache):
-        work.step(0, name)
+        work.advance(0, name)
         work.raise_if_interrupted()
         picture = picture or open_bucketed_image(p, ground)
         cache.write(key, encode_posterior(ImageOps.mirror(picture) if mirrored else picture, vae, name))
     shape = cached_latent_shape(cache, p.latent)
     mask = mask_key(p.record, p.placement, shape[-2:])
-    if mask and cache.shapes(mask) is None:
+    if mask and cache.read_shapes(mask) is None:
         cache.write(mask, {"mask": encode_latent_mask(p, shape)})
-    work.step(1, name)
+    work.advance(1, name)
     return make_encoded_item(p, shape, mask)
 
 
@@ -278,7 +278,7 @@ def list_missing_latents(p: EncodingPlan, cache: DiskCache) -> list[tuple[str, b
 
 
 def cached_latent_shape(cache: DiskCache, key: str) -> tuple[int, ...] | None:
-    return (cache.shapes(key) or {}).get("mean")
+    return (cache.read_shapes(key) or {}).get("mean")
 
 
 def encode_posterior(picture: Image.Image, vae: VaeProtocol, name: str) -> dict:
@@ -330,7 +330,7 @@ def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:
 
 def size_conditioning(p: EncodingPlan, crop_w: int, crop_h: int) -> dict[str, int]:
     """SDXL's size conditioning: the picture's own size, what was cropped after scaling, the size trained on."""
-    (width, height), (target_width, target_height) = p.record.frame, p.placement.bucket
+    (width, height), (target_width, target_height) = p.record.cropped_size, p.placement.bucket
     return dict(
         width=width, height=height, crop_w=crop_w, crop_h=crop_h, target_width=target_width, target_height=target_height
     )

@@ -61,11 +61,11 @@ class EncodedDataset:
     store: object
     channels: int
     fingerprint: str  # changes with the pictures, the captions, every setting and the models that encoded them
-    empty: str | None = None  # key of the empty caption's conditioning
+    empty_key: str | None = None  # key of the empty caption's conditioning
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.dropout and self.empty is None:
+        if self.dropout and self.empty_key is None:
             raise ValueError(
                 f"dropout is {self.dropout}, and nothing was given for the empty caption. Give it, or set dropout to 0."
             )
@@ -73,36 +73,36 @@ class EncodedDataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    def batch(self, picks: Sequence[int], rng: torch.Generator) -> Batch:
+    def make_batch(self, picks: Sequence[int], rng: torch.Generator) -> Batch:
         """The items at these indices, which must have latents of one shape."""
         luck = torch.rand(len(picks), 3, generator=rng).tolist()
         flips = [self.items[i].flipped is not None and coin < 0.5 for i, (coin, _, _) in zip(picks, luck, strict=True)]
-        told = [self.caption(self.items[i], *rest) for i, (_, *rest) in zip(picks, luck, strict=True)]
-        x0 = torch.stack([self.latent(self.items[i], flip, rng) for i, flip in zip(picks, flips, strict=True)])
+        told = [self.choose_caption(self.items[i], *rest) for i, (_, *rest) in zip(picks, luck, strict=True)]
+        x0 = torch.stack([self.sample_latent(self.items[i], flip, rng) for i, flip in zip(picks, flips, strict=True)])
         sizes = [
             self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)
         ]
         conds = [{**self.store.load(key), **size} for (key, _), size in zip(told, sizes, strict=True)]
-        return Batch(x0, conds, [caption for _, caption in told], self.masks(picks, flips, x0), list(picks))
+        return Batch(x0, conds, [caption for _, caption in told], self.stack_masks(picks, flips, x0), list(picks))
 
-    def caption(self, item: EncodedItem, which: float, drop: float) -> tuple[str, str]:
+    def choose_caption(self, item: EncodedItem, which: float, drop: float) -> tuple[str, str]:
         """(key, text) of one of the item's captions or of the empty one; both numbers are uniform in [0, 1)."""
         if not item.caption_keys:
             self.require_conditionings()
         if drop < self.dropout:
-            return self.empty, ""
+            return self.empty_key, ""
         index = int(which * len(item.caption_keys))
         return item.caption_keys[index], item.captions[index]
 
     def require_conditionings(self) -> None:
         """ValueError where the pictures were encoded without a text encoder."""
-        if self.empty is None and not all(item.caption_keys for item in self.items):
+        if self.empty_key is None and not all(item.caption_keys for item in self.items):
             raise ValueError(
                 "These pictures were encoded without CLIP, which is enough for score models and for nothing else: "
                 "there is no conditioning to train under, not even the empty one. Connect CLIP to Encode Dataset."
             )
 
-    def latent(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> Tensor:
+    def sample_latent(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> Tensor:
         """(C, ..., h, w): a sample of the VAE's posterior, or its mean where that is all there is."""
         posterior = self.store.load(item.flipped if flip else item.latent)
         mean = posterior["mean"].float()
@@ -110,13 +110,13 @@ class EncodedDataset:
             return mean
         return mean + posterior["std"].float() * torch.randn(mean.shape, generator=rng)
 
-    def masks(self, picks, flips, x0: Tensor) -> Tensor | None:
+    def stack_masks(self, picks, flips, x0: Tensor) -> Tensor | None:
         if all(self.items[i].mask is None for i in picks):
             return None
-        stacked = torch.stack([self.mask(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)])
+        stacked = torch.stack([self.load_mask(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)])
         return stacked.view(len(picks), *[1] * (x0.ndim - 3), *stacked.shape[-2:])
 
-    def mask(self, item: EncodedItem, flip: bool) -> Tensor:
+    def load_mask(self, item: EncodedItem, flip: bool) -> Tensor:
         """(1, h, w)"""
         if item.mask is None:
             return torch.ones(1, *item.shape[-2:])
@@ -226,34 +226,34 @@ class BucketBatchSampler:
     def __init__(self, data: EncodedDataset, batch: int):
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1.")
-        self.size, self.cards = batch, {}
+        self.batch_size, self.indices_by_shape = batch, {}
         for index, item in enumerate(data.items):
-            self.cards.setdefault(item.shape, []).extend([index] * item.repeats)
-        if not any(self.cards.values()):
+            self.indices_by_shape.setdefault(item.shape, []).extend([index] * item.repeats)
+        if not any(self.indices_by_shape.values()):
             raise ValueError(
                 f"The dataset has {len(data.items)} images and every one is repeated 0 times. Give it images to learn "
                 "from."
             )
-        self.seed, self.position, self.epoch, self.order = None, 0, 0, []
+        self.seed, self.position, self.epoch, self.epoch_batches = None, 0, 0, []
 
     def __len__(self) -> int:
         """Batches in one epoch."""
-        return sum(-(-len(cards) // self.size) for cards in self.cards.values())
+        return sum(-(-len(cards) // self.batch_size) for cards in self.indices_by_shape.values())
 
-    def draw(self, rng: torch.Generator) -> list[int]:
+    def next_batch(self, rng: torch.Generator) -> list[int]:
         """The next batch; rng is asked only when a new epoch is dealt."""
-        if self.position == len(self.order):
+        if self.position == len(self.epoch_batches):
             self.seed, self.position, self.epoch = int(torch.randint(2**62, (1,), generator=rng)), 0, self.epoch + 1
-            self.order = self.shuffle_epoch(self.seed)
+            self.epoch_batches = self.shuffle_epoch(self.seed)
         self.position += 1
-        return list(self.order[self.position - 1])
+        return list(self.epoch_batches[self.position - 1])
 
     def shuffle_epoch(self, seed: int) -> list[list[int]]:
         rng = torch.Generator().manual_seed(seed)
         batches = []
-        for cards in self.cards.values():
+        for cards in self.indices_by_shape.values():
             mixed = shuffle_list(cards, rng)
-            batches += [mixed[i : i + self.size] for i in range(0, len(mixed), self.size)]
+            batches += [mixed[i : i + self.batch_size] for i in range(0, len(mixed), self.batch_size)]
         return shuffle_list(batches, rng)
 
     def state(self) -> dict:
@@ -266,7 +266,7 @@ class BucketBatchSampler:
                 "or the batch size has changed. Put them back, or start a run with a new name."
             )
         self.seed, self.position, self.epoch = state["seed"], state["position"], state["epoch"]
-        self.order = [] if self.seed is None else self.shuffle_epoch(self.seed)
+        self.epoch_batches = [] if self.seed is None else self.shuffle_epoch(self.seed)
 
 
 def shuffle_list(values: list, rng: torch.Generator) -> list:

@@ -14,11 +14,11 @@ from .records import ImageDataset, ImageRecord
 
 @dataclass(frozen=True)
 class ImagePair:
-    """The items of one scene. `at`: strength -> index of the encoded item. A strength and its opposite are always both
+    """The items of one scene. `index_by_strength`: strength -> index of the encoded item. A strength and its opposite are always both
     there."""
 
     name: str
-    at: dict[float, int]
+    index_by_strength: dict[float, int]
     latent: tuple[int, ...]  # (C, ..., h, w)
     repeats: int = 1
 
@@ -29,11 +29,11 @@ class ImagePair:
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        return tuple(sorted(self.at, reverse=True))
+        return tuple(sorted(self.index_by_strength, reverse=True))
 
     @property
-    def sizes(self) -> tuple[float, ...]:
-        return tuple(sorted({abs(strength) for strength in self.at}))
+    def magnitudes(self) -> tuple[float, ...]:
+        return tuple(sorted({abs(strength) for strength in self.index_by_strength}))
 
 
 def pair_datasets(
@@ -89,7 +89,7 @@ def format_unpaired_images(lonely, sides) -> str:
 
 
 def require_same_aspect(name, one: ImageRecord, other: ImageRecord) -> None:
-    (w, h), (v, g) = one.frame, other.frame
+    (w, h), (v, g) = one.cropped_size, other.cropped_size
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
             f"The pair {name!r} has pictures of different shape, {w}x{h} and {v}x{g} px: they show no change that can "

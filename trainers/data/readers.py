@@ -69,7 +69,7 @@ class FolderImage:
 
     file: Path
     repeats: int  # of its folder
-    name: str | None  # of its folder, which serves as the caption of a picture without one
+    folder_caption: str | None  # the name of its folder, which serves as the caption of a picture without one
 
 
 @dataclass
@@ -77,12 +77,12 @@ class SkippedFiles:
     """What is left out, or noticed, with the reason; strict raises instead."""
 
     strict: bool
-    found: list[tuple[str, str]] = field(default_factory=list)
+    entries: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path, reason) -> None:
         if self.strict:
             raise reason if isinstance(reason, Exception) else ValueError(str(reason))
-        self.found.append((str(path), str(reason)))
+        self.entries.append((str(path), str(reason)))
 
 
 def read_folder(
@@ -111,7 +111,7 @@ def read_folder(
     masks = None if masks is None else require_folder(masks)
     files = list_folder_images(root, masks, skipped)
     if not files:
-        raise ValueError(format_no_images_found(root, skipped.found))
+        raise ValueError(format_no_images_found(root, skipped.entries))
     alternatives = caption_lines == ALTERNATIVE_CAPTIONS
     notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped)
     layout = FolderReadOptions(
@@ -127,9 +127,9 @@ def read_folder(
             progress(done, len(files), listed.file.name)
     if not records:
         own = {str(listed.file) for listed in files}
-        reasons = "; ".join([reason for path, reason in skipped.found if path in own][:3])
+        reasons = "; ".join([reason for path, reason in skipped.entries if path in own][:3])
         raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
-    return ImageDataset(tuple(records), tuple(skipped.found))
+    return ImageDataset(tuple(records), tuple(skipped.entries))
 
 
 def hash_folder_state(path, masks=None) -> str:
@@ -181,7 +181,7 @@ def list_folder_images(root: Path, masks: Path | None, skipped: SkippedFiles) ->
         try:
             files += list_kohya_images(folder, root)
         except ValueError as error:
-            skipped.found.append((str(folder), str(error)))  # also with strict: nothing in it was asked for
+            skipped.entries.append((str(folder), str(error)))  # also with strict: nothing in it was asked for
     return files
 
 
@@ -352,7 +352,7 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
         id=sha1_hex(data),
         path=str(file),
         size=size,
-        captions=choose_captions(note, listed.name),
+        captions=choose_captions(note, listed.folder_caption),
         tags=note.tags or (),
         score=note.score,
         mask=mask,

@@ -57,7 +57,7 @@ class ImageRecord:
     strength: float | None = None
 
     @property
-    def frame(self) -> tuple[int, int]:
+    def cropped_size(self) -> tuple[int, int]:
         """(width, height) of what open_image returns: the crop, or all of it."""
         if self.crop is None:
             return self.size

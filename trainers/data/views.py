@@ -43,16 +43,16 @@ class EncodedView:
 class ViewDataset:
     """The views of every picture by kind; `store.load(view.key)["mean"]` is the latent (C, ..., h, w)."""
 
-    pictures: tuple[dict[str, tuple[EncodedView, ...]], ...]
+    views_by_image: tuple[dict[str, tuple[EncodedView, ...]], ...]
     dataset: ImageDataset
     store: object
     shape: tuple[int, ...]
     fingerprint: str
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.views_by_image)
 
-    def latent(self, view: EncodedView) -> Tensor:
+    def load_latent(self, view: EncodedView) -> Tensor:
         return self.store.load(view.key)["mean"].float()
 
 
@@ -158,8 +158,8 @@ def encode_views(
             work.raise_if_interrupted()
             cache.write(key, encode_posterior(render_view(draft, picture, size), vae, Path(record.path).name))
         pictures.append(group_views_by_kind(todo, [draft.key(record, size, vae, ground) for draft in todo], crops))
-        work.step(1, Path(record.path).name)
-    shape = cache.shapes(pictures[0][CROP_VIEW][0].key)["mean"]
+        work.advance(1, Path(record.path).name)
+    shape = cache.read_shapes(pictures[0][CROP_VIEW][0].key)["mean"]
     print_ = compute_fingerprint(
         "views", VIEWS_VERSION, dataset.fingerprint(), list(kinds), size, crops, seed, vae.identity
     )
@@ -168,7 +168,7 @@ def encode_views(
 
 def list_missing_views(record, todo, size, vae, cache, ground) -> list[tuple[ViewSpec, str]]:
     keyed = [(draft, draft.key(record, size, vae, ground)) for draft in todo]
-    return [(draft, key) for draft, key in keyed if cache.shapes(key) is None]
+    return [(draft, key) for draft, key in keyed if cache.read_shapes(key) is None]
 
 
 def group_views_by_kind(

@@ -72,8 +72,8 @@ class SavedDataset:
     """What was written where."""
 
     folder: Path
-    pictures: int
-    copied: int  # byte for byte
+    image_count: int
+    copied_count: int  # byte for byte
     notes: tuple[str, ...] = ()
 
 
@@ -84,12 +84,12 @@ class RecordDestination:
     record: ImageRecord
     folder: str  # "" or the name of a subfolder
     stem: str
-    ending: str
-    copied: bool
+    extension: str
+    is_copied: bool
 
     @property
     def file_name(self) -> str:
-        return "/".join(filter(None, (self.folder, self.stem + self.ending)))
+        return "/".join(filter(None, (self.folder, self.stem + self.extension)))
 
 
 def save_dataset(
@@ -138,7 +138,7 @@ def save_dataset(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return SavedDataset(
-        target, len(places), sum(place.copied for place in places), tuple(list_save_notes(places, settings, lines))
+        target, len(places), sum(place.is_copied for place in places), tuple(list_save_notes(places, settings, lines))
     )
 
 
@@ -275,10 +275,10 @@ def write_record_files(root: Path, place: RecordDestination, settings: SaveSetti
     folder, record = root / place.folder, place.record
     folder.mkdir(exist_ok=True)
     write_saved_file(
-        folder / (place.stem + place.ending),
+        folder / (place.stem + place.extension),
         read_unchanged_bytes(record.path, record.id)
-        if place.copied
-        else encode_saved_image(record, place.ending, settings),
+        if place.is_copied
+        else encode_saved_image(record, place.extension, settings),
     )
     if record.mask is not None:
         write_saved_file(folder / (place.stem + MASK_SUFFIX), encode_saved_mask(record))
@@ -293,7 +293,7 @@ def format_caption_file(record: ImageRecord, lines: bool) -> str:
 
 def encode_saved_image(record: ImageRecord, ending: str, settings: SaveSettings) -> bytes:
     """The picture as training sees it, upright and cropped; its transparency stays where the format has any."""
-    width, height = record.frame
+    width, height = record.cropped_size
     if max(width, height) > MAX_FORMAT_SIDE_PX[ending]:
         raise ValueError(
             f"{record.path} is {width}x{height} px, and a {ending} ends at {MAX_FORMAT_SIDE_PX[ending]} px a side. "

@@ -55,16 +55,22 @@ class ImagePairTraining:
 
     def sides(self, pairs, rng) -> list[tuple[float, Batch]]:
         """[(strength, batch)]: the pictures at one randomly chosen size of strength, all with the same luck."""
-        size = sample_element(pairs[0].sizes, rng)
+        size = sample_element(pairs[0].magnitudes, rng)
         seed = int(torch.randint(2**62, (1,), generator=rng))
         strengths = [strength for strength in pairs[0].strengths if abs(strength) == size]
         return [
-            (s, self.data.batch([pair.at[s] for pair in pairs], torch.Generator().manual_seed(seed))) for s in strengths
+            (
+                s,
+                self.data.make_batch(
+                    [pair.index_by_strength[s] for pair in pairs], torch.Generator().manual_seed(seed)
+                ),
+            )
+            for s in strengths
         ]
 
     def drawn(self, rng):
         """(sides, x0 of each side, noise, sigma): noise and sigma are the same for every side."""
-        sides = self.sides([self.items[i] for i in self.deck.draw(rng)], rng)
+        sides = self.sides([self.items[i] for i in self.deck.next_batch(rng)], rng)
         x0 = [self.denoiser.model_space(batch.x0) for _, batch in sides]
         sigma = sample_sigmas(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
         return sides, x0, sample_training_noise(x0[0], rng, self.noise), sigma

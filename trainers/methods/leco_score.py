@@ -327,7 +327,7 @@ class NoisedImageStates:
         self.model, self.data, self.settings, self.deck = model, data, settings, BucketBatchSampler(data, batch)
 
     def draw(self, rng) -> ScoredState:
-        batch = self.data.batch(self.deck.draw(rng), rng)
+        batch = self.data.make_batch(self.deck.next_batch(rng), rng)
         x0 = self.model.denoiser.model_space(batch.x0)
         low, high = graded_noise_levels(self.settings)
         levels = low + (high - low) * torch.rand(len(x0), generator=rng)

@@ -58,7 +58,7 @@ class LoraTraining:
 
     def loss(self, rng):
         """(B,) native loss of one batch, weighted; what is to be kept adds the same to each."""
-        loss, x, sigma = self.denoise_batch(self.data.batch(self.deck.draw(rng), rng), rng)
+        loss, x, sigma = self.denoise_batch(self.data.make_batch(self.deck.next_batch(rng), rng), rng)
         return loss if self.kept is None else loss + self.kept.loss(self, x, sigma, rng)
 
     def denoise_batch(self, batch: Batch, rng):

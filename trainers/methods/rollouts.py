@@ -283,7 +283,7 @@ class ImagePoints:
         self.density, self.deck = resolve_noise_density(noise, density), BucketBatchSampler(data, batch)
 
     def draw(self, rng) -> LatentPoint:
-        x0 = self.model.denoiser.model_space(self.data.batch(self.deck.draw(rng), rng).x0)
+        x0 = self.model.denoiser.model_space(self.data.make_batch(self.deck.next_batch(rng), rng).x0)
         sigma = sample_sigmas(self.model.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
         number = sample_task_index(self.tasks, rng)
         x = self.model.denoiser.noised(x0, cpu_randn_like(x0, rng), sigma)

@@ -65,7 +65,7 @@ class PairValidationLoss:
         return torch.stack([self.of(self.method.items[pick], tick) for pick in self.picks])
 
     def of(self, pair, tick) -> Tensor:
-        return torch.stack([self.losses_at_strength(pair, size, tick) for size in pair.sizes]).mean(0)
+        return torch.stack([self.losses_at_strength(pair, size, tick) for size in pair.magnitudes]).mean(0)
 
     def losses_at_strength(self, pair, size, tick) -> Tensor:
         """(levels,) of the two sides at one size of strength."""
@@ -87,7 +87,10 @@ class PairValidationLoss:
     def sides(self, pair, size) -> list[tuple[float, Batch]]:
         """[(strength, batch of one)], all with the same luck."""
         strengths = [strength for strength in pair.strengths if abs(strength) == size]
-        return [(s, self.method.data.batch([pair.at[s]], validation_rng("pair", pair.name))) for s in strengths]
+        return [
+            (s, self.method.data.make_batch([pair.index_by_strength[s]], validation_rng("pair", pair.name)))
+            for s in strengths
+        ]
 
     def sigmas(self, x0) -> Tensor:
         return stratified_sigmas(
@@ -101,12 +104,12 @@ class PairValidationLoss:
 
     def first_sigmas(self) -> list[float]:
         pair = self.method.items[self.picks[0]]
-        return self.sigmas(self.method.denoiser.model_space(self.sides(pair, pair.sizes[0])[0][1].x0)).tolist()
+        return self.sigmas(self.method.denoiser.model_space(self.sides(pair, pair.magnitudes[0])[0][1].x0)).tolist()
 
     def describe_sample(self, pick: int) -> dict:
         """What a person knows the pair by: its positive side."""
         pair = self.method.items[pick]
-        item = self.method.data.items[pair.at[pair.strengths[0]]]
+        item = self.method.data.items[pair.index_by_strength[pair.strengths[0]]]
         return {"image": item.path or pair.name, "caption": item.captions[0] if item.captions else ""}
 
 
@@ -229,7 +232,7 @@ def points_on_images(
 
     def points(row):
         item = data.items[picks[row]]
-        x0 = denoiser.model_space(data.batch([picks[row]], validation_rng("picture", item.id)).x0)
+        x0 = denoiser.model_space(data.make_batch([picks[row]], validation_rng("picture", item.id)).x0)
         sigma = stratified_sigmas(denoiser, density, x0, levels, noise.min_time, noise.max_time)
         seen = torch.cat([cpu_randn_like(x0, validation_rng("noise", item.id, level)) for level in range(levels)])
         return LatentPoint(row_task_index(row, tasks), denoiser.noised(x0.expand_as(seen), seen, sigma), sigma)

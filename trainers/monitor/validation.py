@@ -131,7 +131,7 @@ class ImageValidationLoss:
     def of(self, pick: int, tick) -> Tensor:
         """(levels,) of one picture."""
         item = self.data.items[pick]
-        batch = self.data.batch([pick], validation_rng("picture", item.id))
+        batch = self.data.make_batch([pick], validation_rng("picture", item.id))
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode(batch) if self.encode else batch.conds
         mask = None if batch.mask is None else batch.mask.to(x0)
@@ -162,7 +162,7 @@ class ImageValidationLoss:
         """The noise levels of the first picture, for people; other sizes may have others."""
         item = self.data.items[self.picks[0]]
         return self.sigmas(
-            self.denoiser.model_space(self.data.batch(self.picks[:1], validation_rng("picture", item.id)).x0)
+            self.denoiser.model_space(self.data.make_batch(self.picks[:1], validation_rng("picture", item.id)).x0)
         ).tolist()
 
 

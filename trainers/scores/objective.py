@@ -193,7 +193,7 @@ class ScoreTraining:
     def loss(self, rng):
         """(B,) one loss per image, or per pair."""
         self.update_average()
-        samples = [self.samples[i] for i in self.deck.draw(rng)]
+        samples = [self.samples[i] for i in self.deck.next_batch(rng)]
         levels = torch.where(
             torch.rand(len(samples), generator=rng) < 0.5,
             0.0,
@@ -245,7 +245,7 @@ class ScoreTraining:
 
     def scorer_input(self, items, flips, u, rng) -> tuple[Tensor, Tensor]:
         """(x, level) for the network, of items of one latent shape: clean where u is 0."""
-        latents = [self.data.latent(item, flip, rng) for item, flip in zip(items, flips, strict=True)]
+        latents = [self.data.sample_latent(item, flip, rng) for item, flip in zip(items, flips, strict=True)]
         return noised_scorer_input(
             self.denoiser, self.denoiser.model_space(torch.stack(latents)), self.denoiser.sigma_at(u), u > 0, rng
         )

@@ -245,7 +245,7 @@ class PretextTraining:
 
     def loss(self, rng) -> Tensor:
         """(B,) the losses of all tasks, summed by weight."""
-        picks = [self.index[i] for i in self.deck.draw(rng)]
+        picks = [self.index[i] for i in self.deck.next_batch(rng)]
         losses = [weight * self.loss_functions[name](picks, rng) for name, weight in self.settings.tasks() if weight]
         return functools.reduce(operator.add, losses)  # at least one, as the settings promise
 
@@ -275,7 +275,7 @@ class PretextTraining:
 
     def colours(self, picks, rng):
         """(B,) mean squared error of the coloured latent, reconstructed from the latent of the grey image."""
-        grey, coloured = zip(*(self.views.pictures[i][GREY_VIEW] for i in picks), strict=True)
+        grey, coloured = zip(*(self.views.views_by_image[i][GREY_VIEW] for i in picks), strict=True)
         x, level = self.noised_views(self.clean_latents(grey), rng)
         target = squeeze_single_frame(self.clean_latents(coloured))
         prediction = self.reconstruct_latents("colours", squeeze_single_frame(x), level)
@@ -306,17 +306,17 @@ class PretextTraining:
         draws = torch.rand(len(picks), generator=rng).tolist()
         return [
             views[int(coin * len(views))]
-            for views, coin in ((self.views.pictures[i][kind], coin) for i, coin in zip(picks, draws, strict=True))
+            for views, coin in ((self.views.views_by_image[i][kind], coin) for i, coin in zip(picks, draws, strict=True))
         ]
 
     def sample_crop_pair(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
         """Two different crops of an image."""
-        crops = self.views.pictures[picture][CROP_VIEW]
+        crops = self.views.views_by_image[picture][CROP_VIEW]
         first, second = torch.randperm(len(crops), generator=rng)[:2].tolist()
         return crops[first], crops[second]
 
     def clean_latents(self, views) -> Tensor:
-        return self.denoiser.model_space(torch.stack([self.views.latent(view) for view in views]))
+        return self.denoiser.model_space(torch.stack([self.views.load_latent(view) for view in views]))
 
     def noised_views(self, x0, rng) -> tuple[Tensor, Tensor]:
         """(x, level) for the trunk: half of them clean, the others noised up to MAX_PRETEXT_NOISE of the schedule."""

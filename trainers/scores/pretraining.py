@@ -168,7 +168,10 @@ def embed_crops(trunk, views: ViewDataset, denoiser, index, crop: int, check_int
     for start in range(0, len(index), PROBE_BATCH_SIZE):
         check_interrupt()
         latents = torch.stack(
-            [views.latent(views.pictures[i][CROP_VIEW][crop]) for i in index[start : start + PROBE_BATCH_SIZE]]
+            [
+                views.load_latent(views.views_by_image[i][CROP_VIEW][crop])
+                for i in index[start : start + PROBE_BATCH_SIZE]
+            ]
         )
         parts.append(
             trunk(denoiser.model_space(latents).to(device), torch.zeros(len(latents), device=device)).float().cpu()

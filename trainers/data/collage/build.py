@@ -103,7 +103,7 @@ def build_collages(
             f"The dataset has {len(dataset)} pictures, none of them for training. Load a folder with pictures first."
         )
     sources, lost = analyse_sources(training, settings, Path(folder) / "survey.json", work)
-    made = plan_collages([source.record.frame for source in sources], settings)
+    made = plan_collages([source.record.cropped_size for source in sources], settings)
     if not made.collages:
         raise ValueError(format_nothing_fits(made, sources, lost, settings))
     place = Path(folder) / compute_fingerprint(COLLAGE_VERSION, dataset.fingerprint(), frame_pixel_settings(settings))
@@ -197,7 +197,7 @@ def make_collage_source(record: ImageRecord, box, dE) -> CollageSource:
         return CollageSource(record, dE)
     left, top = record.crop[:2] if record.crop else (0, 0)
     crop = box[0] + left, box[1] + top, box[2] + left, box[3] + top
-    return CollageSource(replace(record, crop=crop), dE, untrimmed_size=record.frame)
+    return CollageSource(replace(record, crop=crop), dE, untrimmed_size=record.cropped_size)
 
 
 def find_trim_box(picture: Image.Image) -> tuple[int, int, int, int] | None:
@@ -235,8 +235,8 @@ class CollageFrame:
     """A collage on disk. The same frame planned twice is one file that is seen twice."""
 
     collage: Collage
-    picture: Path
-    mask: Path
+    image_path: Path
+    mask_path: Path
     id: str
     mask_id: str
     repeats: int
@@ -342,11 +342,11 @@ def make_collage_records(
         records.append(
             ImageRecord(
                 id=frame.id,
-                path=str(frame.picture),
+                path=str(frame.image_path),
                 size=frame.collage.frame,
                 bucket=frame.collage.frame,
                 captions=captions,
-                mask=str(frame.mask),
+                mask=str(frame.mask_path),
                 mask_id=frame.mask_id,
                 repeats=frame.repeats,
                 flags=collage_flags(frame.collage, sources, settings),
@@ -376,7 +376,7 @@ def mix_in_single_images(
     them."""
     if not settings.mix:
         return (), 1
-    framed = made.uses()
+    framed = made.count_uses()
     alone = sum(source.record.repeats for i, source in enumerate(sources) if i in framed)
     times, often = find_mix_repeats(alone, sum(record.repeats for record in records), settings.mix)
     captions = {"captions": ("",)} if settings.captions == CAPTIONS_EMPTY else {}
@@ -419,8 +419,8 @@ def write_collages_json(
         ]
         listed.append(
             {
-                "file": frame.picture.name,
-                "mask": frame.mask.name,
+                "file": frame.image_path.name,
+                "mask": frame.mask_path.name,
                 "id": frame.id,
                 "frame": frame.collage.frame,
                 "layout": frame.collage.layout,
@@ -472,7 +472,7 @@ def format_collage_report(
     lines += format_limited_lines(
         "bars cut off",
         [
-            f"{s.name}, {format_dimensions(s.untrimmed_size)} to {format_dimensions(s.record.frame)}"
+            f"{s.name}, {format_dimensions(s.untrimmed_size)} to {format_dimensions(s.record.cropped_size)}"
             for s in sources
             if s.untrimmed_size
         ],

@@ -201,7 +201,7 @@ class CollagePlan:
     sizes: tuple[tuple[int, int], ...]
     excluded: tuple[tuple[int, str], ...] = ()  # (index, why)
 
-    def uses(self) -> Counter:
+    def count_uses(self) -> Counter:
         return Counter(cell.source for collage in self.collages for cell in collage.cells)
 
     @property
@@ -242,8 +242,8 @@ class LengthRange:
 
     source: int
     uncut_length: float
-    low: int
-    high: int
+    min_length: int
+    max_length: int
 
 
 def fit_along_axis(
@@ -300,12 +300,12 @@ def make_cell(it: LengthRange, size, frame, axis: PackingAxis, start: int, lengt
 
 def distribute_lengths(fits, space: int, step: int) -> list[int]:
     """Lengths on the grid, within each picture's limits, that fill the space if they can; near the uncut lengths."""
-    sizes = [min(max(int(it.uncut_length / step) * step, it.low), it.high) for it in fits]
-    if sum(it.high for it in fits) < space and sum(sizes) <= space:
+    sizes = [min(max(int(it.uncut_length / step) * step, it.min_length), it.max_length) for it in fits]
+    if sum(it.max_length for it in fits) < space and sum(sizes) <= space:
         return sizes  # the ground shows in any case: nothing is gained by cutting more
     while (gap := space - sum(sizes)) != 0:
         turn = step if gap > 0 else -step
-        free = [i for i, it in enumerate(fits) if it.low <= sizes[i] + turn <= it.high]
+        free = [i for i, it in enumerate(fits) if it.min_length <= sizes[i] + turn <= it.max_length]
         if not free:
             return sizes
         worst = min(free, key=lambda i: abs(math.log((sizes[i] + turn) / fits[i].uncut_length)))
@@ -334,23 +334,23 @@ class CandidatePool:
 
     def __init__(self, frame, axis: PackingAxis, fits: dict[int, LengthRange], rank: list[int]):
         self.frame, self.axis, self.fits, self.rank = frame, axis, fits, rank
-        self.order = sorted((it.uncut_length, rank[source], source) for source, it in fits.items())
+        self.by_length = sorted((it.uncut_length, rank[source], source) for source, it in fits.items())
 
     def remove(self, source: int):
         if source in self.fits:
             it = self.fits.pop(source)
-            del self.order[bisect_left(self.order, (it.uncut_length, self.rank[source], source))]
+            del self.by_length[bisect_left(self.by_length, (it.uncut_length, self.rank[source], source))]
 
     def candidates_near_length(self, target: float, luck: int, without, count: int) -> list[LengthRange]:
         """Up to 2 * count pictures whose uncut lengths are next to the target."""
-        at = bisect_left(self.order, (target, luck))
-        around = self.order[max(0, at - count) : at + count]
+        at = bisect_left(self.by_length, (target, luck))
+        around = self.by_length[max(0, at - count) : at + count]
         return [self.fits[source] for _, _, source in around if source not in without]
 
-    def spread(self, luck: int, count: int) -> list[LengthRange]:
+    def candidates_of_all_lengths(self, luck: int, count: int) -> list[LengthRange]:
         """About `count` pictures of all lengths."""
-        stride = max(1, len(self.order) // count)
-        return [self.fits[source] for _, _, source in self.order[luck % stride :: stride]]
+        stride = max(1, len(self.by_length) // count)
+        return [self.fits[source] for _, _, source in self.by_length[luck % stride :: stride]]
 
 
 class CollagePlanner:
@@ -359,12 +359,12 @@ class CollagePlanner:
 
     def __init__(self, sizes, settings: CollageSettings):
         self.sizes, self.settings, self.step = sizes, settings, settings.step
-        self.luck = random.Random(settings.seed)
+        self.rng = random.Random(settings.seed)
         self.rank = list(range(len(sizes)))
-        self.luck.shuffle(self.rank)
+        self.rng.shuffle(self.rank)
         self.pools, self.anchor_pools, self.excluded = self.build_candidate_pools()
-        self.left = {source: settings.uses for source in self.anchor_pools}
-        self.pairs, self.used_orders = Counter(), set()
+        self.remaining_uses = {source: settings.uses for source in self.anchor_pools}
+        self.pair_counts, self.used_orders = Counter(), set()
 
     def build_candidate_pools(self):
         """(rooms by frame and axis, the rooms' keys that each picture may anchor, [(picture, why it is left out)])"""
@@ -387,37 +387,37 @@ class CollagePlanner:
         }
         return {key: CandidatePool(*key, members, self.rank) for key, members in fits.items()}, homes, excluded
 
-    def collages(self):
+    def iterate_collages(self):
         """Yields one collage after the other until every picture has been used as often as it must."""
-        queue = [self.queue_entry(source) for source in self.left]
+        queue = [self.queue_entry(source) for source in self.remaining_uses]
         heapq.heapify(queue)
         while queue:
             entry = heapq.heappop(queue)
             source = entry[-1]
             if entry != self.queue_entry(source):
-                if self.left[source]:
+                if self.remaining_uses[source]:
                     heapq.heappush(queue, self.queue_entry(source))
                 continue
-            collage = self.around(source)
+            collage = self.best_collage_with(source)
             for used in (cell.source for cell in collage.cells):
                 self.mark_used(used)
             yield collage
-            if self.left[source]:
+            if self.remaining_uses[source]:
                 heapq.heappush(queue, self.queue_entry(source))
 
     def queue_entry(self, source):
         """What comes first: often needed, then long."""
         frame, axis = self.anchor_pools[source][0]
         along, across = axis.split(self.sizes[source])
-        return -self.left[source], -along / across, self.rank[source], source
+        return -self.remaining_uses[source], -along / across, self.rank[source], source
 
     def mark_used(self, source):
-        self.left[source] -= 1
-        if not self.left[source]:
+        self.remaining_uses[source] -= 1
+        if not self.remaining_uses[source]:
             for room in self.pools.values():
                 room.remove(source)
 
-    def around(self, source) -> Collage:
+    def best_collage_with(self, source) -> Collage:
         """The best collage with this picture in it."""
         rooms = [self.pools[key] for key in self.anchor_pools[source]]
         if self.settings.layout == LAYOUT_GRID:
@@ -426,30 +426,36 @@ class CollagePlanner:
                 return self.count_pairs(best)
         best = None
         for room in rooms:
-            found = min((self.score(group, room), group) for group in self.groups(room, room.fits[source]))
+            found = min(
+                (self.group_cost(group, room), group) for group in self.candidate_groups(room, room.fits[source])
+            )
             if best is None or found[0] < best[0]:
                 best = (*found, room)
         _, group, room = best
         return self.count_pairs(self.make_line_collage(room, [room.fits[i] for i in group]))
 
-    def groups(self, room: CandidatePool, anchor: LengthRange):
+    def candidate_groups(self, room: CandidatePool, anchor: LengthRange):
         """Candidates: the picture alone, and with the neighbours that come near to filling the frame. As tuples of
         sources."""
         yield (anchor.source,)
         if self.settings.layout == LAYOUT_SINGLE:
             return
         space, gutter = room.axis.split(room.frame)[0], self.settings.gutter
-        rest, luck, mine = space - gutter - anchor.uncut_length, self.luck.randrange(len(self.sizes)), anchor.source
+        rest, luck, mine = space - gutter - anchor.uncut_length, self.rng.randrange(len(self.sizes)), anchor.source
         good = False
         for second in room.candidates_near_length(rest, luck, (mine,), 6):
             good = good or (
                 abs(second.uncut_length - rest) < CLOSE_FIT_SHARE * space
-                and not self.pairs[sorted_pair(mine, second.source)]
+                and not self.pair_counts[sorted_pair(mine, second.source)]
             )
             yield mine, second.source
         if good or self.settings.per_frame < 3:
             return
-        some = [it for it in room.spread(luck, PARTNER_SAMPLE_SIZE) if it.source != mine and it.low <= rest]
+        some = [
+            it
+            for it in room.candidates_of_all_lengths(luck, PARTNER_SAMPLE_SIZE)
+            if it.source != mine and it.min_length <= rest
+        ]
         for second in some:
             for third in room.candidates_near_length(
                 rest - gutter - second.uncut_length, luck, (mine, second.source), 2
@@ -466,22 +472,22 @@ class CollagePlanner:
             ):
                 yield mine, second.source, third.source, fourth.source
 
-    def score(self, group, room: CandidatePool):
+    def group_cost(self, group, room: CandidatePool):
         """Less is better: ground that shows, being alone, neighbours that have met before, what is cut off. What is too
         long comes last."""
         fits = [room.fits[source] for source in group]
         space = room.axis.split(room.frame)[0] - self.settings.gutter * (len(group) - 1)
         natural = sum(it.uncut_length for it in fits)
-        if sum(it.low for it in fits) > space:
+        if sum(it.min_length for it in fits) > space:
             return 2.0, False, 0, 0.0, 0
-        filled = sum(it.high for it in fits) >= space
+        filled = sum(it.max_length for it in fits) >= space
         bare = 0.0 if filled else max(0.0, 1 - natural / space)
         crop = abs(natural - space) / max(natural, space) if filled else 0.0
-        met = sum(self.pairs[sorted_pair(a, b)] for a, b in combinations(group, 2))
+        met = sum(self.pair_counts[sorted_pair(a, b)] for a, b in combinations(group, 2))
         return round(bare, 2), len(group) == 1, met, round(crop, 3), -pixel_area(room.frame)
 
     def make_line_collage(self, room: CandidatePool, fits) -> Collage:
-        self.luck.shuffle(fits)
+        self.rng.shuffle(fits)
         if tuple(it.source for it in fits) in self.used_orders:
             fits.reverse()
         self.used_orders.add(tuple(it.source for it in fits))
@@ -493,10 +499,10 @@ class CollagePlanner:
         fits exactly."""
         space, span = room.axis.split(room.frame)
         other, gutter = (Y_AXIS, X_AXIS)[room.axis.along], self.settings.gutter
-        some = [s for s in self.left if self.left[s] and s != anchor.source]
-        some = sorted(self.luck.sample(some, min(len(some), PARTNER_SAMPLE_SIZE)))
+        some = [s for s in self.remaining_uses if self.remaining_uses[s] and s != anchor.source]
+        some = sorted(self.rng.sample(some, min(len(some), PARTNER_SAMPLE_SIZE)))
         best = None
-        for length in range(anchor.low, anchor.high + 1, self.step):
+        for length in range(anchor.min_length, anchor.max_length + 1, self.step):
             frame = room.axis.to_xy(space - length - gutter, span)
             if min(frame) < self.step:
                 continue
@@ -505,7 +511,7 @@ class CollagePlanner:
                 frame, other, {it.source: it for it in found if isinstance(it, LengthRange)}, self.rank
             )
             for group in self.stack_candidates(inner):
-                score = self.score(group, inner)
+                score = self.group_cost(group, inner)
                 total = (score[2], score[3] + abs(length - anchor.uncut_length) / anchor.uncut_length, length, group)
                 if score[0] == 0.0 and (best is None or total < best[0]):
                     best = total, length, inner, group
@@ -525,7 +531,7 @@ class CollagePlanner:
                 yield first.source, second.source, third.source
 
     def make_grid_collage(self, room, anchor, length, inner, group) -> Collage:
-        first = self.luck.random() < 0.5
+        first = self.rng.random() < 0.5
         rest = room.axis.split(room.frame)[0] - length
         one = make_cell(anchor, self.sizes[anchor.source], room.frame, room.axis, 0 if first else rest, length)
         offset = length + self.settings.gutter if first else 0
@@ -535,7 +541,7 @@ class CollagePlanner:
         return Collage(room.frame, LAYOUT_GRID, (one, *stack))
 
     def count_pairs(self, collage: Collage) -> Collage:
-        self.pairs.update(sorted_pair(a.source, b.source) for a, b in combinations(collage.cells, 2))
+        self.pair_counts.update(sorted_pair(a.source, b.source) for a, b in combinations(collage.cells, 2))
         return collage
 
 
@@ -551,7 +557,7 @@ def plan_collages(sizes, settings: CollageSettings) -> CollagePlan:
     """The collages of pictures of these sizes: each used exactly settings.uses times, or left out with the reason."""
     sizes = tuple(tuple(size) for size in sizes)
     planner = CollagePlanner(sizes, settings)
-    made = CollagePlan(tuple(planner.collages()), sizes, tuple(planner.excluded))
+    made = CollagePlan(tuple(planner.iterate_collages()), sizes, tuple(planner.excluded))
     check_collage_plan(made, settings)
     return made
 
@@ -565,7 +571,7 @@ def check_collage_plan(made: CollagePlan, settings: CollageSettings) -> None:
         if wrong := find_collage_fault(collage, made.sizes, settings):
             raise ValueError(f"Collage {number_} ({collage.layout}, {collage.frame[0]}x{collage.frame[1]}): {wrong}")
     left_out = {source for source, _ in made.excluded}
-    uses = made.uses()
+    uses = made.count_uses()
     uneven = {
         source: uses[source]
         for source in range(len(made.sizes))

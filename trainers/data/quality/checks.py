@@ -202,7 +202,7 @@ class ImageMeasurements:
     bars: tuple[int, int, int, int]  # left, top, right, bottom
     contrast: Contrast | None
     bucket: tuple[int, int] | None
-    print: ImageSignature
+    signature: ImageSignature
     thumbnail: bytes  # JPEG: kept for every picture, so that the sheet decodes none again
 
     def to_metrics(self) -> dict:
@@ -244,7 +244,7 @@ def measure_image_quality(
         entropy=entropy,
         bars=detect_bars(rgb) if settings.borders else (0, 0, 0, 0),
         contrast=measure_contrast(picture, mask) if settings.contrast else None,
-        print=compute_image_signature(picture),
+        signature=compute_image_signature(picture),
         thumbnail=encode_jpeg_thumbnail(picture),
     )
 
@@ -264,7 +264,7 @@ def bucket_upscale(record: ImageRecord, resolution: int):
         place = initial_placement(record, BucketSettings(resolution=resolution, upscale=True, step=step))
     except ValueError:
         return None, None
-    return max(place.scaled[0] / record.frame[0], place.scaled[1] / record.frame[1]), place.bucket
+    return max(place.scaled[0] / record.cropped_size[0], place.scaled[1] / record.cropped_size[1]), place.bucket
 
 
 def measure_exposure(grey: np.ndarray) -> tuple[float, float, float, float]:
@@ -401,13 +401,13 @@ class CheckedImage:
 class QualityCheck:
     """All that a check found."""
 
-    pictures: tuple[CheckedImage, ...]
+    images: tuple[CheckedImage, ...]
     notes: tuple[str, ...]  # about the set as a whole
     vendi: float | None
 
     def worst_first(self) -> list[CheckedImage]:
         rank = {SEVERITY_REJECT: 0, SEVERITY_WARN: 1, None: 2}
-        return sorted(self.pictures, key=lambda one: (rank[one.severity], -len(one.findings)))
+        return sorted(self.images, key=lambda one: (rank[one.severity], -len(one.findings)))
 
 
 def check_dataset_quality(
@@ -454,7 +454,7 @@ def check_duplicate_images(
         )
 
     def pairs(bits):
-        found = find_hash_pairs([measures[index].print for index in known], bits)
+        found = find_hash_pairs([measures[index].signature for index in known], bits)
         return [replace(pair, first=known[pair.first], second=known[pair.second]) for pair in found]
 
     told = set()
@@ -470,13 +470,15 @@ def check_duplicate_images(
         ("similar", pairs(settings.similar_bits) if settings.similar_bits > settings.max_bits else []),
     ):
         for group in group_duplicates(tied, order):
-            for index in group.rest:
+            for index in group.copies:
                 if index not in told:
                     told.add(index)
                     yield (
                         index,
                         Finding(
-                            SEVERITY_WARN, kind, f"to {printable_file_name(dataset[group.best])}, {group.why[index]}"
+                            SEVERITY_WARN,
+                            kind,
+                            f"to {printable_file_name(dataset[group.best])}, {group.reasons[index]}",
                         ),
                     )
 
@@ -489,7 +491,7 @@ def measure_dataset_diversity(measures: Sequence[ImageMeasurements | None], feat
     if features is not None:
         score, source, count = vendi_from_features(features[seen]), "features of the vision model", len(seen)
     else:
-        prints = sample_evenly([measures[index].print for index in seen])
+        prints = sample_evenly([measures[index].signature for index in seen])
         score, source, count = (
             vendi(signature_kernel(prints)),
             "coarse shapes and colours; connect a clip_vision to compare contents",
@@ -507,7 +509,7 @@ def apply_quality_actions(dataset: ImageDataset, found: QualityCheck, settings: 
     belongs to it."""
     kept, left_out = [], []
     action = {SEVERITY_REJECT: settings.on_reject, SEVERITY_WARN: settings.on_warn, None: KEEP_IMAGE}
-    for one in found.pictures:
+    for one in found.images:
         if action[one.severity] == DROP_IMAGE:
             left_out.append((one.record.path, "; ".join(map(str, one.findings))))
         else:
@@ -526,7 +528,7 @@ def format_quality_json(found: QualityCheck) -> str:
             "findings": [str(finding) for finding in one.findings],
             **(one.measures.to_metrics() if one.measures else {}),
         }
-        for one in found.pictures
+        for one in found.images
     ]
     return json.dumps(
         {"pictures": pictures, "notes": list(found.notes), "vendi": found.vendi and round(found.vendi, 3)}, indent=1

@@ -69,16 +69,16 @@ class DuplicatePair:
 
     first: int
     second: int
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Records that are one picture; the rest are copies of `best`. Indices into the dataset."""
+    """Records that are one picture; `copies` are copies of `best`. Indices into the dataset."""
 
     best: int
-    rest: tuple[int, ...]
-    why: dict[int, str]  # of each of the rest: the figure that ties it to the group
+    copies: tuple[int, ...]
+    reasons: dict[int, str]  # of each copy: the figure that ties it to the group
 
 
 # -- recognising -------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def find_hash_pairs(prints: Sequence[ImageSignature], limit: int, mirrored: bool
     if len(prints) < 2:
         return []
     plain, flipped = (np.array([getattr(p, name) for p in prints], np.uint64) for name in ("hash", "mirrored"))
-    telling = np.array([p.spread >= MIN_GREY_SPREAD for p in prints])
+    telling = np.array([p.grey_spread >= MIN_GREY_SPREAD for p in prints])
     found = []
     for way, other in (("", plain), ("mirrored, ", flipped))[: 1 + mirrored]:
         for first, second, apart in iterate_close_hashes(plain, other, limit, telling):
@@ -158,7 +158,7 @@ def group_duplicates(pairs: Iterable[DuplicatePair], order) -> list[DuplicateGro
 
 def duplicate_reason(pairs, best) -> str:
     """The figure against the best one, else against whoever ties this one to the group."""
-    return next((pair.why for pair in pairs if best in (pair.first, pair.second)), pairs[0].why)
+    return next((pair.reason for pair in pairs if best in (pair.first, pair.second)), pairs[0].reason)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ def duplicate_reason(pairs, best) -> str:
 class CopyQuality:
     """What the choice among copies needs to know of one picture."""
 
-    print: ImageSignature
-    detail: float  # megapixels that are really there
+    signature: ImageSignature
+    megapixels: float  # megapixels that are really there
     sharpness: float
 
 
@@ -223,7 +223,7 @@ def deduplicate(
     they are."""
     seen, features, broken = scan_images(dataset.records, measure_copy_quality, looking)
     known = [index for index, value in enumerate(seen) if value is not None]
-    prints = [seen[index].print for index in known]
+    prints = [seen[index].signature for index in known]
     pairs = [
         replace(pair, first=known[pair.first], second=known[pair.second])
         for pair in find_hash_pairs(prints, settings.max_bits, settings.mirrored)
@@ -231,7 +231,7 @@ def deduplicate(
     groups = group_duplicates(
         [*find_identical_files(dataset.records), *pairs, *find_feature_pairs(features, settings.min_cosine)],
         lambda index: copy_preference_key(
-            dataset[index], *((seen[index].detail, seen[index].sharpness) if seen[index] else (0.0, 0.0)), index
+            dataset[index], *((seen[index].megapixels, seen[index].sharpness) if seen[index] else (0.0, 0.0)), index
         ),
     )
     return DeduplicationResult(
@@ -259,7 +259,7 @@ def duplicate_group_names(data: EncodedDataset, looking: ScanOptions) -> list[st
 
 
 def resolve_group_records(dataset, group):
-    return dataset[group.best], tuple((dataset[index], group.why[index]) for index in group.rest)
+    return dataset[group.best], tuple((dataset[index], group.reasons[index]) for index in group.copies)
 
 
 def drop_or_flag_copies(
@@ -269,10 +269,10 @@ def drop_or_flag_copies(
     for group in groups:
         best = records[group.best]
         if settings.captions == ADD_COPY_CAPTIONS:
-            captions = [caption for index in (group.best, *group.rest) for caption in dataset[index].captions]
+            captions = [caption for index in (group.best, *group.copies) for caption in dataset[index].captions]
             records[group.best] = replace(best, captions=tuple(dict.fromkeys(captions)))
-        for index in group.rest:
-            flag = f"duplicate (of {printable_file_name(best)}, {group.why[index]})"
+        for index in group.copies:
+            flag = f"duplicate (of {printable_file_name(best)}, {group.reasons[index]})"
             dropped[index] = flag
             records[index] = replace(records[index], flags=tuple(dict.fromkeys((*records[index].flags, flag))))
     if settings.duplicates == FLAG_COPIES:
@@ -306,4 +306,6 @@ def make_duplicate_tile(record: ImageRecord, line: str, colour: str) -> SheetTil
         picture = make_thumbnail(record)
     except (ValueError, OSError):  # gone or broken: its group says so in words
         picture = Image.new("RGB", (8, 8), "#000000")
-    return SheetTile(picture, (line, f"{record.frame[0]}x{record.frame[1]} {printable_file_name(record)}"), colour)
+    return SheetTile(
+        picture, (line, f"{record.cropped_size[0]}x{record.cropped_size[1]} {printable_file_name(record)}"), colour
+    )

@@ -23,7 +23,7 @@ class ImageSignature:
 
     hash: int
     mirrored: int  # the hash of the mirror image
-    spread: float  # grey levels; how much there is to recognise
+    grey_spread: float  # grey levels; how much there is to recognise
     colours: np.ndarray  # (GRID, GRID, 2), a* and b*
 
 

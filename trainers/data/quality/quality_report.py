@@ -20,13 +20,13 @@ MAX_LISTED_IMAGES = 500  # pictures named one by one; the figures of all are in 
 
 def format_quality_report(found: QualityCheck, settings: QualitySettings) -> str:
     """Markdown lists: counts per check, the set as a whole, then each picture with something to say, worst first."""
-    counts = Counter(one.severity for one in found.pictures)
+    counts = Counter(one.severity for one in found.images)
     lines = [
-        f"{len(found.pictures)} pictures checked: "
+        f"{len(found.images)} pictures checked: "
         f"{format_severity_count(counts, SEVERITY_REJECT, settings.on_reject)}, "
         f"{format_severity_count(counts, SEVERITY_WARN, settings.on_warn)}, {counts[None]} good"
     ]
-    checks = Counter((finding.severity, finding.check) for one in found.pictures for finding in one.findings)
+    checks = Counter((finding.severity, finding.check) for one in found.images for finding in one.findings)
     lines += [
         f"- {check}: {count} ({'rejected' if severity == SEVERITY_REJECT else 'warned'})"
         for (severity, check), count in checks.most_common()
@@ -51,7 +51,7 @@ def format_checked_image(one: CheckedImage) -> str:
 
 
 def format_name_and_size(one: CheckedImage) -> str:
-    width, height = one.record.frame
+    width, height = one.record.cropped_size
     return f"{printable_file_name(one.record)} {width}x{height}"
 
 
