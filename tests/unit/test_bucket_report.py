@@ -38,7 +38,9 @@ def test_sizes_that_were_decided_before_are_decided_anew():
 def test_rows_by_hand():
     """1000x1000 -> 512x512, nothing cut, scaled by .512. 900x1000 -> scaled by 512/900 = .569 to 512x569: 57 of 569
     rows are cut, .1002"""
-    (row,) = assign_buckets(dataset((1000, 1000), (900, 1000), repeats=(3, 2)), BucketSettings(resolution=512)).bucket_stats
+    (row,) = assign_buckets(
+        dataset((1000, 1000), (900, 1000), repeats=(3, 2)), BucketSettings(resolution=512)
+    ).bucket_stats
     assert (row.bucket, row.images, row.per_epoch) == ((512, 512), 2, 5)
     assert row.mean_cropped_share == pytest.approx(57 / 569 / 2) and row.scales == pytest.approx(
         (0.512, 512 / 900), abs=1e-3

@@ -327,7 +327,9 @@ def test_a_drawn_batch_may_be_changed_without_changing_the_deck():
     deck, other = deck_of(*MIXED), deck_of(*MIXED)
     deck.next_batch(rng()).clear()
     other.next_batch(rng())
-    assert [deck.next_batch(rng()) for _ in range(4)] == [other.next_batch(rng()) for _ in range(4)] and deck.epoch_batches[0]
+    assert [deck.next_batch(rng()) for _ in range(4)] == [
+        other.next_batch(rng()) for _ in range(4)
+    ] and deck.epoch_batches[0]
 
 
 def test_a_deck_without_cards_is_refused():

@@ -14,8 +14,8 @@ from .records import ImageDataset, ImageRecord
 
 @dataclass(frozen=True)
 class ImagePair:
-    """The items of one scene. `index_by_strength`: strength -> index of the encoded item. A strength and its opposite are always both
-    there."""
+    """The items of one scene. `index_by_strength`: strength -> index of the encoded item; a strength and its opposite
+    are always both there."""
 
     name: str
     index_by_strength: dict[float, int]

@@ -306,7 +306,9 @@ class PretextTraining:
         draws = torch.rand(len(picks), generator=rng).tolist()
         return [
             views[int(coin * len(views))]
-            for views, coin in ((self.views.views_by_image[i][kind], coin) for i, coin in zip(picks, draws, strict=True))
+            for views, coin in (
+                (self.views.views_by_image[i][kind], coin) for i, coin in zip(picks, draws, strict=True)
+            )
         ]
 
     def sample_crop_pair(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
