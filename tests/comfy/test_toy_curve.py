@@ -69,9 +69,9 @@ def test_the_first_losses_of_the_lesson_are_those_that_were_written_down(toy, fo
 def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy):
     """To 5 % of what it changes: the host rounds patched weights to the file's fp16."""
     adapter = AdapterSettings(rank=4, targets="attention", text_encoder=True)
-    batch = EncodedDataset.from_core([{"samples": torch.zeros(1, 16, 8, 8)}], [[[torch.zeros(1, 77, 4096), {}]]]).make_batch(
-        [0], make_generator(0)
-    )
+    batch = EncodedDataset.from_core(
+        [{"samples": torch.zeros(1, 16, 8, 8)}], [[[torch.zeros(1, 77, 4096), {}]]]
+    ).make_batch([0], make_generator(0))
     batch.captions = ["a large red star"]
     with torch.inference_mode(), host.session.open_training_session(toy.model, adapter, clip=toy.clip) as session:
         with torch.no_grad():
