@@ -225,7 +225,7 @@ def kohya_method(plan, session, data, checkpointing):
     )
     asked = (lambda batch: [kohya_style.asking(cond) for cond in batch.conds]) if checkpointing else None
     return loras, LoraTraining(
-        session.denoiser, loras, data, density=session.family.density, batch=plan.batch, encode=asked
+        session.denoiser, loras, data, density=session.family.density, batch=plan.batch, encode_batch=asked
     )
 
 

@@ -89,7 +89,7 @@ def prior_of(toy, kind, weight, folder):
     if kind is None:
         return None
     settings = PriorSettings(weight=weight, class_prompt=PROMPTS if kind in ("prompts", "both") else "")
-    conds, source = encode_class_prompts(toy.clip, settings.prompts())
+    conds, source = encode_class_prompts(toy.clip, settings.class_prompts())
     data = None
     if kind in ("images", "both"):
         for name in KEPT:

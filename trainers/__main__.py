@@ -233,8 +233,8 @@ class CommandLineJob:
         folder = RunFolder(
             self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.settings_dict(data), self.run.steps
         )
-        folder.export = lambda step: self.export_lora(engine, adapters, text, data, step)
-        done = folder.finished()
+        folder.export_lora = lambda step: self.export_lora(engine, adapters, text, data, step)
+        done = folder.load_finished()
         lora, losses = done or self.train_adapters(engine, adapters, text, data, folder)
         if done:
             self.screen.print_line("this very run is finished already; nothing was trained again")
@@ -305,7 +305,7 @@ class CommandLineJob:
         )
         with adapters.attached(), attach_trained_text(engine, text):
             losses = train(method, self.run, self.optimizing, report=self.report_progress, store=folder)
-        return folder.export(self.run.steps), losses
+        return folder.export_lora(self.run.steps), losses
 
     def sample_size(self, engine, data) -> tuple[int, int]:
         """Pixels (width, height), in whole tokens of two latent cells."""
@@ -314,7 +314,7 @@ class CommandLineJob:
         return tuple(max(unit, side // unit * unit) for side in wanted)
 
     def report_progress(self, progress):
-        self.screen.update_line(progress.line(), force=progress.step == progress.steps)
+        self.screen.update_line(progress.format_line(), force=progress.step == progress.steps)
         self.stop.raise_if_requested()
 
     def export_lora(self, engine, adapters, text, data, step) -> LoraFile:

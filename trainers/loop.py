@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from .optimizers import apply_eval_weights, eval_weights_applied, lr_schedule_factor, make_optimizer
+from .optimizers import EmaOptimizer, apply_eval_weights, eval_weights_applied, lr_schedule_factor, make_optimizer
+from .protocols import GroupedParameters, Method, Monitor, Resumable, Store
 from .rng import derive_generator
 from .settings import OptimizerSettings, RunSettings
 
 
 def step_rng(seed: int, step: int) -> torch.Generator:
-    """The chance of one step: a resumed run is the same run, bit for bit."""
+    """All randomness of one step. It follows from seed and step alone, so that a resumed run is the same run, bit for
+    bit."""
     return derive_generator(seed, step)
 
 
@@ -24,25 +29,26 @@ class Diverged(RuntimeError):
 
 @dataclass
 class TrainingProgress:
-    """What a report sees: `losses` holds one raw number per finished step."""
+    """What a report gets: `losses` holds the unsmoothed loss of every finished step."""
 
     step: int
     steps: int
     losses: list[float] = field(repr=False)
-    rate: float
+    learning_rate: float
     seconds_left: float
-    note: str = ""  # what was seen last
+    note: str = ""  # the monitor's last measurement, in words
 
-    def line(self) -> str:
-        """step 12/100 · loss 0.1234 · 3 min left · what was seen last"""
+    def format_line(self) -> str:
+        """step 12/100 · loss 0.1234 · 3 min left · the monitor's last measurement"""
         loss = sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
         return (
-            f"step {self.step}/{self.steps} · loss {loss:.4f} · {format_time_left(self.seconds_left)} "
+            f"step {self.step}/{self.steps} · loss {loss:.4f} · {format_duration(self.seconds_left)} "
             f"left{self.note and f' · {self.note}'}"
         )
 
 
-def format_time_left(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """45 s, 12 min or 1.5 h; ? for infinity."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 90:
@@ -52,16 +58,16 @@ def format_time_left(seconds: float) -> str:
 
 @dataclass
 class TrainingState:
-    """One training in memory: what a step changes, and what a resume needs."""
+    """A run in memory: what a step changes, and what a resume needs."""
 
-    method: object
-    optimizer: torch.optim.Optimizer
-    params: list
-    step: int = 0
-    losses: list = field(default_factory=list)
-    watch: object = None  # what happens between two steps: trainers.validation.Watch
-    watched: dict | None = None  # what an earlier run saw, carried on while nobody looks
-    whole: bool = True  # False while the optimizer is at work: parameters of two steps, worth nothing
+    method: Method
+    optimizer: torch.optim.Optimizer | EmaOptimizer
+    params: list[Tensor]
+    step: int = 0  # steps that are done
+    losses: list[float] = field(default_factory=list)
+    monitor: Monitor | None = None
+    saved_monitor_state: dict | None = None  # of an earlier part of the run; kept when this part has no monitor
+    is_consistent: bool = True  # False during the optimizer's step, when parameters of two steps are mixed
 
     def state(self) -> dict:
         """Everything the next step depends on, as a tree of tensors, numbers and strings."""
@@ -71,12 +77,15 @@ class TrainingState:
             "params": [p.detach() for p in self.params],
             "optimizer": self.optimizer.state_dict(),
             "method": method_state(self.method),
-            **({"watch": seen} if (seen := self.watch.state() if self.watch else self.watched) else {}),
+            **({"watch": monitor_state} if (monitor_state := self.monitor_state()) else {}),
         }
+
+    def monitor_state(self) -> dict | None:
+        return self.monitor.state() if self.monitor else self.saved_monitor_state
 
     def best_state(self) -> dict | None:
         """{"step", "params"} that are to be delivered in place of the last ones, or None."""
-        best = self.watch.best if self.watch else None
+        best = self.monitor.best if self.monitor else None
         return best if best and best["step"] != self.step else None
 
     def load(self, state: dict):
@@ -91,71 +100,71 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         load_method_state(self.method, state["method"])
         self.step, self.losses = state["step"], state["losses"].tolist()
-        self.watched = state.get("watch")
-        if self.watch and self.watched:
-            self.watch.load_state(self.watched)
+        self.saved_monitor_state = state.get("watch")
+        if self.monitor and self.saved_monitor_state:
+            self.monitor.load_state(self.saved_monitor_state)
 
 
-def method_state(method):
-    return method.state() if hasattr(method, "state") else {}
+def method_state(method: Method) -> dict:
+    return method.state() if isinstance(method, Resumable) else {}
 
 
-def load_method_state(method, state):
-    if hasattr(method, "load_state"):
+def load_method_state(method: Method, state: dict) -> None:
+    if isinstance(method, Resumable):
         method.load_state(state)
 
 
-def parameter_groups(method, rates: dict[str, float]) -> list[dict]:
-    """Optimizer groups. A method with several kinds of parameters names them in `groups()`."""
-    named = method.groups() if hasattr(method, "groups") else {"model": list(method.parameters())}
-    return [{"params": list(params), "lr": rates.get(name, rates["model"])} for name, params in named.items() if params]
+def parameter_groups(method: Method, rates: dict[str, float]) -> list[dict]:
+    """Optimizer groups: [{"params", "lr"}], one for each of the method's groups that has parameters."""
+    named = method.groups() if isinstance(method, GroupedParameters) else {"model": method.parameters()}
+    groups = [{"params": list(params), "lr": rates.get(name, rates["model"])} for name, params in named.items()]
+    return [group for group in groups if group["params"]]
 
 
 class NoStore:
-    """Keeps nothing."""
+    """A store that keeps nothing."""
 
-    def load(self):
+    def load(self) -> dict | None:
         return None
 
-    def save(self, state, why): ...
+    def save(self, state: dict, why: str) -> None: ...
 
-    def save_best(self, step): ...
+    def save_best(self, step: int) -> None: ...
 
 
 def train(
-    method,
+    method: Method,
     run: RunSettings,
     optimizing: OptimizerSettings | None = None,
     *,
-    report=None,
-    store=None,
-    interval=0.4,
-    watch=None,
-):
-    """The losses of all steps, one number each. `report(Progress)` is called at most every `interval` seconds and may
-    raise to stop. `store.load() / save(state, why)` keeps the run; why is "step" (every save_every steps), "auto" (a
-    safety copy every few minutes), "stopped" or "finished". Whatever stops the run, its last complete step is saved
-    first. After the last step the parameters are the ones to use. `watch` (trainers.validation.Watch) measures and
-    draws between two steps, changes none of them, and may end the run early; then it is as finished as one that did all
-    its steps.
+    report: Callable[[TrainingProgress], object] | None = None,
+    store: Store | None = None,
+    interval: float = 0.4,
+    monitor: Monitor | None = None,
+) -> list[float]:
+    """The losses of all steps, one number each. After the last step the parameters hold the weights to use.
 
-    Raises Diverged when the loss is no longer finite; the last good state is the one kept."""
+    `report` is called at most every `interval` seconds and may raise to stop the run. `store` keeps the run: whatever
+    stops it, its last complete step is saved first. `monitor` measures and samples between two steps, changes none of
+    them, and may end the run early; such a run is as finished as one that did all its steps. See protocols.py.
+
+    Raises Diverged when the loss is no longer finite; the last good state is the one that is kept."""
     optimizing, store, report = optimizing or OptimizerSettings(), store or NoStore(), report or (lambda progress: None)
     te_rate = optimizing.text_encoder_lr or run.learning_rate / 10
     groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
     params = [p for g in groups for p in g["params"]]
-    now = TrainingState(method, make_optimizer(groups, optimizing), params, watch=watch)
+    now = TrainingState(method, make_optimizer(groups, optimizing), params, monitor=monitor)
     rates = [g["lr"] for g in now.optimizer.param_groups]
     if (saved := store.load()) is not None:
         now.load(saved)
     pending, clock = PendingLosses(), TrainingClock(now.step, run.steps, interval)
-    draws = method_state(method)
+    step_state = method_state(method)
     try:
         while True:
-            if watch and watch.due(now.step, run.steps):
+            if monitor and monitor.due(now.step, run.steps):
                 now.losses += pending.fetch(now.step)
-                run_monitor_checks(now, store, run.steps)
-            ended = now.step >= run.steps or bool(watch and watch.should_stop)
+                run_monitor_checks(monitor, now, store, run.steps)
+            ended = now.step >= run.steps or bool(monitor and monitor.should_stop)
             if why := "finished" if ended else clock.save_due(now.step, run.save_every):
                 now.losses += pending.fetch(now.step)
                 save_training_state(now, store, why)
@@ -168,97 +177,96 @@ def train(
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             loss, norm = accumulate_gradients(method, params, step_rng(run.seed, now.step), optimizing)
-            now.whole = False
-            apply_optimizer_step(now.optimizer)
+            now.is_consistent = False
+            now.optimizer.step()
+            now.optimizer.zero_grad(set_to_none=True)
             pending.add(loss, norm)
-            now.step, draws, now.whole = now.step + 1, method_state(method), True
-            if clock.due(now.step):
+            now.step, step_state, now.is_consistent = now.step + 1, method_state(method), True
+            if clock.report_due(now.step):
                 now.losses += pending.fetch(now.step)
                 report(clock.progress(now))
     except BaseException as stop:  # the host's interrupt is no Exception
-        save_before_exit(now, store, pending, draws, stop)
+        save_before_exit(now, store, pending, step_state, stop)
         raise
 
 
-def accumulate_gradients(method, params, rng, optimizing):
+def accumulate_gradients(method: Method, params: list[Tensor], rng: torch.Generator, optimizing: OptimizerSettings):
     """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step."""
-    total = 0.0
+    losses = []
     for _ in range(optimizing.accumulate):
         loss = method.loss(rng).mean() / optimizing.accumulate
         loss.backward()
-        total = total + loss.detach()
-    return total, torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
+        losses.append(loss.detach())
+    return functools.reduce(torch.add, losses), torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
 
 
-def apply_optimizer_step(optimizer):
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def run_monitor_checks(now, store, steps):
-    """Measure and draw with the weights to use, and leave everything as it was: parameters, optimizer, and the chance
-    of others."""
+def run_monitor_checks(monitor: Monitor, now: TrainingState, store: Store, steps: int) -> None:
+    """Measure and sample with the weights to use, and leave everything as it was: parameters, optimizer, and torch's
+    global RNG state."""
     with eval_weights_applied(now.optimizer, now.params), fork_rng_state():
-        if now.watch.look(now.step, steps, now.params):
+        if monitor.run_checks(now.step, steps, now.params):
             store.save_best(now.step)
 
 
 def fork_rng_state():
-    """Samplers and networks may draw from torch's global generators; training must not notice."""
+    """Samplers and networks may draw from torch's global generators; while inside, training does not notice."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
-def save_training_state(now, store, why):
-    """The state is that of training, so that more steps go on from there; what is exported are the weights to use."""
+def save_training_state(now: TrainingState, store: Store, why: str) -> None:
+    """Save the training weights, so that more steps go on from there; while the store works, the parameters hold the
+    weights to use, which are the ones to export."""
     state, best = now.state(), now.best_state() if why == "finished" else None
     state["params"] = [p.clone() for p in state["params"]]
     with eval_weights_applied(now.optimizer, now.params):
         before = [p.detach().clone() for p in now.params] if best else None
         copy_into_parameters(now.params, best and best["params"])
         try:
-            if why == "finished" and now.watch:
+            if why == "finished" and now.monitor:
                 with fork_rng_state():
-                    now.watch.finish()
-                state["watch"] = now.watch.state()
+                    now.monitor.finish()
+                state["watch"] = now.monitor.state()
             store.save({**state, "delivered": best["step"]} if best else state, why)
         finally:
             copy_into_parameters(now.params, before)
 
 
-def copy_into_parameters(params, values):
+def copy_into_parameters(params: list[Tensor], values: list[Tensor] | None) -> None:
     """Write these values into the parameters; None leaves them."""
     with torch.no_grad():
         for p, value in zip(params, values or (), strict=False):
             p.copy_(value)
 
 
-def save_before_exit(now, store, pending, draws, stop):
-    """Save the last complete step before an exception goes on; a second failure must not hide the first. What is on
-    disk stays when the loss is no number, and when the optimizer itself was cut short (out of memory in its first step,
-    for example)."""
+def save_before_exit(
+    now: TrainingState, store: Store, pending: PendingLosses, step_state: dict, stop: BaseException
+) -> None:
+    """Save the last complete step before an exception goes on; a second failure must not hide the first. `step_state`:
+    the method's state after that step. What is on disk stays when the loss is not finite, and when the optimizer itself
+    was interrupted (out of memory in its first step, for example)."""
     try:
         now.optimizer.zero_grad(set_to_none=True)
-        load_method_state(now.method, draws)
-        if isinstance(stop, Diverged) or not now.whole:
+        load_method_state(now.method, step_state)
+        if isinstance(stop, Diverged) or not now.is_consistent:
             return
         now.losses += pending.fetch(now.step)
         save_training_state(now, store, "stopped")
     except Exception as second:
-        stop.add_note(f"The state of step {now.step} could not be saved: {second}") if hasattr(
-            stop, "add_note"
-        ) else None
+        if add_note := getattr(stop, "add_note", None):  # from Python 3.11 on
+            add_note(f"The state of step {now.step} could not be saved: {second}")
 
 
 class PendingLosses:
-    """Losses that wait on the device until a report fetches them."""
+    """Losses and gradient norms that wait on the device until a report fetches them."""
 
     def __init__(self):
-        self.values = []
+        self.values: list[Tensor] = []
 
-    def add(self, loss, norm):
+    def add(self, loss: Tensor, norm: Tensor) -> None:
         self.values.append(torch.stack([loss.float(), norm.float().to(loss.device)]))
 
-    def fetch(self, step) -> list[float]:
+    def fetch(self, step: int) -> list[float]:
+        """The losses since the last call; `step` steps are done. Raises Diverged when one of them is not finite."""
         if not self.values:
             return []
         values, self.values = torch.stack(self.values).tolist(), []
@@ -278,37 +286,42 @@ class TrainingClock:
 
     autosave_seconds = 180  # how much work a power cut may cost
 
-    def __init__(self, first, steps, interval):
-        self.first, self.steps, self.interval = first, steps, interval
-        self.start = self.last = self.saved = time.monotonic()
+    def __init__(self, first_step: int, steps: int, interval: float):
+        self.first_step, self.steps, self.interval = first_step, steps, interval
+        self.start = self.last_report = self.last_save = time.monotonic()
 
-    def save_due(self, step, every) -> str | None:
+    def save_due(self, step: int, every: int) -> str | None:
         """Why the state should be saved before this step, or None."""
         if step == self.steps:
             return "finished"
-        if step == self.first:
+        if step == self.first_step:
             return None
         why = (
             "step"
             if every and step % every == 0
             else "auto"
-            if time.monotonic() - self.saved > self.autosave_seconds
+            if time.monotonic() - self.last_save > self.autosave_seconds
             else None
         )
         if why:
-            self.saved = time.monotonic()
+            self.last_save = time.monotonic()
         return why
 
-    def due(self, step) -> bool:
-        if time.monotonic() - self.last < self.interval and step > self.first + 1:
+    def report_due(self, step: int) -> bool:
+        if time.monotonic() - self.last_report < self.interval and step > self.first_step + 1:
             return False
-        self.last = time.monotonic()
+        self.last_report = time.monotonic()
         return True
 
-    def progress(self, now) -> TrainingProgress:
-        done = now.step - self.first
-        pace = (time.monotonic() - self.start) / done if done else math.inf
-        left = pace * (self.steps - now.step)
+    def progress(self, now: TrainingState) -> TrainingProgress:
+        done = now.step - self.first_step
+        seconds_per_step = (time.monotonic() - self.start) / done if done else math.inf
+        left = seconds_per_step * (self.steps - now.step)
         return TrainingProgress(
-            now.step, self.steps, now.losses, now.optimizer.param_groups[0]["lr"], left, getattr(now.watch, "note", "")
+            now.step,
+            self.steps,
+            now.losses,
+            now.optimizer.param_groups[0]["lr"],
+            left,
+            getattr(now.monitor, "note", ""),
         )

@@ -48,14 +48,14 @@ class RunFolder:
     fingerprint: str  # of everything that changes the result but the number of steps
     recipe: dict  # readable settings for run.json
     steps: int
-    export: object = None  # step -> LoraFile with the weights of now
-    saved: int = 0  # the last step that is safe on disk
-    ending: dict = field(
+    export_lora: object = None  # step -> LoraFile with the weights of now
+    saved_step: int = 0  # the last step that is safe on disk
+    ending_rules: dict = field(
         default_factory=dict
     )  # what decides which weights the run ends with: ValidationSettings.ending()
     graph: dict = field(default_factory=dict)  # "workflow" and "prompt" as JSON texts
-    why: str = ""  # of the save at work, for the export
-    sizes: dict = field(
+    save_reason: str = ""  # of the save at work, for the export
+    batch_sizes: dict = field(
         default_factory=dict
     )  # what a run that goes on must take from its beginning: "batch" and "accumulate"
 
@@ -98,7 +98,7 @@ class RunFolder:
         recipe."""
         if not self.state_path.exists():
             return None
-        state = self.read()
+        state = self.read_state()
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"{self.state_path} belongs to another recipe; choose another run name, or move that folder away."
@@ -108,17 +108,17 @@ class RunFolder:
                 f"Run {self.name!r} has already done {state['step']} steps, and {self.steps} are asked for. Ask for "
                 "more steps to continue it, or choose another run name."
             )
-        self.saved = state["step"]
+        self.saved_step = state["step"]
         return state
 
     def load_batch_sizes(self) -> bool:
-        """Whether there is something to go on from; `sizes` are those of its beginning then."""
+        """Whether there is something to go on from; `batch_sizes` are those of its beginning then."""
         if not self.state_path.exists():
             return False
-        self.sizes = self.read().get("sizes", {})
+        self.batch_sizes = self.read_state().get("sizes", {})
         return True
 
-    def read(self) -> dict:
+    def read_state(self) -> dict:
         try:
             return read_state_tree(self.state_path)
         except ValueError as error:
@@ -127,11 +127,11 @@ class RunFolder:
             ) from error
 
     def save(self, state, why):
-        self.why = why
-        write_state_tree(self.state_path, {**state, "fingerprint": self.fingerprint, "sizes": self.sizes})
-        self.saved = state["step"]
-        if why in ("step", "stopped", "finished") and state["step"] and self.export:
-            lora = self.export(state.get("delivered", state["step"]))
+        self.save_reason = why
+        write_state_tree(self.state_path, {**state, "fingerprint": self.fingerprint, "sizes": self.batch_sizes})
+        self.saved_step = state["step"]
+        if why in ("step", "stopped", "finished") and state["step"] and self.export_lora:
+            lora = self.export_lora(state.get("delivered", state["step"]))
             if lora:
                 write_lora(self.lora_path(self.steps if why == "finished" else state["step"]), lora)
         self.write_monitor_files(state.get("watch") or {})
@@ -141,11 +141,11 @@ class RunFolder:
             "step": state["step"],
             "steps": self.steps,
             "why": why,
-            "ending": self.ending,
+            "ending": self.ending_rules,
             "early": why == "finished" and state["step"] < self.steps,
             **summarize_run_outcome(state),
             **self.recipe,
-            **self.sizes,
+            **self.batch_sizes,
         }
         write_json_file(self.folder / "run.json", about)
 
@@ -159,31 +159,31 @@ class RunFolder:
 
     def save_best(self, step: int):
         """Write the LoRA of now as the best so far."""
-        self.why = "best"
-        if self.export and (lora := self.export(step)):
+        self.save_reason = "best"
+        if self.export_lora and (lora := self.export_lora(step)):
             write_lora(self.best_path, lora)
 
-    def finished(self) -> tuple[LoraFile, list[float]] | None:
+    def load_finished(self) -> tuple[LoraFile, list[float]] | None:
         """(LoRA, losses) of this very run if it has been done before, also by another process. run.json is written
         last: while it tells of fewer steps, the LoRA may be that of a shorter run."""
         path, about = self.lora_path(self.steps), self.folder / "run.json"
-        if not all(p.exists() for p in (path, about, self.state_path)) or not self.ended(
+        if not all(p.exists() for p in (path, about, self.state_path)) or not self.is_complete(
             json.loads(about.read_text("utf-8"))
         ):
             return None
-        state = self.read()
+        state = self.read_state()
         if state["fingerprint"] != self.fingerprint or state["step"] > self.steps:
             return None
         tensors, metadata = read_safetensors(path)
         return LoraFile(tensors, metadata, state.get("delivered", state["step"])), state["losses"].tolist()
 
-    def ended(self, about: dict) -> bool:
+    def is_complete(self, about: dict) -> bool:
         """Whether the run that this tells of did all its steps, or had enough before, under the ending that is asked
         now."""
         whole = about["step"] == self.steps or (
             about["why"] == "finished" and about.get("early", False) and about["step"] < self.steps
         )
-        return whole and about.get("ending", {}) == self.ending
+        return whole and about.get("ending", {}) == self.ending_rules
 
 
 def summarize_run_outcome(state: dict) -> dict:

@@ -47,10 +47,10 @@ class Original:
         task = self.tasks[sample_task_index(self.tasks, rng)]
         (pull,) = task.targets
         x, sigma = self.denoised_in_part(task, rng)
-        answers = self.model.frozen(x, sigma, task.asked)
+        answers = self.model.predict_teacher(x, sigma, task.teacher_prompts)
         goal = sum(weight * answers[prompt] for weight, prompt in pull.weighted_prompts)
-        student = self.model.student(x, sigma, pull.prompt, 1.0)
-        self.book(len(x), len(task.asked))
+        student = self.model.predict_student(x, sigma, pull.prompt, 1.0)
+        self.book(len(x), len(task.teacher_prompts))
         return native_error(self.model.denoiser, student, goal, sigma)
 
     def book(self, batch, asked):
@@ -71,6 +71,8 @@ class Original:
             for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
                 sigma = here.expand(len(x))
                 self.model.forward_counts["rollout"] += 2 * len(x)
-                x0 = denoise_with_guidance(denoiser, x, sigma, conds[task.scene], conds[task.away], GUIDANCE)
+                x0 = denoise_with_guidance(
+                    denoiser, x, sigma, conds[task.rollout_prompt], conds[task.negative_prompt], GUIDANCE
+                )
                 x = x + slope(x, sigma, x0) * per_sample((there - here).expand(len(x)), x)
         return x, sigmas[-1].expand(len(x))

@@ -19,7 +19,7 @@ class NodeProgressReporter:
     def __call__(self, progress):
         mm.throw_exception_if_processing_interrupted()
         self.bar.update_absolute(progress.step, progress.steps)
-        self.say(progress.line())
+        self.say(progress.format_line())
 
     def say(self, line: str):
         show_node_text(line, self.node_id)

@@ -62,8 +62,8 @@ class LiveRun:
     def report(self, progress):
         """New losses since the last report."""
         self.losses.extend(progress.losses[len(self.losses) :])
-        self.rates.append([progress.step, progress.rate])
-        self.say(progress.line())
+        self.rates.append([progress.step, progress.learning_rate])
+        self.say(progress.format_line())
 
     def notice(self, kind: str, entry: dict):
         """A measurement, a sheet of samples, or trouble with one."""

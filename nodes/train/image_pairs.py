@@ -125,7 +125,7 @@ class BuiltPairs(BuiltMethod):
 
     def planned_forwards(self):
         run = self.job.run
-        found = self.method.planned(run.steps * self.job.optimizing.accumulate)
+        found = self.method.planned_forwards(run.steps * self.job.optimizing.accumulate)
         return {what: count / run.steps for what, count in found.items()}
 
     def validation_loss(self, data, count):

@@ -132,7 +132,7 @@ class PromptDifferenceTask(TrainTask):
 
     def list_texts(self, job) -> list[str]:
         of_curve = row_slider_axis(self.rows[0], self.slider).texts if job.calibrate != CALIBRATE_OFF else ()
-        of_tasks = [prompt for task in self.prompt_tasks(job) for prompt in task.texts]
+        of_tasks = [prompt for task in self.prompt_tasks(job) for prompt in task.all_prompts]
         return list(dict.fromkeys([*of_tasks, *of_curve]))
 
     def fingerprint_parts(self, job):
@@ -168,7 +168,8 @@ class PromptDifferenceTask(TrainTask):
 
     def default_sample_prompts(self, job, prompts):
         task = self.prompt_tasks(job)[0]
-        return [(task.scene or "without a prompt", prompts[task.scene])], (task.away, prompts[task.away])
+        shown, negative = task.rollout_prompt, task.negative_prompt
+        return [(shown or "without a prompt", prompts[shown])], (negative, prompts[negative])
 
     def gradient_check_inputs(self, job, session, prompts):
         x0 = session.denoiser.model_space(host.checks.random_latent(self.prompt_tasks(job)[0].shapes[0]))

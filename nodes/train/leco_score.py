@@ -460,9 +460,10 @@ class BuiltLecoScore(BuiltMethod):
 
     def extra_metadata(self, with_curve):
         found = {}
-        if self.score_monitor.looks:
-            found["trainyard.looks"] = json.dumps([dataclasses.asdict(look) for look in self.score_monitor.looks])
-            found[MONITOR_METADATA_KEY] = self.score_monitor.text()
+        if self.score_monitor.measurements:
+            measurements = [dataclasses.asdict(one) for one in self.score_monitor.measurements]
+            found["trainyard.looks"] = json.dumps(measurements)
+            found[MONITOR_METADATA_KEY] = self.score_monitor.format_report()
         if with_curve and self.held_out_curve:
             found["trainyard.curve.held_out"] = self.held_out_curve.to_json()
         return found
@@ -472,10 +473,10 @@ def load_preview_latents(job: TrainingJob, result: TrainingResult) -> torch.Tens
     """(B, C, ..., h, w) as the host's LATENT, in the order of the run; also of a run that was only read."""
     if result.built is None:
         monitor = ScoreMonitor(None, None, ())
-        monitor.load_state(result.folder.read()["watch"])
+        monitor.load_state(result.folder.read_state()["watch"])
     else:
         monitor = result.built.score_monitor
-    return job.model.model.process_latent_out(monitor.strip())
+    return job.model.model.process_latent_out(monitor.preview_strip())
 
 
 def unwrap_feature_extractor(network):

@@ -90,8 +90,8 @@ def resolve_batch_size(job, folder):
     """(job, BatchSizing) with batch and accumulate as an earlier part of the run had them; a batch that is left open is
     one image until it is chosen."""
     resumed, left_open = folder.load_batch_sizes(), job.run.batch == 0
-    batch = folder.sizes.get("batch", job.run.batch or 1)
-    accumulate = folder.sizes.get("accumulate", job.optimizing.accumulate)
+    batch = folder.batch_sizes.get("batch", job.run.batch or 1)
+    accumulate = folder.batch_sizes.get("accumulate", job.optimizing.accumulate)
     sizing = FIXED_BATCH if resumed else BatchSizing(is_open=left_open, can_split=not left_open)
     return job.with_batch(batch, accumulate), sizing
 

@@ -47,7 +47,7 @@ class PriorPreservation(io.ComfyNode):
     @classmethod
     def execute(cls, clip=None, encoded=None, **widgets):
         settings = settings_from_widgets(PriorSettings, widgets)
-        conds, source = encode_class_prompts(clip, settings.prompts())
+        conds, source = encode_class_prompts(clip, settings.class_prompts())
         if encoded is not None:
             encoded.require_conditionings()
         return io.NodeOutput(PriorData(settings, conds, encoded, source))

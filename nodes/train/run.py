@@ -42,10 +42,10 @@ def run_training(job: TrainingJob) -> TrainingResult:
     job.check()
     folder = open_run_folder(job)
     live_run = live.start_live_run(job.node_id, job.graph, job.name, folder.folder.name, job.run.steps)
-    if (finished := folder.finished()) is not None:
+    if (finished := folder.load_finished()) is not None:
         line = f"already trained: {folder.lora_path(job.run.steps).name} was read, nothing was trained again"
         lora, losses = finished
-        live_run.restore_finished(losses, folder.read().get("watch") or {}, line)
+        live_run.restore_finished(losses, folder.read_state().get("watch") or {}, line)
         return TrainingResult(lora=lora, losses=losses, line=line, folder=folder, live_run=live_run)
     folder.check_writable()
     display = RunDisplay(job, live_run)
@@ -56,8 +56,8 @@ def run_training(job: TrainingJob) -> TrainingResult:
         result = train_with_fallback(RunAttempt(job, sizing, prompts, samples, folder, display))
     except BaseException as error:
         live_run.broken(error)
-        if folder.saved:
-            text = f"stopped; step {folder.saved} of {job.run.steps} is saved, Run goes on from there"
+        if folder.saved_step:
+            text = f"stopped; step {folder.saved_step} of {job.run.steps} is saved, Run goes on from there"
             host.progress.show_node_text(text, job.node_id)
         raise
     host.lora_keys.check_lora_loads(job.model, job.clip, result.lora)
@@ -72,7 +72,7 @@ def open_run_folder(job: TrainingJob) -> RunFolder:
         job.fingerprint(),
         job.run_record(),
         job.run.steps,
-        ending=job.monitoring.settings.ending() if job.monitoring else {},
+        ending_rules=job.monitoring.settings.ending() if job.monitoring else {},
         graph=job.graph,
     )
 
@@ -105,10 +105,10 @@ def train_with_fallback(attempt: RunAttempt) -> TrainingResult:
             raise
         job = dataclasses.replace(job, compile_blocks=False)
         why = attempt.display.closing_note = format_not_compiled(describe_compile_error(error))
-    attempt.folder.export = None  # it holds the failed step
+    attempt.folder.export_lora = None  # it holds the failed step
     host.memory.release_cached_memory()
     attempt.display.live_run.say(why)
-    if sizes := attempt.folder.sizes:  # chosen before it failed
+    if sizes := attempt.folder.batch_sizes:  # chosen before it failed
         job = job.with_batch(sizes["batch"], sizes["accumulate"])
         attempt = dataclasses.replace(attempt, sizing=planner.FIXED_BATCH)
     return train_once(dataclasses.replace(attempt, job=job), plan)
@@ -135,14 +135,14 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             planned = planner.plan_run(session, job, attempt.prompts, attempt.sizing, checkpointing)
             job, built, plan = planned.job, planned.built, session.blocks.plan
             display.show_forecast(planned.forecast, built.planned_forwards(), folder)
-            folder.sizes = {"batch": job.run.batch, "accumulate": job.optimizing.accumulate}
+            folder.batch_sizes = {"batch": job.run.batch, "accumulate": job.optimizing.accumulate}
             exporter = LoraExporter(job, session, built, folder)
-            folder.export = exporter.export
+            folder.export_lora = exporter.export
             with display.open_tensorboard(folder):
                 validation = make_validation_monitor(job, session, built, attempt, memory) if job.monitoring else None
                 monitor = built.make_monitor(validation)
                 losses = train(
-                    built.method, job.run, job.optimizing, report=display.report, store=folder, watch=monitor
+                    built.method, job.run, job.optimizing, report=display.report, store=folder, monitor=monitor
                 )
             return TrainingResult(
                 lora=exporter.last,
@@ -199,7 +199,7 @@ class LoraExporter:
 
     def needs_curve(self, step: int) -> bool:
         """Whether the file of this step gets its curve; a run that is stopped in between does not wait for one."""
-        calibrate, every, why = self.job.calibrate, self.job.run.save_every, self.folder.why
+        calibrate, every, why = self.job.calibrate, self.job.run.save_every, self.folder.save_reason
         if calibrate == CALIBRATE_OFF:
             return False
         if self.built.ends_early():

@@ -204,7 +204,7 @@ class LoraTask(TrainTask):
 
     def fingerprint_parts(self, job):
         start = () if self.start_from is None else ("start", tensor_hash(self.start_from))
-        prior = () if self.prior is None else ("prior", *self.prior.parts())
+        prior = () if self.prior is None else ("prior", *self.prior.fingerprint_parts())
         return (self.data.fingerprint, *start, *prior)
 
     def metadata_fields(self):

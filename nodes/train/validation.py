@@ -175,8 +175,8 @@ def make_validation_monitor(job, session, built, attempt, memory: float) -> Vali
         renderer and renderer.draw,
         config.previews.preview_every,
         check_interrupt=host.progress.raise_if_interrupted,
-        say=attempt.display.show_status,
-        notice=attempt.display.add_event,
+        show_status=attempt.display.show_status,
+        on_event=attempt.display.add_event,
     )
 
 

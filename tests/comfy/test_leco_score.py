@@ -192,8 +192,8 @@ def test_gradients_through_the_step_are_those_of_finite_differences_and_the_base
     with torch.inference_mode(), host.session.open_training_session(model, RANK_4) as session:
         shake(session.adapters, size=0.02)
         method = method_of(session, family, model, target)
-        place = method.places.draw(step_rng(0, 0))
-        method.places = type("Given", (), {"draw": lambda self, rng: place})()
+        place = method.state_source.draw(step_rng(0, 0))
+        method.state_source = type("Given", (), {"draw": lambda self, rng: place})()
         loss = lambda: method.loss(step_rng(0, 1)).sum()
         params = method.parameters()
         size, direction = host.checks.gradient_norm_and_direction(loss, params)
@@ -370,7 +370,7 @@ def test_a_run_of_every_kind_of_adapter_with_an_average_that_is_continued_is_the
         ]
         whole, _, parts = [run(one) for one in made]
         bare = result(dataclasses.replace(job(name=f"{kind}-bare"), adapter=more["adapter"]))[0]
-    looks = [one.built.score_monitor.looks for one in (whole, parts)]
+    looks = [one.built.score_monitor.measurements for one in (whole, parts)]
     assert whole.losses == parts.losses and all(torch.equal(whole.lora[key], parts.lora[key]) for key in whole.lora)
     assert [look.step for look in looks[1]] == [0, 2, 4] and looks[0] == looks[1]
     whole = whole.lora
@@ -608,7 +608,7 @@ def test_validation_and_previews_draws_samples_and_watches_the_held_out_score(fo
         a_job = dataclasses.replace(job(model=model, held_out=second), monitoring=look)
         done = run(a_job)
     assert done.losses == losses and all(torch.equal(plain[k], done.lora[k]) for k in plain)
-    seen = done.built.score_monitor.looks
+    seen = done.built.score_monitor.measurements
     assert [entry["loss"] for entry in done.live_run.validation] == [-look.held_out for look in seen]
     assert [sample["step"] for sample in done.live_run.samples] == [4] and "minus the held-out score" in done.line
     with torch.inference_mode():

@@ -317,7 +317,7 @@ def test_a_training_on_the_models_states_that_is_interrupted_goes_on_to_the_same
 
     whole = run()
     shutil.rmtree(paths.score_cache_folder())
-    monkeypatch.setattr(loop.TrainingClock, "due", lambda self, step: True)
+    monkeypatch.setattr(loop.TrainingClock, "report_due", lambda self, step: True)
     monkeypatch.setattr(host.progress, "raise_if_interrupted", interrupt)
     for stop in (2, 4, 7):
         asked.clear()

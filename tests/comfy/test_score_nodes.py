@@ -184,7 +184,7 @@ def test_a_training_that_is_interrupted_goes_on_at_the_next_run_and_gives_the_sa
         if len(asked) == 80:
             raise Interrupted
 
-    monkeypatch.setattr(loop.TrainingClock, "due", lambda self, step: True)
+    monkeypatch.setattr(loop.TrainingClock, "report_due", lambda self, step: True)
     monkeypatch.setattr(host.progress, "raise_if_interrupted", interrupt)
     monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: shown.append(line))
     with pytest.raises(Interrupted):

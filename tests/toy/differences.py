@@ -137,7 +137,7 @@ def from_prompts(tasks, original=None):
 
     def make(toy, session, lesson):
         mine = [dataclasses.replace(task, shapes=(LATENT,), batch=lesson.run.batch) for task in tasks]
-        texts = list(dict.fromkeys(text for task in mine for text in task.texts))
+        texts = list(dict.fromkeys(text for task in mine for text in task.all_prompts))
         model = StudentTeacherModel(
             session.denoiser,
             session.adapters,

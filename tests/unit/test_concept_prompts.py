@@ -93,10 +93,10 @@ def test_a_row_becomes_a_task_and_what_it_preserves_others():
     erase, *kept = build_prompt_tasks([row], SHAPES, kept=0.5)
     assert (
         dict((p, w) for w, p in erase.targets[0].weighted_prompts) == {"": 2.0, "red": -1.0}
-        and erase.scene == "red car"
+        and erase.rollout_prompt == "red car"
         and erase.weight == 2.0
     )
-    assert [(task.scene, task.weight, task.targets[0].weighted_prompts) for task in kept] == [
+    assert [(task.rollout_prompt, task.weight, task.targets[0].weighted_prompts) for task in kept] == [
         ("blue car", 0.5, ((1.0, "blue car"),)),
         ("tree", 0.5, ((1.0, "tree"),)),
     ]
@@ -114,7 +114,7 @@ def test_attributes_are_put_before_every_prompt_in_turn():
         (2.0, "male old person"),
         (-2.0, "male young person"),
     )
-    assert female.scene == "female person" and male.weight == female.weight == 0.5
+    assert female.rollout_prompt == "female person" and male.weight == female.weight == 0.5
 
 
 def test_a_goal_that_the_model_reaches_already_is_refused():

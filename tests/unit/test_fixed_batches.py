@@ -197,7 +197,7 @@ def test_a_run_that_is_looked_at_is_the_run_that_is_not(name):
     run = RunSettings(steps=7, learning_rate=0.01, save_every=0)
     plain, seen = make(), make()
     watch = ValidationMonitor(ValidationSettings(every=2), {"training": ask(seen)})
-    losses = train(plain, run), train(seen, run, watch=watch)
+    losses = train(plain, run), train(seen, run, monitor=watch)
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), seen.parameters(), strict=True))
     assert [entry["step"] for entry in watch.history] == [0, 2, 4, 6, 7]
@@ -210,7 +210,7 @@ def test_the_best_weights_of_a_slider_are_restored_and_a_run_ends_when_nothing_i
         ValidationSettings(every=1, best=RESTORE_BEST, patience=2),
         {"validation": pair_exam(method, data=pairs(seed=91))},
     )
-    train(method, RunSettings(steps=40, learning_rate=1.0, save_every=0), watch=watch)
+    train(method, RunSettings(steps=40, learning_rate=1.0, save_every=0), monitor=watch)
     best = min(watch.history[1:], key=lambda entry: entry["loss"])
     assert watch.history[-1]["step"] < 40 and watch.best["step"] == best["step"]
     assert float(watch.losses_by_name["validation"].losses().mean()) == pytest.approx(best["loss"], rel=1e-5), (

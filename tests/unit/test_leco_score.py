@@ -155,7 +155,7 @@ def test_x0_renoised_is_seen_at_the_asked_shares_of_the_steps_own_noise_and_ever
     )
     levels = [-method.loss(rng(i)).item() for i in range(40)]
     assert 0.1 < min(levels) and max(levels) < 0.5 and abs(sum(levels) / 40 - 0.3) < 0.04
-    seen = leco_score.renoised_inputs(method, method.places.place, torch.ones(1, *SHAPE), rng())
+    seen = leco_score.renoised_inputs(method, method.state_source.place, torch.ones(1, *SHAPE), rng())
     assert len(seen) == 3 and len({float(sigma) for _, sigma in seen}) == 3
 
 
@@ -242,9 +242,9 @@ def test_the_relative_reward_of_a_scorer_that_reads():
 
     settings = {"target": "x0", "relative": 0.5, "good_words": "nice", "bad_words": "poor"}
     reads = Reads([Mean()], ScoreModelInfo(channels=2))
-    assert by_hand(settings, scores=[(reads, 1.0)], words=("cat",)).loss(rng()).item() == pytest.approx(-5.5)
+    assert by_hand(settings, scores=[(reads, 1.0)], prompts=("cat",)).loss(rng()).item() == pytest.approx(-5.5)
     both = [(reads, 1.0), (score(), 3.0)]
-    assert by_hand(settings, scores=both, words=("cat",)).loss(rng()).item() == pytest.approx(
+    assert by_hand(settings, scores=both, prompts=("cat",)).loss(rng()).item() == pytest.approx(
         (-5.5 + 3 * by_hand({"target": "x0"}).loss(rng()).item()) / 4
     )
     with pytest.raises(
@@ -303,22 +303,22 @@ def walked(settings=None, rows=ROWS, prediction="flow", scores=None, batch=1, **
 
 def test_steps_are_graded_in_the_range_asked_for_and_lead_one_step_on():
     method = walked(first_step=0.25, last_step=0.75, sampling_steps=10)
-    places = [method.places.draw(rng(i)) for i in range(60)]
+    places = [method.state_source.draw(rng(i)) for i in range(60)]
     levels = torch.cat([place.sigma for place in places])
     assert 0.25 <= levels.min() and levels.max() <= 0.75
-    torch.testing.assert_close(torch.cat([place.after for place in places]), levels - 0.1)
+    torch.testing.assert_close(torch.cat([place.next_sigma for place in places]), levels - 0.1)
 
 
 def test_draft_lv_grades_the_last_state_of_a_way_only():
     method = walked(target="draft_lv", sampling_steps=8)
-    assert {round(float(method.places.draw(rng(i)).sigma), 5) for i in range(10)} == {0.125}
+    assert {round(float(method.state_source.draw(rng(i)).sigma), 5) for i in range(10)} == {0.125}
 
 
 def test_prompts_are_drawn_as_often_as_their_weights_say_and_those_of_0_like_one():
     method = walked(
         rows=(SignedPrompt("cat", 3.0), SignedPrompt("dog", -2.0), SignedPrompt("young", 0.0)), ways=1, refresh=1
     )
-    drawn = [method.places.draw(rng(i)).words[0] for i in range(300)]
+    drawn = [method.state_source.draw(rng(i)).prompts[0] for i in range(300)]
     shares = [drawn.count(p) / 300 for p in ("cat", "dog", "young")]
     assert shares == pytest.approx([3 / 6, 2 / 6, 1 / 6], abs=0.08)
 
@@ -352,14 +352,14 @@ def test_the_frozen_models_answer_at_a_state_is_asked_once():
 def test_a_way_for_each_update_is_walked_no_further_than_to_its_state():
     """10 states of a way of 11 steps under guidance 2: on average half of 2 * 10 forwards."""
     method = walked(ways=1, refresh=1, sampling_steps=11, first_step=0.0, last_step=0.99, rows=ROWS[:1])
-    places = [method.places.draw(rng(i)) for i in range(40)]
+    places = [method.state_source.draw(rng(i)) for i in range(40)]
     assert (
-        isinstance(method.places, SingleRolloutStates)
+        isinstance(method.state_source, SingleRolloutStates)
         and 7 < method.model.forward_counts["rollout"] / 40 < 13
         and method.model.forward_counts["frozen"] == 40
     )
     assert all(
-        float(place.sigma - place.after) == pytest.approx(1 / 11, abs=1e-6) or float(place.after) == 0
+        float(place.sigma - place.next_sigma) == pytest.approx(1 / 11, abs=1e-6) or float(place.next_sigma) == 0
         for place in places
     )
     levels = torch.cat([place.sigma for place in places])
@@ -383,9 +383,9 @@ def injected(settings=None, scores=None):
 
 def test_direct_align_grades_the_users_own_pictures_under_their_own_captions():
     method = injected()
-    place = method.places.draw(rng())
-    assert place.x.shape == (2, *SHAPE) and len(place.conds) == 2 and place.base is not None
-    own = [method.places.data.store.load(item.latent)["mean"] for item in method.places.data.items]
+    place = method.state_source.draw(rng())
+    assert place.x.shape == (2, *SHAPE) and len(place.conds) == 2 and place.teacher_x0 is not None
+    own = [method.state_source.data.store.load(item.latent)["mean"] for item in method.state_source.data.items]
     x0 = (place.x - place.sigma.view(-1, 1, 1, 1) * place.noise) / (1 - place.sigma.view(-1, 1, 1, 1))
     assert all(any(torch.allclose(one, latent, atol=1e-5) for latent in own) for one in x0)
 
@@ -429,7 +429,7 @@ def moved(value, params, direction, step):
 def test_the_gradient_of_draft_lv_is_that_of_its_last_steps_alone():
     method = by_hand({"target": "draft_lv"})
     x0 = torch.full((1, *SHAPE), 4.0, requires_grad=True)
-    seen = leco_score.draft_lv_inputs(method, method.places.place, x0, rng())
+    seen = leco_score.draft_lv_inputs(method, method.state_source.place, x0, rng())
     sum(picture.sum() for picture, _ in seen).backward()
     assert x0.grad is None and len(seen) == 2
 
@@ -457,7 +457,7 @@ def test_the_anchor_answers_to_the_drift(drift, anchor):
     method = walked(anchor=10.0)
     for _ in range(10):
         method.updates += 1
-        method.remember(torch.tensor(drift))
+        method.update_anchor(torch.tensor(drift))
     assert float(method.anchor) == pytest.approx(anchor)
 
 
@@ -465,7 +465,7 @@ def test_an_anchor_that_is_not_to_be_adjusted_stays():
     method = walked(anchor=10.0, adjust=False)
     for _ in range(30):
         method.updates += 1
-        method.remember(torch.tensor(5.0))
+        method.update_anchor(torch.tensor(5.0))
     assert float(method.anchor) == 10.0
 
 
@@ -500,14 +500,14 @@ def watched(held_out=None, every=5):
 
 
 def go(method, watch, steps, store=None):
-    return train(method, RunSettings(steps=steps, learning_rate=1e-2, save_every=0), store=store, watch=watch)
+    return train(method, RunSettings(steps=steps, learning_rate=1e-2, save_every=0), store=store, monitor=watch)
 
 
 def test_the_watch_sees_the_score_rise_and_measures_what_else_moves():
     method, watch = watched()
     go(method, watch, 18)
-    assert [look.step for look in watch.looks] == [0, 5, 10, 15, 18]
-    first, last = watch.looks[0], watch.looks[-1]
+    assert [look.step for look in watch.measurements] == [0, 5, 10, 15, 18]
+    first, last = watch.measurements[0], watch.measurements[-1]
     assert (
         last.score > first.score
         and last.held_out is None
@@ -515,8 +515,8 @@ def test_the_watch_sees_the_score_rise_and_measures_what_else_moves():
         and last.step_drift > 0
         and not watch.should_stop
     )
-    assert watch.strip().shape == (5, *SHAPE)
-    assert "step 18: score" in watch.text() and "anchor 0.1" in watch.text()
+    assert watch.preview_strip().shape == (5, *SHAPE)
+    assert "step 18: score" in watch.format_report() and "anchor 0.1" in watch.format_report()
 
 
 def test_what_was_seen_last_is_told_while_the_run_goes_on():
@@ -525,13 +525,13 @@ def test_what_was_seen_last_is_told_while_the_run_goes_on():
     train(
         method,
         RunSettings(steps=12, learning_rate=1e-2, save_every=0),
-        report=lambda progress: lines.append(progress.line()),
-        watch=watch,
+        report=lambda progress: lines.append(progress.format_line()),
+        monitor=watch,
         interval=0.0,
     )
     assert (
         lines[6].startswith("step 7/12 · loss ")
-        and lines[6].endswith(f" left · {watch.looks[1].line()}")
+        and lines[6].endswith(f" left · {watch.measurements[1].line()}")
         and "step 5: score" in lines[6]
     )
 
@@ -549,14 +549,17 @@ def test_the_run_ends_when_the_held_out_score_falls_while_the_trained_one_rises(
     assert len(go(method, watch, 100)) == 10
     other, shorter = watched(score(Mean(-1.0)))
     go(other, shorter, 5)
-    assert "stopped at step 10: since step 0 the trained score went from" in watch.text() and watch.best["step"] == 5
+    assert (
+        "stopped at step 10: since step 0 the trained score went from" in watch.format_report()
+        and watch.best["step"] == 5
+    )
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), method.parameters(), strict=True))
 
 
 def test_a_held_out_score_that_rises_too_ends_nothing():
     method, watch = watched(score(Mean(2.0)))
     assert len(go(method, watch, 25)) == 25
-    assert len(watch.looks) == 6 and best_held_out(watch.looks).step > 0 and watch.best is None
+    assert len(watch.measurements) == 6 and best_held_out(watch.measurements).step > 0 and watch.best is None
 
 
 class Kept(NoStore):
@@ -604,7 +607,7 @@ def both(held_out=None, every=2, **settings):
     method, seen = watched(held_out, every)
     told = []
     asked = ValidationMonitor(
-        ValidationSettings(**{"every": 10, **settings}), notice=lambda kind, entry: told.append(entry)
+        ValidationSettings(**{"every": 10, **settings}), on_event=lambda kind, entry: told.append(entry)
     )
     return method, ScoreAndValidationMonitor(seen, asked), told
 
@@ -612,7 +615,7 @@ def both(held_out=None, every=2, **settings):
 def test_every_look_of_a_score_is_a_measurement_of_the_held_out_score_taken_negative():
     method, watch, told = both(score(Mean(2.0)))
     go(method, watch, 5)
-    looks = watch.seen.looks
+    looks = watch.score_monitor.measurements
     assert [entry["step"] for entry in told] == [0, 2, 4, 5]
     assert [entry["loss"] for entry in told] == [-look.held_out for look in looks]
     assert all(entry["held_out"] for entry in told) and watch.line().startswith("minus the held-out score -")
@@ -621,7 +624,7 @@ def test_every_look_of_a_score_is_a_measurement_of_the_held_out_score_taken_nega
 def test_without_a_held_out_score_the_trained_one_is_watched_and_said_to_be():
     method, watch, told = both()
     go(method, watch, 4)
-    assert [entry["loss"] for entry in told] == [-look.score for look in watch.seen.looks]
+    assert [entry["loss"] for entry in told] == [-look.score for look in watch.score_monitor.measurements]
     assert watch.line().endswith("by the score model that pulls") and not told[0]["held_out"]
 
 
@@ -629,7 +632,7 @@ def test_a_score_run_ends_for_want_of_gain_and_gives_back_its_best_moment():
     """Held out is the opposite score, and LECO-Score's own patience is long: the first look at trained adapters is the
     best one."""
     method, watch, _ = both(score(Mean(-1.0)), patience=2, best=RESTORE_BEST)
-    watch.seen.patience = 100
+    watch.score_monitor.patience = 100
     losses = go(method, watch, 100)
     assert len(losses) == 6 and watch.best["step"] == 2
     other, _, _ = both()
@@ -649,7 +652,7 @@ def test_a_score_run_that_was_begun_without_validation_goes_on_with_it_and_the_o
     go(method, seen, 4, store)
     method, watch, _ = both(score(Mean(2.0)))
     go(method, watch, 8, store)
-    assert [entry["step"] for entry in watch.asked.history] == [0, 2, 4, 6, 8]
+    assert [entry["step"] for entry in watch.validation_monitor.history] == [0, 2, 4, 6, 8]
     method, seen = watched(score(Mean(2.0)), 2)
     go(method, seen, 10, store)
-    assert [look.step for look in seen.looks] == [0, 2, 4, 6, 8, 10]
+    assert [look.step for look in seen.measurements] == [0, 2, 4, 6, 8, 10]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from trainyard.tests.unit.toy import Line, Stop
-from trainyard.trainers.loop import Diverged, TrainingClock, TrainingProgress, format_time_left, step_rng, train
+from trainyard.trainers.loop import Diverged, TrainingClock, TrainingProgress, format_duration, step_rng, train
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
 
 PLAIN = OptimizerSettings(optimizer="SGD", beta1=0.0, weight_decay=0.0, clip=0.0)
@@ -135,18 +135,18 @@ def test_the_norm_is_taken_over_all_parameters_together():
 def test_text_encoder_parameters_learn_at_a_tenth_or_at_their_own_rate():
     class Two:
         def __init__(self):
-            self.describe_sample = {name: [torch.nn.Parameter(torch.zeros(1))] for name in ("model", "text encoder")}
+            self.named = {name: [torch.nn.Parameter(torch.zeros(1))] for name in ("model", "text encoder")}
 
         def groups(self):
-            return self.describe_sample
+            return self.named
 
         def loss(self, generator):
-            return self.describe_sample["model"][0] + self.describe_sample["text encoder"][0]
+            return self.named["model"][0] + self.named["text encoder"][0]
 
     for own, moved in ((0.0, 0.005), (0.02, 0.02)):
         method = Two()
         train(method, run(1), OptimizerSettings(**PLAIN.to_dict() | {"text_encoder_lr": own}))
-        assert [-p[0].item() for p in method.describe_sample.values()] == pytest.approx([0.05, moved])
+        assert [-p[0].item() for p in method.named.values()] == pytest.approx([0.05, moved])
 
 
 # -- saves -------------------------------------------------------------------------------------------------------------
@@ -361,9 +361,10 @@ def test_a_resumed_run_reports_its_first_new_step_and_the_time_that_is_left(monk
 def test_the_progress_line_says_step_loss_and_time():
     """The mean of the last 20 losses: 1."""
     assert (
-        TrainingProgress(30, 100, [9.0] * 10 + [1.0] * 20, 1e-4, 125).line() == "step 30/100 · loss 1.0000 · 2 min left"
+        TrainingProgress(30, 100, [9.0] * 10 + [1.0] * 20, 1e-4, 125).format_line()
+        == "step 30/100 · loss 1.0000 · 2 min left"
     )
-    assert [format_time_left(s) for s in (0, 59.6, 89, 90, 5399, 5400, math.inf)] == [
+    assert [format_duration(s) for s in (0, 59.6, 89, 90, 5399, 5400, math.inf)] == [
         "0 s",
         "60 s",
         "89 s",

@@ -548,7 +548,7 @@ def test_an_interrupt_leaves_no_trace(name, interrupted, tmp_path):
         cut.load()["step"] == 4
         and cut.lora_path(4).exists()
         and not cut.lora_path(6).exists()
-        and cut.finished() is None
+        and cut.load_finished() is None
     )
     losses, store = trained(METHODS[name].make(), 6, tmp_path / "cut")
     assert losses == whole and kept(store) == kept(whole_store)
@@ -677,7 +677,9 @@ def test_a_text_encoder_learns_beside_the_model_at_its_own_rate():
     text = Adapters(words.requires_grad_(False), AdapterSettings(rank=2, targets="all linear"), rng())
     text.attach()
     encode = lambda batch: [{"cross_attn": words(c["cross_attn"])} for c in batch.conds]
-    method = LoraTraining(Denoiser(network), adapters(network), dataset(), batch=2, text_adapters=text, encode=encode)
+    method = LoraTraining(
+        Denoiser(network), adapters(network), dataset(), batch=2, text_adapters=text, encode_batch=encode
+    )
     assert list(method.groups()) == ["model", "text encoder"]
     assert {id(p) for p in method.parameters()} == {id(p) for ps in method.groups().values() for p in ps}
     train(method, run(1))

@@ -34,13 +34,13 @@ def shaken(made, size=0.3):
 
 def test_class_prompts_are_lines_and_wildcards_each_once():
     asked = "a {red|blue} dog\n\n  a cat \na red dog"
-    assert PriorSettings(class_prompt=asked).prompts() == ["a red dog", "a blue dog", "a cat"]
+    assert PriorSettings(class_prompt=asked).class_prompts() == ["a red dog", "a blue dog", "a cat"]
 
 
 def test_too_many_class_prompts_are_refused_with_their_number():
     lines = "\n".join(f"dog {i}" for i in range(65))
     with pytest.raises(ValueError, match="class_prompt stands for 65 prompts and 64 is the most"):
-        PriorSettings(class_prompt=lines).prompts()
+        PriorSettings(class_prompt=lines).class_prompts()
 
 
 def test_a_prior_of_nothing_is_refused_with_both_ways():
@@ -112,7 +112,7 @@ def test_class_images_are_learnt_beside_the_subject():
     other = method(PriorData(PriorSettings(weight=2.0), data=images))
     chance = step_rng(0, 0)
     subject = other.denoise_batch(other.data.make_batch(other.deck.next_batch(chance), chance), chance)[0]
-    kept = other.denoise_batch(images.make_batch(other.kept.deck.next_batch(chance), chance), chance)[0]
+    kept = other.denoise_batch(images.make_batch(other.prior_loss.deck.next_batch(chance), chance), chance)[0]
     assert torch.allclose(found, subject + 2 * kept.mean())
 
 
@@ -136,8 +136,8 @@ def test_a_state_without_a_prior_is_that_of_before():
 
 def test_everything_that_changes_the_result_is_part_of_the_run():
     found = [
-        compute_fingerprint(*prior.parts())
-        for prior in (PriorData(settings(), CONDS, source="a"), PriorData(settings(weight=2.0), CONDS, source="a"), PriorData(settings(), CONDS, source="b"),
-                      PriorData(settings(), CONDS, dataset(), "a"), PriorData(settings(class_prompt="cat"), CONDS, source="a"))
+        compute_fingerprint(*prior.fingerprint_parts())
+        for prior in (PriorData(settings(), CONDS, encoder_identity="a"), PriorData(settings(weight=2.0), CONDS, encoder_identity="a"), PriorData(settings(), CONDS, encoder_identity="b"),
+                      PriorData(settings(), CONDS, dataset(), "a"), PriorData(settings(class_prompt="cat"), CONDS, encoder_identity="a"))
     ]  # fmt: skip
     assert len(set(found)) == 5

@@ -85,7 +85,7 @@ def test_leco_goal_by_hand(action, loss):
     task = PromptTask(make_leco_targets("t", "p", "n", "u", action, 2.0), "t")
     m = StudentTeacherModel(says, says.on, {p: {"prompt": p} for p in ("t", "n", "p", "u")})
     x, sigma = torch.zeros(1, 1, 2, 2), torch.ones(1)
-    answers = m.frozen(x, sigma, task.asked)
+    answers = m.predict_teacher(x, sigma, task.teacher_prompts)
     assert PromptDifferenceTraining(m, [task], Given(LatentPoint(0, x, sigma, answers))).loss(rng()).tolist() == [loss]
 
 
@@ -97,7 +97,7 @@ def test_a_slider_pulls_both_ways_by_hand():
     task = PromptTask(make_slider_targets("t", "p", "n", 2.0), "t")
     m = StudentTeacherModel(says, says.on, {p: {"prompt": p} for p in "tpn"})
     x, sigma = torch.zeros(1, 1, 2, 2), torch.ones(1)
-    point = LatentPoint(0, x, sigma, m.frozen(x, sigma, task.asked))
+    point = LatentPoint(0, x, sigma, m.predict_teacher(x, sigma, task.teacher_prompts))
     assert PromptDifferenceTraining(m, [task], Given(point)).loss(rng()).tolist() == [9.0, 81.0]
 
 
@@ -106,7 +106,10 @@ def test_prompts_that_are_the_same_are_asked_once():
     positive."""
     (pull,) = make_leco_targets("cat", "cat", "", "", "erase", 2.0)
     assert dict((p, w) for w, p in pull.weighted_prompts) == {"": 3.0, "cat": -2.0}
-    assert PromptTask((pull,), "cat").asked == ("", "cat") and PromptTask((pull,), "cat").texts == ("", "cat")
+    assert PromptTask((pull,), "cat").teacher_prompts == ("", "cat") and PromptTask((pull,), "cat").all_prompts == (
+        "",
+        "cat",
+    )
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
@@ -121,7 +124,7 @@ def test_the_loss_is_the_literal_one_in_the_networks_own_terms(prediction):
     with torch.no_grad():
         student = m.denoiser.network(x, sigma, words("cat"))
     literal = (student - (e["dog"] + g * (e["red cat"] - e["old"]))).square().flatten(1).mean(1)
-    point = LatentPoint(0, x, sigma, m.frozen(x, sigma, task.asked))
+    point = LatentPoint(0, x, sigma, m.predict_teacher(x, sigma, task.teacher_prompts))
     torch.testing.assert_close(
         PromptDifferenceTraining(m, [task], Given(point)).loss(rng()).detach(), literal, rtol=2e-4, atol=1e-6
     )
@@ -132,7 +135,7 @@ def test_two_polarities_of_one_step_have_the_gradients_of_two_steps():
     both, one = model(), model()
     task = PromptTask(make_slider_targets("cat", "old", "young", 1.5), "cat")
     x, sigma = torch.randn(2, *SHAPE, generator=rng(1)), torch.tensor([0.3, 0.8])
-    point = LatentPoint(0, x, sigma, both.frozen(x, sigma, task.asked))
+    point = LatentPoint(0, x, sigma, both.predict_teacher(x, sigma, task.teacher_prompts))
     PromptDifferenceTraining(both, [task], Given(point)).loss(rng()).sum().backward()
     for pull in task.targets:
         PromptDifferenceTraining(one, [dataclasses.replace(task, targets=(pull,))], Given(point)).loss(
@@ -147,8 +150,8 @@ def test_the_strength_comes_back_after_an_error():
     m = model()
     m.denoiser.network.forward = lambda *_: 1 / 0
     for ask in (
-        lambda: m.frozen(torch.zeros(1, *SHAPE), torch.ones(1), [""]),
-        lambda: m.student(torch.zeros(1, *SHAPE), torch.ones(1), "", -1),
+        lambda: m.predict_teacher(torch.zeros(1, *SHAPE), torch.ones(1), [""]),
+        lambda: m.predict_student(torch.zeros(1, *SHAPE), torch.ones(1), "", -1),
     ):
         with pytest.raises(ZeroDivisionError):
             ask()
@@ -192,7 +195,7 @@ def test_a_way_is_the_samplers_own_and_every_state_on_it_is_a_point():
     from trainyard.trainers.diffusion import denoise_with_guidance, per_sample, slope
 
     m = model()
-    way = rollouts(m).walk(rng(5))
+    way = rollouts(m).rollout_sampled_task(rng(5))
     assert len(way) == 5 and way[0].sigma.tolist() == [1.0, 1.0]
     for a, b in zip(way, way[1:], strict=False):
         assert (b.sigma < a.sigma).all()
@@ -227,7 +230,7 @@ def test_ways_come_one_by_one_and_then_the_oldest_goes():
     seen = []
     for step in range(13):
         points.draw(rng(step))
-        seen.append(tuple(way[0].x.sum().item() for way in points.ways))
+        seen.append(tuple(way[0].x.sum().item() for way in points.rollouts))
     changes = [i for i in range(1, 13) if seen[i] != seen[i - 1]]
     assert changes == [4, 8, 12] and [len(ways) for ways in seen] == [2] * 4 + [3] * 9
     assert seen[4][:2] == seen[3] and seen[8][:2] == seen[7][1:]
@@ -295,7 +298,7 @@ def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():
 
     m = model()
     method = ImageSlider(m.denoiser, m.adapters, pairs(), batch=2)
-    sides, x0, noise, sigma = method.drawn(rng(4))
+    sides, x0, noise, sigma = method.sample_step(rng(4))
     assert [strength for strength, _ in sides] == [1.0, -1.0] and not torch.equal(x0[0], x0[1])
     literal = []
     for clean, (strength, batch) in zip(x0, sides, strict=True):
@@ -308,7 +311,7 @@ def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():
 def test_graded_strengths_come_in_opposite_twos():
     m = model()
     method = ImageSlider(m.denoiser, m.adapters, pairs(3, (2.0, 1.0, -1.0, -2.0)))
-    seen = {tuple(s for s, _ in method.drawn(rng(seed))[0]) for seed in range(20)}
+    seen = {tuple(s for s, _ in method.sample_step(rng(seed))[0]) for seed in range(20)}
     assert seen == {(2.0, -2.0), (1.0, -1.0)}
 
 
@@ -348,7 +351,7 @@ def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
     """For eps: student(after_t) -> frozen eps(before_t), and the other way round at minus (hako-mikan, ADDifT)."""
     m = model(prediction)
     method = AddiftTraining(m.denoiser, m.adapters, pairs(1), NoiseSettings())
-    ((_, after), (_, before)), (a, b), noise, sigma = method.drawn(rng(4))
+    ((_, after), (_, before)), (a, b), noise, sigma = method.sample_step(rng(4))
     seen_b, seen_a = m.denoiser.noised(b, noise, sigma), m.denoiser.noised(a, noise, sigma)
     eps = lambda x, x0: (x - x0) / sigma.view(-1, 1, 1, 1)
     with torch.no_grad():

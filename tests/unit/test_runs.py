@@ -92,11 +92,11 @@ def test_an_interrupt_keeps_the_lora_of_its_step(tmp_path):
         kept(tmp_path, 5, report=report)
     store = folder(tmp_path, None, 5)
     assert files(store) == ["resume.state", "run.json", "toy-step000003.safetensors"]
-    assert about(store)["why"] == "stopped" and store.load()["step"] == 3 and store.finished() is None
+    assert about(store)["why"] == "stopped" and store.load()["step"] == 3 and store.load_finished() is None
 
 
 def test_a_safety_copy_writes_the_state_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainyard.trainers.loop.TrainingClock.safety_seconds", -1)
+    monkeypatch.setattr("trainyard.trainers.loop.TrainingClock.autosave_seconds", -1)
     seen = []
     _, store = kept(
         tmp_path,
@@ -109,7 +109,7 @@ def test_a_safety_copy_writes_the_state_alone(tmp_path, monkeypatch):
 def test_a_lora_that_has_learnt_nothing_is_not_written(tmp_path):
     method, store = Line(), folder(tmp_path, dict, 2)
     train(method, RunSettings(steps=2, learning_rate=0.05), store=store)
-    assert files(store) == ["resume.state", "run.json"] and store.finished() is None
+    assert files(store) == ["resume.state", "run.json"] and store.load_finished() is None
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
@@ -126,14 +126,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
 def test_another_recipe_of_the_same_name_lives_in_another_folder(tmp_path):
     first, one = kept(tmp_path, 3)
     second, two = kept(tmp_path, 3, fingerprint="fedcba9876543210")
-    assert one.folder != two.folder and first == second and one.finished() and two.finished()
+    assert one.folder != two.folder and first == second and one.load_finished() and two.load_finished()
 
 
 def test_a_state_of_another_recipe_is_refused(tmp_path):
     """Two fingerprints that share their first eight digits share a folder."""
     kept(tmp_path, 3)
     other = folder(tmp_path, None, 3, fingerprint="01234567ffffffff")
-    assert other.finished() is None
+    assert other.load_finished() is None
     with pytest.raises(
         ValueError, match=r"resume\.state belongs to another recipe; choose another run name, or move that folder away"
     ):
@@ -152,7 +152,7 @@ def test_fewer_steps_than_are_done_are_refused_with_the_number(tmp_path):
 def test_a_damaged_state_says_which_folder_to_move_away(damage, tmp_path):
     _, store = kept(tmp_path, 3)
     store.state_path.write_bytes(damage)
-    for ask in (store.load, store.finished):
+    for ask in (store.load, store.load_finished):
         with pytest.raises(
             ValueError,
             match=r"resume\.state is no readable safetensors file.*Move the folder .*toy-01234567 away, or choose another",
@@ -162,7 +162,7 @@ def test_a_damaged_state_says_which_folder_to_move_away(damage, tmp_path):
 
 def test_a_folder_without_a_run_has_nothing_to_load(tmp_path):
     store = folder(tmp_path, None, 3)
-    assert store.load() is None and store.finished() is None and not store.folder.exists()
+    assert store.load() is None and store.load_finished() is None and not store.folder.exists()
 
 
 # -- finished ----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_folder_without_a_run_has_nothing_to_load(tmp_path):
 def test_a_finished_run_is_found_again_by_another_process(tmp_path):
     losses, _ = kept(tmp_path, 4)
     again = RunFolder(tmp_path, "toy", "0123456789abcdef", {}, 4)
-    lora, found = again.finished()
+    lora, found = again.load_finished()
     assert found == losses and lora.steps == 4 and lora.metadata["ss_steps"] == "4"
     assert torch.equal(lora["w"], read_state_tree(again.state_path)["params"][0])
 
@@ -181,9 +181,9 @@ def test_a_run_that_misses_a_file_is_not_taken_for_finished_and_can_be_finished_
     losses, store = kept(tmp_path, 4)
     before = store.lora_path(4).read_bytes()
     (store.folder / missing).unlink()
-    assert store.finished() is None
+    assert store.load_finished() is None
     assert kept(tmp_path, 4)[0] == losses
-    assert store.finished() is not None and store.lora_path(4).read_bytes() == before
+    assert store.load_finished() is not None and store.lora_path(4).read_bytes() == before
 
 
 def test_a_longer_run_is_not_finished_by_the_lora_of_the_shorter_one(tmp_path, monkeypatch):
@@ -200,9 +200,9 @@ def test_a_longer_run_is_not_finished_by_the_lora_of_the_shorter_one(tmp_path, m
     monkeypatch.undo()
     store = folder(tmp_path, None, 6)
     assert store.load()["step"] == 6 and read_safetensors(store.lora_path(6))[1]["ss_steps"] == "3"
-    assert store.finished() is None
+    assert store.load_finished() is None
     _, store = kept(tmp_path, 6)
-    lora, losses = store.finished()
+    lora, losses = store.load_finished()
     assert lora.metadata["ss_steps"] == "6" and len(losses) == 6
 
 
@@ -223,4 +223,4 @@ def test_a_full_disk_at_the_lora_keeps_the_state(tmp_path, monkeypatch):
 def test_a_run_folder_that_moves_takes_its_run_along(tmp_path):
     losses, _ = kept(tmp_path / "old", 3)
     shutil.move(tmp_path / "old", tmp_path / "new")
-    assert folder(tmp_path / "new", None, 3).finished()[1] == losses
+    assert folder(tmp_path / "new", None, 3).load_finished()[1] == losses

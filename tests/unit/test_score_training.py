@@ -384,7 +384,9 @@ def test_a_training_that_is_stopped_again_and_again_is_the_same_training(tmp_pat
     """Stopped in the middle of a network, on the very step where held back pictures are scored, while a network is
     measured, and between two; with and without an early end. How well they are scored is made up of the last digits of
     the weights: any step may be the best, and one that is asked twice, or not at all, is seen."""
-    monkeypatch.setattr(loop.TrainingClock, "due", lambda self, step: True)  # asked at every step, not by the clock
+    monkeypatch.setattr(
+        loop.TrainingClock, "report_due", lambda self, step: True
+    )  # asked at every step, not by the clock
     monkeypatch.setattr(
         EnsembleMember,
         "validation_score",
@@ -400,7 +402,7 @@ def test_a_training_that_is_stopped_again_and_again_is_the_same_training(tmp_pat
 
 @pytest.mark.parametrize("task", ["distribution", "multiclass", "pairwise"])
 def test_every_task_goes_on_where_it_was_stopped(tmp_path, monkeypatch, task):
-    monkeypatch.setattr(loop.TrainingClock, "due", lambda self, step: True)
+    monkeypatch.setattr(loop.TrainingClock, "report_due", lambda self, step: True)
     data = rated(60, lambda m: float(m[0].mean() > 0) + float(m[0].mean() > 0.2)) if task == "multiclass" else rated(60)
     settings = replace(QUICK, steps=8, task=task)
     same_training(train(data, settings=settings), stopped_and_gone_on(tmp_path / "work", 11, data, settings)[0])

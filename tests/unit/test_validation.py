@@ -53,8 +53,8 @@ def trained(tmp_path, steps, name="toy", looking=watch, optimizing=None, report=
     method, added = made()
     seen = looking(method, **settings) if looking else None
     store = folder(tmp_path, lambda: added.export_tensors()[0], steps, name)
-    store.ending = seen.settings.ending() if seen else {}
-    losses = train(method, run(steps), optimizing, store=store, watch=seen, report=report, interval=0)
+    store.ending_rules = seen.settings.ending() if seen else {}
+    losses = train(method, run(steps), optimizing, store=store, monitor=seen, report=report, interval=0)
     return losses, read_safetensors(store.lora_path(steps))[0], seen, store
 
 
@@ -168,9 +168,9 @@ def test_training_is_bit_identical_with_and_without_validation(tmp_path, optimiz
 def test_looking_leaves_torchs_own_chance_as_it_was():
     method, _ = made()
     seen = watch(method)
-    seen.draw, seen.preview_every = lambda step: torch.rand(3) and None, 1
+    seen.draw_samples, seen.preview_every = lambda step: torch.rand(3) and None, 1
     before = torch.random.get_rng_state()
-    train(method, run(2), watch=seen)
+    train(method, run(2), monitor=seen)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -258,7 +258,7 @@ def test_the_best_weights_are_the_result_when_asked_for(tmp_path):
     assert same(tensors, two)
     state = store.load()
     assert (state["step"], state["delivered"]) == (4, 2)
-    lora, losses = store.finished()
+    lora, losses = store.load_finished()
     assert lora.steps == 2 and lora.metadata["ss_steps"] == "2" and len(losses) == 4
     more, _, _, _ = trained(tmp_path, 6, looking=telling([9, 5, 3, 4, 6, 7, 8]), best=RESTORE_BEST)
     straight, _, _, _ = trained(tmp_path, 6, "straight", looking=None)
@@ -268,7 +268,7 @@ def test_the_best_weights_are_the_result_when_asked_for(tmp_path):
 def test_the_parameters_after_the_run_are_the_delivered_ones():
     method, added = made()
     seen = telling([9, 5, 3, 4])(method, best=RESTORE_BEST)
-    train(method, run(3), watch=seen)
+    train(method, run(3), monitor=seen)
     other, more = made()
     train(other, run(2))
     assert same(added.export_tensors()[0], more.export_tensors()[0])
@@ -285,7 +285,7 @@ def test_patience_ends_the_run_with_all_work_kept_and_finished(tmp_path):
     losses, tensors, _, store = trained(tmp_path, 9, looking=telling([9, 5, 3, 4, 6, 0, 0]), patience=2)
     _, four, _, _ = trained(tmp_path, 4, "four", looking=None)
     assert len(losses) == 4 and same(tensors, four)
-    assert store.finished()[0].steps == 4
+    assert store.load_finished()[0].steps == 4
     about = json.loads((store.folder / "run.json").read_text())
     assert (about["why"], about["early"], about["step"], about["steps"]) == ("finished", True, 4, 9)
 
@@ -295,9 +295,9 @@ def test_less_patience_resumed_stops_at_once_and_no_patience_goes_on(tmp_path):
     losses, _, _, store = trained(tmp_path, 9, looking=telling([9, 5, 3, 4, 6, 7, 8, 9, 9, 9]), patience=3)
     assert len(losses) == 5
     asked = RunFolder(tmp_path, "toy", store.fingerprint, {}, 9)
-    assert asked.finished() is None, "without patience the run is not at its end"
+    assert asked.load_finished() is None, "without patience the run is not at its end"
     losses, _, _, store = trained(tmp_path, 9, looking=telling([0] * 10))
-    assert len(losses) == 9 and store.finished() is not None
+    assert len(losses) == 9 and store.load_finished() is not None
 
 
 def test_a_loss_that_is_no_number_is_never_the_best_and_is_written_as_null(tmp_path):
@@ -326,7 +326,7 @@ def test_the_worst_pictures_are_named_at_the_end(tmp_path):
 def drawing(draw, every=2):
     def looking(method, **settings):
         seen = watch(method, **settings)
-        seen.draw, seen.preview_every = draw, every
+        seen.draw_samples, seen.preview_every = draw, every
         return seen
 
     return looking
@@ -351,7 +351,7 @@ def test_trouble_in_a_preview_is_told_and_costs_nothing_else(tmp_path):
 
     def looking(method, **settings):
         seen = drawing(lambda step: 1 / 0)(method, **settings)
-        seen.notice = lambda kind, entry: told.append((kind, entry))
+        seen.on_event = lambda kind, entry: told.append((kind, entry))
         return seen
 
     losses, tensors, _, _ = trained(tmp_path, 4, looking=looking)

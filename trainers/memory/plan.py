@@ -13,6 +13,8 @@ import math
 import time
 from dataclasses import dataclass, replace
 
+from ..loop import format_duration
+
 PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO = (
     "off",
     "per block",
@@ -139,16 +141,6 @@ class RunForecast:
 
 def format_gib(count: int) -> str:
     return f"{count / 2**30:.2g}" if count < 10 * 2**30 else f"{count / 2**30:.0f}"
-
-
-def format_duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def next_cheaper_plan(plan: str, plans=CHECKPOINTING_PLANS) -> str | None:

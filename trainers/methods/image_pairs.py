@@ -53,7 +53,7 @@ class ImagePairTraining:
         self.deck.load_state(state["deck"])
         self.forward_counts = dict(state["spent"])
 
-    def sides(self, pairs, rng) -> list[tuple[float, Batch]]:
+    def sample_sides(self, pairs, rng) -> list[tuple[float, Batch]]:
         """[(strength, batch)]: the pictures at one randomly chosen size of strength, all with the same luck."""
         size = sample_element(pairs[0].magnitudes, rng)
         seed = int(torch.randint(2**62, (1,), generator=rng))
@@ -68,28 +68,28 @@ class ImagePairTraining:
             for s in strengths
         ]
 
-    def drawn(self, rng):
+    def sample_step(self, rng):
         """(sides, x0 of each side, noise, sigma): noise and sigma are the same for every side."""
-        sides = self.sides([self.items[i] for i in self.deck.next_batch(rng)], rng)
+        sides = self.sample_sides([self.items[i] for i in self.deck.next_batch(rng)], rng)
         x0 = [self.denoiser.model_space(batch.x0) for _, batch in sides]
         sigma = sample_sigmas(self.denoiser, self.density, x0[0], rng, self.noise.min_time, self.noise.max_time)
         return sides, x0, sample_training_noise(x0[0], rng, self.noise), sigma
 
     def loss(self, rng):
         """(sides * B,)"""
-        drawn = self.drawn(rng)
+        drawn = self.sample_step(rng)
         with self.adapters.dropout_active(rng):
-            return self.compared(*drawn)
+            return self.side_losses(*drawn)
 
-    def planned(self, updates: int) -> dict[str, float]:
+    def planned_forwards(self, updates: int) -> dict[str, float]:
         """Forwards that so many updates cost."""
         return {"student": 2.0 * self.batch * updates}
 
-    def compared(self, sides, x0, noise, sigma):
+    def side_losses(self, sides, x0, noise, sigma):
         """(sides * B,) of what was drawn."""
         raise NotImplementedError
 
-    def student(self, x, sigma, batch, strength):
+    def predict_student(self, x, sigma, batch, strength):
         self.forward_counts["student"] += len(x)
         with self.adapters.at_strength(strength):
             return self.denoiser.denoise(x, sigma, batch.conds)
@@ -107,11 +107,11 @@ class ImageSlider(ImagePairTraining):
 
     fingerprint_name: ClassVar[str] = "ImageSlider"  # part of a run's fingerprint
 
-    def compared(self, sides, x0, noise, sigma):
-        return torch.cat([self.side(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
+    def side_losses(self, sides, x0, noise, sigma):
+        return torch.cat([self.side_loss(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
 
-    def side(self, x0, noise, sigma, strength, batch):
-        answer = self.student(self.denoiser.noised(x0, noise, sigma), sigma, batch, strength)
+    def side_loss(self, x0, noise, sigma, strength, batch):
+        answer = self.predict_student(self.denoiser.noised(x0, noise, sigma), sigma, batch, strength)
         return self.weighted_error(answer, x0, sigma, batch)
 
 
@@ -125,20 +125,27 @@ class AddiftTraining(ImagePairTraining):
 
     strength: float = 0.25
 
-    def planned(self, updates):
-        return {"frozen": 2.0 * self.batch * updates, **super().planned(updates)}
+    def planned_forwards(self, updates):
+        return {"frozen": 2.0 * self.batch * updates, **super().planned_forwards(updates)}
 
-    def compared(self, sides, x0, noise, sigma):
+    def side_losses(self, sides, x0, noise, sigma):
         order = sorted(range(2), key=lambda i: sides[i][0])
         ((_, before), (_, after)), (b, a) = [sides[i] for i in order], [x0[i] for i in order]
         seen_b, seen_a = self.denoiser.noised(b, noise, sigma), self.denoiser.noised(a, noise, sigma)
-        error_b, error_a = self.frozen(seen_b, sigma, before) - b, self.frozen(seen_a, sigma, after) - a
-        forth = self.weighted_error(self.student(seen_a, sigma, after, self.strength), a + error_b, sigma, after)
-        back = self.weighted_error(self.student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before)
+        error_b, error_a = (
+            self.predict_teacher(seen_b, sigma, before) - b,
+            self.predict_teacher(seen_a, sigma, after) - a,
+        )
+        forth = self.weighted_error(
+            self.predict_student(seen_a, sigma, after, self.strength), a + error_b, sigma, after
+        )
+        back = self.weighted_error(
+            self.predict_student(seen_b, sigma, before, -self.strength), b + error_a, sigma, before
+        )
         return torch.cat([forth, back])
 
     @torch.no_grad()
-    def frozen(self, x, sigma, batch):
+    def predict_teacher(self, x, sigma, batch):
         self.forward_counts["frozen"] += len(x)
         with self.adapters.at_strength(0):
             return self.denoiser.denoise(x, sigma, batch.conds)

@@ -204,12 +204,12 @@ class ScoredState:
 
     x: Tensor
     sigma: Tensor
-    after: Tensor
+    next_sigma: Tensor
     conds: list
     targets: tuple[PromptTarget, ...]  # strength and sign; their goals are not used
-    base: Tensor | None = None
+    teacher_x0: Tensor | None = None
     noise: Tensor | None = None  # that is known to be in x
-    words: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 # -- where to grade ----------------------------------------------------------------------------------------------------
@@ -257,22 +257,22 @@ class RolloutStates:
     ):
         points = PointSettings(sampling_steps=settings.sampling_steps, ways=settings.ways, refresh=settings.refresh)
         self.model, self.tasks = model, tasks
-        self.ways = RolloutPoints(model, tasks, points, NoiseSettings(), guidance)
-        self.ways.low, self.ways.high = graded_noise_levels(settings)
+        self.points = RolloutPoints(model, tasks, points, NoiseSettings(), guidance)
+        self.points.low, self.points.high = graded_noise_levels(settings)
 
     def draw(self, rng) -> ScoredState:
-        point = self.ways.draw(rng)
+        point = self.points.draw(rng)
         task = self.tasks[point.task]
-        conds, base = [self.model.conds[task.scene]] * len(point.x), point.answers.get(task.scene)
+        conds, base = [self.model.conds[task.rollout_prompt]] * len(point.x), point.answers.get(task.rollout_prompt)
         return ScoredState(
-            point.x, point.sigma, point.after, conds, task.targets, base, words=(task.scene,) * len(point.x)
+            point.x, point.sigma, point.after, conds, task.targets, base, prompts=(task.rollout_prompt,) * len(point.x)
         )
 
     def state(self) -> dict:
-        return self.ways.state()
+        return self.points.state()
 
     def load_state(self, state: dict) -> None:
-        self.ways.load_state(state)
+        self.points.load_state(state)
 
 
 class SingleRolloutStates:
@@ -293,11 +293,21 @@ class SingleRolloutStates:
         )
         last = sample_element([number for number, good in enumerate(wanted) if good], rng)
         sigmas = self.sigmas(levels[: last + 1]).to(noise)
-        x, sigma = self.model.walk(noise, sigmas, task, strength, self.guidance)[-1]
+        x, sigma = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)[-1]
         after = self.sigmas((levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)).to(noise)
-        base = self.model.frozen(x, sigma, task.asked)[task.scene] if task.asked else None
+        base = (
+            self.model.predict_teacher(x, sigma, task.teacher_prompts)[task.rollout_prompt]
+            if task.teacher_prompts
+            else None
+        )
         return ScoredState(
-            x, sigma, after, [self.model.conds[task.scene]] * len(x), task.targets, base, words=(task.scene,) * len(x)
+            x,
+            sigma,
+            after,
+            [self.model.conds[task.rollout_prompt]] * len(x),
+            task.targets,
+            base,
+            prompts=(task.rollout_prompt,) * len(x),
         )
 
     def sigmas(self, levels):
@@ -363,11 +373,11 @@ def predict_without_adapters(model: StudentTeacherModel, x, sigma, conds) -> Ten
 
 def euler_step(place: ScoredState, x0: Tensor) -> Tensor:
     """The state after an Euler step along what the student says."""
-    return place.x + slope(place.x, place.sigma, x0) * per_sample(place.after - place.sigma, place.x)
+    return place.x + slope(place.x, place.sigma, x0) * per_sample(place.next_sigma - place.sigma, place.x)
 
 
 def next_step_inputs(method, place, x0, rng):
-    return [(euler_step(place, x0), place.after)]
+    return [(euler_step(place, x0), place.next_sigma)]
 
 
 def x0_inputs(method, place, x0, rng):
@@ -389,7 +399,7 @@ def renoised_inputs(method, place, x0, rng):
 def direct_align_inputs(method, place, x0, rng):
     """The picture that is left when the known noise is taken out of the state after the step: right also where x0 is a
     blur."""
-    a, b = noising_coefficients(method.denoiser, place.after)
+    a, b = noising_coefficients(method.denoiser, place.next_sigma)
     return [
         ((euler_step(place, x0) - per_sample(b, x0) * place.noise) / per_sample(a, x0), torch.zeros_like(place.sigma))
     ]
@@ -400,7 +410,7 @@ def draft_lv_inputs(method, place, x0, rng):
     again = [
         method.denoiser.noised(x0.detach(), cpu_randn_like(x0, rng), place.sigma) for _ in range(method.settings.draws)
     ]
-    return [(method.student(x, place.sigma, place.conds), torch.zeros_like(place.sigma)) for x in again]
+    return [(method.predict_student(x, place.sigma, place.conds), torch.zeros_like(place.sigma)) for x in again]
 
 
 SCORE_INPUTS = {
@@ -421,17 +431,17 @@ class LecoScoreTraining:
 
     model: StudentTeacherModel
     scores: Sequence[tuple[ScorerEnsemble, float]]
-    places: object
+    state_source: object
     settings: LecoScoreSettings = LecoScoreSettings()
 
     def __post_init__(self):
         check_target_scorers(self.scores, self.settings)
         self.updates = 0
         self.anchor, self.drift = (
-            self.model.here(torch.tensor(float(self.settings.anchor))),
-            self.model.here(torch.zeros(())),
+            self.model.to_device(torch.tensor(float(self.settings.anchor))),
+            self.model.to_device(torch.zeros(())),
         )
-        self.bands = self.model.here(
+        self.bands = self.model.to_device(
             torch.zeros(NOISE_LEVEL_BANDS)
         )  # running size of the score's gradient, 0 where none was seen
 
@@ -444,21 +454,23 @@ class LecoScoreTraining:
 
     def loss(self, rng):
         """(pulls * B,) minus the score, plus the anchor."""
-        place = self.places.draw(rng)
+        place = self.state_source.draw(rng)
         self.updates += 1
         return torch.cat([self.target_loss(pull, place, rng) for pull in place.targets])
 
     def target_loss(self, pull: PromptTarget, place: ScoredState, rng) -> Tensor:
         """`pull.weight` is the sign of the score: up, down, or 0 for what is only held."""
         with self.model.adapters.at_strength(pull.strength):
-            x0 = self.student(place.x, place.sigma, place.conds)
+            x0 = self.predict_student(place.x, place.sigma, place.conds)
             loss = torch.zeros(len(x0), device=x0.device)
             if pull.weight:
-                reward = self.reward(SCORE_INPUTS[self.settings.target](self, place, x0, rng), pull.weight, place.words)
+                reward = self.reward(
+                    SCORE_INPUTS[self.settings.target](self, place, x0, rng), pull.weight, place.prompts
+                )
                 loss = loss - self.balance_by_band(reward, x0, place.sigma)
-        return loss if place.base is None else loss + self.held(place, x0)
+        return loss if place.teacher_x0 is None else loss + self.anchor_loss(place, x0)
 
-    def student(self, x, sigma, conds) -> Tensor:
+    def predict_student(self, x, sigma, conds) -> Tensor:
         """x0 (B, ...) with the adapters at their strength of now, with gradient."""
         self.model.forward_counts["student"] += len(x)
         return self.denoiser.denoise(x, sigma, conds)
@@ -468,18 +480,18 @@ class LecoScoreTraining:
         most `cap`."""
         total = sum(weight for _, weight in self.scores)
         means = [
-            sum(weight * self.said(score, x, sigma, sign, words) for score, weight in self.scores) / total
+            sum(weight * self.pessimistic_score(score, x, sigma, sign, words) for score, weight in self.scores) / total
             for x, sigma in seen
         ]
         reward = sum(means) / len(means)
         return reward if not self.settings.cap else self.settings.cap - (self.settings.cap - reward).relu()
 
-    def said(self, score: ScorerEnsemble, x, sigma, sign, words) -> Tensor:
+    def pessimistic_score(self, score: ScorerEnsemble, x, sigma, sign, words) -> Tensor:
         """(B,) of one score model, pessimistic in either direction."""
         view, level = to_scorer_input(self.denoiser, x, sigma)
         level = torch.zeros_like(level) if self.settings.as_clean else level
         members = (
-            self.compared(score, view, level, words)
+            self.relative_scores(score, view, level, words)
             if self.settings.relative and is_text_scorer(score)
             else predict_member_scores(score, view, level, words)
         )
@@ -487,7 +499,7 @@ class LecoScoreTraining:
             return sign * members.mean(0)
         return sign * members.mean(0) - self.settings.uncertainty * (members.var(0, unbiased=False) + 1e-12).sqrt()
 
-    def compared(self, score, view, level, words) -> Tensor:
+    def relative_scores(self, score, view, level, words) -> Tensor:
         """(M, B) (1 + k) * S(good) - S(bad): what both sides have in common, such as a favourite colour, cancels (SRP
         of SRPO, 2025)."""
         good, bad = good_and_bad_texts(self.settings, words)
@@ -495,14 +507,14 @@ class LecoScoreTraining:
             view, level, bad
         )
 
-    def held(self, place: ScoredState, x0) -> Tensor:
+    def anchor_loss(self, place: ScoredState, x0) -> Tensor:
         """(B,) anchor * mean square of the change of noise or velocity, and the bookkeeping of the drift."""
-        away = per_sample_mse(slope(place.x, place.sigma, x0), slope(place.x, place.sigma, place.base))
+        away = per_sample_mse(slope(place.x, place.sigma, x0), slope(place.x, place.sigma, place.teacher_x0))
         loss = self.anchor * away
-        self.remember(away.detach().mean().sqrt())
+        self.update_anchor(away.detach().mean().sqrt())
         return loss
 
-    def remember(self, drift: Tensor):
+    def update_anchor(self, drift: Tensor):
         """Running drift, and every ADJUST updates an anchor that answers to it. On the device: nothing waits for it."""
         self.drift = torch.where(
             self.drift == 0, drift, RUNNING_MEAN_DECAY * self.drift + (1 - RUNNING_MEAN_DECAY) * drift
@@ -540,13 +552,13 @@ class LecoScoreTraining:
 
     def state(self) -> dict:
         numbers = {name: getattr(self, name).detach().cpu().clone() for name in ("anchor", "drift", "bands")}
-        return {"places": self.places.state(), "updates": self.updates, **numbers}
+        return {"places": self.state_source.state(), "updates": self.updates, **numbers}
 
     def load_state(self, state: dict) -> None:
-        self.places.load_state(state["places"])
+        self.state_source.load_state(state["places"])
         self.updates = state["updates"]
         for name in ("anchor", "drift", "bands"):
-            setattr(self, name, self.model.here(state[name].clone()))
+            setattr(self, name, self.model.to_device(state[name].clone()))
 
 
 def is_text_scorer(score) -> bool:

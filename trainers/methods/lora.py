@@ -22,8 +22,8 @@ from .prior import PriorData, PriorLoss
 
 @dataclass
 class LoraTraining:
-    """`encode` turns captions into conditionings with gradients, when the text encoder is trained too. `prior`: what
-    must not be forgotten."""
+    """The denoising loss of adapters on encoded images. `encode_batch` turns captions into conditionings with gradients,
+    when the text encoder is trained too. `prior`: what the model must not forget."""
 
     denoiser: Denoiser
     adapters: Adapters
@@ -32,14 +32,14 @@ class LoraTraining:
     density: NoiseLevelDensity = NoiseLevelDensity()  # the family's own, used where the settings leave it open
     batch: int = 1
     text_adapters: Adapters | None = None
-    encode: object = None  # (captions) -> conds
+    encode_batch: object = None  # (captions) -> conds
     prior: PriorData | None = None
     deck: BucketBatchSampler = field(init=False)
 
     def __post_init__(self):
         self.deck = BucketBatchSampler(self.data, self.batch)
         self.density = resolve_noise_density(self.noise, self.density)
-        self.kept = None if self.prior is None else PriorLoss(self.prior, self.batch)
+        self.prior_loss = None if self.prior is None else PriorLoss(self.prior, self.batch)
 
     def groups(self):
         named = {"model": list(self.adapters.parameters())}
@@ -49,22 +49,22 @@ class LoraTraining:
         return [p for params in self.groups().values() for p in params]
 
     def state(self):
-        return self.deck.state() if self.kept is None else {**self.deck.state(), "prior": self.kept.state()}
+        return self.deck.state() if self.prior_loss is None else {**self.deck.state(), "prior": self.prior_loss.state()}
 
     def load_state(self, state):
         self.deck.load_state(state)
-        if self.kept is not None:
-            self.kept.load_state(state["prior"])
+        if self.prior_loss is not None:
+            self.prior_loss.load_state(state["prior"])
 
     def loss(self, rng):
         """(B,) native loss of one batch, weighted; what is to be kept adds the same to each."""
         loss, x, sigma = self.denoise_batch(self.data.make_batch(self.deck.next_batch(rng), rng), rng)
-        return loss if self.kept is None else loss + self.kept.loss(self, x, sigma, rng)
+        return loss if self.prior_loss is None else loss + self.prior_loss.loss(self, x, sigma, rng)
 
     def denoise_batch(self, batch: Batch, rng):
         """((B,) weighted loss, x, sigma) of these pictures, freshly noised."""
         x0 = self.denoiser.model_space(batch.x0)
-        conds = self.encode(batch) if self.encode else batch.conds
+        conds = self.encode_batch(batch) if self.encode_batch else batch.conds
         sigma = sample_sigmas(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
         mask = None if batch.mask is None else batch.mask.to(x0)
         noise = sample_training_noise(x0, rng, self.noise)

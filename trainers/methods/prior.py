@@ -36,7 +36,7 @@ class PriorSettings(Settings):
         1.0, 0.0, 1000.0, "Weight of the preservation loss relative to the training loss.", step=0.1
     )
 
-    def prompts(self) -> list[str]:
+    def class_prompts(self) -> list[str]:
         """Every prompt once. Raises ValueError when there are more than can be kept in memory."""
         every = CaptionSettings(wildcards=True, variants=MAX_CLASS_PROMPTS)
         lines = [line.strip() for line in self.class_prompt.splitlines() if line.strip()]
@@ -60,7 +60,7 @@ class PriorData:
     settings: PriorSettings
     conds: dict[str, dict] = field(default_factory=dict)
     data: EncodedDataset | None = None
-    source: str = ""  # identity of the text encoder
+    encoder_identity: str = ""  # identity of the text encoder
 
     def __post_init__(self):
         if not self.conds and self.data is None:
@@ -69,9 +69,9 @@ class PriorData:
                 "encoded."
             )
 
-    def parts(self) -> tuple:
+    def fingerprint_parts(self) -> tuple:
         """What the result of a run depends on."""
-        return self.settings, self.source, "" if self.data is None else self.data.fingerprint
+        return self.settings, self.encoder_identity, "" if self.data is None else self.data.fingerprint
 
 
 class PriorLoss:
@@ -96,16 +96,16 @@ class PriorLoss:
                 total + method.denoise_batch(self.prior.data.make_batch(self.deck.next_batch(rng), rng), rng)[0].mean()
             )
         if self.prompts:
-            total = total + self.drift(method, x, sigma, rng).mean()
+            total = total + self.teacher_error(method, x, sigma, rng).mean()
         return self.prior.settings.weight * total
 
-    def drift(self, method, x, sigma, rng):
+    def teacher_error(self, method, x, sigma, rng):
         """(B,) native error between the model with and without its adapters, one class prompt per sample."""
         told = [self.prompts[i] for i in torch.randint(len(self.prompts), (len(x),), generator=rng).tolist()]
         conds = [self.prior.conds[prompt] for prompt in told]
         with torch.no_grad(), method.adapters.at_strength(0):
             teacher = method.denoiser.denoise(x, sigma, conds)
-        asked = method.encode(SimpleNamespace(captions=told, conds=conds)) if method.encode else conds
+        asked = method.encode_batch(SimpleNamespace(captions=told, conds=conds)) if method.encode_batch else conds
         with method.adapters.dropout_active(rng):
             student = method.denoiser.denoise(x, sigma, asked)
         return native_error(method.denoiser, student, teacher, sigma)

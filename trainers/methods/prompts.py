@@ -45,7 +45,7 @@ class PromptDifferenceTraining:
         goal = sum(weight * point.answers[prompt] for weight, prompt in pull.weighted_prompts)
         if self.renormalise:
             goal = match_slope_statistics(point.answers[pull.weighted_prompts[0][1]], goal, point)
-        student = self.model.student(point.x, point.sigma, pull.prompt, pull.strength)
+        student = self.model.predict_student(point.x, point.sigma, pull.prompt, pull.strength)
         return pull.weight * native_error(self.model.denoiser, student, goal, point.sigma)
 
 

@@ -39,21 +39,30 @@ class PromptTask:
     guidance avoids."""
 
     targets: tuple[PromptTarget, ...]
-    scene: str
-    away: str = ""
+    rollout_prompt: str
+    negative_prompt: str = ""
     weight: float = 1.0  # how often it is drawn, against the other tasks
     shapes: tuple[tuple[int, ...], ...] = ()  # latent shapes (C, ..., h, w), one of which each way has
     batch: int = 1
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def teacher_prompts(self) -> tuple[str, ...]:
         """The prompts that the frozen model is asked, each once."""
         return tuple(dict.fromkeys(prompt for pull in self.targets for _, prompt in pull.weighted_prompts))
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def all_prompts(self) -> tuple[str, ...]:
         """Every prompt that must be encoded."""
-        return tuple(dict.fromkeys((*self.asked, *(pull.prompt for pull in self.targets), self.scene, self.away)))
+        return tuple(
+            dict.fromkeys(
+                (
+                    *self.teacher_prompts,
+                    *(pull.prompt for pull in self.targets),
+                    self.rollout_prompt,
+                    self.negative_prompt,
+                )
+            )
+        )
 
 
 class NoAdapters:
@@ -73,10 +82,10 @@ class StudentTeacherModel:
     conds: dict  # prompt -> conditioning
     forward_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("rollout", "frozen", "student"), 0))
 
-    def here(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.adapters.parameters()).device)
 
-    def frozen(self, x, sigma, prompts) -> dict[str, Tensor]:
+    def predict_teacher(self, x, sigma, prompts) -> dict[str, Tensor]:
         """prompt -> x0 (B, ...) without the adapters: all prompts in one call."""
         self.forward_counts["frozen"] += len(prompts) * len(x)
         conds = [self.conds[prompt] for prompt in prompts for _ in range(len(x))]
@@ -84,18 +93,27 @@ class StudentTeacherModel:
             answers = self.denoiser.denoise(torch.cat([x] * len(prompts)), torch.cat([sigma] * len(prompts)), conds)
         return dict(zip(prompts, answers.chunk(len(prompts)), strict=True))
 
-    def student(self, x, sigma, prompt, strength) -> Tensor:
+    def predict_student(self, x, sigma, prompt, strength) -> Tensor:
         """x0 (B, ...) with the adapters at this strength, with gradient."""
         self.forward_counts["student"] += len(x)
         with self.adapters.at_strength(strength):
             return self.denoiser.denoise(x, sigma, [self.conds[prompt]] * len(x))
 
     @torch.no_grad()
-    def walk(self, noise, sigmas, task: PromptTask, strength, guidance):
+    def rollout_student(self, noise, sigmas, task: PromptTask, strength, guidance):
         """[(x, sigma)]: the way of the current student from noise (B, ...) along sigmas (S, B)."""
         self.forward_counts["rollout"] += len(noise) * (len(sigmas) - 1) * (1 if guidance == 1 else 2)
         with self.adapters.at_strength(strength):
-            return list(rollout(self.denoiser, noise, sigmas, self.conds[task.scene], self.conds[task.away], guidance))
+            return list(
+                rollout(
+                    self.denoiser,
+                    noise,
+                    sigmas,
+                    self.conds[task.rollout_prompt],
+                    self.conds[task.negative_prompt],
+                    guidance,
+                )
+            )
 
 
 @dataclass(frozen=True)
@@ -114,10 +132,10 @@ class LatentPoint:
 
 def add_teacher_predictions(model: StudentTeacherModel, point: LatentPoint, task: PromptTask) -> LatentPoint:
     """The point with every answer that its task needs; those it holds already are not asked again."""
-    missing = [prompt for prompt in task.asked if prompt not in point.answers]
+    missing = [prompt for prompt in task.teacher_prompts if prompt not in point.answers]
     if not missing:
         return point
-    return replace(point, answers={**point.answers, **model.frozen(point.x, point.sigma, missing)})
+    return replace(point, answers={**point.answers, **model.predict_teacher(point.x, point.sigma, missing)})
 
 
 def sample_task_index(tasks: list[PromptTask], rng) -> int:
@@ -147,24 +165,24 @@ class RolloutPoints:
     ):
         self.model, self.tasks, self.settings, self.guidance = model, tasks, settings, guidance
         self.low, self.high = noise.min_time, noise.max_time
-        self.ways: list[list[LatentPoint]] = []
+        self.rollouts: list[list[LatentPoint]] = []
         self.updates = 0
 
     def draw(self, rng) -> LatentPoint:
         """A random point with every answer that its task needs."""
-        if not self.ways:
-            self.ways = [self.walk(rng) for _ in range(min(INITIAL_ROLLOUTS, self.settings.ways))]
+        if not self.rollouts:
+            self.rollouts = [self.rollout_sampled_task(rng) for _ in range(min(INITIAL_ROLLOUTS, self.settings.ways))]
         elif self.updates % self.settings.refresh == 0:
-            self.ways = [*self.ways, self.walk(rng)][-self.settings.ways :]
+            self.rollouts = [*self.rollouts, self.rollout_sampled_task(rng)][-self.settings.ways :]
         self.updates += 1
-        way = int(torch.randint(len(self.ways), (1,), generator=rng))
-        step = int(torch.randint(len(self.ways[way]), (1,), generator=rng))
-        point = self.ways[way][step]
+        way = int(torch.randint(len(self.rollouts), (1,), generator=rng))
+        step = int(torch.randint(len(self.rollouts[way]), (1,), generator=rng))
+        point = self.rollouts[way][step]
         point = add_teacher_predictions(self.model, point, self.tasks[point.task])
-        self.ways = replace_element(self.ways, way, replace_element(self.ways[way], step, point))
+        self.rollouts = replace_element(self.rollouts, way, replace_element(self.rollouts[way], step, point))
         return point
 
-    def walk(self, rng) -> list[LatentPoint]:
+    def rollout_sampled_task(self, rng) -> list[LatentPoint]:
         """The points of one new way whose noise levels are wanted."""
         number = sample_task_index(self.tasks, rng)
         task = self.tasks[number]
@@ -183,7 +201,7 @@ class RolloutPoints:
         sigmas, after = (
             self.sigmas(u).to(noise) for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0))
         )
-        way = self.model.walk(noise, sigmas, task, strength, self.guidance)
+        way = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)
         return [
             LatentPoint(number, x, sigma, after=then)
             for (x, sigma), then, good in zip(way, after, wanted, strict=True)
@@ -196,13 +214,15 @@ class RolloutPoints:
     def state(self) -> dict:
         return {
             "updates": self.updates,
-            "ways": [[point.state() for point in way] for way in self.ways],
+            "ways": [[point.state() for point in way] for way in self.rollouts],
             "spent": dict(self.model.forward_counts),
         }
 
     def load_state(self, state: dict) -> None:
         self.updates, self.model.forward_counts = state["updates"], dict(state["spent"])
-        self.ways = [[LatentPoint(**map_tensors(point, self.model.here)) for point in way] for way in state["ways"]]
+        self.rollouts = [
+            [LatentPoint(**map_tensors(point, self.model.to_device)) for point in way] for way in state["ways"]
+        ]
 
 
 def count_planned_forwards(
@@ -223,7 +243,7 @@ def count_planned_forwards(
     mean = lambda count: sum(task.weight * size(task) * count(task) for task in tasks) / total
     if settings.points != "rollout":
         return {
-            "frozen": updates * mean(lambda task: len(task.asked)),
+            "frozen": updates * mean(lambda task: len(task.teacher_prompts)),
             "student": updates * mean(lambda task: len(task.targets)),
         }
     points = sum(
@@ -235,7 +255,7 @@ def count_planned_forwards(
     missed = lambda life: math.prod((1 - 1 / (ways * points)) ** draws for ways, draws in life)
     return {
         "rollout": len(lives) * (settings.sampling_steps - 1) * (1 if guidance == 1 else 2) * mean(lambda task: 1),
-        "frozen": sum(points * (1 - missed(life)) for life in lives) * mean(lambda task: len(task.asked)),
+        "frozen": sum(points * (1 - missed(life)) for life in lives) * mean(lambda task: len(task.teacher_prompts)),
         "student": updates * mean(lambda task: len(task.targets)),
     }
 

@@ -62,14 +62,14 @@ class PairValidationLoss:
     @torch.no_grad()
     def losses(self, tick: Callable[[], None] = lambda: None) -> Tensor:
         """(pairs, levels) native losses, the mean over the sides, unweighted, on the CPU."""
-        return torch.stack([self.of(self.method.items[pick], tick) for pick in self.picks])
+        return torch.stack([self.pair_losses(self.method.items[pick], tick) for pick in self.picks])
 
-    def of(self, pair, tick) -> Tensor:
+    def pair_losses(self, pair, tick) -> Tensor:
         return torch.stack([self.losses_at_strength(pair, size, tick) for size in pair.magnitudes]).mean(0)
 
     def losses_at_strength(self, pair, size, tick) -> Tensor:
         """(levels,) of the two sides at one size of strength."""
-        sides = self.sides(pair, size)
+        sides = self.side_batches(pair, size)
         x0 = [self.method.denoiser.model_space(batch.x0) for _, batch in sides]
         sigmas = self.sigmas(x0[0])
         noise = torch.cat(
@@ -80,11 +80,11 @@ class PairValidationLoss:
             tick()
             wide = [(strength, expand_batch(batch, len(at))) for strength, batch in sides]
             many = [clean.expand(len(at), *clean.shape[1:]) for clean in x0]
-            losses = self.method.compared(wide, many, noise[at.to(noise.device)], sigmas[at.to(sigmas.device)])
+            losses = self.method.side_losses(wide, many, noise[at.to(noise.device)], sigmas[at.to(sigmas.device)])
             parts.append(losses.view(len(sides), len(at)).mean(0))
         return torch.cat(parts).float().cpu()
 
-    def sides(self, pair, size) -> list[tuple[float, Batch]]:
+    def side_batches(self, pair, size) -> list[tuple[float, Batch]]:
         """[(strength, batch of one)], all with the same luck."""
         strengths = [strength for strength in pair.strengths if abs(strength) == size]
         return [
@@ -104,7 +104,7 @@ class PairValidationLoss:
 
     def first_sigmas(self) -> list[float]:
         pair = self.method.items[self.picks[0]]
-        return self.sigmas(self.method.denoiser.model_space(self.sides(pair, pair.magnitudes[0])[0][1].x0)).tolist()
+        return self.sigmas(self.method.denoiser.model_space(self.side_batches(pair, pair.magnitudes[0])[0][1].x0)).tolist()
 
     def describe_sample(self, pick: int) -> dict:
         """What a person knows the pair by: its positive side."""
@@ -139,31 +139,38 @@ class PointValidationLoss:
     key: str
     batch: int = 1
     noun, where = "points", "at fixed points"
-    known: dict[int, list[LatentPoint]] = field(default_factory=dict)
+    answered_rows: dict[int, list[LatentPoint]] = field(default_factory=dict)
 
     @torch.no_grad()
     def losses(self, tick: Callable[[], None] = lambda: None) -> Tensor:
         """(rows, levels) the mean over the pulls, on the CPU."""
-        return torch.stack([torch.cat([self.of(point, tick) for point in self.row(row, tick)]) for row in self.picks])
+        return torch.stack(
+            [
+                torch.cat([self.point_losses(point, tick) for point in self.points_with_answers(row, tick)])
+                for row in self.picks
+            ]
+        )
 
-    def of(self, point: LatentPoint, tick) -> Tensor:
+    def point_losses(self, point: LatentPoint, tick) -> Tensor:
         tick()
         pulls = self.method.tasks[point.task].targets
         return torch.stack([self.method.target_loss(pull, point) for pull in pulls]).mean(0).float().cpu()
 
-    def row(self, row: int, tick) -> list[LatentPoint]:
-        if row not in self.known:
+    def points_with_answers(self, row: int, tick) -> list[LatentPoint]:
+        if row not in self.answered_rows:
             tick()
-            self.known[row] = [self.asked(part, tick) for part in split_point(self.points(row), self.batch)]
-        return self.known[row]
+            self.answered_rows[row] = [
+                self.answer_point(part, tick) for part in split_point(self.points(row), self.batch)
+            ]
+        return self.answered_rows[row]
 
-    def asked(self, point: LatentPoint, tick) -> LatentPoint:
+    def answer_point(self, point: LatentPoint, tick) -> LatentPoint:
         tick()
         return add_teacher_predictions(self.method.model, point, self.method.tasks[point.task])
 
     @torch.no_grad()
     def first_sigmas(self) -> list[float]:
-        return torch.cat([point.sigma for point in self.row(self.picks[0], lambda: None)]).tolist()
+        return torch.cat([point.sigma for point in self.points_with_answers(self.picks[0], lambda: None)]).tolist()
 
 
 def split_point(point: LatentPoint, batch: int) -> list[LatentPoint]:

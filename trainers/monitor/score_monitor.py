@@ -53,41 +53,41 @@ class ScoreMonitor:
     time."""
 
     method: LecoScoreTraining
-    draw: Callable[[str, float], Tensor]
+    sample_images: Callable[[str, float], Tensor]
     prompts: Sequence[str]
     held_out: ScorerEnsemble | None = None
     every: int = 50  # optimizer steps
     patience: int = 2  # looks
-    looks: list[ScoreMeasurement] = field(default_factory=list)
+    measurements: list[ScoreMeasurement] = field(default_factory=list)
     previews: dict[int, Tensor] = field(default_factory=dict)  # step -> one picture per prompt
-    kept: list[Tensor] | None = None  # adapters of the look with the best held-out score
+    best_params: list[Tensor] | None = None  # adapters of the look with the best held-out score
     baseline_images: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
 
     def due(self, step: int, steps: int) -> bool:
-        return (step % self.every == 0 or step == steps) and not any(look.step == step for look in self.looks)
+        return (step % self.every == 0 or step == steps) and not any(look.step == step for look in self.measurements)
 
     @torch.no_grad()
-    def look(self, step: int, steps: int, params) -> bool:
+    def run_checks(self, step: int, steps: int, params) -> bool:
         """Whether this is the best moment so far."""
         if self.baseline_images is None:
-            self.baseline_images = [self.draw(prompt, 0.0) for prompt in self.prompts]
-        now = [self.draw(prompt, 1.0) for prompt in self.prompts]
+            self.baseline_images = [self.sample_images(prompt, 0.0) for prompt in self.prompts]
+        now = [self.sample_images(prompt, 1.0) for prompt in self.prompts]
         look = ScoreMeasurement(
             step,
-            self.gain(self.method.scores, now),
-            None if self.held_out is None else self.gain([(self.held_out, 1.0)], now),
+            self.score_gain(self.method.scores, now),
+            None if self.held_out is None else self.score_gain([(self.held_out, 1.0)], now),
             relative_drift(list(zip(self.baseline_images, now, strict=True))),
             mean_prompt_diversity(now) / max(mean_prompt_diversity(self.baseline_images), 1e-12),
             float(self.method.anchor),
             float(self.method.drift),
         )
-        self.looks.append(look)
+        self.measurements.append(look)
         self.keep_previews(step, torch.cat([stack[:1] for stack in now]).half().cpu())
-        if better := look is best_held_out(self.trained):
-            self.kept = [p.detach().cpu().clone() for p in params]
+        if better := look is best_held_out(self.trained_measurements):
+            self.best_params = [p.detach().cpu().clone() for p in params]
         return better
 
-    def gain(self, scores, now) -> float:
+    def score_gain(self, scores, now) -> float:
         ask = lambda side: torch.cat(
             [score_latents(self.method.denoiser, scores, *pair) for pair in zip(side, self.prompts, strict=True)]
         ).mean()
@@ -97,27 +97,31 @@ class ScoreMonitor:
     @property
     def note(self) -> str:
         """The last look, for those who wait."""
-        return self.looks[-1].line() if self.looks else ""
+        return self.measurements[-1].line() if self.measurements else ""
 
     @property
-    def trained(self) -> list[ScoreMeasurement]:
+    def trained_measurements(self) -> list[ScoreMeasurement]:
         """The looks at adapters that have learnt something."""
-        return [look for look in self.looks if look.step]
+        return [look for look in self.measurements if look.step]
 
     @property
     def should_stop(self) -> bool:
         """Whether `patience` looks in a row lie below the best held-out score while the trained one went on rising."""
-        top = best_held_out(self.looks)
-        if top is None or len(self.looks) - 1 - self.looks.index(top) < self.patience:
+        top = best_held_out(self.measurements)
+        if top is None or len(self.measurements) - 1 - self.measurements.index(top) < self.patience:
             return False
-        now = self.looks[-1]
+        now = self.measurements[-1]
         return now.held_out < top.held_out - REWARD_HACKING_MARGIN and now.score > top.score + REWARD_HACKING_MARGIN
 
     @property
     def best(self) -> dict | None:
         """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score
         model was fooled."""
-        return {"step": best_held_out(self.trained).step, "params": self.kept} if self.should_stop else None
+        return (
+            {"step": best_held_out(self.trained_measurements).step, "params": self.best_params}
+            if self.should_stop
+            else None
+        )
 
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
@@ -128,14 +132,14 @@ class ScoreMonitor:
         if len(self.previews) > MAX_KEPT_PREVIEWS:
             self.previews = {key: self.previews[key] for key in sorted(self.previews)[::2]}
 
-    def strip(self) -> Tensor:
+    def preview_strip(self) -> Tensor:
         """(looks * prompts, C, ...) the previews in the order of the run."""
         return torch.cat([self.previews[step] for step in sorted(self.previews)]).float()
 
-    def text(self) -> str:
-        lines = [look.line() for look in self.looks]
+    def format_report(self) -> str:
+        lines = [look.line() for look in self.measurements]
         if self.should_stop:
-            top, now = best_held_out(self.looks), self.looks[-1]
+            top, now = best_held_out(self.measurements), self.measurements[-1]
             lines.append(
                 f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to "
                 f"{now.score:+.2f} and the held-out one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters "
@@ -144,11 +148,15 @@ class ScoreMonitor:
         return "\n".join(lines)
 
     def state(self) -> dict:
-        return {"looks": [asdict(look) for look in self.looks], "previews": dict(self.previews), "kept": self.kept}
+        return {
+            "looks": [asdict(look) for look in self.measurements],
+            "previews": dict(self.previews),
+            "kept": self.best_params,
+        }
 
     def load_state(self, state: dict) -> None:
-        self.looks = [ScoreMeasurement(**look) for look in state["looks"]]
-        self.previews, self.kept = dict(state["previews"]), state["kept"]
+        self.measurements = [ScoreMeasurement(**look) for look in state["looks"]]
+        self.previews, self.best_params = dict(state["previews"]), state["kept"]
 
 
 @dataclass
@@ -156,54 +164,56 @@ class ScoreAndValidationMonitor:
     """A ScoreWatch and what Validation and Previews asks for beside it: samples, and best weights and early stop by the
     score of its looks, taken negative, so that lower is better as with a loss."""
 
-    seen: ScoreMonitor
-    asked: ValidationMonitor
+    score_monitor: ScoreMonitor
+    validation_monitor: ValidationMonitor
 
     @property
     def settings(self):
-        return self.asked.settings
+        return self.validation_monitor.settings
 
     @property
     def note(self) -> str:
-        return self.seen.note
+        return self.score_monitor.note
 
     @property
     def should_stop(self) -> bool:
-        return self.seen.should_stop or self.asked.should_stop
+        return self.score_monitor.should_stop or self.validation_monitor.should_stop
 
     @property
     def best(self) -> dict | None:
-        return self.seen.best or self.asked.best
+        return self.score_monitor.best or self.validation_monitor.best
 
     def due(self, step: int, steps: int) -> bool:
-        return self.seen.due(step, steps) or self.asked.draws(step, steps)
+        return self.score_monitor.due(step, steps) or self.validation_monitor.preview_due(step, steps)
 
-    def look(self, step: int, steps: int, params) -> bool:
+    def run_checks(self, step: int, steps: int, params) -> bool:
         better = False
-        if self.seen.due(step, steps):
-            better = self.seen.look(step, steps, params)
+        if self.score_monitor.due(step, steps):
+            better = self.score_monitor.run_checks(step, steps, params)
             if self.settings.every:
-                better = self.asked.keep(to_history_entry(self.seen.looks[-1]), params)
-        if self.asked.draws(step, steps):
-            self.asked.sample(step)
+                better = self.validation_monitor.record_measurement(
+                    to_history_entry(self.score_monitor.measurements[-1]), params
+                )
+        if self.validation_monitor.preview_due(step, steps):
+            self.validation_monitor.sample(step)
         return better
 
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
 
     def line(self) -> str:
-        return self.asked.line()
+        return self.validation_monitor.line()
 
     def state(self) -> dict:
-        return {**self.asked.state(), **self.seen.state()}
+        return {**self.validation_monitor.state(), **self.score_monitor.state()}
 
     def load_state(self, state: dict) -> None:
         """Also of a run that was begun without Validation and Previews: what its looks saw is known."""
-        self.seen.load_state(state)
+        self.score_monitor.load_state(state)
         if "key" in state:
-            self.asked.load_state(state)
+            self.validation_monitor.load_state(state)
         if self.settings.every:
-            self.asked.history = [to_history_entry(look) for look in self.seen.looks]
+            self.validation_monitor.history = [to_history_entry(look) for look in self.score_monitor.measurements]
 
 
 def to_history_entry(look: ScoreMeasurement) -> dict:

@@ -126,7 +126,7 @@ def diffusion_classifier_score(model: StudentTeacherModel, x0: Tensor, toward: s
     for level in CLASSIFIER_NOISE_LEVELS:
         sigma = model.denoiser.sigma_at(torch.full((len(x0),), level)).to(x0)
         x = model.denoiser.noised(x0, torch.randn(x0.shape, generator=rng).to(x0), sigma)
-        answers = model.frozen(x, sigma, list(dict.fromkeys((toward, away))))
+        answers = model.predict_teacher(x, sigma, list(dict.fromkeys((toward, away))))
         error = {prompt: native_error(model.denoiser, answer, x0, sigma) for prompt, answer in answers.items()}
         total = total + (error[away] - error[toward]) / (error[away] + error[toward]).clamp(min=1e-12)
     return total / len(CLASSIFIER_NOISE_LEVELS)

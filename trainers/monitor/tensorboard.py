@@ -22,15 +22,15 @@ def create_tensorboard_log(folder, first_step: int):
 class TensorBoardLog:
     """Scalars of one run, by optimizer step."""
 
-    def __init__(self, writer, done: int):
-        self.writer, self.done = writer, done
+    def __init__(self, writer, written_steps: int):
+        self.writer, self.written_steps = writer, written_steps
 
     def report(self, progress):
         """Every loss that was not written yet."""
-        for index in range(self.done, len(progress.losses)):
+        for index in range(self.written_steps, len(progress.losses)):
             self.add("loss/training step", progress.losses[index], index + 1)
-        self.done = max(self.done, len(progress.losses))
-        self.add("learning rate", progress.rate, progress.step)
+        self.written_steps = max(self.written_steps, len(progress.losses))
+        self.add("learning rate", progress.learning_rate, progress.step)
 
     def notice(self, kind: str, entry: dict):
         if kind != "validation":

@@ -126,9 +126,9 @@ class ImageValidationLoss:
     def losses(self, tick: Callable[[], None] = lambda: None) -> Tensor:
         """(pictures, levels) native losses, unweighted, on the CPU. `tick()` is called before each forward and may
         raise."""
-        return torch.stack([self.of(pick, tick) for pick in self.picks])
+        return torch.stack([self.image_losses(pick, tick) for pick in self.picks])
 
-    def of(self, pick: int, tick) -> Tensor:
+    def image_losses(self, pick: int, tick) -> Tensor:
         """(levels,) of one picture."""
         item = self.data.items[pick]
         batch = self.data.make_batch([pick], validation_rng("picture", item.id))
@@ -221,11 +221,11 @@ class ValidationMonitor:
     settings: ValidationSettings = ValidationSettings()
     losses_by_name: dict[str, ImageValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
     per_image_loss: ImageValidationLoss | None = None  # every training picture that is asked at the end
-    draw: Callable[[int], dict | None] | None = None
+    draw_samples: Callable[[int], dict | None] | None = None
     preview_every: int = 0
     check_interrupt: Callable[[], None] = lambda: None
-    say: Callable[[str], None] = lambda text: None
-    notice: Callable[[str, dict], None] = lambda kind, entry: None
+    show_status: Callable[[str], None] = lambda text: None
+    on_event: Callable[[str, dict], None] = lambda kind, entry: None
     history: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
     worst: list[dict] = field(default_factory=list)
@@ -233,18 +233,22 @@ class ValidationMonitor:
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
-    def measures(self, step: int, steps: int) -> bool:
+    def measurement_due(self, step: int, steps: int) -> bool:
         due = (
             bool(self.losses_by_name) and self.settings.every > 0 and (step % self.settings.every == 0 or step == steps)
         )
         return due and all(entry["step"] != step for entry in self.history)
 
-    def draws(self, step: int, steps: int) -> bool:
-        due = self.draw is not None and self.preview_every > 0 and (step % self.preview_every == 0 or step == steps)
+    def preview_due(self, step: int, steps: int) -> bool:
+        due = (
+            self.draw_samples is not None
+            and self.preview_every > 0
+            and (step % self.preview_every == 0 or step == steps)
+        )
         return due and step > 0 and all(sample["step"] != step for sample in self.samples)
 
     def due(self, step: int, steps: int) -> bool:
-        return self.measures(step, steps) or self.draws(step, steps)
+        return self.measurement_due(step, steps) or self.preview_due(step, steps)
 
     @property
     def should_stop(self) -> bool:
@@ -254,17 +258,17 @@ class ValidationMonitor:
 
     # -- what ----------------------------------------------------------------------------------------------------------
 
-    def look(self, step: int, steps: int, params: list[Tensor]) -> bool:
+    def run_checks(self, step: int, steps: int, params: list[Tensor]) -> bool:
         """Measure and draw what is due with the weights as they are. True when they are the best so far."""
-        better = self.measures(step, steps) and self.measure(step, params)
-        if self.draws(step, steps):
+        better = self.measurement_due(step, steps) and self.measure(step, params)
+        if self.preview_due(step, steps):
             self.sample(step)
         return better
 
     def measure(self, step: int, params) -> bool:
         losses = {}
         for name, exam in self.losses_by_name.items():
-            self.say(f"step {step}: measuring {len(exam.picks)} {name} {exam.noun}")
+            self.show_status(f"step {step}: measuring {len(exam.picks)} {name} {exam.noun}")
             losses[name] = exam.losses(self.check_interrupt)
         name = next(iter(losses))  # the held-out pictures, where there are any
         entry = {
@@ -281,12 +285,12 @@ class ValidationMonitor:
                 "training": finite_or_none(float(losses["training"].mean())),
                 "training_bins": [finite_or_none(v) for v in losses["training"].mean(0).tolist()],
             }
-        return self.keep(entry, params)
+        return self.record_measurement(entry, params)
 
-    def keep(self, entry: dict, params) -> bool:
+    def record_measurement(self, entry: dict, params) -> bool:
         """One more measurement. Whether its weights are to be kept as the best so far."""
         self.history.append(entry)
-        self.notice("validation", entry)
+        self.on_event("validation", entry)
         better = best_measurement(self.history) is entry
         if better and self.settings.best == RESTORE_BEST:
             self.best = {"step": entry["step"], "params": [p.detach().to("cpu", copy=True) for p in params]}
@@ -295,18 +299,18 @@ class ValidationMonitor:
     def sample(self, step: int) -> None:
         """An exception inside a preview costs that preview, never the run."""
         try:
-            self.say(f"step {step}: drawing samples")
-            if (sample := self.draw(step)) is not None:
+            self.show_status(f"step {step}: drawing samples")
+            if (sample := self.draw_samples(step)) is not None:
                 self.samples.append(sample)
-                self.notice("sample", sample)
+                self.on_event("sample", sample)
         except Exception as error:
-            self.notice("trouble", {"step": step, "text": f"No samples at step {step}: {error}"})
+            self.on_event("trouble", {"step": step, "text": f"No samples at step {step}: {error}"})
 
     def finish(self) -> None:
         """Name the training pictures that are learnt worst, with the weights as they are."""
         if self.per_image_loss is None:
             return
-        self.say(f"measuring {len(self.per_image_loss.picks)} training {self.per_image_loss.noun} one by one")
+        self.show_status(f"measuring {len(self.per_image_loss.picks)} training {self.per_image_loss.noun} one by one")
         losses = self.per_image_loss.losses(self.check_interrupt)
         found = [
             {**self.per_image_loss.describe_sample(pick), "loss": ratio, "bins": row}

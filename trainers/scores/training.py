@@ -136,7 +136,7 @@ def make_progress_callback(report, check_interrupt, first_step: int = 0, total: 
     def on_progress(progress):
         check_interrupt()
         if report:
-            report(first_step + progress.step, total or progress.steps, prefix + progress.line())
+            report(first_step + progress.step, total or progress.steps, prefix + progress.format_line())
 
     return on_progress
 
