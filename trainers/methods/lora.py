@@ -22,8 +22,8 @@ from .prior import PriorData, PriorLoss
 
 @dataclass
 class LoraTraining:
-    """The denoising loss of adapters on encoded images. `encode_batch` turns captions into conditionings with gradients,
-    when the text encoder is trained too. `prior`: what the model must not forget."""
+    """The denoising loss of adapters on encoded images. `encode_batch` encodes captions with gradients, when the text
+    encoder is trained too. `prior`: what the model must not forget."""
 
     denoiser: Denoiser
     adapters: Adapters

@@ -104,7 +104,9 @@ class PairValidationLoss:
 
     def first_sigmas(self) -> list[float]:
         pair = self.method.items[self.picks[0]]
-        return self.sigmas(self.method.denoiser.model_space(self.side_batches(pair, pair.magnitudes[0])[0][1].x0)).tolist()
+        return self.sigmas(
+            self.method.denoiser.model_space(self.side_batches(pair, pair.magnitudes[0])[0][1].x0)
+        ).tolist()
 
     def describe_sample(self, pick: int) -> dict:
         """What a person knows the pair by: its positive side."""
