@@ -269,8 +269,8 @@ def choose_caption_template(backend: str, captioner, text: str, wording: PromptS
 
 def format_caption_counts(done) -> str:
     parts = [
-        (done.made, "captioned"),
-        (done.kept, "found in the cache"),
+        (done.generated, "captioned"),
+        (done.cached, "found in the cache"),
         (done.unchanged, "left as they were"),
         (len(done.failed), "failed"),
     ]

@@ -48,7 +48,7 @@ class ManagedCaptioner:
     """A captioner whose network ComfyUI loads before each picture, unless it is still there, and may evict in
     between."""
 
-    looks = True
+    needs_image = True
 
     def __init__(self, captioner):
         self.captioner, self.identity = captioner, captioner.identity
@@ -70,7 +70,7 @@ class ManagedCaptioner:
         if any(p.device != device for p in self.patcher.model.parameters()):
             self.patcher.model.to(device)
 
-    def free(self):
+    def unload(self):
         mm.unload_model_and_clones(self.patcher)
         mm.soft_empty_cache()
 
@@ -85,13 +85,13 @@ def managed_captioner(captioner):
     try:
         yield holder
     finally:
-        holder.free()
+        holder.unload()
 
 
 class ClipCaptioner:
     """The CLIP of the graph as a captioner, through the host's own generate (what core's Generate Text does)."""
 
-    looks = follows_instructions = True
+    needs_image = follows_instructions = True
 
     def __init__(self, clip, settings: CaptionerSettings, wording: PromptSettings):
         self.clip, self.settings, self.wording = clip, settings, wording

@@ -8,15 +8,17 @@ class TokenCounter:
     remembered."""
 
     def __init__(self, clip):
-        self.clip, self.known = clip, {}
-        self.template = self.tokens("")
+        self.clip, self.cached_counts = clip, {}
+        self.template_counts = self.count_tokens("")
 
     def __call__(self, text: str) -> dict[str, int]:
-        if text not in self.known:
-            self.known[text] = {name: count - self.template[name] for name, count in self.tokens(text).items()}
-        return self.known[text]
+        if text not in self.cached_counts:
+            self.cached_counts[text] = {
+                name: count - self.template_counts[name] for name, count in self.count_tokens(text).items()
+            }
+        return self.cached_counts[text]
 
-    def tokens(self, text):
+    def count_tokens(self, text):
         """ComfyUI numbers the words of a text; 0 is no word."""
         chunks = self.clip.tokenize(text, return_word_ids=True)
         return {name: sum(word != 0 for chunk in part for _, _, word in chunk) for name, part in chunks.items()}

@@ -16,7 +16,7 @@ class ComfyDenoiser:
         self.patcher, self.model, self.family = patcher, patcher.model, family
         self.device = patcher.load_device
         self.max_batch_numel = 0  # numbers in the largest batch so far
-        self.options = self._make_transformer_options()
+        self.transformer_options = self._make_transformer_options()
 
     def _make_transformer_options(self):
         options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options).get(
@@ -78,7 +78,7 @@ class ComfyDenoiser:
         rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = sigma.to(x.device)
         parts = [
-            (group, self._apply(x[group], sigma[group], [rows[i] for i in group]))
+            (group, self._apply_model(x[group], sigma[group], [rows[i] for i in group]))
             for group in group_concatenable_conds(rows)
         ]
         order = [i for group, _ in parts for i in group]
@@ -94,10 +94,10 @@ class ComfyDenoiser:
             k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()
         }
 
-    def _apply(self, x, sigma, rows):
+    def _apply_model(self, x, sigma, rows):
         self.max_batch_numel = max(self.max_batch_numel, x.numel())
         inputs = comfy.samplers.cond_cat(rows, x.device)
-        options = {**self.options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
+        options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
 
 

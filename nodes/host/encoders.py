@@ -30,7 +30,7 @@ class TextEncoder:
         with torch.no_grad():
             return [encode_caption(self.clip, c) for c in captions]
 
-    def free(self):
+    def unload(self):
         mm.unload_model_and_clones(self.clip.patcher)
 
 
@@ -61,7 +61,7 @@ class VaeEncoder:
                 hook.remove()
         return posterior_mean_std(latent, moments)
 
-    def free(self):
+    def unload(self):
         mm.unload_model_and_clones(self.vae.patcher)
 
 

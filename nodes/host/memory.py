@@ -85,7 +85,7 @@ def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES):
     """At least so many bytes of the model's weights leave the device, or all of them. The host fetches each again when
     its layer is called, and under checkpointing nothing keeps it longer than its block."""
     patcher = session.denoiser.patcher
-    session.away += patcher.partially_unload(patcher.offload_device, count)
+    session.offloaded_bytes += patcher.partially_unload(patcher.offload_device, count)
 
 
 class PeakMemoryMeter:
@@ -96,14 +96,14 @@ class PeakMemoryMeter:
         if self.device:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
+            self.bytes_before = torch.cuda.memory_allocated(device)
 
     def peak(self) -> int:
         """Bytes beyond what was taken at the start, once all work is done; 0 for a device that does not say."""
         if not self.device:
             return 0
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - self.before
+        return torch.cuda.max_memory_allocated(self.device) - self.bytes_before
 
 
 def release_cached_memory():

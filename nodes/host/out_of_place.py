@@ -22,13 +22,13 @@ FORWARD_METHODS = ("forward", "_forward", "forward_orig")
 class OutOfPlaceTransformer(ast.NodeTransformer):
     """Plain names only: an update through an index or attribute writes into the object it names, and stays."""
 
-    changed = 0
+    rewritten_count = 0
 
     def visit_AugAssign(self, node):
         self.generic_visit(node)
         if not isinstance(node.target, ast.Name):
             return node
-        self.changed += 1
+        self.rewritten_count += 1
         value = ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)
         return ast.copy_location(ast.Assign([ast.Name(node.target.id, ast.Store())], value), node)
 
@@ -44,7 +44,7 @@ def compile_out_of_place(function):
         return None
     rule = OutOfPlaceTransformer()
     tree.body[0] = rule.visit(tree.body[0])
-    if not rule.changed or function.__closure__:
+    if not rule.rewritten_count or function.__closure__:
         return None
     tree.body[0].decorator_list = []
     module = compile(ast.fix_missing_locations(tree), inspect.getsourcefile(function) or "<rewritten>", "exec")

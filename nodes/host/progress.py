@@ -19,9 +19,9 @@ class NodeProgressReporter:
     def __call__(self, progress):
         mm.throw_exception_if_processing_interrupted()
         self.bar.update_absolute(progress.step, progress.steps)
-        self.say(progress.format_line())
+        self.show_text(progress.format_line())
 
-    def say(self, line: str):
+    def show_text(self, line: str):
         show_node_text(line, self.node_id)
 
 
@@ -40,14 +40,14 @@ class ItemProgressReporter:
 
     def __init__(self, node_id=None):
         self.report = NodeProgressReporter(1, node_id)
-        self.last = 0.0
+        self.last_update = 0.0
 
     def __call__(self, done, total, what=""):
         now = time.monotonic()
-        if now - self.last > 0.4 or done == total:
-            self.last = now
+        if now - self.last_update > 0.4 or done == total:
+            self.last_update = now
             self.report.bar.update_absolute(done, total)
-            self.report.say(f"{done}/{total} {what}")
+            self.report.show_text(f"{done}/{total} {what}")
 
 
 def raise_if_interrupted():

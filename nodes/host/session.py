@@ -56,18 +56,18 @@ class TrainingSession:
     adapters: Adapters
     family: ModelFamily
     text_adapters: Adapters | None = None
-    encode: object = None  # (batch) -> conds with gradients
-    keys: dict = field(default_factory=dict)  # layer path -> name in the file
+    encode_captions: object = None  # (batch) -> conds with gradients
+    layer_keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_layer_keys: dict = field(default_factory=dict)
     known_text_keys: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
     blocks: CheckpointPolicy = field(
         default_factory=CheckpointPolicy
     )  # how the model's blocks keep what backward needs; may change between two steps
-    away: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
+    offloaded_bytes: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
 
     def tensors(self):
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
-        tensors, untouched = self.adapters.export_tensors(self.keys.__getitem__)
+        tensors, untouched = self.adapters.export_tensors(self.layer_keys.__getitem__)
         if self.text_adapters is not None:
             more, others = self.text_adapters.export_tensors(self.text_layer_keys.__getitem__)
             tensors, untouched = {**tensors, **more}, untouched + others
@@ -103,7 +103,7 @@ def open_training_session(
             None,
             adapters,
             find_model_family(patcher.model.model_config),
-            keys=unet_lora_keys(patcher.model, adapters.layers),
+            layer_keys=unet_lora_keys(patcher.model, adapters.layers),
         )
         if adapter.text_encoder:
             stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
@@ -166,7 +166,7 @@ def load_with_adapters(patcher, adapters, memory):
 
 @contextlib.contextmanager
 def attach_text_adapters(clip, adapter, rng, session):
-    """The text encoder with adapters: `session.encode(batch)` carries gradients."""
+    """The text encoder with adapters: `session.encode_captions(batch)` carries gradients."""
     clip = clip.clone()
     network = clip.cond_stage_model
     session.text_adapters = Adapters(network, text_adapter_settings(adapter), rng).to(clip.patcher.load_device)
@@ -174,7 +174,7 @@ def attach_text_adapters(clip, adapter, rng, session):
     session.known_text_keys = comfy.lora.model_lora_keys_clip(network, {})
     with load_with_adapters(clip.patcher, session.text_adapters, 0.0), disable_inplace_updates(network):
         replace_inference_parameters(network)
-        session.encode = lambda batch: [
+        session.encode_captions = lambda batch: [
             {**extract_size_conditioning(old), **encode_caption(clip, c)}
             for c, old in zip(batch.captions, batch.conds, strict=True)
         ]

@@ -39,17 +39,17 @@ class LiveRun:
     samples: list = field(default_factory=list)
     troubles: list = field(default_factory=list)
     sent_counts: dict = field(default_factory=dict)  # how much of each list the page has been told
-    last: float = 0.0  # when it was told last
+    last_sent: float = 0.0  # when it was told last
 
-    def about(self) -> dict:
+    def header(self) -> dict:
         names = ("node", "workflow", "prompt", "name", "folder", "steps", "run", "status", "text")
         return {**{name: getattr(self, name) for name in names}, "step": len(self.losses)}
 
-    def whole(self) -> dict:
+    def full_state(self) -> dict:
         """Everything, with a long curve thinned."""
-        return to_finite_json({**self.about(), "first": 0, **self.since({}, MAX_CURVE_POINTS)})
+        return to_finite_json({**self.header(), "first": 0, **self.updates_since({}, MAX_CURVE_POINTS)})
 
-    def since(self, sent: dict, points: int) -> dict:
+    def updates_since(self, sent: dict, points: int) -> dict:
         """What the page does not know when it knows so much of each list."""
         new = {name: getattr(self, name)[sent.get(name, 0) :] for name in ("losses", "rates", *MONITOR_LISTS)}
         first = sent.get("losses", 0)
@@ -63,18 +63,18 @@ class LiveRun:
         """New losses since the last report."""
         self.losses.extend(progress.losses[len(self.losses) :])
         self.rates.append([progress.step, progress.learning_rate])
-        self.say(progress.format_line())
+        self.set_text(progress.format_line())
 
-    def notice(self, kind: str, entry: dict):
+    def add_event(self, kind: str, entry: dict):
         """A measurement, a sheet of samples, or trouble with one."""
         getattr(self, {"validation": "validation", "sample": "samples", "trouble": "troubles"}[kind]).append(entry)
         self.publish()
 
-    def say(self, text: str):
+    def set_text(self, text: str):
         self.text = text
         self.publish()
 
-    def end(self, status: str, text: str):
+    def set_ended(self, status: str, text: str):
         self.status, self.text = status, text
         self.publish(at_once=True)
 
@@ -85,14 +85,14 @@ class LiveRun:
             list(seen.get("history", ())),
             list(seen.get("samples", ())),
         )
-        self.end(FINISHED, text)
+        self.set_ended(FINISHED, text)
 
-    def broken(self, error: BaseException):
+    def mark_broken_off(self, error: BaseException):
         """The host's interrupt is no Exception; everything else is a failure."""
         if isinstance(error, Exception):
-            self.end(FAILED, (str(error) or type(error).__name__).splitlines()[0])
+            self.set_ended(FAILED, (str(error) or type(error).__name__).splitlines()[0])
         else:
-            self.end(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
+            self.set_ended(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
 
     def publish(self, at_once=False):
         """All that is new, to the page; a flood of messages would freeze it, so what comes too early goes with the
@@ -100,12 +100,15 @@ class LiveRun:
         from server import PromptServer
 
         server, now = getattr(PromptServer, "instance", None), time.monotonic()
-        if server is None or (now - self.last < SEND_INTERVAL and not at_once):
+        if server is None or (now - self.last_sent < SEND_INTERVAL and not at_once):
             return
-        news = {"first": self.sent_counts.get("losses", 0), **self.since(self.sent_counts, MAX_CURVE_POINTS // 10)}
+        news = {
+            "first": self.sent_counts.get("losses", 0),
+            **self.updates_since(self.sent_counts, MAX_CURVE_POINTS // 10),
+        }
         self.sent_counts = {name: len(getattr(self, name)) for name in ("losses", "rates", *MONITOR_LISTS)}
-        self.last = now
-        server.send_sync(RUN_EVENT, to_finite_json({**self.about(), **news}), server.client_id)
+        self.last_sent = now
+        server.send_sync(RUN_EVENT, to_finite_json({**self.header(), **news}), server.client_id)
 
 
 LIVE_RUNS: collections.OrderedDict[tuple[str, str], LiveRun] = (

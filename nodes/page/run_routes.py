@@ -112,7 +112,7 @@ def register_run_routes(routes) -> None:
     @routes.get(f"{ROUTE_PREFIX}/{{node}}")
     async def one(request):
         found = live.find_last_run(request.match_info["node"], request.query.get("workflow", ""))
-        return web.json_response(found.whole() if found else {})
+        return web.json_response(found.full_state() if found else {})
 
     @routes.get(f"{ROUTE_PREFIX}/{{folder}}/graph")
     async def graph(request):

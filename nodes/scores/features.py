@@ -141,7 +141,7 @@ def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeature
                 check_interrupt=host.progress.raise_if_interrupted,
             )
     finally:
-        encoder.free()
+        encoder.unload()
     means = [
         latents.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], info.latent_format)[0]
         for item in encoded.items

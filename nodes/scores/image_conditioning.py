@@ -145,7 +145,7 @@ def encode_empty_prompt(clip) -> dict:
     try:
         return host.context.clone_inference_tensors(encoder.encode([""])[0])
     finally:
-        encoder.free()
+        encoder.unload()
 
 
 # -- the nodes ---------------------------------------------------------------------------------------------------------

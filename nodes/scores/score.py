@@ -546,7 +546,7 @@ def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[l
                 check_interrupt=host.progress.raise_if_interrupted,
             )
     finally:
-        encoder.free()
+        encoder.unload()
     means = [
         latents_room.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], info.latent_format)[0]
         for item in encoded.items

@@ -211,7 +211,7 @@ def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, re
             check_interrupt=host.progress.raise_if_interrupted,
         )
     finally:
-        pictures.free()
+        pictures.unload()
     return pretrain_backbone(
         views,
         schedule,

@@ -117,9 +117,9 @@ class PreviewRenderer:
 
     def told(self, text: str, cond: dict) -> dict:
         """The conditioning of now: while the text encoder learns, it is encoded anew each time."""
-        if self.session.encode is None:
+        if self.session.encode_captions is None:
             return cond
-        return self.session.encode(types.SimpleNamespace(captions=[text], conds=[cond]))[0]
+        return self.session.encode_captions(types.SimpleNamespace(captions=[text], conds=[cond]))[0]
 
     def decoded(self, latent) -> Image.Image:
         return (

@@ -63,7 +63,7 @@ def encode_class_prompts(clip, prompts) -> tuple[dict, str]:
         with host.context.enable_gradients():
             return dict(zip(prompts, encoder.encode(prompts), strict=True)), encoder.identity
     finally:
-        encoder.free()
+        encoder.unload()
 
 
 NODES = [PriorPreservation]

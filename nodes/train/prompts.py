@@ -76,7 +76,7 @@ def format_prompt_row(row) -> str:
     words = "".join(f", {name} {text!r}" for name, text in shown.items() if text)
     return (
         f"{row.target}: guidance {row.guidance:g}, weight {row.weight:g}{words}; in Train LECO {row.action}, neutral "
-        f"{row.base!r}"
+        f"{row.effective_neutral!r}"
     )
 
 

@@ -118,7 +118,7 @@ def test_a_file_that_is_started_from_comes_out_as_it_went_in(family, algorithm):
     assert all(torch.allclose(first[k], second[k], rtol=1e-4, atol=1e-5) for k in first)
     if family == "flux":
         with torch.inference_mode(), host.session.open_training_session(model, settings(family, algorithm)) as session:
-            names = {key: f"diffusion_model.{name}" for name, key in session.keys.items()}
+            names = {key: f"diffusion_model.{name}" for name, key in session.layer_keys.items()}
         renamed = LoraFile({k.replace(k.split(".")[0], names[k.split(".")[0]]): v for k, v in first.items()})
         assert trained_file(model, family, algorithm, seed=1, start=renamed).keys() == first.keys()
 

@@ -210,7 +210,7 @@ def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterward
     ):
         network = session.denoiser.model.diffusion_model
         weights, heaviest = host.memory.block_weight_bytes(network, session.denoiser.device)
-        assert 0 < heaviest <= weights <= session.away
+        assert 0 < heaviest <= weights <= session.offloaded_bytes
         assert host.memory.block_weight_bytes(network, torch.device("meta")) == (0, heaviest), (
             "what is elsewhere comes back for its block all the same"
         )

@@ -270,17 +270,17 @@ def test_the_page_is_told_everything_once_and_not_too_often(monkeypatch):
     page = types.SimpleNamespace(client_id="me", send_sync=lambda event, news, client: told.append(news))
     monkeypatch.setattr(server.PromptServer, "instance", page, raising=False)
     monkeypatch.setattr(live.time, "monotonic", lambda: seconds[0])
-    one = live.LiveRun("5", "w", "p", "a", "a-1", 100, last=-1.0)
+    one = live.LiveRun("5", "w", "p", "a", "a-1", 100, last_sent=-1.0)
     for step in range(1, 101):
         seconds[0] += 0.05
         one.report(TrainingProgress(step, 100, [1.0 / i for i in range(1, step + 1)], 1e-4, 1.0))
         if step % 10 == 0:
-            one.notice("validation", {"step": step, "loss": float("nan")})
-    one.end(live.FINISHED, "done")
+            one.add_event("validation", {"step": step, "loss": float("nan")})
+    one.set_ended(live.FINISHED, "done")
     assert 10 < len(told) <= 5.0 / live.SEND_INTERVAL + 2
     assert (
         [point for news in told for point in news["losses"]]
-        == one.whole()["losses"]
+        == one.full_state()["losses"]
         == [[i, 1.0 / i] for i in range(1, 101)]
     )
     assert [entry["step"] for news in told for entry in news["validation"]] == list(range(10, 101, 10))
@@ -440,7 +440,7 @@ def test_a_run_at_work_is_not_deleted_and_a_finished_one_is(folders):
     busy = live.start_live_run("1", {}, "test", name, 5)
     with pytest.raises(ValueError, match="is training. Stop it first"):
         run_routes.delete_saved_run(name)
-    busy.end(live.STOPPED, "")
+    busy.set_ended(live.STOPPED, "")
     assert run_routes.delete_saved_run(name)["freed"] > 0 and not list(paths.runs_folder().iterdir())
     live.LIVE_RUNS.clear()
 

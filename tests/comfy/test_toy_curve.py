@@ -75,10 +75,10 @@ def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy
     batch.captions = ["a large red star"]
     with torch.inference_mode(), host.session.open_training_session(toy.model, adapter, clip=toy.clip) as session:
         with torch.no_grad():
-            (base,) = session.encode(batch)
+            (base,) = session.encode_captions(batch)
             for p in session.text_adapters.parameters():
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.05)
-        (cond,) = session.encode(batch)
+        (cond,) = session.encode_captions(batch)
         cond["cross_attn"].square().mean().backward()
         silent = [p for p in session.text_adapters.parameters() if p.grad is None]
         trained = cond["cross_attn"].detach().clone()

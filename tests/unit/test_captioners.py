@@ -349,13 +349,13 @@ def test_every_picture_gets_its_own_caption_and_the_dataset_that_came_in_is_as_i
     before = dataset.to_json()
     done = caption_dataset(dataset, vlm.load_vlm_captioner(colour_blip, CaptionerSettings(), FREE), lambda r: "")
     assert told(done.dataset) == [("blue sky",), ("green sky",), ("red sky",)]
-    assert dataset.to_json() == before and done.made == 3
+    assert dataset.to_json() == before and done.generated == 3
 
 
 def test_a_second_run_asks_nothing_again_and_a_changed_prompt_everything(pictures, tmp_path):
     dataset, cache, first, second = read_folder(pictures), CaptionCache(tmp_path / "words"), Counting(), Counting()
     a, b = by(first, dataset, cache=cache), by(second, dataset, cache=cache)
-    assert told(a.dataset) == told(b.dataset) and (a.made, b.kept) == (3, 3) and second.asked == []
+    assert told(a.dataset) == told(b.dataset) and (a.generated, b.cached) == (3, 3) and second.asked == []
     caption_dataset(dataset, second, lambda r: "and now?", "fill", cache)
     assert len(second.asked) == 3
 
@@ -375,7 +375,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(pictures, tmp_path):
         by(captioner, dataset, cache=cache, check_interrupt=interrupt)
     done = by(captioner, dataset, cache=cache)
     assert [name for name, _ in captioner.asked] == ["blue", "green", "red"], "each once"
-    assert (done.kept, done.made) == (2, 1)
+    assert (done.cached, done.generated) == (2, 1)
 
 
 def test_a_damaged_cache_file_is_said_again(pictures, tmp_path):
@@ -384,7 +384,7 @@ def test_a_damaged_cache_file_is_said_again(pictures, tmp_path):
     for file in (tmp_path / "words").rglob("*.json"):
         file.write_text('{"text": ')
     done = by(Counting(), dataset, cache=cache)
-    assert (done.made, done.kept) == (3, 0)
+    assert (done.generated, done.cached) == (3, 0)
 
 
 def test_one_bad_picture_keeps_its_caption_is_flagged_and_reported_and_the_rest_go_on(pictures):
@@ -432,7 +432,7 @@ def test_memory_that_runs_out_stops_the_run_with_advice_and_keeps_what_was_said(
     cache = CaptionCache(tmp_path / "words")
     with pytest.raises(RuntimeError, match="Out of memory at green.png, after 1 captions.*lower max_res"):
         by(Greedy(), read_folder(pictures), cache=cache)
-    assert by(Counting(), read_folder(pictures), cache=cache).kept == 1
+    assert by(Counting(), read_folder(pictures), cache=cache).cached == 1
 
 
 class Tags:
@@ -571,7 +571,7 @@ def test_known_captioners_name_a_backend_and_a_size():
         known_captioners.LOCAL_MODEL,
         known_captioners.WD_TAGGER,
     }
-    assert all(0 < entry.gigabytes < 100 and entry.about for entry in known_captioners.KNOWN_CAPTIONERS.values())
+    assert all(0 < entry.gigabytes < 100 and entry.description for entry in known_captioners.KNOWN_CAPTIONERS.values())
     assert all(
         known_captioners.KNOWN_CAPTIONERS[name].backend == backend
         for backend, name in known_captioners.SMALLEST_CAPTIONERS.items()

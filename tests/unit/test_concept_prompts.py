@@ -41,7 +41,7 @@ def test_the_peers_files_are_read_and_their_guidance_counts():
         "- target: person\n  positive: old person\n  unconditional: young person\n  neutral: person\n  action: "
         "enhance\n  guidance: 4\n"
     )
-    assert one.guidance == 4.0 and one.base == "person" and one.effective_positive == "old person"
+    assert one.guidance == 4.0 and one.effective_neutral == "person" and one.effective_positive == "old person"
     (two,) = read_prompts(
         "- target: cat\n  guidance_scale: 1.5\n  batch_size: 2\n  resolution: 512\n  dynamic_resolution: true\n"
     )

@@ -138,12 +138,12 @@ def test_the_file_that_is_read_is_the_one_that_is_written_and_its_bytes_are_kept
     pictures = digest(folder)
     before = (folder / "a.txt").read_bytes()
     found = written(folder, {"a": ("a grün ball",), "b": ("blue",), "c": ("new",)})
-    assert [(w.path.name, w.kept and w.kept.relative_to(folder).as_posix()) for w in found] == [
+    assert [(w.path.name, w.backup and w.backup.relative_to(folder).as_posix()) for w in found] == [
         ("a.txt", ".trainyard-replaced/a.20260102-030405-000000.txt"),
         ("b.caption", ".trainyard-replaced/b.20260102-030405-000000.caption"),
         ("c.txt", None),
     ]
-    assert found[0].kept.read_bytes() == before
+    assert found[0].backup.read_bytes() == before
     assert [r.captions for r in read_folder(folder)] == [("a grün ball",), ("blue",), ("new",)]
     assert digest(folder) == pictures
     assert read_folder(folder).skipped == ()

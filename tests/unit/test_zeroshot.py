@@ -67,9 +67,9 @@ def test_a_line_with_a_colon_gives_one_word_where_several_would_pass():
 def test_lines_that_pick_come_first_in_their_own_order_then_the_surest_words():
     found = {"photo": 0.7, "sketch": 0.2, "day": 0.9, "night": 0.8, "cat": 0.75, "dog": 0.95, "fish": 0.3}
     asker = asked("fish, cat\nmedium: sketch, photo\nlight: night, day\ndog")
-    assert asker.tags(found) == ("photo", "day", "dog", "cat")
-    assert asked("fish, cat\nmedium: sketch, photo\ndog", words=1).tags(found) == ("photo", "dog")
-    assert asked("fish, cat\nmedium: sketch, photo\ndog", certainty=0.9).tags(found) == ("dog",)
+    assert asker.pick_tags(found) == ("photo", "day", "dog", "cat")
+    assert asked("fish, cat\nmedium: sketch, photo\ndog", words=1).pick_tags(found) == ("photo", "dog")
+    assert asked("fish, cat\nmedium: sketch, photo\ndog", certainty=0.9).pick_tags(found) == ("dog",)
 
 
 def test_probability_by_hand():
@@ -119,7 +119,7 @@ def test_an_empty_vocabulary_means_the_one_that_comes_along_in_which_no_word_sta
     groups = read_vocabulary("  \n")
     words = [word for group in groups for word in group.words]
     assert groups == read_vocabulary(DEFAULT_VOCABULARY) and len(words) == len(set(words)) > 80
-    assert {group.name for group in groups if group.one} >= {"medium", "light", "framing"}
+    assert {group.name for group in groups if group.exclusive} >= {"medium", "light", "framing"}
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ class CaptioningResult:
     """A dataset with captions, and how each picture came to its own."""
 
     dataset: ImageDataset
-    made: int = 0  # said now
-    kept: int = 0  # said in an earlier run, found in the cache
+    generated: int = 0  # said now
+    cached: int = 0  # said in an earlier run, found in the cache
     unchanged: int = 0  # had what it needs
     failed: tuple[tuple[str, str], ...] = ()  # (path, why)
 
@@ -48,7 +48,7 @@ class CaptionCache:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, key: str, said: CaptionResult, about: dict) -> None:
+    def store(self, key: str, said: CaptionResult, about: dict) -> None:
         values = {"text": said.text, "tags": said.tags, **about}
         write_bytes_atomically(
             self.path(key), json.dumps(values, ensure_ascii=False, indent=1).encode("utf-8", "replace")
@@ -73,7 +73,7 @@ def caption_dataset(
     already is not asked again.
     """
     job = CaptioningJob(
-        captioner, prompt, wording or PromptSettings(), cache if getattr(captioner, "looks", True) else None
+        captioner, prompt, wording or PromptSettings(), cache if getattr(captioner, "needs_image", True) else None
     )
     records, passed, failed = [], 0, []
     for done, record in enumerate(dataset, 1):
@@ -85,7 +85,7 @@ def caption_dataset(
             report(done, len(dataset), f"{name}: left as it is")
             continue
         try:
-            said = job.ask(record)
+            said = job.caption_record(record)
             records.append(write_record_captions(record, said, mode))
             report(done, len(dataset), f"{name}: {said.text}")
         except Exception as error:
@@ -96,16 +96,18 @@ def caption_dataset(
                 replace(record, flags=(*drop_failure_flags(record), f"caption failed ({format_failure_reason(error)})"))
             )
             report(done, len(dataset), f"{name}: failed, {format_failure_reason(error)}")
-            if job.broken >= MAX_INITIAL_FAILURES and not job.made + job.kept:
+            if job.model_failures >= MAX_INITIAL_FAILURES and not job.generated + job.cached:
                 raise RuntimeError(
-                    f"The captioner failed on the first {job.broken} pictures it saw, the last time at {name}: "
+                    f"The captioner failed on the first {job.model_failures} pictures it saw, the last time at {name}: "
                     f"{format_failure_reason(error)}"
                 ) from error
-    if failed and not job.made + job.kept:
+    if failed and not job.generated + job.cached:
         raise RuntimeError(
             f"No picture got a caption: all {len(failed)} failed. The first, {Path(failed[0][0]).name}: {failed[0][1]}"
         )
-    return CaptioningResult(ImageDataset(tuple(records), dataset.skipped), job.made, job.kept, passed, tuple(failed))
+    return CaptioningResult(
+        ImageDataset(tuple(records), dataset.skipped), job.generated, job.cached, passed, tuple(failed)
+    )
 
 
 @dataclass
@@ -116,32 +118,32 @@ class CaptioningJob:
     prompt: Callable[[ImageRecord], str]
     wording: PromptSettings
     cache: CaptionCache | None
-    made: int = 0
-    kept: int = 0
-    broken: int = 0  # failures of the captioner itself, not of a file
+    generated: int = 0
+    cached: int = 0
+    model_failures: int = 0  # failures of the captioner itself, not of a file
 
-    def ask(self, record: ImageRecord) -> CaptionResult:
+    def caption_record(self, record: ImageRecord) -> CaptionResult:
         """What the captioner says of this picture, from the cache when it said so before. ValueError when it says
         nothing."""
         asked = self.prompt(record)
         key = compute_fingerprint("said", record.id, record.crop, self.captioner.identity, asked)
         known = self.cache.find(key) if self.cache else None
-        raw = known or self.look(record, asked)
+        raw = known or self.run_captioner(record, asked)
         said = apply_wording_rules(self.wording, raw)
         if not said.text:
             raise ValueError("nothing was said of it")
         if known is None and self.cache:
             about = {"picture": record.id, "captioner": self.captioner.identity, "prompt": asked}
-            self.cache.keep(key, raw, about)
-        self.made, self.kept = self.made + (known is None), self.kept + (known is not None)
+            self.cache.store(key, raw, about)
+        self.generated, self.cached = self.generated + (known is None), self.cached + (known is not None)
         return said
 
-    def look(self, record: ImageRecord, asked: str) -> CaptionResult:
-        picture = open_image(record) if getattr(self.captioner, "looks", True) else None
+    def run_captioner(self, record: ImageRecord, asked: str) -> CaptionResult:
+        picture = open_image(record) if getattr(self.captioner, "needs_image", True) else None
         try:
             return self.captioner.caption(picture, asked)
         except Exception:
-            self.broken += 1
+            self.model_failures += 1
             raise
 
 
@@ -196,7 +198,7 @@ def is_memory_error(error: BaseException) -> bool:
 
 def format_out_of_memory(name: str, job: CaptioningJob) -> str:
     return (
-        f"Out of memory at {name}, after {job.made + job.kept} captions, which are kept: Run again continues behind "
-        "them. To need less: lower max_res or beams, choose a smaller model, or a tagger. Models loaded elsewhere in "
+        f"Out of memory at {name}, after {job.generated + job.cached} captions, which are kept: Run again continues "
+        "behind them. To need less: lower max_res or beams, choose a smaller model, or a tagger. Models loaded elsewhere in "
         "the graph are moved away by ComfyUI where they can be."
     )

@@ -22,7 +22,7 @@ ONNX_DOWNLOAD_PATTERNS = ("*.onnx", "*.json", "*.csv")  # a tagger, where timm i
 class KnownCaptioner:
     gigabytes: float  # to download
     backend: str
-    about: str
+    description: str
 
 
 KNOWN_CAPTIONERS = {

@@ -14,7 +14,7 @@ COPY_MARK_PATTERN = re.compile(r"\s+(?:copy|kopie)$", re.IGNORECASE)
 class TemplateCaptioner:
     """Says what it is told: the filled template is the caption. It never opens the picture."""
 
-    looks = False
+    needs_image = False
     identity = "spoken"
 
     def caption(self, picture, prompt: str) -> CaptionResult:

@@ -87,7 +87,7 @@ class VlmCaptioner:
     wording: PromptSettings
     name: str  # of the model: part of the identity
     check_interrupt: Callable[[], None] = lambda: None
-    looks = True
+    needs_image = True
     identity: str = field(init=False)
 
     def __post_init__(self):
@@ -111,19 +111,19 @@ class VlmCaptioner:
     def caption(self, picture: Image.Image, prompt: str) -> CaptionResult:
         """What the model says of the picture; `begin` is put into its mouth where it can be."""
         picture = downscale_to_max_side(picture.convert("RGB"), self.settings.max_res)
-        inputs, spoken = self.inputs(picture, prompt.strip())
+        inputs, spoken = self.build_inputs(picture, prompt.strip())
         inputs = move_inputs_to_device(
             {k: v for k, v in inputs.items() if k != "labels"}, next(self.module.parameters())
         )
         with seeded_sampling(self.settings, self.module):
-            out = self.module.generate(**inputs, **self.how(inputs))
+            out = self.module.generate(**inputs, **self.generation_kwargs(inputs))
         new = (
             out[0] if self.manner == CONTINUATION_PROMPT else strip_prompt_tokens(out[0], inputs.get("input_ids"))
         )  # what it goes on from is part of the caption
         words = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return CaptionResult(words if not spoken or words.startswith(spoken) else f"{spoken.rstrip()} {words}")
 
-    def inputs(self, picture, prompt):
+    def build_inputs(self, picture, prompt):
         """(the processor's tensors, words that the answer goes on from)."""
         begin = self.wording.begin.strip()
         if self.manner == CHAT_PROMPT:
@@ -174,23 +174,29 @@ class VlmCaptioner:
             inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs
 
-    def how(self, inputs) -> dict:
+    def generation_kwargs(self, inputs) -> dict:
         """generate()'s own arguments."""
         s = self.settings
         sampling = (
             dict(do_sample=True, temperature=s.temperature, top_p=s.top_p) if s.temperature else dict(do_sample=False)
         )
         extra = dict(repetition_penalty=s.repetition) if s.repetition > 1 else {}
-        if bad := self.bad_words():
+        if bad := self.bad_word_ids():
             extra["bad_words_ids"] = bad
-        return dict(max_new_tokens=s.max_tokens, num_beams=s.beams, stopping_criteria=[self.stop], **sampling, **extra)
+        return dict(
+            max_new_tokens=s.max_tokens,
+            num_beams=s.beams,
+            stopping_criteria=[self.interrupt_criterion],
+            **sampling,
+            **extra,
+        )
 
-    def stop(self, ids, scores, **_):
+    def interrupt_criterion(self, ids, scores, **_):
         """Asked after every token: raises the host's interrupt, and never ends a caption itself."""
         self.check_interrupt()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    def bad_words(self) -> list[list[int]]:
+    def bad_word_ids(self) -> list[list[int]]:
         """Token sequences of the forbidden words, in the spellings a text has them: inside a sentence and at its
         start."""
         spellings = [

@@ -43,10 +43,10 @@ around the picture
 
 @dataclass(frozen=True)
 class VocabularyGroup:
-    """Words of one line: the best one is picked where `one` is set, else each may be."""
+    """Words of one line: the best one is picked where `exclusive` is set, else each may be."""
 
     words: tuple[str, ...]
-    one: bool = False
+    exclusive: bool = False
     name: str = ""
 
 
@@ -86,21 +86,21 @@ class ZeroShotTagger:
     _neutral_features: torch.Tensor | None = None
 
     def __post_init__(self):
-        groups = [[group.one, *group.words] for group in self.vocabulary]
+        groups = [[group.exclusive, *group.words] for group in self.vocabulary]
         limits = [self.settings.zero_shot_words, self.settings.zero_shot_certainty]
         self.identity = (
             f"zero-shot {self.name} {compute_fingerprint(limits, groups, SENTENCE_TEMPLATES, NEUTRAL_WORDS)}"
         )
 
     def caption(self, picture: Image.Image, prompt: str = "") -> CaptionResult:
-        tags = self.tags(self.probabilities(picture))
+        tags = self.pick_tags(self.probabilities(picture))
         return CaptionResult(", ".join(tags), tags)
 
-    def tags(self, probabilities: dict[str, float]) -> tuple[str, ...]:
+    def pick_tags(self, probabilities: dict[str, float]) -> tuple[str, ...]:
         """One word of each line that asks for one, in the order of the lines, then the surest of the others."""
         sure = {word: p for word, p in probabilities.items() if p >= self.settings.zero_shot_certainty}
-        best = [max(group.words, key=probabilities.get) for group in self.vocabulary if group.one]
-        free = {word for group in self.vocabulary if not group.one for word in group.words}
+        best = [max(group.words, key=probabilities.get) for group in self.vocabulary if group.exclusive]
+        free = {word for group in self.vocabulary if not group.exclusive for word in group.words}
         others = sorted((word for word in sure if word in free), key=lambda word: -sure[word])[
             : self.settings.zero_shot_words
         ]
@@ -108,7 +108,7 @@ class ZeroShotTagger:
 
     def probabilities(self, picture: Image.Image) -> dict[str, float]:
         """Word -> how likely it is, when the choice is between this word and something: softmax over the two."""
-        words, nothing = self.words()
+        words, nothing = self.encode_vocabulary()
         image = normalise_features(self.image_features([picture]))[0]
         if image.shape != nothing.shape:
             raise ValueError(
@@ -119,7 +119,7 @@ class ZeroShotTagger:
         found = (CLIP_LOGIT_SCALE * (features @ image - nothing @ image)).sigmoid()
         return dict(zip(words, found.tolist(), strict=True))
 
-    def words(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def encode_vocabulary(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """(word -> its features, the features of nothing), asked once."""
         if self._word_features is None:
             vocabulary = tuple(dict.fromkeys(word for group in self.vocabulary for word in group.words))

@@ -72,7 +72,7 @@ class PromptRow:
         return self.target if self.positive is None else self.positive
 
     @property
-    def base(self) -> str:
+    def effective_neutral(self) -> str:
         return self.unconditional if self.neutral is None else self.neutral
 
 

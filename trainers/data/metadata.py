@@ -56,7 +56,7 @@ class ImageMetadata:
 class MetadataTable:
     """The rows of one metadata file, matched with pictures, and what could not be matched."""
 
-    notes: dict[Path, ImageMetadata]
+    entries: dict[Path, ImageMetadata]
     problems: tuple[str, ...] = ()
 
 

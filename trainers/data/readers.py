@@ -277,7 +277,7 @@ def read_metadata_notes(
             continue
         for problem in table.problems:
             skipped.add(file, problem)
-        for image, note in table.notes.items():
+        for image, note in table.entries.items():
             notes.setdefault(image, []).append(note)
     return notes
 

@@ -152,7 +152,7 @@ def leco_targets_of_row(row: PromptRow, said) -> tuple[PromptTarget, ...]:
     return make_leco_targets(
         said(row.target),
         said(row.effective_positive),
-        said(row.base),
+        said(row.effective_neutral),
         said(row.unconditional),
         row.action,
         row.guidance,
@@ -169,7 +169,7 @@ def check_targets_change(pulls, row):
         for pull in pulls
     ):
         raise ValueError(
-            f"{row.target!r}: with action {row.action}, positive {row.effective_positive!r}, neutral {row.base!r}, "
-            f"unconditional {row.unconditional!r} and guidance {row.guidance:g} the goal is what the model says "
+            f"{row.target!r}: with action {row.action}, positive {row.effective_positive!r}, neutral "
+            f"{row.effective_neutral!r}, unconditional {row.unconditional!r} and guidance {row.guidance:g} the goal is what the model says "
             "already, and nothing would be learnt. Raise guidance above 1, or change one of the prompts."
         )

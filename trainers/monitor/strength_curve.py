@@ -179,7 +179,7 @@ def row_slider_axis(row: PromptRow, slider: bool = False) -> SliderAxis:
     said = lambda prompt: f"{first} {prompt}".strip()
     ends = {
         "slider": (row.effective_positive, row.unconditional, row.effective_positive),
-        "erase": (row.base, row.effective_positive, row.base),
+        "erase": (row.effective_neutral, row.effective_positive, row.effective_neutral),
         "enhance": (
             row.effective_positive,
             row.unconditional,

@@ -21,7 +21,7 @@ class WrittenCaption:
     """One caption file, and where its former text went; None when there was no file."""
 
     path: Path
-    kept: Path | None
+    backup: Path | None
 
 
 def write_caption_files(
@@ -52,7 +52,7 @@ def format_written_captions(written: list[WrittenCaption] | None) -> list[str]:
     """Lines on what was written; none when nothing was asked for."""
     if written is None:
         return []
-    lines = [f"wrote {one.path}" + (f" (before: {one.kept})" if one.kept else " (new)") for one in written]
+    lines = [f"wrote {one.path}" + (f" (before: {one.backup})" if one.backup else " (new)") for one in written]
     return [f"{len(written)} caption files written", *lines] if written else ["no caption file needed a change"]
 
 
