@@ -52,7 +52,7 @@ def test_a_pictures_own_tags_count_once_with_those_of_its_caption():
 
 
 def test_tokens_are_counted_per_text_encoder_with_the_limit_of_each():
-    found = build_caption_report(dataset((" ".join("a" * 76),), ("a b",)), tokens=words)
+    found = build_caption_report(dataset((" ".join("a" * 76),), ("a b",)), count_tokens=words)
     assert found["tokens"]["l"] == {
         "mean": 39.0,
         "most": 76,
@@ -65,7 +65,7 @@ def test_tokens_are_counted_per_text_encoder_with_the_limit_of_each():
 
 
 def test_warnings_say_what_and_which():
-    found = build_caption_report(MIXED, trigger="sks", tokens=lambda text: {"l": 100})["warnings"]
+    found = build_caption_report(MIXED, trigger="sks", count_tokens=lambda text: {"l": 100})["warnings"]
     assert found == [
         "1 of 5 pictures have no caption: 3.png",
         "2 of 5 pictures do not say the trigger 'sks': 3.png, 4.png",
@@ -73,7 +73,7 @@ def test_warnings_say_what_and_which():
         "5 captions have more than 75 tokens in l (read in up to 2 chunks): 0.png, 1.png, 2.png, 4.png, 4.png",
     ]
     assert build_caption_report(dataset(("a",), ("b",), ("c",), ("c",)))["warnings"] != []
-    assert build_caption_report(dataset(("a",), ("b",), ("c",)), tokens=words)["warnings"] == []
+    assert build_caption_report(dataset(("a",), ("b",), ("c",)), count_tokens=words)["warnings"] == []
 
 
 def test_the_report_reads_well():
@@ -96,7 +96,7 @@ def test_the_report_reads_well():
 
 
 def test_a_dataset_without_any_caption_has_a_report_too():
-    assert format_caption_report(build_caption_report(dataset((), ()), tokens=words)).splitlines() == [
+    assert format_caption_report(build_caption_report(dataset((), ()), count_tokens=words)).splitlines() == [
         "2 pictures, 0 with captions, 0 with alternatives", "0 captions, 0 different", "! 2 of 2 pictures have no "
                                                                                        "caption: 0.png, "
                                                                                        "1.png"]  # fmt: skip

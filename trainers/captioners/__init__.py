@@ -1,4 +1,4 @@
-"""What says something about a picture: models that see, taggers, file names, a fixed text."""
+"""Captioners: vision-language models, taggers, file names and fixed texts behind one protocol."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """What a captioner says of one picture."""
+    """The caption of one image, and its tags where the captioner gives tags."""
 
     text: str = ""  # prose, or the tags joined
     tags: tuple[str, ...] = ()
 
 
 class Captioner(Protocol):
-    """Anything that looks at one picture and says something."""
+    """Anything that gives one image a caption."""
 
-    identity: str  # the model and every setting that changes the words: part of the cache's key
+    @property
+    def identity(self) -> str:
+        """The model and every setting that changes its captions: part of the cache's key."""
+        ...
 
-    def caption(self, picture: Image.Image, prompt: str) -> CaptionResult:
-        """What it says of an RGB picture; taggers and file names leave the prompt aside."""
+    def caption(self, image: Image.Image, prompt: str) -> CaptionResult:
+        """The caption of an RGB image; taggers and file names ignore the prompt."""
         ...

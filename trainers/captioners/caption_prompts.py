@@ -1,7 +1,6 @@
-"""What a model that sees is asked, and what its answer is held to: begin with, never say, always say.
+"""Prompts for captioning models, and the rules that their answers must meet: how to begin, forbidden and forced words.
 
-The presets are this project's own words. A template knows {tags}, {name}, {folder} and {caption} of the picture at
-hand.
+The presets are this project's own words. Templates may use {tags}, {name}, {folder} and {caption} of the image.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ CAPTION_LENGTHS = {
     "very long": "Use several paragraphs and leave nothing out.",
     "number of words": "Use about {words} words.",
 }
+TEMPLATE_FIELDS = ("tags", "name", "folder", "caption")
 TEMPLATE_FIELD_PATTERN = re.compile(r"\{(\w+)\}")
 THINK_BLOCK_PATTERN = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
@@ -83,11 +83,12 @@ class PromptSettings(Settings):
 
 
 def split_phrases(words: str) -> list[str]:
-    """The words of a comma-separated text."""
+    """The different phrases of a text, separated by commas or lines."""
     return list(dict.fromkeys(filter(None, map(str.strip, words.replace("\n", ",").split(",")))))
 
 
 def template_values(record: ImageRecord) -> dict[str, str]:
+    """The value of each of TEMPLATE_FIELDS for this image."""
     path = Path(record.path)
     return {
         "tags": ", ".join(record.tags),
@@ -97,11 +98,8 @@ def template_values(record: ImageRecord) -> dict[str, str]:
     }
 
 
-TEMPLATE_FIELDS = ("tags", "name", "folder", "caption")
-
-
 def check_caption_template(template: str) -> None:
-    """ValueError for a {field} that no picture has."""
+    """ValueError for a {field} that is none of TEMPLATE_FIELDS."""
     unknown = [name for name in TEMPLATE_FIELD_PATTERN.findall(template) if name not in TEMPLATE_FIELDS]
     if unknown:
         raise ValueError(
@@ -111,14 +109,14 @@ def check_caption_template(template: str) -> None:
 
 
 def fill_caption_template(template: str, record: ImageRecord) -> str:
-    """The template with the picture's own words in its {fields}."""
+    """The template with this image's values in its {fields}."""
     check_caption_template(template)
     values = template_values(record)
     return TEMPLATE_FIELD_PATTERN.sub(lambda match: values[match[1]], template)
 
 
 def build_caption_prompt(wording: PromptSettings) -> str:
-    """The template that a model is asked, when the user writes none."""
+    """The prompt template made from the settings, for a user who writes none."""
     parts = [CAPTION_STYLES[wording.style], CAPTION_LENGTHS[wording.length].format(words=wording.words)]
     if forced := split_phrases(wording.forced):
         parts.append(f"Mention: {', '.join(forced)}.")
@@ -130,47 +128,40 @@ def build_caption_prompt(wording: PromptSettings) -> str:
 # -- the answer --------------------------------------------------------------------------------------------------------
 
 
-def apply_wording_rules(wording: PromptSettings, said: CaptionResult) -> CaptionResult:
-    """The answer without thoughts and forbidden words, with the beginning and the forced words."""
-    body = tidy_answer_text(remove_words(split_phrases(wording.forbidden), THINK_BLOCK_PATTERN.sub("", said.text)))
-    tags = tuple(
-        dict.fromkeys(
-            filter(None, (tidy_answer_text(remove_words(split_phrases(wording.forbidden), tag)) for tag in said.tags))
-        )
-    )
+def apply_wording_rules(wording: PromptSettings, answer: CaptionResult) -> CaptionResult:
+    """The model's answer without its thinking and the forbidden words, with the beginning and the forced words."""
+    forbidden = split_phrases(wording.forbidden)
+    body = tidy_answer_text(remove_words(forbidden, THINK_BLOCK_PATTERN.sub("", answer.text)))
+    tags = tuple(dict.fromkeys(filter(None, (tidy_answer_text(remove_words(forbidden, tag)) for tag in answer.tags))))
     if not body and not tags:
         return CaptionResult()
-    glue = ", " if said.tags else " "
+    glue = ", " if answer.tags else " "
     body, tags = prepend_begin_words(wording.begin.strip(), body, tags, glue)
-    missing = [word for word in split_phrases(wording.forced) if not contains_word(body, word)]
-    return CaptionResult(", ".join([body.rstrip(" ,"), *missing]), (*tags, *missing) if said.tags else ())
+    missing = [word for word in split_phrases(wording.forced) if not whole_word_pattern(word).search(body)]
+    return CaptionResult(", ".join([body.rstrip(" ,"), *missing]), (*tags, *missing) if answer.tags else ())
 
 
-def prepend_begin_words(begin: str, body: str, tags, glue: str):
-    """(body, tags) that begin with these words, said once."""
+def prepend_begin_words(begin: str, body: str, tags: tuple[str, ...], glue: str) -> tuple[str, tuple[str, ...]]:
+    """(body, tags) that begin with these words; a body that does so already is not changed."""
     if not begin or body.casefold().startswith(begin.casefold()):
         return body, tags
     head = begin.rstrip(" ,") if glue == ", " else begin
     return f"{head}{glue}{body}", (head, *(t for t in tags if t != head)) if tags else ()
 
 
-def whole_word_pattern(value: str) -> re.Pattern:
-    """A pattern that finds these words whole, whatever their case."""
-    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)", re.IGNORECASE)
+def whole_word_pattern(phrase: str) -> re.Pattern:
+    """A pattern that finds the phrase as whole words, in upper and lower case."""
+    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
 
 
-def contains_word(body: str, value: str) -> bool:
-    return whole_word_pattern(value).search(body) is not None
-
-
-def remove_words(words: list[str], body: str) -> str:
-    for value in words:
-        body = whole_word_pattern(value).sub("", body)
+def remove_words(phrases: list[str], body: str) -> str:
+    for phrase in phrases:
+        body = whole_word_pattern(phrase).sub("", body)
     return body
 
 
 def tidy_answer_text(body: str) -> str:
-    """One line of text, without the holes that removed words leave: doubled spaces, commas side by side."""
+    """One line of text, without the doubled spaces and commas that removed words leave."""
     body = re.sub(r"\s+", " ", body)
     body = re.sub(r"\s+([,.;:!?])", r"\1", body)
     body = re.sub(r",(?:\s*,)+", ",", body)

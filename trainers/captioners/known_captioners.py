@@ -1,4 +1,4 @@
-"""Captioners that are known to work, and what to say when one is not on this machine."""
+"""Captioners that are known to work, their download, and the message when one is not on this machine."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOCAL_MODEL, WD_TAGGER = "local model", "WD tagger"
-DOWNLOAD_PATTERNS = (
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.csv",
-)  # never .bin or .py: what could run code stays away
-ONNX_DOWNLOAD_PATTERNS = ("*.onnx", "*.json", "*.csv")  # a tagger, where timm is not installed
+# Never .bin or .py: those can run code.
+DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.csv")
+ONNX_DOWNLOAD_PATTERNS = ("*.onnx", "*.json", "*.csv")  # of a tagger, where timm is not installed
 
 
 @dataclass(frozen=True)
 class KnownCaptioner:
+    """A repository on Hugging Face that is known to work."""
+
     gigabytes: float  # to download
     backend: str
     description: str
@@ -42,17 +38,16 @@ SMALLEST_CAPTIONERS = {LOCAL_MODEL: "florence-community/Florence-2-large-ft", WD
 
 
 def format_missing_captioner(name: str, searched: list[Path], target: Path, backend: str) -> str:
-    """What is wanted, where it was looked for, how it is had, and what needs none."""
-    repo = name if name in KNOWN_CAPTIONERS else None
-    have = (
-        f"To have it ({KNOWN_CAPTIONERS[repo].gigabytes:g} GB): hf download {repo} --local-dir "
-        f"{target / Path(repo).name}"
-        if repo
+    """The error message for a missing captioner: where it was searched, how to get it, and what needs no download."""
+    remedy = (
+        f"To have it ({KNOWN_CAPTIONERS[name].gigabytes:g} GB): hf download {name} --local-dir "
+        f"{target / Path(name).name}"
+        if name in KNOWN_CAPTIONERS
         else format_download_hint(backend, target)
     )
     folders = "\n".join(f"  {folder}" for folder in searched)
     return (
-        f"The captioner {name!r} is not on this machine. Searched:\n{folders}\n{have}\n"
+        f"The captioner {name!r} is not on this machine. Searched:\n{folders}\n{remedy}\n"
         "Or tick allow_download, and it is fetched at the next run. Without any download: connect a CLIP that sees "
         "(Qwen3-VL, Gemma 3 or 4) and "
         "choose 'loaded CLIP', or choose 'file name' or 'fixed text'."
@@ -60,7 +55,7 @@ def format_missing_captioner(name: str, searched: list[Path], target: Path, back
 
 
 def format_download_hint(backend: str, target: Path) -> str:
-    """The download line of the smallest captioner of a backend, for a name that nobody knows."""
+    """How to download the smallest captioner of this backend, for a name that is not in the list."""
     repo = SMALLEST_CAPTIONERS[backend]
     return (
         f"Press R and choose a model that is there, or get {repo} ({KNOWN_CAPTIONERS[repo].gigabytes:g} GB): hf "
@@ -69,17 +64,20 @@ def format_download_hint(backend: str, target: Path) -> str:
 
 
 def download_captioner(repo: str, target: Path, report, check_interrupt) -> Path:
-    """The folder of a repository, downloaded whole or not at all; an interrupted download goes on where it was.
+    """The folder of a downloaded repository. It gets its name only when it is complete; an interrupted download
+    resumes.
 
-    report(done bytes, all bytes, text). Raises ValueError with the hub's own reason."""
+    report(done bytes, total bytes, text). Raises ValueError with the hub's own reason."""
     import huggingface_hub
 
     part = target.with_name(f".{target.name}.part")
+    tagger = repo in KNOWN_CAPTIONERS and KNOWN_CAPTIONERS[repo].backend == WD_TAGGER
+    onnx = tagger and importlib.util.find_spec("timm") is None
     try:
         huggingface_hub.snapshot_download(
             repo,
             local_dir=part,
-            allow_patterns=list_download_patterns(repo),
+            allow_patterns=list(ONNX_DOWNLOAD_PATTERNS if onnx else DOWNLOAD_PATTERNS),
             tqdm_class=make_download_bar_class(report, check_interrupt, repo),
         )
         part.replace(target)
@@ -90,16 +88,12 @@ def download_captioner(repo: str, target: Path, report, check_interrupt) -> Path
     return target
 
 
-def list_download_patterns(repo: str) -> list[str]:
-    tagger = repo in KNOWN_CAPTIONERS and KNOWN_CAPTIONERS[repo].backend == WD_TAGGER
-    return list(ONNX_DOWNLOAD_PATTERNS if tagger and importlib.util.find_spec("timm") is None else DOWNLOAD_PATTERNS)
-
-
 def make_download_bar_class(report, check_interrupt, repo: str):
-    """The hub's progress bar, which tells the node instead of the console and stops when the user does."""
+    """A tqdm class for huggingface_hub that reports to the node instead of the console and raises the host's
+    interrupt."""
     from tqdm.auto import tqdm
 
-    class Bar(tqdm):
+    class NodeProgressBar(tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(
                 *args, **{**{k: v for k, v in kwargs.items() if k != "name"}, "disable": False, "file": NullTextFile()}
@@ -112,11 +106,11 @@ def make_download_bar_class(report, check_interrupt, repo: str):
                 report(min(int(self.n), int(self.total)), int(self.total), f"bytes of {repo}")
             return shown
 
-    return Bar
+    return NodeProgressBar
 
 
 class NullTextFile:
-    """A file that forgets what is written."""
+    """A text file that discards what is written: tqdm needs one."""
 
     encoding = "utf-8"
 

@@ -1,8 +1,8 @@
-"""Taggers of the WD kind from a local folder: pictures in, the probability of every tag out.
+"""WD-style taggers from a local folder: image in, the probability of every tag out.
 
 A folder holds a list of tags (selected_tags.csv) and a network: model.safetensors with timm's config.json, or
-model.onnx. The first runs on torch, wherever its host puts it; the second on onnxruntime. Pictures are prepared as the
-taggers were trained: on white, padded to a square, resized bicubically, blue first (SmilingWolf's wd-tagger).
+model.onnx. The first runs on torch, on the device where the host puts it; the second on onnxruntime. Images are
+prepared as the taggers were trained: on white, padded to a square, resized bicubically, BGR (SmilingWolf's wd-tagger).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,11 +33,39 @@ TIMM_PACKAGE, ONNX_PACKAGE = "timm", "onnxruntime"
 TIMM_WEIGHTS_FILE = "model.safetensors"  # the file that timm itself prefers
 
 
+class TaggerNetwork(Protocol):
+    """A network that gives tag probabilities, and how its input is prepared."""
+
+    size: int  # side of the square input, in pixels
+
+    @property
+    def module(self) -> torch.nn.Module | None: ...
+
+    @property
+    def outputs(self) -> int | None:
+        """How many tags it has; None where the file does not say."""
+        ...
+
+    def preprocess(self, pixels: np.ndarray) -> np.ndarray: ...
+
+    def run(self, batch: np.ndarray) -> np.ndarray: ...
+
+
+class OnnxSession(Protocol):
+    """The part of onnxruntime.InferenceSession that is used here."""
+
+    def get_inputs(self) -> Sequence[Any]: ...
+
+    def get_outputs(self) -> Sequence[Any]: ...
+
+    def run(self, output_names: None, input_feed: dict[str, np.ndarray]) -> Sequence[Any]: ...
+
+
 @dataclass
 class WdTagger:
-    """A captioner that says tags. `module` is the network for the host to place, or None where onnxruntime runs it."""
+    """A captioner that gives tags."""
 
-    network: TimmNetwork | OnnxNetwork
+    network: TaggerNetwork
     labels: Sequence[TagLabel]
     settings: TaggerSettings
     name: str
@@ -54,46 +83,47 @@ class WdTagger:
 
     @property
     def module(self) -> torch.nn.Module | None:
+        """The torch network for the host to place, or None where onnxruntime runs it."""
         return self.network.module
 
-    def preprocess(self, picture: Image.Image) -> np.ndarray:
-        """One picture as the network wants it."""
-        pixels = pad_to_white_square(picture, self.network.size)
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """One image as the network's input, without the batch dimension."""
+        pixels = pad_to_white_square(image, self.network.size)
         return self.network.preprocess(pixels[:, :, ::-1] if self.settings.channels == "BGR" else pixels)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Probabilities (B, tags) of a batch of prepared pictures."""
+        """Probabilities (B, tags) of a batch of preprocessed images."""
         return self.network.run(batch)
 
-    def caption(self, picture: Image.Image, prompt: str = "") -> CaptionResult:
-        tags = select_tags(self.labels, self.run(self.preprocess(picture)[None])[0], self.settings)
+    def caption(self, image: Image.Image, prompt: str = "") -> CaptionResult:
+        tags = select_tags(self.labels, self.run(self.preprocess(image)[None])[0], self.settings)
         return CaptionResult(", ".join(tags), tags)
 
 
 def load_tagger(folder, settings: TaggerSettings | None = None) -> WdTagger:
-    """The tagger in this folder. ValueError says what it lacks, ImportError which package to install."""
+    """The tagger in this folder. Raises ValueError for what the folder lacks, ImportError for a package that is not
+    installed."""
     folder = Path(folder)
-    listing = find_tag_list(folder)
-    labels = read_tag_labels(listing)
+    labels = read_tag_labels(find_tag_list(folder))
     network, weights = load_tagger_network(folder)
     return WdTagger(network, labels, settings or TaggerSettings(), f"{folder.name} {hash_file_samples(weights)}")
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
-def pad_to_white_square(picture: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: the whole picture on white, centred in a square, bicubic."""
-    picture = flatten_alpha(picture, WHITE)
-    side = max(picture.size)
-    ground = Image.new("RGB", (side, side), WHITE)
-    ground.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return np.array(ground if side == size else ground.resize((size, size), Image.Resampling.BICUBIC))
+def pad_to_white_square(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: the whole image on white, centred in a square, resized bicubically."""
+    image = flatten_alpha(image, WHITE)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), WHITE)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.array(square if side == size else square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
 class PixelNormaliser:
-    """(pixel / 255 - mean) / std, channels first: what timm's networks are trained on."""
+    """(H, W, 3) uint8 -> (3, H, W): (pixel / 255 - mean) / std, as timm's networks are trained."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -105,9 +135,9 @@ class PixelNormaliser:
 
 
 def normaliser_from_config(config: dict) -> PixelNormaliser | None:
-    """The one that a timm config.json names, or None."""
-    known = config.get("pretrained_cfg") or {}
-    return PixelNormaliser(tuple(known["mean"]), tuple(known["std"])) if "mean" in known and "std" in known else None
+    """The normaliser with the mean and std of a timm config.json, or None where it names none."""
+    found = config.get("pretrained_cfg") or {}
+    return PixelNormaliser(tuple(found["mean"]), tuple(found["std"])) if "mean" in found and "std" in found else None
 
 
 # -- the list of tags --------------------------------------------------------------------------------------------------
@@ -117,11 +147,11 @@ def find_tag_list(folder: Path) -> Path:
     """The .csv file that names the tags. ValueError when the folder holds none."""
     if not folder.is_dir():
         raise ValueError(f"There is no tagger folder {folder}. For example: {TAGGER_DOWNLOAD_EXAMPLE}")
-    known = [folder / name for name in TAG_LIST_FILES if (folder / name).is_file()]
-    found = known or [
+    usual = [folder / name for name in TAG_LIST_FILES if (folder / name).is_file()]
+    found = usual or [
         path for path in sorted(folder.glob("*.csv")) if {"name", "category"} <= set(read_csv_header(path))
     ]
-    if len(found) != 1 and not known:
+    if len(found) != 1 and not usual:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         remedy = "keep one of them" if found else f"download the whole folder, for example: {TAGGER_DOWNLOAD_EXAMPLE}"
         raise ValueError(
@@ -137,7 +167,7 @@ def read_csv_header(path: Path) -> list[str]:
 
 
 def read_tag_labels(path: Path) -> tuple[TagLabel, ...]:
-    """The tags in the order of the network's outputs. Categories are numbers of Danbooru and e621 (0, 4, 9 ...) or
+    """The tags in the order of the network's outputs. Categories are Danbooru's and e621's numbers (0, 4, 9 ...) or
     words."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -149,9 +179,9 @@ def read_tag_labels(path: Path) -> tuple[TagLabel, ...]:
     return tuple(TagLabel((row["name"] or "").strip(), parse_tag_category(row["category"] or "")) for row in rows)
 
 
-def parse_tag_category(written: str) -> str:
-    written = written.strip().casefold()
-    return TAG_CATEGORIES.get(written, written or TAG_CATEGORIES["0"])
+def parse_tag_category(text: str) -> str:
+    text = text.strip().casefold()
+    return TAG_CATEGORIES.get(text, text or TAG_CATEGORIES["0"])
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -159,7 +189,7 @@ def parse_tag_category(written: str) -> str:
 
 @dataclass
 class TimmNetwork:
-    """A torch network whose outputs are logits."""
+    """A timm network, which gives logits."""
 
     module: torch.nn.Module
     size: int
@@ -167,7 +197,7 @@ class TimmNetwork:
 
     @property
     def outputs(self) -> int:
-        return self.module.num_classes
+        return cast(int, self.module.num_classes)
 
     def preprocess(self, pixels: np.ndarray) -> np.ndarray:
         return self.normalise(pixels)  # (3, size, size)
@@ -180,12 +210,12 @@ class TimmNetwork:
 
 @dataclass
 class OnnxNetwork:
-    """A network run by onnxruntime. Pixels last (N, H, W, 3): plain 0 to 255, as WD's; pixels first: normalised as
-    config.json says."""
+    """A network that onnxruntime runs. Channels-last input (N, H, W, 3) takes pixels of 0 to 255, as WD's taggers do;
+    channels-first input takes them normalised as config.json says."""
 
-    session: object
+    session: OnnxSession
     size: int
-    normalise: PixelNormaliser | None
+    normalise: PixelNormaliser | None  # None: channels last
     module = None
 
     @property
@@ -200,12 +230,12 @@ class OnnxNetwork:
         out = self.session.run(None, {self.session.get_inputs()[0].name: np.ascontiguousarray(batch)})[0].astype(
             np.float32
         )
-        logits = out.min() < 0 or out.max() > 1  # WD's .onnx files end with the sigmoid, others leave it out
+        logits = out.min() < 0 or out.max() > 1  # WD's .onnx files contain the sigmoid, others do not
         return torch.from_numpy(out).sigmoid().numpy() if logits else out
 
 
-def load_tagger_network(folder: Path):
-    """(network, its file). Torch goes first: its weights can be moved between GPU and RAM by the host."""
+def load_tagger_network(folder: Path) -> tuple[TaggerNetwork, Path]:
+    """(network, its weights file). Torch is preferred: the host can move its weights between GPU and RAM."""
     weights = folder / TIMM_WEIGHTS_FILE
     onnx = next(iter(sorted(folder.glob("*.onnx"))), None)
     config = read_tagger_config(folder)
@@ -249,35 +279,30 @@ def load_timm_network(folder: Path, config: dict) -> TimmNetwork:
 
     try:
         module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AssertionError,
-    ) as error:  # timm before 1.0.16 asserts that it knows no local-dir
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        # AssertionError: timm before 1.0.16 does not know local-dir
         raise ValueError(
             f"{folder.name} ({config['architecture']!r}) cannot be loaded with timm {timm.__version__}: {error}. If "
             "the folder was downloaded whole, a newer timm may read it: python -m pip install -U timm"
         ) from error
-    known = module.pretrained_cfg
-    return TimmNetwork(module, known["input_size"][-1], PixelNormaliser(tuple(known["mean"]), tuple(known["std"])))
+    data = cast(dict, module.pretrained_cfg)
+    return TimmNetwork(module, data["input_size"][-1], PixelNormaliser(tuple(data["mean"]), tuple(data["std"])))
 
 
-def make_onnx_network(path: Path, config: dict, session=None) -> OnnxNetwork:
-    """Its input is (N, size, size, 3) or (N, 3, size, size)."""
+def make_onnx_network(path: Path, config: dict, session: OnnxSession | None = None) -> OnnxNetwork:
+    """The network of an .onnx file whose input is (N, size, size, 3) or (N, 3, size, size)."""
     session = session or open_onnx_session(path)
     shape = session.get_inputs()[0].shape
-    last = len(shape) == 4 and shape[3] == 3
-    if not last and not (len(shape) == 4 and shape[1] == 3):
+    channels_last = len(shape) == 4 and shape[3] == 3
+    if not channels_last and not (len(shape) == 4 and shape[1] == 3):
         raise ValueError(
             f"{path} wants pictures of shape {shape}; a tagger wants (N, size, size, 3) or (N, 3, size, size)."
         )
     size = shape[2]
     if not isinstance(size, int):
         size = (config.get("pretrained_cfg") or {}).get("input_size", [448])[-1]
-    normalise = None if last else normaliser_from_config(config)
-    if not last and normalise is None:
+    normalise = None if channels_last else normaliser_from_config(config)
+    if not channels_last and normalise is None:
         raise ValueError(
             f"{path} wants normalised pixels, and no config.json beside it names mean and std. Use a tagger of the WD "
             "kind, or its .safetensors version."
@@ -285,19 +310,18 @@ def make_onnx_network(path: Path, config: dict, session=None) -> OnnxNetwork:
     return OnnxNetwork(session, size, normalise)
 
 
-def open_onnx_session(path: Path):
+def open_onnx_session(path: Path) -> OnnxSession:
     require_package(ONNX_PACKAGE, path.parent)
     import onnxruntime
 
-    wishes = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
     return onnxruntime.InferenceSession(
-        str(path), providers=[p for p in wishes if p in onnxruntime.get_available_providers()]
+        str(path), providers=[p for p in preferred if p in onnxruntime.get_available_providers()]
     )
 
 
 def hash_file_samples(path: Path) -> str:
-    """12 hex digits over the file's length and pieces from all of it: another file, another captioner, without reading
-    a gigabyte."""
+    """12 hex digits from the file's length and samples spread over it: tells files apart without reading gigabytes."""
     length = path.stat().st_size
     digest = hashlib.blake2b(str(length).encode(), digest_size=6)
     with path.open("rb") as file:

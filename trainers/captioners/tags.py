@@ -1,6 +1,6 @@
-"""Which tags a picture gets, from the probability of every tag that a tagger knows.
+"""Which tags an image gets, from the probability of every tag that a tagger knows.
 
-Probabilities in, words out: thresholds, unwanted and renamed tags, overlaps, order and spelling, without any model.
+Probabilities in, words out: thresholds, unwanted and renamed tags, overlaps, order and spelling. No model is needed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..data.captions.edits import BOORU_KAOMOJI
 from ..settings import Settings, choice_field, number_field, switch_field, text_field
 
 GENERAL_CATEGORY, CHARACTER_CATEGORY, RATING_CATEGORY = "general", "character", "rating"
@@ -21,25 +22,17 @@ TAG_CATEGORIES = {
     "8": "lore",
     "9": RATING_CATEGORY,
 }
-CATEGORY_ORDER = (
-    CHARACTER_CATEGORY,
-    "copyright",
-    "artist",
-    "species",
-    GENERAL_CATEGORY,
-)  # the order of a caption by category; others follow
+# Order "category": other categories follow these.
+CATEGORY_ORDER = (CHARACTER_CATEGORY, "copyright", "artist", "species", GENERAL_CATEGORY)
 TAG_ORDERS = ("characters first", "probability", "category")
 RATING_POSITIONS = ("off", "first", "last")
 MIN_CHARACTER_THRESHOLD = 0.15  # mcut never names a character below this (SmilingWolf's wd-tagger)
-# Faces are spelled as they are: the underscore is a mouth or a nose.
-TAGGER_KAOMOJI = frozenset(
-    "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()
-)
+TAGGER_KAOMOJI = BOORU_KAOMOJI - {";_;", "t_t"}  # SmilingWolf's list of emoticons, which keep their underscores
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaggerSettings(Settings):
-    """Which tags a picture keeps, and how they are written. The last two are for words that CLIP picks, the others for
+    """Which tags an image keeps, and how they are written. The last two are for zero-shot tags, the others for
     taggers."""
 
     general_threshold: float = number_field(
@@ -93,7 +86,7 @@ class TaggerSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        parse_replacements(self.replacements)  # a mistake in it is told before the work begins
+        parse_replacements(self.replacements)  # so that a mistake in it is an error before the work begins
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class TagLabel:
 
 @dataclass(frozen=True)
 class PredictedTag:
-    """A tag of a picture."""
+    """A tag and its probability on one image."""
 
     name: str
     category: str
@@ -116,14 +109,13 @@ class PredictedTag:
 def select_tags(
     labels: Sequence[TagLabel], probabilities: Iterable[float], settings: TaggerSettings
 ) -> tuple[str, ...]:
-    """The tags of one picture as they are written, each once."""
+    """The tags of one image as they are written, each once."""
     everything = [
         PredictedTag(label.name, label.category, float(p)) for label, p in zip(labels, probabilities, strict=True)
     ]
-    found = apply_replacements(
-        drop_undesired_tags(keep_tags_over_threshold(everything, settings), settings.undesired),
-        parse_replacements(settings.replacements),
-    )
+    found = drop_undesired_tags(keep_tags_over_threshold(everything, settings), settings.undesired)
+    names = parse_replacements(settings.replacements)
+    found = [replace(tag, name=name) for tag in found for name in names.get(tagger_tag_key(tag.name), (tag.name,))]
     if settings.expand_characters:
         found = [part for tag in found for part in expand_character_tag(tag)]
     found = drop_repeated_tags(found)
@@ -140,15 +132,17 @@ def select_tags(
 
 
 def keep_tags_over_threshold(tags: Sequence[PredictedTag], settings: TaggerSettings) -> list[PredictedTag]:
-    """Tags at or above the threshold of their kind, most probable first. Ratings are no tags: see with_rating."""
-    people = [tag for tag in tags if tag.category == CHARACTER_CATEGORY]
+    """Tags at or above the threshold of their category, most probable first. Ratings are left out: see
+    add_rating_tag."""
+    characters = [tag for tag in tags if tag.category == CHARACTER_CATEGORY]
     others = [tag for tag in tags if tag.category not in (CHARACTER_CATEGORY, RATING_CATEGORY)]
-    least, least_person = settings.general_threshold, settings.character_threshold
+    threshold, character_threshold = settings.general_threshold, settings.character_threshold
     if settings.mcut:
-        least = mcut((tag.probability for tag in others), least)
-        least_person = max(MIN_CHARACTER_THRESHOLD, mcut((tag.probability for tag in people), least_person))
-    kept = [tag for tag in others if tag.probability >= least] + [
-        tag for tag in people if tag.probability >= least_person
+        threshold = mcut((tag.probability for tag in others), threshold)
+        found = mcut((tag.probability for tag in characters), character_threshold)
+        character_threshold = max(MIN_CHARACTER_THRESHOLD, found)
+    kept = [tag for tag in others if tag.probability >= threshold] + [
+        tag for tag in characters if tag.probability >= character_threshold
     ]
     return sort_by_probability(kept)
 
@@ -170,7 +164,7 @@ def drop_undesired_tags(tags: Iterable[PredictedTag], undesired: str) -> list[Pr
 
 
 def parse_replacements(text: str) -> dict[str, tuple[str, ...]]:
-    """Key of a tag -> the tags that stand for it. Pairs are a -> b; c -> d, or kohya's a,b;c,d. ValueError when one is
+    """Key of a tag -> the tags that replace it. Pairs are a -> b; c -> d, or kohya's a,b;c,d. ValueError when one is
     no pair."""
     out = {}
     for pair in filter(str.strip, text.replace("\n", ";").split(";")):
@@ -185,13 +179,9 @@ def parse_replacements(text: str) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def apply_replacements(tags: Iterable[PredictedTag], names: dict[str, tuple[str, ...]]) -> list[PredictedTag]:
-    return [replace(tag, name=name) for tag in tags for name in names.get(tagger_tag_key(tag.name), (tag.name,))]
-
-
 def expand_character_tag(tag: PredictedTag) -> list[PredictedTag]:
-    """A character as name and series; the last parentheses hold the series: saber_(alter)_(fate) -> saber_(alter),
-    fate."""
+    """A character tag as name and series, which stands in the last parentheses: saber_(alter)_(fate) ->
+    saber_(alter), fate. Other tags stay as they are."""
     name, opened, series = tag.name.removesuffix(")").rpartition("(")
     if (
         tag.category != CHARACTER_CATEGORY
@@ -212,8 +202,8 @@ def drop_repeated_tags(tags: Iterable[PredictedTag]) -> list[PredictedTag]:
 
 
 def drop_overlapping_tags(tags: Sequence[PredictedTag]) -> list[PredictedTag]:
-    """Without tags whose words another one ends with. The thing a tag names comes last, so that very_long_hair says
-    long_hair and hair too, while cat_ears does not say cat."""
+    """The tags without those whose words another tag ends with. What a tag names comes last: very_long_hair implies
+    long_hair and hair, while cat_ears does not imply cat."""
     words = {
         tagger_tag_key(tag.name): tuple(tagger_tag_key(tag.name).split("_"))
         for tag in tags
@@ -234,20 +224,21 @@ def order_tags(tags: Sequence[PredictedTag], order: str) -> list[PredictedTag]:
     if order == "characters first":
         return sorted(tags, key=lambda tag: tag.category != CHARACTER_CATEGORY)
     if order == "category":
-        rank = {category: place for place, category in enumerate(CATEGORY_ORDER)}
+        rank = {category: index for index, category in enumerate(CATEGORY_ORDER)}
         return sorted(tags, key=lambda tag: rank.get(tag.category, len(rank)))
     return list(tags)
 
 
 def move_tags_to_front(tags: Sequence[PredictedTag], first: str) -> list[PredictedTag]:
-    """The tags named in `first`, where they are among these, before the others."""
-    places = {tagger_tag_key(name): place for place, name in enumerate(split_tag_names(first))}
-    return sorted(tags, key=lambda tag: places.get(tagger_tag_key(tag.name), len(places)))
+    """The tags with those named in `first` before the others, in that order."""
+    rank = {tagger_tag_key(name): index for index, name in enumerate(split_tag_names(first))}
+    return sorted(tags, key=lambda tag: rank.get(tagger_tag_key(tag.name), len(rank)))
 
 
 def add_rating_tag(
     tags: Sequence[PredictedTag], everything: Iterable[PredictedTag], settings: TaggerSettings
 ) -> list[PredictedTag]:
+    """The tags with the most probable rating before or after them, as the settings say."""
     best = sort_by_probability(tag for tag in everything if tag.category == RATING_CATEGORY)[:1]
     return {"first": [*best, *tags], "last": [*tags, *best]}.get(settings.ratings, list(tags))
 
@@ -258,7 +249,7 @@ def format_tag_name(name: str, settings: TaggerSettings) -> str:
 
 
 def tagger_tag_key(name: str) -> str:
-    """One form for all spellings of a tag: long hair, Long_Hair, long_hair."""
+    """A key that is equal for all spellings of a tag: long hair, Long_Hair, long_hair."""
     return "_".join(name.strip().casefold().replace("_", " ").split()) or name.strip()
 
 

@@ -12,20 +12,18 @@ COPY_MARK_PATTERN = re.compile(r"\s+(?:copy|kopie)$", re.IGNORECASE)
 
 
 class TemplateCaptioner:
-    """Says what it is told: the filled template is the caption. It never opens the picture."""
+    """The filled template is the caption; the image is never opened."""
 
     needs_image = False
     identity = "spoken"
 
-    def caption(self, picture, prompt: str) -> CaptionResult:
+    def caption(self, image, prompt: str) -> CaptionResult:
         return CaptionResult(" ".join(prompt.split()))
 
 
 def clean_file_name(path) -> str:
-    """The file's name as words: without its ending, underscores, numbering and copy marks. `red_cat-(3).png` -> red
-    cat.
-
-    A name that is nothing but a number stays as it is."""
+    """The file's name as words, without its extension, underscores, numbering and copy marks: `red_cat-(3).png` -> red
+    cat. A name that is nothing but a number stays as it is."""
     stem = Path(path).stem
     words = " ".join(re.sub(r"[_+]+|(?<!\w)-+|-+(?!\w)|-(?=\d+$)", " ", stem).split())
     bare = words

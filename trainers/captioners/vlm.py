@@ -1,9 +1,9 @@
-"""Vision-language models from a local folder, through transformers' own classes: no code of the folder is run, nothing
-is fetched.
+"""Vision-language models from a local folder as captioners, through transformers' own classes: the folder's code is
+never run, and nothing is downloaded.
 
-Four manners of asking cover them all: a chat template (LLaVA, JoyCaption, Qwen-VL, InternVL, Gemma 3, SmolVLM), a task
-word (Florence-2), text beside the picture (BLIP-2, PaliGemma), and a text that the model goes on from (BLIP, GIT). The
-network stays on the device where its host puts it; this file follows it.
+Four prompt manners cover them all: a chat template (LLaVA, JoyCaption, Qwen-VL, InternVL, Gemma 3, SmolVLM), a task
+token (Florence-2), a text beside the image (BLIP-2, PaliGemma), and a text that the model continues (BLIP, GIT). The
+host decides on which device the network lies; inputs are moved there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,7 +44,7 @@ CONVERTED_REPOSITORIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerSettings(Settings):
-    """How a model that sees looks and speaks."""
+    """Image size and sampling of a captioning model."""
 
     max_res: int = number_field(
         768, 64, 4096, "Longest side of the image that the model receives. Lower is faster.", unit="px", step=32
@@ -78,93 +79,92 @@ class CaptionerSettings(Settings):
 
 @dataclass
 class VlmCaptioner:
-    """A captioner over a transformers model and its processor."""
+    """A captioner made of a transformers model and its processor."""
 
-    module: torch.nn.Module
-    processor: object
-    manner: str
+    module: Any  # transformers' PreTrainedModel with generate()
+    processor: Any  # transformers' processor class of this model; what it can be called with differs by family
+    manner: str  # CHAT_PROMPT, TASK_PROMPT, TEXT_PROMPT or CONTINUATION_PROMPT
     settings: CaptionerSettings
     wording: PromptSettings
-    name: str  # of the model: part of the identity
+    name: str  # of the model and its precision: part of the identity
     check_interrupt: Callable[[], None] = lambda: None
     needs_image = True
     identity: str = field(init=False)
 
     def __post_init__(self):
-        spoken = (
+        decoding = (
             self.wording.begin.strip(),
             self.wording.forbidden,
             self.wording.length if self.manner == TASK_PROMPT else "",
         )
-        self.identity = f"{self.name} {compute_fingerprint(self.settings, *spoken)}"
+        self.identity = f"{self.name} {compute_fingerprint(self.settings, *decoding)}"
 
     @property
     def follows_instructions(self) -> bool:
-        """Whether it does what a sentence asks; the others are given the user's own text or nothing."""
+        """Whether the model follows a prompt in sentences; the others are given the user's own text or nothing."""
         return self.manner == CHAT_PROMPT
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
     @torch.no_grad()
-    def caption(self, picture: Image.Image, prompt: str) -> CaptionResult:
-        """What the model says of the picture; `begin` is put into its mouth where it can be."""
-        picture = downscale_to_max_side(picture.convert("RGB"), self.settings.max_res)
-        inputs, spoken = self.build_inputs(picture, prompt.strip())
+    def caption(self, image: Image.Image, prompt: str) -> CaptionResult:
+        """The model's caption; the answer is made to start with `begin` where the manner allows it."""
+        image = downscale_to_max_side(image.convert("RGB"), self.settings.max_res)
+        inputs, prefix = self.build_inputs(image, prompt.strip())
         inputs = move_inputs_to_device(
             {k: v for k, v in inputs.items() if k != "labels"}, next(self.module.parameters())
         )
         with seeded_sampling(self.settings, self.module):
-            out = self.module.generate(**inputs, **self.generation_kwargs(inputs))
-        new = (
-            out[0] if self.manner == CONTINUATION_PROMPT else strip_prompt_tokens(out[0], inputs.get("input_ids"))
-        )  # what it goes on from is part of the caption
-        words = self.tokenizer.decode(new, skip_special_tokens=True).strip()
-        return CaptionResult(words if not spoken or words.startswith(spoken) else f"{spoken.rstrip()} {words}")
+            out = self.module.generate(**inputs, **self.generation_kwargs())
+        # A continued text is part of the caption, any other prompt is not.
+        new = out[0] if self.manner == CONTINUATION_PROMPT else strip_prompt_tokens(out[0], inputs.get("input_ids"))
+        text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+        return CaptionResult(text if not prefix or text.startswith(prefix) else f"{prefix.rstrip()} {text}")
 
-    def build_inputs(self, picture, prompt):
-        """(the processor's tensors, words that the answer goes on from)."""
+    def build_inputs(self, image, prompt):
+        """(the processor's tensors, the text that the answer was made to start with)."""
         begin = self.wording.begin.strip()
         if self.manner == CHAT_PROMPT:
-            return self.build_chat_inputs(picture, prompt, begin), begin
+            return self.build_chat_inputs(image, prompt, begin), begin
         if self.manner == TASK_PROMPT:
             return self.processor(
-                text=choose_florence_task(prompt, self.wording.length), images=picture, return_tensors="pt"
+                text=choose_florence_task(prompt, self.wording.length), images=image, return_tensors="pt"
             ), ""
         if self.manner == CONTINUATION_PROMPT:
-            return self.build_continuation_inputs(picture, " ".join(filter(None, (prompt, begin)))), ""
-        return self.build_text_inputs(picture, prompt, begin), begin
+            return self.build_continuation_inputs(image, " ".join(filter(None, (prompt, begin)))), ""
+        return self.build_text_inputs(image, prompt, begin), begin
 
-    def build_chat_inputs(self, picture, prompt, begin):
-        """The model's own chat template, with the beginning of the answer behind it."""
+    def build_chat_inputs(self, image, prompt, begin):
+        """The model's own chat template, followed by the beginning of the answer."""
         turn = [
             {"role": "user", "content": [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]}
         ]
         text = self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + begin
         bos = getattr(self.tokenizer, "bos_token", None)
-        special = (
-            {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        )  # the template has written it already
-        return self.processor(text=[text], images=[picture], return_tensors="pt", **special)
+        # A template that writes the BOS token itself must not get a second one.
+        special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        return self.processor(text=[text], images=[image], return_tensors="pt", **special)
 
-    def build_text_inputs(self, picture, prompt, begin):
+    def build_text_inputs(self, image, prompt, begin):
+        """A text beside the image, with the placeholder token that LLaVA and PaliGemma want for it."""
         kind = self.module.config.model_type
         text = " ".join(filter(None, (prompt or ("caption en" if kind == "paligemma" else ""), begin)))
-        mark = getattr(self.processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
-        if kind.startswith("llava") and mark:  # a LLaVA of before chat templates
-            text = f"USER: {mark}\n{prompt or 'Describe this picture.'} ASSISTANT:{' ' + begin if begin else ''}"
+        image_token = getattr(self.processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
+        if kind.startswith("llava") and image_token:  # a LLaVA from before chat templates
+            text = f"USER: {image_token}\n{prompt or 'Describe this picture.'} ASSISTANT:{' ' + begin if begin else ''}"
         if kind == "paligemma":
-            text = f"{mark}{text}"
+            text = f"{image_token}{text}"
         return (
-            self.processor(images=picture, text=text, return_tensors="pt")
+            self.processor(images=image, text=text, return_tensors="pt")
             if text
-            else self.processor(images=picture, return_tensors="pt")
+            else self.processor(images=image, return_tensors="pt")
         )
 
-    def build_continuation_inputs(self, picture, text):
-        """BLIP and GIT go on from a text; the mark that ends it would tell them to stop."""
-        inputs = dict(self.processor(images=picture, return_tensors="pt"))
+    def build_continuation_inputs(self, image, text):
+        """Inputs for BLIP and GIT, which continue the text. Its end-of-text token is left out, or they would stop."""
+        inputs = dict(self.processor(images=image, return_tensors="pt"))
         inputs = {"pixel_values": inputs["pixel_values"]}
         kind = self.module.config.model_type
         if text and kind != "vision-encoder-decoder":
@@ -174,13 +174,13 @@ class VlmCaptioner:
             inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs
 
-    def generation_kwargs(self, inputs) -> dict:
-        """generate()'s own arguments."""
+    def generation_kwargs(self) -> dict[str, Any]:
+        """The arguments of transformers' generate()."""
         s = self.settings
         sampling = (
             dict(do_sample=True, temperature=s.temperature, top_p=s.top_p) if s.temperature else dict(do_sample=False)
         )
-        extra = dict(repetition_penalty=s.repetition) if s.repetition > 1 else {}
+        extra: dict[str, Any] = dict(repetition_penalty=s.repetition) if s.repetition > 1 else {}
         if bad := self.bad_word_ids():
             extra["bad_words_ids"] = bad
         return dict(
@@ -192,13 +192,14 @@ class VlmCaptioner:
         )
 
     def interrupt_criterion(self, ids, scores, **_):
-        """Asked after every token: raises the host's interrupt, and never ends a caption itself."""
+        """A stopping criterion of generate(), called after every token: it raises the host's interrupt and never ends a
+        caption itself. One False per sequence."""
         self.check_interrupt()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     def bad_word_ids(self) -> list[list[int]]:
-        """Token sequences of the forbidden words, in the spellings a text has them: inside a sentence and at its
-        start."""
+        """Token ids of the forbidden words in the spellings that tokenize differently: with and without a space before
+        them, as written and capitalised."""
         spellings = [
             s for w in split_phrases(self.wording.forbidden) for s in (w, f" {w}", w.capitalize(), f" {w.capitalize()}")
         ]
@@ -210,17 +211,17 @@ class VlmCaptioner:
 # -- small parts -------------------------------------------------------------------------------------------------------
 
 
-def downscale_to_max_side(picture: Image.Image, longest: int) -> Image.Image:
-    """The picture, scaled down so that its longer side is at most this many pixels."""
-    scale = longest / max(picture.size)
+def downscale_to_max_side(image: Image.Image, longest: int) -> Image.Image:
+    """The image, scaled down so that its longer side is at most this many pixels."""
+    scale = longest / max(image.size)
     if scale >= 1:
-        return picture
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def move_inputs_to_device(inputs, like: torch.Tensor) -> dict:
-    """The inputs on the network's device; what is no whole number in the network's precision."""
+    """The tensors among the inputs on the network's device, floating-point ones in its precision."""
     return {
         k: v.to(like.device, like.dtype if v.is_floating_point() else v.dtype)
         for k, v in inputs.items()
@@ -228,16 +229,17 @@ def move_inputs_to_device(inputs, like: torch.Tensor) -> dict:
     }
 
 
-def strip_prompt_tokens(out, asked):
-    """The tokens that were said: without the prompt, where the model gives it back in front of them."""
-    if asked is not None and len(out) >= asked.shape[1] and torch.equal(out[: asked.shape[1]], asked[0]):
-        return out[asked.shape[1] :]
-    return out
+def strip_prompt_tokens(out, prompt_ids):
+    """The generated tokens without the prompt, which some models repeat in front of them. (T,), (1, P) -> (T - P,)"""
+    if prompt_ids is None:
+        return out
+    length = prompt_ids.shape[1]
+    return out[length:] if len(out) >= length and torch.equal(out[:length], prompt_ids[0]) else out
 
 
 def choose_florence_task(prompt: str, length: str) -> str:
-    """Florence-2 knows tasks and no instructions: the one that the prompt names, else a caption of about this
-    length."""
+    """The task token for Florence-2, which follows no instructions: the one that the prompt begins with, else a caption
+    of about this length."""
     if prompt.startswith("<") and prompt.split(">")[0] + ">" in FLORENCE_TASKS:
         return prompt
     return {"very short": FLORENCE_TASKS[0], "short": FLORENCE_TASKS[0], "medium": FLORENCE_TASKS[1]}.get(
@@ -247,8 +249,8 @@ def choose_florence_task(prompt: str, length: str) -> str:
 
 @contextlib.contextmanager
 def seeded_sampling(settings: CaptionerSettings, module):
-    """Every picture starts from the same seed, so that a run that goes on says what one run would; the global state is
-    put back."""
+    """Every image starts from the same seed, so that a resumed run writes the captions of an uninterrupted one. The
+    global RNG state is restored."""
     if not settings.temperature:
         yield
         return
@@ -264,8 +266,8 @@ def seeded_sampling(settings: CaptionerSettings, module):
 def load_vlm_captioner(
     folder, settings: CaptionerSettings, wording: PromptSettings, dtype=torch.float32, check_interrupt=lambda: None
 ) -> VlmCaptioner:
-    """The captioner in this folder, on the CPU. Raises ValueError when the folder is no such model, brings its own
-    code, is quantised, or lacks weights."""
+    """The captioner in this folder, on the CPU. Raises ValueError for a folder that is no vision-language model, needs
+    its own code, is quantised, or lacks weights."""
     folder = Path(folder)
     config = read_vlm_config(folder)
     module = load_vlm_model(folder, dtype, config).eval().requires_grad_(False)
@@ -283,6 +285,7 @@ def load_vlm_captioner(
 
 
 def read_vlm_config(folder: Path) -> dict:
+    """The folder's config.json. Raises ValueError for what load_vlm_captioner refuses before it opens any weights."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
@@ -315,12 +318,15 @@ def read_vlm_config(folder: Path) -> dict:
     return config
 
 
-def load_vlm_model(folder: Path, dtype, config: dict):
+def load_vlm_model(folder: Path, dtype, config: dict) -> Any:
+    """The transformers model. Raises ValueError when it cannot be loaded or when weights are missing, which
+    transformers would fill with random numbers."""
     from transformers import AutoModelForImageTextToText
 
     silence_transformers()
     try:
-        module, info = AutoModelForImageTextToText.from_pretrained(
+        # pyright: transformers' annotations leave out the pair that output_loading_info gives
+        module, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -342,7 +348,7 @@ def load_vlm_model(folder: Path, dtype, config: dict):
     return module
 
 
-def load_vlm_processor(folder: Path, kind: str):
+def load_vlm_processor(folder: Path, kind: str) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     local = dict(local_files_only=True, trust_remote_code=False)
@@ -361,13 +367,13 @@ def load_vlm_processor(folder: Path, kind: str):
 
 @dataclass
 class ImageTextProcessor:
-    """An image processor and a tokenizer, for models that were saved without a processor of their own."""
+    """An image processor and a tokenizer, for models that were saved without a combined processor."""
 
-    images: object
-    tokenizer: object
+    image_processor: Any
+    tokenizer: Any
 
     def __call__(self, images, **kwargs):
-        return self.images(images=images, **kwargs)
+        return self.image_processor(images=images, **kwargs)
 
 
 def detect_prompt_manner(kind: str, processor) -> str:
@@ -379,12 +385,12 @@ def detect_prompt_manner(kind: str, processor) -> str:
 
 
 def hash_model_listing(folder: Path) -> str:
-    """A short hash of the names and sizes of a model's files: another download, another captioner."""
+    """A short hash of the names and sizes of a model's files; another version of the model gets another identity."""
     return compute_fingerprint(sorted([f.name, f.stat().st_size] for f in folder.iterdir() if f.is_file()))[:12]
 
 
 def silence_transformers():
-    """transformers' own progress bars and hints are for notebooks."""
+    """Switches off transformers' progress bars and hints on the console."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

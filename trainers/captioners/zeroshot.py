@@ -1,13 +1,13 @@
-"""Tags from a vocabulary, by CLIP: the words whose description lies nearest to the picture.
+"""Zero-shot tags by CLIP: the words of a vocabulary whose text features lie nearest to the image's features.
 
-A word is described in several sentences, whose features are averaged (Radford et al. 2021); it counts only where the
-picture lies nearer to it than to the same sentences about nothing in particular. Any list of words serves, and no
-tagger has to be downloaded.
+Each word is put into several sentences, whose features are averaged (Radford et al. 2021). It counts only where the
+image lies nearer to it than to the same sentences about nothing in particular. Any list of words serves, and no tagger
+has to be downloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from . import CaptionResult
 from .tags import TaggerSettings
 
 SENTENCE_TEMPLATES = ("a photo of {}", "a picture of {}", "a drawing of {}", "an image showing {}", "{}")
-NEUTRAL_WORDS = ("something", "things", "anything")  # what a picture of no particular word is a picture of
+NEUTRAL_WORDS = ("something", "things", "anything")  # what a word is compared with
 CLIP_LOGIT_SCALE = 100.0  # CLIP's own temperature: exp(logit_scale) of the published models
 SENTENCE_BATCH = 32  # sentences at a time
 
@@ -43,7 +43,7 @@ around the picture
 
 @dataclass(frozen=True)
 class VocabularyGroup:
-    """Words of one line: the best one is picked where `exclusive` is set, else each may be."""
+    """The words of one line of the vocabulary. `exclusive`: at most the best of them is picked."""
 
     words: tuple[str, ...]
     exclusive: bool = False
@@ -51,8 +51,8 @@ class VocabularyGroup:
 
 
 def read_vocabulary(text: str) -> tuple[VocabularyGroup, ...]:
-    """The groups of a text: `name: red, blue` picks one, other lines are words of their own; `#` begins a remark.
-    ValueError when it holds no word. An empty text means the short vocabulary that comes with this file."""
+    """The groups of a vocabulary text: `name: red, blue` is exclusive, the words of other lines are independent, `#`
+    begins a comment. An empty text means DEFAULT_VOCABULARY. ValueError for a text without words."""
     lines = [line.partition("#")[0].strip() for line in (text if text.strip() else DEFAULT_VOCABULARY).splitlines()]
     groups = []
     for line in filter(None, lines):
@@ -74,13 +74,13 @@ def read_vocabulary(text: str) -> tuple[VocabularyGroup, ...]:
 
 @dataclass
 class ZeroShotTagger:
-    """A captioner over two functions with one space: pictures -> (N, D) and texts -> (N, D)."""
+    """A captioner over two encoders with one joint space: images -> (N, D) and texts -> (N, D)."""
 
     image_features: Callable[[Sequence[Image.Image]], torch.Tensor]
     text_features: Callable[[Sequence[str]], torch.Tensor]
     vocabulary: tuple[VocabularyGroup, ...]
     settings: TaggerSettings = field(default_factory=TaggerSettings)
-    name: str = ""  # which models the two functions ask
+    name: str = ""  # which models the two encoders are: part of the identity
     identity: str = field(init=False)
     _word_features: dict[str, torch.Tensor] | None = None
     _neutral_features: torch.Tensor | None = None
@@ -92,56 +92,53 @@ class ZeroShotTagger:
             f"zero-shot {self.name} {compute_fingerprint(limits, groups, SENTENCE_TEMPLATES, NEUTRAL_WORDS)}"
         )
 
-    def caption(self, picture: Image.Image, prompt: str = "") -> CaptionResult:
-        tags = self.pick_tags(self.probabilities(picture))
+    def caption(self, image: Image.Image, prompt: str = "") -> CaptionResult:
+        tags = self.pick_tags(self.probabilities(image))
         return CaptionResult(", ".join(tags), tags)
 
     def pick_tags(self, probabilities: dict[str, float]) -> tuple[str, ...]:
-        """One word of each line that asks for one, in the order of the lines, then the surest of the others."""
+        """The best word of each exclusive group, in the vocabulary's order, then the most probable of the others."""
         sure = {word: p for word, p in probabilities.items() if p >= self.settings.zero_shot_certainty}
-        best = [max(group.words, key=probabilities.get) for group in self.vocabulary if group.exclusive]
+        best = [max(group.words, key=probabilities.__getitem__) for group in self.vocabulary if group.exclusive]
         free = {word for group in self.vocabulary if not group.exclusive for word in group.words}
         others = sorted((word for word in sure if word in free), key=lambda word: -sure[word])[
             : self.settings.zero_shot_words
         ]
         return tuple(dict.fromkeys([word for word in best if word in sure] + others))
 
-    def probabilities(self, picture: Image.Image) -> dict[str, float]:
-        """Word -> how likely it is, when the choice is between this word and something: softmax over the two."""
-        words, nothing = self.encode_vocabulary()
-        image = normalise_features(self.image_features([picture]))[0]
-        if image.shape != nothing.shape:
+    def probabilities(self, image: Image.Image) -> dict[str, float]:
+        """Word -> its probability in a softmax over two choices, the word and the neutral words."""
+        words, neutral = self.encode_vocabulary()
+        seen = normalise_features(self.image_features([image]))[0]
+        if seen.shape != neutral.shape:
             raise ValueError(
-                f"The picture's features are {image.numel()} numbers and the words' {nothing.numel()}: CLIP_VISION and "
+                f"The picture's features are {seen.numel()} numbers and the words' {neutral.numel()}: CLIP_VISION and "
                 "CLIP are no pair."
             )
         features = torch.stack(list(words.values()))
-        found = (CLIP_LOGIT_SCALE * (features @ image - nothing @ image)).sigmoid()
+        found = (CLIP_LOGIT_SCALE * (features @ seen - neutral @ seen)).sigmoid()
         return dict(zip(words, found.tolist(), strict=True))
 
     def encode_vocabulary(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """(word -> its features, the features of nothing), asked once."""
-        if self._word_features is None:
+        """(word -> its features (D,), the features of the neutral words (D,)), encoded once."""
+        if self._word_features is None or self._neutral_features is None:
             vocabulary = tuple(dict.fromkeys(word for group in self.vocabulary for word in group.words))
-            told = encode_words((*vocabulary, *NEUTRAL_WORDS), self.text_features)
-            self._word_features = dict(zip(vocabulary, told, strict=False))
-            self._neutral_features = normalise_features(told[len(vocabulary) :].mean(0))
+            encoded = encode_words((*vocabulary, *NEUTRAL_WORDS), self.text_features)
+            self._word_features = dict(zip(vocabulary, encoded, strict=False))
+            self._neutral_features = normalise_features(encoded[len(vocabulary) :].mean(0))
         return self._word_features, self._neutral_features
 
 
 def encode_words(words: Sequence[str], text_features) -> torch.Tensor:
-    """(words, D) of length 1: the mean direction of all sentences about each word."""
+    """(words, D), unit length: the mean direction of all sentences about each word."""
     sentences = [sentence.format(word) for word in words for sentence in SENTENCE_TEMPLATES]
-    features = torch.cat([normalise_features(text_features(part)) for part in split_sentence_batches(sentences)])
+    batches = (sentences[start : start + SENTENCE_BATCH] for start in range(0, len(sentences), SENTENCE_BATCH))
+    features = torch.cat([normalise_features(text_features(batch)) for batch in batches])
     return normalise_features(features.reshape(len(words), len(SENTENCE_TEMPLATES), -1).mean(1))
 
 
-def split_sentence_batches(items: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (items[start : start + SENTENCE_BATCH] for start in range(0, len(items), SENTENCE_BATCH))
-
-
 def normalise_features(features: torch.Tensor) -> torch.Tensor:
-    """The same directions, of length 1. ValueError when they are no directions."""
+    """The features at unit length. ValueError when they are zero or not finite."""
     features = features.detach().float().cpu()
     length = features.norm(dim=-1, keepdim=True)
     if not (length.isfinite() & (length > 0)).all():

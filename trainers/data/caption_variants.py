@@ -1,9 +1,9 @@
-"""From a record's captions to the texts that are encoded for it.
+"""From an image's captions to the texts that are encoded for it: shuffled tags, tag dropout, wildcards and the trigger.
 
-A caption may say what is fixed and what is free: `sks, 1girl ||| hat, red dress;;;red shoes ||| masterpiece` keeps what
-stands before the first ||| and after the second, and holds together what ;;; joins. `{red|blue} hat` is one of its
-choices. All of it is drawn before encoding, into as many texts as the settings say, so that nothing is lost to the
-cache.
+A caption may say which tags are fixed: `sks, 1girl ||| hat, red dress;;;red shoes ||| masterpiece` keeps the tags
+before the first ||| and after the second in place, and keeps tags together that ;;; joins. `{red|blue} hat` is a
+wildcard: one of its options. Everything is drawn before encoding, into as many texts as the settings say, so that text
+encodings can be cached.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ from ..settings import Settings, choice_field, number_field, switch_field, text_
 from .records import ImageRecord
 
 CAPTION_MODE_TEXT, CAPTION_MODE_EMPTY = "captions", "empty (unconditional)"
-KEEP_TOKENS_SEPARATOR, SECONDARY_SEPARATOR = (
-    "|||",
-    ";;;",
-)  # kohya-ss sd-scripts' usual keep_tokens_separator and secondary_separator
+KEEP_TOKENS_SEPARATOR, SECONDARY_SEPARATOR = "|||", ";;;"  # what sd-scripts' options of these names usually are
 WILDCARD_PATTERN = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings(Settings):
-    """What the model is told about each image while it trains."""
+    """How captions become the prompts that the model is trained with."""
 
     caption_mode: str = choice_field(
         CAPTION_MODE_TEXT,
@@ -78,23 +75,23 @@ class CaptionSettings(Settings):
 
     @property
     def tags(self) -> bool:
-        """Whether captions are taken apart into tags."""
+        """Whether captions are split into tags."""
         return self.shuffle or self.tag_dropout > 0
 
 
 def caption_variants(record: ImageRecord, settings: CaptionSettings, rng: torch.Generator) -> tuple[str, ...]:
-    """The different texts that describe this record, at least one. The same rng state gives the same texts."""
+    """The different texts made of this image's captions, at least one. The same RNG state gives the same texts."""
     if settings.caption_mode == CAPTION_MODE_EMPTY:
         return ("",)
-    texts = (told for caption in record.captions or ("",) for told in expand_caption(caption, settings, rng))
+    texts = (text for caption in record.captions or ("",) for text in expand_caption(caption, settings, rng))
     return tuple(dict.fromkeys(texts))
 
 
-def expand_caption(caption: str, settings: CaptionSettings, rng: torch.Generator):
-    """Texts of one caption: all there are when only wildcards decide and they are few enough, else as many draws as the
-    settings say."""
-    ways = math.prod(map(len, wildcard_options(caption))) if settings.wildcards else 1
-    if not settings.tags and ways <= settings.variants:
+def expand_caption(caption: str, settings: CaptionSettings, rng: torch.Generator) -> list[str]:
+    """The texts of one caption: all combinations of its wildcards when nothing else varies and they are few enough,
+    else as many draws as the settings say."""
+    combinations = math.prod(map(len, wildcard_options(caption))) if settings.wildcards else 1
+    if not settings.tags and combinations <= settings.variants:
         picks = itertools.product(*map(range, map(len, wildcard_options(caption)))) if settings.wildcards else [()]
         return [augment_caption(fill_wildcards(caption, pick, settings), settings, rng) for pick in picks]
     return [
@@ -104,12 +101,12 @@ def expand_caption(caption: str, settings: CaptionSettings, rng: torch.Generator
 
 
 def make_record_rng(record: ImageRecord, seed: int) -> torch.Generator:
-    """A generator of the record's own: adding an image to a dataset changes no other image's captions."""
+    """A generator for this image alone, so that adding an image to a dataset changes no other image's captions."""
     return derive_generator("captions", seed, record.id)
 
 
 def prepend_trigger(caption: str, trigger: str) -> str:
-    """trigger, caption: unless the caption begins with the trigger already."""
+    """`trigger, caption`, or the caption where it begins with the trigger already."""
     caption, trigger = caption.strip(), trigger.strip()
     begins = caption.startswith(trigger) and not caption[len(trigger) :][:1].isalnum()
     return caption if begins or not trigger else ", ".join(filter(None, (trigger, caption)))
@@ -119,7 +116,7 @@ def prepend_trigger(caption: str, trigger: str) -> str:
 
 
 def wildcard_options(caption: str) -> list[list[str]]:
-    """The options of every wildcard."""
+    """The options of each wildcard, in order."""
     return [found.split("|") for found in WILDCARD_PATTERN.findall(hide_escaped_braces(caption))]
 
 
@@ -130,7 +127,7 @@ def sample_wildcards(caption: str, settings, rng) -> tuple[int, ...]:
 
 
 def fill_wildcards(caption: str, pick: tuple[int, ...], settings) -> str:
-    """The caption with option pick[i] in place of wildcard i."""
+    """The caption with option pick[i] in place of wildcard i, and single braces for doubled ones."""
     if not settings.wildcards:
         return caption
     picks = iter(pick)
@@ -142,7 +139,7 @@ def fill_wildcards(caption: str, pick: tuple[int, ...], settings) -> str:
 
 
 def hide_escaped_braces(caption: str) -> str:
-    """The caption with doubled braces out of sight: they are no wildcards."""
+    """The caption with control characters in place of doubled braces, which are no wildcards."""
     return caption.replace("{{", "\0").replace("}}", "\1")
 
 
@@ -150,27 +147,23 @@ def hide_escaped_braces(caption: str) -> str:
 
 
 def augment_caption(caption: str, settings: CaptionSettings, rng: torch.Generator) -> str:
-    """One text: free tags dropped and shuffled as the settings say, the signs gone, the trigger in front."""
+    """One text: free tags dropped and shuffled as the settings say, separators removed, the trigger in front."""
     if not settings.tags:
-        return prepend_trigger(
-            caption if not has_separators(caption) else join_caption_tags(list_caption_tags(caption, settings)),
-            settings.trigger,
-        )
+        if KEEP_TOKENS_SEPARATOR in caption or SECONDARY_SEPARATOR in caption:
+            caption = join_caption_tags(list_caption_tags(caption, settings))
+        return prepend_trigger(caption, settings.trigger)
     front, free, back = split_kept_tags(caption, settings)
     if settings.tag_dropout:
-        luck = torch.rand(len(free), generator=rng).tolist()
-        free = [tag for tag, number in zip(free, luck, strict=True) if number >= settings.tag_dropout]
+        draws = torch.rand(len(free), generator=rng).tolist()
+        free = [tag for tag, draw in zip(free, draws, strict=True) if draw >= settings.tag_dropout]
     if settings.shuffle:
         free = [free[i] for i in torch.randperm(len(free), generator=rng).tolist()]
     return prepend_trigger(join_caption_tags(front + free + back), settings.trigger)
 
 
-def has_separators(caption: str) -> bool:
-    return KEEP_TOKENS_SEPARATOR in caption or SECONDARY_SEPARATOR in caption
-
-
 def split_kept_tags(caption: str, settings: CaptionSettings) -> tuple[list[str], list[str], list[str]]:
-    """(fixed, free, fixed) tags: by |||, or by keep_tokens where a caption has none. What ;;; joins is one tag."""
+    """(fixed, free, fixed) tags: split at |||, or by keep_tokens where a caption has none. Tags joined by ;;; count as
+    one."""
     if KEEP_TOKENS_SEPARATOR not in caption:
         tags = list_caption_tags(caption, settings)
         return tags[: settings.keep_tokens], tags[settings.keep_tokens :], []
@@ -179,10 +172,11 @@ def split_kept_tags(caption: str, settings: CaptionSettings) -> tuple[list[str],
 
 
 def list_caption_tags(caption: str, settings) -> list[str]:
-    """Its tags without the trigger, which is put in front again."""
+    """The caption's tags without the trigger, which is put in front later."""
     words = caption.replace(KEEP_TOKENS_SEPARATOR, ",").split(",")
     return [tag for tag in map(str.strip, words) if tag and tag != settings.trigger.strip()]
 
 
 def join_caption_tags(tags: list[str]) -> str:
+    """The tags as text, those joined by ;;; separated again."""
     return ", ".join(word.strip() for tag in tags for word in tag.split(SECONDARY_SEPARATOR) if word.strip())

@@ -1,7 +1,7 @@
-"""Prompts that a concept is moved by: rows from widgets, text, CSV, TSV, YAML or JSON.
+"""Prompt rows for LECO and sliders, one per concept, from widgets, text, CSV, TSV, YAML or JSON.
 
-The keys are those of p1atdev/LECO's and the Concept Sliders' prompt files. A key that is not known is an error that
-names it: dropped silently, `guidance: 4` trains at 1 and looks like a method that does not work.
+The keys are those of p1atdev/LECO's and the Concept Sliders' prompt files. An unknown key is an error that names it:
+were it ignored, a misspelled `guidance: 4` would train at 1, and the method would seem not to work.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PROMPT_KEY_ALIASES = {
 }
 PROMPT_FORMATS = ("auto", "text", "csv", "tsv", "yaml", "json")
 PROMPT_FILE_FORMATS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
-INTEGER_RANGES = {"resolution": (0, 16384), "batch": (1, 1024)}  # (least, most)
+INTEGER_RANGES = {"resolution": (0, 16384), "batch": (1, 1024)}  # (minimum, maximum)
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One thing to be moved. None for positive means the target itself, for neutral the unconditional prompt."""
+    """The prompts and settings of one concept, as in LECO. positive None: the target; neutral None: unconditional."""
 
     target: str
     positive: str | None = None
@@ -38,12 +38,11 @@ class PromptRow:
     guidance: float = 1.0
     weight: float = 1.0
     resolution: int = 0  # pixels along a side; 0 leaves it to the node
-    dynamic_resolution: bool = False  # sides between half the resolution and all of it, drawn anew
+    dynamic_resolution: bool = False  # a side between half the resolution and all of it, drawn anew each step
     batch: int = 1
     preserve: tuple[str, ...] = ()  # prompts that must stay as they are
-    attributes: tuple[
-        str, ...
-    ] = ()  # put before every prompt in turn, so that the change does not come with one of them
+    # Each is put before every prompt in turn, so that the concept does not become tied to one of them.
+    attributes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.target.strip():
@@ -80,13 +79,13 @@ PROMPT_KEYS = tuple(f.name for f in fields(PromptRow))
 
 
 def read_prompts(text: str, form: str = "auto", defaults: dict | None = None) -> tuple[PromptRow, ...]:
-    """The rows of a text in one of FORMATS. `defaults` fill what a row leaves out. Raises ValueError naming the row and
-    what is wrong."""
+    """The rows of a text in one of PROMPT_FORMATS. `defaults` fill what a row leaves out. Raises ValueError naming the
+    row and what is wrong."""
     form = guess_prompt_format(text) if form == "auto" else form
     found = {
         "text": parse_text_prompts,
         "csv": parse_csv_prompts,
-        "tsv": parse_tsv_prompts,
+        "tsv": lambda text: parse_csv_prompts(text, "\t"),
         "yaml": parse_yaml_prompts,
         "json": parse_json_prompts,
     }[form](text)
@@ -98,7 +97,7 @@ def read_prompts(text: str, form: str = "auto", defaults: dict | None = None) ->
 
 
 def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...]:
-    """The rows of a file, by its ending."""
+    """The rows of a file, whose extension names the format."""
     path = Path(path)
     form = PROMPT_FILE_FORMATS.get(path.suffix.lower())
     if form is None:
@@ -111,7 +110,7 @@ def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...
 
 
 def read_utf8_text(path) -> str:
-    """What a file says. Raises ValueError when it is not UTF-8."""
+    """The text of a file. Raises ValueError when it is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -125,13 +124,13 @@ def guess_prompt_format(text: str) -> str:
         return "json"
     if first.startswith("-") or first.startswith("target:"):
         return "yaml"
-    for mark, form in (("\t", "tsv"), (",", "csv")):
-        if "target" in [cell.strip().lower() for cell in first.split(mark)] and mark in first:
+    for delimiter, form in (("\t", "tsv"), (",", "csv")):
+        if "target" in [cell.strip().lower() for cell in first.split(delimiter)] and delimiter in first:
             return form
     return "text"
 
 
-# -- formats: each gives [(where, {key: value})] -----------------------------------------------------------------------
+# -- formats: each parser returns [(where, {key: value})] --------------------------------------------------------------
 
 
 def parse_text_prompts(text):
@@ -153,13 +152,13 @@ def parse_text_prompts(text):
     return rows
 
 
-def parse_csv_prompts(text, mark=","):
-    reader = csv.DictReader(io.StringIO(text), delimiter=mark, skipinitialspace=True)
+def parse_csv_prompts(text, delimiter=","):
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
     rows = []
     for number, values in enumerate(reader, 2):
         if None in values:
             raise ValueError(
-                f"Line {number} has more cells than the header. Put texts that hold {mark!r} in double quotes."
+                f"Line {number} has more cells than the header. Put texts that hold {delimiter!r} in double quotes."
             )
         rows.append(
             (
@@ -168,10 +167,6 @@ def parse_csv_prompts(text, mark=","):
             )
         )
     return [(where, values) for where, values in rows if values]
-
-
-def parse_tsv_prompts(text):
-    return parse_csv_prompts(text, "\t")
 
 
 def parse_yaml_prompts(text):
@@ -244,7 +239,7 @@ def convert_prompt_value(key, value):
     if key == "attributes":
         return split_prompt_list(value, ";,")
     if key == "preserve":
-        return split_prompt_list(value, ";")  # commas do not part prompts; they are part of them
+        return split_prompt_list(value, ";")  # a comma is part of a prompt
     if isinstance(value, (dict, list)):
         raise ValueError(f"{key} is {value!r}; it must be text.")
     return str(value).strip()
@@ -259,7 +254,7 @@ def parse_prompt_number(key, value) -> float:
         raise ValueError(f"{key} is {value!r}; it must be a number.") from None
 
 
-def split_prompt_list(value, marks) -> tuple[str, ...]:
-    """The parts of a list, of lines, or of a text parted by any of the marks."""
-    parts = value if isinstance(value, (list, tuple)) else re.split(f"[{marks}\n]", str(value))
+def split_prompt_list(value, separators) -> tuple[str, ...]:
+    """The items of a list, or of a text that is split at lines and at any of the separators."""
+    parts = value if isinstance(value, (list, tuple)) else re.split(f"[{separators}\n]", str(value))
     return tuple(part for part in (str(part).strip() for part in parts) if part)

@@ -1,8 +1,8 @@
-"""What text files say about pictures: sidecars of the same stem, kohya's metadata.json, metadata.jsonl and
+"""Reads image metadata from text files: sidecars of the same stem, kohya's metadata.json, metadata.jsonl and
 metadata.csv.
 
-A `Note` holds what one source says about one picture; None means that it says nothing, so the next source is asked. A
-row that cannot be understood takes its picture out, with the reason; a row that names no picture is reported.
+ImageMetadata holds what one source gives for one image; a field of None is taken from the next source. A row that
+cannot be understood excludes its image, with the reason; a row that names no image is reported.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 BYTES_PER_MIB = 2**20
-MAX_CAPTION_BYTES, MAX_SIDECAR_BYTES, MAX_TABLE_BYTES = (
-    1 * BYTES_PER_MIB,
-    16 * BYTES_PER_MIB,
-    512 * BYTES_PER_MIB,
-)  # what is larger was put there by mistake
+# A larger file was put there by mistake.
+MAX_CAPTION_BYTES, MAX_SIDECAR_BYTES, MAX_TABLE_BYTES = 1 * BYTES_PER_MIB, 16 * BYTES_PER_MIB, 512 * BYTES_PER_MIB
 MAX_REPEATS = 10_000
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.json")  # in the order in which they are asked
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.json")  # in order of precedence
 FILE_KEYS = ("file_name", "file", "image", "path")
 CAPTION_KEYS = ("captions", "caption", "text")
 MASK_KEYS = ("mask", "mask_file")
-EXTRA_CELLS_KEY = None  # key of the cells beyond the header, as Python's own csv.DictReader has it
+EXTRA_CELLS_KEY = None  # key of a row's cells beyond the header, as in Python's csv.DictReader
 SPLIT_ALIASES = {
     "train": "train",
     "training": "train",
@@ -39,9 +37,9 @@ SPLIT_ALIASES = {
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """What one source says about one picture."""
+    """What one source gives for one image; None: nothing, so that the next source is used."""
 
-    captions: tuple[str, ...] | None = None  # () says that there is none, on purpose
+    captions: tuple[str, ...] | None = None  # (): no caption, on purpose
     tags: tuple[str, ...] | None = None
     score: float | None = None
     repeats: int | None = None
@@ -49,22 +47,22 @@ class ImageMetadata:
     mask: Path | None = None
     pair: str | None = None
     strength: float | None = None
-    error: str | None = None  # why it cannot be used
+    error: str | None = None  # why the image cannot be used
 
 
 @dataclass(frozen=True)
 class MetadataTable:
-    """The rows of one metadata file, matched with pictures, and what could not be matched."""
+    """The rows of one metadata file by image, and messages on rows that could not be matched."""
 
     entries: dict[Path, ImageMetadata]
     problems: tuple[str, ...] = ()
 
 
-def merge_metadata(notes: Iterable[ImageMetadata]) -> ImageMetadata:
-    """One note: of each fact, what the first of them says that says anything."""
-    notes = list(notes)
+def merge_metadata(sources: Iterable[ImageMetadata]) -> ImageMetadata:
+    """The metadata of an image from several sources: each field from the first source that gives it."""
+    sources = list(sources)
     first = {
-        f.name: next((getattr(n, f.name) for n in notes if getattr(n, f.name) is not None), None)
+        f.name: next((getattr(s, f.name) for s in sources if getattr(s, f.name) is not None), None)
         for f in fields(ImageMetadata)
     }
     return ImageMetadata(**first)
@@ -74,7 +72,8 @@ def merge_metadata(notes: Iterable[ImageMetadata]) -> ImageMetadata:
 
 
 def read_text_file(file: Path, what: str = "caption", limit: int = MAX_CAPTION_BYTES) -> str:
-    """UTF-8 with or without a byte order mark; UTF-16 where the mark says so."""
+    """The file's text: UTF-8 with or without a byte order mark, or UTF-16 where the mark says so. ValueError for a file
+    that is too large, unreadable or no text."""
     data = read_file_bytes(file, limit + 1)
     if len(data) > limit:
         raise ValueError(
@@ -90,7 +89,7 @@ def read_text_file(file: Path, what: str = "caption", limit: int = MAX_CAPTION_B
 
 
 def read_file_bytes(file: Path, most: int = -1) -> bytes:
-    """What the file holds, of a large one the first bytes only."""
+    """The file's bytes, at most `most` of them."""
     try:
         with open(file, "rb") as opened:
             return opened.read(most)
@@ -99,7 +98,7 @@ def read_file_bytes(file: Path, most: int = -1) -> bytes:
 
 
 def check_plain_text(text: str, where: str) -> str:
-    """The text itself. ValueError for characters that cannot be written as text again, which no text encoder takes."""
+    """The text itself. ValueError for NUL and broken characters, which cannot be saved or encoded."""
     if "\0" in text:
         raise ValueError(f"{where} holds NUL characters, which are no text. Save it as UTF-8.")
     try:
@@ -110,30 +109,30 @@ def check_plain_text(text: str, where: str) -> str:
 
 
 def split_captions(text: str, alternatives: bool) -> tuple[str, ...]:
-    """The captions in a text: all of it, or one per line."""
+    """The captions in a text: all of it as one, or with `alternatives` one per line."""
     lines = text.splitlines() if alternatives else [text]
     return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-# -- the files of one picture ------------------------------------------------------------------------------------------
+# -- the files of one image --------------------------------------------------------------------------------------------
 
 
 def read_sidecar_metadata(file: Path, extension: str, alternatives: bool) -> list[ImageMetadata]:
-    """What the files of the picture's own stem say: the first of extension, .txt and .caption, then .json."""
-    notes = []
-    for ending in dict.fromkeys((extension, ".txt", ".caption")):
-        sidecar = file.with_name(file.stem + ending)
-        if ending != ".json" and is_file_or_broken_link(sidecar):
-            notes.append(ImageMetadata(captions=split_captions(read_text_file(sidecar), alternatives)))
+    """The metadata in files of the image's own stem: the first of extension, .txt and .caption, then .json."""
+    found = []
+    for text_extension in dict.fromkeys((extension, ".txt", ".caption")):
+        sidecar = file.with_name(file.stem + text_extension)
+        if text_extension != ".json" and is_file_or_broken_link(sidecar):
+            found.append(ImageMetadata(captions=split_captions(read_text_file(sidecar), alternatives)))
             break
-    described = file.with_name(file.stem + ".json")
-    if is_file_or_broken_link(described) and described.name not in METADATA_FILES:
-        notes.append(read_json_sidecar(described, alternatives))
-    return notes
+    json_file = file.with_name(file.stem + ".json")
+    if is_file_or_broken_link(json_file) and json_file.name not in METADATA_FILES:
+        found.append(read_json_sidecar(json_file, alternatives))
+    return found
 
 
 def is_file_or_broken_link(file: Path) -> bool:
-    """Also a link to nowhere, so that it is reported as unreadable instead of passed over."""
+    """Whether this is a file, or a link to nowhere, which is reported as unreadable instead of ignored."""
     return file.is_file() or (file.is_symlink() and not file.exists())
 
 
@@ -159,8 +158,8 @@ def parse_json_text(text: str, where: str):
 
 
 def parse_image_metadata(values: dict, where: str, folder: Path, alternatives: bool) -> ImageMetadata:
-    """The facts in a JSON object or a CSV row; other keys are left alone. ValueError where a fact has a wrong type or
-    value."""
+    """The metadata in a JSON object or a CSV row; other keys are ignored. ValueError for a value of the wrong type or
+    out of range."""
     return ImageMetadata(
         captions=parse_captions_value(values, where, alternatives),
         tags=parse_tags_value(values, where),
@@ -173,9 +172,8 @@ def parse_image_metadata(values: dict, where: str, folder: Path, alternatives: b
     )
 
 
-def first_given_value(values: dict, keys: Sequence[str]):
-    """(key, value) of the first key that holds anything, or (None, None). "" and null hold nothing, an empty list
-    does."""
+def first_given_value(values: dict, keys: Sequence[str]) -> tuple[str | None, Any]:
+    """(key, value) of the first key with a value, or (None, None). "" and null are no value, an empty list is one."""
     return next(((key, values[key]) for key in keys if values.get(key) is not None and values[key] != ""), (None, None))
 
 
@@ -220,9 +218,11 @@ def parse_number_value(name, values, where) -> float | None:
 
 def parse_text_value(name, values, where) -> str | None:
     key, value = first_given_value(values, (name,))
-    if key is not None and not isinstance(value, str):
+    if key is None:
+        return None
+    if not isinstance(value, str):
         raise ValueError(f"{where}: {name} is {format_raw_value(value)}; it must be text.")
-    return None if key is None else check_plain_text(value, f"{where}: {name}").strip()
+    return check_plain_text(value, f"{where}: {name}").strip()
 
 
 def parse_finite_number(value) -> float | None:
@@ -255,7 +255,7 @@ def parse_split_value(values, where) -> str | None:
 
 
 def parse_mask_value(values, where, folder: Path) -> Path | None:
-    """The mask's path, which must lie inside the folder of the file that names it."""
+    """The path of the mask, which must lie inside the folder of the file that names it."""
     key, value = first_given_value(values, MASK_KEYS)
     if key is None:
         return None
@@ -275,7 +275,7 @@ def parse_mask_value(values, where, folder: Path) -> Path | None:
 
 
 def format_raw_value(value) -> str:
-    """The value as a message shows it: short, and printable whatever it holds."""
+    """The value for a message: short and printable, whatever it is."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits
@@ -292,36 +292,36 @@ def json_type_name(value) -> str:
     return names.get(type(value), "a number")
 
 
-# -- tables: one file for many pictures --------------------------------------------------------------------------------
+# -- tables: one file for many images ----------------------------------------------------------------------------------
 
 
-def read_metadata_table(file: Path, pictures: Sequence[Path], alternatives: bool = False) -> MetadataTable:
-    """The table's rows by picture. ValueError when the file as a whole cannot be read."""
-    names, notes, unknown, twice, problems = ImageNameIndex(pictures, file.parent), {}, [], [], []
+def read_metadata_table(file: Path, images: Sequence[Path], alternatives: bool = False) -> MetadataTable:
+    """The table's rows by image. ValueError when the file as a whole cannot be read."""
+    index, entries, unknown, repeated, problems = ImageNameIndex(images, file.parent), {}, [], [], []
     for where, name, values in read_metadata_rows(file, problems):
-        found = names.find(name)
+        found = index.find(name)
         if len(found) != 1:
             unknown.append(f"{name} (several)" if found else name)
-        elif found[0] in notes:
-            twice.append(name)
+        elif found[0] in entries:
+            repeated.append(name)
         else:
-            notes[found[0]] = parse_metadata_row(values, f"{file}, {where}", file.parent, alternatives)
+            entries[found[0]] = parse_metadata_row(values, f"{file}, {where}", file.parent, alternatives)
     if unknown:
         problems.append(
             f"no single picture here for {format_count(unknown, 'row')} of {file.name}: {format_first_names(unknown)}"
         )
-    if twice:
+    if repeated:
         problems.append(
-            f"{format_count(twice, 'row')} of {file.name} for a picture that had one; the first counts: "
-            f"{format_first_names(twice)}"
+            f"{format_count(repeated, 'row')} of {file.name} for a picture that had one; the first counts: "
+            f"{format_first_names(repeated)}"
         )
-    return MetadataTable(notes, tuple(problems))
+    return MetadataTable(entries, tuple(problems))
 
 
 def parse_metadata_row(values, where, folder, alternatives) -> ImageMetadata:
     try:
         if isinstance(values, str):
-            values = {"caption": values}
+            return parse_image_metadata({"caption": values}, where, folder, alternatives)
         if not isinstance(values, dict):
             raise ValueError(
                 f"{where} is {format_raw_value(values)}; it must be an object with caption, tags, score, ..."
@@ -336,25 +336,21 @@ def parse_metadata_row(values, where, folder, alternatives) -> ImageMetadata:
 
 
 class ImageNameIndex:
-    """Pictures by the names that tables give them: path, path without ending, file name, stem."""
+    """Finds images by the names that tables give them: path, path without extension, file name, stem."""
 
-    def __init__(self, pictures: Sequence[Path], folder: Path):
-        self.levels: list[dict[str, list[Path]]] = [{}, {}, {}, {}]
-        for picture in pictures:
-            path = relative_posix_path(picture, folder)
-            for level, name in zip(self.levels, (path, strip_extension(path), picture.name, picture.stem), strict=True):
-                level.setdefault(name, []).append(picture)
+    def __init__(self, images: Sequence[Path], folder: Path):
+        self.levels: list[dict[str, list[Path]]] = [{}, {}, {}, {}]  # the most precise name first
+        for image in images:
+            path = (image.relative_to(folder) if image.is_relative_to(folder) else image).as_posix()
+            for level, name in zip(self.levels, (path, strip_extension(path), image.name, image.stem), strict=True):
+                level.setdefault(name, []).append(image)
 
     def find(self, name: str) -> list[Path]:
-        """The pictures of this name: none, one, or several where the name is not precise. Absolute paths of another
-        machine are found by their last part."""
+        """The images of this name: none, one, or several where the name is ambiguous. Absolute paths of another machine
+        are found by their last part."""
         path = name.replace("\\", "/").removeprefix("./")
-        asked = (path, path, path.rsplit("/", 1)[-1], path.rsplit("/", 1)[-1])
-        return next((level[key] for level, key in zip(self.levels, asked, strict=True) if key in level), [])
-
-
-def relative_posix_path(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.as_posix()
+        keys = (path, path, path.rsplit("/", 1)[-1], path.rsplit("/", 1)[-1])
+        return next((level[key] for level, key in zip(self.levels, keys, strict=True) if key in level), [])
 
 
 def strip_extension(path: str) -> str:
@@ -362,7 +358,7 @@ def strip_extension(path: str) -> str:
 
 
 def read_metadata_rows(file: Path, problems: list[str]):
-    """(where, picture's name, values) of every row; rows that name nothing go to problems."""
+    """(where, image name, values) of every row; rows that name no image go to problems."""
     readers = {".json": parse_json_table, ".jsonl": parse_jsonl_table, ".csv": parse_csv_table, ".tsv": parse_csv_table}
     if file.suffix.lower() not in readers:
         raise ValueError(f"The metadata {file} is no .json, .jsonl, .csv or .tsv file.")
@@ -384,34 +380,34 @@ def parse_json_table(file, text, problems):
 
 def parse_jsonl_table(file, text, problems):
     lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    found = []
+    rows = []
     for where, line in lines:
         try:
-            found.append((where, parse_json_text(line, f"{file}, {where}")))
+            rows.append((where, parse_json_text(line, f"{file}, {where}")))
         except ValueError as error:
             problems.append(str(error))
-    return attach_image_names(found, file, problems)
+    return attach_image_names(rows, file, problems)
 
 
 def parse_csv_table(file, text, problems):
     header = text.split("\n", 1)[0]
     delimiter = max("," if file.suffix.lower() == ".csv" else "\t", ",", ";", "\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    found, columns = [], None
+    rows, columns = [], None
     try:
         for cells in reader:
             if columns is None:
                 columns = check_metadata_columns([cell.strip().lower() for cell in cells], file)
             elif any(cells):
                 values = dict(zip(columns, map(str.strip, cells)))  # noqa: B905 - short rows end early
-                found.append((f"line {reader.line_num}", values | {EXTRA_CELLS_KEY: cells[len(columns) :]}))
+                rows.append((f"line {reader.line_num}", values | {EXTRA_CELLS_KEY: cells[len(columns) :]}))
     except csv.Error as error:
         problems.append(
             f"{file}, line {reader.line_num} cannot be read as CSV ({error}). Mend it; the rows before it count."
         )
     if columns is None:
         raise ValueError(f"The metadata {file} is empty. Write a first line such as file_name,text, or take it out.")
-    return attach_image_names(found, file, problems)
+    return attach_image_names(rows, file, problems)
 
 
 def check_metadata_columns(columns: list[str], file: Path) -> list[str]:
@@ -420,24 +416,24 @@ def check_metadata_columns(columns: list[str], file: Path) -> list[str]:
             f"The metadata {file} has no column named {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]}; its first line "
             f"holds {format_first_names(columns)}."
         )
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
-        raise ValueError(f"The metadata {file} has two columns named {', '.join(twice)}. Remove or rename one.")
+    repeated = sorted({name for name in columns if name and columns.count(name) > 1})
+    if repeated:
+        raise ValueError(f"The metadata {file} has two columns named {', '.join(repeated)}. Remove or rename one.")
     return columns
 
 
-def attach_image_names(found, file, problems):
-    """The rows with the name of their picture; those without one go to problems."""
-    good = []
-    for where, values in found:
+def attach_image_names(rows, file, problems):
+    """(where, image name, values) of every row; those without a name go to problems."""
+    named = []
+    for where, values in rows:
         name = first_given_value(values, FILE_KEYS)[1] if isinstance(values, dict) else None
         if isinstance(name, str):
-            good.append((where, name, values))
+            named.append((where, name, values))
         else:
             problems.append(
                 f"{file}, {where} names no picture; it needs {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]}."
             )
-    return good
+    return named
 
 
 def format_count(things: Sequence, noun: str) -> str:
@@ -445,5 +441,5 @@ def format_count(things: Sequence, noun: str) -> str:
 
 
 def format_first_names(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, short and printable."""
+    """The first few names for a message, short and printable."""
     return ", ".join(shorten_value(repr(name)[1:-1]) for name in names[:most]) + (", ..." if len(names) > most else "")

@@ -1,6 +1,6 @@
-"""Prompts with a direction: 1 makes their pictures better, -1 worse, and 0 leaves them as they are.
+"""Signed prompts for LECO by score: the weight 1 raises the score of a prompt's images, -1 lowers it, 0 preserves them.
 
-One a line, `weight | prompt | negative` or the bare prompt; or a table with a column named prompt, such as
+One per line, `weight | prompt | negative` or the bare prompt; or a table with a column named prompt, such as
 PartiPrompts.
 """
 
@@ -10,18 +10,17 @@ import csv
 import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .concept_prompts import read_utf8_text
 
-COLUMNS = ("prompt", "weight", "negative")
-
 
 @dataclass(frozen=True)
 class SignedPrompt:
-    """The sign of `weight` is the direction, its size how often the prompt is drawn against the others; one of 0 is
-    drawn like one of 1."""
+    """A prompt whose weight has the direction as its sign and, as its size, how often the prompt is drawn relative to
+    the others; a weight of 0 is drawn as often as 1."""
 
     prompt: str
     weight: float = 1.0
@@ -39,8 +38,13 @@ class SignedPrompt:
 def read_signed_prompts(text: str) -> tuple[SignedPrompt, ...]:
     """The prompts of a text: lines, or a CSV or TSV table whose header has a column `prompt`. Raises ValueError naming
     the line."""
-    mark = detect_table_delimiter(text)
-    rows = parse_signed_lines(text) if mark is None else parse_signed_table(text, mark)
+    delimiter = detect_table_delimiter(text)
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    rows = (
+        [parse_signed_line(number, line) for number, line in lines if line and not line.startswith("#")]
+        if delimiter is None
+        else parse_signed_table(text, delimiter)
+    )
     if not rows:
         raise ValueError(
             "There are no prompts. Write one a line, for example: a photo of a street, or: -1 | an ugly street"
@@ -48,7 +52,7 @@ def read_signed_prompts(text: str) -> tuple[SignedPrompt, ...]:
     return tuple(rows)
 
 
-def read_signed_prompt_file(path) -> tuple[SignedPrompt, ...]:
+def read_signed_prompt_file(path: Path) -> tuple[SignedPrompt, ...]:
     try:
         return read_signed_prompts(read_utf8_text(path))
     except ValueError as error:
@@ -56,17 +60,12 @@ def read_signed_prompt_file(path) -> tuple[SignedPrompt, ...]:
 
 
 def detect_table_delimiter(text: str) -> str | None:
-    """What parts the columns, where the first line is a header with `prompt` in it."""
+    """The delimiter of the table whose header is the first line and names `prompt`; None for plain lines."""
     first = next((line for line in text.splitlines() if line.strip()), "")
-    for mark in ("\t", ","):
-        if mark in first and "prompt" in [cell.strip().strip('"').lower() for cell in first.split(mark)]:
-            return mark
+    for delimiter in ("\t", ","):
+        if delimiter in first and "prompt" in [cell.strip().strip('"').lower() for cell in first.split(delimiter)]:
+            return delimiter
     return None
-
-
-def parse_signed_lines(text: str) -> list[SignedPrompt]:
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    return [parse_signed_line(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def parse_signed_line(number: int, line: str) -> SignedPrompt:
@@ -78,10 +77,10 @@ def parse_signed_line(number: int, line: str) -> SignedPrompt:
     return make_signed_prompt(f"Line {number}", parts[1], parts[0], parts[2] if len(parts) == 3 else "")
 
 
-def parse_signed_table(text: str, mark: str) -> list[SignedPrompt]:
-    """Other columns, such as PartiPrompts' Category and Challenge, are left alone."""
-    quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL  # a TSV may hold single quotation marks
-    reader = csv.DictReader(io.StringIO(text), delimiter=mark, skipinitialspace=True, quoting=quoting)
+def parse_signed_table(text: str, delimiter: str) -> list[SignedPrompt]:
+    """The rows of a CSV or TSV text. Other columns, such as PartiPrompts' Category and Challenge, are ignored."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # a TSV may hold single quotation marks
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, quoting=quoting)
     found = []
     for number, values in enumerate(reader, 2):
         row = {
@@ -111,7 +110,7 @@ def make_signed_prompt(where: str, prompt: str, weight: str, negative: str) -> S
 
 
 def sample_signed_prompts(prompts, count: int, seed: int) -> tuple[SignedPrompt, ...]:
-    """`count` of the prompts in their own order, drawn by seed; all of them where count is 0 or there are no more."""
+    """`count` of the prompts, drawn by seed, in their own order; all of them where count is 0 or there are no more."""
     if not 0 < count < len(prompts):
         return tuple(prompts)
     chosen = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:count]

@@ -1,20 +1,20 @@
-"""What is wrong with captions: empty, all alike, without the trigger word, longer than the text encoder reads."""
+"""Checks of captions: empty, identical, without the trigger word, longer than the text encoder reads at once."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ..findings import SEVERITY_WARN, Finding
 from ..records import ImageRecord
-
-CountCaptionTokens = Callable[[str], dict[str, int]]
-CLIP_ENCODERS = ("l", "g", "h", "clip_l", "clip_g", "clip_h")  # as ComfyUI names the encoders that read in chunks
+from .edits import CLIP_ENCODERS, CountTokens
 
 
 class CaptionLimits(Protocol):
+    """The part of the quality settings that is about captions."""
+
     trigger: str
     max_identical: float
     max_clip_tokens: int
@@ -22,9 +22,9 @@ class CaptionLimits(Protocol):
 
 
 def check_record_captions(
-    record: ImageRecord, limits: CaptionLimits, tokens: CountCaptionTokens | None = None
+    record: ImageRecord, limits: CaptionLimits, count_tokens: CountTokens | None = None
 ) -> list[Finding]:
-    """Of one record. Every alternative of a caption counts, because training draws any of them."""
+    """What is wrong with the captions of one image. Every alternative is checked, because training may draw any."""
     captions = [caption.strip() for caption in record.captions]
     if not any(captions):
         return [Finding(SEVERITY_WARN, "caption", "empty")]
@@ -34,24 +34,22 @@ def check_record_captions(
     trigger = limits.trigger.strip().casefold()
     without = sum(trigger not in caption.casefold() for caption in captions if caption)
     if without:
+        share = f" in {without} of {len(captions)} alternatives" if len(captions) > 1 else ""
         found.append(
             Finding(
                 SEVERITY_WARN,
                 "trigger",
-                f"{limits.trigger.strip()!r} is missing{format_alternatives_share(without, captions)}",
+                f"{limits.trigger.strip()!r} is missing{share}",
             )
         )
-    return found + (check_token_lengths(captions, limits, tokens) if tokens else [])
+    return found + (check_token_lengths(captions, limits, count_tokens) if count_tokens else [])
 
 
-def format_alternatives_share(count: int, captions) -> str:
-    return f" in {count} of {len(captions)} alternatives" if len(captions) > 1 else ""
-
-
-def check_token_lengths(captions, limits: CaptionLimits, tokens: CountCaptionTokens) -> list[Finding]:
-    longest = {}
+def check_token_lengths(captions: Sequence[str], limits: CaptionLimits, count_tokens: CountTokens) -> list[Finding]:
+    """Findings for the longest caption, by each text encoder."""
+    longest: dict[str, int] = {}
     for caption in captions:
-        for encoder, count in tokens(caption).items():
+        for encoder, count in count_tokens(caption).items():
             longest[encoder] = max(count, longest.get(encoder, 0))
     return [
         finding for encoder, count in sorted(longest.items()) for finding in check_encoder_limit(encoder, count, limits)
@@ -71,26 +69,20 @@ def check_encoder_limit(encoder: str, count: int, limits: CaptionLimits) -> Iter
 
 
 def format_caption_notes(
-    records: Iterable[ImageRecord], limits: CaptionLimits, tokens: CountCaptionTokens | None = None
+    records: Iterable[ImageRecord], limits: CaptionLimits, count_tokens: CountTokens | None = None
 ) -> list[str]:
-    """Sentences about all captions together."""
+    """Lines about all captions together: how many there are, whether too many are identical, how long they get."""
     texts = [caption.strip() for record in records for caption in (record.captions or ("",))]
     full = [text for text in texts if text]
     notes = [f"captions: {len(full)} of {len(texts)} filled, {len(set(full))} different"] if texts else []
     if len(full) > 1:
         caption, count = Counter(full).most_common(1)[0]
         if count > 1 and count / len(texts) > limits.max_identical:
-            notes.append(
-                f"identical captions: {count / len(texts):.0%} > {limits.max_identical:.0%} read "
-                f"{shorten_caption(caption)!r}"
-            )
-    if full and tokens:
-        counted = [tokens(text) for text in full]
+            shown = caption if len(caption) <= 60 else caption[:60].rstrip() + "..."
+            notes.append(f"identical captions: {count / len(texts):.0%} > {limits.max_identical:.0%} read {shown!r}")
+    if full and count_tokens:
+        counted = [count_tokens(text) for text in full]
         notes.append(
             "tokens: " + ", ".join(f"{name} at most {max(c[name] for c in counted)}" for name in sorted(counted[0]))
         )
     return notes
-
-
-def shorten_caption(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else text[:most].rstrip() + "..."

@@ -1,15 +1,14 @@
-"""Captions edited by rule: a small language, one operation per line, and what a dataset becomes by it.
+"""Rules that edit captions: a small language with one operation per line, and a dataset to which they are applied.
 
-    # comments and empty lines are passed over
+    # comments and empty lines are ignored
     trigger: sks
     remove: watermark, signature
     s/\\bman\\b/person/
     truncate: 75
 
-Every operation is a pure function of one caption; a dataset comes in and another one goes out. `OPERATIONS` lists them
-all. What is in double quotes is taken as it stands, spaces and arrows included. Tags are what stands between commas (,
-， 、); two tags are the same when they differ only in case, width, underscores for spaces or backslashes. A caption of
-several lines is edited line by line.
+Every operation is a pure function of one caption. EDIT_OPERATIONS lists them all. Text in double quotes is taken
+literally, spaces and arrows included. Tags are the pieces between commas (, ， 、); two tags are the same when they
+differ only in case, width, underscores for spaces or backslashes. A caption of several lines is edited line by line.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ import torch
 from ..caption_variants import make_record_rng
 from ..records import ImageDataset, ImageRecord
 
-CountTokens = Callable[[str], Mapping[str, int]]  # tokens of a text by text encoder
+CountTokens = Callable[[str], Mapping[str, int]]  # text -> number of tokens by text encoder
+CLIP_ENCODERS = ("l", "g", "h", "clip_l", "clip_g", "clip_h")  # ComfyUI's names of the encoders that read in chunks
 REGEX_TIMEOUT_SECONDS = 2.0
 
 EDIT_OPERATIONS: dict[str, EditOperation] = {}
@@ -35,35 +35,38 @@ EDIT_OPERATIONS: dict[str, EditOperation] = {}
 
 @dataclass(frozen=True)
 class EditContext:
-    """What an operation may know besides the caption itself."""
+    """What an operation may use besides the caption itself."""
 
     record: ImageRecord
     rng: torch.Generator
-    tokens: CountTokens | None = None
+    count_tokens: CountTokens | None = None
+
+
+ApplyEdit = Callable[[str, EditContext], str]  # (caption, context) -> caption
 
 
 @dataclass(frozen=True)
 class EditOperation:
-    """One word of the language: how it is written, what it does, and how a line of it becomes a function."""
+    """One operation of the language: how it is written, what it does, and the builder of its function."""
 
     usage: str
     hint: str
-    build: Callable[[str], Callable[[str, EditContext], str]]
+    build: Callable[[str], ApplyEdit]  # from the text after the colon
 
 
 @dataclass(frozen=True)
 class CaptionEdit:
-    """One line of the language, ready to run. Conditions hold for the lines after them."""
+    """One parsed line: an edit or a condition. A condition decides about the lines after it, up to the next one."""
 
     line: int
     text: str
-    run: Callable[[str, EditContext], str] | None = None
+    run: ApplyEdit | None = None
     condition: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
 class CaptionChange:
-    """What became of one picture's captions."""
+    """The captions of one image before and after the edits."""
 
     name: str
     before: tuple[str, ...]
@@ -71,24 +74,24 @@ class CaptionChange:
 
 
 class EditError(ValueError):
-    """What is wrong with a line's argument; the line itself is added by whoever reads lines."""
+    """An error in one line's argument; the reader of the lines adds the line's number and text."""
 
 
 def register_operation(usage: str, hint: str):
-    """Lists a builder in OPERATIONS under the first word of its usage."""
+    """A decorator that enters a builder into EDIT_OPERATIONS under the first word of its usage."""
 
-    def listed(build):
+    def register(build):
         EDIT_OPERATIONS[usage.split(":")[0]] = EditOperation(usage, hint, build)
         return build
 
-    return listed
+    return register
 
 
 # -- from text to edits ------------------------------------------------------------------------------------------------
 
 
 def parse_edits(text: str) -> tuple[CaptionEdit, ...]:
-    """The edits that these lines ask for. ValueError with the line's number, its text and what is possible."""
+    """The edits of these lines. ValueError with the line's number, its text and what is possible."""
     lines = enumerate(text.split("\n"), 1)
     return tuple(
         parse_edit_line(number, line.strip())
@@ -99,7 +102,7 @@ def parse_edits(text: str) -> tuple[CaptionEdit, ...]:
 
 def parse_edit_line(number: int, line: str) -> CaptionEdit:
     try:
-        if is_substitution(line):
+        if len(line) > 1 and line[0] == "s" and line[1] in REGEX_DELIMITERS:  # s/pattern/replacement/
             return CaptionEdit(number, line, build_substitution(line))
         name, argument = split_operation_line(line)
         if name in EDIT_CONDITIONS:
@@ -131,7 +134,7 @@ def require_argument(argument: str, usage: str) -> str:
 
 
 def unquote_text(text: str) -> str:
-    """What is in double quotes as it stands, else the text without the spaces around it."""
+    """The text inside double quotes as it is, else the text without the spaces around it."""
     text = text.strip()
     return text[1:-1] if len(text) >= 2 and text[0] == text[-1] == '"' else text
 
@@ -146,7 +149,9 @@ def split_arrow(text: str, usage: str) -> tuple[str, str]:
 
 def parse_word_list(argument: str, usage: str) -> list[str]:
     found = [unquote_text(word) for word in split_tags(argument)]
-    return found or require_argument("", usage)
+    if not found:
+        require_argument("", usage)
+    return found
 
 
 def parse_keep_count(argument: str, word: str) -> int:
@@ -166,51 +171,51 @@ def apply_edits(
     dataset: ImageDataset,
     edits: tuple[CaptionEdit, ...],
     seed: int = 0,
-    tokens: CountTokens | None = None,
-    report=None,
-    check_interrupt=None,
+    count_tokens: CountTokens | None = None,
+    report: Callable[[int, int, str], None] | None = None,
+    check_interrupt: Callable[[], None] | None = None,
 ) -> ImageDataset:
-    """The dataset with every caption edited. A picture without a caption is edited as one whose caption is empty.
+    """The dataset with every caption edited. An image without a caption is edited as if it had an empty one.
 
-    The order that `shuffle` gives depends on the seed and the picture alone. report(done, total, name) is told of every
-    picture.
+    The order that `shuffle` gives depends on the seed and the image alone. report(done, total, name) is called after
+    every image.
     """
     records = []
     for done, record in enumerate(dataset, 1):
         if check_interrupt:
             check_interrupt()
-        records.append(edit_record(record, edits, seed, tokens))
+        records.append(edit_record(record, edits, seed, count_tokens))
         if report:
             report(done, len(dataset), Path(record.path).name)
     return replace(dataset, records=tuple(records))
 
 
 def edit_record(
-    record: ImageRecord, edits: tuple[CaptionEdit, ...], seed: int = 0, tokens: CountTokens | None = None
+    record: ImageRecord, edits: tuple[CaptionEdit, ...], seed: int = 0, count_tokens: CountTokens | None = None
 ) -> ImageRecord:
     """The record with its captions edited; alternatives that became equal or empty are dropped."""
-    about = EditContext(record, make_record_rng(record, seed), tokens)
-    captions = (edit_caption(caption, edits, about) for caption in record.captions or ("",))
+    context = EditContext(record, make_record_rng(record, seed), count_tokens)
+    captions = (edit_caption(caption, edits, context) for caption in record.captions or ("",))
     return replace(record, captions=tuple(dict.fromkeys(filter(None, captions))))
 
 
-def edit_caption(caption: str, edits: tuple[CaptionEdit, ...], about: EditContext) -> str:
+def edit_caption(caption: str, edits: tuple[CaptionEdit, ...], context: EditContext) -> str:
     applies = True
     for edit in edits:
         if edit.condition:
             applies = edit.condition(caption)
-        elif applies:
+        elif applies and edit.run:
             try:
-                caption = edit.run(caption, about).strip()
+                caption = edit.run(caption, context).strip()
             except EditError as error:
                 raise ValueError(
-                    f"Line {edit.line} of the edits, {edit.text!r}, on {Path(about.record.path).name}: {error}"
+                    f"Line {edit.line} of the edits, {edit.text!r}, on {Path(context.record.path).name}: {error}"
                 ) from None
     return caption
 
 
 def list_caption_changes(before: ImageDataset, after: ImageDataset) -> list[CaptionChange]:
-    """What became different, picture by picture."""
+    """The changed captions, image by image."""
     pairs = zip(before, after, strict=True)
     return [
         CaptionChange(Path(old.path).name, old.captions, new.captions)
@@ -220,7 +225,7 @@ def list_caption_changes(before: ImageDataset, after: ImageDataset) -> list[Capt
 
 
 def format_edit_preview(before: ImageDataset, after: ImageDataset, show: int = 5) -> str:
-    """How many pictures changed, and the first `show` of them before and after."""
+    """How many images have changed captions, and the first `show` of them before and after."""
     changed = list_caption_changes(before, after)
     lines = [f"{len(changed)} of {len(before)} pictures changed"]
     for change in changed[:show]:
@@ -240,7 +245,7 @@ def split_tags(caption: str) -> list[str]:
 
 
 def caption_tag_key(tag: str) -> str:
-    """Equal for tags that mean the same."""
+    """A key that is equal for tags that count as the same."""
     plain = unicodedata.normalize("NFKC", tag).casefold().replace("\\", "").replace("_", " ")
     return " ".join(plain.split()) or tag
 
@@ -250,35 +255,36 @@ def caption_tag_keys(tags) -> set[str]:
 
 
 def join_tags(tags, like: str) -> str:
-    """The tags with the kind of comma that `like` uses first."""
+    """The tags joined with the comma that comes first in `like`: western or CJK."""
     comma = COMMA_PATTERN.search(like)
     return (", " if comma is None or comma[0] == "," else comma[0]).join(tags)
 
 
-def make_tag_edit(change: Callable[[list[str], EditContext], list[str]]):
-    """The operation that changes each line's list of tags. A line whose tags stay as they are stays as it is."""
+def make_tag_edit(change: Callable[[list[str], EditContext], list[str]]) -> ApplyEdit:
+    """The edit that applies `change` to the tags of each line. A line whose tags do not change stays as it is."""
 
-    def line(text: str, about: EditContext) -> str:
-        after = change(split_tags(text), about)
+    def edit_line(text: str, context: EditContext) -> str:
+        after = change(split_tags(text), context)
         return text if after == [part.strip() for part in COMMA_PATTERN.split(text)] else join_tags(after, text)
 
-    return make_line_edit(line)
+    return make_line_edit(edit_line)
 
 
-def make_line_edit(change: Callable[[str, EditContext], str]):
-    def lines(text: str, about: EditContext) -> str:
-        return "\n".join(change(line, about) for line in text.split("\n"))
+def make_line_edit(change: ApplyEdit) -> ApplyEdit:
+    """The edit that applies `change` to each line of a caption."""
 
-    return lines
+    def edit_lines(text: str, context: EditContext) -> str:
+        return "\n".join(change(line, context) for line in text.split("\n"))
+
+    return edit_lines
 
 
-UNSPACED_SCRIPTS = (
-    "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"  # scripts that glue words together
-)
+# Thai, Japanese, Chinese and Korean: scripts without spaces between words.
+UNSPACED_SCRIPTS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 
 
 def phrase_pattern(word: str) -> re.Pattern:
-    """Finds the word or phrase standing by itself; in scripts without spaces, anywhere."""
+    """A pattern that finds the word or phrase as a whole; in scripts without spaces, anywhere."""
     before = (
         "" if re.match(f"[{UNSPACED_SCRIPTS}]", word) or not re.match(r"\w", word) else rf"(?<![^\W{UNSPACED_SCRIPTS}])"
     )
@@ -291,7 +297,7 @@ def phrase_pattern(word: str) -> re.Pattern:
 
 
 def mentions_phrase(caption: str, word: str) -> bool:
-    """Whether the caption names this word or phrase."""
+    """Whether the caption contains this word or phrase, however it is spelled."""
     return bool(phrase_pattern(caption_tag_key(word)).search(caption_tag_key(caption)))
 
 
@@ -319,8 +325,8 @@ def build_keep_edit(argument):
 def build_swap_edit(argument):
     usage = "swap: tag -> tag; tag -> tag"
     pairs = dict(split_arrow(pair, usage) for pair in require_argument(argument, usage).split(";") if pair.strip())
-    others = {caption_tag_key(old): split_tags(new) for old, new in pairs.items()}
-    return make_tag_edit(lambda tags, _: [new for tag in tags for new in others.get(caption_tag_key(tag), [tag])])
+    replacements = {caption_tag_key(old): split_tags(new) for old, new in pairs.items()}
+    return make_tag_edit(lambda tags, _: [new for tag in tags for new in replacements.get(caption_tag_key(tag), [tag])])
 
 
 @register_operation("dedupe", "removes tags that have been said already")
@@ -341,11 +347,11 @@ def build_sort_edit(argument):
 def build_shuffle_edit(argument):
     front = parse_keep_count(argument, "keep")
 
-    def shuffled(tags, about):
+    def shuffle(tags: list[str], context: EditContext) -> list[str]:
         rest = tags[front:]
-        return tags[:front] + [rest[i] for i in torch.randperm(len(rest), generator=about.rng).tolist()]
+        return tags[:front] + [rest[i] for i in torch.randperm(len(rest), generator=context.rng).tolist()]
 
-    return make_tag_edit(shuffled)
+    return make_tag_edit(shuffle)
 
 
 @register_operation(
@@ -356,15 +362,15 @@ def build_merge_edit(argument):
     if sorted(order) != ["prose", "tags"]:
         raise EditError(f"{argument!r} is not understood; write 'merge: tags, prose' or 'merge: prose, tags'.")
 
-    def merged(caption, about):
+    def merge(caption: str, context: EditContext) -> str:
         tags = join_tags(
-            {caption_tag_key(tag): tag for tag in about.record.tags if not mentions_phrase(caption, tag)}.values(),
+            {caption_tag_key(tag): tag for tag in context.record.tags if not mentions_phrase(caption, tag)}.values(),
             caption,
         )
         parts = (tags, caption) if order[0] == "tags" else (caption.rstrip(" ,，、"), tags)
         return join_tags(filter(None, parts), caption)
 
-    return merged
+    return merge
 
 
 def reject_argument(argument):
@@ -383,7 +389,7 @@ CLOSING_PUNCTUATION = tuple(",.;:!?)]}，。、；：！？")
 def build_trigger_edit(argument):
     word = unquote_text(require_argument(argument, "trigger: sks"))
 
-    def triggered(caption, about):
+    def add_trigger(caption: str, context: EditContext) -> str:
         tags = split_tags(caption)
         if caption_tag_key(word) in caption_tag_keys(tags):
             rest = [tag for tag in tags if caption_tag_key(tag) != caption_tag_key(word)]
@@ -394,7 +400,7 @@ def build_trigger_edit(argument):
             )
         return caption if mentions_phrase(caption, word) else join_tags(filter(None, (word, caption)), caption)
 
-    return triggered
+    return add_trigger
 
 
 @register_operation("prefix: text", "puts the text in front, with a space; in quotes as it stands")
@@ -432,8 +438,7 @@ def build_lower_edit(argument):
     return lambda caption, _: caption.lower()
 
 
-# Names that are written with underscores: emoticons of booru taggers, and the quality words that Pony models were
-# trained with.
+# Tags that keep their underscores: emoticons, and the quality tags that Pony models were trained with.
 BOORU_KAOMOJI = frozenset(
     "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_|| ;_; t_t".split()
 )
@@ -445,11 +450,11 @@ def build_underscores_edit(argument):
     if argument.casefold() != "to spaces":
         raise EditError(f"{argument!r} is not understood; write 'underscores: to spaces'.")
 
-    def spaced(tag):
+    def replace_underscores(tag: str) -> str:
         plain = tag.replace("\\", "").casefold()
         return tag if plain in BOORU_KAOMOJI or QUALITY_TAG_PATTERN.fullmatch(plain) else tag.replace("_", " ").strip()
 
-    return make_tag_edit(lambda tags, _: [spaced(tag) for tag in tags])
+    return make_tag_edit(lambda tags, _: [replace_underscores(tag) for tag in tags])
 
 
 @register_operation("escape: parentheses", "( becomes \\(, so that text encoders do not read it as emphasis")
@@ -469,7 +474,7 @@ def require_parentheses(argument, name):
         raise EditError(f"{argument!r} is not understood; write '{name}: parentheses'.")
 
 
-# What captioning models say before they come to the point. Matched at the beginning of a caption, ignoring case.
+# Openings of captioning models that carry no information. Matched at the beginning of a caption, ignoring case.
 MEDIUM_NOUNS = r"(?:image|picture|photo|photograph|painting|drawing|illustration|artwork|scene|screenshot|render)"
 DEPICTING_VERBS = r"(?:shows|depicts|features|displays|captures|contains|portrays|presents|illustrates|showcases|is of)"
 BOILERPLATE_OPENINGS = (
@@ -487,25 +492,25 @@ BOILERPLATE_WORDS = (r"\baraf+(?:ed|es?|y)?\b",)  # a word that BLIP made up
     "removes openings such as 'this image shows' and 'a photo of'; add phrases of your own after a comma",
 )
 def build_strip_edit(argument):
-    asked = parse_word_list(argument, "strip: boilerplate")
-    own = [phrase_pattern(phrase).pattern for phrase in asked if phrase.casefold() != "boilerplate"]
-    openings, anywhere = ((), own) if len(own) == len(asked) else (BOILERPLATE_OPENINGS, (*BOILERPLATE_WORDS, *own))
+    phrases = parse_word_list(argument, "strip: boilerplate")
+    own = [phrase_pattern(phrase).pattern for phrase in phrases if phrase.casefold() != "boilerplate"]
+    openings, anywhere = ((), own) if len(own) == len(phrases) else (BOILERPLATE_OPENINGS, (*BOILERPLATE_WORDS, *own))
     opening = re.compile(rf"\s*(?:{'|'.join(openings)})\b[\s,:]*", re.IGNORECASE) if openings else None
-    phrase = re.compile("|".join(anywhere), re.IGNORECASE) if anywhere else None
+    unwanted = re.compile("|".join(anywhere), re.IGNORECASE)
 
-    def stripped(caption, _):
+    def strip_line(caption: str, _: EditContext) -> str:
         text, before = caption, None
         while text != before:
             before = text
-            text = tidy_edited_text(phrase.sub("", text)) if phrase.search(text) else text
+            text = tidy_edited_text(unwanted.sub("", text)) if unwanted.search(text) else text
             text = opening.sub("", text, count=1) if opening and opening.match(text) else text
         return text[:1].upper() + text[1:] if caption[:1].isupper() and text != caption else text
 
-    return make_line_edit(stripped)
+    return make_line_edit(strip_line)
 
 
 def tidy_edited_text(text: str) -> str:
-    """Without the double spaces and orphaned commas that a removed phrase leaves."""
+    """The text without the double spaces and orphaned commas that a removed phrase leaves."""
     text = re.sub(r"\s*([,，、])(?:\s*[,，、])+", r"\1", re.sub(r"[^\S\n]{2,}", " ", text))
     return re.sub(r"\s+([,.;，、])", r"\1", text).strip(" ,，、")
 
@@ -526,8 +531,8 @@ def build_truncate_edit(argument):
             f"{argument!r} is no length; write a number above 0: 'truncate: 75' (tokens), 'truncate: 40 words' or "
             "'truncate: 20 tags'."
         )
-    most, measure = int(match[1]), LENGTH_MEASURES[(match[2] or "tokens").rstrip("s")]
-    return lambda caption, about: truncate_caption(caption, lambda text: measure(text, about) <= most)
+    limit, measure = int(match[1]), LENGTH_MEASURES[(match[2] or "tokens").rstrip("s")]
+    return lambda caption, context: truncate_caption(caption, lambda text: measure(text, context) <= limit)
 
 
 def truncate_caption(caption: str, fits: Callable[[str], bool]) -> str:
@@ -545,8 +550,8 @@ def truncate_caption(caption: str, fits: Callable[[str], bool]) -> str:
     return (longest_fitting_prefix(caption, [end for end in ends if end > start], fits) or kept).rstrip(" ,，、")
 
 
-def longest_fitting_prefix(text: str, ends: list[int], fits) -> str:
-    """text[:end] for the largest end that fits, by halving: counting tokens is the slow part."""
+def longest_fitting_prefix(text: str, ends: list[int], fits: Callable[[str], bool]) -> str:
+    """text[:end] for the largest of `ends` that fits, "" for none; by bisection, because counting tokens is slow."""
     low, high = 0, len(ends)  # ends[:low] fit, ends[high:] do not
     while low < high:
         middle = (low + high) // 2
@@ -554,11 +559,11 @@ def longest_fitting_prefix(text: str, ends: list[int], fits) -> str:
     return text[: ends[low - 1]] if low else ""
 
 
-def count_most_tokens(text: str, about: EditContext) -> int:
-    """By the text encoder that counts most."""
-    if about.tokens is None:
+def count_most_tokens(text: str, context: EditContext) -> int:
+    """The number of tokens in the text encoder that counts most."""
+    if context.count_tokens is None:
         raise EditError("tokens cannot be counted without a text encoder. Connect CLIP, or write 'truncate: 40 words'.")
-    return max(about.tokens(text).values(), default=0)
+    return max(context.count_tokens(text).values(), default=0)
 
 
 LENGTH_MEASURES = {
@@ -570,19 +575,14 @@ LENGTH_MEASURES = {
 
 # -- regular expressions -----------------------------------------------------------------------------------------------
 
-REGEX_DELIMITERS = set(string.punctuation) - set('\\:"')
+REGEX_DELIMITERS = set(string.punctuation) - set('\\:"')  # what may stand in place of the slashes
 REGEX_FLAGS = {"i": "IGNORECASE", "m": "MULTILINE", "s": "DOTALL"}
 
 
-def is_substitution(line: str) -> bool:
-    """Whether the line is s/pattern/replacement/, with any punctuation for the slash."""
-    return len(line) > 1 and line[0] == "s" and line[1] in REGEX_DELIMITERS
-
-
 def build_substitution(line: str):
-    """The operation of s/pattern/replacement/flags: all of them, or the first with flag 1. A pattern that takes too
-    long is refused."""
-    import regex  # of transformers and diffusers; unlike re it can be stopped
+    """The edit of s/pattern/replacement/flags, which replaces all matches, or the first with flag 1. A pattern that
+    takes too long is an error."""
+    import regex  # a dependency of transformers and diffusers; unlike re it has a timeout
 
     pattern, new, flags = split_substitution(line)
     if unknown := set(flags) - {*REGEX_FLAGS, "g", "1"}:
@@ -592,19 +592,19 @@ def build_substitution(line: str):
         )
     try:
         options = sum(getattr(regex, REGEX_FLAGS[flag]) for flag in set(flags) & set(REGEX_FLAGS))
-        found = regex.compile(pattern, options)
-        regex.sub(
-            f"{pattern}|", new, "", flags=options
-        )  # the replacement is looked at only where something matches, so something does
+        compiled = regex.compile(pattern, options)
+        # A wrong replacement is noticed only where something matches, so let the empty alternative match.
+        regex.sub(f"{pattern}|", new, "", flags=options)
     except (regex.error, IndexError) as error:
-        place = f" at character {error.pos + 1}" if getattr(error, "pos", None) is not None else ""
+        position = getattr(error, "pos", None)
+        place = f" at character {position + 1}" if position is not None else ""
         raise EditError(
             f"{pattern!r} -> {new!r} is no regular expression{place}: {getattr(error, 'msg', error)}."
         ) from None
 
     def run(caption, _):
         try:
-            return found.sub(new, caption, count=1 if "1" in flags else 0, timeout=REGEX_TIMEOUT_SECONDS)
+            return compiled.sub(new, caption, count=1 if "1" in flags else 0, timeout=REGEX_TIMEOUT_SECONDS)
         except TimeoutError:
             raise EditError(
                 f"the pattern took more than {REGEX_TIMEOUT_SECONDS:g} s on {caption[:60]!r}; repeats inside repeats, "
@@ -634,14 +634,15 @@ def split_substitution(line: str) -> tuple[str, str, str]:
 
 
 def build_only_condition(argument: str):
-    """Whether a caption names one of these words; always, without words."""
-    asked = split_tags(argument)
-    return lambda caption: not asked or any(mentions_phrase(caption, word) for word in asked)
+    """The condition that a caption contains one of these words; without words it always holds."""
+    words = split_tags(argument)
+    return lambda caption: not words or any(mentions_phrase(caption, word) for word in words)
 
 
 def build_unless_condition(argument: str):
-    asked = parse_word_list(argument, "unless: word")
-    return lambda caption: not any(mentions_phrase(caption, word) for word in asked)
+    """The condition that a caption contains none of these words."""
+    words = parse_word_list(argument, "unless: word")
+    return lambda caption: not any(mentions_phrase(caption, word) for word in words)
 
 
 EDIT_CONDITIONS = {"only": build_only_condition, "unless": build_unless_condition}

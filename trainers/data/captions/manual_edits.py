@@ -1,14 +1,14 @@
-"""Captions edited by hand: what a person wrote into the grid, as JSON, and what the grid is drawn from.
+"""Captions edited by hand in the caption grid: the edits as JSON, and the cards that the grid shows.
 
-The JSON is {picture id: caption}, or a list of captions for a picture that has alternatives. The id is the sha1 of the
-picture's bytes, so an edit follows a renamed or moved file; two files with the same bytes share it.
+The JSON is {image id: caption}, or a list of captions for an image with alternatives. The id is the sha1 of the image
+file's bytes, so an edit follows a renamed or moved file; two files with the same bytes share it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +17,13 @@ from ..contact_sheet import make_thumbnail
 from ..metadata import check_plain_text
 from ..records import ImageDataset, ImageRecord
 
-ManualEdits = Mapping[str, tuple[str, ...]]  # captions by picture id
+ManualEdits = Mapping[str, tuple[str, ...]]  # image id -> captions
 THUMBNAIL_THREADS = 4
-CARD_THUMBNAIL_SIDE = 256  # of a thumbnail, in pixels
+CARD_THUMBNAIL_SIDE = 256  # pixels
 
 
 def parse_manual_edits(text: str) -> dict[str, tuple[str, ...]]:
-    """The captions by picture id. ValueError with the place when the text is not what the grid writes."""
+    """Image id -> captions. ValueError with the position when the text is not what the grid writes."""
     if not text.strip():
         return {}
     try:
@@ -40,44 +40,39 @@ def parse_manual_edits(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def parse_edited_captions(id: str, value) -> tuple[str, ...]:
-    """The alternatives that were written for one picture, without empty ones."""
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    """The alternatives that were written for one image, without empty ones."""
+    written = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in written):
         raise ValueError(f"The edit of picture {id} is {json.dumps(value)[:60]}; it must be text, or a list of texts.")
-    texts = (check_plain_text(text, f"The edit of picture {id}").strip() for text in texts)
+    texts = (check_plain_text(text, f"The edit of picture {id}").strip() for text in written)
     return tuple(dict.fromkeys(filter(None, texts)))
 
 
 def apply_manual_edits(dataset: ImageDataset, edits: ManualEdits) -> ImageDataset:
-    """The dataset with these captions in the place of its own."""
+    """The dataset with these captions in place of its own."""
     return replace(dataset, records=tuple(replace(r, captions=edits[r.id]) if r.id in edits else r for r in dataset))
 
 
-def list_unmatched_edits(dataset: ImageDataset, edits: ManualEdits) -> list[str]:
-    """Ids of edits whose picture is not in the dataset."""
-    ids = {record.id for record in dataset}
-    return [id for id in edits if id not in ids]
-
-
 def format_manual_edits(dataset: ImageDataset, after: ImageDataset, edits: ManualEdits) -> str:
-    """One line on how many captions the edits change, and one on edits without a picture."""
+    """One line on how many captions the edits change, and one on edits whose image is not in the dataset."""
     changed = sum(old.captions != new.captions for old, new in zip(dataset, after, strict=True))
     lines = [f"{changed} of {len(dataset)} captions edited by hand"]
-    if lost := list_unmatched_edits(dataset, edits):
-        names = ", ".join(id[:10] for id in lost[:3]) + (", ..." if len(lost) > 3 else "")
+    ids = {record.id for record in dataset}
+    if unmatched := [id for id in edits if id not in ids]:
+        names = ", ".join(id[:10] for id in unmatched[:3]) + (", ..." if len(unmatched) > 3 else "")
         lines.append(
-            f"{len(lost)} edits are of pictures that are not in this dataset ({names}); they are kept in case those "
-            "come back."
+            f"{len(unmatched)} edits are of pictures that are not in this dataset ({names}); they are kept in case "
+            "those come back."
         )
     return "\n".join(lines)
 
 
-# -- what the grid is drawn from ---------------------------------------------------------------------------------------
+# -- cards of the caption grid -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CaptionCard:
-    """One picture of the grid: its thumbnail's file name, or why there is none."""
+    """One image of the grid: the file name of its thumbnail, or why there is none."""
 
     id: str
     name: str
@@ -86,26 +81,31 @@ class CaptionCard:
     why: str = ""
 
 
-def build_caption_cards(dataset: ImageDataset, folder, report=None, check_interrupt=None) -> list[CaptionCard]:
-    """A card per picture, with thumbnails as files in the folder; those that are there already are not made again.
+def build_caption_cards(
+    dataset: ImageDataset,
+    folder,
+    report: Callable[[int, int, str], None] | None = None,
+    check_interrupt: Callable[[], None] | None = None,
+) -> list[CaptionCard]:
+    """One card per image, with thumbnails as files in the folder; existing ones are used again.
 
-    report(done, total, name) is told of every picture. One that cannot be opened has a card that says why.
+    report(done, total, name) is called after every image. One that cannot be opened gets a card that says why.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    cards = []
     with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
         try:
-            for done, one in enumerate(pool.map(lambda record: build_caption_card(record, folder), dataset), 1):
+            for done, card in enumerate(pool.map(lambda record: build_caption_card(record, folder), dataset), 1):
                 if check_interrupt:
                     check_interrupt()
-                made.append(one)
+                cards.append(card)
                 if report:
-                    report(done, len(dataset), one.name)
+                    report(done, len(dataset), card.name)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return made
+    return cards
 
 
 def build_caption_card(record: ImageRecord, folder: Path) -> CaptionCard:
@@ -120,12 +120,13 @@ def build_caption_card(record: ImageRecord, folder: Path) -> CaptionCard:
 
 
 def thumbnail_file_name(record: ImageRecord) -> str:
+    """Another crop of the same image gets another thumbnail."""
     crop = hashlib.blake2b(repr(record.crop).encode(), digest_size=4).hexdigest()
     return f"{record.id}_{crop}.webp"
 
 
-def save_thumbnail(picture, file: Path) -> None:
-    """Under its name only when it is whole: the page may ask for it at any time."""
-    part = file.with_name(f".{file.name}.{id(picture)}.part")
-    picture.save(part, "WEBP", quality=80)
+def save_thumbnail(thumbnail, file: Path) -> None:
+    """Writes the file under its name only when it is complete: the page may ask for it at any time."""
+    part = file.with_name(f".{file.name}.{id(thumbnail)}.part")
+    thumbnail.save(part, "WEBP", quality=80)
     part.replace(file)

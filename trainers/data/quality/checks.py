@@ -16,7 +16,8 @@ from PIL import Image
 
 from ...settings import Settings, choice_field, number_field, switch_field, text_field
 from ..buckets import MIN_BUCKET_STEP, BucketSettings, initial_placement
-from ..captions.caption_checks import CountCaptionTokens, check_record_captions, format_caption_notes
+from ..captions.caption_checks import check_record_captions, format_caption_notes
+from ..captions.edits import CountTokens
 from ..findings import SEVERITY_REJECT, SEVERITY_WARN, Finding
 from ..image_scan import DEFAULT_SCAN, ScanOptions, scan_images
 from ..readers import make_printable
@@ -413,7 +414,7 @@ class QualityCheck:
 def check_dataset_quality(
     dataset: ImageDataset,
     settings: QualitySettings,
-    tokens: CountCaptionTokens | None = None,
+    tokens: CountTokens | None = None,
     looking: ScanOptions = DEFAULT_SCAN,
 ) -> QualityCheck:
     """Look at every picture and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings,
