@@ -179,7 +179,7 @@ def encode_texts_once(clip, texts) -> dict[str, dict]:
         with host.context.enable_gradients():
             return dict(zip(texts, encoder.encode(texts), strict=True))
     finally:
-        encoder.free()
+        encoder.unload()
 
 
 def unwrap_list_input(values):

@@ -228,7 +228,7 @@ def run_trial_step(probe: StepProbe, measured: StepMemory, plans) -> RunPlan:
             # The optimizer has no numbers of its own yet.
             extra = max(0, peak - (measured.peak_bytes(plan) - 2 * measured.adapter_bytes)) if peak else 0
             seconds *= job.optimizing.accumulate
-            forecast = make_run_forecast(measured, plan, free, job.run.batch, seconds, extra, session.away)
+            forecast = make_run_forecast(measured, plan, free, job.run.batch, seconds, extra, session.offloaded_bytes)
             return RunPlan(job, built, forecast)
         except Exception as error:
             halved, further = probe.sizing.is_open and job.run.batch // 2, next_cheaper_plan(plan, plans)

@@ -55,13 +55,13 @@ def run_training(job: TrainingJob) -> TrainingResult:
     try:
         result = train_with_fallback(RunAttempt(job, sizing, prompts, samples, folder, display))
     except BaseException as error:
-        live_run.broken(error)
+        live_run.mark_broken_off(error)
         if folder.saved_step:
             text = f"stopped; step {folder.saved_step} of {job.run.steps} is saved, Run goes on from there"
             host.progress.show_node_text(text, job.node_id)
         raise
     host.lora_keys.check_lora_loads(job.model, job.clip, result.lora)
-    live_run.end(live.FINISHED, result.line)
+    live_run.set_ended(live.FINISHED, result.line)
     return result
 
 
@@ -107,7 +107,7 @@ def train_with_fallback(attempt: RunAttempt) -> TrainingResult:
         why = attempt.display.closing_note = format_not_compiled(describe_compile_error(error))
     attempt.folder.export_lora = None  # it holds the failed step
     host.memory.release_cached_memory()
-    attempt.display.live_run.say(why)
+    attempt.display.live_run.set_text(why)
     if sizes := attempt.folder.batch_sizes:  # chosen before it failed
         job = job.with_batch(sizes["batch"], sizes["accumulate"])
         attempt = dataclasses.replace(attempt, sizing=planner.FIXED_BATCH)
@@ -224,7 +224,7 @@ class RunDisplay:
         self.progress(progress)
 
     def show(self, text: str):
-        self.live_run.say(text)
+        self.live_run.set_text(text)
         host.progress.show_node_text(text, self.job.node_id)
         logging.info("Trainyard: %s: %s", self.job.name, text)
 
@@ -237,7 +237,7 @@ class RunDisplay:
         host.progress.raise_if_interrupted()
         if text != self.live_run.text:
             host.progress.show_node_text(text, self.job.node_id)
-        self.live_run.say(text)
+        self.live_run.set_text(text)
 
     def show_forecast(self, forecast, planned_forwards: dict[str, float], folder: RunFolder):
         """What the rest of the run will cost: memory and time, where they were measured, and forwards, where they are
@@ -251,7 +251,7 @@ class RunDisplay:
 
     def add_event(self, kind: str, entry: dict):
         """A measurement, a sheet of samples, or trouble with one."""
-        self.live_run.notice(kind, entry)
+        self.live_run.add_event(kind, entry)
         if kind == "trouble":
             host.progress.show_node_text(entry["text"], self.job.node_id)
             host.progress.log_warning(entry["text"])

@@ -227,7 +227,7 @@ class LoraTask(TrainTask):
                 session.family.density,
                 job.run.batch,
                 session.text_adapters,
-                session.encode,
+                session.encode_captions,
                 self.prior,
             ),
         )
@@ -249,7 +249,7 @@ class BuiltLora(BuiltMethod):
             self.job.noise,
             self.job.monitoring.settings.levels,
             self.job.run.batch,
-            self.session.encode,
+            self.session.encode_captions,
         )
 
 

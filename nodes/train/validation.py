@@ -43,7 +43,7 @@ class MonitorConfig:
                 with host.context.enable_gradients():
                     *conds, last = encoder.encode([*lines, self.previews.negative_prompt])
             finally:
-                encoder.free()
+                encoder.unload()
             prompts = list(zip(lines, conds, strict=True)) + prompts
             negative = negative or (self.previews.negative_prompt, last)
         return prompts, negative
