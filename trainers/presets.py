@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
+from .families import MODEL_FAMILIES
 from .settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, check_field_value
 
 PURPOSE_CHARACTER, PURPOSE_STYLE, PURPOSE_CONCEPT = PRESET_PURPOSES = ("character", "style", "concept")
@@ -15,6 +16,7 @@ class FamilyDefaults:
     """What a family begins with, whatever is taught. Steps are for batch 1: so many per picture, within (least, most)
     by purpose."""
 
+    family_key: str  # of trainers/families.py; several presets may be of one family
     rank: int
     alpha: float
     learning_rate: float
@@ -36,6 +38,7 @@ MIN_SNR_NOISE = {"weighting": "min-SNR", "gamma": 5.0}
 AI_TOOLKIT_OPTIMIZER = {"ema": 0.99}
 PRESET_FAMILIES = {
     "SD 1.5": FamilyDefaults(
+        "sd15",
         16,
         8.0,
         1e-4,
@@ -46,6 +49,7 @@ PRESET_FAMILIES = {
         noise=MIN_SNR_NOISE,
     ),
     "SDXL": FamilyDefaults(
+        "sdxl",
         32,
         16.0,
         1e-4,
@@ -55,6 +59,7 @@ PRESET_FAMILIES = {
         noise=MIN_SNR_NOISE,
     ),
     "Illustrious": FamilyDefaults(
+        "sdxl",
         32,
         16.0,
         3e-4,
@@ -66,6 +71,7 @@ PRESET_FAMILIES = {
         step_ranges={PURPOSE_CHARACTER: (1500, 3000), PURPOSE_STYLE: (3000, 6000), PURPOSE_CONCEPT: (1500, 3000)},
     ),
     "NoobAI v-pred": FamilyDefaults(
+        "sdxl",
         32,
         16.0,
         3e-4,
@@ -77,6 +83,7 @@ PRESET_FAMILIES = {
         step_ranges={PURPOSE_CHARACTER: (1500, 3000), PURPOSE_STYLE: (3000, 6000), PURPOSE_CONCEPT: (1500, 3000)},
     ),
     "SD 3": FamilyDefaults(
+        "sd3",
         16,
         16.0,
         4e-4,
@@ -87,6 +94,7 @@ PRESET_FAMILIES = {
         step_ranges={PURPOSE_CHARACTER: (700, 2000), PURPOSE_STYLE: (1000, 3000), PURPOSE_CONCEPT: (700, 2000)},
     ),
     "Flux": FamilyDefaults(
+        "flux",
         16,
         16.0,
         1e-4,
@@ -97,6 +105,7 @@ PRESET_FAMILIES = {
         step_ranges={PURPOSE_CHARACTER: (1000, 2000), PURPOSE_STYLE: (1500, 3000), PURPOSE_CONCEPT: (1000, 2000)},
     ),
     "Chroma": FamilyDefaults(
+        "chroma",
         16,
         16.0,
         1e-4,
@@ -117,7 +126,6 @@ DATASET_ADVICE = {
     "Preservation keeps the rest",
 }
 RUN_FIELDS = ("steps", "learning_rate")  # of the run's own settings; batch and seed are the Train node's
-UNET_FAMILIES = ("SD 1.5", "SDXL", "Illustrious", "NoobAI v-pred")
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def make_training_preset(family: str, purpose: str, pictures: int, changes: str 
     steps = min(max(STEPS_PER_IMAGE[purpose] * pictures, least), most)
     convolutions = (
         {"conv": True, "conv_rank": max(4, rank // 2), "conv_alpha": max(4, rank // 2) / 2}
-        if purpose == PURPOSE_STYLE and family in UNET_FAMILIES
+        if purpose == PURPOSE_STYLE and MODEL_FAMILIES[base.family_key].is_unet
         else {}
     )
     chosen = TrainingPreset(

@@ -15,7 +15,7 @@ def unet_lora_keys(model, layers) -> dict[str, str]:
     """Layer path -> file name that the host's own loader maps back to that layer."""
     known = comfy.lora.model_lora_keys_unet(model, {})
     diffusers = {}
-    if find_model_family(model.model_config).names == "diffusers":
+    if find_model_family(model.model_config).key_style == "diffusers":
         for name, path in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
             if name.endswith(".weight"):
                 diffusers[path.removesuffix(".weight")] = kohya_lora_key("lora_unet", name.removesuffix(".weight"))

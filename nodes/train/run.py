@@ -181,7 +181,7 @@ class LoraExporter:
             )
         metadata = lora_metadata(
             title=job.name,
-            base=session.family.base,
+            base=session.family.base_version,
             architecture=session.family.architecture,
             prediction=session.denoiser.prediction,
             adapter=job.adapter,

@@ -14,7 +14,7 @@ def test_every_node_has_its_row(server):
 
 
 def test_every_family_is_named(comfy):
-    from trainyard.nodes.host.families import MODEL_FAMILIES
+    from trainyard.trainers.families import MODEL_FAMILIES
 
     table = README[README.index("## Model families") :].split("\n## ")[0]
     assert [family.label for family in MODEL_FAMILIES.values() if family.label not in table] == []

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters, kohya_lora_key
-from ..diffusion import NoiseLevelDensity, per_sample, sample_euler, shift_noise_level
+from ..diffusion import per_sample, sample_euler, shift_noise_level
+from ..families import MODEL_FAMILIES, ModelFamily
 from ..rng import make_generator
 from . import single_file
 from . import text as words
@@ -233,40 +234,19 @@ def scheduler_sigmas(scheduler: dict) -> Tensor:
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EngineFamily:
-    """What a family's files are called, and how it is trained by default; equal to ComfyUI's side,
-    nodes/families.py."""
-
-    base_version: str  # kohya's ss_base_model_version
-    architecture: str  # modelspec
-    density: NoiseLevelDensity
-    guidance: float  # for sampling
-
-
-ENGINE_FAMILIES = {
-    "sd15": EngineFamily("sd_v1", "stable-diffusion-v1", NoiseLevelDensity(), 7.0),
-    "sd2": EngineFamily("sd_v2", "stable-diffusion-v2", NoiseLevelDensity(), 7.0),
-    "sdxl": EngineFamily("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", NoiseLevelDensity(), 6.0),
-    "sd3": EngineFamily("sd3_m", "stable-diffusion-3", NoiseLevelDensity("logit-normal"), 4.0),
-    "schnell": EngineFamily("flux1", "flux-1-schnell", NoiseLevelDensity("logit-normal"), 1.0),
-    "flux": EngineFamily("flux1", "flux-1-dev", NoiseLevelDensity("logit-normal", shift="resolution"), 1.0),
-}
-
-
 @dataclass
 class DiffusersEngine:
     """One loaded model: its denoiser, text side and autoencoder."""
 
-    family_name: str  # of the family
+    family_key: str  # of trainers/families.py
     denoiser: EngineDenoiser
     text: TextEncoders
     vae: DiffusersVae
     _identity: str = field(default="", init=False)
 
     @property
-    def family(self) -> EngineFamily:
-        return ENGINE_FAMILIES[self.family_name]
+    def family(self) -> ModelFamily:
+        return MODEL_FAMILIES[self.family_key]
 
     @property
     def network(self) -> nn.Module:
@@ -326,7 +306,7 @@ class DiffusersEngine:
     ) -> Tensor:
         """(N, H, W, 3) pictures in 0..1 of `size` (width, height), by Euler steps with classifier-free guidance, one
         seed for all."""
-        cfg = self.family.guidance if cfg is None else cfg
+        cfg = self.family.sampling_guidance if cfg is None else cfg
         conds, (empty,) = self.text.encode(prompts), self.text.encode([""])
         h, w = size[1] // self.vae.factor, size[0] // self.vae.factor
         noise = torch.randn(1, self.vae.channels, h, w, generator=make_generator(seed)).expand(len(conds), -1, -1, -1)
