@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 
 import folder_paths
@@ -35,7 +36,7 @@ def list_dataset_folders() -> list[str]:
 
 
 def list_nested_folders(root: Path) -> list[str]:
-    """Relative paths of folders, at most DEPTH deep, without hidden ones."""
+    """Relative paths of folders, at most MAX_FOLDER_DEPTH deep, without hidden ones."""
     out = []
     for folder, names, _ in os.walk(root):
         names[:] = sorted(n for n in names if not n.startswith(".") and n not in NON_IMAGE_FOLDERS)
@@ -48,7 +49,7 @@ def list_nested_folders(root: Path) -> list[str]:
 
 
 def resolve_dataset_folder(choice: str) -> Path:
-    """The folder behind a choice of `dataset_folders`. Raises ValueError when it is below none of the roots."""
+    """The folder behind a choice of `list_dataset_folders`. Raises ValueError when it is below none of the roots."""
     if choice == NO_DATASET_FOLDER:
         raise ValueError(
             "There is no dataset folder yet. Put a folder with pictures into ComfyUI's input folder, then press R to "
@@ -98,12 +99,12 @@ def list_mask_folders() -> list[str]:
 
 
 def resolve_mask_folder(choice: str) -> Path | None:
-    """The folder behind a choice of `mask_folders`; None for no masks."""
+    """The folder behind a choice of `list_mask_folders`; None for no masks."""
     return None if choice == NO_MASKS else resolve_dataset_folder(choice)
 
 
 def image_cache_folder() -> Path:
-    """Pictures that came from the graph, called after their content."""
+    """Images that came from the graph, named by their content."""
     return cache_folder() / "pictures"
 
 
@@ -218,7 +219,7 @@ def is_tagger(folder: Path) -> bool:
 
 
 def is_captioner(folder: Path) -> bool:
-    """Whether it holds a tagger (a list of tags) or a model with eyes and words; one look at config.json."""
+    """Whether it holds a tagger (a list of tags) or a vision-language model, as far as config.json tells."""
     if is_tagger(folder):
         return True
     try:
@@ -287,23 +288,28 @@ def list_prompt_files() -> list[str]:
     """Prompt files in input/ and datasets/, as input/name, after the choice of none."""
     from ..trainers.data.concept_prompts import PROMPT_FILE_FORMATS
 
-    found = [
-        f"{name}/{file.relative_to(root).as_posix()}"
+    files = list_dataset_files(PROMPT_FILE_FORMATS)
+    return [NO_PROMPT_FILE, *(name for name, file in files if not is_caption_file(file))]
+
+
+def list_dataset_files(extensions: Container[str]) -> list[tuple[str, Path]]:
+    """(input/name, file) of the files with these extensions below the dataset roots."""
+    return [
+        (f"{name}/{file.relative_to(root).as_posix()}", file)
         for name, root in dataset_roots().items()
         for folder in (root, *(root / sub for sub in list_nested_folders(root)))
         for file in sorted(folder.glob("*"))
-        if file.suffix.lower() in PROMPT_FILE_FORMATS and file.is_file() and not is_caption_file(file)
+        if file.suffix.lower() in extensions and file.is_file()
     ]
-    return [NO_PROMPT_FILE, *found]
 
 
 def is_caption_file(file: Path) -> bool:
-    """Whether it is the caption of a picture, which no one would look for here."""
+    """Whether an image of the same name lies beside it, so that it is a caption and no prompt file."""
     return any(file.with_suffix(ending).exists() for ending in (".png", ".jpg", ".jpeg", ".webp"))
 
 
 def resolve_prompt_file(choice: str) -> Path:
-    """The file behind a choice of `prompt_files`. Raises ValueError when it is not there or lies elsewhere."""
+    """The file behind a choice of `list_prompt_files`. Raises ValueError when it is not there or lies elsewhere."""
     name, _, rest = choice.replace("\\", "/").partition("/")
     if name not in dataset_roots():
         raise ValueError(f"The file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in dataset_roots())}.")
@@ -372,26 +378,17 @@ def first_free_path(root: Path, plain: str, name: str, is_the_same) -> Path:
 
 
 def score_cache_folder() -> Path:
-    """Score models that were trained before, called after everything that made them."""
+    """Score models that were trained before, named by the hash of everything that made them."""
     return cache_folder() / "score_models"
 
 
 def list_pair_files() -> list[str]:
     """Tables in input/ and datasets/ that may hold pairs of pictures, as input/name, after the choice of none."""
-    return [
-        NO_PAIRS,
-        *(
-            f"{name}/{file.relative_to(root).as_posix()}"
-            for name, root in dataset_roots().items()
-            for folder in (root, *(root / sub for sub in list_nested_folders(root)))
-            for file in sorted(folder.glob("*"))
-            if file.suffix.lower() in (".csv", ".tsv") and file.is_file()
-        ),
-    ]
+    return [NO_PAIRS, *(name for name, _ in list_dataset_files((".csv", ".tsv")))]
 
 
 def resolve_pair_file(choice: str) -> Path | None:
-    """The file behind a choice of `pair_files`; None for none."""
+    """The file behind a choice of `list_pair_files`; None for none."""
     return None if choice == NO_PAIRS else resolve_prompt_file(choice)
 
 
@@ -418,7 +415,7 @@ def aesthetic_head_names() -> list[str]:
 
 
 def aesthetic_head_path(name: str) -> Path:
-    """The file behind a name of `head_names`. Raises ValueError when there is none."""
+    """The file behind a name of `aesthetic_head_names`. Raises ValueError when there is none."""
     folders = aesthetic_head_folders()
     path = None if name == NO_HEAD else folder_paths.get_full_path(AESTHETIC_HEADS, name)
     if path is None or Path(path).suffix not in HEAD_EXTENSIONS:

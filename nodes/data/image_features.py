@@ -1,4 +1,4 @@
-"""What a CLIP_VISION sees: one row of features per picture. The only place that asks one."""
+"""Image features of a CLIP_VISION, one row per image."""
 
 from __future__ import annotations
 

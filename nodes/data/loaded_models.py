@@ -1,8 +1,7 @@
-"""The door to ComfyUI for models that look at pictures: they live in its memory manager, which may move them out at any
-time.
+"""Captioning models under ComfyUI's memory manager, which may unload them at any time.
 
-`held(captioner)` wraps a network that is not ComfyUI's own; `LoadedClip` asks the text encoder that is in the graph
-already.
+`managed_captioner(captioner)` wraps a network that is not ComfyUI's own; ClipCaptioner uses the text encoder that is
+loaded in the graph.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ from ...trainers.captioners.vlm import CaptionerSettings, downscale_to_max_side
 from ...trainers.settings import compute_fingerprint
 from .. import host
 
-CAPTIONER_WORKING_MEMORY = (
-    1.5 * 2**30
-)  # bytes beside the weights, for one picture and its caption: a first guess of what attention keeps
+CAPTIONER_WORKING_MEMORY = 1.5 * 2**30  # bytes beside the weights for one image and its caption: a first guess
 VISION_TEXT_ENCODERS = "Qwen3-VL (Krea 2, Ideogram 4), Gemma 3 (LTX-2, Lumina 2 with vision) and Gemma 4"
 
 
 def captioner_dtype() -> torch.dtype:
-    """The precision that the host runs text models in on its device."""
+    """The precision in which the host runs text models on its device."""
     device = mm.get_torch_device()
     if mm.should_use_bf16(device):
         return torch.bfloat16
@@ -36,8 +33,7 @@ def captioner_dtype() -> torch.dtype:
 
 
 class NetworkWrapper(torch.nn.Module):
-    """The network in a module of its own: the patcher writes attributes such as `device`, which some networks
-    refuse."""
+    """A module around the network: the patcher sets attributes such as `device`, which some networks refuse."""
 
     def __init__(self, network):
         super().__init__()
@@ -64,7 +60,7 @@ class ManagedCaptioner:
             return self.captioner.caption(picture, prompt)
 
     def load(self):
-        """All of it: layers that are not ComfyUI's own cannot fetch weights one by one."""
+        """Loads all weights: layers that are not ComfyUI's own cannot fetch them one by one."""
         mm.load_models_gpu([self.patcher], memory_required=CAPTIONER_WORKING_MEMORY, force_full_load=True)
         device = self.patcher.load_device
         if any(p.device != device for p in self.patcher.model.parameters()):
@@ -77,7 +73,7 @@ class ManagedCaptioner:
 
 @contextlib.contextmanager
 def managed_captioner(captioner):
-    """The captioner under the host's memory manager; freed on every way out. Without a network it is itself."""
+    """The captioner under the host's memory manager, unloaded at the end. One without a network stays as it is."""
     if getattr(captioner, "module", None) is None:
         yield captioner
         return
@@ -89,7 +85,7 @@ def managed_captioner(captioner):
 
 
 class ClipCaptioner:
-    """The CLIP of the graph as a captioner, through the host's own generate (what core's Generate Text does)."""
+    """The CLIP of the graph as a captioner, through the host's own generate, as in core's Generate Text."""
 
     needs_image = follows_instructions = True
 
@@ -139,7 +135,7 @@ def tokenize_with_image(clip, prompt: str, image):
 
 
 def clip_accepts_images(clip) -> bool:
-    """Whether a picture ends up among the tokens: other text encoders take it without a word and ignore it."""
+    """Whether an image becomes tokens: other text encoders accept and ignore it."""
     try:
         tokens = tokenize_with_image(clip, "see", torch.zeros(1, 64, 64, 3))
     except (TypeError, AttributeError):

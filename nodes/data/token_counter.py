@@ -1,11 +1,11 @@
-"""How many tokens a text is to each text encoder of a CLIP. No weights are loaded for it."""
+"""Counts a text's tokens in each text encoder of a CLIP, without loading its weights."""
 
 from __future__ import annotations
 
 
 class TokenCounter:
-    """counter(text) -> {encoder: tokens}, without the tokens of beginning, end, padding and template. Texts are
-    remembered."""
+    """counter(text) -> {encoder: number of tokens}, without start, end, padding and template tokens. Counts are
+    cached."""
 
     def __init__(self, clip):
         self.clip, self.cached_counts = clip, {}
@@ -19,7 +19,7 @@ class TokenCounter:
         return self.cached_counts[text]
 
     def count_tokens(self, text):
-        """ComfyUI numbers the words of a text; 0 is no word."""
+        """Encoder -> tokens that belong to a word; ComfyUI gives all others the word id 0."""
         chunks = self.clip.tokenize(text, return_word_ids=True)
         return {name: sum(word != 0 for chunk in part for _, _, word in chunk) for name, part in chunks.items()}
 

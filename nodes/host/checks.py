@@ -1,4 +1,4 @@
-"""What can be known before the long work: latents, prompts, and whether the gradients of an unknown model are right."""
+"""Checks before a run: latent channels, prompt lengths, and whether the gradients of an unknown model are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The host's habits, changed while training and put back afterwards: gradients, kernels, streams, compiled blocks."""
+"""Context managers that change how the host runs a model while it trains: gradients, kernels, streams, compiled
+blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def enable_gradients():
 
 def clone_inference_tensors(tree):
     """The same nested value with inference tensors replaced by clones, which autograd can save. Call inside
-    `gradients()`."""
+    `enable_gradients()`."""
     if torch.is_tensor(tree):
         return tree.clone() if tree.is_inference() else tree
     if isinstance(tree, dict):

@@ -73,7 +73,7 @@ class ComfyDenoiser:
         return self.sampling.calculate_denoised(sigma, one, torch.zeros_like(one)).abs().flatten()
 
     def denoise(self, x, sigma, conds):
-        """Row i is predicted under cond i. (The host's own list of conds would predict every row under all of them and
+        """x0 for each row i under cond i. (The host's own list of conds would predict every row under all of them and
         average.)"""
         rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = sigma.to(x.device)

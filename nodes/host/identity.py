@@ -30,7 +30,7 @@ def hash_patched_weights(patcher, *more) -> str:
 
 
 def hash_model_and_schedule(model) -> str:
-    """identity() of a MODEL with its schedule: a ModelSampling node changes what is learnt."""
+    """hash_patched_weights of a MODEL with its schedule: a ModelSampling node changes what is learnt."""
     ms = model.get_model_object("model_sampling")
     kinds = [cls.__name__ for cls in type(ms).__mro__[:3]]
     return hash_patched_weights(

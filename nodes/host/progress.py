@@ -1,4 +1,4 @@
-"""What the person sees while it runs, and the host's interrupt."""
+"""Progress in the node and its text line, log lines, and the host's interrupt."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""ComfyUI, as the trainers see it. The only door to comfy.* for training.
+"""Opens a loaded MODEL for training.
 
-`training(model, ...)` borrows a loaded MODEL: gradients on, adapters attached, a few of the host's habits changed; on
-every way out, the interrupt included, all of it is put back and the base weights are what they were, bit for bit.
+`open_training_session(model, ...)` borrows the MODEL: gradients on, adapters attached, a few of the host's habits
+changed. On every way out, the interrupt included, all of it is put back, and the base weights are what they were, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOA
 
 @dataclass
 class TrainingSession:
-    """What a method gets while the door is open."""
+    """The loaded model with its adapters, for as long as it is open for training."""
 
     denoiser: ComfyDenoiser
     adapters: Adapters
@@ -85,8 +86,8 @@ def open_training_session(
     memory: float = 0.0,
     compiling=None,
 ):
-    """A Session over a loaded MODEL. `memory`: bytes that the training needs beside the weights. `compiling(text)`: its
-    blocks run compiled, and it is told when they cannot be.
+    """A TrainingSession over a loaded MODEL. `memory`: bytes that the training needs beside the weights.
+    `compiling(text)`: its blocks run compiled, and it is told when they cannot be.
 
     Raises ValueError when the adapter fits no layer, or when the text encoder is wanted and no CLIP is given."""
     if adapter.text_encoder and clip is None:

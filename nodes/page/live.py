@@ -1,5 +1,5 @@
-"""What runs are doing, in the server's memory: sent to the page as it happens, and given whole to a page that comes
-later."""
+"""The state of runs in the server's memory: new values are sent to the page at once, the full state to a page that is
+opened later."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class LiveRun:
         return {**{name: getattr(self, name) for name in names}, "step": len(self.losses)}
 
     def full_state(self) -> dict:
-        """Everything, with a long curve thinned."""
+        """Everything, with long curves downsampled."""
         return to_finite_json({**self.header(), "first": 0, **self.updates_since({}, MAX_CURVE_POINTS)})
 
     def updates_since(self, sent: dict, points: int) -> dict:
-        """What the page does not know when it knows so much of each list."""
+        """The entries after the first `sent[name]` of each list, with long curves downsampled."""
         new = {name: getattr(self, name)[sent.get(name, 0) :] for name in ("losses", "rates", *MONITOR_LISTS)}
         first = sent.get("losses", 0)
         return {
@@ -60,7 +60,7 @@ class LiveRun:
         }
 
     def report(self, progress):
-        """New losses since the last report."""
+        """Takes over the losses since the last report."""
         self.losses.extend(progress.losses[len(self.losses) :])
         self.rates.append([progress.step, progress.learning_rate])
         self.set_text(progress.format_line())

@@ -1,5 +1,4 @@
-"""What the page asks the server about runs: the chart of a node, all runs on the disk, the graph of one, and its
-deletion."""
+"""HTTP routes for the page: the chart of a node, the list of runs on disk, the graph of one, and its deletion."""
 
 from __future__ import annotations
 
