@@ -1,8 +1,8 @@
 """Marks, skipped groups and fixtures for every test: ComfyUI in this process (`comfy`, `folders`) and a real server
 (`server`).
 
-Groups by folder: unit/ and toy/ need nothing; comfy/ and workflows/ need ComfyUI; browser/ needs Chromium and Node as
-well. A group that cannot run here is not collected, and says so in one loud line at the end.
+Groups by folder: unit/ needs nothing; comfy/, workflows/ and proofs/ need ComfyUI; browser/ needs Chromium and Node as
+well. proofs/ holds what takes minutes because it measures an effect, and runs by `make proofs`. A group that cannot run here is not collected, and says so in one loud line at the end.
 
 With several processes (`make test` has two: `pytest -n 2`) a file is the unit of work, and all of browser/ is one: a
 module's fixtures are made once, and two browsers never share two cores. Each process has its own ComfyUI and, from the
@@ -53,7 +53,8 @@ def chromium():
 SECONDS = {"tests/browser": 400}
 
 
-GROUPS = {"comfy": ("comfy", no_comfyui), "workflows": ("comfy", no_comfyui), "browser": ("browser", no_browser)}
+GROUPS = {"comfy": ("comfy", no_comfyui), "workflows": ("comfy", no_comfyui), "proofs": ("comfy", no_comfyui),
+          "browser": ("browser", no_browser)}  # fmt: skip
 SKIPPED = {}  # group -> why
 
 

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 import torch
+from PIL import Image
 from trainyard.nodes import host
 from trainyard.nodes.train.job import TrainingJob
 from trainyard.nodes.train.run import run_training
@@ -64,6 +65,19 @@ def test_the_first_losses_of_the_lesson_are_those_that_were_written_down(toy, fo
     assert losses == pytest.approx(wanted, rel=0.01), (
         f"if the change is meant, write these into {CURVES.name}: {[round(v, 5) for v in losses]}"
     )
+
+
+def test_the_lesson_runs_on_the_server_from_its_folder_to_pictures_without_and_with_the_lora(server):
+    """That it teaches a shape is proved in pixels: tests/proofs/test_toy_lora.py."""
+    lesson.pictures(server.base / "input" / "few_stars", count=8)
+    checkpoint, exam = server.add_model("checkpoints", world.cached()), lesson.EXAM[:1]
+    graph = lesson.graph(checkpoint, "input/few_stars", exam=exam, run_name="few", sampling_steps=2, steps=3)
+    run = server.run(graph)
+    assert run.ok, run.why
+    base, taught = (
+        Image.open(server.output(run.outputs[side]["images"][0]["filename"])).convert("RGB") for side in ("b0", "l0")
+    )
+    assert base.size == taught.size and base.tobytes() != taught.tobytes()
 
 
 def test_a_text_encoder_lora_in_the_real_loader_conditions_as_it_was_trained(toy):
