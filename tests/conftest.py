@@ -50,7 +50,21 @@ def chromium():
 
 
 # CPU seconds of the units of work that take longest, to start these first. A rough figure will do.
-SECONDS = {"tests/browser": 400}
+SECONDS = {
+    "tests/browser": 400,
+    "tests/workflows/test_workflows.py": 150,
+    "tests/comfy/test_trouble.py": 120,
+    "tests/comfy/test_train_lora_server.py": 115,
+    "tests/unit/test_methods.py": 112,
+    "tests/comfy/test_prompt_and_pair_server.py": 100,
+    "tests/unit/test_score_training.py": 70,
+    "tests/comfy/test_toy_prompts_and_pairs.py": 55,
+    "tests/comfy/test_toy_curve.py": 40,
+    "tests/unit/test_compile.py": 40,
+    "tests/comfy/test_adapter_layers.py": 35,
+    "tests/comfy/test_bench.py": 30,
+    "tests/comfy/test_captioning.py": 30,
+}
 
 
 GROUPS = {"comfy": ("comfy", no_comfyui), "workflows": ("comfy", no_comfyui), "proofs": ("comfy", no_comfyui),

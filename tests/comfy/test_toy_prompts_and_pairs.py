@@ -1,4 +1,4 @@
-"""The lessons of LECO, sliders and ADDifT for two steps each: taught through the nodes' door, and their LoRAs drawn with.
+"""The lessons of LECO, sliders and ADDifT for three steps each: taught through the nodes' door, and their LoRAs drawn with.
 
 That they teach what they should is proved in pixels: tests/proofs/test_toy_prompts_and_pairs.py."""
 
@@ -9,10 +9,9 @@ import torch
 from trainyard.nodes import host
 from trainyard.tests.toy import sampling, world
 from trainyard.tests.toy.differences import LESSONS, learn
-from trainyard.trainers.settings import PointSettings
 
-STEPS = 2
-QUICK = dict(steps=STEPS, batch=1, schedule="constant", points=PointSettings(sampling_steps=3, ways=1, refresh=2))
+STEPS = 3
+QUICK = dict(steps=STEPS, batch=1, schedule="constant")
 
 
 @pytest.fixture(scope="module")
