@@ -49,7 +49,7 @@ def chromium():
     )
 
 
-# CPU seconds of the units of work that take longest, to start these first. A rough figure will do.
+# CPU seconds of the units of work that take longest, to start these first; rough guesses in part.
 SECONDS = {
     "tests/browser": 400,
     "tests/workflows/test_workflows.py": 150,
@@ -57,6 +57,7 @@ SECONDS = {
     "tests/comfy/test_train_lora_server.py": 115,
     "tests/unit/test_methods.py": 112,
     "tests/comfy/test_prompt_and_pair_server.py": 100,
+    "tests/comfy/test_compile.py": 90,
     "tests/unit/test_score_training.py": 70,
     "tests/comfy/test_toy_prompts_and_pairs.py": 55,
     "tests/comfy/test_toy_curve.py": 40,
