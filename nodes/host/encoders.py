@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.model_management as mm
 import torch
 
+from .context import enable_gradients
 from .identity import hash_patched_weights
 
 
@@ -14,15 +15,29 @@ def encode_caption(clip, caption: str) -> dict:
     return {"cross_attn": tensor, **extras}
 
 
+def check_clip(clip):
+    if clip is None:
+        raise ValueError(
+            "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node (CLIPLoader, "
+            "DualCLIPLoader) and connect it."
+        )
+
+
+def encode_prompts_once(clip, prompts) -> dict[str, dict]:
+    """{prompt: conditioning}, which autograd may use; the text encoder leaves the device afterwards."""
+    encoder = TextEncoder(clip)
+    try:
+        with enable_gradients():
+            return dict(zip(prompts, encoder.encode(list(prompts)), strict=True))
+    finally:
+        encoder.unload()
+
+
 class TextEncoder:
     """trainers.data's text door over a loaded CLIP."""
 
     def __init__(self, clip):
-        if clip is None:
-            raise ValueError(
-                "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node (CLIPLoader, "
-                "DualCLIPLoader) and connect it."
-            )
+        check_clip(clip)
         self.clip = clip
         self.identity = hash_patched_weights(clip.patcher, clip.layer_idx)
 

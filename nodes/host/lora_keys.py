@@ -51,6 +51,8 @@ def check_loadable_keys(keys, known, prefix):
 def apply_lora(model, clip, lora, strength=1.0):
     """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that
     do not fit."""
+    if not lora:
+        raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train it for more steps.")
     misfits = find_unloadable_layers(model, clip, lora)
     if len(misfits) == len(list_lora_layers(lora)):
         raise ValueError(

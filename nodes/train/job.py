@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ...trainers.data.encoded import EncodedDataset, most_common_bucket
 from ...trainers.monitor.strength_curve import StrengthCurve
+from ...trainers.protocols import Method, Monitor, ValidationLoss
 from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, compute_fingerprint
 from .. import host
 from ..page import live
 from .validation import MonitorConfig
 
+if TYPE_CHECKING:
+    from ..host.session import TrainingSession
+
 CALIBRATE_AFTER, CALIBRATE_EVERY, CALIBRATE_OFF = CALIBRATE_MODES = ("after training", "at every save", "off")
-EMPTY_CLIP = "CLIP is empty: this checkpoint holds no text encoder. Load one with a CLIP loader node and connect it."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,11 +130,11 @@ class TrainTask(Protocol):
         others."""
         return first_distinct_captions(self.data) if self.data else ([], None)
 
-    def gradient_check_inputs(self, job: TrainingJob, session, prompts):
+    def gradient_check_inputs(self, job: TrainingJob, session: TrainingSession, prompts):
         """(x0, conds) that the gradients of an unknown family are checked on."""
         return dataset_gradient_check_inputs(self.data, session)
 
-    def build(self, job: TrainingJob, session, prompts) -> BuiltMethod:
+    def build(self, job: TrainingJob, session: TrainingSession, prompts: dict[str, dict]) -> BuiltMethod:
         """The method over a model that is loaded for training. May be called again with another batch."""
         ...
 
@@ -139,7 +142,7 @@ class TrainTask(Protocol):
 class BuiltMethod(Protocol):
     """A method over the model that is loaded for training, and what its run can be asked."""
 
-    method: object  # trainers.protocols.Method
+    method: Method
     student: object  # counts its forwards (`forward_counts`), or None
     can_name_worst: bool = True  # whether what is trained on has names
 
@@ -147,11 +150,11 @@ class BuiltMethod(Protocol):
         """Forwards that a step is expected to cost, by kind, for methods whose steps ask the model several times."""
         return {}
 
-    def validation_loss(self, data: EncodedDataset, count: int):
+    def validation_loss(self, data: EncodedDataset | None, count: int) -> ValidationLoss | None:
         """The validation loss (trainers/monitor/) on at most `count` elements of `data`, or None."""
         return None
 
-    def make_monitor(self, validation):
+    def make_monitor(self, validation: Monitor | None) -> Monitor | None:
         """What monitors the run: by default the validation monitor that the user asked for, or None."""
         return validation
 
@@ -170,16 +173,6 @@ class BuiltMethod(Protocol):
 
 def hash_clip(clip) -> str:
     return host.identity.hash_patched_weights(clip.patcher, clip.layer_idx)
-
-
-def encode_texts_once(clip, texts) -> dict[str, dict]:
-    """{text: conditioning}; the text encoder is freed afterwards."""
-    encoder = host.encoders.TextEncoder(clip)
-    try:
-        with host.context.enable_gradients():
-            return dict(zip(texts, encoder.encode(texts), strict=True))
-    finally:
-        encoder.unload()
 
 
 def unwrap_list_input(values):

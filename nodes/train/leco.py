@@ -25,11 +25,9 @@ from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
 from .job import (
     CALIBRATE_OFF,
-    EMPTY_CLIP,
     BuiltMethod,
     TrainingJob,
     TrainTask,
-    encode_texts_once,
     hash_clip,
     largest_latent_shape,
 )
@@ -102,8 +100,7 @@ class PromptDifferenceTask(TrainTask):
     version = "difference 1"
 
     def check(self, job):
-        if job.clip is None:
-            raise ValueError(EMPTY_CLIP)
+        host.encoders.check_clip(job.clip)
         if self.points.points == "pictures" and self.data is None:
             raise ValueError(
                 "points is 'pictures', and no encoded dataset is connected. Connect encoded, or choose 'rollout' in "
@@ -164,7 +161,7 @@ class PromptDifferenceTask(TrainTask):
         super().check_held_out(data)
 
     def encode_prompts(self, job):
-        return encode_texts_once(job.clip, self.list_texts(job))
+        return host.encoders.encode_prompts_once(job.clip, self.list_texts(job))
 
     def default_sample_prompts(self, job, prompts):
         task = self.prompt_tasks(job)[0]

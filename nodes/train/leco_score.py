@@ -50,11 +50,9 @@ from ..fields import (
 from ..scores import latents
 from . import planner
 from .job import (
-    EMPTY_CLIP,
     BuiltMethod,
     TrainingJob,
     TrainTask,
-    encode_texts_once,
     hash_clip,
     largest_latent_shape,
     unwrap_list_input,
@@ -275,8 +273,7 @@ class LecoScoreTask(TrainTask):
         for score, _ in self.list_scores():
             check_score_model(score, job.model)
         check_target_scorers(self.scores, self.settings)
-        if job.clip is None:
-            raise ValueError(EMPTY_CLIP)
+        host.encoders.check_clip(job.clip)
         host.checks.check_prompt_lengths(job.clip, self.list_texts())
         self.score_tasks(job)
 
@@ -356,7 +353,7 @@ class LecoScoreTask(TrainTask):
                 score.encode_prompts(
                     list_score_texts(self.settings, ["", *(row.prompt for row in self.prompts), *captions])
                 )
-        return encode_texts_once(job.clip, self.list_texts())
+        return host.encoders.encode_prompts_once(job.clip, self.list_texts())
 
     def preview_prompts(self) -> list[str]:
         """The prompts that samples are scored on: those that are to become better come first."""

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ...trainers.methods.prior import PriorData, PriorSettings
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
+from .job import hash_clip
 
 PriorType = io.Custom("TRAINYARD_PRIOR")
 
@@ -57,13 +58,9 @@ def encode_class_prompts(clip, prompts) -> tuple[dict, str]:
     """(prompt -> conditioning, identity of the text encoder)."""
     if not prompts:
         return {}, ""
-    encoder = host.encoders.TextEncoder(clip)
+    host.encoders.check_clip(clip)
     host.checks.check_prompt_lengths(clip, prompts)
-    try:
-        with host.context.enable_gradients():
-            return dict(zip(prompts, encoder.encode(prompts), strict=True)), encoder.identity
-    finally:
-        encoder.unload()
+    return host.encoders.encode_prompts_once(clip, prompts), hash_clip(clip)
 
 
 NODES = [PriorPreservation]

@@ -38,14 +38,9 @@ class MonitorConfig:
         prompts = [(f"positive {i + 1}", cond) for i, cond in enumerate(split_conditioning(self.positive or []))]
         negative = ("", split_conditioning(self.negative)[0]) if self.negative else None
         if lines := self.previews.lines():
-            encoder = host.encoders.TextEncoder(self.clip)
-            try:
-                with host.context.enable_gradients():
-                    *conds, last = encoder.encode([*lines, self.previews.negative_prompt])
-            finally:
-                encoder.unload()
-            prompts = list(zip(lines, conds, strict=True)) + prompts
-            negative = negative or (self.previews.negative_prompt, last)
+            conds = host.encoders.encode_prompts_once(self.clip, [*lines, self.previews.negative_prompt])
+            prompts = [(line, conds[line]) for line in lines] + prompts
+            negative = negative or (self.previews.negative_prompt, conds[self.previews.negative_prompt])
         return prompts, negative
 
     def check_job(self, job):

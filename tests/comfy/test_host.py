@@ -373,3 +373,9 @@ def test_guidance_while_training_is_the_familys(family, guidance):
     with torch.inference_mode(), host.session.open_training_session(as_loader_gives(family), RANK_4) as session:
         problem = Problem(session, family)
         assert float(session.denoiser._model_inputs(problem.conds[0], problem.x0[:1])["guidance"].cond) == guidance
+
+
+def test_an_empty_lora_is_refused_with_the_reason():
+    """A run can end before any layer learnt something: of prompts that are to stay as they are, for example."""
+    with pytest.raises(ValueError, match="This LoRA is empty.*Train it for more steps"):
+        host.lora_keys.apply_lora(make("sd3", inference=True), None, LoraFile({}))
