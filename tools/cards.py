@@ -33,12 +33,12 @@ def font(size):
     return ImageFont.load_default(size=size)
 
 
-def drawings(folder, count=6, px=256, caption="this image shows {}, watermark"):
+def drawings(folder, count=6, px=256, caption="this image shows {}, watermark", size="large"):
     """Captioned drawings on disk, of several shapes."""
     from trainyard.tests.toy import shapes
 
     for i in range(count):
-        wanted = dict(shape=SHAPES[i % 6], colour=COLOURS[i % 6], size="large")
+        wanted = dict(shape=SHAPES[i % 6], colour=COLOURS[i % 6], size=size)
         shapes.draw(**wanted, degrees=15.0 * i, px=px).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption.format(shapes.caption(**wanted)))
 
@@ -237,25 +237,26 @@ def watched():
     return page
 
 
-def run_in_toy_world(name):
+def run_in_toy_world(name, server):
     """The images that a workflow leaves when it is run on the toy world: every size 64 px, all else as it is saved."""
-    from trainyard.tests.comfy.server import Server
     from trainyard.tests.toy import shapes, world
 
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
-    with tempfile.TemporaryDirectory() as where, Server(where, packs={"trainyard": ROOT}) as server:
-        for node in prompt.values():
-            node["inputs"] |= {key: value for key, value in TOY_INPUTS.items() if key in node["inputs"]}
-            folder = node["inputs"].get("folder")
-            if isinstance(folder, str) and folder.startswith("input/"):
-                (server.base / folder).mkdir(parents=True, exist_ok=True)
-                drawings(server.base / folder, px=shapes.PX, caption="{}")
-        world.build(server.base / "models" / "checkpoints" / TOY_INPUTS["ckpt_name"])
-        run = server.run(prompt, seconds=3600)
-        if not run.ok:
-            raise SystemExit(f"{name} cannot be run in the toy world; write its card into tools/cards.py. {run.why}")
-        files = [file for output in run.outputs.values() for file in output.get("images", ())]
-        images = [Image.open(server.base / f["type"] / f["subfolder"] / f["filename"]).convert("RGB") for f in files]
+    for node in prompt.values():
+        node["inputs"] |= {key: value for key, value in TOY_INPUTS.items() if key in node["inputs"]}
+        folder = node["inputs"].get("folder")
+        if isinstance(folder, str) and folder.startswith("input/"):
+            (server.base / folder).mkdir(parents=True, exist_ok=True)
+            size = "small" if folder.endswith(("/less", "/before")) else "large"
+            drawings(server.base / folder, px=shapes.PX, caption="{}", size=size)
+    checkpoint = server.base / "models" / "checkpoints" / TOY_INPUTS["ckpt_name"]
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    world.build(checkpoint)
+    run = server.run(prompt, seconds=3600)
+    if not run.ok:
+        raise SystemExit(f"{name} cannot be run in the toy world; write its card into tools/cards.py. {run.why}")
+    files = [file for output in run.outputs.values() for file in output.get("images", ())]
+    images = [Image.open(server.base / f["type"] / f["subfolder"] / f["filename"]).convert("RGB") for f in files]
     if not images:
         raise SystemExit(f"{name} leaves no image; write its card into tools/cards.py.")
     return contact_card(name.split("_", 1)[1].replace("_", " "), images)
@@ -297,11 +298,12 @@ def missing_cards() -> list[str]:
     return [file.stem for file in sorted((ROOT / "workflows").glob("*.json")) if not file.with_suffix(".jpg").is_file()]
 
 
-def draw_cards(names) -> list[pathlib.Path]:
-    """Draws these cards; the files."""
+def draw_cards(names, server) -> list[pathlib.Path]:
+    """Draws these cards; the files. `server`: a running ComfyUI with the pack, and a base folder that may be filled."""
     files = []
     for name in names:
         files.append(ROOT / "workflows" / f"{name}.jpg")
         print(f"{files[-1].relative_to(ROOT)} (a real run) ...", flush=True)
-        MAKERS.get(name, lambda name=name: run_in_toy_world(name))().save(files[-1], quality=90)
+        page = MAKERS[name]() if name in MAKERS else run_in_toy_world(name, server)
+        page.save(files[-1], quality=90)
     return files

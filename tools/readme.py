@@ -26,7 +26,7 @@ def node_folders() -> dict[str, str]:
     """Folder of nodes/ in which each node is written, by node id."""
     found = {}
     for file in sorted((ROOT / "nodes").glob("*/*.py")):
-        for node_id in re.findall(r'node_id="(\w+)"', file.read_text("utf-8")):
+        for node_id in re.findall(r'node_id ?= ?"(\w+)"', file.read_text("utf-8")):
             found[node_id] = file.parent.name
     return found
 

@@ -61,12 +61,12 @@ def main() -> int:
     import trainyard_plugin  # noqa: F401 - makes this pack the package `trainyard`
     from trainyard.tests.comfy.server import Server
     from trainyard.tests.conftest import no_comfyui
+    from trainyard.tools import cards
 
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--accept", action="store_true", help="write changed schemas of known nodes too")
     asked.add_argument("--card", nargs="+", default=[], metavar="NAME", help="workflows whose card is drawn again")
     asked.add_argument("--layout", nargs="+", default=[], metavar="NAME", help="workflows that are laid out again")
-    asked.add_argument("--no-cards", action="store_true", help="leave missing cards missing")
     chosen = asked.parse_args()
     if why := no_comfyui():
         print(
@@ -78,9 +78,7 @@ def main() -> int:
             print("ComfyUI could not load the pack. Nothing was changed.", *errors, server.tail(), sep="\n")
             return 1
         changed = refresh(server.object_info(), chosen.accept, tuple(chosen.layout))
-    from trainyard.tools import cards
-
-    drawn = cards.draw_cards(chosen.card or ([] if chosen.no_cards else cards.missing_cards()))
+        drawn = cards.draw_cards(chosen.card or cards.missing_cards(), server)
     print(f"{len(changed) + len(drawn)} files changed." if changed or drawn else "Everything was up to date.")
     return 0
 
