@@ -32,8 +32,8 @@ NODE = '''
 from comfy_api.latest import io
 
 from ...trainers.methods.throw_away import ThrowAwayTraining
-from .image_pairs import PairJob, TrainDifference
-from .widgets import common_job_arguments, run_difference_job
+from .image_pairs import PairTask, TrainDifference
+from .widgets import make_job, run_difference_node
 
 
 class TrainThrowAway(io.ComfyNode):
@@ -49,8 +49,8 @@ class TrainThrowAway(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, encoded, strength, adapter=None, optimizer=None, noise=None, validation=None, **widgets):
-        shared = common_job_arguments(cls, model, widgets, adapter, optimizer, noise, validation)
-        return run_difference_job(cls, PairJob(data=encoded, method_class=ThrowAwayTraining, strength=strength, **shared))
+        task = PairTask(data=encoded, method_class=ThrowAwayTraining, strength=strength)
+        return run_difference_node(make_job(cls, task, model, widgets, adapter, optimizer, noise, validation))
 
 
 NODES = [TrainThrowAway]
