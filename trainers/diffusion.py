@@ -127,7 +127,7 @@ def density_quantile(density: NoiseLevelDensity, q: Tensor) -> Tensor:
 
 
 def density_cdf(density: NoiseLevelDensity, t: float) -> float:
-    """The share of draws below t: the inverse of `quantile`, finite at 0 and 1."""
+    """The share of draws below t: the inverse of `density_quantile`, finite at 0 and 1."""
     if density.kind != "logit-normal" or t in (0.0, 1.0):
         return t
     return float(torch.special.ndtr((torch.logit(torch.tensor(t, dtype=torch.float64)) - density.mean) / density.std))
@@ -153,7 +153,7 @@ def sample_sigmas(denoiser: Denoiser, density: NoiseLevelDensity, x0: Tensor, rn
 def stratified_sigmas(
     denoiser: Denoiser, density: NoiseLevelDensity, x0: Tensor, count: int, low=0.0, high=1.0
 ) -> Tensor:
-    """(count,) noise levels at the middles of `count` equal shares of what random_sigma draws, from clean to noisy."""
+    """(count,) noise levels at the middles of `count` equal shares of what sample_sigmas draws, from clean to noisy."""
     return sigmas_at_quantiles(
         denoiser, density, x0, (torch.arange(count, dtype=torch.float64) + 0.5) / count, low, high
     )

@@ -1,8 +1,8 @@
 """Low-rank adapters beside a frozen network, with a strength that may change between two calls of one step.
 
-An adapter adds to its layer's output (Hu et al. 2021: W x + s * alpha/rank * B A x; kinds.py has the others). It never
-builds a changed
-weight: that would cost a dense weight gradient per layer, and would not work on quantised or offloaded weights.
+An adapter adds to its layer's output (Hu et al. 2021: W x + s * alpha/rank * B A x; layers.py has the others). It never
+builds a changed weight: that would cost a dense weight gradient per layer, and would not work on quantised or offloaded
+weights.
 """
 
 from __future__ import annotations

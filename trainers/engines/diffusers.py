@@ -1,6 +1,6 @@
 """The embedded engine: diffusers' models as Denoisers, in ComfyUI's conventions, for training without ComfyUI.
 
-engine = load("model.safetensors")        # or a diffusers folder
+engine = load_engine("model.safetensors")        # or a diffusers folder
 adapters = Adapters(engine.network, AdapterSettings(), rng)
 with adapters.attached():
     x0 = engine.denoiser.denoise(x, sigma, conds)

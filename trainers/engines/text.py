@@ -13,8 +13,10 @@ import hashlib
 import importlib.util
 import json
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ def module_on_device(module: nn.Module, device):
         module.to(before)
 
 
-def hash_module_weights(*modules: nn.Module, extra="") -> str:
+def hash_module_weights(*modules: nn.Module, extra: object = "") -> str:
     """32 hex digits over all weights: what a cache entry depends on."""
     state = hashlib.blake2b(str(extra).encode(), digest_size=16)
     for module in modules:
@@ -47,12 +49,22 @@ def hash_module_weights(*modules: nn.Module, extra="") -> str:
 # -- CLIP --------------------------------------------------------------------------------------------------------------
 
 
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+    def __call__(self, text: str, **options) -> Mapping[str, list[int]]: ...
+
+
 @dataclass
 class ClipTextEncoder:
     """One CLIP text model with its tokenizer. `hidden_layer`: which hidden state to use; None is the normalised last
     one."""
 
-    tokenizer: object
+    tokenizer: Tokenizer
     model: nn.Module
     lora_prefix: str  # of its LoRA keys, such as lora_te1
     hidden_layer: int | None = None
@@ -77,7 +89,7 @@ class ClipTextEncoder:
 class T5TextEncoder:
     """The T5 encoder of SD3 and Flux: padded to `min_tokens` tokens with zeros, never cut, no mask, as ComfyUI does."""
 
-    tokenizer: object
+    tokenizer: Tokenizer
     model: nn.Module
     min_tokens: int
 
@@ -146,7 +158,7 @@ class TextEncoders:
     """The text side of a model: `encode(captions)` gives one conditioning each, fp32, on the CPU."""
 
     encoders: dict  # of "l", "g", "t5"
-    join_states: object
+    join_states: Callable[[dict], dict]  # one of JOIN_IDENTITIES
     device: torch.device = torch.device("cpu")
     _identity: str = field(default="", init=False)
 

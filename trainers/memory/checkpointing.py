@@ -1,7 +1,8 @@
 """Blocks that keep less than autograd would: they compute the rest again during backward, or fetch their inputs from
 the CPU.
 
-A model's block classes are changed as long as `checkpointed` is open; `Blocks.plan` may change between two steps."""
+A model's block classes are changed as long as `checkpoint_blocks` is open; `CheckpointPolicy.plan` may change between
+two steps."""
 
 from __future__ import annotations
 

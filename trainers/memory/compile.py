@@ -25,9 +25,9 @@ MAX_SHAPES_PER_BLOCK = 8
 
 @dataclass
 class BlockCompiler:
-    """Calls blocks through torch.compile. `plain(args, kwargs)` gives the same call without what differs between blocks
-    and changes nothing of their answer (a block's own number, say), so that they can share a program. `say(text)` is
-    told once why there are none."""
+    """Calls blocks through torch.compile. `normalize_call(args, kwargs)` gives the same call without what
+    differs between blocks and changes nothing of their answer (a block's own number, say), so that they can share a
+    program. `notify(text)` is called once with the reason why there are none."""
 
     adapters: object
     normalize_call: Callable = lambda args, kwargs: (args, kwargs)
