@@ -263,11 +263,13 @@ def run_in_toy_world(name, server):
 
 
 def contact_card(headline, images):
-    """A card of images side by side, each as large as there is room."""
+    """A card of at most 64 images side by side, each as large as there is room."""
     page, _ = card(headline)
-    columns = next(n for n in range(1, 9) if n * n >= len(images) or n == 8)
-    cell = (SIDE - 40) // columns
-    for index, image in enumerate(images[: columns * ((SIDE - 120) // cell)]):
+    images = images[:64]
+    columns = next(n for n in range(1, 9) if n * n >= len(images))
+    rows = -(-len(images) // columns)
+    cell = min((SIDE - 40) // columns, (SIDE - 124) // rows)
+    for index, image in enumerate(images):
         scale = (cell - 8) / max(image.size)
         size = round(image.width * scale), round(image.height * scale)
         page.paste(image.resize(size), (20 + index % columns * cell, 104 + index // columns * cell))

@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from trainyard.tools import env
+from PIL import Image
+from trainyard.tools import cards, env
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -161,3 +162,10 @@ def test_the_rooms_of_the_page_exist():
         for room in re.findall(r"`([^`]+)`", row)
     ]
     assert len(rooms) > 15 and [room for room in rooms if not (ROOT / room).is_dir()] == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 64, 70])
+def test_a_card_shows_every_image_that_there_is_room_for(count):
+    card = cards.contact_card("mine", [Image.new("RGB", (64, 48), (255, 0, index)) for index in range(count)])
+    seen = {colour for _, colour in card.getcolors(768 * 768)}
+    assert {(255, 0, index) for index in range(min(count, 64))} <= seen
