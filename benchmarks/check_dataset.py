@@ -54,8 +54,8 @@ def measured(pictures: int, size: int, threads: int) -> dict:
         draw(pathlib.Path(folder), pictures, size)
         dataset = read_folder(folder)
         before, settings = peak_mib(), QualitySettings(resolution=1024, on_warn="flag")
-        looking = ScanOptions(threads=threads)
-        found, seconds, cpu = timed(lambda: check_dataset_quality(dataset, settings, looking=looking))
+        options = ScanOptions(threads=threads)
+        found, seconds, cpu = timed(lambda: check_dataset_quality(dataset, settings, options=options))
         _, drawing, _ = timed(
             lambda: (
                 apply_quality_actions(dataset, found, settings),
@@ -64,7 +64,7 @@ def measured(pictures: int, size: int, threads: int) -> dict:
             )
         )
         peak = peak_mib()
-        _, comparing, _ = timed(lambda: deduplicate(dataset, DuplicateSettings(), looking))
+        _, comparing, _ = timed(lambda: deduplicate(dataset, DuplicateSettings(), options))
     return {
         "pictures": pictures, "size": size, "threads": threads,
         "check_s": round(seconds, 2), "check_per_s": round(pictures / seconds, 2), "check_cpu_s": round(cpu, 2),

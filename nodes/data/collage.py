@@ -1,4 +1,4 @@
-"""Several pictures in one frame, so that patterns are learnt relative to the frame."""
+"""Several images in one frame, so that patterns are learnt relative to the frame."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Datasets in and out of the graph: from folders and pictures, joined, split, looked at and saved."""
+"""Datasets in and out of the graph: from folders and images, joined, split, looked at and saved."""
 
 from comfy_api.latest import io, ui
 
@@ -193,12 +193,12 @@ class SplitDataset(io.ComfyNode):
     @classmethod
     def execute(cls, dataset, **widgets):
         settings = settings_from_widgets(SplitSettings, widgets)
-        looking = ScanOptions(
+        options = ScanOptions(
             report=host.progress.ItemProgressReporter(cls.hidden.unique_id),
             check_interrupt=host.progress.raise_if_interrupted,
         )
         train, validation = split_dataset(
-            dataset, settings, group_near_duplicates(dataset, looking) if settings.similar else None
+            dataset, settings, group_near_duplicates(dataset, options) if settings.similar else None
         )
         lines = [
             f"{len(train)} pictures to train on, {len(validation)} to validate on:",

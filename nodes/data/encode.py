@@ -1,4 +1,4 @@
-"""From pictures and captions to the latents and conditionings that a Train node reads, and the sizes they are trained
+"""From images and captions to the latents and conditionings that a Train node reads, and the sizes they are trained
 at."""
 
 import contextlib
@@ -137,12 +137,12 @@ class EncodeDataset(io.ComfyNode):
             settings_from_widgets(CaptionSettings, widgets),
             settings_from_widgets(BucketSettings, widgets),
         )
-        pictures, text = host.encoders.VaeEncoder(vae), make_text_encoder(clip, captions)
+        images, text = host.encoders.VaeEncoder(vae), make_text_encoder(clip, captions)
         with (
             contextlib.ExitStack() as borrowed,
             host.context.enable_gradients(),
         ):  # tensors made here must be ordinary ones
-            borrowed.callback(pictures.free)
+            borrowed.callback(images.free)
             if text is not None:
                 borrowed.callback(text.free)
             encoded = encode_dataset(
@@ -151,7 +151,7 @@ class EncodeDataset(io.ComfyNode):
                 buckets,
                 flip=flip,
                 seed=seed,
-                vae=pictures,
+                vae=images,
                 text=text,
                 cache_dir=paths.cache_folder(),
                 report=host.progress.ItemProgressReporter(cls.hidden.unique_id),

@@ -1,4 +1,4 @@
-"""What is wrong with which picture, and which pictures are the same."""
+"""What is wrong with which image, and which images are the same."""
 
 import torch
 from comfy_api.latest import io, ui

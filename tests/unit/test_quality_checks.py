@@ -135,7 +135,7 @@ def test_a_vision_model_adds_cosines_and_is_asked_once_per_picture(tmp_path):
         asked.extend(pictures)
         return np.tile(np.array([[0.6, 0.8]], np.float32), (len(pictures), 1))
 
-    found = check_dataset_quality(dataset, only("duplicates", resolution=128), looking=ScanOptions(features=features))
+    found = check_dataset_quality(dataset, only("duplicates", resolution=128), options=ScanOptions(features=features))
     assert [str(finding) for one in found.images for finding in one.findings] == [
         "duplicate (to a.png, cosine 1.000 >= 0.95)"
     ]
@@ -311,7 +311,7 @@ def test_an_empty_dataset_is_no_error_to_check():
 
 def test_the_number_of_threads_changes_nothing(tmp_path):
     dataset = messy(tmp_path)
-    one, four = (check_dataset_quality(dataset, SETTINGS, looking=ScanOptions(threads=threads)) for threads in (1, 4))
+    one, four = (check_dataset_quality(dataset, SETTINGS, options=ScanOptions(threads=threads)) for threads in (1, 4))
     assert format_quality_json(one) == format_quality_json(four)
 
 
@@ -319,7 +319,7 @@ def test_progress_reaches_the_end_and_an_interrupt_ends_the_check(tmp_path):
     dataset = ImageDataset(messy(tmp_path).records * 5)
     seen = []
     check_dataset_quality(
-        dataset, SETTINGS, looking=ScanOptions(report=lambda done, total, text: seen.append((done, total)))
+        dataset, SETTINGS, options=ScanOptions(report=lambda done, total, text: seen.append((done, total)))
     )
     assert seen[-1] == (20, 20)
 
@@ -334,7 +334,7 @@ def test_progress_reaches_the_end_and_an_interrupt_ends_the_check(tmp_path):
             raise Cut
 
     with pytest.raises(Cut):
-        check_dataset_quality(dataset, SETTINGS, looking=ScanOptions(check_interrupt=cut))
+        check_dataset_quality(dataset, SETTINGS, options=ScanOptions(check_interrupt=cut))
     assert len(calls) == 2
 
 

@@ -15,7 +15,7 @@ from .contact_sheet import NEUTRAL_COLOUR, WARN_COLOUR, SheetTile, draw_contact_
 from .records import ImageDataset, ImageRecord
 
 REPORTED_BATCH_SIZES = (2, 3, 4, 6, 8, 12, 16)
-MAX_NAMED_IMAGES = 12  # pictures of a kind that are named; the rest is counted
+MAX_NAMED_IMAGES = 12  # images of a kind that are named; the rest is counted
 BUCKET_CELL_PX, MAX_BUCKET_TILES = 144, 60
 BUCKET_FILL_COLOUR, BUCKET_EMPTY_COLOUR = "#3b6ea5", "#2b2b2b"
 
@@ -40,7 +40,7 @@ class BucketingResult:
     merged: tuple[
         tuple[ImageRecord, BucketPlacement, BucketPlacement], ...
     ]  # (record, where it would have gone, where it goes)
-    undersized: tuple[tuple[ImageRecord, BucketPlacement], ...]  # in buckets with fewer pictures than were asked for
+    undersized: tuple[tuple[ImageRecord, BucketPlacement], ...]  # in buckets with fewer images than were asked for
     enlarged: tuple[tuple[ImageRecord, float], ...]
     settings: BucketSettings
 
@@ -82,12 +82,12 @@ def bucket_stats(bucket, members) -> BucketStats:
 
 
 def training_scale(record: ImageRecord, place: BucketPlacement) -> float:
-    """How much larger than itself the picture is trained, before it is cropped."""
+    """How much larger than itself the image is trained, before it is cropped."""
     return max(place.scaled[0] / record.cropped_size[0], place.scaled[1] / record.cropped_size[1])
 
 
 def count_partial_batch_images(rows: Sequence[BucketStats], batch: int) -> int:
-    """How many pictures of an epoch come in batches that are not full: a batch holds one bucket only."""
+    """How many images of an epoch come in batches that are not full: a batch holds one bucket only."""
     return sum(row.per_epoch % batch for row in rows)
 
 
@@ -172,7 +172,7 @@ def format_bucket_size(place: BucketPlacement) -> str:
 
 
 def draw_buckets_sheet(result: BucketingResult) -> Image.Image:
-    """Every bucket drawn to one scale, filled as high as it is full beside the fullest; those with too few pictures in
+    """Every bucket drawn to one scale, filled as high as it is full beside the fullest; those with too few images in
     orange."""
     shown = result.bucket_stats[:MAX_BUCKET_TILES]
     longest = max(max(row.bucket) for row in shown)
@@ -199,8 +199,8 @@ def make_bucket_tile(row: BucketStats, result: BucketingResult, longest: int) ->
 
 def draw_bucket_fill(row: BucketStats, fullest: int, longest: int) -> Image.Image:
     width, height = (max(4, round(side * BUCKET_CELL_PX / longest)) for side in row.bucket)
-    picture = Image.new("RGB", (width, height), BUCKET_EMPTY_COLOUR)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), BUCKET_EMPTY_COLOUR)
+    draw = ImageDraw.Draw(image)
     draw.rectangle([0, height - max(1, round(height * row.images / fullest)), width, height], fill=BUCKET_FILL_COLOUR)
     draw.rectangle([0, 0, width - 1, height - 1], outline="#e6e6e6")
-    return picture
+    return image

@@ -1,7 +1,7 @@
-"""Which size each picture is trained at, and the picture fitted to its bucket. Sizes are (width, height) in pixels.
+"""Which size each image is trained at, and the image fitted to its bucket. Sizes are (width, height) in pixels.
 
-`tight` takes for each picture the multiples of step that hold most of it, as ai-toolkit does, and merges buckets that
-hold too few pictures. `kohya` keeps to kohya-ss/sd-scripts (make_bucket_resolutions and BucketManager), so that a
+`tight` takes for each image the multiples of step that hold most of it, as ai-toolkit does, and merges buckets that
+hold too few images. `kohya` keeps to kohya-ss/sd-scripts (make_bucket_resolutions and BucketManager), so that a
 dataset that was tuned there falls into the same buckets here.
 """
 
@@ -97,7 +97,7 @@ class BucketSettings(Settings):
 
 @dataclass(frozen=True)
 class BucketPlacement:
-    """The picture scaled to `scaled`, then `bucket` cut out of it at `crop` (left, top)."""
+    """The image scaled to `scaled`, then `bucket` cut out of it at `crop` (left, top)."""
 
     bucket: tuple[int, int]
     scaled: tuple[int, int]
@@ -147,7 +147,7 @@ def initial_placement(record: ImageRecord, settings: BucketSettings) -> BucketPl
 
 
 def choose_placement(size: tuple[int, int], settings: BucketSettings) -> BucketPlacement:
-    """Where a picture of this size goes. ValueError when it is too small to train on."""
+    """Where an image of this size goes. ValueError when it is too small to train on."""
     if settings.rules == TIGHT_RULES:
         return tight_placement(size, settings.resolution, settings.step, settings.upscale)
     if settings.upscale:
@@ -157,11 +157,11 @@ def choose_placement(size: tuple[int, int], settings: BucketSettings) -> BucketP
     return kohya_no_upscale_placement(size, settings.resolution, settings.step)
 
 
-# -- tight: one bucket per picture, then few buckets -------------------------------------------------------------------
+# -- tight: one bucket per image, then few buckets -------------------------------------------------------------------
 
 
 def tight_placement(size, resolution: int, step: int, upscale: bool = False) -> BucketPlacement:
-    """The sides that the picture would have at resolution**2 pixels, each rounded down or up to a multiple of step: of
+    """The sides that the image would have at resolution**2 pixels, each rounded down or up to a multiple of step: of
     the four the largest within that area that cuts off less than a step and, without upscale, enlarges nothing."""
     scale = math.sqrt(resolution**2 / (size[0] * size[1]))
     wanted = [side * (scale if upscale else min(1.0, scale)) for side in size]
@@ -181,7 +181,7 @@ def tight_placement(size, resolution: int, step: int, upscale: bool = False) -> 
 
 
 def bucket_overhang(size, bucket) -> float:
-    """Pixels that a picture scaled to cover the bucket is longer than it, on its longer side."""
+    """Pixels that an image scaled to cover the bucket is longer than it, on its longer side."""
     scale = covering_scale(size, bucket)
     return max(size[0] * scale - bucket[0], size[1] * scale - bucket[1])
 
@@ -189,14 +189,14 @@ def bucket_overhang(size, bucket) -> float:
 def merge_small_buckets(
     placed: list[tuple[ImageRecord, BucketPlacement]], settings: BucketSettings
 ) -> list[tuple[ImageRecord, BucketPlacement]]:
-    """The same records; those of buckets with fewer than settings.merge pictures go to the bucket that costs them
+    """The same records; those of buckets with fewer than settings.merge images go to the bucket that costs them
     least, the smallest buckets first. Who has none within max_crop stays, and so does who came with a bucket of its
     own."""
     result, members = list(placed), {}
     for index, (_, place) in enumerate(placed):
         members.setdefault(place.bucket, []).append(index)
     for bucket in sorted(members, key=lambda b: (len(members[b]), b)):
-        targets = {}  # by size: pictures of one size stay together, as pairs must
+        targets = {}  # by size: images of one size stay together, as pairs must
         for index in list(members[bucket]) if len(members[bucket]) < settings.merge else ():
             record, own = placed[index]
             if record.bucket is None and record.cropped_size not in targets:
@@ -213,7 +213,7 @@ def merge_small_buckets(
 def nearest_bucket(
     size, own, left, members: dict[tuple[int, int], list[int]], settings: BucketSettings
 ) -> tuple[int, int] | None:
-    """The inhabited bucket beside `left` that loses least of the picture; of equals the fuller one."""
+    """The inhabited bucket beside `left` that loses least of the image; of equals the fuller one."""
     others = ((bucket, len(inside)) for bucket, inside in members.items() if inside and bucket != left)
     losses = ((merge_loss(size, own, bucket, settings.upscale), -count, bucket) for bucket, count in others)
     least = min(losses, default=(math.inf, 0, left))
@@ -221,7 +221,7 @@ def nearest_bucket(
 
 
 def merge_loss(size, own, bucket, upscale: bool) -> float:
-    """The share of a picture that is cut off in this bucket, or the share of its own bucket's pixels that it gives up,
+    """The share of an image that is cut off in this bucket, or the share of its own bucket's pixels that it gives up,
     whichever is more. Infinite where it would have to be enlarged."""
     scale = covering_scale(size, bucket)
     if scale > 1 and not upscale:
@@ -252,7 +252,7 @@ def kohya_no_upscale_placement(size, resolution: int, step: int) -> BucketPlacem
 
 
 def kohya_downscaled_size(size, resolution, step):
-    """(width, height) of a too large picture: one side is a multiple of step, the one that keeps the aspect ratio
+    """(width, height) of a too large image: one side is a multiple of step, the one that keeps the aspect ratio
     better."""
     ratio = size[0] / size[1]
     width = round_half_up(math.sqrt(resolution**2 * ratio)) // step * step
@@ -284,7 +284,7 @@ def format_too_small_image(size, step: int, upscale: bool = False) -> str:
 
 
 def covering_placement(size, bucket) -> BucketPlacement:
-    """The picture scaled so that it just covers the bucket, and the middle cut out."""
+    """The image scaled so that it just covers the bucket, and the middle cut out."""
     scale = covering_scale(size, bucket)
     return centred_placement(
         bucket, (max(bucket[0], round_half_up(size[0] * scale)), max(bucket[1], round_half_up(size[1] * scale)))
@@ -296,7 +296,7 @@ def covering_scale(size, bucket) -> float:
 
 
 def cropped_share(placement: BucketPlacement) -> float:
-    """The share of the scaled picture that is cut off."""
+    """The share of the scaled image that is cut off."""
     (width, height), (whole_width, whole_height) = placement.bucket, placement.scaled
     return 1 - width * height / (whole_width * whole_height)
 
@@ -306,7 +306,7 @@ def centred_placement(bucket, scaled) -> BucketPlacement:
 
 
 def resize_and_crop(image: Image.Image, placement: BucketPlacement) -> Image.Image:
-    """The picture as its bucket shows it."""
+    """The image as its bucket shows it."""
     if image.size != placement.scaled:
         smaller = placement.scaled[0] <= image.width
         image = image.resize(placement.scaled, Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC)

@@ -1,6 +1,6 @@
 """What the VAE and the text encoder said, kept on disk as safetensors files named by a hash of everything that went in.
 
-A changed picture, setting or model gives another name, so nothing stale is ever read; files are replaced whole, so an
+A changed image, setting or model gives another name, so nothing stale is ever read; files are replaced whole, so an
 encode that was killed continues where it stopped. In memory only the last-used values stay, up to a budget.
 """
 

@@ -1,4 +1,4 @@
-"""Contact sheets: many small pictures with a few words under each, on one page that a person can read."""
+"""Contact sheets: many small images with a few words under each, on one page that a person can read."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SHEET_GAP_PX, SHEET_LINE_PX, SHEET_FONT_PX = 10, 18, 14
 
 @dataclass(frozen=True)
 class SheetTile:
-    """One picture of a sheet. The colour frames it and marks its first line."""
+    """One image of a sheet. The colour frames it and marks its first line."""
 
-    picture: Image.Image
+    image: Image.Image
     lines: tuple[str, ...] = ()
     colour: str = NEUTRAL_COLOUR
 
 
 def make_thumbnail(record: ImageRecord, side: int = 192, ground=WHITE) -> Image.Image:
-    """The record's picture, cropped as it is trained, at most side x side pixels and never enlarged."""
-    picture = open_image(record, ground)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return picture
+    """The record's image, cropped as it is trained, at most side x side pixels and never enlarged."""
+    image = open_image(record, ground)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image
 
 
 def draw_contact_sheet(
     tiles: Iterable[SheetTile], columns: int | None = None, cell: int = 192, title: str = ""
 ) -> Image.Image:
-    """RGB picture of the tiles in reading order; about as wide as it is high when columns is not given. Each picture
+    """RGB image of the tiles in reading order; about as wide as it is high when columns is not given. Each image
     keeps its shape inside a cell of cell x cell pixels; lines that are too long end in an ellipsis. ValueError without
     tiles."""
     tiles = list(tiles)
@@ -59,9 +59,9 @@ def draw_contact_sheet(
     )
     for index, tile in enumerate(tiles):
         left, upper = SHEET_GAP_PX + index % columns * width, top + index // columns * height
-        picture = tile.picture.convert("RGB")
-        picture.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-        page.paste(picture, (left + (cell - picture.width) // 2, upper + (cell - picture.height) // 2))
+        image = tile.image.convert("RGB")
+        image.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+        page.paste(image, (left + (cell - image.width) // 2, upper + (cell - image.height) // 2))
         draw.rectangle([left - 2, upper - 2, left + cell + 1, upper + cell + 1], outline=tile.colour, width=2)
         for row, line in enumerate(tile.lines):
             colour = tile.colour if row == 0 and tile.colour != NEUTRAL_COLOUR else SHEET_TEXT_COLOUR
@@ -87,7 +87,7 @@ def truncate_to_width(line: str, width: int, draw: ImageDraw.ImageDraw, font) ->
 def draw_dataset_sheet(
     dataset: Sequence[ImageRecord], page: int = 1, per_page: int = 24, cell: int = 192
 ) -> Image.Image:
-    """One page of a dataset: each picture with its name, size, repeats, split, caption and flags. A picture that cannot
+    """One page of a dataset: each image with its name, size, repeats, split, caption and flags. An image that cannot
     be opened any more says so in its place. ValueError when there is no such page."""
     pages = max(1, math.ceil(len(dataset) / per_page))
     if not len(dataset) or not 1 <= page <= pages:
@@ -113,13 +113,13 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
     more = f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""
     caption = (record.captions[0] if record.captions else "(no caption)") + more
     try:
-        picture = make_thumbnail(record, cell)
+        image = make_thumbnail(record, cell)
     except (ValueError, OSError) as error:
         return SheetTile(
             Image.new("RGB", (cell, cell), BAD_COLOUR), (name, *wrap_tile_text(str(error), cell, 4)), BAD_COLOUR
         )
     return SheetTile(
-        picture,
+        image,
         (name, " ".join(facts), *wrap_tile_text(caption, cell, 2), *record.flags[:2]),
         WARN_COLOUR if record.flags else NEUTRAL_COLOUR,
     )

@@ -1,8 +1,8 @@
-"""From a dataset to latents and conditionings: each picture through the VAE once, each text through the text encoder
+"""From a dataset to latents and conditionings: each image through the VAE once, each text through the text encoder
 once.
 
 What is on disk already is not encoded again, so a stopped encode continues where it was. While the VAE works on one
-picture a thread opens the next ones; no more than those are in memory. Pictures go through the VAE one by one: a batch
+image a thread opens the next ones; no more than those are in memory. Images go through the VAE one by one: a batch
 would round otherwise, and what is in the cache would depend on its neighbours.
 """
 
@@ -31,7 +31,7 @@ from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask
 
 ENCODING_VERSION = 1  # in every key: raise it when the same inputs would give other tensors
 TEXT_BATCH_SIZE = 16
-PREFETCH_IMAGES = 2  # pictures that are opened while the VAE works on another
+PREFETCH_IMAGES = 2  # images that are opened while the VAE works on another
 
 
 class VaeProtocol(Protocol):
@@ -97,10 +97,10 @@ def encode_dataset(
 ) -> EncodedDataset:
     """The dataset as latents and conditionings, kept in cache_dir.
 
-    flip: the mirrored pictures are encoded too. report(done, total, text); check_interrupt() raises to stop, losing
+    flip: the mirrored images are encoded too. report(done, total, text); check_interrupt() raises to stop, losing
     nothing.
-    seed: of the shuffled captions. ground: the colour (red, green, blue) beneath transparent pictures.
-    text: None for pictures without any conditioning, as score models need them; the caption mode must be the empty
+    seed: of the shuffled captions. ground: the colour (red, green, blue) beneath transparent images.
+    text: None for images without any conditioning, as score models need them; the caption mode must be the empty
     one."""
     check_encoding_inputs(dataset, captions, buckets, vae)
     if text is None:
@@ -226,8 +226,8 @@ def encode_images(
 ) -> list[EncodedItem]:
     """Writes every latent and mask that is not on disk."""
     opening = (lambda p=p: open_bucketed_image(p, ground) if list_missing_latents(p, cache) else None for p in plans)
-    with closing(prefetch_results(opening)) as pictures:
-        return [encode_record(p, picture, vae, cache, work, ground) for p, picture in zip(plans, pictures, strict=True)]
+    with closing(prefetch_results(opening)) as images:
+        return [encode_record(p, image, vae, cache, work, ground) for p, image in zip(plans, images, strict=True)]
 
 
 def prefetch_results(tasks: Iterable[Callable[[], object]], count: int = PREFETCH_IMAGES) -> Iterator:
@@ -248,16 +248,16 @@ def prefetch_results(tasks: Iterable[Callable[[], object]], count: int = PREFETC
 
 
 def encode_record(
-    p: EncodingPlan, picture: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
+    p: EncodingPlan, image: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
 ) -> EncodedItem:
-    """picture: None where nothing was missing when it would have been opened."""
+    """image: None where nothing was missing when it would have been opened."""
     name = Path(p.record.path).name
     work.raise_if_interrupted()
     for key, mirrored in list_missing_latents(p, cache):
         work.advance(0, name)
         work.raise_if_interrupted()
-        picture = picture or open_bucketed_image(p, ground)
-        cache.write(key, encode_posterior(ImageOps.mirror(picture) if mirrored else picture, vae, name))
+        image = image or open_bucketed_image(p, ground)
+        cache.write(key, encode_posterior(ImageOps.mirror(image) if mirrored else image, vae, name))
     shape = cached_latent_shape(cache, p.latent)
     mask = mask_key(p.record, p.placement, shape[-2:])
     if mask and cache.read_shapes(mask) is None:
@@ -267,7 +267,7 @@ def encode_record(
 
 
 def open_bucketed_image(p: EncodingPlan, ground) -> Image.Image:
-    """The picture as its bucket shows it."""
+    """The image as its bucket shows it."""
     return resize_and_crop(open_image(p.record, ground), p.placement)
 
 
@@ -281,9 +281,9 @@ def cached_latent_shape(cache: DiskCache, key: str) -> tuple[int, ...] | None:
     return (cache.read_shapes(key) or {}).get("mean")
 
 
-def encode_posterior(picture: Image.Image, vae: VaeProtocol, name: str) -> dict:
+def encode_posterior(image: Image.Image, vae: VaeProtocol, name: str) -> dict:
     """{"mean": (C, ..., h, w), "std": the same or None}"""
-    mean, std = vae.encode(image_to_tensor(picture))
+    mean, std = vae.encode(image_to_tensor(image))
     if not torch.isfinite(mean).all() or (std is not None and not torch.isfinite(std).all()):
         raise ValueError(
             f"The VAE turned {name} into NaN or infinity. Run it in more exact arithmetic: start ComfyUI with "
@@ -292,10 +292,10 @@ def encode_posterior(picture: Image.Image, vae: VaeProtocol, name: str) -> dict:
     return {"mean": mean[0], "std": None if std is None else std[0]}
 
 
-def image_to_tensor(picture: Image.Image) -> Tensor:
+def image_to_tensor(image: Image.Image) -> Tensor:
     """(1, H, W, channels) in 0..1"""
-    array = np.asarray(picture, dtype=np.float32) / 255.0
-    return torch.from_numpy(array.reshape(1, picture.height, picture.width, -1))
+    array = np.asarray(image, dtype=np.float32) / 255.0
+    return torch.from_numpy(array.reshape(1, image.height, image.width, -1))
 
 
 def encode_latent_mask(p: EncodingPlan, shape) -> Tensor:
@@ -329,7 +329,7 @@ def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:
 
 
 def size_conditioning(p: EncodingPlan, crop_w: int, crop_h: int) -> dict[str, int]:
-    """SDXL's size conditioning: the picture's own size, what was cropped after scaling, the size trained on."""
+    """SDXL's size conditioning: the image's own size, what was cropped after scaling, the size trained on."""
     (width, height), (target_width, target_height) = p.record.cropped_size, p.placement.bucket
     return dict(
         width=width, height=height, crop_w=crop_w, crop_h=crop_h, target_width=target_width, target_height=target_height

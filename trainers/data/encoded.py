@@ -1,6 +1,6 @@
 """What training sees of a dataset: latents and conditionings, drawn in batches of one shape.
 
-Everything a step chooses (which pictures, mirrored or not, which caption, the sample of the VAE's posterior) comes from
+Everything a step chooses (which images, mirrored or not, which caption, the sample of the VAE's posterior) comes from
 the generator that it is given. Tensors come from a store when they are needed, so memory does not grow with the
 dataset.
 """
@@ -21,7 +21,7 @@ from .cache import MemoryStore, map_tensors
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """One picture. Keys name values in the store; pixels are (width, height)."""
+    """One image. Keys name values in the store; pixels are (width, height)."""
 
     id: str
     path: str
@@ -30,7 +30,7 @@ class EncodedItem:
     caption_keys: tuple[str, ...]
     captions: tuple[str, ...]
     bucket: tuple[int, int] | None = None  # pixels trained on; None where only latents were given
-    flipped: str | None = None  # latent of the mirrored picture
+    flipped: str | None = None  # latent of the mirrored image
     size: dict[str, int] = field(
         default_factory=dict
     )  # width, height, crop_w, crop_h, target_width, target_height in pixels
@@ -60,7 +60,7 @@ class EncodedDataset:
     items: list[EncodedItem]
     store: object
     channels: int
-    fingerprint: str  # changes with the pictures, the captions, every setting and the models that encoded them
+    fingerprint: str  # changes with the images, the captions, every setting and the models that encoded them
     empty_key: str | None = None  # key of the empty caption's conditioning
     dropout: float = 0.0
 
@@ -95,7 +95,7 @@ class EncodedDataset:
         return item.caption_keys[index], item.captions[index]
 
     def require_conditionings(self) -> None:
-        """ValueError where the pictures were encoded without a text encoder."""
+        """ValueError where the images were encoded without a text encoder."""
         if self.empty_key is None and not all(item.caption_keys for item in self.items):
             raise ValueError(
                 "These pictures were encoded without CLIP, which is enough for score models and for nothing else: "

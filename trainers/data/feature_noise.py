@@ -1,4 +1,4 @@
-"""Pictures in the place of captions: an image embedding with noise stands for the text embedding that a caption of it
+"""Images in the place of captions: an image embedding with noise stands for the text embedding that a caption of it
 would have.
 
 Trained so, a model needs no captions, and afterwards follows texts, because CLIP puts both near each other and the

@@ -1,4 +1,4 @@
-"""What a check says about a picture."""
+"""What a check says about an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between datasets and the graph's own pictures: tensors become files named by their content, records become tensors.
+"""Between datasets and the graph's own images: tensors become files named by their content, records become tensors.
 
 Tensors are (B, H, W, channels) in 0..1, masks (B, H, W) or (H, W); in both directions white in a mask is what is
 learnt.
@@ -30,9 +30,9 @@ def dataset_from_tensors(
     report: Callable[[int, int, str], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
 ) -> ImageDataset:
-    """A dataset of these pictures, each written once into the folder as a PNG that is called after its content.
+    """A dataset of these images, each written once into the folder as a PNG that is called after its content.
 
-    Captions and masks: none, one for all, one for each item of the list, or one for each picture."""
+    Captions and masks: none, one for all, one for each item of the list, or one for each image."""
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
         raise ValueError("There are no pictures to make a dataset of.")
@@ -52,7 +52,7 @@ def dataset_from_tensors(
 
 
 def assign_per_image(things: Sequence, counts: list[int], what: str) -> list:
-    """One thing for each picture; None for each when there are none."""
+    """One thing for each image; None for each when there are none."""
     total = sum(counts)
     if len(things) == len(counts) and len(things) != total:
         return [thing for thing, times in zip(things, counts, strict=True) for _ in range(times)]
@@ -90,9 +90,9 @@ def save_mask_file(mask: Tensor, image: Image.Image, index: int, folder: Path) -
     return str(path), id_
 
 
-def save_hashed_png(picture: Image.Image, folder: Path) -> tuple[Path, str]:
-    """(file, sha1 of its bytes): the picture as a PNG that is called after its content, written once."""
-    data = encode_image_bytes(picture, "PNG")
+def save_hashed_png(image: Image.Image, folder: Path) -> tuple[Path, str]:
+    """(file, sha1 of its bytes): the image as a PNG that is called after its content, written once."""
+    data = encode_image_bytes(image, "PNG")
     path = Path(folder) / f"{sha1_hex(data)}.png"
     if not path.is_file() or path.stat().st_size != len(data):
         write_bytes_atomically(path, data)
@@ -100,7 +100,7 @@ def save_hashed_png(picture: Image.Image, folder: Path) -> tuple[Path, str]:
 
 
 def tensor_to_image(tensor: Tensor, what: str) -> Image.Image:
-    """(H, W, channels) in 0..1 -> a picture of 8 bits, rounded."""
+    """(H, W, channels) in 0..1 -> an image of 8 bits, rounded."""
     array = tensor.detach().cpu().float().numpy()
     if array.ndim != 3 or array.shape[-1] not in CHANNEL_MODES or 0 in array.shape:
         raise ValueError(f"{what} has the shape {tuple(array.shape)}; it must be height, width and 1, 3 or 4 channels.")
@@ -110,9 +110,9 @@ def tensor_to_image(tensor: Tensor, what: str) -> Image.Image:
     return Image.fromarray(array if array.shape[-1] > 1 else array[..., 0])
 
 
-def image_to_batch_tensor(picture: Image.Image) -> Tensor:
-    """(1, H, W, 3) of a picture in RGB, (1, H, W) of one in L, in 0..1."""
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+def image_to_batch_tensor(image: Image.Image) -> Tensor:
+    """(1, H, W, 3) of an image in RGB, (1, H, W) of one in L, in 0..1."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 
 
 def record_to_tensors(record: ImageRecord) -> tuple[Tensor, str, Tensor]:

@@ -1,4 +1,4 @@
-"""Datasets put together and taken apart. What goes where depends on each picture's content, not on its place in the
+"""Datasets put together and taken apart. What goes where depends on each image's content, not on its place in the
 list."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPY_SUFFIX = re.compile(r"[ _.-]*(\(\d+\)|copy|\d+)$", re.IGNORECASE)
 def join_datasets(
     datasets: Sequence[ImageDataset], weights: Sequence[Fraction | float | int] | None = None
 ) -> ImageDataset:
-    """One dataset of them all, in order. With weight w every picture of a dataset is seen w times as often; fractions
+    """One dataset of them all, in order. With weight w every image of a dataset is seen w times as often; fractions
     become whole repeats by the smallest common factor, so that 1 and 0.5 are 2 and 1 repeats."""
     if not datasets:
         raise ValueError("There is no dataset to join. Connect at least one.")
@@ -70,7 +70,7 @@ def parse_dataset_weights(text: str, datasets: int) -> list[Fraction]:
 
 
 def find_repeated_images(dataset: ImageDataset) -> list[tuple[str, str]]:
-    """(first path, path) of every picture whose bytes were there already."""
+    """(first path, path) of every image whose bytes were there already."""
     paths: dict[str, list[str]] = {}
     for record in dataset:
         paths.setdefault(record.id, []).append(record.path)
@@ -82,7 +82,7 @@ def find_repeated_images(dataset: ImageDataset) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings(Settings):
-    """Which pictures are kept away from training, to measure on."""
+    """Which images are kept away from training, to measure on."""
 
     share: float = number_field(0.1, 0.0, 1.0, "Share of the images for validation, at least one.", step=0.05)
     pictures: int = number_field(
@@ -111,8 +111,8 @@ class SplitSettings(Settings):
 def split_dataset(
     dataset: ImageDataset, settings: SplitSettings, groups: Mapping[str, str] | None = None
 ) -> tuple[ImageDataset, ImageDataset]:
-    """(train, validation), with Record.split set. Each picture's side comes from its content and the seed alone, so
-    adding pictures to a dataset moves no other one; only a set number of `pictures` may give one group back for
+    """(train, validation), with Record.split set. Each image's side comes from its content and the seed alone, so
+    adding images to a dataset moves no other one; only a set number of `images` may give one group back for
     another.
 
     groups: names by record id of what must stay together, as from `similar`; pairs always do, and so do equal files."""
@@ -157,7 +157,7 @@ def hash_to_unit_interval(name: str, seed: int) -> float:
 
 def name_split_groups(dataset: ImageDataset, by: str, groups: Mapping[str, str]) -> list[str]:
     """One name per record; records of the same name stay together. Ties of several kinds are followed through: a
-    picture that shares its file name with a second one and its pair with a third one ties all three."""
+    image that shares its file name with a second one and its pair with a third one ties all three."""
     leader: dict[str, str] = {}
 
     def lead(name: str) -> str:

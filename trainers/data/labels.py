@@ -1,4 +1,4 @@
-"""Classes of pictures: the folders they lie in, or a table with the columns file and label."""
+"""Classes of images: the folders they lie in, or a table with the columns file and label."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LABEL_FILE_COLUMN, LABEL_COLUMN = "file", "label"
 
 
 def folder_labels(dataset: ImageDataset) -> list[str | None]:
-    """The folder of each picture, where there are several."""
+    """The folder of each image, where there are several."""
     folders = [Path(record.path).parent.name for record in dataset]
     return list(folders) if len(set(folders)) > 1 else [None] * len(folders)
 
 
 def read_labels(file, dataset: ImageDataset) -> list[str | None]:
-    """The label of each picture, None where the table is silent. ValueError for a table of another shape, or names that
+    """The label of each image, None where the table is silent. ValueError for a table of another shape, or names that
     are not there."""
     file = Path(file)
     paths = [Path(record.path) for record in dataset]

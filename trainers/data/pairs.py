@@ -1,4 +1,4 @@
-"""Pictures that belong together: the same scene at different strengths of one attribute.
+"""Images that belong together: the same scene at different strengths of one attribute.
 
 A record's `pair` names the scene and its `strength` the side: +1 and -1, or graded as 2, 1, -1, -2.
 """
@@ -39,11 +39,11 @@ class ImagePair:
 def pair_datasets(
     positive: ImageDataset, negative: ImageDataset, strength: float = 1.0, others: ImageDataset | None = None
 ) -> ImageDataset:
-    """Both datasets as one, pictures of the same file name (its ending aside) as the two sides of a scene. `others`:
+    """Both datasets as one, images of the same file name (its ending aside) as the two sides of a scene. `others`:
     pairs at other strengths.
 
-    The two sides are trained at the same size: the negative picture takes the bucket of the positive one.
-    Raises ValueError naming the pictures without a partner, and pairs of different shape."""
+    The two sides are trained at the same size: the negative image takes the bucket of the positive one.
+    Raises ValueError naming the images without a partner, and pairs of different shape."""
     sides = [index_records_by_stem(positive, "positive"), index_records_by_stem(negative, "negative")]
     lonely = sorted(sides[0].keys() ^ sides[1].keys())
     if lonely or not sides[0]:
@@ -68,7 +68,7 @@ def pair_datasets(
 
 
 def index_records_by_stem(dataset: ImageDataset, side: str) -> dict[str, ImageRecord]:
-    """Record by file name without its ending. ValueError for two pictures of one name."""
+    """Record by file name without its ending. ValueError for two images of one name."""
     found: dict[str, ImageRecord] = {}
     for record in dataset:
         name = Path(record.path).stem

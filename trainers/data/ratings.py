@@ -1,4 +1,4 @@
-"""Ratings of pictures: from files beside them, from folder names, from lists of better and worse; and what is kept by
+"""Ratings of images: from files beside them, from folder names, from lists of better and worse; and what is kept by
 them.
 
 A rating is a number on any scale. metadata files and .json sidecars may hold one as `score`; `cat.score` beside
@@ -37,8 +37,8 @@ MIN_RATED_IMAGES = 20
 
 
 def read_rated_folder(folder, source: str = RATINGS_IN_FILES, progress=None) -> ImageDataset:
-    """The pictures of a folder with their ratings. files: as `read_folder`, and .score files. folder names: of
-    subfolders such as `7.5_name` or `7.5`; the number is the rating, and no picture is repeated."""
+    """The images of a folder with their ratings. files: as `read_folder`, and .score files. folder names: of
+    subfolders such as `7.5_name` or `7.5`; the number is the rating, and no image is repeated."""
     if source not in RATING_SOURCES:
         raise ValueError(f"The source of ratings is {source!r}; choose one of {', '.join(RATING_SOURCES)}.")
     if source == RATINGS_IN_FOLDER_NAMES:
@@ -47,7 +47,7 @@ def read_rated_folder(folder, source: str = RATINGS_IN_FILES, progress=None) -> 
 
 
 def add_sidecar_scores(dataset: ImageDataset) -> ImageDataset:
-    """The dataset with the ratings of .score files. A broken one takes its picture out, with the reason."""
+    """The dataset with the ratings of .score files. A broken one takes its image out, with the reason."""
     records, skipped = [], list(dataset.skipped)
     for record in dataset:
         file = Path(record.path).with_suffix(".score")
@@ -87,9 +87,9 @@ def set_uniform_score(dataset: ImageDataset, score: float) -> ImageDataset:
 
 
 def read_preference_table(file, paths: Sequence[str]) -> list[tuple[int, int]]:
-    """(better, worse) as indices into paths, from a table with the columns better and worse that name pictures.
+    """(better, worse) as indices into paths, from a table with the columns better and worse that name images.
 
-    ValueError for names that no single picture has, and for a picture that is better than itself."""
+    ValueError for names that no single image has, and for an image that is better than itself."""
     file, found, unknown = Path(file), [], []
     names = ImageNameIndex([Path(path) for path in paths], file.parent)
     places = {Path(path): index for index, path in enumerate(paths)}
@@ -172,7 +172,7 @@ SELECT_SHARE, SELECT_THRESHOLD, SELECT_NUMBER = "share", "threshold", "number"
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings(Settings):
-    """Which pictures stay."""
+    """Which images stay."""
 
     by: str = choice_field(
         SELECT_SHARE,
@@ -193,7 +193,7 @@ class RankSettings(Settings):
 
 
 def set_image_scores(dataset: ImageDataset, scores: Sequence[float]) -> ImageDataset:
-    """The dataset with these scores, one for each picture."""
+    """The dataset with these scores, one for each image."""
     if len(scores) != len(dataset):
         raise ValueError(
             f"There are {len(dataset)} pictures and {len(scores)} scores. Connect the scores of these very pictures."

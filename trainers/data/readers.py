@@ -3,7 +3,7 @@ in natural order.
 
 A broken file is reported in Dataset.skipped and left out, or raised with strict=True; it is never left out silently.
 
-Of each fact the nearest source counts: the picture's own sidecars (.txt, then .caption, then .json), then the metadata
+Of each fact the nearest source counts: the image's own sidecars (.txt, then .caption, then .json), then the metadata
 file of its own folder, then that of the folder above, then the name of a kohya folder. An empty .txt says that there is
 no caption.
 """
@@ -65,11 +65,11 @@ class FolderReadOptions:
 
 @dataclass(frozen=True)
 class FolderImage:
-    """A picture that is to be read."""
+    """An image that is to be read."""
 
     file: Path
     repeats: int  # of its folder
-    folder_caption: str | None  # the name of its folder, which serves as the caption of a picture without one
+    folder_caption: str | None  # the name of its folder, which serves as the caption of an image without one
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is known about each picture of a dataset, without holding the picture itself.
+"""What is known about each image of a dataset, without holding the image itself.
 
 A record's id is the sha1 of the file's bytes, so caches, splits and counters survive renaming and moving. Pixels are
 decoded when they are asked for, upright and in 8-bit RGB, and a file that has changed since it was read is refused.
@@ -38,22 +38,22 @@ ORIENTATION_TRANSPOSES = dict(
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One picture. Sizes and boxes are in pixels of the upright (EXIF transposed) picture."""
+    """One image. Sizes and boxes are in pixels of the upright (EXIF transposed) image."""
 
     id: str  # sha1 of the file's bytes, hex
     path: str
     size: tuple[int, int]  # (width, height)
     crop: tuple[int, int, int, int] | None = None  # (left, top, right, bottom)
     bucket: tuple[int, int] | None = None  # (width, height) it is trained at, when that is decided already
-    captions: tuple[str, ...] = ()  # alternatives; any one of them describes the picture
+    captions: tuple[str, ...] = ()  # alternatives; any one of them describes the image
     tags: tuple[str, ...] = ()
     score: float | None = None
-    mask: str | None = None  # path of a grey picture, white = learn; the picture's own path means its alpha
+    mask: str | None = None  # path of a grey image, white = learn; the image's own path means its alpha
     mask_id: str | None = None  # sha1 of the mask's bytes
     repeats: int = 1  # how often it is seen in one epoch
     split: str = "train"
     flags: tuple[str, ...] = ()
-    pair: str | None = None  # the scene that this picture shows at `strength`: see pairs.py
+    pair: str | None = None  # the scene that this image shows at `strength`: see pairs.py
     strength: float | None = None
 
     @property
@@ -115,13 +115,13 @@ def sha1_hex(data: bytes) -> str:
 
 
 def open_image(record: ImageRecord, ground=WHITE) -> Image.Image:
-    """The picture in RGB: upright, alpha laid over ground (red, green, blue), cropped to the record's crop."""
+    """The image in RGB: upright, alpha laid over ground (red, green, blue), cropped to the record's crop."""
     image = flatten_alpha(convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.path, record.id))), ground)
     return image.crop(record.crop) if record.crop else image
 
 
 def open_mask(record: ImageRecord) -> Image.Image | None:
-    """The loss mask in L, as large as open_image's picture; white counts fully, black not at all. None without a
+    """The loss mask in L, as large as open_image's image; white counts fully, black not at all. None without a
     mask."""
     if record.mask is None:
         return None
@@ -143,7 +143,7 @@ def open_mask_file(record: ImageRecord) -> Image.Image:
 
 
 def check_mask_size(mask, mask_size, size) -> None:
-    """ValueError unless the mask has the shape of its picture; a mask of half the size is fine."""
+    """ValueError unless the mask has the shape of its image; a mask of half the size is fine."""
     if mask_size[0] * size[1] != mask_size[1] * size[0]:
         raise ValueError(
             f"The mask {mask} is {mask_size[0]}x{mask_size[1]} px and its image {size[0]}x{size[1]} px. Make the mask "
@@ -169,7 +169,7 @@ def read_unchanged_bytes(path: str, expected_id: str | None) -> bytes:
 
 
 def apply_exif_orientation(image: Image.Image) -> Image.Image:
-    """The picture as a camera's orientation mark wants it shown. Pillow's own exif_transpose also writes the marks
+    """The image as a camera's orientation mark wants it shown. Pillow's own exif_transpose also writes the marks
     anew, which fails where others of them are damaged."""
     image.load()
     turn = ORIENTATION_TRANSPOSES.get(read_exif_orientation(image))
@@ -186,7 +186,7 @@ def read_exif_orientation(image: Image.Image) -> int:
 
 
 def check_colour_mode(mode: str) -> None:
-    """ValueError for pictures that cannot be shown in RGB."""
+    """ValueError for images that cannot be shown in RGB."""
     try:
         convert_to_8bit(Image.new(mode, (1, 1))).convert("RGB")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""One picture seen in several ways: crops, mirrored, turned, shuffled, grey; each encoded by itself, because a VAE's
+"""One image seen in several ways: crops, mirrored, turned, shuffled, grey; each encoded by itself, because a VAE's
 latents can be neither turned nor shuffled without a trace. Kept on disk as all latents are."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .records import WHITE, ImageDataset, ImageRecord, open_image
 VIEWS_VERSION = 1
 CROP_VIEW, ROTATED_VIEW, SHUFFLED_VIEW, GREY_VIEW = "crop", "turned", "shuffled", "grey"
 QUARTER_PERMUTATIONS = tuple(itertools.permutations(range(4)))  # of the four quarters
-SHUFFLES_PER_IMAGE = 3  # shuffled ways of each picture that are encoded
-MIN_CROP_SHARE = 0.7  # of a picture's square that a crop shows
+SHUFFLES_PER_IMAGE = 3  # shuffled ways of each image that are encoded
+MIN_CROP_SHARE = 0.7  # of an image's square that a crop shows
 BRIGHTNESS_JITTER = 0.15
 QUARTER_GAP_SHARE = (
     1 / 32
@@ -32,7 +32,7 @@ QUARTER_GAP_SHARE = (
 
 @dataclass(frozen=True)
 class EncodedView:
-    """A latent in the store, and what was done to the picture: quarter turns, or the number of the order of its
+    """A latent in the store, and what was done to the image: quarter turns, or the number of the order of its
     quarters."""
 
     key: str
@@ -41,7 +41,7 @@ class EncodedView:
 
 @dataclass(frozen=True)
 class ViewDataset:
-    """The views of every picture by kind; `store.load(view.key)["mean"]` is the latent (C, ..., h, w)."""
+    """The views of every image by kind; `store.load(view.key)["mean"]` is the latent (C, ..., h, w)."""
 
     views_by_image: tuple[dict[str, tuple[EncodedView, ...]], ...]
     dataset: ImageDataset
@@ -58,7 +58,7 @@ class ViewDataset:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """What is to be done to a picture: the square (left, top, side) in shares of the short side's room, then the
+    """What is to be done to an image: the square (left, top, side) in shares of the short side's room, then the
     rest."""
 
     kind: str
@@ -76,7 +76,7 @@ class ViewSpec:
 
 
 def sample_view_specs(record: ImageRecord, kinds: Sequence[str], crops: int, seed: int) -> list[ViewSpec]:
-    """The views of one picture, drawn by its content and the seed."""
+    """The views of one image, drawn by its content and the seed."""
     rng = random.Random(hashlib.sha1(f"{record.id}/{seed}".encode()).hexdigest())
     made = [
         ViewSpec(
@@ -98,11 +98,11 @@ def sample_view_specs(record: ImageRecord, kinds: Sequence[str], crops: int, see
     return made + [draft for kind in (ROTATED_VIEW, SHUFFLED_VIEW, GREY_VIEW) if kind in kinds for draft in more[kind]]
 
 
-def render_view(draft: ViewSpec, picture: Image.Image, size: int) -> Image.Image:
+def render_view(draft: ViewSpec, image: Image.Image, size: int) -> Image.Image:
     """The view as a square of size x size pixels. Nothing is stretched."""
-    side = max(1, round(min(picture.size) * math.sqrt(draft.share)))
-    left, top = round((picture.width - side) * draft.left), round((picture.height - side) * draft.top)
-    square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    side = max(1, round(min(image.size) * math.sqrt(draft.share)))
+    left, top = round((image.width - side) * draft.left), round((image.height - side) * draft.top)
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     square = ImageOps.mirror(square) if draft.mirrored else square
     square = ImageEnhance.Brightness(square).enhance(draft.light) if draft.light != 1 else square
     if draft.kind == ROTATED_VIEW:
@@ -136,7 +136,7 @@ def encode_views(
     check_interrupt: Callable | None = None,
     ground=WHITE,
 ) -> ViewDataset:
-    """Every picture's views; what is on disk is not encoded again. ValueError where there is nothing to see or the size
+    """Every image's views; what is on disk is not encoded again. ValueError where there is nothing to see or the size
     does not suit."""
     if not len(dataset):
         raise ValueError("The dataset has no images. Load a folder with images first.")
@@ -151,19 +151,19 @@ def encode_views(
         lambda r=record, d=todo: open_image(r, ground) if list_missing_views(r, d, size, vae, cache, ground) else None
         for record, todo in plans
     )
-    pictures = []
-    for (record, todo), picture in zip(plans, prefetch_results(opening), strict=True):
+    images = []
+    for (record, todo), image in zip(plans, prefetch_results(opening), strict=True):
         work.raise_if_interrupted()
         for draft, key in list_missing_views(record, todo, size, vae, cache, ground):
             work.raise_if_interrupted()
-            cache.write(key, encode_posterior(render_view(draft, picture, size), vae, Path(record.path).name))
-        pictures.append(group_views_by_kind(todo, [draft.key(record, size, vae, ground) for draft in todo], crops))
+            cache.write(key, encode_posterior(render_view(draft, image, size), vae, Path(record.path).name))
+        images.append(group_views_by_kind(todo, [draft.key(record, size, vae, ground) for draft in todo], crops))
         work.advance(1, Path(record.path).name)
-    shape = cache.read_shapes(pictures[0][CROP_VIEW][0].key)["mean"]
+    shape = cache.read_shapes(images[0][CROP_VIEW][0].key)["mean"]
     print_ = compute_fingerprint(
         "views", VIEWS_VERSION, dataset.fingerprint(), list(kinds), size, crops, seed, vae.identity
     )
-    return ViewDataset(tuple(pictures), dataset, cache, shape, print_)
+    return ViewDataset(tuple(images), dataset, cache, shape, print_)
 
 
 def list_missing_views(record, todo, size, vae, cache, ground) -> list[tuple[ViewSpec, str]]:
@@ -174,7 +174,7 @@ def list_missing_views(record, todo, size, vae, cache, ground) -> list[tuple[Vie
 def group_views_by_kind(
     todo: Sequence[ViewSpec], keys: Sequence[str], crops: int
 ) -> dict[str, tuple[EncodedView, ...]]:
-    """`crop`: the crops; the grey view comes with the same picture in colour after it."""
+    """`crop`: the crops; the grey view comes with the same image in colour after it."""
     views = [EncodedView(key, draft.label) for draft, key in zip(todo, keys, strict=True)]
     out = {CROP_VIEW: tuple(views[:crops])}
     for draft, view in zip(todo[crops:], views[crops:], strict=True):

@@ -1,4 +1,4 @@
-"""Datasets saved to folders that this and other trainers read: pictures with .txt files, kohya's `N_name`, or
+"""Datasets saved to folders that this and other trainers read: images with .txt files, kohya's `N_name`, or
 metadata.jsonl.
 
 A folder is written beside its place under another name and moved there when it is whole. What is replaced is removed
@@ -271,7 +271,7 @@ def safe_file_name(name: str) -> str:
 
 
 def write_record_files(root: Path, place: RecordDestination, settings: SaveSettings, lines: bool) -> None:
-    """The picture, its mask and its text file."""
+    """The image, its mask and its text file."""
     folder, record = root / place.folder, place.record
     folder.mkdir(exist_ok=True)
     write_saved_file(
@@ -292,7 +292,7 @@ def format_caption_file(record: ImageRecord, lines: bool) -> str:
 
 
 def encode_saved_image(record: ImageRecord, ending: str, settings: SaveSettings) -> bytes:
-    """The picture as training sees it, upright and cropped; its transparency stays where the format has any."""
+    """The image as training sees it, upright and cropped; its transparency stays where the format has any."""
     width, height = record.cropped_size
     if max(width, height) > MAX_FORMAT_SIDE_PX[ending]:
         raise ValueError(
@@ -308,7 +308,7 @@ def encode_saved_image(record: ImageRecord, ending: str, settings: SaveSettings)
 
 
 def open_image_and_profile(record: ImageRecord) -> tuple[Image.Image, bytes | None]:
-    """(the picture in L, RGB or RGBA, its colour profile)."""
+    """(the image in L, RGB or RGBA, its colour profile)."""
     image = apply_exif_orientation(open_unchanged_image(record.path, record.id))
     profile = image.info.get("icc_profile") if image.mode in ("L", "LA", "P", "RGB", "RGBA") else None
     image = convert_to_8bit(image)
@@ -384,5 +384,5 @@ def format_save_summary(saved: SavedDataset, dataset: ImageDataset) -> str:
     repeats = Counter(record.repeats for record in dataset)
     lines = [f"{format_count(dataset, 'picture')} saved to {saved.folder}"]
     if set(repeats) != {1}:
-        lines.append("repeats: " + ", ".join(f"{pictures} x {times}" for times, pictures in sorted(repeats.items())))
+        lines.append("repeats: " + ", ".join(f"{images} x {times}" for times, images in sorted(repeats.items())))
     return "\n".join([*lines, *saved.notes])

@@ -1,7 +1,7 @@
-"""Collages made: pictures cropped, put into frames with their loss masks and captions, and kept on disk.
+"""Collages made: images cropped, put into frames with their loss masks and captions, and kept on disk.
 
 A frame's file name is a hash of everything that went into it, so an unchanged request draws nothing, and one that was
-interrupted goes on where it stopped. One source picture is open at a time. Sources are never touched.
+interrupted goes on where it stopped. One source image is open at a time. Sources are never touched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, MemoryError)
 FULL_FILL = 0.97  # a frame filled this far counts as full
 SPARSE_FILL = 0.75  # a frame filled less is flagged
 MAX_SHEET_COLLAGES = 24  # collages on the sheet
-MAX_REPORT_LINES = 40  # pictures of one kind in the report
+MAX_REPORT_LINES = 40  # images of one kind in the report
 FRAME_OUTLINE_COLOUR = "#5a5a5a"  # around a frame on the sheet, whose ground is nearly that of the page
 SUGGESTED_ASPECTS = (
     (1, 1),
@@ -64,7 +64,7 @@ MAX_MIX_REPEATS = 24  # at most this many repeats to reach the share of original
 
 @dataclass(frozen=True)
 class CollageSource:
-    """A picture of the dataset as it goes into frames: bars cut off, contrast known."""
+    """An image of the dataset as it goes into frames: bars cut off, contrast known."""
 
     record: ImageRecord
     dE: float | None = None
@@ -77,7 +77,7 @@ class CollageSource:
 
 @dataclass(frozen=True)
 class CollageResult:
-    """`dataset`: the collages, then the pictures that are also shown alone. `report`: what was done to every picture,
+    """`dataset`: the collages, then the images that are also shown alone. `report`: what was done to every image,
     as text."""
 
     dataset: ImageDataset
@@ -141,13 +141,13 @@ def frame_pixel_settings(settings: CollageSettings) -> dict:
     return {name: value for name, value in settings.to_dict().items() if name not in ("captions", "trigger", "mix")}
 
 
-# -- looking at the pictures -------------------------------------------------------------------------------------------
+# -- looking at the images -------------------------------------------------------------------------------------------
 
 
 def analyse_sources(
     records, settings: CollageSettings, file: Path, work: CollageProgress
 ) -> tuple[list[CollageSource], list[tuple[str, str]]]:
-    """The pictures with their bars cut off and their contrast, and [(path, why)] of those that cannot be used. What was
+    """The images with their bars cut off and their contrast, and [(path, why)] of those that cannot be used. What was
     seen is kept."""
     if not settings.trim and settings.contrast == CONTRAST_OFF:
         return [CollageSource(record) for record in records], []
@@ -184,11 +184,11 @@ def analyse_sources(
 
 def analyse_image(record: ImageRecord, settings: CollageSettings) -> dict:
     """{"box": what is left without bars, or None, "dE": contrast of subject and background, or None}"""
-    picture, mask = open_image(record, settings.ground_rgb), open_mask(record)
-    box = find_trim_box(picture) if settings.trim else None
+    image, mask = open_image(record, settings.ground_rgb), open_mask(record)
+    box = find_trim_box(image) if settings.trim else None
     if box:
-        picture, mask = picture.crop(box), mask and mask.crop(box)
-    found = measure_contrast(picture, mask)
+        image, mask = image.crop(box), mask and mask.crop(box)
+    found = measure_contrast(image, mask)
     return {"box": box, "dE": None if found is None else round(found.dE, 2)}
 
 
@@ -200,22 +200,18 @@ def make_collage_source(record: ImageRecord, box, dE) -> CollageSource:
     return CollageSource(replace(record, crop=crop), dE, untrimmed_size=record.cropped_size)
 
 
-def find_trim_box(picture: Image.Image) -> tuple[int, int, int, int] | None:
+def find_trim_box(image: Image.Image) -> tuple[int, int, int, int] | None:
     """The box inside plain bars at the edges, or None when there are none, or when hardly anything would be left.
 
-    A single line is no bar. A bar's last line may be blurred into the picture, and goes too."""
-    rows = np.asarray(picture.convert("RGB"))
+    A single line is no bar. A bar's last line may be blurred into the image, and goes too."""
+    rows = np.asarray(image.convert("RGB"))
     lines = rows.swapaxes(0, 1)
     sides = zip(detect_bars(rows), (lines, rows, lines[::-1], rows[::-1]), strict=True)
     left, top, right, bottom = (
         depth + is_bar_edge_blurred(inwards, depth) if depth > 1 else 0 for depth, inwards in sides
     )
-    box = left, top, picture.width - right, picture.height - bottom
-    if (
-        not any((left, top, right, bottom))
-        or box[2] - box[0] < picture.width / 4
-        or box[3] - box[1] < picture.height / 4
-    ):
+    box = left, top, image.width - right, image.height - bottom
+    if not any((left, top, right, bottom)) or box[2] - box[0] < image.width / 4 or box[3] - box[1] < image.height / 4:
         return None
     return box
 
@@ -275,19 +271,19 @@ def frame_cache_key(collage: Collage, sources, settings: CollageSettings) -> str
 
 
 def render_frame_and_mask(collage: Collage, sources, settings: CollageSettings) -> tuple[Image.Image, Image.Image]:
-    """(mask, picture) of a frame: the mask is white where a picture is learnt and black on the ground."""
-    picture = Image.new("RGB", collage.frame, settings.ground_rgb)
+    """(mask, image) of a frame: the mask is white where an image is learnt and black on the ground."""
+    image = Image.new("RGB", collage.frame, settings.ground_rgb)
     mask = Image.new("L", collage.frame, 0)
     for cell in collage.cells:
         record = sources[cell.source].record
         part = resize_to_cell(open_image(record, settings.ground_rgb), cell, Image.Resampling.LANCZOS)
-        picture.paste(part, cell.place[:2])
+        image.paste(part, cell.place[:2])
         mask.paste(feather_mask(load_cell_mask(record, cell), cell, collage.frame, settings.feather), cell.place[:2])
-    return mask, picture
+    return mask, image
 
 
-def resize_to_cell(picture: Image.Image, cell: CollageCell, how) -> Image.Image:
-    return picture.resize(cell.size, how, box=cell.box)
+def resize_to_cell(image: Image.Image, cell: CollageCell, how) -> Image.Image:
+    return image.resize(cell.size, how, box=cell.box)
 
 
 def load_cell_mask(record: ImageRecord, cell: CollageCell) -> Image.Image:
@@ -324,7 +320,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def captions_or_tags(record: ImageRecord) -> tuple[str, ...]:
-    """The captions of a picture; its tags where it has no caption."""
+    """The captions of an image; its tags where it has no caption."""
     return record.captions or ((", ".join(record.tags),) if record.tags else ())
 
 
@@ -356,7 +352,7 @@ def make_collage_records(
 
 
 def collage_flags(collage: Collage, sources, settings: CollageSettings) -> tuple[str, ...]:
-    """What a person should know about this collage: little of the frame filled, pictures of low contrast."""
+    """What a person should know about this collage: little of the frame filled, images of low contrast."""
     found = [f"fill ({collage.fill:.2f} < {SPARSE_FILL})"] if collage.fill < SPARSE_FILL else []
     weak = (sources[cell.source] for cell in collage.cells if is_low_contrast(sources[cell.source], settings))
     return (*found, *(f"contrast (dE {source.dE:.1f} < {settings.min_contrast:g}, {source.name})" for source in weak))
@@ -369,10 +365,10 @@ def is_low_contrast(source: CollageSource, settings: CollageSettings) -> bool:
 def mix_in_single_images(
     records, sources, made: CollagePlan, settings: CollageSettings
 ) -> tuple[tuple[ImageRecord, ...], int]:
-    """(the pictures that are also shown alone, how often every collage is shown): whole repeats that come near the
+    """(the images that are also shown alone, how often every collage is shown): whole repeats that come near the
     wanted share.
 
-    Pictures that fit in no frame come on top; were they counted, a few collages would have to make up for many of
+    Images that fit in no frame come on top; were they counted, a few collages would have to make up for many of
     them."""
     if not settings.mix:
         return (), 1
@@ -404,7 +400,7 @@ def find_mix_repeats(alone: int, together: int, share: float) -> tuple[int, int]
 def write_collages_json(
     file: Path, frames: list[CollageFrame], records, sources, made: CollagePlan, settings: CollageSettings
 ):
-    """Which picture is where in which frame, beside the frames."""
+    """Which image is where in which frame, beside the frames."""
     listed = []
     for frame, record in zip(frames, records, strict=True):
         cells = [
@@ -451,7 +447,7 @@ def source_provenance(source: CollageSource) -> dict:
 def format_collage_report(
     made: CollagePlan, sources, lost, records, alone, settings: CollageSettings, place: Path, tokens
 ) -> str:
-    """The report: counts first, then every picture that something was done to."""
+    """The report: counts first, then every image that something was done to."""
     used = len(sources) - len(made.excluded)
     together, single = sum(r.repeats for r in records), sum(r.repeats for r in alone)
     crops = made.crops
@@ -505,7 +501,7 @@ def count_frame_layouts(made: CollagePlan) -> Counter:
 
 
 def suggest_frame_sizes(made: CollagePlan, settings: CollageSettings) -> list[str]:
-    """Other frames of the same area, when many pictures had to stay alone and would not have to in those."""
+    """Other frames of the same area, when many images had to stay alone and would not have to in those."""
     lonely = sum(len(collage.cells) == 1 for collage in made.collages) / len(made.collages)
     if settings.frames or settings.layout == LAYOUT_SINGLE or lonely < 0.25:
         return []

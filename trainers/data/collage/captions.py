@@ -1,4 +1,4 @@
-"""What a frame of several pictures is called: their captions by position, joined, or with the common tags said once."""
+"""What a frame of several images is called: their captions by position, joined, or with the common tags said once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROW_POSITIONS = {
 
 
 def describe_cell_positions(collage: Collage) -> tuple[str, ...]:
-    """Where each cell is, in words, in the order of the cells; "" for a picture that has the frame to itself."""
+    """Where each cell is, in words, in the order of the cells; "" for an image that has the frame to itself."""
     count = len(collage.cells)
     if count == 1:
         return ("",)

@@ -1,6 +1,6 @@
-"""Which pictures share a frame and where they stand in it: sizes in, a plan out, before any picture is opened.
+"""Which images share a frame and where they stand in it: sizes in, a plan out, before any image is opened.
 
-A pattern is learnt relative to the frame that the model sees, so every picture spans its frame from end to end along
+A pattern is learnt relative to the frame that the model sees, so every image spans its frame from end to end along
 one axis and is neither stretched nor enlarged. All sizes and boxes are in pixels; sizes are (width, height), boxes
 (left, top, right, bottom).
 """
@@ -32,9 +32,7 @@ CAPTIONS_POSITIONAL, CAPTIONS_JOINED, CAPTIONS_SHARED, CAPTIONS_EMPTY = COLLAGE_
     "empty",
 )
 CONTRAST_OFF, CONTRAST_WARN, CONTRAST_DROP = ("off", "warn", "drop")
-MIN_FRAME_AREA_SHARE = (
-    0.75  # frames below this share of the largest one that a picture can span are for smaller pictures
-)
+MIN_FRAME_AREA_SHARE = 0.75  # frames below this share of the largest one that an image can span are for smaller images
 PARTNER_SAMPLE_SIZE = 24  # how many middle partners are tried for a frame of three
 CLOSE_FIT_SHARE = 0.03  # a crop that is not worth a longer search
 ROUNDING_EPSILON = 1e-6
@@ -42,7 +40,7 @@ ROUNDING_EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class CollageSettings(Settings):
-    """How pictures are put together in frames."""
+    """How images are put together in frames."""
 
     width: int = number_field(1024, 64, 8192, "Width of a frame: the size the model is trained at.", unit="px", step=8)
     height: int = number_field(1024, 64, 8192, "Height of a frame.", unit="px", step=8)
@@ -170,13 +168,13 @@ def parse_frame_size(words: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class CollageCell:
-    """One picture in a frame: `box` is cut out of it, scaled, and put at `place`."""
+    """One image in a frame: `box` is cut out of it, scaled, and put at `place`."""
 
     source: int  # index into the sizes that were planned
-    box: tuple[float, float, float, float]  # in the picture; fractions of a pixel keep the shape exact
+    box: tuple[float, float, float, float]  # in the image; fractions of a pixel keep the shape exact
     scale: float
     place: tuple[int, int, int, int]  # in the frame
-    crop: float  # share of the picture that is cut off
+    crop: float  # share of the image that is cut off
 
     @property
     def size(self) -> tuple[int, int]:
@@ -191,7 +189,7 @@ class Collage:
 
     @property
     def fill(self) -> float:
-        """Share of the frame that pictures cover."""
+        """Share of the frame that images cover."""
         return sum(w * h for w, h in (cell.size for cell in self.cells)) / (self.frame[0] * self.frame[1])
 
 
@@ -213,7 +211,7 @@ class CollagePlan:
         return sorted(cell.crop for collage in self.collages for cell in collage.cells)
 
 
-# -- one picture in one frame ------------------------------------------------------------------------------------------
+# -- one image in one frame ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,7 @@ X_AXIS, Y_AXIS = PackingAxis(LAYOUT_COLUMNS, 0), PackingAxis(LAYOUT_ROWS, 1)
 
 @dataclass(frozen=True)
 class LengthRange:
-    """How long a picture may be along the axis when it spans the other one: uncut, and at least and at most, on the
+    """How long an image may be along the axis when it spans the other one: uncut, and at least and at most, on the
     grid."""
 
     source: int
@@ -249,7 +247,7 @@ class LengthRange:
 def fit_along_axis(
     source: int, size, frame, axis: PackingAxis, settings: CollageSettings, step: int
 ) -> LengthRange | str:
-    """The Fit of a picture that spans the frame across the axis, or why it cannot."""
+    """The Fit of an image that spans the frame across the axis, or why it cannot."""
     along, across = axis.split(size)
     space, span = axis.split(frame)
     scale = span / across
@@ -269,7 +267,7 @@ def fit_along_axis(
 
 
 def allowed_axes(size, settings: CollageSettings) -> tuple[PackingAxis, ...]:
-    """Along which axes a picture of this size may stand."""
+    """Along which axes an image of this size may stand."""
     if settings.layout in (LAYOUT_COLUMNS, LAYOUT_ROWS):
         return (X_AXIS,) if settings.layout == LAYOUT_COLUMNS else (Y_AXIS,)
     if settings.layout == LAYOUT_SINGLE or size[0] == size[1]:
@@ -278,7 +276,7 @@ def allowed_axes(size, settings: CollageSettings) -> tuple[PackingAxis, ...]:
 
 
 def make_cell(it: LengthRange, size, frame, axis: PackingAxis, start: int, length: int, offset: int = 0) -> CollageCell:
-    """The picture from start to start + length along the axis, spanning the frame across it from offset on; cut at its
+    """The image from start to start + length along the axis, spanning the frame across it from offset on; cut at its
     middle."""
     along, across = axis.split(size)
     span = axis.split(frame)[1]
@@ -295,11 +293,11 @@ def make_cell(it: LengthRange, size, frame, axis: PackingAxis, start: int, lengt
     )
 
 
-# -- several pictures along one axis -----------------------------------------------------------------------------------
+# -- several images along one axis -----------------------------------------------------------------------------------
 
 
 def distribute_lengths(fits, space: int, step: int) -> list[int]:
-    """Lengths on the grid, within each picture's limits, that fill the space if they can; near the uncut lengths."""
+    """Lengths on the grid, within each image's limits, that fill the space if they can; near the uncut lengths."""
     sizes = [min(max(int(it.uncut_length / step) * step, it.min_length), it.max_length) for it in fits]
     if sum(it.max_length for it in fits) < space and sum(sizes) <= space:
         return sizes  # the ground shows in any case: nothing is gained by cutting more
@@ -329,7 +327,7 @@ def pack_cells(fits, sizes, frame, axis: PackingAxis, settings, step, offset=0) 
 
 
 class CandidatePool:
-    """The pictures that are still to be placed and can stand in one frame along one axis, sorted by their uncut
+    """The images that are still to be placed and can stand in one frame along one axis, sorted by their uncut
     length."""
 
     def __init__(self, frame, axis: PackingAxis, fits: dict[int, LengthRange], rank: list[int]):
@@ -342,19 +340,19 @@ class CandidatePool:
             del self.by_length[bisect_left(self.by_length, (it.uncut_length, self.rank[source], source))]
 
     def candidates_near_length(self, target: float, luck: int, without, count: int) -> list[LengthRange]:
-        """Up to 2 * count pictures whose uncut lengths are next to the target."""
+        """Up to 2 * count images whose uncut lengths are next to the target."""
         at = bisect_left(self.by_length, (target, luck))
         around = self.by_length[max(0, at - count) : at + count]
         return [self.fits[source] for _, _, source in around if source not in without]
 
     def candidates_of_all_lengths(self, luck: int, count: int) -> list[LengthRange]:
-        """About `count` pictures of all lengths."""
+        """About `count` images of all lengths."""
         stride = max(1, len(self.by_length) // count)
         return [self.fits[source] for _, _, source in self.by_length[luck % stride :: stride]]
 
 
 class CollagePlanner:
-    """Best-fit decreasing: the longest picture that is needed most often takes the neighbours that fill its frame
+    """Best-fit decreasing: the longest image that is needed most often takes the neighbours that fill its frame
     best."""
 
     def __init__(self, sizes, settings: CollageSettings):
@@ -367,7 +365,7 @@ class CollagePlanner:
         self.pair_counts, self.used_orders = Counter(), set()
 
     def build_candidate_pools(self):
-        """(rooms by frame and axis, the rooms' keys that each picture may anchor, [(picture, why it is left out)])"""
+        """(rooms by frame and axis, the rooms' keys that each image may anchor, [(image, why it is left out)])"""
         fits, homes, excluded = {}, {}, []
         for source, size in enumerate(self.sizes):
             why = []
@@ -388,7 +386,7 @@ class CollagePlanner:
         return {key: CandidatePool(*key, members, self.rank) for key, members in fits.items()}, homes, excluded
 
     def iterate_collages(self):
-        """Yields one collage after the other until every picture has been used as often as it must."""
+        """Yields one collage after the other until every image has been used as often as it must."""
         queue = [self.queue_entry(source) for source in self.remaining_uses]
         heapq.heapify(queue)
         while queue:
@@ -418,7 +416,7 @@ class CollagePlanner:
                 room.remove(source)
 
     def best_collage_with(self, source) -> Collage:
-        """The best collage with this picture in it."""
+        """The best collage with this image in it."""
         rooms = [self.pools[key] for key in self.anchor_pools[source]]
         if self.settings.layout == LAYOUT_GRID:
             grids = filter(None, (self.find_grid_collage(room, room.fits[source]) for room in rooms))
@@ -435,7 +433,7 @@ class CollagePlanner:
         return self.count_pairs(self.make_line_collage(room, [room.fits[i] for i in group]))
 
     def candidate_groups(self, room: CandidatePool, anchor: LengthRange):
-        """Candidates: the picture alone, and with the neighbours that come near to filling the frame. As tuples of
+        """Candidates: the image alone, and with the neighbours that come near to filling the frame. As tuples of
         sources."""
         yield (anchor.source,)
         if self.settings.layout == LAYOUT_SINGLE:
@@ -495,7 +493,7 @@ class CollagePlanner:
         return Collage(room.frame, room.axis.name if len(cells) > 1 else LAYOUT_SINGLE, tuple(cells))
 
     def find_grid_collage(self, room: CandidatePool, anchor: LengthRange) -> Collage | None:
-        """The picture spans the frame, and two or three others fill what is left beside it, stacked. None if nothing
+        """The image spans the frame, and two or three others fill what is left beside it, stacked. None if nothing
         fits exactly."""
         space, span = room.axis.split(room.frame)
         other, gutter = (Y_AXIS, X_AXIS)[room.axis.along], self.settings.gutter
@@ -554,7 +552,7 @@ def pixel_area(size) -> int:
 
 
 def plan_collages(sizes, settings: CollageSettings) -> CollagePlan:
-    """The collages of pictures of these sizes: each used exactly settings.uses times, or left out with the reason."""
+    """The collages of images of these sizes: each used exactly settings.uses times, or left out with the reason."""
     sizes = tuple(tuple(size) for size in sizes)
     planner = CollagePlanner(sizes, settings)
     made = CollagePlan(tuple(planner.iterate_collages()), sizes, tuple(planner.excluded))

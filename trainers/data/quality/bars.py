@@ -1,11 +1,11 @@
-"""Bars at the edges of a picture: letterbox, scan borders, frames of one colour."""
+"""Bars at the edges of an image: letterbox, scan borders, frames of one colour."""
 
 from __future__ import annotations
 
 import numpy as np
 
 BAR_COLOUR_TOLERANCE = 10  # levels of 255 that one colour may vary by, for JPEG's sake
-BAR_EDGE_DEPTH = 8  # px past a bar in which its picture must begin
+BAR_EDGE_DEPTH = 8  # px past a bar in which its image must begin
 MIN_BAR_EDGE_SHARE = 0.6  # share of the bar's length along which it must begin
 
 
@@ -25,7 +25,7 @@ def measure_bar_depth(rows: np.ndarray) -> int:
     """How many of the first rows are a bar."""
     colour = np.median(rows[0], axis=0)
     count = 0
-    for start in range(0, len(rows), 64):  # most pictures have none and are done after the first piece
+    for start in range(0, len(rows), 64):  # most images have none and are done after the first piece
         plain = (
             np.abs(rows[start : start + 64].astype(np.int16) - colour.astype(np.int16)).max(2) <= BAR_COLOUR_TOLERANCE
         ).mean(1) > 0.995

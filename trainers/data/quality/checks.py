@@ -1,7 +1,7 @@
-"""What is wrong with which picture: every figure measured once, then held against its threshold.
+"""What is wrong with which image: every figure measured once, then held against its threshold.
 
 Sources of the thresholds: blur, hashes and contrast were measured on 200-300 photos; exposure, odd shapes and plain
-pictures are CleanVision's. A finding says figure and threshold, so that a person can disagree with it.
+images are CleanVision's. A finding says figure and threshold, so that a person can disagree with it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ THUMBNAIL_LONG_SIDE_PX = 192
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings(Settings):
-    """What a good training picture is, and what happens to the others."""
+    """What a good training image is, and what happens to the others."""
 
     resolution: int = number_field(
         1024,
@@ -184,12 +184,12 @@ class QualitySettings(Settings):
             )
 
 
-# -- one picture -------------------------------------------------------------------------------------------------------
+# -- one image -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ImageMeasurements:
-    """The figures of one picture. What is not asked for is None."""
+    """The figures of one image. What is not asked for is None."""
 
     size: tuple[int, int]
     upscale: float | None  # by which it would have to grow to fill its bucket
@@ -204,7 +204,7 @@ class ImageMeasurements:
     contrast: Contrast | None
     bucket: tuple[int, int] | None
     signature: ImageSignature
-    thumbnail: bytes  # JPEG: kept for every picture, so that the sheet decodes none again
+    thumbnail: bytes  # JPEG: kept for every image, so that the sheet decodes none again
 
     def to_metrics(self) -> dict:
         """What a report shows, JSON-ready."""
@@ -222,18 +222,18 @@ class ImageMeasurements:
 
 
 def measure_image_quality(
-    record: ImageRecord, picture: Image.Image, mask: Image.Image | None, settings: QualitySettings
+    record: ImageRecord, image: Image.Image, mask: Image.Image | None, settings: QualitySettings
 ) -> ImageMeasurements:
-    """Every figure of one picture."""
-    rgb = np.asarray(picture)
-    grey = picture.convert("L")
+    """Every figure of one image."""
+    rgb = np.asarray(image)
+    grey = image.convert("L")
     small = grey.copy()
     small.thumbnail((SHARPNESS_LONG_SIDE_PX, SHARPNESS_LONG_SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
     small = np.asarray(small, np.float32)
     upscale, bucket = bucket_upscale(record, settings.resolution)
     light, dark, clipped, entropy = measure_exposure(np.asarray(grey))
     return ImageMeasurements(
-        size=picture.size,
+        size=image.size,
         upscale=upscale,
         bucket=bucket,
         fine=fine_detail_share(small),
@@ -244,14 +244,14 @@ def measure_image_quality(
         clipped=clipped,
         entropy=entropy,
         bars=detect_bars(rgb) if settings.borders else (0, 0, 0, 0),
-        contrast=measure_contrast(picture, mask) if settings.contrast else None,
-        signature=compute_image_signature(picture),
-        thumbnail=encode_jpeg_thumbnail(picture),
+        contrast=measure_contrast(image, mask) if settings.contrast else None,
+        signature=compute_image_signature(image),
+        thumbnail=encode_jpeg_thumbnail(image),
     )
 
 
-def encode_jpeg_thumbnail(picture: Image.Image) -> bytes:
-    small = picture.copy()
+def encode_jpeg_thumbnail(image: Image.Image) -> bytes:
+    small = image.copy()
     small.thumbnail((THUMBNAIL_LONG_SIDE_PX, THUMBNAIL_LONG_SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=88)
@@ -259,7 +259,7 @@ def encode_jpeg_thumbnail(picture: Image.Image) -> bytes:
 
 
 def bucket_upscale(record: ImageRecord, resolution: int):
-    """(factor, bucket) with which the picture would fill its bucket; (None, None) where it has none."""
+    """(factor, bucket) with which the image would fill its bucket; (None, None) where it has none."""
     step = min(64, max(MIN_BUCKET_STEP, resolution // 8))
     try:
         place = initial_placement(record, BucketSettings(resolution=resolution, upscale=True, step=step))
@@ -283,7 +283,7 @@ def measure_exposure(grey: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def check_image_measurements(found: ImageMeasurements, settings: QualitySettings) -> list[Finding]:
-    """What is wrong with one picture by itself."""
+    """What is wrong with one image by itself."""
     return [
         finding
         for look in (
@@ -385,7 +385,7 @@ def check_aspect_and_entropy(found: ImageMeasurements, settings: QualitySettings
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """One picture of the set, after the check."""
+    """One image of the set, after the check."""
 
     record: ImageRecord
     measures: ImageMeasurements | None
@@ -415,12 +415,12 @@ def check_dataset_quality(
     dataset: ImageDataset,
     settings: QualitySettings,
     tokens: CountTokens | None = None,
-    looking: ScanOptions = DEFAULT_SCAN,
+    options: ScanOptions = DEFAULT_SCAN,
 ) -> QualityCheck:
-    """Look at every picture and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings,
+    """Look at every image and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings,
     not errors."""
     measures, features, broken = scan_images(
-        dataset.records, lambda *seen: measure_image_quality(*seen, settings), looking, masks=settings.contrast
+        dataset.records, lambda *seen: measure_image_quality(*seen, settings), options, masks=settings.contrast
     )
     findings = [
         check_image_measurements(found, settings) if found else [Finding(SEVERITY_REJECT, "unreadable", broken[i])]
@@ -436,8 +436,8 @@ def check_dataset_quality(
     notes = [note] if note else []
     if settings.captions:
         notes += format_caption_notes(dataset, settings, tokens)
-    pictures = tuple(CheckedImage(*one) for one in zip(dataset, measures, map(tuple, findings), strict=True))
-    return QualityCheck(pictures, tuple(notes), score)
+    images = tuple(CheckedImage(*one) for one in zip(dataset, measures, map(tuple, findings), strict=True))
+    return QualityCheck(images, tuple(notes), score)
 
 
 def check_duplicate_images(
@@ -506,7 +506,7 @@ def measure_dataset_diversity(measures: Sequence[ImageMeasurements | None], feat
 
 
 def apply_quality_actions(dataset: ImageDataset, found: QualityCheck, settings: QualitySettings) -> ImageDataset:
-    """The dataset with flags set and pictures left out, as the settings say. What is left out goes with all that
+    """The dataset with flags set and images left out, as the settings say. What is left out goes with all that
     belongs to it."""
     kept, left_out = [], []
     action = {SEVERITY_REJECT: settings.on_reject, SEVERITY_WARN: settings.on_warn, None: KEEP_IMAGE}
@@ -520,8 +520,8 @@ def apply_quality_actions(dataset: ImageDataset, found: QualityCheck, settings: 
 
 
 def format_quality_json(found: QualityCheck) -> str:
-    """Every figure of every picture, for other programs."""
-    pictures = [
+    """Every figure of every image, for other programs."""
+    images = [
         {
             "path": make_printable(one.record.path),
             "id": one.record.id,
@@ -532,5 +532,5 @@ def format_quality_json(found: QualityCheck) -> str:
         for one in found.images
     ]
     return json.dumps(
-        {"pictures": pictures, "notes": list(found.notes), "vendi": found.vendi and round(found.vendi, 3)}, indent=1
+        {"pictures": images, "notes": list(found.notes), "vendi": found.vendi and round(found.vendi, 3)}, indent=1
     )

@@ -91,11 +91,11 @@ def cos_degrees(degrees):
 # -- subject and ground ------------------------------------------------------------------------------------------------
 
 
-def measure_contrast(picture: Image.Image, mask: Image.Image | None = None) -> Contrast | None:
+def measure_contrast(image: Image.Image, mask: Image.Image | None = None) -> Contrast | None:
     """How far the subject stands out from what is right beside it. Without a mask (white = subject) the subject is what
     differs from the colours of the border and lies near the centre. None where the mask leaves no subject or no
     ground."""
-    small = reduce_for_contrast(picture.convert("RGB"))
+    small = reduce_for_contrast(image.convert("RGB"))
     lab = rgb_to_lab(np.asarray(small))
     subject = (
         segment_subject(lab)
@@ -111,10 +111,10 @@ def measure_contrast(picture: Image.Image, mask: Image.Image | None = None) -> C
     return Contrast(float(ciede2000(here, there)), float(abs(here[0] - there[0])))
 
 
-def reduce_for_contrast(picture: Image.Image) -> Image.Image:
-    scale = CONTRAST_SIDE / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.BOX, reducing_gap=2.0) if scale < 1 else picture
+def reduce_for_contrast(image: Image.Image) -> Image.Image:
+    scale = CONTRAST_SIDE / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BOX, reducing_gap=2.0) if scale < 1 else image
 
 
 def segment_subject(lab: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""The same picture more than once: saved anew, resized, brightened, mirrored, or hardly changed.
+"""The same image more than once: saved anew, resized, brightened, mirrored, or hardly changed.
 
-Pictures are compared by a 64-bit perceptual hash of their coarse shapes (Zauner 2010, as ImageHash computes it), by
+Images are compared by a 64-bit perceptual hash of their coarse shapes (Zauner 2010, as ImageHash computes it), by
 their coarse colours, and by features of a vision model where one is given. Groups are transitive: a copy of a copy
 belongs to the original.
 """
@@ -25,7 +25,7 @@ from .perceptual_hash import ImageSignature, colour_distance, compute_image_sign
 from .sharpness import estimate_enlargement, tile_sharpness
 
 MIN_GREY_SPREAD = 2.0  # grey levels of spread; below it a hash is only noise
-MAX_COLOUR_DISTANCE = 15.0  # mean distance in a*b*; the same shapes in other colours are another picture
+MAX_COLOUR_DISTANCE = 15.0  # mean distance in a*b*; the same shapes in other colours are another image
 COMPARISON_BLOCK = 1024
 FLAG_COPIES, DROP_COPIES = "flag", "drop"
 KEEP_OWN_CAPTIONS, ADD_COPY_CAPTIONS = "keep its own", "add those of the copies"
@@ -33,7 +33,7 @@ KEEP_OWN_CAPTIONS, ADD_COPY_CAPTIONS = "keep its own", "add those of the copies"
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateSettings(Settings):
-    """What counts as the same picture, and what happens to the copies."""
+    """What counts as the same image, and what happens to the copies."""
 
     duplicates: str = choice_field(
         DROP_COPIES,
@@ -65,7 +65,7 @@ class DuplicateSettings(Settings):
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Records first < second that are the same picture."""
+    """Records first < second that are the same image."""
 
     first: int
     second: int
@@ -74,7 +74,7 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Records that are one picture; `copies` are copies of `best`. Indices into the dataset."""
+    """Records that are one image; `copies` are copies of `best`. Indices into the dataset."""
 
     best: int
     copies: tuple[int, ...]
@@ -85,7 +85,7 @@ class DuplicateGroup:
 
 
 def find_hash_pairs(prints: Sequence[ImageSignature], limit: int, mirrored: bool = True) -> list[DuplicatePair]:
-    """The pairs at most `limit` bits apart, plain pictures and other colours left out."""
+    """The pairs at most `limit` bits apart, plain images and other colours left out."""
     if len(prints) < 2:
         return []
     plain, flipped = (np.array([getattr(p, name) for p in prints], np.uint64) for name in ("hash", "mirrored"))
@@ -166,27 +166,27 @@ def duplicate_reason(pairs, best) -> str:
 
 @dataclass(frozen=True)
 class CopyQuality:
-    """What the choice among copies needs to know of one picture."""
+    """What the choice among copies needs to know of one image."""
 
     signature: ImageSignature
     megapixels: float  # megapixels that are really there
     sharpness: float
 
 
-def measure_copy_quality(record: ImageRecord, picture: Image.Image, mask=None) -> CopyQuality:
-    grey = picture.convert("L")
+def measure_copy_quality(record: ImageRecord, image: Image.Image, mask=None) -> CopyQuality:
+    grey = image.convert("L")
     factor = estimate_enlargement(np.asarray(grey))
     grey.thumbnail((512, 512), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return CopyQuality(
-        compute_image_signature(picture),
-        effective_megapixels(picture.size, factor),
+        compute_image_signature(image),
+        effective_megapixels(image.size, factor),
         tile_sharpness(np.asarray(grey, np.float32)),
     )
 
 
 def effective_megapixels(size, factor) -> float:
     """Megapixels, less what an enlargement added. A factor under 1.5 is within its own error, a third; above, that
-    third goes against the picture, so that a blown-up copy never beats its original."""
+    third goes against the image, so that a blown-up copy never beats its original."""
     return size[0] * size[1] / 1e6 / ((4 / 3 * factor) ** 2 if factor >= 1.5 else 1.0)
 
 
@@ -217,11 +217,11 @@ class DeduplicationResult:
 
 
 def deduplicate(
-    dataset: ImageDataset, settings: DuplicateSettings, looking: ScanOptions = DEFAULT_SCAN
+    dataset: ImageDataset, settings: DuplicateSettings, options: ScanOptions = DEFAULT_SCAN
 ) -> DeduplicationResult:
-    """The dataset with one picture of each group, the copies dropped or flagged. Pictures that cannot be read stay as
+    """The dataset with one image of each group, the copies dropped or flagged. Images that cannot be read stay as
     they are."""
-    seen, features, broken = scan_images(dataset.records, measure_copy_quality, looking)
+    seen, features, broken = scan_images(dataset.records, measure_copy_quality, options)
     known = [index for index, value in enumerate(seen) if value is not None]
     prints = [seen[index].signature for index in known]
     pairs = [
@@ -241,20 +241,20 @@ def deduplicate(
     )
 
 
-def group_near_duplicates(dataset: ImageDataset, looking: ScanOptions) -> dict[str, str]:
+def group_near_duplicates(dataset: ImageDataset, options: ScanOptions) -> dict[str, str]:
     """Names of groups of near-duplicates, by record id: `groups` for split."""
     names = {}
-    for best, copies in deduplicate(dataset, DuplicateSettings(duplicates=FLAG_COPIES), looking).groups:
+    for best, copies in deduplicate(dataset, DuplicateSettings(duplicates=FLAG_COPIES), options).groups:
         ids = [best.id, *(copy.id for copy, _ in copies)]
         names |= dict.fromkeys(ids, min(ids))
     return names
 
 
-def duplicate_group_names(data: EncodedDataset, looking: ScanOptions) -> list[str]:
-    """For each picture the name of the group of near-duplicates it belongs to; what has no file is known by its content
+def duplicate_group_names(data: EncodedDataset, options: ScanOptions) -> list[str]:
+    """For each image the name of the group of near-duplicates it belongs to; what has no file is known by its content
     alone."""
     records = [ImageRecord(item.id, item.path, tuple(item.bucket or (1, 1))) for item in data.items if item.path]
-    names = group_near_duplicates(ImageDataset(tuple(records)), looking) if records else {}
+    names = group_near_duplicates(ImageDataset(tuple(records)), options) if records else {}
     return [names.get(item.id, item.id) for item in data.items]
 
 
@@ -303,9 +303,9 @@ def make_duplicate_tiles(found: DeduplicationResult, limit: int = 60) -> list[Sh
 
 def make_duplicate_tile(record: ImageRecord, line: str, colour: str) -> SheetTile:
     try:
-        picture = make_thumbnail(record)
+        image = make_thumbnail(record)
     except (ValueError, OSError):  # gone or broken: its group says so in words
-        picture = Image.new("RGB", (8, 8), "#000000")
+        image = Image.new("RGB", (8, 8), "#000000")
     return SheetTile(
-        picture, (line, f"{record.cropped_size[0]}x{record.cropped_size[1]} {printable_file_name(record)}"), colour
+        image, (line, f"{record.cropped_size[0]}x{record.cropped_size[1]} {printable_file_name(record)}"), colour
     )

@@ -19,7 +19,7 @@ COLOUR_WIDTH = 20.0  # in a*b*: colours this far apart are related by exp(-1/2)
 
 @dataclass(frozen=True)
 class ImageSignature:
-    """What one picture is recognised by."""
+    """What one image is recognised by."""
 
     hash: int
     mirrored: int  # the hash of the mirror image
@@ -27,9 +27,9 @@ class ImageSignature:
     colours: np.ndarray  # (GRID, GRID, 2), a* and b*
 
 
-def compute_image_signature(picture: Image.Image) -> ImageSignature:
+def compute_image_signature(image: Image.Image) -> ImageSignature:
     small = np.asarray(
-        picture.convert("RGB").resize((HASH_IMAGE_SIDE, HASH_IMAGE_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+        image.convert("RGB").resize((HASH_IMAGE_SIDE, HASH_IMAGE_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
     )
     grey = small @ np.array([0.299, 0.587, 0.114])
     low = dct_matrix() @ grey @ dct_matrix().T
@@ -45,7 +45,7 @@ def compute_image_signature(picture: Image.Image) -> ImageSignature:
 
 @lru_cache(maxsize=1)
 def dct_matrix() -> np.ndarray:
-    """The lowest rows of the discrete cosine transform. Mirroring a picture turns the sign of its odd columns."""
+    """The lowest rows of the discrete cosine transform. Mirroring an image turns the sign of its odd columns."""
     return np.cos(np.pi / HASH_IMAGE_SIDE * np.outer(np.arange(HASH_SIDE), np.arange(HASH_IMAGE_SIDE) + 0.5))
 
 

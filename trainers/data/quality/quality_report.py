@@ -1,4 +1,4 @@
-"""A check as a person reads it: counts, a list with the worst first, and a sheet of pictures framed by severity."""
+"""A check as a person reads it: counts, a list with the worst first, and a sheet of images framed by severity."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections import Counter
 
 from PIL import Image
 
-from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, SheetTile, draw_contact_sheet
-from ..contact_sheet import WARN_COLOUR as AMBER
+from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet
 from ..findings import SEVERITY_REJECT, SEVERITY_WARN
 from .checks import DROP_IMAGE, FLAG_IMAGE, KEEP_IMAGE, CheckedImage, QualityCheck, QualitySettings
 from .duplicates import printable_file_name
 
-SEVERITY_COLOURS = {SEVERITY_REJECT: BAD_COLOUR, SEVERITY_WARN: AMBER, None: GOOD_COLOUR}
+SEVERITY_COLOURS = {SEVERITY_REJECT: BAD_COLOUR, SEVERITY_WARN: WARN_COLOUR, None: GOOD_COLOUR}
 ACTION_PHRASES = {DROP_IMAGE: "dropped", FLAG_IMAGE: "flagged", KEEP_IMAGE: "only reported"}
-MAX_LISTED_IMAGES = 500  # pictures named one by one; the figures of all are in the JSON
+MAX_LISTED_IMAGES = 500  # images named one by one; the figures of all are in the JSON
 
 
 def format_quality_report(found: QualityCheck, settings: QualitySettings) -> str:
-    """Markdown lists: counts per check, the set as a whole, then each picture with something to say, worst first."""
+    """Markdown lists: counts per check, the set as a whole, then each image with something to say, worst first."""
     counts = Counter(one.severity for one in found.images)
     lines = [
         f"{len(found.images)} pictures checked: "
@@ -61,7 +60,7 @@ def sort_findings(one: CheckedImage):
 
 
 def draw_quality_sheet(found: QualityCheck, limit: int = 60) -> Image.Image:
-    """The worst pictures, framed red, amber or green; the first line under each is its worst finding."""
+    """The worst images, framed red, amber or green; the first line under each is its worst finding."""
     worst = found.worst_first()
     counts = Counter(one.severity for one in worst)
     title = (
@@ -74,9 +73,9 @@ def draw_quality_sheet(found: QualityCheck, limit: int = 60) -> Image.Image:
 
 
 def make_quality_tile(one: CheckedImage) -> SheetTile:
-    picture = Image.open(io.BytesIO(one.measures.thumbnail)) if one.measures else Image.new("RGB", (8, 8))
+    image = Image.open(io.BytesIO(one.measures.thumbnail)) if one.measures else Image.new("RGB", (8, 8))
     words = [str(finding) for finding in sort_findings(one)]
     second = [words[1] + (f" and {len(words) - 2} more" if len(words) > 2 else "")] if len(words) > 1 else []
     return SheetTile(
-        picture, (words[0] if words else "good", *second, format_name_and_size(one)), SEVERITY_COLOURS[one.severity]
+        image, (words[0] if words else "good", *second, format_name_and_size(one)), SEVERITY_COLOURS[one.severity]
     )

@@ -1,4 +1,4 @@
-"""How much detail a picture really holds, whatever its size in pixels says. Greys are arrays (H, W) of 0..255."""
+"""How much detail an image really holds, whatever its size in pixels says. Greys are arrays (H, W) of 0..255."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 SHARPNESS_TILES, SHARPEST_TILES = (
     8,
     6,
-)  # 8 x 8 tiles; the sharpest 6 speak for the picture, so that a soft background costs nothing
-FINE_DETAIL_FREQUENCY = 0.25  # cycles per pixel; upscaled and blurred pictures have hardly any power above it
+)  # 8 x 8 tiles; the sharpest 6 speak for the image, so that a soft background costs nothing
+FINE_DETAIL_FREQUENCY = 0.25  # cycles per pixel; upscaled and blurred images have hardly any power above it
 SPECTRUM_WINDOW_PX, MAX_SPECTRUM_WINDOWS = 128, 8  # px; enlargement is read from the 8 windows with the most detail
 MAX_SEARCHED_WINDOWS = (
     256  # windows at most, evenly spread: those of 2048 x 2048 px; a camera's 24 MP would take half a GiB
@@ -36,7 +36,7 @@ def fine_detail_share(grey: np.ndarray) -> float:
 
 def tile_sharpness(grey: np.ndarray) -> float:
     """Mean Laplacian variance of the sharpest 6 of 64 tiles: 2272 for the median sharp photo at 512 px, under 410 for
-    the least sharp twentieth. 0 for pictures too small for tiles."""
+    the least sharp twentieth. 0 for images too small for tiles."""
     if min(grey.shape) < 2 + 2 * SHARPNESS_TILES:
         return 0.0
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
@@ -48,11 +48,11 @@ def tile_sharpness(grey: np.ndarray) -> float:
 
 
 def estimate_enlargement(grey: np.ndarray) -> float:
-    """The factor by which this picture seems to have been enlarged, 1 to 4; 1 where its detail reaches down to single
-    pixels or there is too little of it to tell. Within a third for bilinear, bicubic and Lanczos; pictures that are
+    """The factor by which this image seems to have been enlarged, 1 to 4; 1 where its detail reaches down to single
+    pixels or there is too little of it to tell. Within a third for bilinear, bicubic and Lanczos; images that are
     plainly soft read the same.
 
-    The spectrum of a natural picture falls with the square of the frequency, so times that square it is level.
+    The spectrum of a natural image falls with the square of the frequency, so times that square it is level.
     Enlarging by k leaves nothing above 0.5 / k cycles per pixel but the weak echoes of the interpolation."""
     windows = select_detailed_windows(grey)
     if windows is None:
@@ -61,7 +61,7 @@ def estimate_enlargement(grey: np.ndarray) -> float:
 
 
 def select_detailed_windows(grey) -> np.ndarray | None:
-    """(n, WINDOW, WINDOW), the most detailed ones with their mean removed; None for pictures that are too small or too
+    """(n, WINDOW, WINDOW), the most detailed ones with their mean removed; None for images that are too small or too
     plain."""
     rows, columns = (n // SPECTRUM_WINDOW_PX for n in grey.shape)
     if rows * columns == 0:

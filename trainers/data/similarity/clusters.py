@@ -1,4 +1,4 @@
-"""Groups of pictures that look alike, from one row of features per picture.
+"""Groups of images that look alike, from one row of features per image.
 
 k-means on the sphere (k-means++ starts, several of them) or agglomerative clustering by average linkage; how many
 groups there are is what the silhouette (Rousseeuw 1987) likes best, unless it is said.
@@ -15,14 +15,14 @@ from torch import Tensor
 from ...settings import Settings, choice_field, number_field
 
 K_MEANS, AGGLOMERATIVE = CLUSTER_METHODS = ("k-means", "agglomerative")
-MAX_CLUSTERED_IMAGES = 4000  # pictures: of more, the matrix of all distances grows too large to cluster or judge by
+MAX_CLUSTERED_IMAGES = 4000  # images: of more, the matrix of all distances grows too large to cluster or judge by
 KMEANS_RESTARTS = 4
 MAX_KMEANS_ITERATIONS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings(Settings):
-    """How pictures are put into groups."""
+    """How images are put into groups."""
 
     method: str = choice_field(
         K_MEANS,
@@ -36,7 +36,7 @@ class ClusterSettings(Settings):
 
 @dataclass(frozen=True)
 class Clustering:
-    """labels by picture, the largest group being 0; silhouette of each picture, -1 to 1; {number of groups: mean
+    """labels by image, the largest group being 0; silhouette of each image, -1 to 1; {number of groups: mean
     silhouette} of all that were tried."""
 
     labels: tuple[int, ...]
@@ -56,7 +56,7 @@ class Clustering:
 
 
 def cluster_features(rows: np.ndarray, settings: ClusterSettings, check_interrupt=lambda: None) -> Clustering:
-    """rows (n, d) of unit length. ValueError for more groups than pictures, or more pictures than can be handled."""
+    """rows (n, d) of unit length. ValueError for more groups than images, or more images than can be handled."""
     if len(rows) < 2 or settings.clusters > len(rows):
         raise ValueError(
             f"{len(rows)} pictures cannot make {settings.clusters or 'two or more'} groups. Give more pictures, or ask "
@@ -92,7 +92,7 @@ def pairwise_distances(x: Tensor) -> Tensor:
 
 
 def count_distinct(apart: Tensor) -> int:
-    """How many different pictures there are: copies cannot be told apart."""
+    """How many different images there are: copies cannot be told apart."""
     copies = (apart < 1e-9).triu(1).any(0)
     return int((~copies).sum())
 
@@ -111,7 +111,7 @@ def relabel_by_size(labels: Tensor) -> list[int]:
 
 def k_means(x: Tensor, count: int, seed: int) -> Tensor:
     """(n,) labels of the best of several starts (Lloyd 1982, Arthur and Vassilvitskii 2007); no group is empty unless
-    pictures are equal."""
+    images are equal."""
     rng = torch.Generator().manual_seed(seed)
     runs = [lloyd_iterations(x, kmeans_plus_plus(x, count, rng)) for _ in range(KMEANS_RESTARTS)]
     return min(runs, key=lambda run: run[1])[0]
@@ -140,7 +140,7 @@ def lloyd_iterations(x: Tensor, centres: Tensor) -> tuple[Tensor, float]:
 
 
 def update_centroids(x, labels, centres, apart):
-    """The means of the groups; an empty one moves to the picture that is worst off."""
+    """The means of the groups; an empty one moves to the image that is worst off."""
     fresh, worst = centres.clone(), apart.amin(1).argsort(descending=True).tolist()
     for label in range(len(centres)):
         own = labels == label

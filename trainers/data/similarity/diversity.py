@@ -1,6 +1,6 @@
-"""How many different pictures a dataset amounts to: the Vendi score (Friedman and Dieng 2023), the exponential of the
-entropy of the eigenvalues of a similarity matrix. n pictures that have nothing in common score n, n times the same
-picture scores 1."""
+"""How many different images a dataset amounts to: the Vendi score (Friedman and Dieng 2023), the exponential of the
+entropy of the eigenvalues of a similarity matrix. n images that have nothing in common score n, n times the same
+image scores 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_VENDI_SAMPLES = 1500  # pictures; beyond, the eigenvalues are taken of an even sample
+MAX_VENDI_SAMPLES = 1500  # images; beyond, the eigenvalues are taken of an even sample
 
 
 def vendi(kernel: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Pictures by what is seen in them: one row of numbers each, which of them are alike, the groups they form, and sheets
+"""Images by what is seen in them: one row of numbers each, which of them are alike, the groups they form, and sheets
 to see it."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .diversity import sample_evenly, vendi_from_features
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One row of unit length per picture of a dataset, and what saw them."""
+    """One row of unit length per image of a dataset, and what saw them."""
 
     dataset: ImageDataset
     rows: np.ndarray  # (n, d) float32
@@ -36,7 +36,7 @@ class ImageFeatures:
 
     @property
     def diversity(self) -> float:
-        """How many different pictures they amount to (Vendi score)."""
+        """How many different images they amount to (Vendi score)."""
         return vendi_from_features(np.stack(sample_evenly(self.rows))) if len(self) else 0.0
 
 
@@ -51,7 +51,7 @@ def unit_rows(rows) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarSettings(Settings):
-    """Which pictures are looked for."""
+    """Which images are looked for."""
 
     most: int = number_field(12, 1, 200, "Number of matches per query.", unit="pictures")
     least: float = number_field(
@@ -65,14 +65,14 @@ class SimilarSettings(Settings):
 
 @dataclass(frozen=True)
 class SimilarityMatch:
-    """A picture of the set that is like one that was asked for."""
+    """An image of the set that is like one that was asked for."""
 
     index: int
     cosine: float
 
 
 def select_query_images(features: ImageFeatures, name: str, everything: bool) -> ImageFeatures:
-    """The pictures whose file name holds `name`; without a name the first one, or everything. ValueError where there is
+    """The images whose file name holds `name`; without a name the first one, or everything. ValueError where there is
     none."""
     places = [i for i, r in enumerate(features.dataset) if name.strip().lower() in Path(r.path).name.lower()]
     places = places if everything or name.strip() else places[:1]
@@ -86,7 +86,7 @@ def select_query_images(features: ImageFeatures, name: str, everything: bool) ->
 def find_similar_images(
     queries: ImageFeatures, among: ImageFeatures, most: int, least: float = -1.0
 ) -> list[list[SimilarityMatch]]:
-    """For each query the pictures that are most like it, best first, without the picture itself (its own bytes)."""
+    """For each query the images that are most like it, best first, without the image itself (its own bytes)."""
     if queries.kind != among.kind or queries.rows.shape[1:] != among.rows.shape[1:]:
         raise ValueError(
             f"These features cannot be compared: one side was seen by {queries.source}, the other by {among.source}, "
@@ -104,7 +104,7 @@ def top_matches(id_: str, row, among: ImageFeatures, most: int, least: float) ->
 
 
 def collect_matched_images(among: ImageFeatures, matches: Sequence[Sequence[SimilarityMatch]]) -> ImageDataset:
-    """Every picture that was found, once, the likest first."""
+    """Every image that was found, once, the likest first."""
     order = sorted((match for row in matches for match in row), key=lambda match: -match.cosine)
     return ImageDataset(tuple(among.dataset[i] for i in dict.fromkeys(match.index for match in order)))
 
@@ -115,7 +115,7 @@ MAX_SHEET_QUERIES = 12
 def draw_similarity_sheet(
     queries: ImageFeatures, among: ImageFeatures, matches: Sequence[Sequence[SimilarityMatch]]
 ) -> Image.Image:
-    """Each picture that was asked for, framed, and after it those that are like it, with their cosines."""
+    """Each image that was asked for, framed, and after it those that are like it, with their cosines."""
     tiles = []
     for record, row in list(zip(queries.dataset, matches, strict=True))[:MAX_SHEET_QUERIES]:
         tiles += [make_similarity_tile(record, "asked for", GOOD_COLOUR)]
@@ -163,7 +163,7 @@ MAX_SHEET_CLUSTERS, MAX_CLUSTER_TILES = 24, 6
 
 
 def split_by_cluster(features: ImageFeatures, found: Clustering) -> tuple[list[ImageDataset], ImageDataset]:
-    """(one dataset per group, the largest first; all pictures in their order). Each picture's flags say its group."""
+    """(one dataset per group, the largest first; all images in their order). Each image's flags say its group."""
     words = f"of {found.count} (silhouette {found.silhouette:.2f})"
     marked = [
         set_cluster_flag(record, f"group {label + 1} {words}")
@@ -184,7 +184,7 @@ def sort_by_centrality(features: ImageFeatures, members: Sequence[int]) -> list[
 
 
 def draw_clusters_sheet(features: ImageFeatures, found: Clustering) -> Image.Image:
-    """A row for each group: its most typical pictures."""
+    """A row for each group: its most typical images."""
     tiles: list[SheetTile] = []
     for label in range(min(found.count, MAX_SHEET_CLUSTERS)):
         members = found.members(label)
