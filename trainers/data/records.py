@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from PIL import Image
@@ -73,7 +74,7 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
-class ImageDataset(Sequence):
+class ImageDataset(Sequence[ImageRecord]):
     """A list of records, and the files that were left out with the reason for each."""
 
     records: tuple[ImageRecord, ...]
@@ -81,6 +82,12 @@ class ImageDataset(Sequence):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ImageDataset: ...
 
     def __getitem__(self, index):
         return ImageDataset(self.records[index], self.skipped) if isinstance(index, slice) else self.records[index]
