@@ -6,6 +6,8 @@ eps models and the velocity of flow models (Karras et al. 2022, eq. 4), so one l
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +142,16 @@ def shift_noise_level(t, shift: float):
 
 def unshift_noise_level(t, shift: float):
     return t / (shift - (shift - 1) * t)
+
+
+def sum_tensors(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum, added from left to right; at least one is given."""
+    return functools.reduce(torch.add, tensors)
+
+
+def sigmas_at_levels(denoiser: Denoiser, levels: Tensor) -> Tensor:
+    """The model's own noise levels for levels in [0, 1] (0 clean, 1 noise) of any shape, in that shape."""
+    return denoiser.sigma_at(levels.flatten()).view(levels.shape)
 
 
 def sample_sigmas(denoiser: Denoiser, density: NoiseLevelDensity, x0: Tensor, rng, low=0.0, high=1.0) -> Tensor:

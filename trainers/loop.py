@@ -220,7 +220,7 @@ def save_training_state(now: TrainingState, store: Store, why: str) -> None:
     state["params"] = [p.clone() for p in state["params"]]
     with eval_weights_applied(now.optimizer, now.params):
         before = [p.detach().clone() for p in now.params] if best else None
-        copy_into_parameters(now.params, best and best["params"])
+        copy_into_parameters(now.params, best["params"] if best else None)
         try:
             if why == "finished" and now.monitor:
                 with fork_rng_state():

@@ -82,6 +82,27 @@ class GroupedParameters(Protocol):
         ...
 
 
+class BatchElement(Protocol):
+    """One image, or one pair of them, as batches are made of."""
+
+    @property
+    def shape(self) -> tuple:
+        """Equal for all elements of a batch."""
+        ...
+
+    @property
+    def repeats(self) -> int:
+        """How often it comes in one epoch."""
+        ...
+
+
+class BatchElements(Protocol):
+    """What batches are sampled from, such as an encoded dataset."""
+
+    @property
+    def items(self) -> Sequence[BatchElement]: ...
+
+
 class PointSource(Resumable, Protocol[PointT_co]):
     """Where a method that learns from the frozen model is trained: latents x at noise levels sigma, such as the steps
     of the student's own rollouts."""

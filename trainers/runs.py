@@ -19,6 +19,7 @@ import math
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class RunFolder:
     fingerprint: str  # of everything that changes the result but the number of steps
     recipe: dict  # readable settings for run.json
     steps: int
-    export_lora: object = None  # step -> LoraFile with the weights of now
+    export_lora: Callable[[int], LoraFile | None] | None = None  # (step) -> the LoRA with the weights of now
     saved_step: int = 0  # the last step that is safe on disk
     ending_rules: dict = field(
         default_factory=dict
@@ -120,7 +121,10 @@ class RunFolder:
 
     def read_state(self) -> dict:
         try:
-            return read_state_tree(self.state_path)
+            state = read_state_tree(self.state_path)
+            if not isinstance(state, dict):
+                raise ValueError(f"{self.state_path} holds no run")
+            return state
         except ValueError as error:
             raise ValueError(
                 f"{error}. Move the folder {self.folder} away, or choose another run name, to start anew."
@@ -189,7 +193,7 @@ class RunFolder:
 def summarize_run_outcome(state: dict) -> dict:
     """What run.json tells of how a run goes."""
     losses, seen = state["losses"][-20:].tolist(), state.get("watch") or {}
-    out = {"loss": sum(losses) / len(losses) if losses else None}
+    out: dict = {"loss": sum(losses) / len(losses) if losses else None}
     if seen.get("history"):
         last = seen["history"][-1]
         out["validation"] = {key: last.get(key) for key in ("step", "loss", "training", "held_out", "noun", "figure")}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..protocols import BatchElements
 from .cache import MemoryStore, map_tensors
 
 
@@ -223,7 +224,7 @@ class BucketBatchSampler:
     The last batch of a shape may be smaller. The state is a seed and a position, so a resumed run draws the same
     cards."""
 
-    def __init__(self, data: EncodedDataset, batch: int):
+    def __init__(self, data: BatchElements, batch: int):
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1.")
         self.batch_size, self.indices_by_shape = batch, {}

@@ -29,6 +29,8 @@ class ImagePairTraining:
     """What both kinds share: pairs of encoded pictures, drawn with the same flip, noise and noise level on every
     side."""
 
+    fingerprint_name: ClassVar[str]  # of the kind, in fingerprints of runs and of validation losses
+
     denoiser: Denoiser
     adapters: Adapters
     data: EncodedDataset
@@ -105,7 +107,7 @@ class ImageSlider(ImagePairTraining):
     """The picture of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual
     sliders)."""
 
-    fingerprint_name: ClassVar[str] = "ImageSlider"  # part of a run's fingerprint
+    fingerprint_name = "ImageSlider"  # part of a run's fingerprint
 
     def side_losses(self, sides, x0, noise, sigma):
         return torch.cat([self.side_loss(clean, noise, sigma, *side) for clean, side in zip(x0, sides, strict=True)])
@@ -121,7 +123,7 @@ class AddiftTraining(ImagePairTraining):
     model errs on `before`, and on `before` at -m as it errs on `after`. What the model always gets wrong cancels, and
     only the change is left to learn."""
 
-    fingerprint_name: ClassVar[str] = "Change"  # part of a run's fingerprint
+    fingerprint_name = "Change"  # part of a run's fingerprint
 
     strength: float = 0.25
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..data.signed_prompts import SignedPrompt
-from ..diffusion import cpu_randn_like, noising_coefficients, per_sample, per_sample_mse, slope
+from ..diffusion import (
+    cpu_randn_like,
+    noising_coefficients,
+    per_sample,
+    per_sample_mse,
+    sigmas_at_levels,
+    slope,
+    sum_tensors,
+)
+from ..protocols import PointSource
 from ..scores.networks import ScorerEnsemble, level_to_sigma, sigma_to_level, to_scorer_input
 from ..scores.objective import MAX_SCORE_NOISE
 from ..settings import NoiseSettings, PointSettings, Settings, choice_field, number_field, switch_field, text_field
@@ -262,6 +271,7 @@ class RolloutStates:
 
     def draw(self, rng) -> ScoredState:
         point = self.points.draw(rng)
+        assert point.after is not None  # points of a rollout know the noise level of their next step
         task = self.tasks[point.task]
         conds, base = [self.model.conds[task.rollout_prompt]] * len(point.x), point.answers.get(task.rollout_prompt)
         return ScoredState(
@@ -292,9 +302,11 @@ class SingleRolloutStates:
             self.settings.sampling_steps, task.batch, *graded_noise_levels(self.settings), rng
         )
         last = sample_element([number for number, good in enumerate(wanted) if good], rng)
-        sigmas = self.sigmas(levels[: last + 1]).to(noise)
+        sigmas = sigmas_at_levels(self.model.denoiser, levels[: last + 1]).to(noise)
         x, sigma = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)[-1]
-        after = self.sigmas((levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)).to(noise)
+        after = sigmas_at_levels(
+            self.model.denoiser, (levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)
+        ).to(noise)
         base = (
             self.model.predict_teacher(x, sigma, task.teacher_prompts)[task.rollout_prompt]
             if task.teacher_prompts
@@ -309,9 +321,6 @@ class SingleRolloutStates:
             base,
             prompts=(task.rollout_prompt,) * len(x),
         )
-
-    def sigmas(self, levels):
-        return self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape)
 
     def state(self) -> dict:
         return {"spent": dict(self.model.forward_counts)}
@@ -431,7 +440,7 @@ class LecoScoreTraining:
 
     model: StudentTeacherModel
     scores: Sequence[tuple[ScorerEnsemble, float]]
-    state_source: object
+    state_source: PointSource[ScoredState]
     settings: LecoScoreSettings = LecoScoreSettings()
 
     def __post_init__(self):
@@ -480,10 +489,11 @@ class LecoScoreTraining:
         most `cap`."""
         total = sum(weight for _, weight in self.scores)
         means = [
-            sum(weight * self.pessimistic_score(score, x, sigma, sign, words) for score, weight in self.scores) / total
+            sum_tensors(weight * self.pessimistic_score(score, x, sigma, sign, words) for score, weight in self.scores)
+            / total
             for x, sigma in seen
         ]
-        reward = sum(means) / len(means)
+        reward = sum_tensors(means) / len(means)
         return reward if not self.settings.cap else self.settings.cap - (self.settings.cap - reward).relu()
 
     def pessimistic_score(self, score: ScorerEnsemble, x, sigma, sign, words) -> Tensor:
@@ -579,7 +589,8 @@ def predict_member_scores(score, view, level, words) -> Tensor:
 
 def good_and_bad_texts(settings: LecoScoreSettings, words) -> tuple[list[str], list[str]]:
     """(good, bad) texts for the relative reward."""
-    return tuple([f"{side.strip()}. {word}" for word in words] for side in (settings.good_words, settings.bad_words))
+    good, bad = settings.good_words.strip(), settings.bad_words.strip()
+    return [f"{good}. {text}" for text in words], [f"{bad}. {text}" for text in words]
 
 
 def list_score_texts(settings: LecoScoreSettings, words) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..adapters.adapters import Adapters
@@ -32,7 +33,7 @@ class LoraTraining:
     density: NoiseLevelDensity = NoiseLevelDensity()  # the family's own, used where the settings leave it open
     batch: int = 1
     text_adapters: Adapters | None = None
-    encode_batch: object = None  # (captions) -> conds
+    encode_batch: Callable[[Batch], list[dict]] | None = None  # -> one conditioning per sample
     prior: PriorData | None = None
     deck: BucketBatchSampler = field(init=False)
 

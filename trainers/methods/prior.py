@@ -91,7 +91,7 @@ class PriorLoss:
     def loss(self, method, x, sigma, rng):
         """A number: weight times the mean error on class images, plus that against the frozen model at x (B, ...)."""
         total = torch.zeros((), device=x.device)
-        if self.deck is not None:
+        if self.deck is not None and self.prior.data is not None:
             total = (
                 total + method.denoise_batch(self.prior.data.make_batch(self.deck.next_batch(rng), rng), rng)[0].mean()
             )

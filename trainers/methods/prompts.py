@@ -14,7 +14,8 @@ import torch
 
 from ..data.concept_prompts import PromptRow
 from ..diffusion import native_error, per_sample, slope
-from .rollouts import PromptTarget, PromptTask, StudentTeacherModel
+from ..protocols import PointSource
+from .rollouts import LatentPoint, PromptTarget, PromptTask, StudentTeacherModel
 
 
 @dataclass
@@ -23,7 +24,7 @@ class PromptDifferenceTraining:
 
     model: StudentTeacherModel
     tasks: list[PromptTask]
-    points: object
+    points: PointSource[LatentPoint]
     renormalise: bool = False
 
     def parameters(self):
@@ -121,13 +122,11 @@ def build_prompt_tasks(
     Raises ValueError when a row's goal is what the model says already."""
     tasks = []
     for row in rows:
-        pulls, drawn = (
-            (slider_targets_of_row if slider else leco_targets_of_row),
-            dict(shapes=tuple(shapes(row)), batch=row.batch),
-        )
+        make_targets = slider_targets_of_row if slider else leco_targets_of_row
+        row_shapes = tuple(shapes(row))
         for attribute in row.attributes or ("",):
             said = lambda prompt, attribute=attribute: f"{attribute} {prompt}".strip()
-            found = pulls(row, said)
+            found = make_targets(row, said)
             check_targets_change(found, row)
             tasks.append(
                 PromptTask(
@@ -135,12 +134,20 @@ def build_prompt_tasks(
                     said(row.target),
                     row.unconditional if not slider else "",
                     row.weight / max(1, len(row.attributes)),
-                    **drawn,
+                    row_shapes,
+                    row.batch,
                 )
             )
         strengths = sorted({pull.strength for pull in found}, reverse=True)
         tasks += [
-            PromptTask(make_preserve_targets(p, strengths), p, "", kept * row.weight / len(row.preserve), **drawn)
+            PromptTask(
+                make_preserve_targets(p, strengths),
+                p,
+                "",
+                kept * row.weight / len(row.preserve),
+                row_shapes,
+                row.batch,
+            )
             for p in row.preserve
         ]
     return tasks

@@ -18,7 +18,15 @@ from torch import Tensor
 from ..adapters.adapters import Adapters
 from ..data.cache import map_tensors
 from ..data.encoded import BucketBatchSampler, EncodedDataset
-from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, resolve_noise_density, rollout, sample_sigmas
+from ..diffusion import (
+    Denoiser,
+    NoiseLevelDensity,
+    cpu_randn_like,
+    resolve_noise_density,
+    rollout,
+    sample_sigmas,
+    sigmas_at_levels,
+)
 from ..settings import NoiseSettings, PointSettings
 
 
@@ -199,7 +207,8 @@ class RolloutPoints:
         task = self.tasks[number]
         levels, wanted = sample_rollout_levels(self.settings.sampling_steps, len(noise), self.low, self.high, rng)
         sigmas, after = (
-            self.sigmas(u).to(noise) for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0))
+            sigmas_at_levels(self.model.denoiser, u).to(noise)
+            for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0))
         )
         way = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)
         return [
@@ -207,9 +216,6 @@ class RolloutPoints:
             for (x, sigma), then, good in zip(way, after, wanted, strict=True)
             if good
         ]
-
-    def sigmas(self, levels):
-        return self.model.denoiser.sigma_at(levels.flatten()).view(levels.shape)
 
     def state(self) -> dict:
         return {

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..data.encoded import Batch, EncodedDataset
 from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, stratified_sigmas
+from ..methods.image_pairs import ImagePairTraining
+from ..methods.prompts import PromptDifferenceTraining
 from ..methods.rollouts import (
     LatentPoint,
     PromptTask,
@@ -39,7 +41,7 @@ def strip_noise_weighting(noise: NoiseSettings) -> NoiseSettings:
 class PairValidationLoss:
     """Pairs that are asked as a method of pairs (methods/pairs.py) asks them. `picks` are numbers of its pairs."""
 
-    method: object  # over the pairs that are asked: see pair_exam
+    method: ImagePairTraining  # over the pairs that are measured: see build_pair_validation
     picks: list[int]
     levels: int = 8
     batch: int = 1
@@ -135,7 +137,7 @@ class PointValidationLoss:
     """The pulls of a Difference (methods/difference.py) at points that never change. `points(row)` gives those of one
     row, from clean to noisy; what the frozen model says there is asked once and kept."""
 
-    method: object  # with a Model whose counts are nobody's: see asking
+    method: PromptDifferenceTraining  # whose forwards are counted apart: see with_separate_counts
     points: Callable[[int], LatentPoint]  # (row) -> x (levels, C, ...) at sigma (levels,)
     picks: list[int]
     key: str

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from ..diffusion import sum_tensors
 from ..methods.leco_score import LecoScoreTraining, predict_member_scores
 from ..scores.networks import ScorerEnsemble, to_scorer_input
 from .strength_curve import relative_drift
@@ -111,17 +112,16 @@ class ScoreMonitor:
         if top is None or len(self.measurements) - 1 - self.measurements.index(top) < self.patience:
             return False
         now = self.measurements[-1]
+        if now.held_out is None or top.held_out is None:
+            return False
         return now.held_out < top.held_out - REWARD_HACKING_MARGIN and now.score > top.score + REWARD_HACKING_MARGIN
 
     @property
     def best(self) -> dict | None:
         """The step and the adapters to deliver in place of the last ones: those of the best moment, when the score
         model was fooled."""
-        return (
-            {"step": best_held_out(self.trained_measurements).step, "params": self.best_params}
-            if self.should_stop
-            else None
-        )
+        top = best_held_out(self.trained_measurements)
+        return {"step": top.step, "params": self.best_params} if top and self.should_stop else None
 
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
@@ -138,12 +138,13 @@ class ScoreMonitor:
 
     def format_report(self) -> str:
         lines = [look.line() for look in self.measurements]
-        if self.should_stop:
-            top, now = best_held_out(self.measurements), self.measurements[-1]
+        top, best = best_held_out(self.measurements), self.best
+        if top and best:
+            now = self.measurements[-1]
             lines.append(
                 f"stopped at step {now.step}: since step {top.step} the trained score went from {top.score:+.2f} to "
                 f"{now.score:+.2f} and the held-out one from {top.held_out:+.2f} to {now.held_out:+.2f}; the adapters "
-                f"of step {self.best['step']} are kept"
+                f"of step {best['step']} are kept"
             )
         return "\n".join(lines)
 
@@ -219,7 +220,7 @@ class ScoreAndValidationMonitor:
 def to_history_entry(look: ScoreMeasurement) -> dict:
     """A look as a measurement: the held-out score where there is one, else the trained one."""
     held = look.held_out is not None
-    loss = -(look.held_out if held else look.score)
+    loss = -(look.score if look.held_out is None else look.held_out)
     return {
         "step": look.step,
         "loss": loss if math.isfinite(loss) else None,
@@ -242,7 +243,7 @@ def score_latents(denoiser, scores, x0: Tensor, prompt: str = "") -> Tensor:
     """(B,) what the score models say of clean latents that were drawn for a prompt, their weighted mean."""
     view, level = to_scorer_input(denoiser, x0, torch.zeros(len(x0), device=x0.device))
     said = [weight * predict_member_scores(score, view, level, [prompt] * len(x0)).mean(0) for score, weight in scores]
-    return sum(said) / sum(weight for _, weight in scores)
+    return sum_tensors(said) / sum(weight for _, weight in scores)
 
 
 def mean_prompt_diversity(stacks) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.concept_prompts import PromptRow
-from ..diffusion import native_error, rollout
+from ..diffusion import native_error, rollout, sigmas_at_levels, sum_tensors
 from ..methods.rollouts import StudentTeacherModel
 
 CURVE_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -112,7 +112,7 @@ def sample_from_noise(
 ) -> Tensor:
     """x0 (B, C, ...) of pictures drawn from this noise by Euler steps."""
     levels = torch.linspace(1, 0, steps + 1)[:-1, None].expand(-1, len(noise))
-    sigmas = model.denoiser.sigma_at(levels.flatten()).view(levels.shape).to(noise)
+    sigmas = sigmas_at_levels(model.denoiser, levels).to(noise)
     with model.adapters.at_strength(strength):
         *_, (x, sigma) = rollout(model.denoiser, noise, sigmas, model.conds[prompt], model.conds[away], guidance)
         return model.denoiser.denoise(x, sigma, [model.conds[prompt]] * len(x))
@@ -122,14 +122,14 @@ def sample_from_noise(
 def diffusion_classifier_score(model: StudentTeacherModel, x0: Tensor, toward: str, away: str, seed: int = 0) -> Tensor:
     """(B,) how much better the frozen model predicts the noise on these pictures under `toward` than under `away`, in
     [-1, 1]."""
-    rng, total = torch.Generator().manual_seed(seed), 0.0
+    rng, advantages = torch.Generator().manual_seed(seed), []
     for level in CLASSIFIER_NOISE_LEVELS:
         sigma = model.denoiser.sigma_at(torch.full((len(x0),), level)).to(x0)
         x = model.denoiser.noised(x0, torch.randn(x0.shape, generator=rng).to(x0), sigma)
         answers = model.predict_teacher(x, sigma, list(dict.fromkeys((toward, away))))
         error = {prompt: native_error(model.denoiser, answer, x0, sigma) for prompt, answer in answers.items()}
-        total = total + (error[away] - error[toward]) / (error[away] + error[toward]).clamp(min=1e-12)
-    return total / len(CLASSIFIER_NOISE_LEVELS)
+        advantages.append((error[away] - error[toward]) / (error[away] + error[toward]).clamp(min=1e-12))
+    return sum_tensors(advantages) / len(CLASSIFIER_NOISE_LEVELS)
 
 
 def make_axis_projection(axis: Tensor) -> Callable[[Tensor], Tensor]:

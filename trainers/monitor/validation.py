@@ -9,14 +9,15 @@ training: it uses chance of its own, and the weights of the next step are those 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..data.encoded import EncodedDataset
+from ..data.encoded import Batch, EncodedDataset
 from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, native_error, stratified_sigmas
+from ..protocols import NamedValidationLoss, ValidationLoss
 from ..rng import derive_generator
 from ..settings import NoiseSettings, Settings, choice_field, compute_fingerprint, number_field, switch_field
 
@@ -105,7 +106,9 @@ class ImageValidationLoss:
     noise: NoiseSettings = NoiseSettings()
     levels: int = 8
     batch: int = 1
-    encode: object = None  # (batch) -> conds, when the text encoder learns too
+    encode: Callable[[Batch], list[dict]] | None = (
+        None  # -> one conditioning per sample, when the text encoder learns too
+    )
     noun, where = "pictures", "on fixed training pictures"  # for people
 
     def __post_init__(self):
@@ -219,8 +222,8 @@ class ValidationMonitor:
     samples, or None."""
 
     settings: ValidationSettings = ValidationSettings()
-    losses_by_name: dict[str, ImageValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
-    per_image_loss: ImageValidationLoss | None = None  # every training picture that is asked at the end
+    losses_by_name: Mapping[str, ValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
+    per_image_loss: NamedValidationLoss | None = None  # every training picture that is asked at the end
     draw_samples: Callable[[int], dict | None] | None = None
     preview_every: int = 0
     check_interrupt: Callable[[], None] = lambda: None
@@ -300,7 +303,7 @@ class ValidationMonitor:
         """An exception inside a preview costs that preview, never the run."""
         try:
             self.show_status(f"step {step}: drawing samples")
-            if (sample := self.draw_samples(step)) is not None:
+            if self.draw_samples is not None and (sample := self.draw_samples(step)) is not None:
                 self.samples.append(sample)
                 self.on_event("sample", sample)
         except Exception as error:
