@@ -118,7 +118,7 @@ def probe(trunk, labelled, asked, name) -> float:
 
 
 def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
-    from trainyard.nodes.scores import backbones
+    from trainyard.nodes.scores import feature_extractors
     from trainyard.tests.toy import scores as known
     from trainyard.trainers.scores.backbones import cache_frozen_features
     from trainyard.trainers.scores.networks import ScorerSettings
@@ -127,7 +127,7 @@ def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
 
     z, truth = common.pictures(toy, common.LEARNT, 1)
     others, asked = common.pictures(toy, common.ASKED, 2)
-    rows, trunk = {}, backbones.make_trunk_factory(toy.model, toy.vae, clip_vision)
+    rows, trunk = {}, feature_extractors.make_trunk_factory(toy.model, toy.vae, clip_vision)
     data, few, trunk = cache_frozen_features(
         known.encoded(z, truth[known.SCORES[0]]), schedule, trunk
     )  # the same pictures under every score

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 DatasetType = io.Custom("TRAINYARD_DATASET")
 EncodedType = io.Custom("TRAINYARD_ENCODED")
-ScoreModelType = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scores.networks.ScoreModel
+ScoreModelType = io.Custom("TRAINYARD_SCORE_MODEL")  # holds trainers.scores.networks.ScorerEnsemble
 LoraModelType = io.Custom("LORA_MODEL")
 LossMapType = io.Custom("LOSS_MAP")
 CATEGORY = "model/training/trainyard"

@@ -1,16 +1,11 @@
-"""What a vision model or a score backbone sees in pictures, and what follows: which are alike, and which groups they
-form."""
-
-import math
+"""Image features by a vision model or a score model's backbone, and what follows from them: similar images and
+clusters."""
 
 from comfy_api.latest import io, ui
 
-from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
-from ...trainers.data.encode import encode_dataset
 from ...trainers.data.image_scan import ScanOptions, scan_images
 from ...trainers.data.images import image_to_batch_tensor
-from ...trainers.data.records import ImageDataset as Pictures
+from ...trainers.data.records import ImageDataset
 from ...trainers.data.similarity.clusters import ClusterSettings, cluster_features
 from ...trainers.data.similarity.similar import (
     ImageFeatures,
@@ -27,14 +22,12 @@ from ...trainers.data.similarity.similar import (
 )
 from ...trainers.files import tensor_hash
 from ...trainers.scores.backbones import extract_trunk_features
-from ...trainers.scores.files import check_score_latent_format
-from .. import host, paths
+from .. import host
 from ..data import image_features
 from ..fields import CATEGORY, DatasetType, ScoreModelType, settings_from_widgets, settings_inputs
 from . import latents
 
-FeaturesType = io.Custom("TRAINYARD_FEATURES")  # holds trainers.data.similarity.similar.Features
-DEFAULT_FEATURE_SIDE = 512  # px, where a score model does not say at which size it was trained
+FeaturesType = io.Custom("TRAINYARD_FEATURES")  # holds trainers.data.similarity.similar.ImageFeatures
 
 
 class ExtractFeatures(io.ComfyNode):
@@ -91,72 +84,51 @@ class ExtractFeatures(io.ComfyNode):
         if not len(dataset):
             raise ValueError("The dataset has no images. Load a folder with images first.")
         report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
-        found = (
-            extract_vision_features(dataset, clip_vision, report)
-            if score_model is None
-            else extract_backbone_features(dataset, score_model, vae, report)
-        )
-        words = format_features_summary(found)
-        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(found, found.diversity, words)
+        if score_model is None:
+            features = extract_vision_features(dataset, clip_vision, report)
+        else:
+            features = extract_backbone_features(dataset, score_model, vae, report)
+        summary = format_features_summary(features)
+        host.progress.show_node_text(summary.splitlines()[0], cls.hidden.unique_id)
+        return io.NodeOutput(features, features.diversity, summary)
 
 
 def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
-    """Pictures that cannot be opened are left out, with the reason."""
-    looking = ScanOptions(
+    """Features of every image by a CLIP_VISION. Images that cannot be opened are left out, with the reason."""
+    options = ScanOptions(
         features=image_features.make_image_feature_encoder(clip_vision),
         report=report,
         check_interrupt=host.progress.raise_if_interrupted,
     )
-    _, rows, broken = scan_images(dataset.records, lambda record, picture, mask: None, looking)
-    there = [i for i in range(len(dataset)) if i not in broken]
-    if not there:
+    _, rows, broken = scan_images(dataset.records, lambda record, picture, mask: None, options)
+    readable = [i for i in range(len(dataset)) if i not in broken]
+    if not readable:
         raise ValueError(f"None of {len(dataset)} pictures can be opened: {next(iter(broken.values()))}")
     skipped = (*dataset.skipped, *((dataset[i].path, why) for i, why in broken.items()))
     kind = f"vision {host.identity.hash_patched_weights(clip_vision.patcher)}"
-    return ImageFeatures(
-        Pictures(tuple(dataset[i] for i in there), skipped), unit_rows(rows[there]), "CLIP_VISION", kind
-    )
+    seen = ImageDataset(tuple(dataset[i] for i in readable), skipped)
+    return ImageFeatures(seen, unit_rows(rows[readable]), "CLIP_VISION", kind)
 
 
 def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeatures:
+    """Features of every image by the trunk of a score model. ValueError for a score model without one."""
     if not score_model.networks or not hasattr(score_model.networks[0], "trunk"):
         raise ValueError(
             "This score model is an aesthetic head on a CLIP_VISION. Connect that CLIP_VISION as clip_vision instead."
         )
-    encoder, info = host.encoders.VaeEncoder(vae), score_model.info
-    check_score_latent_format(info, "", encoder.channels)
-    step = math.lcm(8, 2 * encoder.factor)
-    try:
-        with host.context.enable_gradients():
-            encoded = encode_dataset(
-                dataset,
-                CaptionSettings(caption_mode=CAPTION_MODE_EMPTY),
-                BucketSettings(resolution=max(step, info.resolution or DEFAULT_FEATURE_SIDE), step=step, merge=1),
-                flip=False,
-                vae=encoder,
-                text=None,
-                cache_dir=paths.cache_folder(),
-                report=report,
-                check_interrupt=host.progress.raise_if_interrupted,
-            )
-    finally:
-        encoder.unload()
-    means = [
-        latents.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], info.latent_format)[0]
-        for item in encoded.items
-    ]
+    means = latents.encode_for_score_model(score_model.info, dataset, vae, report)
     rows = extract_trunk_features(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
     kind = f"backbone {tensor_hash(score_model.networks[0].trunk.state_dict())}"
-    return ImageFeatures(dataset, unit_rows(rows), f"the backbone of a score model ({info.backbone})", kind)
+    return ImageFeatures(dataset, unit_rows(rows), f"the backbone of a score model ({score_model.info.backbone})", kind)
 
 
-def format_features_summary(found: ImageFeatures) -> str:
+def format_features_summary(features: ImageFeatures) -> str:
+    """How many images and features there are, how diverse they are, and a line for each skipped image."""
     lines = [
-        f"{len(found)} pictures seen by {found.source}, {found.rows.shape[1]} numbers each; they amount to "
-        f"{found.diversity:.1f} different ones"
+        f"{len(features)} pictures seen by {features.source}, {features.rows.shape[1]} numbers each; they amount to "
+        f"{features.diversity:.1f} different ones"
     ]
-    return "\n".join(lines + [f"skipped {path}: {reason}" for path, reason in found.dataset.skipped])
+    return "\n".join(lines + [f"skipped {path}: {reason}" for path, reason in features.dataset.skipped])
 
 
 class SimilarImages(io.ComfyNode):

@@ -1,17 +1,17 @@
-"""Pictures in the place of captions, where a model has a place for them: SDXL, unCLIP, Stable Cascade and Flux with
-Redux."""
+"""Image embeddings as conditioning in place of captions, for the models that take them: SDXL, unCLIP, Stable Cascade
+and Flux with Redux."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import comfy.model_base
-import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ...trainers.data.encoded import EncodedDataset as EncodedData
+from ...trainers.data.encoded import EncodedDataset
 from ...trainers.data.feature_noise import LafiteSettings, perturb_embedding
+from ...trainers.data.images import image_to_batch_tensor
 from ...trainers.data.records import open_image
 from ...trainers.rng import make_generator
 from ...trainers.settings import compute_fingerprint
@@ -24,18 +24,21 @@ IMAGE_PROMPT_FAMILIES = (
 EMPTY_CAPTION_KEY = "image/empty"
 
 
-# -- where an embedding goes -------------------------------------------------------------------------------------------
+# -- slots: where an embedding goes into a conditioning ----------------------------------------------------------------
+# fingerprint_name is part of the fingerprint of encoded sets, and never changes.
 
 
 class ClipVisionOutput:
-    """What the host's models read off a CLIP_VISION_OUTPUT."""
+    """The attributes of a CLIP_VISION_OUTPUT that ComfyUI's models read."""
 
-    def __init__(self, **found):
-        self.__dict__.update(found)
+    def __init__(self, **values):
+        self.__dict__.update(values)
 
 
-class Pooled:
-    """SDXL: in the place of the pooled text vector of CLIP-G."""
+class SdxlPooledSlot:
+    """SDXL: in place of the pooled text embedding of CLIP-G."""
+
+    fingerprint_name = "Pooled"
 
     embedding_field, encoder_name = "image_embeds", "CLIP-ViT-bigG-14"
 
@@ -46,8 +49,10 @@ class Pooled:
         return {**cond, "pooled_output": embedding}
 
 
-class Unclip:
-    """SD 2.1 unCLIP: its own entry for image embeddings, without further noise."""
+class UnclipSlot:
+    """SD 2.1 unCLIP: its own input for image embeddings, without further noise."""
+
+    fingerprint_name = "Unclip"
 
     embedding_field, encoder_name = "image_embeds", "the CLIP vision model of its checkpoint"
 
@@ -67,8 +72,10 @@ class Unclip:
         }
 
 
-class Cascade(Unclip):
-    """Stable Cascade stage C: its entry clip_img, which the host fills from the same list."""
+class CascadeSlot(UnclipSlot):
+    """Stable Cascade stage C: its input clip_img, which ComfyUI fills from the same list."""
+
+    fingerprint_name = "Cascade"
 
     encoder_name = "CLIP-ViT-L-14"
 
@@ -76,8 +83,10 @@ class Cascade(Unclip):
         self.width = 768
 
 
-class Redux:
-    """Flux: tokens of the style model after those of the text."""
+class ReduxSlot:
+    """Flux: tokens of the Redux style model after those of the text."""
+
+    fingerprint_name = "Redux"
 
     embedding_field, encoder_name = "last_hidden_state", "SigLIP so400m patch 14"
 
@@ -98,20 +107,19 @@ class Redux:
 
 
 def find_embedding_slot(model, style_model=None):
-    """What puts an embedding into a conditioning of this MODEL. ValueError, naming the families that can, for one with
-    no place for it."""
+    """The slot `(cond, embedding) -> cond` of this MODEL. ValueError, naming the families that have one, for others."""
     network = model.model
     if type(network) is comfy.model_base.Flux:  # its descendants were never trained with Redux
-        return Redux(network, style_model)
+        return ReduxSlot(network, style_model)
     if style_model is not None:
         raise ValueError(
             "A style model is connected, and only Flux.1 reads one: this MODEL is "
             f"{type(model.model.model_config).__name__}. Disconnect it."
         )
     for kind, slot in (
-        (comfy.model_base.SDXL, Pooled),
-        (comfy.model_base.SD21UNCLIP, Unclip),
-        (comfy.model_base.StableCascade_C, Cascade),
+        (comfy.model_base.SDXL, SdxlPooledSlot),
+        (comfy.model_base.SD21UNCLIP, UnclipSlot),
+        (comfy.model_base.StableCascade_C, CascadeSlot),
     ):
         if isinstance(network, kind):
             return slot(network)
@@ -123,24 +131,20 @@ def find_embedding_slot(model, style_model=None):
 
 
 def encode_image_embedding(clip_vision, pixels, slot) -> torch.Tensor:
-    """(1, D) or tokens (1, T, D) of one picture (1, H, W, 3), as an ordinary tensor. ValueError for another CLIP_VISION
-    than the slot wants."""
+    """(1, D) or tokens (1, T, D) of one image (1, H, W, 3), not an inference tensor. ValueError for a CLIP_VISION that
+    does not fit the slot."""
     with torch.no_grad():
-        found = clip_vision.encode_image(pixels)[slot.embedding_field].float().cpu()
-    if found.shape[-1] != slot.width or found.ndim != (3 if slot.embedding_field == "last_hidden_state" else 2):
+        embedding = clip_vision.encode_image(pixels)[slot.embedding_field].float().cpu()
+    if embedding.shape[-1] != slot.width or embedding.ndim != (3 if slot.embedding_field == "last_hidden_state" else 2):
         raise ValueError(
-            f"This clip_vision gives {found.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load "
+            f"This clip_vision gives {embedding.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load "
             f"{slot.encoder_name}."
         )
-    return host.context.clone_inference_tensors(found)
-
-
-def pixels_of(picture) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+    return host.context.clone_inference_tensors(embedding)
 
 
 def encode_empty_prompt(clip) -> dict:
-    """The empty text's conditioning."""
+    """The conditioning of the empty text."""
     encoder = host.encoders.TextEncoder(clip)
     try:
         return host.context.clone_inference_tensors(encoder.encode([""])[0])
@@ -186,11 +190,10 @@ class ImageConditioning(io.ComfyNode):
     def execute(cls, model, clip, clip_vision, images, style_model=None, **widgets):
         settings, slot = settings_from_widgets(LafiteSettings, widgets), find_embedding_slot(model, style_model)
         with host.context.enable_gradients():
-            seen = torch.stack([encode_image_embedding(clip_vision, image[None], slot) for image in images]).mean(0)
-            cond = slot(
-                encode_empty_prompt(clip),
-                perturb_embedding(seen, settings.alpha, make_generator(settings.seed)),
-            )
+            embeddings = [encode_image_embedding(clip_vision, image[None], slot) for image in images]
+            rng = make_generator(settings.seed)
+            embedding = perturb_embedding(torch.stack(embeddings).mean(0), settings.alpha, rng)
+            cond = slot(encode_empty_prompt(clip), embedding)
         return io.NodeOutput([[cond["cross_attn"], {key: value for key, value in cond.items() if key != "cross_attn"}]])
 
 
@@ -224,69 +227,65 @@ class CaptionsFromImages(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, clip_vision, dataset, encoded, style_model=None, **widgets):
         settings, slot = settings_from_widgets(LafiteSettings, widgets), find_embedding_slot(model, style_model)
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
         with host.context.enable_gradients():
-            return io.NodeOutput(
-                caption_with_image_embeddings(
-                    encoded,
-                    dataset,
-                    clip,
-                    clip_vision,
-                    slot,
-                    settings,
-                    host.progress.ItemProgressReporter(cls.hidden.unique_id),
-                )
-            )
+            captioned = caption_with_image_embeddings(encoded, dataset, clip, clip_vision, slot, settings, report)
+        return io.NodeOutput(captioned)
 
 
 def caption_with_image_embeddings(
-    encoded: EncodedData, dataset, clip, clip_vision, slot, settings: LafiteSettings, report
-) -> EncodedData:
-    """ValueError when a picture that was encoded is not in the dataset."""
-    pictures = {one.id: one for one in dataset.records}
-    if missing := [item.path or item.id for item in encoded.items if item.id not in pictures]:
+    encoded: EncodedDataset, dataset, clip, clip_vision, slot, settings: LafiteSettings, report
+) -> EncodedDataset:
+    """The encoded dataset with the embedding of each image in place of its captions. ValueError where an encoded image
+    is not in the dataset."""
+    records = {record.id: record for record in dataset.records}
+    if missing := [item.path or item.id for item in encoded.items if item.id not in records]:
         raise ValueError(
             f"{len(missing)} encoded pictures are not in the dataset, for example {missing[0]}. Connect the dataset "
             "that was encoded."
         )
-    seen = []
+    embeddings = []
     for done, item in enumerate(encoded.items):
         host.progress.raise_if_interrupted()
         report(done, len(encoded), "pictures seen")
-        seen.append(encode_image_embedding(clip_vision, pixels_of(open_image(pictures[item.id])), slot))
-    keys = [
-        tuple(f"image/{number}/{variant}" for variant in range(settings.variants)) for number in range(len(encoded))
-    ]
+        pixels = image_to_batch_tensor(open_image(records[item.id]).convert("RGB"))
+        embeddings.append(encode_image_embedding(clip_vision, pixels, slot))
+    variants = range(settings.variants)
     items = [
-        dataclasses.replace(item, caption_keys=k, captions=("",) * len(k))
-        for item, k in zip(encoded.items, keys, strict=True)
+        dataclasses.replace(
+            item,
+            caption_keys=tuple(f"image/{number}/{variant}" for variant in variants),
+            captions=("",) * len(variants),
+        )
+        for number, item in enumerate(encoded.items)
     ]
-    key = compute_fingerprint(
+    fingerprint = compute_fingerprint(
         "captions from images 1",
         encoded.fingerprint,
         settings,
         host.identity.hash_patched_weights(clip_vision.patcher),
-        type(slot).__name__,
+        slot.fingerprint_name,
         host.identity.hash_patched_weights(clip.patcher, clip.layer_idx),
         style_model_checksums(slot),
     )
     store = ImageConditioningStore(
-        seen, [item.id for item in encoded.items], slot, encode_empty_prompt(clip), settings, encoded.store
+        embeddings, [item.id for item in encoded.items], slot, encode_empty_prompt(clip), settings, encoded.store
     )
     return dataclasses.replace(
-        encoded, items=items, store=store, fingerprint=key, empty_key=EMPTY_CAPTION_KEY, dropout=settings.drop
+        encoded, items=items, store=store, fingerprint=fingerprint, empty_key=EMPTY_CAPTION_KEY, dropout=settings.drop
     )
 
 
 def style_model_checksums(slot) -> list:
-    """Some numbers of a style model, by which two can be told apart."""
+    """A checksum for each weight of the slot's style model, for the fingerprint; [] without one."""
     style = getattr(slot, "style", None)
     return [] if style is None else [float(p.double().abs().sum()) for p in style.model.parameters()]
 
 
 @dataclasses.dataclass
 class ImageConditioningStore:
-    """A store of conditionings that are made when they are asked for, image/number/variant, before those of another
-    store: the tokens of Redux would take 12 MB each."""
+    """A store that makes conditionings when they are loaded, under keys image/<number>/<variant>, and takes all other
+    keys from another store. Kept in memory, the tokens of Redux would take 12 MB each."""
 
     embeddings: list[torch.Tensor]
     ids: list[str]
@@ -301,10 +300,9 @@ class ImageConditioningStore:
         if not key.startswith("image/"):
             return self.fallback_store.load(key)
         _, number, variant = key.split("/")
-        chance = compute_fingerprint(
-            self.settings.seed, self.ids[int(number)], int(variant)
-        )  # a picture's own, whatever stands before it
-        rng = make_generator(int(chance[:15], 16))
+        # the noise depends on the image and not on its place in the dataset
+        digest = compute_fingerprint(self.settings.seed, self.ids[int(number)], int(variant))
+        rng = make_generator(int(digest[:15], 16))
         return self.slot(self.empty, perturb_embedding(self.embeddings[int(number)], self.settings.alpha, rng))
 
 

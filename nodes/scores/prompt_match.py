@@ -1,4 +1,4 @@
-"""A score that reads: how well a picture matches words, by a CLIP that has seen both."""
+"""CLIPScore as a score model: how well an image matches a text."""
 
 from __future__ import annotations
 
@@ -13,30 +13,27 @@ from ...trainers.settings import compute_fingerprint
 from .. import host
 from ..data import image_features, zeroshot
 from ..fields import CATEGORY, ScoreModelType, latent_score_inputs
-from . import backbones, latents
+from . import feature_extractors, latents
 
-CLIP_SCORE_SCALE = 100.0  # CLIPScore (Hessel et al. 2021) is told in hundredths
-CLIP_SCORE_MEAN, CLIP_SCORE_STD = 25.0, 5.0  # of CLIP scores of pictures with captions, roughly
+CLIP_SCORE_SCALE = 100.0  # CLIPScore (Hessel et al. 2021) as a percentage
+CLIP_SCORE_MEAN, CLIP_SCORE_STD = 25.0, 5.0  # of CLIP scores of captioned images, roughly
 PROMPT_BATCH_SIZE = 32
 
 
 class ClipScoreModel(ScorerEnsemble):
-    """A hundred times the cosine between a picture and words. `words` are compared with where nobody gives others."""
+    """A hundred times the cosine between image and text embedding. `words` is the text where the caller gives none."""
 
     def __init__(self, clip_vision, clip, words: str = "", vae=None, format_name: str = "", channels: int = 0):
         self.encoder = zeroshot.find_partner_encoder(clip_vision, clip)
         self.clip_vision, self.clip, self.words, self.text_embeddings = clip_vision, clip, words.strip(), {}
-        eyes = (
-            []
-            if vae is None
-            else [
-                DecodedClipEmbedder(
-                    backbones.DecodedFeatureExtractor(vae, backbones.DifferentiableClipVision(clip_vision), format_name)
-                )
+        networks = []
+        if vae is not None:
+            vision_encoder = feature_extractors.DifferentiableClipVision(clip_vision)
+            networks = [
+                DecodedClipEmbedder(feature_extractors.DecodedFeatureExtractor(vae, vision_encoder, format_name))
             ]
-        )
         super().__init__(
-            eyes,
+            networks,
             ScoreModelInfo(
                 DECODED_IMAGE,
                 "regression",
@@ -55,31 +52,30 @@ class ClipScoreModel(ScorerEnsemble):
         self.identity = compute_fingerprint("prompt match", self.words, others, format_name)
 
     def encode_prompts(self, texts) -> None:
-        """Understand these texts now; later, while a model is trained, the text encoder would take its place."""
+        """Encode these texts now and keep their embeddings. Later, while a model is trained, loading the text encoder
+        would unload it."""
         new = [text for text in dict.fromkeys(texts) if text not in self.text_embeddings]
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(new), PROMPT_BATCH_SIZE):
-                part = new[start : start + PROMPT_BATCH_SIZE]
-                self.text_embeddings |= zip(
-                    part,
-                    F.normalize(zeroshot.encode_text_features(self.clip, part, self.encoder).clone(), dim=-1),
-                    strict=True,
-                )
+                batch = new[start : start + PROMPT_BATCH_SIZE]
+                features = zeroshot.encode_text_features(self.clip, batch, self.encoder).clone()
+                self.text_embeddings |= zip(batch, F.normalize(features, dim=-1), strict=True)
 
-    def clip_scores(self, seen: Tensor, texts) -> Tensor:
-        """(B,) the scores of embeddings, each with its own text."""
+    def clip_scores(self, image_embeddings: Tensor, texts) -> Tensor:
+        """(B,) the CLIP score of each image embedding with its own text."""
         self.encode_prompts(texts)
-        words = torch.stack([self.text_embeddings[text] for text in texts]).to(seen.device)
-        return CLIP_SCORE_SCALE * (F.normalize(seen.float(), dim=-1) * words).sum(-1)
+        text_embeddings = torch.stack([self.text_embeddings[text] for text in texts]).to(image_embeddings.device)
+        return CLIP_SCORE_SCALE * (F.normalize(image_embeddings.float(), dim=-1) * text_embeddings).sum(-1)
 
     def members_for_prompts(self, x: Tensor, level: Tensor, texts) -> Tensor:
-        """(1, B) how well the decoded latents match a text each, in standard deviations."""
+        """(1, B) the score of each decoded latent with its own text, in standard deviations."""
         if not self.networks:
             raise ValueError(
                 "This score compares pictures with words, and was asked about latents. Connect model and vae to Prompt "
                 "Match Score."
             )
-        return ((self.clip_scores(self.networks[0](x, level), texts) - CLIP_SCORE_MEAN) / CLIP_SCORE_STD)[None]
+        scores = self.clip_scores(self.networks[0](x, level), texts)
+        return ((scores - CLIP_SCORE_MEAN) / CLIP_SCORE_STD)[None]
 
     def member_scores(self, x: Tensor, level: Tensor) -> Tensor:
         if not self.words:
@@ -90,26 +86,24 @@ class ClipScoreModel(ScorerEnsemble):
     def rate_pictures(
         self, dataset, report=None, check_interrupt=host.progress.raise_if_interrupted
     ) -> tuple[list[float], list[float]]:
-        """(scores, spreads) of pictures, with the words, or else each with its own caption."""
+        """(scores, spreads) of a dataset's images, with `words`, or else each with its own caption."""
         texts = [self.words or next(iter(record.captions), "") for record in dataset]
         if bare := [record.path for record, text in zip(dataset, texts, strict=True) if not text.strip()]:
             raise ValueError(
                 f"Prompt Match Score has no words, and {len(bare)} of {len(dataset)} pictures have no caption, such as "
                 f"{bare[0]}. Write words, or caption the pictures."
             )
-        found: list[float] = []
+        scores: list[float] = []
         for record, text in zip(dataset, texts, strict=True):
-            seen = torch.from_numpy(
-                image_features.encode_image_features(self.clip_vision, [open_image(record)], check_interrupt)
-            )
-            found += self.clip_scores(seen, [text]).tolist()
+            features = image_features.encode_image_features(self.clip_vision, [open_image(record)], check_interrupt)
+            scores += self.clip_scores(torch.from_numpy(features), [text]).tolist()
             if report:
-                report(len(found), len(dataset), "rated")
-        return found, [0.0] * len(found)
+                report(len(scores), len(dataset), "rated")
+        return scores, [0.0] * len(scores)
 
 
 class DecodedClipEmbedder(torch.nn.Module):
-    """(x, level) -> (B, d) embeddings of decoded latents. It has nothing of its own."""
+    """(x, level) -> (B, d) CLIP embeddings of decoded latents. It has no weights of its own."""
 
     def __init__(self, extract):
         super().__init__()

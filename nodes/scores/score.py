@@ -1,20 +1,14 @@
-"""Score models: rated pictures in, a model that rates others out."""
+"""Score models: load rated images, train a score model on them, save and load it, score and filter other images."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ...trainers.data.buckets import BucketSettings
-from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from ...trainers.data.contact_sheet import make_thumbnail
-from ...trainers.data.encode import encode_dataset
-from ...trainers.data.image_scan import ScanOptions
 from ...trainers.data.images import dataset_from_tensors, image_to_batch_tensor
-from ...trainers.data.quality.duplicates import duplicate_group_names
 from ...trainers.data.rating_sheet import draw_best_and_worst_sheet
 from ...trainers.data.ratings import (
     RATING_SOURCES,
@@ -25,7 +19,7 @@ from ...trainers.data.ratings import (
     set_image_scores,
 )
 from ...trainers.data.readers import hash_folder_state, make_printable
-from ...trainers.data.records import ImageDataset as Pictures
+from ...trainers.data.records import ImageDataset
 from ...trainers.files import tensor_hash
 from ...trainers.scores.files import (
     check_score_latent_format,
@@ -34,13 +28,19 @@ from ...trainers.scores.files import (
     score_model_tensors,
     write_score_model,
 )
-from ...trainers.scores.networks import LATENT_BACKBONES, PRETRAINING_TASK, ScorerSettings, check_trained_head
+from ...trainers.scores.networks import ScorerSettings, check_trained_head
 from ...trainers.scores.objective import ScoreSettings
-from ...trainers.scores.training import rate_latents, train_score_model
+from ...trainers.scores.reports import (
+    format_rating_summary,
+    format_score_metrics,
+    format_score_model_summary,
+    format_score_report,
+    format_selection,
+)
+from ...trainers.scores.training import rate_latents
 from ...trainers.settings import Settings, compute_fingerprint, number_field
 from .. import host, paths
-from ..data.dataset import format_dataset_summary as dataset_words
-from ..data.dataset import make_cancellable_progress
+from ..data.dataset import format_dataset_summary, make_cancellable_progress
 from ..fields import (
     CATEGORY,
     DatasetType,
@@ -51,8 +51,14 @@ from ..fields import (
     settings_from_widgets,
     settings_inputs,
 )
-from . import latents as latents_room
-from . import score_backbones
+from . import latents as score_latents
+from .training import (
+    choose_backbone_settings,
+    find_trunk_factory,
+    load_or_train_score_model,
+    score_model_output,
+    train_on_ratings,
+)
 
 BASIC_SCORE_FIELDS = (
     "task",
@@ -61,12 +67,12 @@ BASIC_SCORE_FIELDS = (
     "batch",
     "members",
     "seed",
-)  # of ScoreSettings; the rest is advanced
+)  # of ScoreSettings; others: advanced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringSettings(Settings):
-    """How pictures are shown to a score model."""
+    """How images are scored, and how many the sheet shows."""
 
     resolution: int = number_field(
         0,
@@ -82,7 +88,6 @@ class ScoringSettings(Settings):
     )
 
 
-DEFAULT_SCORE_SIDE = 512  # px, where a score model does not say at which size it was trained
 SCORE_TRAINING_VERSION = 1  # of the training: raise it when the same inputs would give another model
 
 
@@ -129,19 +134,9 @@ class LoadRatedPictures(io.ComfyNode):
     @classmethod
     def execute(cls, folder, ratings=RATING_SOURCES[0]):
         dataset = read_rated_folder(paths.resolve_dataset_folder(folder), ratings, make_cancellable_progress(cls))
-        words = "\n".join([format_rating_summary(dataset), dataset_words(dataset)])
-        host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(dataset, words)
-
-
-def format_rating_summary(dataset) -> str:
-    scores = [r.score for r in dataset if r.score is not None]
-    if not scores:
-        return f"none of {len(dataset)} pictures is rated"
-    return (
-        f"{len(scores)} of {len(dataset)} pictures are rated, from {min(scores):g} to {max(scores):g}, "
-        f"{len(set(scores))} different ratings"
-    )
+        summary = "\n".join([format_rating_summary(dataset), format_dataset_summary(dataset)])
+        host.progress.show_node_text(summary.splitlines()[0], cls.hidden.unique_id)
+        return io.NodeOutput(dataset, summary)
 
 
 class TrainScoreModel(io.ComfyNode):
@@ -225,18 +220,19 @@ class TrainScoreModel(io.ComfyNode):
         scorer, settings = settings_from_widgets(ScorerSettings, widgets), settings_from_widgets(ScoreSettings, widgets)
         host.checks.check_latent_channels(model, encoded.channels)
         pairs = read_preference_pairs(file, encoded, settings.task)
-        seeing = score_backbones.choose_backbone_settings(scorer, pretrained)
-        key = score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
-        trunk = find_trunk_factory(seeing, model, vae, clip_vision)
-        make = lambda resume: train_from_ratings(
-            cls.hidden.unique_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, resume
+        backbone = choose_backbone_settings(scorer, pretrained)
+        fingerprint = score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision)
+        trunk = find_trunk_factory(backbone, model, vae, clip_vision)
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
+        train = lambda resume: train_on_ratings(
+            model, encoded, scorer, settings, backbone, trunk, report, pairs=pairs, pretrained=pretrained, resume=resume
         )
-        return score_backbones.score_model_output(
-            cls, *score_backbones.load_or_train_score_model(key, cls.hidden.unique_id, make, trunk)
-        )
+        return score_model_output(cls, *load_or_train_score_model(fingerprint, cls.hidden.unique_id, train, trunk))
 
 
 def read_preference_pairs(file, encoded, task) -> list[tuple[int, int]]:
+    """The (better, worse) indices in the chosen table; [] where none is chosen. ValueError for a table that the task
+    does not use."""
     table = paths.resolve_pair_file(file)
     if table is None:
         return []
@@ -246,8 +242,10 @@ def read_preference_pairs(file, encoded, task) -> list[tuple[int, int]]:
 
 
 def score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision) -> str:
-    """A name that changes with everything that the trained model depends on."""
-    before = compute_fingerprint(pretrained.info.to_dict(), content(pretrained)) if pretrained is not None else ""
+    """A fingerprint of everything that the trained model depends on."""
+    before = ""
+    if pretrained is not None:
+        before = compute_fingerprint(pretrained.info.to_dict(), tensor_hash(score_model_tensors(pretrained)))
     others = [host.identity.hash_patched_weights(other.patcher) for other in (vae, clip_vision) if other is not None]
     ratings = [[item.id, item.score] for item in encoded.items]
     return compute_fingerprint(
@@ -260,43 +258,6 @@ def score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrain
         [list(p) for p in pairs],
         before,
         others,
-    )
-
-
-def content(score_model) -> str:
-    return tensor_hash(score_model_tensors(score_model))
-
-
-def find_trunk_factory(scorer, model, vae, clip_vision):
-    """None for networks that look at latents by themselves; else what makes a trunk from loaded models."""
-    if scorer.backbone in LATENT_BACKBONES:
-        return None
-    return score_backbones.make_checked_trunk_factory(scorer, model, vae, clip_vision)
-
-
-def train_from_ratings(node_id, model, encoded, scorer, settings, pairs, pretrained, seeing, trunk, resume):
-    schedule = latents_room.NoiseSchedule(model)
-    report = host.progress.ItemProgressReporter(node_id)
-    groups = duplicate_group_names(
-        encoded, ScanOptions(report=report, check_interrupt=host.progress.raise_if_interrupted)
-    )
-    data, denoiser = encoded, schedule
-    if trunk is not None:
-        data, denoiser, trunk = score_backbones.cache_features_if_frozen(encoded, schedule, seeing, trunk)
-    return train_score_model(
-        data,
-        denoiser,
-        scorer,
-        settings,
-        latent_format=latents_room.latent_format_name(model),
-        groups=groups,
-        pairs=pairs,
-        trunk=trunk,
-        pretrained=pretrained,
-        resume=resume,
-        device=schedule.device,
-        report=report,
-        check_interrupt=host.progress.raise_if_interrupted,
     )
 
 
@@ -400,44 +361,16 @@ class LoadScoreModel(io.ComfyNode):
         )
         if model is not None:
             check_score_latent_format(
-                loaded.info, latents_room.latent_format_name(model), model.model.latent_format.latent_channels
+                loaded.info, score_latents.latent_format_name(model), model.model.latent_format.latent_channels
             )
         return io.NodeOutput(loaded, format_score_model_summary(loaded.info))
 
 
 def make_connected_trunk(info, model, vae, clip_vision):
-    maker = find_trunk_factory(info, model, vae, clip_vision)
-    return maker and maker(info)
-
-
-def format_score_metrics(info) -> str:
-    return (
-        ", ".join(f"{name} {value:.3f} ({low:.3f} to {high:.3f})" for name, (value, low, high) in info.metrics.items())
-        or "it was not measured"
-    )
-
-
-def format_score_model_summary(info) -> str:
-    facts = [
-        "" if info.trained else "NOT TRAINED: what it says cannot be told from chance.",
-        f"{describe_score_model_kind(info)} on {info.latent_format or 'latents'} of {info.channels} channels",
-        "at any noise level" if info.noisy else "of clean pictures only",
-        f"figures on pictures that were not learnt from: {format_score_metrics(info)}",
-        f"ratings from {info.low:g} to {info.high:g}, mean {info.mean:g}"
-        if info.task in ("regression", "distribution")
-        else "",
-        f"trained at about {info.resolution}x{info.resolution} px" if info.resolution else "",
-    ]
-    return "\n".join(fact for fact in facts if fact)
-
-
-def describe_score_model_kind(info) -> str:
-    if info.task == PRETRAINING_TASK:
-        return (
-            f"a pre-trained backbone without a head ({info.backbone}), for the input pretrained of Train Score Model,"
-        )
-    lora = f" with a LoRA of rank {info.rank}" if info.rank else ""
-    return f"{info.task} by {info.members} networks ({info.backbone}{lora})"
+    """The trunk of a score model on loaded models; None for one on latents alone. ValueError for what is not
+    connected."""
+    factory = find_trunk_factory(info, model, vae, clip_vision)
+    return factory and factory(info)
 
 
 class ScoreImages(io.ComfyNode):
@@ -495,95 +428,63 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, score_model, dataset=None, images=None, latents=None, vae=None, **widgets):
-        settings, report = (
-            settings_from_widgets(ScoringSettings, widgets),
-            host.progress.ItemProgressReporter(cls.hidden.unique_id),
-        )
+        settings = settings_from_widgets(ScoringSettings, widgets)
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
         check_trained_head(score_model.info)
         if sum(given is not None for given in (dataset, images, latents)) != 1:
             raise ValueError("Connect exactly one of dataset, images and latents, so that it is clear what is scored.")
-        if latents is not None:
-            found, picture, names = score_latent_samples(score_model, latents, vae, report)
-            after = Pictures(())
-        else:
-            before = (
-                dataset
-                if images is None
-                else dataset_from_tensors(
-                    [images], (), (), paths.image_cache_folder(), report, host.progress.raise_if_interrupted
-                )
+        if images is not None:
+            dataset = dataset_from_tensors(
+                [images], (), (), paths.image_cache_folder(), report, host.progress.raise_if_interrupted
             )
-            found = score_dataset_images(score_model, before, vae, settings, report)
-            after, names = set_image_scores(before, found[0]), [make_printable(Path(r.path).name) for r in before]
-            picture = lambda i: make_thumbnail(before[i])
-        words = format_score_report(score_model.info, *found, names)
+        if latents is None:
+            scores, spreads = score_dataset_images(score_model, dataset, vae, settings, report)
+            scored = set_image_scores(dataset, scores)
+            names, draw = format_image_names(dataset), lambda i: make_thumbnail(dataset[i])
+        else:
+            scores, spreads = score_latent_samples(score_model, latents, report)
+            scored = ImageDataset(())
+            names, draw = [f"latent {i}" for i in range(len(scores))], make_latent_drawer(latents["samples"], vae)
+        words = format_score_report(score_model.info, scores, spreads, names)
         sheet = image_to_batch_tensor(
-            draw_best_and_worst_sheet(found[0], picture, names, settings.shown, found[1], words.splitlines()[0])
+            draw_best_and_worst_sheet(scores, draw, names, settings.shown, spreads, words.splitlines()[0])
         )
         host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(*found, after, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(scores, spreads, scored, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
+
+
+def format_image_names(dataset) -> list[str]:
+    """The file name of every image, as a sheet can print it."""
+    return [make_printable(Path(record.path).name) for record in dataset]
 
 
 def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[list[float], list[float]]:
-    """(scores, spreads). A scorer of pictures is shown the pictures, one of latents their latents."""
+    """(scores, spreads): of the images themselves where the score model rates images, else of their latents."""
     if hasattr(score_model, "rate_pictures"):
         return score_model.rate_pictures(dataset, report, host.progress.raise_if_interrupted)
-    encoder, info = host.encoders.VaeEncoder(vae), score_model.info
-    check_score_latent_format(info, "", encoder.channels)
-    step = math.lcm(8, 2 * encoder.factor)
-    side = max(step, settings.resolution or info.resolution or DEFAULT_SCORE_SIDE)
-    try:
-        with host.context.enable_gradients():
-            encoded = encode_dataset(
-                dataset,
-                CaptionSettings(caption_mode=CAPTION_MODE_EMPTY),
-                BucketSettings(resolution=side, step=step, merge=1),
-                flip=False,
-                vae=encoder,
-                text=None,
-                cache_dir=paths.cache_folder(),
-                report=report,
-                check_interrupt=host.progress.raise_if_interrupted,
-            )
-    finally:
-        encoder.unload()
-    means = [
-        latents_room.latent_to_model_space(encoded.store.load(item.latent)["mean"][None], info.latent_format)[0]
-        for item in encoded.items
-    ]
+    means = score_latents.encode_for_score_model(score_model.info, dataset, vae, report, settings.resolution)
     return rate_latents(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
 
 
-def score_latent_samples(score_model, latent, vae, report):
-    """((scores, spreads), index -> picture, names)"""
+def score_latent_samples(score_model, latent, report) -> tuple[list[float], list[float]]:
+    """(scores, spreads) of a LATENT. ValueError for latents that the score model does not judge."""
     samples, info = latent["samples"], score_model.info
     check_score_latent_format(info, "", samples.shape[1])
-    found = rate_latents(
-        score_model,
-        list(latents_room.latent_to_model_space(samples, info.latent_format)),
-        samples.device,
-        report,
-        host.progress.raise_if_interrupted,
-    )
-    pictures = (
-        (lambda i: first_frame_to_image(vae.decode(samples[i : i + 1])))
-        if vae is not None
-        else lambda i: Image.new("RGB", (64, 64), "#000000")
-    )
-    return found, pictures, [f"latent {i}" for i in range(len(samples))]
+    in_model_space = list(score_latents.latent_to_model_space(samples, info.latent_format))
+    return rate_latents(score_model, in_model_space, samples.device, report, host.progress.raise_if_interrupted)
+
+
+def make_latent_drawer(samples, vae):
+    """index -> the decoded latent as an image; a black square without a VAE."""
+    if vae is None:
+        return lambda i: Image.new("RGB", (64, 64), "#000000")
+    return lambda i: first_frame_to_image(vae.decode(samples[i : i + 1]))
 
 
 def first_frame_to_image(images) -> Image.Image:
-    """The first of IMAGE (B, H, W, 3) or (B, frames, H, W, 3)."""
+    """The first frame of IMAGE (B, H, W, 3) or (B, frames, H, W, 3)."""
     array = images.reshape(-1, *images.shape[-3:])[0].clamp(0, 1).cpu().float().numpy()
     return Image.fromarray((array * 255).round().astype(np.uint8))
-
-
-def format_score_report(info, scores, spreads, names) -> str:
-    head = f"{len(scores)} pictures scored: mean {np.mean(scores):.3f}, from {min(scores):.3f} to {max(scores):.3f}"
-    warned = [] if info.trained else ["This score model cannot be told from chance; its scores say nothing."]
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    return "\n".join([head, *warned, *(f"{scores[i]:.3f} +-{spreads[i]:.3f} {names[i]}" for i in order)])
 
 
 class RankAndFilter(io.ComfyNode):
@@ -630,26 +531,15 @@ class RankAndFilter(io.ComfyNode):
     def execute(cls, dataset, scores=None, **widgets):
         settings = settings_from_widgets(RankSettings, {name: values[0] for name, values in widgets.items()})
         whole = set_image_scores(dataset[0], scores) if scores else dataset[0]
-        stays, goes = select_by_score(whole, settings)
-        words = "\n".join(
-            f"{len(part)} pictures {what}" + format_score_range(part) for part, what in ((stays, "stay"), (goes, "go"))
-        )
-        shown = Pictures((*stays.records, *goes.records))
+        kept, removed = select_by_score(whole, settings)
+        words = format_selection(kept, removed)
+        shown = ImageDataset((*kept.records, *removed.records))
+        draw, title = lambda i: make_thumbnail(shown[i]), words.replace("\n", ", ")
         sheet = image_to_batch_tensor(
-            draw_best_and_worst_sheet(
-                [r.score for r in shown],
-                lambda i: make_thumbnail(shown[i]),
-                [make_printable(Path(r.path).name) for r in shown],
-                title=words.replace("\n", ", "),
-            )
+            draw_best_and_worst_sheet([r.score for r in shown], draw, format_image_names(shown), title=title)
         )
         host.progress.show_node_text(words.splitlines()[0], cls.hidden.unique_id)
-        return io.NodeOutput(stays, goes, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
-
-
-def format_score_range(dataset) -> str:
-    scores = [r.score for r in dataset]
-    return f", scores from {min(scores):g} to {max(scores):g}" if scores else ""
+        return io.NodeOutput(kept, removed, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 NODES = [LoadRatedPictures, TrainScoreModel, SaveScoreModel, LoadScoreModel, ScoreImages, RankAndFilter]

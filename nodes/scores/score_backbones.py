@@ -1,32 +1,19 @@
-"""Where score models come from beside ratings: pictures alone, image scorers that others trained, models that are
-loaded already."""
+"""Score models without ratings of one's own: pre-trained backbones, published aesthetic heads, and distillation from
+them."""
 
-import json
 from dataclasses import replace
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ...trainers.data.image_scan import ScanOptions
 from ...trainers.data.labels import folder_labels, read_labels
-from ...trainers.data.quality.duplicates import duplicate_group_names
-from ...trainers.data.readers import make_printable
 from ...trainers.data.views import encode_views
-from ...trainers.files import read_safetensors, tensor_hash
+from ...trainers.files import tensor_hash
 from ...trainers.scores.aesthetic_heads import read_aesthetic_head
-from ...trainers.scores.backbones import cache_frozen_features
-from ...trainers.scores.files import read_score_model, score_model_tensors, write_score_model
-from ...trainers.scores.networks import (
-    DECODED_IMAGE,
-    LOADED_BACKBONES,
-    MODEL_FEATURES,
-    ScorerSettings,
-    check_trained_head,
-)
+from ...trainers.scores.files import score_model_tensors
+from ...trainers.scores.networks import DECODED_IMAGE, ScorerSettings, check_trained_head
 from ...trainers.scores.objective import MSE_ONLY, ScoreSettings
 from ...trainers.scores.pretext import PretextSettings
 from ...trainers.scores.pretraining import pretrain_backbone
-from ...trainers.scores.resume import ResumeFolder
-from ...trainers.scores.training import train_score_model
 from ...trainers.settings import compute_fingerprint
 from .. import host, paths
 from ..fields import (
@@ -39,75 +26,20 @@ from ..fields import (
     settings_from_widgets,
     settings_inputs,
 )
-from . import backbones, latents
-
-BACKBONE_TRAINING_VERSION = (
-    1  # of pre-training and distillation: raise it when the same inputs would give another model
+from . import feature_extractors, latents
+from .training import (
+    choose_backbone_settings,
+    find_trunk_factory,
+    load_or_train_score_model,
+    score_model_output,
+    train_on_ratings,
 )
+
+# of pre-training and distillation: raise it when the same inputs would give another model
+BACKBONE_TRAINING_VERSION = 1
 BASIC_PRETEXT_FIELDS = ("backbone", "inpaint", "simclr", "steps", "batch", "size", "seed")
 BASIC_DISTIL_FIELDS = ("steps", "learning_rate", "batch", "members", "seed")
 ADVANCED_DISTIL_FIELDS = ("weight_decay", "ema", "check_every", "patience", "few")  # of ScoreSettings, advanced
-
-
-def make_checked_trunk_factory(scorer, model=None, vae=None, clip_vision=None):
-    """`trunk(about)` for the backbone that `scorer` (settings, or what a file says of itself) names. ValueError for
-    what is not connected."""
-    if scorer.backbone == MODEL_FEATURES and model is None:
-        backbones.DiffusionFeatureExtractor(None)
-    if scorer.backbone == DECODED_IMAGE:
-        backbones.DifferentiableClipVision(clip_vision)
-        backbones.check_vae(vae)
-    return backbones.make_trunk_factory(model, vae, clip_vision)
-
-
-def choose_backbone_settings(scorer, pretrained):
-    """What decides backbone, width, depth and rank: the settings, or what a pretrained model says of itself. ValueError
-    for one that has no backbone to learn on."""
-    if pretrained is None:
-        return scorer
-    if not all(hasattr(network, "trunk") for network in pretrained.networks) or not pretrained.networks:
-        raise ValueError(
-            "What is connected as pretrained is a finished scorer of pictures and has no backbone to learn on. Connect "
-            "a model of Pretrain Score Backbone or Train Score Model, or use it as the teacher of Distill Score Model."
-        )
-    return pretrained.info
-
-
-def cache_features_if_frozen(encoded, denoiser, scorer, trunk):
-    """(encoded, denoiser, trunk) for `trained`: of backbones that stay as they are, what they see is computed once and
-    kept."""
-    return (
-        cache_frozen_features(encoded, denoiser, trunk)
-        if scorer.backbone in LOADED_BACKBONES and not scorer.rank
-        else (encoded, denoiser, trunk)
-    )
-
-
-# -- trained before ----------------------------------------------------------------------------------------------------
-
-
-def load_or_train_score_model(key: str, node_id, make, trunk=None):
-    """(score model, report, losses) of make(work), or of the same work done before. Where it is stopped, it goes on
-    from there at the next call. `trunk(about)`: for backbones made from something loaded."""
-    path = paths.score_cache_folder() / f"{key}.safetensors"
-    if path.is_file():
-        metadata = read_safetensors(path)[1]
-        words = f"{metadata['report']}\nTrained before: it was read from the cache."
-        return read_score_model(path, trunk), words, json.loads(metadata["losses"])
-    resume = ResumeFolder(paths.score_cache_folder() / f"{key}.unfinished")
-    try:
-        with host.context.enable_gradients():
-            done = make(resume)
-    except BaseException:
-        if resume.saved_progress:
-            host.progress.show_node_text(
-                f"stopped; all up to {resume.saved_progress} is saved, Run goes on from there", node_id
-            )
-        raise
-    words = make_printable(done.report)
-    write_score_model(path, done.model, {"report": words, "losses": json.dumps(done.losses)})
-    resume.clear()
-    return done.model, words, done.losses
 
 
 class PretrainScoreBackbone(io.ComfyNode):
@@ -173,30 +105,31 @@ class PretrainScoreBackbone(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, dataset, labels=paths.NO_PAIRS, **widgets):
-        scorer, settings = (
-            settings_from_widgets(ScorerSettings, without_backbone(widgets)),
-            settings_from_widgets(PretextSettings, widgets),
-        )
+        settings = settings_from_widgets(PretextSettings, widgets)
+        scorer_widgets = {
+            name: value for name, value in widgets.items() if name != "backbone"
+        }  # it is a pretext setting
+        scorer = settings_from_widgets(ScorerSettings, scorer_widgets)
         classes = read_class_labels(dataset, labels) if settings.classes else [None] * len(dataset)
-        pictures, report = host.encoders.VaeEncoder(vae), host.progress.ItemProgressReporter(cls.hidden.unique_id)
-        host.checks.check_latent_channels(model, pictures.channels)
-        scores = [r.score for r in dataset]
-        key = compute_fingerprint(
+        encoder, report = host.encoders.VaeEncoder(vae), host.progress.ItemProgressReporter(cls.hidden.unique_id)
+        host.checks.check_latent_channels(model, encoder.channels)
+        fingerprint = compute_fingerprint(
             "pretext",
             BACKBONE_TRAINING_VERSION,
             host.identity.hash_model_and_schedule(model),
-            pictures.identity,
+            encoder.identity,
             dataset.fingerprint(),
             scorer,
             settings,
             classes,
-            scores,
+            [record.score for record in dataset],
         )
-        make = lambda resume: pretrain_from_images(model, pictures, dataset, scorer, settings, classes, report, resume)
-        return score_model_output(cls, *load_or_train_score_model(key, cls.hidden.unique_id, make))
+        train = lambda resume: pretrain_from_images(model, encoder, dataset, scorer, settings, classes, report, resume)
+        return score_model_output(cls, *load_or_train_score_model(fingerprint, cls.hidden.unique_id, train))
 
 
-def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, report, resume):
+def pretrain_from_images(model, encoder, dataset, scorer, settings, classes, report, resume):
+    """The result of `pretrain_backbone` on encoded views of the dataset's images."""
     schedule = latents.NoiseSchedule(model)
     try:
         views = encode_views(
@@ -205,13 +138,13 @@ def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, re
             size=settings.size,
             crops=settings.crops,
             seed=settings.seed,
-            vae=pictures,
+            vae=encoder,
             cache_dir=paths.cache_folder(),
             report=report,
             check_interrupt=host.progress.raise_if_interrupted,
         )
     finally:
-        pictures.unload()
+        encoder.unload()
     return pretrain_backbone(
         views,
         schedule,
@@ -226,19 +159,10 @@ def pretrain_from_images(model, pictures, dataset, scorer, settings, classes, re
     )
 
 
-def without_backbone(widgets) -> dict:
-    """The widgets of ScorerSettings; the backbone is PretextSettings' own."""
-    return {name: value for name, value in widgets.items() if name != "backbone"}
-
-
 def read_class_labels(dataset, labels: str) -> list:
+    """The class of every image, by the chosen table or else by its folder; None where there is none."""
     table = paths.resolve_pair_file(labels)
     return folder_labels(dataset) if table is None else read_labels(table, dataset)
-
-
-def score_model_output(node, model, words, losses):
-    host.progress.show_node_text(words.splitlines()[0], node.hidden.unique_id)
-    return io.NodeOutput(model, words, {"loss": losses}, ui=ui.PreviewText(words))
 
 
 class LoadAestheticHead(io.ComfyNode):
@@ -293,10 +217,10 @@ class LoadAestheticHead(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, clip_vision, pooler=paths.NO_POOLER, model=None, vae=None):
-        of_latents = latents.latent_scoring_inputs(model, vae)
+        latent_inputs = latents.latent_scoring_inputs(model, vae)
         with host.context.enable_gradients():
             head = read_aesthetic_head(paths.aesthetic_head_path(file), paths.pooler_path(pooler))
-            return io.NodeOutput(backbones.ImageScoreModel(head, clip_vision, file, *of_latents))
+            return io.NodeOutput(feature_extractors.ImageScoreModel(head, clip_vision, file, *latent_inputs))
 
 
 class DistillScoreModel(io.ComfyNode):
@@ -359,36 +283,34 @@ class DistillScoreModel(io.ComfyNode):
         scorer = settings_from_widgets(ScorerSettings, widgets)
         settings = settings_from_widgets(ScoreSettings, {**widgets, "task": "regression", "loss": MSE_ONLY})
         host.checks.check_latent_channels(model, encoded.channels)
-        seeing = choose_backbone_settings(scorer, pretrained)
-        if seeing.backbone == DECODED_IMAGE:
+        backbone = choose_backbone_settings(scorer, pretrained)
+        if backbone.backbone == DECODED_IMAGE:
             raise ValueError(
                 f"The backbone '{DECODED_IMAGE}' would be the teacher once more: it decodes and looks at pictures. "
                 "Choose 'latent ResNet'."
             )
         report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
-        taught = rate_with_teacher(teacher, dataset, encoded, report)
-        ratings = [[item.id, item.score] for item in taught.items]
-        before = tensor_hash(score_model_tensors(pretrained)) if pretrained is not None else ""
-        key = compute_fingerprint(
+        rated = rate_with_teacher(teacher, dataset, encoded, report)
+        fingerprint = compute_fingerprint(
             "distil",
             BACKBONE_TRAINING_VERSION,
             host.identity.hash_model_and_schedule(model),
             encoded.fingerprint,
-            ratings,
+            [[item.id, item.score] for item in rated.items],
             scorer,
             settings,
-            before,
+            "" if pretrained is None else tensor_hash(score_model_tensors(pretrained)),
         )
-        trunk = make_checked_trunk_factory(seeing, model) if seeing.backbone in LOADED_BACKBONES else None
-        make = lambda resume: distill_from_teacher(
-            model, taught, scorer, settings, pretrained, seeing, trunk, report, resume
+        trunk = find_trunk_factory(backbone, model)
+        train = lambda resume: train_on_ratings(
+            model, rated, scorer, settings, backbone, trunk, report, pretrained=pretrained, resume=resume
         )
-        return score_model_output(cls, *load_or_train_score_model(key, cls.hidden.unique_id, make, trunk))
+        return score_model_output(cls, *load_or_train_score_model(fingerprint, cls.hidden.unique_id, train, trunk))
 
 
 def rate_with_teacher(teacher, dataset, encoded, report):
-    """The encoded pictures with the teacher's ratings in place of their own. ValueError for a teacher that does not
-    look at pictures, and for encoded pictures that are not in the dataset."""
+    """The encoded dataset with the teacher's ratings in place of its own. ValueError for a teacher that does not rate
+    images, and for encoded images that are not in the dataset."""
     check_trained_head(teacher.info)
     if not hasattr(teacher, "rate_pictures"):
         raise ValueError(
@@ -406,40 +328,10 @@ def rate_with_teacher(teacher, dataset, encoded, report):
             f"{len(missing)} of {len(ids)} encoded pictures are not in the dataset. Connect the dataset that was "
             "encoded."
         )
-    wanted = type(dataset)(tuple({r.id: r for r in dataset if r.id in ids}.values()))
-    ratings = dict(
-        zip(
-            (r.id for r in wanted),
-            teacher.rate_pictures(wanted, report, host.progress.raise_if_interrupted)[0],
-            strict=True,
-        )
-    )
-    return rated(encoded, ratings)
-
-
-def rated(encoded, ratings):
+    images = type(dataset)(tuple({record.id: record for record in dataset if record.id in ids}.values()))
+    scores, _ = teacher.rate_pictures(images, report, host.progress.raise_if_interrupted)
+    ratings = {record.id: score for record, score in zip(images, scores, strict=True)}
     return replace(encoded, items=[replace(item, score=ratings[item.id]) for item in encoded.items])
-
-
-def distill_from_teacher(model, taught, scorer, settings, before, seeing, trunk, report, resume):
-    groups = duplicate_group_names(
-        taught, ScanOptions(report=report, check_interrupt=host.progress.raise_if_interrupted)
-    )
-    data, schedule, trunk = cache_features_if_frozen(taught, latents.NoiseSchedule(model), seeing, trunk)
-    return train_score_model(
-        data,
-        schedule,
-        scorer,
-        settings,
-        latent_format=latents.latent_format_name(model),
-        groups=groups,
-        trunk=trunk,
-        pretrained=before,
-        resume=resume,
-        device=schedule.device,
-        report=report,
-        check_interrupt=host.progress.raise_if_interrupted,
-    )
 
 
 NODES = [PretrainScoreBackbone, DistillScoreModel, LoadAestheticHead]

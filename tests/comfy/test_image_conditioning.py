@@ -131,7 +131,7 @@ def test_unclip_takes_the_picture_in_its_own_entry(monkeypatch):
 
 
 def test_stable_cascade_takes_the_picture_as_clip_img():
-    cond = nodes.Cascade(None)(
+    cond = nodes.CascadeSlot(None)(
         {"cross_attn": torch.zeros(1, 2, 4), "pooled_output": torch.zeros(1, 4)}, torch.full((1, 768), 0.5)
     )
     made = comfy.model_base.StableCascade_C.extra_conds(None, **cond)

@@ -9,7 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from trainyard.nodes import host, paths
-from trainyard.nodes.scores import backbones, latents
+from trainyard.nodes.scores import feature_extractors, latents
 from trainyard.nodes.train import leco_score as nodes
 from trainyard.nodes.train.job import TrainingJob
 from trainyard.nodes.train.leco_score import (
@@ -250,7 +250,7 @@ def looking(model):
     )
     with torch.inference_mode(False):
         network = (
-            call_with_seed(1, lambda: Scorer(backbones.make_trunk_factory(model)(about), 1))
+            call_with_seed(1, lambda: Scorer(feature_extractors.make_trunk_factory(model)(about), 1))
             .eval()
             .requires_grad_(False)
         )
@@ -306,7 +306,7 @@ def test_a_run_under_an_aesthetic_head_decodes_and_leaves_vae_and_clip_vision_al
         model = make("sd3", inference=True)
         base = fingerprint(model)
         with torch.inference_mode(False):
-            scores = [backbones.ImageScoreModel(head, sight, "head.pth", vae, "SD3", 16) for head in heads]
+            scores = [feature_extractors.ImageScoreModel(head, sight, "head.pth", vae, "SD3", 16) for head in heads]
         made = job(model=model, score=scores[0], held_out=scores[1], settings={"target": "x0"})
         needed = made.task.extra_memory(made)
         done = run(made)
@@ -523,7 +523,9 @@ def test_signed_prompts_come_from_a_text_a_list_of_texts_or_a_file(folders):
 
 
 def rates_pictures():
-    return backbones.ImageScoreModel(AestheticHead(AestheticMLP([(torch.zeros(1, 24), None)])), encoder(), "head.pth")
+    return feature_extractors.ImageScoreModel(
+        AestheticHead(AestheticMLP([(torch.zeros(1, 24), None)])), encoder(), "head.pth"
+    )
 
 
 @pytest.mark.parametrize(("change", "says"), [

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 from trainyard.nodes import host
 from trainyard.nodes.data import image_features, zeroshot
-from trainyard.nodes.scores import backbones
+from trainyard.nodes.scores import feature_extractors
 from trainyard.nodes.scores.prompt_match import CLIP_SCORE_SCALE, ClipScoreModel, PromptMatchScore
 from trainyard.nodes.scores.score import ScoreImages, ScoringSettings
 from trainyard.nodes.scores.score_backbones import rate_with_teacher
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
-from trainyard.tests.comfy.test_backbones import slope, unchanged, weights
+from trainyard.tests.comfy.test_feature_extractors import slope, unchanged, weights
 from trainyard.tests.comfy.test_host import fingerprint
 from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
 from trainyard.tests.comfy.test_train_lora import result
@@ -75,7 +75,7 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
     before = weights(vae.patcher), weights(eyes.patcher), weights(clip_l.patcher)
     x, level = torch.randn(2, 16, 10, 10, generator=torch.Generator().manual_seed(2)) * 0.3, torch.zeros(2)
     with torch.no_grad():
-        pixels = vae.decode(backbones.latent_format_by_name("SD3").process_out(x))
+        pixels = vae.decode(feature_extractors.latent_format_by_name("SD3").process_out(x))
     shown = [Image.fromarray((picture.cpu().numpy() * 255).round().astype("uint8")) for picture in pixels]
     seen = torch.from_numpy(image_features.encode_image_features(eyes, shown))
     assert score.ratings(x)[0].tolist() == pytest.approx(

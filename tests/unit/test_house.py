@@ -34,7 +34,7 @@ BROUGHT = set(
 )
 # For training; for models that look at images; for score models that look through a loaded one; for samples drawn while
 # a model trains.
-DOORS = ("nodes/host/", "nodes/data/loaded_models.py", "nodes/scores/backbones.py", "nodes/train/previews.py")
+DOORS = ("nodes/host/", "nodes/data/loaded_models.py", "nodes/scores/feature_extractors.py", "nodes/train/previews.py")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -1,8 +1,8 @@
-"""The door to ComfyUI for score models that look through something loaded: the MODEL's own states, or VAE and
-CLIP_VISION.
+"""Feature extractors on ComfyUI's loaded models, for score models: the hidden states of a MODEL, or a VAE and a
+CLIP_VISION on the decoded image.
 
-Nothing of it is changed. Hooks and adapters are there during one call, weights are in ComfyUI's memory manager, and
-what a call borrows it gives back on every way out.
+The loaded models are not changed. Hooks and adapters are attached during one call only, weights stay with ComfyUI's
+memory manager, and everything a call borrows is given back, also after an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...trainers.adapters.adapters import Adapters, find_adaptable_layers
+from ...trainers.data.images import image_to_batch_tensor
 from ...trainers.data.records import open_image
 from ...trainers.files import tensor_hash
 from ...trainers.memory.checkpointing import checkpoint_blocks
@@ -44,32 +45,27 @@ from . import latents
 
 BLOCK_DEPTHS = (1 / 3, 1 / 2)  # of a transformer's blocks (DiNa-LRM's choice, HKUST-C4G/diffusion-rm)
 LORA_LR_FACTOR = 0.1  # of the score model's learning rate: 1e-4, usual for LoRA, at its default of 1e-3
-# level that a clean latent is announced at: below it a model's states say little (LRM and DiNa-LRM score noised
+# at least this noise level is passed to the model: below it its states say little (LRM and DiNa-LRM score noised
 # latents)
 MIN_NOISE_LEVEL = 0.1
-# times the memory of decoding: an SD VAE keeps 2.8 GiB for backward at 512 px, and the host counts 1.1 for decoding
+# times the memory of decoding: an SD VAE keeps 2.8 GiB for backward at 512 px, and ComfyUI counts 1.1 for decoding
 DECODE_BACKWARD_MEMORY_FACTOR = 3
-AESTHETIC_SCALE_MIDDLE = (
-    5.0  # of the scales of aesthetic heads, 1 to 10; a score model says how far above it a picture is
-)
+AESTHETIC_SCALE_MIDDLE = 5.0  # of aesthetic heads, which rate 1 to 10; their scores are points above it
 IMAGE_FIRST_BLOCKS = ("DoubleStreamBlock",)  # blocks that return (image, text); all others (text, image)
-BLOCK_LIST_NAMES = (
-    "blocks",
-    "layers",
-)  # how families call their own list of blocks; refiners and embedders are called otherwise
+BLOCK_LIST_NAMES = ("blocks", "layers")  # endings of the names of main block lists; refiners and embedders have others
 
 
 class StopForward(Exception):
-    """The last block that is looked at has spoken; the rest of the network need not run."""
+    """The last feature block has run; the rest of the network is not needed."""
 
 
 # -- a loaded MODEL ----------------------------------------------------------------------------------------------------
 
 
 class DiffusionFeatureExtractor:
-    """(x, level) as `unit_view` gives them -> (B, seen): the pooled states of a UNet's stages down to the middle (as
-    LRM takes them, Kwai-Kolors/LPO), or of a transformer's image tokens after a third and half of its blocks. Without
-    text."""
+    """(x, level) as `to_scorer_input` gives them -> (B, features): the pooled hidden states of a UNet's stages down to
+    the middle block (as in LRM, Kwai-Kolors/LPO), or of a transformer's image tokens after a third and half of its
+    blocks. The text conditioning is zero."""
 
     def __init__(self, model):
         if model is None:
@@ -84,32 +80,31 @@ class DiffusionFeatureExtractor:
         self.cond = zero_conditioning(self.network)
 
     def __call__(self, x: Tensor, level: Tensor, adapters: Adapters | None = None) -> Tensor:
-        """`adapters`: those that hang on the network for this look; where they are trained, each block keeps its input
-        only."""
+        """`adapters`: those attached to the network for this call; where they are trained, blocks are checkpointed."""
         device = x.device
         x, level = x.to(self.patcher.load_device, torch.float32), level.to(self.patcher.load_device)
-        found: list[Tensor] = []
+        states: list[Tensor] = []
         with (
             self.forward_context(needs_gradients(x, self.network), adapters),
-            capture_block_states(self.blocks, found, count_image_tokens(x)),
+            capture_block_states(self.blocks, states, count_image_tokens(x)),
         ):
             with contextlib.suppress(StopForward):
                 self.denoiser.denoise(
                     *from_scorer_input(self.denoiser, x, level, MIN_NOISE_LEVEL), [self.cond] * len(x)
                 )
-        if len(found) < len(self.blocks):
+        if len(states) < len(self.blocks):
             raise RuntimeError(
-                f"{type(self.network).__name__} ran {len(found)} of the {len(self.blocks)} blocks that are looked at. "
+                f"{type(self.network).__name__} ran {len(states)} of the {len(self.blocks)} blocks that are looked at. "
                 "Please report this model."
             )
-        return torch.cat(found, 1).to(device)
+        return torch.cat(states, 1).to(device)
 
     @contextlib.contextmanager
-    def forward_context(self, graded: bool, adapters: Adapters | None = None):
-        """The model on its device, as the host loads it; in a training session it is there already, and stays as it
-        is."""
+    def forward_context(self, with_gradients: bool, adapters: Adapters | None = None):
+        """The model loaded on its device and ready for a forward pass, with or without gradients. In a training session
+        it is loaded already, and stays as it is."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(host.context.enable_gradients() if graded else torch.no_grad())
+            stack.enter_context(host.context.enable_gradients() if with_gradients else torch.no_grad())
             model = self.patcher.model
             if not self.patcher.loaded_size():
                 mm.load_models_gpu([self.patcher])
@@ -118,7 +113,7 @@ class DiffusionFeatureExtractor:
                 stack.callback(self.patcher.cleanup)
             if adapters is not None:
                 adapters.to(self.patcher.load_device)
-            if graded:
+            if with_gradients:
                 host.context.replace_inference_parameters(model)
                 stack.enter_context(self.autograd_context())
                 if adapters is not None and any(p.requires_grad for p in adapters.parameters()):
@@ -131,7 +126,7 @@ class DiffusionFeatureExtractor:
 
     @contextlib.contextmanager
     def autograd_context(self):
-        """The host's habits as autograd wants them."""
+        """ComfyUI's optimisations switched to forms that autograd can differentiate."""
         with (
             host.out_of_place.disable_inplace_updates(self.network),
             host.context.set_training_flag(),
@@ -141,8 +136,8 @@ class DiffusionFeatureExtractor:
             yield
 
     def active_layers(self) -> set[str]:
-        """Names of the layers that a look comes by with something in hand: the rest of the network never runs, and a
-        text of zeros tells nothing to the layers that read it."""
+        """Names of the layers that affect the features: they run, on an input that is not all zero. The layers after
+        the last feature block never run, and those that read the text read zeros."""
         names: set[str] = set()
 
         def note(name):
@@ -159,33 +154,33 @@ class DiffusionFeatureExtractor:
         return names
 
     def feature_width(self) -> int:
-        """Numbers per picture, found by looking at noise."""
-        shape = self.denoiser.model.latent_format
-        frames = (1,) if shape.latent_dimensions == 3 else ()
-        noise = torch.randn(1, shape.latent_channels, *frames, 16, 16, generator=torch.Generator().manual_seed(0))
+        """Features per image, found by a forward pass on noise."""
+        latent = self.denoiser.model.latent_format
+        frames = (1,) if latent.latent_dimensions == 3 else ()
+        noise = torch.randn(1, latent.latent_channels, *frames, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(False), torch.no_grad():
             return self(noise, torch.full((1,), 0.5)).shape[1]
 
 
 @dataclass(frozen=True)
 class ExtractorRecomputeContext:
-    """What a block needs that is computed again in backward, when the look is long over: its adapters, and the host's
-    habits."""
+    """What a checkpointed block needs when backward recomputes it after the call is over: the adapters, and the
+    autograd context."""
 
     extractor: DiffusionFeatureExtractor
     adapters: Adapters
 
     def capture_context(self):
         @contextlib.contextmanager
-        def again():
+        def recompute():
             with self.extractor.autograd_context(), self.adapters.attached():
                 yield
 
-        return again
+        return recompute
 
 
 def needs_gradients(x: Tensor, network) -> bool:
-    """Whether anybody will ask for gradients: of the latent, or of adapters that hang on the network."""
+    """Whether the forward pass needs gradients: of the latent, or of adapters attached to the network."""
     return (
         torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
@@ -194,17 +189,17 @@ def needs_gradients(x: Tensor, network) -> bool:
 
 
 @contextlib.contextmanager
-def capture_block_states(blocks, found: list, tokens: int):
-    """Each block's state is pooled into `found` as it comes; the last one ends the run."""
+def capture_block_states(blocks, states: list, tokens: int):
+    """While active, each block's pooled output is appended to `states`; the last one raises StopForward."""
 
-    def see(module, _, out):
-        found.append(pool_hidden_states(select_image_state(module, out, tokens)))
-        if len(found) == len(blocks):
+    def capture(module, _, out):
+        states.append(pool_hidden_states(select_image_state(module, out, tokens)))
+        if len(states) == len(blocks):
             raise StopForward
 
     handles = []
     try:
-        handles += [block.register_forward_hook(see) for block in blocks]
+        handles += [block.register_forward_hook(capture) for block in blocks]
         yield
     finally:
         for handle in handles:
@@ -212,13 +207,13 @@ def capture_block_states(blocks, found: list, tokens: int):
 
 
 def count_image_tokens(x: Tensor) -> int:
-    """Image tokens of a transformer with patches of 2x2 cells."""
+    """Image tokens of a transformer with patches of 2x2 latent cells."""
     return -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
 
 
 def select_image_state(block, out, tokens: int) -> Tensor:
-    """The image's state in what a block returns: without the text's tensor, and without the text's tokens before the
-    image's."""
+    """The image's part of what a block returns: without the text tensor, and without text tokens before the image
+    tokens."""
     if isinstance(out, (tuple, list)):
         parts = [part for part in out if torch.is_tensor(part)]
         out = parts[0 if type(block).__name__ in IMAGE_FIRST_BLOCKS else -1]
@@ -228,11 +223,11 @@ def select_image_state(block, out, tokens: int) -> Tensor:
 
 
 def select_feature_blocks(network) -> list[torch.nn.Module]:
-    """The blocks that are looked at, in the order they run. ValueError for networks of another build."""
+    """The modules whose outputs are the features, in the order they run. ValueError for networks of another
+    architecture."""
     if hasattr(network, "input_blocks") and getattr(network, "middle_block", None) is not None:
-        return [
-            block[-1] for block in (*select_unet_blocks(network.input_blocks), network.middle_block)
-        ]  # the host calls the layers, never the block
+        # the last layer of each block, because ComfyUI calls the layers and never the block
+        return [block[-1] for block in (*select_unet_blocks(network.input_blocks), network.middle_block)]
     named = [
         (name, child)
         for name, child in network.named_children()
@@ -248,12 +243,12 @@ def select_feature_blocks(network) -> list[torch.nn.Module]:
 
 
 def select_unet_blocks(blocks) -> list[torch.nn.Module]:
-    """The last block before each halving, and the last of all."""
-    halving = [i for i, block in enumerate(blocks) if any(type(m).__name__ == "Downsample" for m in block)]
-    return [blocks[i - 1] for i in halving] + [blocks[-1]]
+    """The last block before each downsampling, and the last of all."""
+    downsampling = [i for i, block in enumerate(blocks) if any(type(m).__name__ == "Downsample" for m in block)]
+    return [blocks[i - 1] for i in downsampling] + [blocks[-1]]
 
 
-TEXT_WIDTH_PATHS = {  # where a network says how wide a text token is, and a pooled text
+TEXT_WIDTH_PATHS = {  # attributes of networks that hold the width of a text token, and of the pooled text
     "cross_attn": (
         "context_embedder.in_features",
         "txt_in.in_features",
@@ -268,7 +263,7 @@ SDXL_POOLED_WIDTH = 1280
 
 
 def zero_conditioning(network) -> dict:
-    """The conditioning that says nothing: zeros as wide as the network's text."""
+    """A conditioning without text: zeros as wide as the network's text embeddings."""
     width = resolve_first_width(network, TEXT_WIDTH_PATHS["cross_attn"]) or cross_attention_width(network)
     cond = {"cross_attn": torch.zeros(1, 77, width)}
     if pooled_width := resolve_first_width(network, TEXT_WIDTH_PATHS["pooled_output"]) or (
@@ -279,6 +274,7 @@ def zero_conditioning(network) -> dict:
 
 
 def resolve_first_width(network, paths) -> int:
+    """The value of the first attribute path that the network has, or 0."""
     for path in paths:
         with contextlib.suppress(AttributeError, IndexError, KeyError, TypeError):
             return int(resolve_attribute_path(network, path))
@@ -286,13 +282,15 @@ def resolve_first_width(network, paths) -> int:
 
 
 def resolve_attribute_path(thing, path: str):
+    """thing.a.0.b for "a.0.b"; numbers are indices."""
     for name in path.split("."):
         thing = thing[int(name)] if name.isdigit() else getattr(thing, name)
     return thing
 
 
 def cross_attention_width(network) -> int:
-    """Of networks that only cross attention tells: the inputs of its keys."""
+    """The width of a text token by the key projection of the cross attention, for networks that state it nowhere
+    else."""
     for name, module in network.named_modules():
         if name.endswith(("attn2.to_k", "cross_attn.k", "cross_attn.k_proj")):
             return module.in_features
@@ -306,7 +304,7 @@ def cross_attention_width(network) -> int:
 
 
 class DifferentiableClipVision:
-    """A CLIP_VISION that can be differentiated: pixels (B, 3, h, w) in 0..1 -> embeddings (B, d), or all tokens of a
+    """A CLIP_VISION with gradients: pixels (B, 3, h, w) in 0..1 -> embeddings (B, d), or all tokens (B, T, d) of a
     SigLIP."""
 
     SIDE = 384  # px, for encoders that take any size
@@ -329,34 +327,35 @@ class DifferentiableClipVision:
 
     @property
     def width(self) -> int:
-        """Numbers of an embedding, or of a token."""
+        """Width of an embedding, or of a token."""
         with torch.inference_mode(False), torch.no_grad(), loaded_patchers([self.patcher], False):
             return self(torch.zeros(1, 3, self.side, self.side)).shape[-1]
 
 
 def static_patcher(patcher):
+    """The patcher itself, or its non-dynamic form where ComfyUI would stream its weights."""
     return host.session.get_non_dynamic_patcher(patcher) if patcher.is_dynamic() else patcher
 
 
 @contextlib.contextmanager
-def loaded_patchers(patchers, graded: bool):
-    """The models on their devices, ready for gradients where they are wanted. What is there already stays: asked again,
-    the host would make room for it anew, and a model in training is what it would push out."""
+def loaded_patchers(patchers, with_gradients: bool):
+    """The models loaded on their devices, ready for gradients if asked for. What is loaded already is not loaded again:
+    ComfyUI would free memory for it once more, and a model in training is what it would unload."""
     if missing := [patcher for patcher in patchers if not patcher.loaded_size()]:
         mm.load_models_gpu(missing)
     with contextlib.ExitStack() as stack:
-        if graded:
+        if with_gradients:
             stack.enter_context(host.context.enable_gradients())
             for patcher in patchers:
                 host.context.replace_inference_parameters(patcher.model)
                 stack.enter_context(host.out_of_place.disable_inplace_updates(patcher.model))
-            for habit in (host.context.set_training_flag, host.context.disable_transfer_streams):
-                stack.enter_context(habit())
+            for context in (host.context.set_training_flag, host.context.disable_transfer_streams):
+                stack.enter_context(context())
         yield
 
 
 def resize_centre_crop(pixels: Tensor, side: int) -> Tensor:
-    """The middle square, side x side: as the host's clip_preprocess, without its rounding to 256 levels, which has no
+    """The centre square, side x side: as ComfyUI's clip_preprocess, without its rounding to 256 levels, which has no
     gradient."""
     height, width = pixels.shape[-2:]
     if (height, width) != (side, side):
@@ -369,59 +368,54 @@ def resize_centre_crop(pixels: Tensor, side: int) -> Tensor:
 
 
 class DecodedFeatureExtractor:
-    """(x, level) -> (B, d): the latent decoded and looked at by a CLIP_VISION, or rated by a head on it. The level is
-    not asked: noise is plainly to be seen in the picture."""
+    """(x, level) -> (B, d) image features of the decoded latent by a CLIP_VISION, or (B, 1) ratings by a head on it.
+    The level is not used: the noise can be seen in the image."""
 
-    def __init__(self, vae, sight: DifferentiableClipVision, format_name: str, head: AestheticHead | None = None):
+    def __init__(
+        self, vae, vision_encoder: DifferentiableClipVision, format_name: str, head: AestheticHead | None = None
+    ):
         check_vae(vae)
-        self.vae, self.vision_encoder, self.head = vae, sight, head
+        self.vae, self.vision_encoder, self.head = vae, vision_encoder, head
         self.patcher, self.format = static_patcher(vae.patcher), latent_format_by_name(format_name)
         self.output_affine = vae_output_affine(vae)
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
-        graded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and x.requires_grad
+        with_gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and x.requires_grad
         with (
-            loaded_patchers([self.patcher, self.vision_encoder.patcher], graded),
-            contextlib.nullcontext() if graded else torch.no_grad(),
+            loaded_patchers([self.patcher, self.vision_encoder.patcher], with_gradients),
+            contextlib.nullcontext() if with_gradients else torch.no_grad(),
         ):
-            seen = self.vision_encoder(self.decode_pixels(x))
+            encoded = self.vision_encoder(self.decode_pixels(x))
             if self.head is not None:
-                return self.head.to(seen.device)(seen)[:, None].to(x.device)
-            return mean_pool_tokens(seen).to(x.device)
+                return self.head.to(encoded.device)(encoded)[:, None].to(x.device)
+            return (encoded.mean(1) if encoded.ndim == 3 else encoded).to(x.device)  # SigLIP gives tokens
 
     def gradient_memory(self, shape) -> float:
-        """Bytes that a look with gradient at latents (B, C, ..., h, w) needs beside the model in training."""
+        """Bytes that a call with gradients on latents (B, C, ..., h, w) needs beside the model in training."""
         models = self.patcher.model_size() + self.vision_encoder.patcher.model_size()
         return models + DECODE_BACKWARD_MEMORY_FACTOR * self.vae.memory_used_decode(
             (shape[0], shape[1], *shape[-2:]), self.vae.vae_dtype
         )
 
     def decode_pixels(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) about 0 to 1, not clamped: the clamp of VAE.decode has no gradient where a picture is white or
+        """(B, 3, h, w) about 0 to 1, not clamped: the clamp of VAE.decode has no gradient where an image is white or
         black."""
         latent = self.format.process_out(x.to(self.patcher.load_device, torch.float32))
-        latent = (
-            squeeze_single_frame(latent)
-            if self.vae.latent_dim == 2
-            else latent
-            if latent.ndim == 5
-            else latent.unsqueeze(2)
-        )
+        if self.vae.latent_dim == 2:
+            latent = squeeze_single_frame(latent)
+        elif latent.ndim != 5:
+            latent = latent.unsqueeze(2)
         pixels = self.vae.first_stage_model.decode(latent.to(self.vae.vae_dtype)).float()
         scale, shift = self.output_affine
         return squeeze_single_frame(pixels) * scale + shift
 
 
 def check_vae(vae) -> None:
+    """ValueError where no VAE is connected."""
     if vae is None:
         raise ValueError(
             f"The backbone '{DECODED_IMAGE}' decodes latents: connect the VAE that belongs to the model, or its TAESD."
         )
-
-
-def mean_pool_tokens(seen: Tensor) -> Tensor:
-    """(B, d); all tokens of a SigLIP by their mean, as nodes/data/image_features.py does."""
-    return seen.mean(1) if seen.ndim == 3 else seen
 
 
 def latent_format_by_name(name: str):
@@ -435,66 +429,62 @@ def latent_format_by_name(name: str):
 
 
 def vae_output_affine(vae) -> tuple[float, float]:
-    """(scale, shift) of the VAE's own way from what it decodes to 0..1, read off two values that no clamp touches."""
+    """(scale, shift) from what the VAE decodes to 0..1, measured at two values that its clamp leaves alone."""
     low, high = vae.process_output(torch.tensor([0.25, 0.75])).tolist()
     scale = (high - low) / 0.5
     return scale, low - 0.25 * scale
 
 
-# -- what score models and their nodes ask for -------------------------------------------------------------------------
+# -- score models on these extractors ----------------------------------------------------------------------------------
 
 
 def make_trunk_factory(model=None, vae=None, clip_vision=None) -> Callable[[ScoreModelInfo], torch.nn.Module]:
-    """`trunk(about)` for every backbone, its weights drawn from torch's own generator. ValueError, when it is asked,
-    for what is not connected."""
-    looks: dict[str, object] = {}  # one for all members of an ensemble
+    """`trunk(info)` for every backbone, initialised from torch's global generator. It raises ValueError for what is not
+    connected."""
+    extractors: dict[str, tuple] = {}  # {backbone: (extractor, features)}, shared by all members of an ensemble
 
-    def look(info: ScoreModelInfo):
-        if info.backbone not in looks:
-            made = (
-                DiffusionFeatureExtractor(model)
-                if info.backbone == MODEL_FEATURES
-                else DecodedFeatureExtractor(vae, DifferentiableClipVision(clip_vision), info.latent_format)
-            )
-            looks[info.backbone] = (
-                made,
-                made.feature_width() if info.backbone == MODEL_FEATURES else made.vision_encoder.width,
-            )
-        return looks[info.backbone]
+    def find_extractor(info: ScoreModelInfo):
+        if info.backbone not in extractors:
+            if info.backbone == MODEL_FEATURES:
+                made = DiffusionFeatureExtractor(model)
+                extractors[info.backbone] = made, made.feature_width()
+            else:
+                made = DecodedFeatureExtractor(vae, DifferentiableClipVision(clip_vision), info.latent_format)
+                extractors[info.backbone] = made, made.vision_encoder.width
+        return extractors[info.backbone]
 
     def trunk(info: ScoreModelInfo):
         if info.backbone in LATENT_BACKBONES:
             return LATENT_BACKBONES[info.backbone](info.channels, info.width, info.depth)
-        found, seen = look(info)
-        if info.backbone == MODEL_FEATURES and found.denoiser.model.latent_format.latent_channels != info.channels:
+        extractor, features = find_extractor(info)
+        if info.backbone != MODEL_FEATURES:
+            return LoadedModelTrunk(extractor, features, info.width)
+        if (channels := extractor.denoiser.model.latent_format.latent_channels) != info.channels:
             raise ValueError(
                 f"This score model looks through a model of {info.channels} latent channels ({info.latent_format}), "
-                f"and the connected MODEL has {found.denoiser.model.latent_format.latent_channels} "
-                f"({latents.latent_format_name(found.patcher)})."
+                f"and the connected MODEL has {channels} ({latents.latent_format_name(extractor.patcher)})."
             )
-        if info.backbone != MODEL_FEATURES or not info.rank:
-            return LoadedModelTrunk(found, seen, info.width)
-        adapters = make_feature_adapters(found, info.rank)
-        return LoadedModelTrunk(functools.partial(found, adapters=adapters), seen, info.width, adapters)
+        if not info.rank:
+            return LoadedModelTrunk(extractor, features, info.width)
+        adapters = make_feature_adapters(extractor, info.rank)
+        return LoadedModelTrunk(functools.partial(extractor, adapters=adapters), features, info.width, adapters)
 
     return trunk
 
 
-def make_feature_adapters(look: DiffusionFeatureExtractor, rank: int) -> Adapters:
-    """A LoRA on the attention that a look comes by, all else being dead weight in the file. It learns slower than the
-    small layers after it."""
+def make_feature_adapters(extractor: DiffusionFeatureExtractor, rank: int) -> Adapters:
+    """A LoRA on the attention layers that affect the features; on others it would be dead weight in the file. Its
+    learning rate is lower than that of the layers after it."""
     rng = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
-    adapters = Adapters(look.network, AdapterSettings(rank=rank, targets="attention"), rng).keep_layers(
-        look.active_layers()
-    )
+    adapters = Adapters(extractor.network, AdapterSettings(rank=rank, targets="attention"), rng)
+    adapters = adapters.keep_layers(extractor.active_layers())
     for p in adapters.parameters():
         p.rate = LORA_LR_FACTOR
     return adapters
 
 
 class ImageScoreModel(ScorerEnsemble):
-    """An aesthetic head on a CLIP_VISION: rates pictures, and latents too when it was given a VAE to decode them
-    with."""
+    """An aesthetic head on a CLIP_VISION as a score model: rates images, and with a VAE to decode them also latents."""
 
     def __init__(self, head: AestheticHead, clip_vision, name: str, vae=None, format_name: str = "", channels: int = 0):
         self.head, self.vision_encoder, self.name = head, DifferentiableClipVision(clip_vision), name
@@ -531,36 +521,33 @@ class ImageScoreModel(ScorerEnsemble):
 
     @torch.no_grad()
     def rate(self, pictures, report=None, check_interrupt=host.progress.raise_if_interrupted) -> list[float]:
-        """One rating for each PIL picture, on the head's own scale; the middle square of each is seen."""
-        out: list[float] = []
+        """One rating for each PIL image, on the head's own scale, from its centre square."""
+        ratings: list[float] = []
         with loaded_patchers([self.vision_encoder.patcher], False):
             for picture in pictures:
                 check_interrupt()
-                pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).movedim(-1, 0)[
-                    None
-                ]
-                seen = self.vision_encoder(pixels)
-                out += self.head.to(seen.device)(seen).tolist()
+                encoded = self.vision_encoder(image_to_batch_tensor(picture.convert("RGB")).movedim(-1, 1))
+                ratings += self.head.to(encoded.device)(encoded).tolist()
                 if report:
-                    report(len(out))
-        if not np.isfinite(out).all():
+                    report(len(ratings))
+        if not np.isfinite(ratings).all():
             raise ValueError(
                 f"{self.name} gives ratings that are no numbers (NaN). Load the CLIP vision again, or start ComfyUI "
                 "with --fp32-text-enc."
             )
-        return out
+        return ratings
 
     def rate_pictures(
         self, dataset, report=None, check_interrupt=host.progress.raise_if_interrupted
     ) -> tuple[list[float], list[float]]:
-        """(ratings, spreads) of a dataset's pictures, one opened at a time. A single head has no spread."""
-        tell = report and (lambda done: report(done, len(dataset), "rated"))
-        return self.rate((open_image(record) for record in dataset), tell, check_interrupt), [0.0] * len(dataset)
+        """(ratings, spreads) of a dataset's images, one opened at a time. A single head has no spread."""
+        progress = report and (lambda done: report(done, len(dataset), "rated"))
+        return self.rate((open_image(record) for record in dataset), progress, check_interrupt), [0.0] * len(dataset)
 
 
 class DecodedScorer(torch.nn.Module):
-    """The network of an image score model: (x, level) -> (B, 1), in points above the middle of the head's scale. It has
-    nothing of its own."""
+    """The network of an ImageScoreModel: (x, level) -> (B, 1), in points above the middle of the head's scale. It has
+    no weights of its own."""
 
     def __init__(self, extract: DecodedFeatureExtractor, name: str):
         super().__init__()
@@ -577,6 +564,7 @@ class DecodedScorer(torch.nn.Module):
 
 
 def check_siglip_pooler(head: AestheticHead, clip_vision) -> None:
+    """ValueError for a SigLIP without a pooler, and for a pooler on an encoder that pools by itself."""
     siglip = getattr(clip_vision, "model_type", "").startswith("siglip")
     if siglip and head.pooler is None:
         raise ValueError(

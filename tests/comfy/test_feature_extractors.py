@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from trainyard.nodes import host
 from trainyard.nodes.data import image_features
-from trainyard.nodes.scores import backbones, latents
+from trainyard.nodes.scores import feature_extractors, latents
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import TABLE, latent_shape, make
 from trainyard.tests.comfy.test_quality import encoder
@@ -77,7 +77,7 @@ def test_a_loaded_models_states_score_latents_and_pass_gradients_back(family):
     model = make(family, inference=True)
     before = weights(model)
     with torch.inference_mode(False):
-        network = Scorer(backbones.make_trunk_factory(model)(about(model)), 1)
+        network = Scorer(feature_extractors.make_trunk_factory(model)(about(model)), 1)
     x, level = sample(family), torch.tensor([0.0, 0.6])
     auto, finite = slope(lambda x: network(x, level), x)
     assert auto == pytest.approx(finite, rel=0.03, abs=1e-5)
@@ -91,7 +91,7 @@ def test_a_loaded_models_states_score_latents_and_pass_gradients_back(family):
 
 def test_a_unet_is_seen_stage_by_stage_down_to_the_middle_and_no_further():
     model = make("sd15")
-    look = backbones.DiffusionFeatureExtractor(model)
+    look = feature_extractors.DiffusionFeatureExtractor(model)
     seen, up = [], []
     handle = look.network.output_blocks[0].register_forward_hook(lambda *_: up.append(1))
     try:
@@ -112,14 +112,15 @@ def test_the_real_sd15_would_be_seen_with_lrms_4800_numbers():
 
     network = UNetModel(**config, device="meta", dtype=torch.float16, operations=comfy.ops.disable_weight_init)
     widths = [
-        getattr(block, "out_channels", None) or block.in_channels for block in backbones.select_feature_blocks(network)
+        getattr(block, "out_channels", None) or block.in_channels
+        for block in feature_extractors.select_feature_blocks(network)
     ]
     assert widths == [320, 640, 1280, 1280, 1280]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_tell_latents_apart_and_change_with_the_level(family):
-    look = backbones.DiffusionFeatureExtractor(make(family))
+    look = feature_extractors.DiffusionFeatureExtractor(make(family))
     a = look(sample(family, 3), torch.tensor([0.3, 0.3, 0.8]))
     assert torch.isfinite(a).all()
     again = look(sample(family, 3)[:1], torch.tensor([0.8]))
@@ -129,7 +130,7 @@ def test_features_tell_latents_apart_and_change_with_the_level(family):
 
 @pytest.mark.parametrize("family", [name for name in TABLE if name not in FAMILIES])
 def test_every_other_family_can_be_looked_through_too(family):
-    seen = backbones.DiffusionFeatureExtractor(make(family))(sample(family), torch.tensor([0.3, 0.3]))
+    seen = feature_extractors.DiffusionFeatureExtractor(make(family))(sample(family), torch.tensor([0.3, 0.3]))
     assert torch.isfinite(seen).all()
     assert (seen[0] - seen[1]).abs().mean() > 0.01
 
@@ -139,7 +140,7 @@ def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
     model = make(family, inference=True)
     before = weights(model)
     with host.context.enable_gradients():
-        network = Scorer(backbones.make_trunk_factory(model)(about(model, rank=4)), 1)
+        network = Scorer(feature_extractors.make_trunk_factory(model)(about(model, rank=4)), 1)
         ups = [low.up for low in network.trunk.adapters.lows.values()]
         optimizer = torch.optim.Adam(network.parameters(), 1e-2)
         for _ in range(2):
@@ -159,7 +160,7 @@ def test_lora_on_the_features_learns_and_leaves_the_model_alone(family):
 def test_the_model_in_a_training_session_is_looked_at_where_it_is():
     """A clone must not be loaded in its place: that would take the session's adapters off."""
     model = make("sd3", inference=True)
-    network = Scorer(backbones.make_trunk_factory(model)(about(model)), 1)
+    network = Scorer(feature_extractors.make_trunk_factory(model)(about(model)), 1)
     with host.session.open_training_session(model, AdapterSettings(rank=4)) as session:
         attached = len(session.adapters._hooks)
         network(sample("sd3"), torch.tensor([0.2, 0.4]))
@@ -168,7 +169,7 @@ def test_the_model_in_a_training_session_is_looked_at_where_it_is():
         session.denoiser.denoise(
             sample("sd3"),
             torch.tensor([0.5, 0.5]),
-            [backbones.zero_conditioning(session.denoiser.model.diffusion_model)] * 2,
+            [feature_extractors.zero_conditioning(session.denoiser.model.diffusion_model)] * 2,
         )
 
 
@@ -176,7 +177,7 @@ def test_the_model_in_a_training_session_is_looked_at_where_it_is():
 def test_adapters_in_training_are_not_looked_through(checkpointing):
     """A scorer that saw its own pupil's change would be fooled by it."""
     model, x, level = make("sd3", inference=True), sample("sd3"), torch.tensor([0.2, 0.4])
-    score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(about(model)), 1)], ScoreModelInfo())
+    score = ScorerEnsemble([Scorer(feature_extractors.make_trunk_factory(model)(about(model)), 1)], ScoreModelInfo())
     with torch.no_grad():
         clean = score.mean_score(x, level)
     with (
@@ -199,12 +200,14 @@ def test_blocks_that_are_computed_again_give_the_lora_the_same_gradients(family,
     """A look with a LoRA keeps each block's input only; its adapters are off the network when backward asks again."""
     model, found = make(family, inference=True), []
     with host.context.enable_gradients():
-        network = call_with_seed(0, lambda: Scorer(backbones.make_trunk_factory(model)(about(model, rank=4)), 1))
+        network = call_with_seed(
+            0, lambda: Scorer(feature_extractors.make_trunk_factory(model)(about(model, rank=4)), 1)
+        )
         for low in network.trunk.adapters.lows.values():
             torch.nn.init.normal_(low.up, std=0.1, generator=torch.Generator().manual_seed(1))
         for kept_whole in (False, True):
             if kept_whole:
-                monkeypatch.setattr(backbones, "checkpoint_blocks", lambda *_: contextlib.nullcontext())
+                monkeypatch.setattr(feature_extractors, "checkpoint_blocks", lambda *_: contextlib.nullcontext())
             with saved_bytes() as kept:
                 out = network(sample(family), torch.tensor([0.2, 0.7]))
             out.sum().backward()
@@ -234,7 +237,9 @@ def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
     """On the very MODEL in training, with blocks that are computed again: the same score and gradient as without any
     training."""
     model, x, level = make(family, inference=True), sample(family), torch.tensor([0.2, 0.4])
-    score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(about(model, rank=4)), 1)], ScoreModelInfo())
+    score = ScorerEnsemble(
+        [Scorer(feature_extractors.make_trunk_factory(model)(about(model, rank=4)), 1)], ScoreModelInfo()
+    )
     for low in score.networks[0].trunk.adapters.lows.values():
         torch.nn.init.normal_(low.up, std=0.1)
     score.networks[0].requires_grad_(False)
@@ -259,19 +264,19 @@ def test_a_scorers_own_lora_is_looked_through_while_another_is_trained(family):
 def test_the_file_holds_the_small_layers_and_the_lora_and_loads_onto_the_same_model(tmp_path, rank):
     model, x, level = make("sd15"), sample("sd15"), torch.tensor([0.0, 0.5])
     known = about(model, rank=rank)
-    score = ScorerEnsemble([Scorer(backbones.make_trunk_factory(model)(known), 1)], known)
+    score = ScorerEnsemble([Scorer(feature_extractors.make_trunk_factory(model)(known), 1)], known)
     for low in score.networks[0].trunk.adapters.lows.values() if rank else ():
         torch.nn.init.normal_(low.up, std=0.1)
     write_score_model(tmp_path / "score.safetensors", score)
     assert (tmp_path / "score.safetensors").stat().st_size < 2**20
-    loaded = read_score_model(tmp_path / "score.safetensors", backbones.make_trunk_factory(model))
+    loaded = read_score_model(tmp_path / "score.safetensors", feature_extractors.make_trunk_factory(model))
     with torch.no_grad():
         assert torch.allclose(loaded.mean_score(x, level), score.mean_score(x, level), atol=1e-5)
 
 
 def test_an_error_in_the_middle_takes_every_hook_off():
     model = make("sd3")
-    look = backbones.DiffusionFeatureExtractor(model)
+    look = feature_extractors.DiffusionFeatureExtractor(model)
     with pytest.raises(Exception, match="."):
         look(torch.zeros(1, 3, 16, 16), torch.zeros(1))
     assert not any(m._forward_hooks for m in model.model.modules())
@@ -292,7 +297,7 @@ def test_a_decoded_picture_is_scored_and_passes_gradients_to_the_latent(vae):
     before = weights(vae.patcher), weights(sight.patcher)
     with torch.inference_mode(False):
         network = Scorer(
-            backbones.make_trunk_factory(vae=vae, clip_vision=sight)(
+            feature_extractors.make_trunk_factory(vae=vae, clip_vision=sight)(
                 ScoreModelInfo(backbone=DECODED_IMAGE, latent_format="SD3", channels=16, width=8)
             ),
             1,
@@ -306,7 +311,9 @@ def test_a_decoded_picture_is_scored_and_passes_gradients_to_the_latent(vae):
 
 
 def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
-    look = backbones.DecodedFeatureExtractor(vae, backbones.DifferentiableClipVision(encoder()), "SD3")
+    look = feature_extractors.DecodedFeatureExtractor(
+        vae, feature_extractors.DifferentiableClipVision(encoder()), "SD3"
+    )
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
         ours = look.decode_pixels(x)
@@ -319,7 +326,7 @@ def test_an_image_scorer_sees_what_the_hosts_own_encoder_sees():
     head = AestheticHead(
         AestheticMLP([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))])
     )
-    ours = backbones.ImageScoreModel(head, sight, "test").rate([picture])
+    ours = feature_extractors.ImageScoreModel(head, sight, "test").rate([picture])
     with torch.inference_mode():
         hosts = sight.encode_image(torch.from_numpy(np.array(picture)).float()[None] / 255)
         wanted = head(image_features.pool_vision_output(hosts)).tolist()
@@ -330,7 +337,7 @@ def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(v
     head = AestheticHead(
         AestheticMLP([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))])
     )
-    model = backbones.ImageScoreModel(head, encoder(), "test", vae, "SD3", 16)
+    model = feature_extractors.ImageScoreModel(head, encoder(), "test", vae, "SD3", 16)
     x = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
         pixels = vae.decode(model.networks[0].extract.format.process_out(x))[0]
@@ -341,12 +348,14 @@ def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(v
     with pytest.raises(ValueError, match="has its own file"):
         write_score_model("never.safetensors", model)
     with pytest.raises(ValueError, match="Connect model and vae to Load Aesthetic Head"):
-        backbones.ImageScoreModel(head, encoder(), "test").mean_score(x, torch.zeros(1))
+        feature_extractors.ImageScoreModel(head, encoder(), "test").mean_score(x, torch.zeros(1))
 
 
 def test_a_head_of_another_width_names_the_encoder_it_wants():
     with pytest.raises(ValueError, match="It wants CLIP ViT-L/14"):
-        backbones.ImageScoreModel(AestheticHead(AestheticMLP([(torch.zeros(1, 768), None)])), encoder(), "laion")
+        feature_extractors.ImageScoreModel(
+            AestheticHead(AestheticMLP([(torch.zeros(1, 768), None)])), encoder(), "laion"
+        )
 
 
 @pytest.mark.parametrize(
@@ -355,7 +364,7 @@ def test_a_head_of_another_width_names_the_encoder_it_wants():
 )
 def test_what_is_not_connected_is_named(backbone, wanted):
     with pytest.raises(ValueError, match=wanted):
-        backbones.make_trunk_factory()(ScoreModelInfo(backbone=backbone))
+        feature_extractors.make_trunk_factory()(ScoreModelInfo(backbone=backbone))
 
 
 def test_small_numbers_count_as_much_as_large_ones_from_the_first_batch_on():
@@ -385,7 +394,7 @@ def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
     model = make("sd3")
     data = EncodedDataset.from_core([{"samples": sample("sd3", 4)}], [cond("sd3")])
     data, denoiser, trunk = cache_frozen_features(
-        data, latents.NoiseSchedule(model), backbones.make_trunk_factory(model)
+        data, latents.NoiseSchedule(model), feature_extractors.make_trunk_factory(model)
     )
     network, calls = trunk(about(model)), []
     inner = network.extract.extract
