@@ -142,9 +142,9 @@ class EncodeDataset(io.ComfyNode):
             contextlib.ExitStack() as borrowed,
             host.context.enable_gradients(),
         ):  # tensors made here must be ordinary ones
-            borrowed.callback(images.free)
+            borrowed.callback(images.unload)
             if text is not None:
-                borrowed.callback(text.free)
+                borrowed.callback(text.unload)
             encoded = encode_dataset(
                 dataset,
                 captions,
