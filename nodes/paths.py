@@ -52,7 +52,7 @@ def resolve_dataset_folder(choice: str) -> Path:
     """The folder behind a choice of `list_dataset_folders`. Raises ValueError when it is below none of the roots."""
     if choice == NO_DATASET_FOLDER:
         raise ValueError(
-            "There is no dataset folder yet. Put a folder with pictures into ComfyUI's input folder, then press R to "
+            "There is no dataset folder yet. Put a folder with images into ComfyUI's input folder, then press R to "
             "refresh."
         )
     name, _, rest = choice.replace("\\", "/").partition("/")
@@ -165,7 +165,7 @@ def lora_path(name: str) -> Path:
         raise ValueError(f"There is no LoRA named {name!r} in {', '.join(folder_paths.get_folder_paths('loras'))}.")
     if not path.endswith((".safetensors", ".sft")):
         raise ValueError(
-            f"{name!r} is no .safetensors file; other formats can run code when they are opened and are refused."
+            f"{name!r} is not a .safetensors file; other formats can run code when they are opened and are refused."
         )
     return Path(path)
 

@@ -67,7 +67,7 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 # -- trees: nested states of optimizers and methods as one safetensors file --------------------------------------------
@@ -84,7 +84,7 @@ def read_state_tree(path):
     """What `write_tree` wrote, equal in every bit."""
     tensors, metadata = read_safetensors(path)
     if "tree" not in metadata:
-        raise ValueError(f"{path} is no saved state")
+        raise ValueError(f"{path} is not a saved state")
     return unpack_state_tree(json.loads(metadata["tree"]), tensors)
 
 

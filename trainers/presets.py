@@ -173,7 +173,7 @@ def apply_preset_change(chosen: TrainingPreset, where: str, text: str) -> Traini
     name, equals, value = (part.strip() for part in text.partition("="))
     done = (*chosen.changed_names, name)
     if not equals:
-        raise ValueError(f"{where} is no change. Write a name, = and a value, for example rank = 32.")
+        raise ValueError(f"{where} is not a change. Write a name, = and a value, for example rank = 32.")
     try:
         if name == "resolution":
             return replace(

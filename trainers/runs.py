@@ -127,7 +127,7 @@ class RunFolder:
             return state
         except ValueError as error:
             raise ValueError(
-                f"{error}. Move the folder {self.folder} away, or choose another run name, to start anew."
+                f"{error}. Move the folder {self.folder} away, or choose another run name, to start over."
             ) from error
 
     def save(self, state, why):
@@ -249,7 +249,7 @@ def find_run_folder(root, name: str) -> Path:
     """The folder of one run directly below root. Raises ValueError for every other name."""
     folder = Path(root) / name
     if not RUN_NAME_PATTERN.fullmatch(name) or folder.is_symlink() or folder.resolve().parent != Path(root).resolve():
-        raise ValueError(f"{name!r} is no run. Choose one that is listed.")
+        raise ValueError(f"{name!r} is not a run. Choose one that is listed.")
     if not any((folder / file).is_file() for file in ("run.json", "resume.state")):
         raise ValueError(
             f"There is no run in {folder.name!r}: it has neither run.json nor resume.state, so it is left alone."

@@ -229,7 +229,7 @@ class AdapterSettings(Settings):
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"pattern is {self.pattern!r}, which is no regular expression: {error}.") from None
+            raise ValueError(f"pattern is {self.pattern!r}, which is not a regular expression: {error}.") from None
 
 
 @dataclass(frozen=True)
@@ -257,12 +257,12 @@ def parse_block_rule(where: str, line: str) -> BlockRule:
     pattern, colon, values = line.rpartition(":")
     if not colon or not pattern.strip() or not values.split():
         raise ValueError(
-            f"{where} is no rule. Write a pattern, a colon and values, for example attn2: rank=8 alpha=4 lr=0.5"
+            f"{where} is not a rule. Write a pattern, a colon and values, for example attn2: rank=8 alpha=4 lr=0.5"
         )
     try:
         compiled = re.compile(pattern.strip())
     except re.error as error:
-        raise ValueError(f"{where}: {pattern.strip()!r} is no regular expression ({error}).") from None
+        raise ValueError(f"{where}: {pattern.strip()!r} is not a regular expression ({error}).") from None
     return BlockRule(where, compiled, **dict(parse_rule_value(where, word) for word in values.split()))
 
 

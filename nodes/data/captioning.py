@@ -254,8 +254,8 @@ def choose_caption_template(backend: str, captioner, text: str, wording: PromptS
     text = text.strip()
     if backend == BACKEND_FIXED_TEXT and not text:
         raise ValueError(
-            "The backend is 'fixed text' and text is empty. Write the caption into text; {name}, {folder}, {tags} and "
-            "{caption} become those of each picture."
+            "The backend is 'fixed text' and text is empty. Write the caption into text; {name}, {folder}, {tags} "
+            "and {caption} become those of each image."
         )
     if backend == BACKEND_FILE_NAME:
         return text or "{name}"

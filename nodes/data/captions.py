@@ -48,14 +48,14 @@ class EditCaptions(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip=f"Decides the order that 'shuffle' gives. (0 to {2**63 - 1})",
+                    tooltip=f"Determines the order for 'shuffle'. (0 to {2**63 - 1})",
                 ),
                 io.Int.Input(
                     "show",
                     default=5,
                     min=0,
                     max=1000,
-                    tooltip="How many changed captions the preview shows. (0 to 1000 pictures)",
+                    tooltip="How many changed captions the preview shows. (0 to 1000 images)",
                 ),
                 io.Clip.Input(
                     "clip",

@@ -227,7 +227,7 @@ class PreviewDataset(io.ComfyNode):
                     default=24,
                     min=1,
                     max=400,
-                    tooltip="How many images a page shows. (1 to 400 pictures)",
+                    tooltip="How many images a page shows. (1 to 400 images)",
                 ),
                 io.Int.Input(
                     "cell",
@@ -389,7 +389,7 @@ class DatasetToImages(io.ComfyNode):
                     default=100,
                     min=1,
                     max=100_000,
-                    tooltip="Maximum number of images to decode. (1 to 100000 pictures)",
+                    tooltip="Maximum number of images to decode. (1 to 100000 images)",
                 ),
             ],
             outputs=[
@@ -419,7 +419,7 @@ class DatasetToImages(io.ComfyNode):
     def execute(cls, dataset, first=1, most=100):
         records, tell, found = dataset.records[first - 1 :][:most], make_cancellable_progress(cls), []
         if not records:
-            raise ValueError(f"first is {first}, and the dataset has {len(dataset)} pictures. Choose a smaller number.")
+            raise ValueError(f"first is {first}, and the dataset has {len(dataset)} images. Choose a smaller number.")
         for done, one in enumerate(records, 1):
             found.append(record_to_tensors(one))
             tell(done, len(records), one.path)

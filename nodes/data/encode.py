@@ -111,7 +111,7 @@ class EncodeDataset(io.ComfyNode):
                     advanced=True,
                     # the page would draw a new one, and train anew, at every Run
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip=f"Decides how shuffled captions are ordered. (0 to {2**63 - 1})",
+                    tooltip=f"Determines the order of shuffled captions. (0 to {2**63 - 1})",
                 ),
                 *settings_inputs(BucketSettings, only=APPENDED_BUCKET_FIELDS, optional=True),
                 io.String.Input(

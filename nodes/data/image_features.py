@@ -30,10 +30,7 @@ def encode_image_batch(clip_vision, pictures) -> np.ndarray:
     with torch.no_grad():
         found = pool_vision_output(clip_vision.encode_image(pixels)).float().cpu()
     if not torch.isfinite(found).all():
-        raise ValueError(
-            "The clip_vision gives features that are no numbers (NaN). Load it again, or choose another CLIP vision "
-            "file."
-        )
+        raise ValueError("The clip_vision gives NaN features. Load it again, or choose another CLIP vision file.")
     return torch.nn.functional.normalize(found, dim=-1).numpy()
 
 

@@ -94,9 +94,10 @@ class ClipCaptioner:
         if not clip_accepts_images(clip):
             name = type(clip.cond_stage_model).__name__
             raise ValueError(
-                f"The connected CLIP ({name}) cannot look at pictures. Text encoders that can: {VISION_TEXT_ENCODERS}; "
-                "the Qwen2.5-VL of Qwen-Image sees, but ComfyUI keeps no words for it to speak. Load one of them with "
-                "a CLIP loader node, or choose another backend: 'local model', 'WD tagger', 'file name', 'fixed text'."
+                f"The connected CLIP ({name}) does not accept images. Text encoders that do: "
+                f"{VISION_TEXT_ENCODERS}; the Qwen2.5-VL of Qwen-Image accepts images, but ComfyUI offers "
+                "no text generation for it. Load one of them with a CLIP loader node, or choose another backend: "
+                "'local model', 'WD tagger', 'file name', 'fixed text'."
             )
         self.identity = (
             f"clip {host.identity.hash_patched_weights(clip.patcher)} {compute_fingerprint(settings, wording.begin)}"

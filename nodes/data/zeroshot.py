@@ -82,7 +82,7 @@ def find_partner_encoder(clip_vision, clip) -> str:
     if model.transformer.text_projection.weight.shape[0] != width or not has_trained_projection(clip, model, width):
         raise ValueError(
             f"The connected {called} came without its text_projection (checkpoints and the usual clip_l.safetensors "
-            f"leave it out), so its words cannot be compared with pictures. Connect {where}."
+            f"leave it out), so its words cannot be compared with images. Connect {where}."
         )
     return encoder
 

@@ -14,8 +14,8 @@ def check_latent_channels(model, channels: int):
     wanted = model.model.latent_format.latent_channels
     if channels != wanted:
         raise ValueError(
-            f"The latents have {channels} channels and this MODEL wants {wanted}. Encode the dataset with the VAE that "
-            "belongs to the MODEL."
+            f"The latents have {channels} channels and this MODEL expects {wanted}. Encode the dataset with the VAE "
+            "that belongs to the MODEL."
         )
 
 
@@ -36,7 +36,8 @@ def square_latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple
     shape = model.model.latent_format
     if shape.latent_dimensions not in (2, 3):
         raise ValueError(
-            f"{type(model.model.model_config).__name__} draws no pictures, and its latents have no height and width."
+            f"{type(model.model.model_config).__name__} does not generate images, and its latents have no height "
+            "and width."
         )
     cells = lambda pixels: max(2, pixels // int(shape.spacial_downscale_ratio) // 2 * 2)
     sides = range(resolution // 2 // 64 * 64 or 64, resolution + 1, 64) if dynamic else (resolution,)
@@ -85,7 +86,7 @@ def check_gradients(session: TrainingSession, x0, conds, tolerance=None):
     if not min(errors) <= tolerance:
         raise RuntimeError(
             f"{format_failed_gradient_check(denoiser)}: its gradients are off by {min(errors):.0%} against finite "
-            f"differences (at most {tolerance:.0%} is allowed). It would learn the wrong thing and is not trained."
+            f"differences (at most {tolerance:.0%} is allowed). Training would go wrong, so it is refused."
         )
     return min(errors)
 

@@ -70,8 +70,8 @@ class DiffusionFeatureExtractor:
     def __init__(self, model):
         if model is None:
             raise ValueError(
-                f"The backbone '{MODEL_FEATURES}' looks through the diffusion model itself: connect the MODEL that it "
-                "was or is to be trained with."
+                f"The backbone '{MODEL_FEATURES}' uses the diffusion model's own features: connect the MODEL that "
+                "it is trained with."
             )
         self.patcher = host.session.clone_for_training(model)
         self.network = self.patcher.model.diffusion_model
@@ -94,8 +94,8 @@ class DiffusionFeatureExtractor:
                 )
         if len(states) < len(self.blocks):
             raise RuntimeError(
-                f"{type(self.network).__name__} ran {len(states)} of the {len(self.blocks)} blocks that are looked at. "
-                "Please report this model."
+                f"{type(self.network).__name__} ran {len(states)} of the {len(self.blocks)} blocks whose features "
+                "are needed. Please report this model."
             )
         return torch.cat(states, 1).to(device)
 
@@ -311,7 +311,7 @@ class DifferentiableClipVision:
 
     def __init__(self, clip_vision):
         if clip_vision is None:
-            raise ValueError("There is no CLIP_VISION to look at pictures with. Connect one from Load CLIP Vision.")
+            raise ValueError("No CLIP_VISION is connected. Connect one from Load CLIP Vision.")
         self.clip_vision, self.patcher = clip_vision, static_patcher(clip_vision.patcher)
         side = getattr(clip_vision, "image_size", 0)
         self.side = side if isinstance(side, int) and side > 0 else self.SIDE
@@ -461,8 +461,9 @@ def make_trunk_factory(model=None, vae=None, clip_vision=None) -> Callable[[Scor
             return LoadedModelTrunk(extractor, features, info.width)
         if (channels := extractor.denoiser.model.latent_format.latent_channels) != info.channels:
             raise ValueError(
-                f"This score model looks through a model of {info.channels} latent channels ({info.latent_format}), "
-                f"and the connected MODEL has {channels} ({latents.latent_format_name(extractor.patcher)})."
+                f"This score model uses the features of a model with {info.channels} latent channels "
+                f"({info.latent_format}), and the connected MODEL has {channels} "
+                f"({latents.latent_format_name(extractor.patcher)})."
             )
         if not info.rank:
             return LoadedModelTrunk(extractor, features, info.width)
@@ -514,8 +515,8 @@ class ImageScoreModel(ScorerEnsemble):
     def member_scores(self, x: Tensor, level: Tensor) -> Tensor:
         if not self.networks:
             raise ValueError(
-                f"{self.name} rates pictures, and was asked about latents. Connect model and vae to Load Aesthetic "
-                "Head, so that it can decode them."
+                f"{self.name} scores images, but got latents. Connect model and vae to Load Aesthetic Head, so that "
+                "it can decode them."
             )
         return super().member_scores(x, level)
 
@@ -532,8 +533,7 @@ class ImageScoreModel(ScorerEnsemble):
                     report(len(ratings))
         if not np.isfinite(ratings).all():
             raise ValueError(
-                f"{self.name} gives ratings that are no numbers (NaN). Load the CLIP vision again, or start ComfyUI "
-                "with --fp32-text-enc."
+                f"{self.name} gives NaN ratings. Load the CLIP vision again, or start ComfyUI with --fp32-text-enc."
             )
         return ratings
 
@@ -558,8 +558,8 @@ class DecodedScorer(torch.nn.Module):
 
     def state_dict(self, *args, **kwargs):
         raise ValueError(
-            f"{self.name} has its own file and is not saved again: load it with Load Aesthetic Head wherever it is "
-            "wanted."
+            f"{self.name} has its own file and is not saved again: load it with Load Aesthetic Head wherever you "
+            "need it."
         )
 
 

@@ -79,7 +79,7 @@ class ExtractFeatures(io.ComfyNode):
     def execute(cls, dataset, clip_vision=None, score_model=None, vae=None):
         if (clip_vision is None) == (score_model is None):
             raise ValueError(
-                "Connect either clip_vision or score_model (with vae), so that it is clear what looks at the pictures."
+                "Connect either clip_vision or score_model (with vae), so that it is clear which encoder to use."
             )
         if not len(dataset):
             raise ValueError("The dataset has no images. Load a folder with images first.")
@@ -103,7 +103,7 @@ def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
     _, rows, broken = scan_images(dataset.records, lambda record, picture, mask: None, options)
     readable = [i for i in range(len(dataset)) if i not in broken]
     if not readable:
-        raise ValueError(f"None of {len(dataset)} pictures can be opened: {next(iter(broken.values()))}")
+        raise ValueError(f"None of {len(dataset)} images can be opened: {next(iter(broken.values()))}")
     skipped = (*dataset.skipped, *((dataset[i].path, why) for i, why in broken.items()))
     kind = f"vision {host.identity.hash_patched_weights(clip_vision.patcher)}"
     seen = ImageDataset(tuple(dataset[i] for i in readable), skipped)

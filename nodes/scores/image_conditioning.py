@@ -93,8 +93,7 @@ class ReduxSlot:
     def __init__(self, model, style_model):
         if style_model is None:
             raise ValueError(
-                "Flux takes pictures through a Redux style model, and none is connected. Load one with Load Style "
-                "Model."
+                "Flux takes images through a Redux style model, and none is connected. Load one with Load Style Model."
             )
         self.style, self.width = style_model, style_model.model.redux_dim
 
@@ -124,9 +123,9 @@ def find_embedding_slot(model, style_model=None):
         if isinstance(network, kind):
             return slot(network)
     raise ValueError(
-        f"This MODEL ({type(model.model.model_config).__name__}) has no place for an image embedding: its text tokens "
-        f"are no CLIP embeddings of a whole text. Models that have: {IMAGE_PROMPT_FAMILIES}. For others choose the "
-        "caption mode 'empty (unconditional)' in Encode Dataset."
+        f"This MODEL ({type(model.model.model_config).__name__}) has no place for an image embedding: its text "
+        f"tokens are not CLIP embeddings of a whole text. Models that have: {IMAGE_PROMPT_FAMILIES}. For others "
+        "choose the caption mode 'empty (unconditional)' in Encode Dataset."
     )
 
 
@@ -137,8 +136,8 @@ def encode_image_embedding(clip_vision, pixels, slot) -> torch.Tensor:
         embedding = clip_vision.encode_image(pixels)[slot.embedding_field].float().cpu()
     if embedding.shape[-1] != slot.width or embedding.ndim != (3 if slot.embedding_field == "last_hidden_state" else 2):
         raise ValueError(
-            f"This clip_vision gives {embedding.shape[-1]} numbers per picture, and the MODEL wants {slot.width}: load "
-            f"{slot.encoder_name}."
+            f"This clip_vision gives {embedding.shape[-1]} numbers per image, and the MODEL expects {slot.width}: "
+            f"load {slot.encoder_name}."
         )
     return host.context.clone_inference_tensors(embedding)
 
@@ -241,7 +240,7 @@ def caption_with_image_embeddings(
     records = {record.id: record for record in dataset.records}
     if missing := [item.path or item.id for item in encoded.items if item.id not in records]:
         raise ValueError(
-            f"{len(missing)} encoded pictures are not in the dataset, for example {missing[0]}. Connect the dataset "
+            f"{len(missing)} encoded images are not in the dataset, for example {missing[0]}. Connect the dataset "
             "that was encoded."
         )
     embeddings = []

@@ -42,7 +42,7 @@ def latent_scoring_inputs(model, vae) -> tuple:
     if (model is None) != (vae is None):
         raise ValueError(
             "To score latents both model and vae are needed, and one of them is connected. Connect the other, or "
-            "neither to score pictures."
+            "neither to score images."
         )
     return () if model is None else (vae, latent_format_name(model), model.model.latent_format.latent_channels)
 
@@ -53,7 +53,7 @@ def latent_to_model_space(latent: torch.Tensor, name: str) -> torch.Tensor:
     kind = getattr(comfy.latent_formats, name, None)
     if kind is None:
         raise ValueError(
-            f"This score model judges latents of {name!r}, which this ComfyUI does not know. Update ComfyUI."
+            f"This score model reads latents of {name!r}, which this ComfyUI does not know. Update ComfyUI."
         )
     latent_format = kind()
     latent = latent.float()

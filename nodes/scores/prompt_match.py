@@ -71,8 +71,7 @@ class ClipScoreModel(ScorerEnsemble):
         """(1, B) the score of each decoded latent with its own text, in standard deviations."""
         if not self.networks:
             raise ValueError(
-                "This score compares pictures with words, and was asked about latents. Connect model and vae to Prompt "
-                "Match Score."
+                "This score compares images with text, but got latents. Connect model and vae to Prompt Match Score."
             )
         scores = self.clip_scores(self.networks[0](x, level), texts)
         return ((scores - CLIP_SCORE_MEAN) / CLIP_SCORE_STD)[None]
@@ -90,8 +89,8 @@ class ClipScoreModel(ScorerEnsemble):
         texts = [self.words or next(iter(record.captions), "") for record in dataset]
         if bare := [record.path for record, text in zip(dataset, texts, strict=True) if not text.strip()]:
             raise ValueError(
-                f"Prompt Match Score has no words, and {len(bare)} of {len(dataset)} pictures have no caption, such as "
-                f"{bare[0]}. Write words, or caption the pictures."
+                f"Prompt Match Score has no words, and {len(bare)} of {len(dataset)} images have no caption, such "
+                f"as {bare[0]}. Write words, or caption the images."
             )
         scores: list[float] = []
         for record, text in zip(dataset, texts, strict=True):
@@ -113,7 +112,7 @@ class DecodedClipEmbedder(torch.nn.Module):
         return self.extract(x, level)
 
     def state_dict(self, *args, **kwargs):
-        raise ValueError("Prompt Match Score has no file of its own: add the node wherever it is wanted.")
+        raise ValueError("Prompt Match Score has no file of its own: add the node wherever you need it.")
 
 
 class PromptMatchScore(io.ComfyNode):

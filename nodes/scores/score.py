@@ -83,9 +83,7 @@ class ScoringSettings(Settings):
         unit="px",
         step=8,
     )
-    shown: int = number_field(
-        12, 1, 60, "How many of the best and of the worst images the sheet shows.", unit="pictures"
-    )
+    shown: int = number_field(12, 1, 60, "How many of the best and of the worst images the sheet shows.", unit="images")
 
 
 SCORE_TRAINING_VERSION = 1  # of the training: raise it when the same inputs would give another model
@@ -295,8 +293,8 @@ class SaveScoreModel(io.ComfyNode):
     def execute(cls, score_model, name, untrained=False):
         if not score_model.info.trained and not untrained:
             raise ValueError(
-                "This score model is not saved, because it cannot be told from chance: "
-                f"{format_score_metrics(score_model.info)}. Rate more pictures and train it again, or switch "
+                "This score model is not saved, because it is not better than chance: "
+                f"{format_score_metrics(score_model.info)}. Rate more images and train it again, or switch "
                 "untrained on to keep it all the same."
             )
         path = paths.new_score_model_path(name, lambda there: score_file_matches(score_model, there))

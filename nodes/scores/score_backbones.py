@@ -286,7 +286,7 @@ class DistillScoreModel(io.ComfyNode):
         backbone = choose_backbone_settings(scorer, pretrained)
         if backbone.backbone == DECODED_IMAGE:
             raise ValueError(
-                f"The backbone '{DECODED_IMAGE}' would be the teacher once more: it decodes and looks at pictures. "
+                f"The backbone '{DECODED_IMAGE}' would be the teacher once more: it decodes and looks at images. "
                 "Choose 'latent ResNet'."
             )
         report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
@@ -314,19 +314,18 @@ def rate_with_teacher(teacher, dataset, encoded, report):
     check_trained_head(teacher.info)
     if not hasattr(teacher, "rate_pictures"):
         raise ValueError(
-            "The teacher is a score model of latents, and pictures are to be rated. Connect one of Load Aesthetic "
+            "The teacher is a score model of latents, but images are to be scored. Connect one of Load Aesthetic "
             "Head, or Prompt Match Score; a score model of latents needs no distillation."
         )
     if not getattr(teacher, "words", "said by itself"):
         raise ValueError(
-            "The teacher compares each picture with its own caption, and the student will see no captions. Write words "
-            "into Prompt Match Score."
+            "The teacher compares each image with its own caption, and the student will see no captions. Write "
+            "words into Prompt Match Score."
         )
     ids = {item.id for item in encoded.items}
     if missing := ids - {r.id for r in dataset}:
         raise ValueError(
-            f"{len(missing)} of {len(ids)} encoded pictures are not in the dataset. Connect the dataset that was "
-            "encoded."
+            f"{len(missing)} of {len(ids)} encoded images are not in the dataset. Connect the dataset that was encoded."
         )
     images = type(dataset)(tuple({record.id: record for record in dataset if record.id in ids}.values()))
     scores, _ = teacher.rate_pictures(images, report, host.progress.raise_if_interrupted)

@@ -25,8 +25,9 @@ def choose_backbone_settings(scorer, pretrained):
         return scorer
     if not all(hasattr(network, "trunk") for network in pretrained.networks) or not pretrained.networks:
         raise ValueError(
-            "What is connected as pretrained is a finished scorer of pictures and has no backbone to learn on. Connect "
-            "a model of Pretrain Score Backbone or Train Score Model, or use it as the teacher of Distill Score Model."
+            "What is connected as pretrained is a finished image scorer and has no backbone to train. Connect a "
+            "model of Pretrain Score Backbone or Train Score Model, or use it as the teacher of Distill Score "
+            "Model."
         )
     return pretrained.info
 

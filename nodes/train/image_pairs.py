@@ -157,7 +157,7 @@ def check_pairs_differ(pairs, data):
     """ValueError when no pair shows a difference: the same folder was chosen twice, say."""
     if all(len({data.items[index].latent for index in pair.index_by_strength.values()}) == 1 for pair in pairs):
         raise ValueError(
-            "Both pictures of every pair are the same, for example "
+            "Both images of every pair are the same, for example "
             f"{data.items[next(iter(pairs[0].index_by_strength.values()))].path}: there is no difference to learn. "
             "Choose two different folders."
         )

@@ -155,7 +155,7 @@ class PromptDifferenceTask(TrainTask):
     def check_held_out(self, data):
         if self.data is None:
             raise ValueError(
-                "held_out is connected, and this run learns from prompts alone: there is no loss of pictures to "
+                "held_out is connected, and this run trains on prompts alone, so there is no image loss to "
                 "measure. Disconnect held_out; fixed points of the model's own are measured."
             )
         super().check_held_out(data)
@@ -394,8 +394,7 @@ def check_slider_rows(rows):
 def make_slider_row(words: SliderWords) -> PromptRow:
     if (words.positive or words.target) == words.negative:
         raise ValueError(
-            f"positive and negative are both {words.negative!r}: between them lies no direction to learn. Change one "
-            "of them."
+            f"positive and negative are both {words.negative!r}: they define no direction to train. Change one of them."
         )
     return PromptRow(
         words.target,

@@ -281,8 +281,8 @@ class LecoScoreTask(TrainTask):
         own = self.settings.target == "direct_align"
         if own and self.data is None:
             raise ValueError(
-                "target is 'direct_align', which learns on your own pictures, and none are connected. Connect encoded, "
-                "or choose another target."
+                "target is 'direct_align', which trains on your own images, and none are connected. Connect "
+                "encoded, or choose another target."
             )
         if not own and self.data is not None:
             raise ValueError(
@@ -295,7 +295,7 @@ class LecoScoreTask(TrainTask):
         if not self.prompts:
             raise ValueError(
                 "There are no prompts. Write one a line into prompts_text, or connect Load Signed Prompts"
-                + (": pictures of them are looked at while the run goes on." if own else ".")
+                + (": they are sampled for monitoring during the run." if own else ".")
             )
 
     def score_tasks(self, job):
@@ -341,9 +341,8 @@ class LecoScoreTask(TrainTask):
 
     def check_held_out(self, data):
         raise ValueError(
-            "Pictures are connected to held_out of Validation and Previews, and LECO-score has no loss of pictures. "
-            "Disconnect them; a second score model on held_out of Train LECO-Score tells whether pictures become "
-            "better."
+            "Images are connected to held_out of Validation and Previews, and LECO-Score has no image loss. "
+            "Disconnect them; a second score model on held_out of Train LECO-Score measures whether images improve."
         )
 
     def encode_prompts(self, job):
@@ -390,14 +389,14 @@ def check_score_model(score: ScorerEnsemble, model):
     check_trained_head(score.info)
     if not score.networks:
         raise ValueError(
-            "This score model rates pictures, and LECO-score asks it about latents. Connect model and vae to "
-            "the node it comes from."
+            "This score model scores images, but LECO-Score needs scores of latents. Connect model and vae to the "
+            "node it comes from."
         )
     check_score_latent_format(score.info, latents.latent_format_name(model), model.model.latent_format.latent_channels)
     if not score.info.trained:
         raise ValueError(
-            f"What this score model ({score.info.backbone}) says cannot be told from chance: there is nothing "
-            "to follow. Give it more ratings in Train Score Model."
+            f"This score model ({score.info.backbone}) is not better than chance: there is nothing to optimise. "
+            "Give it more ratings in Train Score Model."
         )
 
 

@@ -29,7 +29,7 @@ class SweepSettings(Settings):
     strengths: str = text_field(
         "-2, -1, 0, 1, 2", "The strengths to compare, separated by commas; 0 is always included."
     )
-    pictures: int = number_field(3, 1, 64, "Seeds per strength.", unit="pictures")
+    pictures: int = number_field(3, 1, 64, "Seeds per strength.", unit="images")
     seed: int = number_field(0, 0, 2**63 - 1, "The first seed; all images of a row share one seed.")
     resolution: int = number_field(512, 16, 8192, "Width and height of the images.", unit="px", step=8)
     steps: int = number_field(20, 1, 1000, "Sampling steps of each image.")
@@ -51,7 +51,7 @@ class SweepSettings(Settings):
             found = {float(part) for part in self.strengths.split(",") if part.strip()}
         except ValueError:
             raise ValueError(
-                f"strengths is {self.strengths!r}; write numbers parted by commas, such as -2, -1, 0, 1, 2."
+                f"strengths is {self.strengths!r}; write numbers separated by commas, such as -2, -1, 0, 1, 2."
             ) from None
         if not found - {0.0} or not all(abs(value) <= 100 for value in found):
             raise ValueError(f"strengths is {self.strengths!r}; write at least one number besides 0, from -100 to 100.")

@@ -52,8 +52,9 @@ class MonitorConfig:
         known = {item.path for item in job.task.data.items if item.path}
         if both := [item.path for item in self.held_out.items if item.path in known]:
             raise ValueError(
-                f"{len(both)} of the {len(self.held_out)} held-out pictures are also trained on, for example "
-                f"{both[0]}: their loss would tell nothing. Part the dataset with Split Dataset and encode both halves."
+                f"{len(both)} of the {len(self.held_out)} held-out images are also trained on, for example "
+                f"{both[0]}: their loss would not show overfitting. Split the dataset with Split Dataset and encode "
+                "both halves."
             )
 
     def check_settings(self):

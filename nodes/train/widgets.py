@@ -151,13 +151,13 @@ def check_difference_adapter(adapter: AdapterSettings, both_ways: bool = True) -
     found at 0. ValueError otherwise."""
     if adapter.text_encoder:
         raise ValueError(
-            "text_encoder is on: a difference is learnt between prompts that the frozen text encoder has encoded once. "
-            "Switch it off in Adapter Settings."
+            "text_encoder is on: the frozen text encoder encodes the prompts only once. Switch it off in Adapter "
+            "Settings."
         )
     if both_ways and adapter.algorithm == DORA:
         raise ValueError(
-            "algorithm is DoRA, whose effect at -1 is not the opposite of that at +1: it learns the size of every row "
-            "beside its direction. Choose LoRA, LoHa or LoKr in Adapter Settings for sliders, LECO and differences."
+            "algorithm is DoRA, whose effect at -1 is not the opposite of that at +1: it also trains the magnitude "
+            "of every row. Choose LoRA, LoHa or LoKr in Adapter Settings for sliders, LECO and differences."
         )
     return adapter
 

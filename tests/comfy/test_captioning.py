@@ -188,7 +188,7 @@ def test_the_loaded_clip_sees_the_picture_and_not_only_the_question(qwen3_vl):
 
 
 def test_a_clip_that_cannot_see_is_refused_with_those_that_can_and_the_other_ways(machine, clip_l):
-    with pytest.raises(ValueError, match=r"cannot look at pictures.*Qwen3-VL.*Gemma 3.*'local model'"):
+    with pytest.raises(ValueError, match=r"does not accept images.*Qwen3-VL.*Gemma 3.*'local model'"):
         caption(machine, backend="loaded CLIP", clip=clip_l)
     with pytest.raises(ValueError, match="'loaded CLIP' needs clip, and nothing is connected"):
         caption(machine, backend="loaded CLIP")
@@ -320,7 +320,7 @@ def test_names_and_fixed_texts_need_no_model(machine):
     assert told(caption(machine, backend="fixed text", text="sks, {folder}")[0]) == ["sks, set"] * 3
     with pytest.raises(ValueError, match="'fixed text' and text is empty"):
         caption(machine, backend="fixed text")
-    with pytest.raises(ValueError, match=r"\{colour\}, which no picture has"):
+    with pytest.raises(ValueError, match=r"\{colour\}, which no image has"):
         caption(machine, backend="file name", text="{colour}")
 
 

@@ -112,7 +112,7 @@ def test_edits_from_the_grid_reach_the_next_node_and_files_only_when_asked(serve
 
 def test_edits_that_are_no_json_stop_the_run_with_the_remedy(server, folder):
     run = server.run(prompt(folder, "TrainyardEditCaptionsByHand", edits="{", save_to_files=False))
-    assert "The edits are no JSON" in run.why and "Clear the field" in run.why
+    assert "The edits are not JSON" in run.why and "Clear the field" in run.why
 
 
 # -- counting tokens ---------------------------------------------------------------------------------------------------

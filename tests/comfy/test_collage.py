@@ -50,7 +50,7 @@ def test_the_same_widgets_give_the_same_dataset_again(dataset):
 
 
 def test_a_value_from_a_link_is_checked_as_a_widget_is(dataset):
-    with pytest.raises(ValueError, match="per_frame is 9; it must lie between 2 and 4 pictures"):
+    with pytest.raises(ValueError, match="per_frame is 9; it must lie between 2 and 4 images"):
         node().execute(dataset, **CollageSettings().to_dict() | {"per_frame": 9})
 
 

@@ -66,7 +66,7 @@ def test_a_picture_is_written_once_whatever_comes_again(folders):
 @pytest.mark.parametrize(("inputs", "message"), [
     (dict(captions=["a", "b", "c"]), "There are 4 pictures in 2 batches, and 3 captions. Give none, one for all"),
     (dict(masks=[torch.zeros(64, 64)]), "Mask 1 is black everywhere .*Load Image gives a black mask"),
-    (dict(masks=[torch.ones(5, 5)]), "Mask 1 is 5x5 px and its picture 12x8 px"),
+    (dict(masks=[torch.ones(5, 5)]), "Mask 1 is 5x5 px and its image 12x8 px"),
     (dict(images=[torch.full((1, 4, 4, 3), float("nan"))]), "picture 1 holds NaN"),
     (dict(images=[torch.zeros(1, 4, 4, 2)]), "picture 1 has the shape"),
     (dict(images=[]), "no pictures"),
@@ -135,7 +135,7 @@ def test_the_preview_shows_pages_and_says_when_there_is_none(folders):
     dataset, _ = run(nodes.LoadDataset, folder="input/set", repeats=1)
     sheet, _ = run(nodes.PreviewDataset, dataset=dataset, page=2, per_page=4, cell=64)
     assert sheet.shape[0] == 1 and sheet.shape[-1] == 3
-    with pytest.raises(ValueError, match="page is 3, and 5 pictures at 4 a page fill 2 pages"):
+    with pytest.raises(ValueError, match="page is 3, and 5 images at 4 a page fill 2 pages"):
         run(nodes.PreviewDataset, dataset=dataset, page=3, per_page=4)
     (folders / "input" / "set" / "0.png").unlink()
     run(nodes.PreviewDataset, dataset=dataset, page=1, per_page=4, cell=64)

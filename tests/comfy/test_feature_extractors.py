@@ -352,7 +352,7 @@ def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(v
 
 
 def test_a_head_of_another_width_names_the_encoder_it_wants():
-    with pytest.raises(ValueError, match="It wants CLIP ViT-L/14"):
+    with pytest.raises(ValueError, match="It needs CLIP ViT-L/14"):
         feature_extractors.ImageScoreModel(
             AestheticHead(AestheticMLP([(torch.zeros(1, 768), None)])), encoder(), "laion"
         )

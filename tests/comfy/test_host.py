@@ -294,7 +294,7 @@ def test_training_on_top_of_a_lora_that_is_already_on_the_model_sees_it():
 
 def test_latents_of_another_model_are_refused():
     with pytest.raises(
-        ValueError, match="The latents have 4 channels and this MODEL wants 16. Encode the dataset with the VAE"
+        ValueError, match="The latents have 4 channels and this MODEL expects 16. Encode the dataset with the VAE"
     ):
         host.checks.check_latent_channels(make("flux"), 4)
 

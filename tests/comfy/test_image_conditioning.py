@@ -232,7 +232,7 @@ def test_a_model_without_a_place_for_pictures_is_told_which_ones_have(family):
 
 def test_another_clip_vision_than_the_family_wants_is_refused():
     with pytest.raises(
-        ValueError, match="gives 768 numbers per picture, and the MODEL wants 1280: load CLIP-ViT-bigG-14"
+        ValueError, match="gives 768 numbers per image, and the MODEL expects 1280: load CLIP-ViT-bigG-14"
     ):
         run(
             ImageConditioning,
@@ -255,7 +255,7 @@ def test_flux_without_redux_and_redux_without_flux_are_refused():
 def test_pictures_that_were_not_encoded_from_this_dataset_are_named(coloured):
     dataset, encoded = coloured("sdxl")
     encoded.items = [nodes.dataclasses.replace(encoded.items[0], id="else", path="else.png")]
-    with pytest.raises(ValueError, match=r"1 encoded pictures are not in the dataset, for example else.png"):
+    with pytest.raises(ValueError, match=r"1 encoded images are not in the dataset, for example else.png"):
         run(
             CaptionsFromImages,
             model=make("sdxl"),

@@ -529,24 +529,24 @@ def rates_pictures():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (lambda j: with_task(j, scores=((judge(make("sd15")), 1.0),)), r"judges latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
-    (lambda j: with_task(j, held_out=judge(make("sd15"))), "judges latents of SD15"),
-    (lambda j: with_task(j, scores=((judge(j.model, noisy=False), 1.0),)), "was trained on clean pictures only"),
+    (lambda j: with_task(j, scores=((judge(make("sd15")), 1.0),)), r"reads latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
+    (lambda j: with_task(j, held_out=judge(make("sd15"))), "reads latents of SD15"),
+    (lambda j: with_task(j, scores=((judge(j.model, noisy=False), 1.0),)), "was trained on clean images only"),
     (lambda j: with_task(j, scores=((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
     (lambda j: with_task(j, scores=((judge(j.model, task=PRETRAINING_TASK), 1.0),)), "pre-trained backbone .* Connect "
                                                                                       "it to Train Score Model as "
                                                                                       "pretrained"),
     (lambda j: with_task(j, held_out=judge(j.model, task=PRETRAINING_TASK)), "pre-trained backbone"),
-    (lambda j: with_task(j, scores=((rates_pictures(), 1.0),)), "rates pictures, and LECO-score asks it about "
+    (lambda j: with_task(j, scores=((rates_pictures(), 1.0),)), "scores images, but LECO-Score needs scores of "
                                                                  "latents. Connect model and vae"),
     (lambda j: with_task(j, prompts=()), "There are no prompts. Write one a line into prompts_text"),
     (lambda j: with_task(j, prompts=(SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
     (lambda j: dataclasses.replace(j, clip=None), "CLIP is empty"),
     (lambda j: with_task(j, data=pictures("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
-    (lambda j: with_task(j, settings=LecoScoreSettings(target="direct_align")), "learns on your own pictures, and "
+    (lambda j: with_task(j, settings=LecoScoreSettings(target="direct_align")), "trains on your own images, and "
                                                                                  "none are connected"),
     (lambda j: with_task(j, settings=LecoScoreSettings(anchor=0.0)), "'a dog' has weight 0"),
-    (lambda j: with_task(j, settings=LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads text: with good and bad words they say the same"),
+    (lambda j: with_task(j, settings=LecoScoreSettings(relative=0.1, good_words="nice", bad_words="poor")), "reads text: good and bad words give the same score"),
 ])  # fmt: skip
 def test_what_cannot_work_is_told_before_anything_is_loaded(folders, monkeypatch, change, says):
     made = change(job())
@@ -622,5 +622,5 @@ def test_validation_and_previews_draws_samples_and_watches_the_held_out_score(fo
 
 def test_held_out_pictures_are_refused_where_a_score_is_followed(folders):
     a_job = dataclasses.replace(job(), monitoring=MonitorConfig(held_out=pictures("sd3")))
-    with pytest.raises(ValueError, match="second score model on held_out of Train LECO-Score tells"):
+    with pytest.raises(ValueError, match="second score model on held_out of Train LECO-Score measures"):
         result(a_job)

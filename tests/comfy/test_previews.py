@@ -212,7 +212,7 @@ def test_held_out_pictures_are_measured_and_may_not_be_trained_on(folders):
     trained = data()
     trained.items = [dataclasses.replace(item, path=f"/set/{item.id}.png") for item in trained.items]
     look.held_out = trained
-    with pytest.raises(ValueError, match="3 of the 3 held-out pictures are also trained on, for example /set/0.png"):
+    with pytest.raises(ValueError, match="3 of the 3 held-out images are also trained on, for example /set/0.png"):
         result(seen_job(look=look, steps=2, encoded=trained, name="both"))
 
 
@@ -449,7 +449,7 @@ def test_a_run_keeps_the_graph_that_made_it(folders):
     graph = {"workflow": json.dumps({"id": "w", "nodes": []}), "prompt": json.dumps({"1": {}})}
     result(dataclasses.replace(job(steps=1), graph=graph))
     assert run_routes.read_run_graph(run_folder().name) == {"workflow": {"id": "w", "nodes": []}, "prompt": {"1": {}}}
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="is not a run"):
         run_routes.read_run_graph("../../test")
 
 

@@ -41,7 +41,7 @@ def test_class_images_change_the_run_and_pressing_run_again_trains_nothing(folde
 
 def test_class_images_of_another_vae_are_refused():
     wrong = data("sd15", count=1)
-    with pytest.raises(ValueError, match="The latents have 4 channels and this MODEL wants 16"):
+    with pytest.raises(ValueError, match="The latents have 4 channels and this MODEL expects 16"):
         with_prior(PriorData(PriorSettings(), data=wrong)).check()
 
 

@@ -326,7 +326,7 @@ def test_one_folder_chosen_twice_is_no_difference(server, from_pairs):
     refused(
         server,
         from_pairs("TrainyardTrainImageSlider", "input/more", run_name="trouble"),
-        "Both pictures of every pair are the same",
+        "Both images of every pair are the same",
     )
 
 

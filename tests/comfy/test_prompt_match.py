@@ -58,9 +58,7 @@ def test_a_picture_is_rated_by_its_own_caption_or_by_the_words(clip_l, eyes, col
 def test_pictures_with_nothing_to_compare_with_are_refused(clip_l, eyes, coloured, tmp_path):  # noqa: F811
     (tmp_path / "red.txt").unlink()
     bare = read_folder(tmp_path)
-    with pytest.raises(
-        ValueError, match="no words, and 1 of 3 pictures have no caption, such as .*red.png. Write words"
-    ):
+    with pytest.raises(ValueError, match="no words, and 1 of 3 images have no caption, such as .*red.png. Write words"):
         ClipScoreModel(eyes, clip_l).rate_pictures(bare)
     with pytest.raises(ValueError, match="the student will see no captions. Write words into Prompt Match Score"):
         rate_with_teacher(ClipScoreModel(eyes, clip_l), coloured, pictures("sd3"), None)

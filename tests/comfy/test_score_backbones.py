@@ -181,7 +181,7 @@ def test_an_aesthetic_head_is_no_backbone_to_learn_on(places, dataset, vae):
     whole, model = head(places, encoder(), model=make("sd3", inference=True), vae=vae), make("sd3", inference=True)
     given = values(ScorerSettings(**SMALL), ScoreSettings(steps=2, batch=8, members=2))
     for train, more in ((score.TrainScoreModel, {}), (DistillScoreModel, {"teacher": whole, "dataset": dataset})):
-        with pytest.raises(ValueError, match="has no backbone to learn on. Connect a model of Pretrain Score Backbone"):
+        with pytest.raises(ValueError, match="has no backbone to train. Connect a model of Pretrain Score Backbone"):
             node(train).execute(model=model, encoded=encoded_of(dataset, vae), pretrained=whole, **more, **given)
 
 

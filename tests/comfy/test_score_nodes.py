@@ -206,9 +206,7 @@ def test_what_cannot_be_told_from_chance_is_said_and_not_saved(vae, places):
     items = [type(item)(**{**vars(item), "score": float(order[i])}) for i, item in enumerate(data.items)]
     score_model, report, _ = train(type(data)(items, data.store, data.channels, "shuffled"), steps=30)
     assert not score_model.info.trained and report.startswith("NOT TRAINED: SRCC is ")
-    with pytest.raises(
-        ValueError, match=r"not saved, because it cannot be told from chance: SRCC .*Rate more pictures"
-    ):
+    with pytest.raises(ValueError, match=r"not saved, because it is not better than chance: SRCC .*Rate more images"):
         node(SaveScoreModel).execute(score_model, "chance")
     path = node(SaveScoreModel).execute(score_model, "chance", untrained=True).args[0]
     assert node(LoadScoreModel).execute("chance.safetensors").args[1].startswith("NOT TRAINED"), path
@@ -221,16 +219,14 @@ def model_of(**about):
 
 def test_a_scorer_of_another_latent_format_is_refused_with_both_names(vae, places):
     node(SaveScoreModel).execute(model_of(), "sd3")
-    with pytest.raises(
-        ValueError, match=r"judges latents of SD3 \(16 channels\), and these are of SD15 \(4 channels\)"
-    ):
+    with pytest.raises(ValueError, match=r"reads latents of SD3 \(16 channels\), and these are of SD15 \(4 channels\)"):
         node(LoadScoreModel).execute("sd3.safetensors", make("sd15"))
     with pytest.raises(
-        ValueError, match=r"judges latents of SD3 \(16 channels\), and these are of Flux \(16 channels\)"
+        ValueError, match=r"reads latents of SD3 \(16 channels\), and these are of Flux \(16 channels\)"
     ):
         node(LoadScoreModel).execute("sd3.safetensors", make("flux"))
     with pytest.raises(
-        ValueError, match=r"judges latents of SD15 \(4 channels\), and these are of an unnamed format \(16 channels\)"
+        ValueError, match=r"reads latents of SD15 \(4 channels\), and these are of an unnamed format \(16 channels\)"
     ):
         node(ScoreImages).execute(
             model_of(latent_format="SD15", channels=4),

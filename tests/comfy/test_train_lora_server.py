@@ -362,7 +362,7 @@ TROUBLE = {
                                                                                    "images have none: red.png"),
     "an unreadable picture": (with_inputs("2", folder=broken), "bad.png"),
     "a checkpoint without text encoder": (no_text_encoder, "holds no text encoder"),
-    "latents of another model": (foreign_vae, "The latents have 16 channels and this MODEL wants 4"),
+    "latents of another model": (foreign_vae, "The latents have 16 channels and this MODEL expects 4"),
     "nothing to train on": (nothing_to_train_on, "There is nothing to train on"),
     "a rank larger than a layer": (with_inputs("4", rank=4000), "rank is 4000, but it has only 320 inputs"),
     "a run name that leaves its folder": (with_inputs("4", run_name="../../evil"), "The run name is '../../evil'"),

@@ -254,11 +254,11 @@ def test_without_rules_the_optimizer_has_one_group():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("ff: rank=4\nattn rank=4", r"line 2: 'attn rank=4' is no rule"),
+        ("ff: rank=4\nattn rank=4", r"line 2: 'attn rank=4' is not a rule"),
         ("attn: rank=4.5", r"line 1: .* rank is '4.5'; it must be a whole number from 0 to 4096"),
         ("attn: lr=nan", r"line 1: .* lr is 'nan'; it must be a number from 1e-06 to 1000"),
         ("attn: dim=4", r"'dim=4' is none of rank=, alpha= and lr="),
-        ("(attn: rank=4", r"line 1: .* is no regular expression"),
+        ("(attn: rank=4", r"line 1: .* is not a regular expression"),
     ],
 )
 def test_a_rule_that_is_none_is_refused_with_its_line(text, message):

@@ -74,8 +74,8 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"conv.weight": torch.zeros(1, 2, 3, 3)}, "is no aesthetic head"),
-        ({"a.weight": torch.zeros(1, 2), "norm": torch.zeros(2)}, "is no aesthetic head"),
+        ({"conv.weight": torch.zeros(1, 2, 3, 3)}, "is not an aesthetic head"),
+        ({"a.weight": torch.zeros(1, 2), "norm": torch.zeros(2)}, "is not an aesthetic head"),
         ({"layers.0.weight": torch.zeros(3, 2), "layers.1.weight": torch.zeros(1, 4)}, "do not follow on each other"),
         ({"layers.0.weight": torch.zeros(7, 2)}, "do not follow on each other to one rating"),
     ],
@@ -89,7 +89,7 @@ def test_files_of_another_kind_are_refused_in_words(tmp_path, tensors, message):
 def test_a_wrong_encoder_is_named_with_the_right_one():
     head = AestheticHead(AestheticMLP([(torch.zeros(1, 768), None)]))
     check_embedding_width(head, 768)
-    with pytest.raises(ValueError, match=r"768 numbers .* gives 1280 \(CLIP ViT-bigG/14\)\. It wants CLIP ViT-L/14"):
+    with pytest.raises(ValueError, match=r"768 features, .* gives 1280 \(CLIP ViT-bigG/14\)\. It needs CLIP ViT-L/14"):
         check_embedding_width(head, 1280)
 
 

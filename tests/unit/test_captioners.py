@@ -228,7 +228,7 @@ def test_missing_weights_are_an_error_and_not_random_words(zoo, tmp_path):
     weights = load_file(folder / "model.safetensors")
     lost = next(name for name in weights if "self_attn.q_proj" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 1 weights.*q_proj.*nonsense"):
+    with pytest.raises(ValueError, match="lacks 1 weights.*q_proj.*meaningless"):
         vlm.load_vlm_captioner(folder, SHORT, FREE)
 
 
@@ -237,7 +237,7 @@ def test_missing_weights_are_an_error_and_not_random_words(zoo, tmp_path):
     [
         (dict(quantization_config={"quant_method": "bitsandbytes"}), "quantised .bitsandbytes.*16 bits"),
         (dict(model_type="no_such_model"), "'no_such_model'.*cannot be loaded"),
-        (dict(model_type="bert"), "cannot be loaded as a model that describes pictures"),
+        (dict(model_type="bert"), "cannot be loaded as a model that describes images"),
     ],
 )
 def test_other_folders_are_refused_with_the_reason(zoo, tmp_path, values, message):
@@ -414,7 +414,7 @@ def test_when_all_pictures_fail_it_is_an_error(pictures):
 def test_a_model_that_fails_on_its_first_pictures_is_not_asked_a_thousand_times(pictures):
     dataset, captioner = read_folder(pictures), Counting(fails=tuple(tiny_vlm.COLOURS))
     many = ImageDataset(dataset.records * 100)
-    with pytest.raises(RuntimeError, match="failed on the first 5 pictures"):
+    with pytest.raises(RuntimeError, match="failed on the first 5 images"):
         by(captioner, many)
     assert len(captioner.asked) == 5
 

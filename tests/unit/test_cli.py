@@ -221,8 +221,8 @@ def test_missing_captions_are_named_before_the_model_is_loaded(files, tmp_path, 
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["lora", "--rank", "many"], "--rank: 'many' is no whole number"),
-    (["lora", "--min-time", "early"], "--min-time: 'early' is no number"),
+    (["lora", "--rank", "many"], "--rank: 'many' is not a whole number"),
+    (["lora", "--min-time", "early"], "--min-time: 'early' is not a number"),
     (["lora"], "required: --model, --images, --out"),
     (["lora", "--optimizer", "AdamV"], "invalid choice: 'AdamV'"),
     (["lora", "--modl", "x"], "required"),

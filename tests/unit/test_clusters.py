@@ -79,7 +79,7 @@ def test_copies_of_one_picture_are_one_group(method):
 
 
 def test_too_few_pictures_and_too_many_groups_are_refused_in_words():
-    with pytest.raises(ValueError, match="1 pictures cannot make two or more groups"):
+    with pytest.raises(ValueError, match="1 images cannot make two or more groups"):
         cluster_features(np.ones((1, 3), np.float32), ClusterSettings())
-    with pytest.raises(ValueError, match="3 pictures cannot make 4 groups"):
+    with pytest.raises(ValueError, match="3 images cannot make 4 groups"):
         cluster_features(np.eye(3, dtype=np.float32), ClusterSettings(clusters=4, method=AGGLOMERATIVE))

@@ -213,7 +213,7 @@ def test_claim_7_at_least_one_pattern_goes_end_to_end_or_the_collage_is_refused(
     grid = CollagePlan((Collage((1024, 1024), "grid", cells),), ((512, 512),) * 4)
     with pytest.raises(
         ValueError,
-        match=r"Collage 1 \(grid, 1024x1024\): no picture spans the frame from end to end.*auto, columns or rows",
+        match=r"Collage 1 \(grid, 1024x1024\): no image spans the frame from end to end.*auto, columns or rows",
     ):
         check_collage_plan(grid, CollageSettings(layout="grid", uses=1))
 
@@ -315,7 +315,7 @@ def test_a_plan_that_breaks_a_rule_is_refused_with_the_figure(change, message):
     "values, message",
     [
         (dict(frames="1024x1024, wide"), "frames has 'wide'; write sizes"),
-        (dict(width=1000, snap="16"), "The frame 1000x1024 is no multiple of 16 px in both sides. Use 992x1024"),
+        (dict(width=1000, snap="16"), "The frame 1000x1024 is not a multiple of 16 px in both sides. Use 992x1024"),
         (dict(ground="black"), "ground is 'black'; write a colour as #rrggbb"),
         (dict(gutter=8), "gutter is 8 px and borders lie on multiples of 16 px. Choose a gutter of 16 px"),
         (dict(per_frame=1), "per_frame is 1; it must lie between 2 and 4"),
@@ -605,10 +605,10 @@ def test_when_nothing_fits_the_message_says_what_to_do(tmp_path):
     dataset = pictures(tmp_path / "in", [(40, 60)] * 2)
     with pytest.raises(
         ValueError,
-        match=r"None of the 2 pictures can stand in a frame of 128x128: 0\.png is 40x60 px and would be enlarged 2\.13",
+        match=r"None of the 2 images can stand in a frame of 128x128: 0\.png is 40x60 px and would be enlarged 2\.13",
     ):
         build_collages(dataset, CollageSettings(**SMALL), tmp_path / "out")
-    with pytest.raises(ValueError, match="The dataset has 0 pictures, none of them for training"):
+    with pytest.raises(ValueError, match="The dataset has 0 images, none of them for training"):
         build_collages(ImageDataset(()), CollageSettings(**SMALL), tmp_path / "out")
 
 

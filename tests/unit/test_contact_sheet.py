@@ -55,7 +55,7 @@ def test_each_page_shows_its_own_pictures(dataset):
 
 @pytest.mark.parametrize(
     ("page", "pictures", "words"),
-    [(3, 5, "page is 3, and 5 pictures at 3 a page fill 2 pages"), (0, 5, "page is 0"), (1, 0, "fill 0 pages")],
+    [(3, 5, "page is 3, and 5 images at 3 a page fill 2 pages"), (0, 5, "page is 0"), (1, 0, "fill 0 pages")],
 )
 def test_a_page_that_is_not_there_is_refused(dataset, page, pictures, words):
     with pytest.raises(ValueError, match=words):
@@ -67,7 +67,7 @@ def test_a_long_line_ends_in_dots_and_no_tiles_are_refused():
     assert page.width < 100 and ImageColor.getrgb(WARN_COLOUR) in set(
         map(tuple, np.asarray(page).reshape(-1, 3).tolist())
     )
-    with pytest.raises(ValueError, match="no pictures to show"):
+    with pytest.raises(ValueError, match="no images to show"):
         draw_contact_sheet([])
 
 

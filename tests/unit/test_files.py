@@ -152,14 +152,14 @@ def test_tensors_that_were_read_do_not_change_with_their_file(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file", b"\xff" * 100])
 def test_a_damaged_file_is_an_error_that_names_it(content, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.safetensors is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors is not a readable safetensors file"):
         read_safetensors(tmp_path / "bad.safetensors")
 
 
 def test_a_file_cut_short_is_an_error(tmp_path):
     write_safetensors(tmp_path / "f", {"a": torch.ones(1000)})
     (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         read_safetensors(tmp_path / "f")
 
 
@@ -206,7 +206,7 @@ def test_one_tensor_in_two_places_is_two_tensors_afterwards(tmp_path):
 
 def test_a_lora_is_no_saved_state(tmp_path):
     write_lora(tmp_path / "star.safetensors", lora())
-    with pytest.raises(ValueError, match=r"star\.safetensors is no saved state"):
+    with pytest.raises(ValueError, match=r"star\.safetensors is not a saved state"):
         read_state_tree(tmp_path / "star.safetensors")
 
 

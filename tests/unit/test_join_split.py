@@ -66,7 +66,7 @@ def test_joining_keeps_every_fact_and_every_skipped_file_once():
     ("1, 0", "A weight is 0; it must be above 0. To leave a dataset out, disconnect it"),
     ("1, -1", "must be above 0"),
     ("1, nan", "write one number"),
-    ("1, 0.12345", "20000 repeats of one picture, and 10000 is the most. Use simpler ones"),
+    ("1, 0.12345", "20000 repeats of one image, and 10000 is the most. Use simpler ones"),
 ])  # fmt: skip
 def test_weights_that_make_no_sense_are_refused(text, message):
     with pytest.raises(ValueError, match=message):

@@ -265,7 +265,7 @@ def test_a_scorer_of_clean_pictures_is_refused_where_it_would_see_noise(target):
     if target in ("x0_renoised", "next_step"):
         with pytest.raises(
             ValueError,
-            match="was trained on clean pictures only. Train it with 'noisy' on, or choose one of x0, direct_align, "
+            match="was trained on clean images only. Train it with 'noisy' on, or choose one of x0, direct_align, "
             "draft_lv",
         ):
             by_hand({"target": target}, scores=clean)

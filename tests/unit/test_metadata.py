@@ -155,7 +155,7 @@ def test_a_table_of_another_name_is_read_when_asked_for_and_the_usual_ones_are_n
     assert captions(read_folder(folder, metadata=folder / "tags.tsv")) == [("yes, this",), ()]
     for name, message in (
         ("none.csv", "does not exist"),
-        ("a.png", r"a\.png is no \.json, \.jsonl, \.csv or \.tsv file"),
+        ("a.png", r"a\.png is not a \.json, \.jsonl, \.csv or \.tsv file"),
     ):
         with pytest.raises(ValueError, match=message):
             read_folder(folder, metadata=folder / name)
@@ -185,7 +185,7 @@ def test_pairs_and_their_strength_can_be_told(folder):
     ({"split": "left"}, "split is 'left'; it must be train, validation or test"),
     ({"mask": "../c.png"}, "leads out of"),
     ({"mask": "/etc/passwd"}, "leads out of"),
-    ({"mask": 3}, "mask is 3; it must be the path of a picture"),
+    ({"mask": 3}, "mask is 3; it must be the path of an image"),
     ({"mask": "none.png"}, "No such file"),
     ({"pair": 1}, "pair is 1; it must be text"),
     ({"strength": "inf"}, "strength is 'inf'"),
@@ -200,13 +200,13 @@ def test_a_row_with_a_wrong_value_takes_its_picture_out_and_says_why(folder, row
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("metadata.json", "{", "is no JSON"),
-    ("metadata.json", "5", "holds a number; it must be an object of pictures or a list of rows"),
-    ("metadata.json", "[" * 100_000, "is no JSON"),
+    ("metadata.json", "{", "is not JSON"),
+    ("metadata.json", "5", "holds a number; it must be an object of images or a list of rows"),
+    ("metadata.json", "[" * 100_000, "is not JSON"),
     ("metadata.json", '{"z": "text"}', "no single picture here for 1 row of metadata.json: z"),
     ("metadata.json", '{"a": 5}', None),
     ("metadata.json", '[{"text": "x"}]', "entry 1 names no picture; it needs file_name, file, image or path"),
-    ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name"', "line 2 is no JSON"),
+    ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name"', "line 2 is not JSON"),
     ("metadata.jsonl", "[1]\n", "line 1 names no picture"),
     ("metadata.jsonl", '{"file": "a.png"}\n{"file": "a.png"}\n{"file": "A"}', "1 row of metadata.jsonl for a picture "
                                                                               "that had one; the first counts: a.png"),

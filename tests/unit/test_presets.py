@@ -60,7 +60,7 @@ def test_every_value_can_be_changed_by_a_line():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("rank 32", "changes, line 2: 'rank 32' is no change. Write a name, = and a value"),
+        ("rank 32", "changes, line 2: 'rank 32' is not a change. Write a name, = and a value"),
         (
             "dim = 32",
             "changes, line 2: 'dim = 32': there is no setting 'dim'. There are: steps, learning_rate, resolution, rank",

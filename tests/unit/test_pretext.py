@@ -245,7 +245,7 @@ def test_nothing_to_learn_is_refused():
 def test_classes_without_classes_are_refused(folder, tmp_path):
     settings = PretextSettings(classes=1.0, size=32)
     views = views_of(read_folder(folder / "red"), tmp_path, settings)
-    with pytest.raises(ValueError, match="the pictures have 0 classes"):
+    with pytest.raises(ValueError, match="the images have 0 classes"):
         pretrain_backbone(views, Denoiser(), ScorerSettings(width=8), settings, labels=folder_labels(views.dataset))
 
 

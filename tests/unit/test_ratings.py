@@ -59,7 +59,7 @@ def test_folder_names_are_ratings_and_never_repeats(tmp_path):
 
 def test_a_folder_without_rated_folders_is_an_error_that_shows_how_to_name_them(tmp_path):
     pictures(tmp_path, "good/a.png")
-    with pytest.raises(ValueError, match="No folder in .* is called after a rating. Call them 7.5_name"):
+    with pytest.raises(ValueError, match="No folder in .* is named after a rating. Name them 7.5_name"):
         read_rated_folder(tmp_path, "folder names")
 
 
@@ -87,10 +87,10 @@ def test_pairs_are_read_by_file_name_path_or_stem(tmp_path):
         ("better,worse\n", "holds no pair"),
         (
             "better,worse\na.png,z.png\n",
-            "names 1 picture that the dataset does not hold, or holds several times: z.png",
+            "names 1 image that the dataset does not hold, or holds several times: z.png",
         ),
         ("better,worse\na.png,a.png\n", "line 2 says that a.png is better than itself"),
-        ("better,worse\na.png,\n", "line 2 names fewer than two pictures"),
+        ("better,worse\na.png,\n", "line 2 names fewer than two images"),
     ],
 )
 def test_a_list_of_pairs_that_cannot_be_meant_is_refused_with_the_place(tmp_path, text, words):
@@ -103,12 +103,12 @@ def test_a_list_of_pairs_that_cannot_be_meant_is_refused_with_the_place(tmp_path
 
 def test_missing_constant_and_too_few_ratings_are_told_apart():
     names = [f"{i}.png" for i in range(30)]
-    with pytest.raises(ValueError, match=r"None of the 30 pictures has a rating: 0.png, 1.png.*cat.score"):
+    with pytest.raises(ValueError, match=r"None of the 30 images has a rating: 0.png, 1.png.*cat.score"):
         check_ratings(names, [None] * 30)
     with pytest.raises(ValueError, match="All 30 ratings are 5, so there is nothing to learn"):
         check_ratings(names, [5.0] * 30)
     with pytest.raises(
-        ValueError, match="10 pictures are rated.*cannot tell a taste from chance.*Rate at least 20.*switch few on"
+        ValueError, match="10 images are rated.*cannot tell a taste from chance.*Rate at least 20.*switch few on"
     ):
         check_ratings(names, [1.0, 2.0] * 5 + [None] * 20)
     check_ratings(names, [1.0, 2.0] * 5 + [None] * 20, few=True)
@@ -188,11 +188,11 @@ def test_ties_stay_in_the_order_they_came_in():
 
 
 def test_what_has_no_score_and_what_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match="1 picture of 2 have no score: 1.png. Put Score Images before"):
+    with pytest.raises(ValueError, match="1 image of 2 have no score: 1.png. Put Score Images before"):
         kept(dataset(1.0, None))
-    with pytest.raises(ValueError, match="No picture of 2 stays with threshold = 5; the scores go from 1 to 2"):
+    with pytest.raises(ValueError, match="No image of 2 is kept with threshold = 5; the scores go from 1 to 2"):
         kept(dataset(1.0, 2.0), by="threshold", threshold=5.0)
-    with pytest.raises(ValueError, match="There are 2 pictures and 3 scores"):
+    with pytest.raises(ValueError, match="There are 2 images and 3 scores"):
         set_image_scores(dataset(1.0, 2.0), [1, 2, 3])
 
 

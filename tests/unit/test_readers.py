@@ -76,7 +76,7 @@ def test_kohya_folders_repeat_and_name_their_images(tmp_path):
     dataset = read_folder(tmp_path, repeats=3)
     assert [(record.repeats, record.captions) for record in dataset] == [(3, ()), (6, ("a dog",)), (30, ("my cat",))]
     assert [pathlib.Path(path).name for path, _ in dataset.skipped] == ["0_off", "extra"]
-    assert "call it 1_name" in dataset.skipped[1][1]
+    assert "name it 1_name" in dataset.skipped[1][1]
 
 
 def test_masks_are_not_images(tmp_path):
@@ -164,7 +164,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     picture(tmp_path / "cats", "a.png")
     with pytest.raises(
-        ValueError, match=r"it holds 1 \.mp4\. Not read: cats .*call it 1_name.*Images end in \.png, \.jpg"
+        ValueError, match=r"it holds 1 \.mp4\. Not read: cats .*name it 1_name.*Images end in \.png, \.jpg"
     ):
         read_folder(tmp_path)
 

@@ -155,7 +155,8 @@ def test_a_damaged_state_says_which_folder_to_move_away(damage, tmp_path):
     for ask in (store.load, store.load_finished):
         with pytest.raises(
             ValueError,
-            match=r"resume\.state is no readable safetensors file.*Move the folder .*toy-01234567 away, or choose another",
+            match=r"resume\.state is not a readable safetensors file.*Move the folder .*toy-01234567 away, or "
+            r"choose another",
         ):
             ask()
 

@@ -67,7 +67,7 @@ def test_latents_of_any_size_are_scored(backbone, channels, shape):
 
 @pytest.mark.parametrize("backbone", LATENT_BACKBONES)
 def test_a_video_of_several_frames_is_refused(backbone):
-    with pytest.raises(ValueError, match=r"judges pictures, and got latents of shape \(1, 4, 2, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"scores images, but got latents of shape \(1, 4, 2, 8, 8\)"):
         drawn(ScoreModelInfo(backbone=backbone, **SMALL))(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1))
 
 
@@ -251,7 +251,7 @@ def test_what_a_newer_version_wrote_is_refused(tmp_path):
 def test_other_and_damaged_files_are_refused_in_words(tmp_path):
     file = tmp_path / "m.safetensors"
     write_safetensors(file, {"a": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="m.safetensors is no score model of Trainyard"):
+    with pytest.raises(ValueError, match="m.safetensors is not a score model of Trainyard"):
         read_score_model(file)
     write_score_model(file, model())
     tensors, metadata = read_safetensors(file)
@@ -261,7 +261,7 @@ def test_other_and_damaged_files_are_refused_in_words(tmp_path):
     ):
         read_score_model(file)
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         read_score_model(tmp_path / "x.safetensors")
 
 
@@ -277,9 +277,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 def test_latents_of_another_format_or_another_number_of_channels_are_refused_with_both_names():
     about = ScoreModelInfo(latent_format="SD15", channels=4)
     check_score_latent_format(about, "SD15", 4), check_score_latent_format(about, "", 4)
-    with pytest.raises(
-        ValueError, match=r"judges latents of SD15 \(4 channels\), and these are of SDXL \(4 channels\)"
-    ):
+    with pytest.raises(ValueError, match=r"reads latents of SD15 \(4 channels\), and these are of SDXL \(4 channels\)"):
         check_score_latent_format(about, "SDXL", 4)
     with pytest.raises(ValueError, match=r"of SD15 \(4 channels\), and these are of an unnamed format \(16 channels\)"):
         check_score_latent_format(about, "", 16)

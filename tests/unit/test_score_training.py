@@ -503,14 +503,14 @@ def test_pictures_without_a_rating_are_left_out_and_named():
 
 
 def test_too_few_constant_and_unsuitable_ratings_are_refused_before_anything_is_trained():
-    with pytest.raises(ValueError, match="10 pictures are rated. So few"):
+    with pytest.raises(ValueError, match="10 images are rated. So few"):
         train(rated(10))
     assert train(rated(10), settings=replace(QUICK, steps=2, few=True)).report
     with pytest.raises(ValueError, match="All 30 ratings are 5"):
         train(rated(30, lambda mean: 5.0))
-    with pytest.raises(ValueError, match="binary wants two different ratings, such as 0 and 1, and there are 30"):
+    with pytest.raises(ValueError, match="binary needs two different ratings, such as 0 and 1, and there are 30"):
         train(rated(30), settings=replace(QUICK, task="binary"))
-    with pytest.raises(ValueError, match="None of the 30 pictures has a rating"):
+    with pytest.raises(ValueError, match="None of the 30 images has a rating"):
         train(dataset(30))
 
 

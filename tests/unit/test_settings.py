@@ -158,7 +158,7 @@ def test_a_record_cannot_be_changed():
 @pytest.mark.parametrize("values, remedy", [
     ({"targets": "regex"}, "pattern is ''; write one, for example"),
     ({"pattern": "attn"}, "pattern is 'attn'; clear it, or set targets to regex"),
-    ({"targets": "regex", "pattern": "attn("}, r"pattern is 'attn\(', which is no regular expression: "),
+    ({"targets": "regex", "pattern": "attn("}, r"pattern is 'attn\(', which is not a regular expression: "),
 ])  # fmt: skip
 def test_a_pattern_goes_with_regex_and_must_be_one(values, remedy):
     with pytest.raises(ValueError, match=remedy):

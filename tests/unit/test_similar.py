@@ -68,7 +68,7 @@ def test_nothing_alike_is_said_in_words(dataset):
 def test_rows_of_different_eyes_are_not_compared(dataset):
     with pytest.raises(ValueError, match="cannot be compared"):
         find_similar_images(features(dataset, kind="a"), features(dataset, kind="b"), 3)
-    with pytest.raises(ValueError, match="No file name of 6 pictures holds 'cat'"):
+    with pytest.raises(ValueError, match="No file name of 6 images holds 'cat'"):
         select_query_images(features(dataset), "cat", False)
 
 

@@ -84,7 +84,7 @@ def test_a_replaced_tag_stands_where_the_old_one_stood_and_never_twice():
 
 @pytest.mark.parametrize("text", ["hat", "a -> b; hat", "a,b,c", "-> b", "a,"])
 def test_a_replacement_that_is_no_pair_is_told_at_once(text):
-    with pytest.raises(ValueError, match="is no pair; write a -> b; c -> d"):
+    with pytest.raises(ValueError, match="is not a pair; write a -> b; c -> d"):
         TaggerSettings(replacements=text)
 
 
@@ -306,7 +306,7 @@ def test_an_onnx_file_with_pixels_first_is_normalised_as_its_config_says():
     assert network.preprocess(np.full((8, 8, 3), 255, np.uint8)).tolist() == np.full((3, 8, 8), 2.0).tolist()
     with pytest.raises(ValueError, match="no config.json beside it names mean and std"):
         taggers.make_onnx_network("model.onnx", {}, Session(["n", 3, 8, 8]))
-    with pytest.raises(ValueError, match=r"of shape \['n', 9\]; a tagger wants"):
+    with pytest.raises(ValueError, match=r"of shape \['n', 9\]; a tagger needs"):
         taggers.make_onnx_network("model.onnx", {}, Session(["n", 9]))
 
 

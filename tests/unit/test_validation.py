@@ -413,7 +413,7 @@ def test_nothing_but_a_run_below_the_root_is_deleted(tmp_path, name):
     trained(root, 1, looking=None)
     (root / "link").symlink_to(outside, target_is_directory=True)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="is no run|There is no run"):
+    with pytest.raises(ValueError, match="is not a run|There is no run"):
         delete_run_folder(root, name)
     assert sorted(tmp_path.rglob("*")) == before
 

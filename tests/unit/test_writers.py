@@ -197,10 +197,10 @@ def test_what_a_person_put_into_a_saved_folder_is_never_replaced(source, tmp_pat
 
 def test_a_dataset_is_not_saved_onto_its_own_pictures(source, tmp_path):
     before = state(source)
-    with pytest.raises(ValueError, match="holds pictures of this very dataset"):
+    with pytest.raises(ValueError, match="holds images of this dataset"):
         save_dataset(loaded(source), source, SaveSettings(), overwrite=True)
     (tmp_path / "link").symlink_to(source)
-    with pytest.raises(ValueError, match="holds pictures of this very dataset"):
+    with pytest.raises(ValueError, match="holds images of this dataset"):
         save_dataset(loaded(source), tmp_path / "link", SaveSettings(), overwrite=True)
     assert state(source) == before
 
@@ -209,7 +209,7 @@ def test_a_file_and_an_empty_dataset_are_refused(source, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file. Choose another name"):
         save_dataset(loaded(source), tmp_path / "file", SaveSettings())
-    with pytest.raises(ValueError, match="no pictures to save"):
+    with pytest.raises(ValueError, match="no images to save"):
         save_dataset(ImageDataset(()), tmp_path / "out", SaveSettings())
 
 

@@ -135,7 +135,7 @@ def test_two_models_of_different_width_are_no_pair():
     asker = ZeroShotTagger(
         lambda p: torch.ones(1, 5), lambda texts: torch.ones(len(texts), 3), (VocabularyGroup(("a",)),)
     )
-    with pytest.raises(ValueError, match="features are 5 numbers and the words' 3: CLIP_VISION and CLIP are no pair"):
+    with pytest.raises(ValueError, match="features are 5 numbers and the words' 3: CLIP_VISION and CLIP do not match"):
         asker.caption(painted(0, 0, 0))
 
 

@@ -115,7 +115,7 @@ class LoraLayer(nn.Module):
             own, given = getattr(self, name), tensors[suffix]
             if own.numel() != given.numel() or len(own) != len(given):
                 raise ValueError(
-                    f"its {suffix} is {tuple(given.shape)}, and {tuple(own.shape)} is wanted here; "
+                    f"its {suffix} is {tuple(given.shape)}, and {tuple(own.shape)} is expected here; "
                     f"{self.size_remedy(tensors)}"
                 )
             own.copy_(given.reshape(own.shape))
@@ -193,7 +193,7 @@ class DoraLayer(LoraLayer):
         norms = self.squared_row_norms.sqrt() + torch.finfo(torch.float32).eps
         if tensors["dora_scale"].numel() != len(norms):
             raise ValueError(
-                f"its dora_scale is {tuple(tensors['dora_scale'].shape)}, and {len(norms)} numbers are wanted here"
+                f"its dora_scale is {tuple(tensors['dora_scale'].shape)}, and {len(norms)} numbers are expected here"
             )
         self.magnitude.copy_(tensors["dora_scale"].flatten().to(norms) / norms / shrinkage - 1)
 

@@ -102,12 +102,12 @@ def caption_dataset(
             report(done, len(dataset), f"{name}: failed, {format_failure_reason(error)}")
             if job.model_failures >= MAX_INITIAL_FAILURES and not job.generated + job.cached:
                 raise RuntimeError(
-                    f"The captioner failed on the first {job.model_failures} pictures it saw, the last time at {name}: "
-                    f"{format_failure_reason(error)}"
+                    f"The captioner failed on the first {job.model_failures} images it saw, the last time at "
+                    f"{name}: {format_failure_reason(error)}"
                 ) from error
     if failed and not job.generated + job.cached:
         raise RuntimeError(
-            f"No picture got a caption: all {len(failed)} failed. The first, {Path(failed[0][0]).name}: {failed[0][1]}"
+            f"No image got a caption: all {len(failed)} failed. The first, {Path(failed[0][0]).name}: {failed[0][1]}"
         )
     return CaptioningResult(
         ImageDataset(tuple(records), dataset.skipped), job.generated, job.cached, unchanged, tuple(failed)

@@ -103,7 +103,7 @@ def check_caption_template(template: str) -> None:
     unknown = [name for name in TEMPLATE_FIELD_PATTERN.findall(template) if name not in TEMPLATE_FIELDS]
     if unknown:
         raise ValueError(
-            f"The text asks for {{{unknown[0]}}}, which no picture has; use "
+            f"The text asks for {{{unknown[0]}}}, which no image has; use "
             f"{', '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}."
         )
 

@@ -83,7 +83,7 @@ def download_captioner(repo: str, target: Path, report, check_interrupt) -> Path
         part.replace(target)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{repo} could not be downloaded to {target}: {error} What has arrived is kept; run again to go on."
+            f"{repo} could not be downloaded to {target}: {error} What has arrived is kept; run again to continue."
         ) from error
     return target
 

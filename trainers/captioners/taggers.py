@@ -173,7 +173,7 @@ def read_tag_labels(path: Path) -> tuple[TagLabel, ...]:
         rows = list(csv.DictReader(file))
     if not rows or not {"name", "category"} <= set(rows[0]):
         raise ValueError(
-            f"{path} is no list of tags: it needs the columns name and category, and has "
+            f"{path} is not a list of tags: it needs the columns name and category, and has "
             f"{', '.join(read_csv_header(path)) or 'none'}."
         )
     return tuple(TagLabel((row["name"] or "").strip(), parse_tag_category(row["category"] or "")) for row in rows)
@@ -296,7 +296,7 @@ def make_onnx_network(path: Path, config: dict, session: OnnxSession | None = No
     channels_last = len(shape) == 4 and shape[3] == 3
     if not channels_last and not (len(shape) == 4 and shape[1] == 3):
         raise ValueError(
-            f"{path} wants pictures of shape {shape}; a tagger wants (N, size, size, 3) or (N, 3, size, size)."
+            f"{path} expects images of shape {shape}; a tagger needs (N, size, size, 3) or (N, 3, size, size)."
         )
     size = shape[2]
     if not isinstance(size, int):
@@ -304,8 +304,8 @@ def make_onnx_network(path: Path, config: dict, session: OnnxSession | None = No
     normalise = None if channels_last else normaliser_from_config(config)
     if not channels_last and normalise is None:
         raise ValueError(
-            f"{path} wants normalised pixels, and no config.json beside it names mean and std. Use a tagger of the WD "
-            "kind, or its .safetensors version."
+            f"{path} expects normalised pixels, and no config.json beside it names mean and std. Use a tagger of "
+            "the WD kind, or its .safetensors version."
         )
     return OnnxNetwork(session, size, normalise)
 

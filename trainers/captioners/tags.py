@@ -174,7 +174,7 @@ def parse_replacements(text: str) -> dict[str, tuple[str, ...]]:
             left, comma, right = pair.partition(",")
             names = (right.strip(),) if comma and right.strip() and "," not in right else None
         if not left.strip() or names is None:
-            raise ValueError(f"replacements holds {pair.strip()!r}, which is no pair; write a -> b; c -> d.")
+            raise ValueError(f"replacements holds {pair.strip()!r}, which is not a pair; write a -> b; c -> d.")
         out[tagger_tag_key(left)] = names
     return out
 

@@ -291,8 +291,8 @@ def read_vlm_config(folder: Path) -> dict:
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is no model folder: its config.json is missing or unreadable ({error}). Download the whole "
-            "folder."
+            f"{folder} is not a model folder: its config.json is missing or unreadable ({error}). Download the "
+            "whole folder."
         ) from error
     if "auto_map" in config:
         remedy = (
@@ -336,14 +336,14 @@ def load_vlm_model(folder: Path, dtype, config: dict) -> Any:
         )
     except (ValueError, OSError, ImportError, KeyError) as error:
         raise ValueError(
-            f"{folder.name} (model_type {config['model_type']!r}) cannot be loaded as a model that describes pictures: "
-            f"{error}"
+            f"{folder.name} (model_type {config['model_type']!r}) cannot be loaded as a model that describes "
+            f"images: {error}"
         ) from error
     if missing := sorted(info["missing_keys"]):
         other = CONVERTED_REPOSITORIES.get(config["model_type"])
         raise ValueError(
-            f"{folder.name} lacks {len(missing)} weights that its model needs, for example {missing[0]}; it would say "
-            f"nonsense. Download it again{f', as {other}' if other else ''}."
+            f"{folder.name} lacks {len(missing)} weights that its model needs, for example {missing[0]}; its output "
+            f"would be meaningless. Download it again{f', as {other}' if other else ''}."
         )
     return module
 

@@ -112,8 +112,8 @@ class ZeroShotTagger:
         seen = normalise_features(self.image_features([image]))[0]
         if seen.shape != neutral.shape:
             raise ValueError(
-                f"The picture's features are {seen.numel()} numbers and the words' {neutral.numel()}: CLIP_VISION and "
-                "CLIP are no pair."
+                f"The picture's features are {seen.numel()} numbers and the words' {neutral.numel()}: CLIP_VISION "
+                "and CLIP do not match."
             )
         features = torch.stack(list(words.values()))
         found = (CLIP_LOGIT_SCALE * (features @ seen - neutral @ seen)).sigmoid()

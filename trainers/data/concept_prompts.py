@@ -46,7 +46,7 @@ class PromptRow:
 
     def __post_init__(self):
         if not self.target.strip():
-            raise ValueError("target is empty. Write the words of the concept that is to be moved.")
+            raise ValueError("target is empty. Write the words of the concept to change.")
         if self.action not in PROMPT_ACTIONS:
             raise ValueError(f"action is {self.action!r}; choose one of {', '.join(PROMPT_ACTIONS)}.")
         for name, positive in (("guidance", self.guidance), ("weight", self.weight)):
@@ -62,8 +62,8 @@ class PromptRow:
                 )
         elif self.effective_positive == self.unconditional:
             raise ValueError(
-                f"positive and unconditional are both {self.effective_positive!r}: between them lies no direction to "
-                "learn. Change one of them."
+                f"positive and unconditional are both {self.effective_positive!r}: they define no direction to "
+                "train. Change one of them."
             )
 
     @property
@@ -146,7 +146,7 @@ def parse_text_prompts(text):
         for option in options:
             key, colon, value = (part.strip() for part in option.partition(":"))
             if not colon:
-                raise ValueError(f"Line {number}: {option!r} is no 'key: value'. For example: {target} | guidance: 2")
+                raise ValueError(f"Line {number}: {option!r} is not 'key: value'. For example: {target} | guidance: 2")
             values[key] = value
         rows.append((f"Line {number}", values))
     return rows
@@ -175,14 +175,14 @@ def parse_yaml_prompts(text):
     try:
         return number_prompt_rows(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"This is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"This is not YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_json_prompts(text):
     try:
         return number_prompt_rows(json.loads(text))
     except json.JSONDecodeError as error:
-        raise ValueError(f"This is no JSON: {error.msg} at line {error.lineno}.") from error
+        raise ValueError(f"This is not JSON: {error.msg} at line {error.lineno}.") from error
 
 
 def number_prompt_rows(values):
@@ -207,7 +207,7 @@ def build_prompt_row(where, values: dict, defaults: dict) -> PromptRow:
             }
         )
     except TypeError as error:
-        raise ValueError(f"{where} has no target. Write the words of the concept that is to be moved.") from error
+        raise ValueError(f"{where} has no target. Write the words of the concept to change.") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

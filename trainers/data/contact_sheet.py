@@ -42,7 +42,7 @@ def draw_contact_sheet(
     tiles."""
     tiles = list(tiles)
     if not tiles:
-        raise ValueError("There are no pictures to show.")
+        raise ValueError("There are no images to show.")
     columns = columns or max(1, math.ceil(math.sqrt(len(tiles))))
     text = SHEET_LINE_PX * max(len(tile.lines) for tile in tiles)
     top = SHEET_LINE_PX + 2 * SHEET_GAP_PX if title else SHEET_GAP_PX
@@ -92,8 +92,7 @@ def draw_dataset_sheet(
     pages = max(1, math.ceil(len(dataset) / per_page))
     if not len(dataset) or not 1 <= page <= pages:
         raise ValueError(
-            f"page is {page}, and {len(dataset)} pictures at {per_page} a page fill {pages if len(dataset) else 0} "
-            "pages."
+            f"page is {page}, and {len(dataset)} images at {per_page} a page fill {pages if len(dataset) else 0} pages."
         )
     first = (page - 1) * per_page
     records = [dataset[index] for index in range(first, min(first + per_page, len(dataset)))]

@@ -286,8 +286,7 @@ def encode_posterior(image: Image.Image, vae: VaeProtocol, name: str) -> dict:
     mean, std = vae.encode(image_to_tensor(image))
     if not torch.isfinite(mean).all() or (std is not None and not torch.isfinite(std).all()):
         raise ValueError(
-            f"The VAE turned {name} into NaN or infinity. Run it in more exact arithmetic: start ComfyUI with "
-            "--fp32-vae."
+            f"The VAE turned {name} into NaN or infinity. Run it at higher precision: start ComfyUI with --fp32-vae."
         )
     return {"mean": mean[0], "std": None if std is None else std[0]}
 

@@ -99,7 +99,7 @@ class EncodedDataset:
         """ValueError where the images were encoded without a text encoder."""
         if self.empty_key is None and not all(item.caption_keys for item in self.items):
             raise ValueError(
-                "These pictures were encoded without CLIP, which is enough for score models and for nothing else: "
+                "These images were encoded without CLIP, which is enough for score models and for nothing else: "
                 "there is no conditioning to train under, not even the empty one. Connect CLIP to Encode Dataset."
             )
 

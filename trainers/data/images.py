@@ -35,7 +35,7 @@ def dataset_from_tensors(
     Captions and masks: none, one for all, one for each item of the list, or one for each image."""
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
-        raise ValueError("There are no pictures to make a dataset of.")
+        raise ValueError("There are no images to make a dataset of.")
     counts = [len(batch) for batch in images]
     texts = assign_per_image([check_plain_text(text.strip(), "A caption") for text in captions], counts, "captions")
     shapes = assign_per_image(
@@ -60,8 +60,8 @@ def assign_per_image(things: Sequence, counts: list[int], what: str) -> list:
         return list(things or [None]) * total
     if len(things) != total:
         raise ValueError(
-            f"There are {total} pictures in {len(counts)} batches, and {len(things)} {what}. Give none, one for all, "
-            "one for each batch, or one for each picture."
+            f"There are {total} images in {len(counts)} batches, and {len(things)} {what}. Give none, one for all, "
+            "one for each batch, or one for each image."
         )
     return list(things)
 
@@ -78,12 +78,12 @@ def save_mask_file(mask: Tensor, image: Image.Image, index: int, folder: Path) -
     shape = tensor_to_image(mask[..., None], f"mask {index + 1}")
     if shape.getextrema()[1] == 0:
         raise ValueError(
-            f"Mask {index + 1} is black everywhere ({shape.width}x{shape.height} px), so nothing of its picture would "
-            "be learnt. White is what is learnt; Load Image gives a black mask where a picture has no transparency."
+            f"Mask {index + 1} is black everywhere ({shape.width}x{shape.height} px), so nothing of its image would "
+            "be learnt. White is what is learnt; Load Image gives a black mask where an image has no transparency."
         )
     if shape.width * image.height != shape.height * image.width:
         raise ValueError(
-            f"Mask {index + 1} is {shape.width}x{shape.height} px and its picture {image.width}x{image.height} px. "
+            f"Mask {index + 1} is {shape.width}x{shape.height} px and its image {image.width}x{image.height} px. "
             "Give a mask of the picture's shape."
         )
     path, id_ = save_hashed_png(shape, folder)

@@ -42,7 +42,7 @@ def join_datasets(
         MAX_REPEATS, *(record.repeats for dataset in datasets for record in dataset)
     ):
         raise ValueError(
-            f"These weights ask for up to {max(shares) * common} repeats of one picture, and {MAX_REPEATS} is the "
+            f"These weights ask for up to {max(shares) * common} repeats of one image, and {MAX_REPEATS} is the "
             "most. Use simpler ones, such as 1, 0.5, 2."
         )
     records = [record for dataset in datasets for record in dataset]
@@ -90,7 +90,7 @@ class SplitSettings(Settings):
         0,
         1_000_000,
         "Number of images for validation, instead of a share. 0 uses the share.",
-        unit="pictures",
+        unit="images",
     )
     by: str = choice_field(
         SPLIT_BY_IMAGE,

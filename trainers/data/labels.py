@@ -37,7 +37,7 @@ def read_labels(file, dataset: ImageDataset) -> list[str | None]:
             labels[place] = label
     if unknown:
         raise ValueError(
-            f"{file} names {format_count(sorted(set(unknown)), 'picture')} that the dataset does not hold, or holds "
+            f"{file} names {format_count(sorted(set(unknown)), 'image')} that the dataset does not hold, or holds "
             f"several times: {format_first_names(sorted(set(unknown)))}. Write the file names, or paths from the "
             "folder of that file."
         )

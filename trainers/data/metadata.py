@@ -77,8 +77,7 @@ def read_text_file(file: Path, what: str = "caption", limit: int = MAX_CAPTION_B
     data = read_file_bytes(file, limit + 1)
     if len(data) > limit:
         raise ValueError(
-            f"The {what} {file} is larger than {limit // BYTES_PER_MIB} MiB. Is it the right file? Mend it or take it "
-            "out."
+            f"The {what} {file} is larger than {limit // BYTES_PER_MIB} MiB. Is it the right file? Repair or remove it."
         )
     try:
         return check_plain_text(
@@ -94,13 +93,13 @@ def read_file_bytes(file: Path, most: int = -1) -> bytes:
         with open(file, "rb") as opened:
             return opened.read(most)
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror or error}). Mend it or take it out.") from error
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}). Repair or remove it.") from error
 
 
 def check_plain_text(text: str, where: str) -> str:
     """The text itself. ValueError for NUL and broken characters, which cannot be saved or encoded."""
     if "\0" in text:
-        raise ValueError(f"{where} holds NUL characters, which are no text. Save it as UTF-8.")
+        raise ValueError(f"{where} holds NUL characters, which are not text. Save it as UTF-8.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -151,7 +150,7 @@ def parse_json_text(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}). Mend it or take it out.") from error
+        raise ValueError(f"{where} is not JSON ({error}). Repair or remove it.") from error
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ def parse_mask_value(values, where, folder: Path) -> Path | None:
     if key is None:
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} is {format_raw_value(value)}; it must be the path of a picture.")
+        raise ValueError(f"{where}: {key} is {format_raw_value(value)}; it must be the path of an image.")
     path = folder / check_plain_text(value, f"{where}: {key}").replace("\\", "/")
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
@@ -361,7 +360,7 @@ def read_metadata_rows(file: Path, problems: list[str]):
     """(where, image name, values) of every row; rows that name no image go to problems."""
     readers = {".json": parse_json_table, ".jsonl": parse_jsonl_table, ".csv": parse_csv_table, ".tsv": parse_csv_table}
     if file.suffix.lower() not in readers:
-        raise ValueError(f"The metadata {file} is no .json, .jsonl, .csv or .tsv file.")
+        raise ValueError(f"The metadata {file} is not a .json, .jsonl, .csv or .tsv file.")
     return readers[file.suffix.lower()](file, read_text_file(file, "metadata", MAX_TABLE_BYTES), problems)
 
 
@@ -374,7 +373,7 @@ def parse_json_table(file, text, problems):
             [(f"entry {number}", value) for number, value in enumerate(values, 1)], file, problems
         )
     raise ValueError(
-        f"The metadata {file} holds {json_type_name(values)}; it must be an object of pictures or a list of rows."
+        f"The metadata {file} holds {json_type_name(values)}; it must be an object of images or a list of rows."
     )
 
 
@@ -406,7 +405,7 @@ def parse_csv_table(file, text, problems):
             f"{file}, line {reader.line_num} cannot be read as CSV ({error}). Mend it; the rows before it count."
         )
     if columns is None:
-        raise ValueError(f"The metadata {file} is empty. Write a first line such as file_name,text, or take it out.")
+        raise ValueError(f"The metadata {file} is empty. Write a first line such as file_name,text, or remove it.")
     return attach_image_names(rows, file, problems)
 
 

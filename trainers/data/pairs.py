@@ -48,8 +48,9 @@ def pair_datasets(
     lonely = sorted(sides[0].keys() ^ sides[1].keys())
     if lonely or not sides[0]:
         raise ValueError(
-            f"{len(positive)} positive and {len(negative)} negative pictures do not pair up: "
-            f"{format_unpaired_images(lonely, sides)}. Give both pictures of a pair the same file name, in two folders."
+            f"{len(positive)} positive and {len(negative)} negative images do not pair up: "
+            f"{format_unpaired_images(lonely, sides)}. Give both images of a pair the same file name, in two "
+            "folders."
         )
     for name in sides[0]:
         require_same_aspect(name, sides[0][name], sides[1][name])
@@ -61,7 +62,7 @@ def pair_datasets(
     before = others or ImageDataset(())
     if twice := sorted({(r.pair, r.strength) for r in before} & {(r.pair, r.strength) for r in records}):
         raise ValueError(
-            f"The pair {twice[0][0]!r} has a picture at strength {twice[0][1]:g} already. Give each grade a strength "
+            f"The pair {twice[0][0]!r} has an image at strength {twice[0][1]:g} already. Give each grade a strength "
             "of its own."
         )
     return ImageDataset((*before.records, *records), (*before.skipped, *positive.skipped, *negative.skipped))
@@ -74,8 +75,7 @@ def index_records_by_stem(dataset: ImageDataset, side: str) -> dict[str, ImageRe
         name = Path(record.path).stem
         if name in found:
             raise ValueError(
-                f"Two {side} pictures are called {name!r}: {found[name].path} and {record.path}. Rename one of each "
-                "pair."
+                f"Two {side} images are named {name!r}: {found[name].path} and {record.path}. Rename one of each pair."
             )
         found[name] = record
     return found
@@ -92,8 +92,8 @@ def require_same_aspect(name, one: ImageRecord, other: ImageRecord) -> None:
     (w, h), (v, g) = one.cropped_size, other.cropped_size
     if abs(w * g - v * h) > 0.02 * w * g:
         raise ValueError(
-            f"The pair {name!r} has pictures of different shape, {w}x{h} and {v}x{g} px: they show no change that can "
-            "be told from the crop. Crop both alike."
+            f"The pair {name!r} has images of different shape, {w}x{h} and {v}x{g} px: the change cannot be "
+            "separated from the crop. Crop both alike."
         )
 
 
@@ -114,14 +114,14 @@ def collect_image_pairs(data: EncodedDataset) -> list[ImagePair]:
 def make_image_pair(name, at, data) -> ImagePair:
     if alone := [s for s in at if -s not in at]:
         raise ValueError(
-            f"The pair {name!r} has a picture at strength {alone[0]:g} and none at {-alone[0]:g}. Give both sides."
+            f"The pair {name!r} has an image at strength {alone[0]:g} and none at {-alone[0]:g}. Give both sides."
         )
     items = [data.items[index] for index in at.values()]
     shapes = {item.shape for item in items}
     if len(shapes) > 1:
         sizes = ", ".join(f"{item.path} {item.bucket}" for item in items)
         raise ValueError(
-            f"The pictures of the pair {name!r} fell into different buckets: {sizes}. Crop them alike, or use the same "
-            "size."
+            f"The images of the pair {name!r} fell into different buckets: {sizes}. Crop them alike, or use the "
+            "same size."
         )
     return ImagePair(name, at, shapes.pop(), max(item.repeats for item in items))

@@ -72,7 +72,7 @@ def read_folder_name_ratings(folder, progress=None) -> ImageDataset:
     named = [(sub, float(match[1] or match[2])) for sub, match in rated if match]
     if not named:
         raise ValueError(
-            f"No folder in {root} is called after a rating. Call them 7.5_name or 7.5, with the pictures inside."
+            f"No folder in {root} is named after a rating. Name them 7.5_name or 7.5, with the images inside."
         )
     parts = [set_uniform_score(read_folder(sub, progress=progress), score) for sub, score in named]
     missed = [(str(sub), "its name does not begin with a rating such as 7.5_") for sub, match in rated if not match]
@@ -102,18 +102,16 @@ def read_preference_table(file, paths: Sequence[str]) -> list[tuple[int, int]]:
             continue
         better, worse = (places[side[0]] for side in sides)
         if better == worse:
-            raise ValueError(
-                f"{file}, {where} says that {row[BETTER_COLUMN]} is better than itself. Name two pictures."
-            )
+            raise ValueError(f"{file}, {where} says that {row[BETTER_COLUMN]} is better than itself. Name two images.")
         found.append((better, worse))
     if unknown:
         raise ValueError(
-            f"{file} names {format_count(sorted(set(unknown)), 'picture')} that the dataset does not hold, or holds "
+            f"{file} names {format_count(sorted(set(unknown)), 'image')} that the dataset does not hold, or holds "
             f"several times: {format_first_names(sorted(set(unknown)))}. Write the file names, or paths from the "
             "folder of that file."
         )
     if not found:
-        raise ValueError(f"{file} holds no pair. Below its first line, better,worse, each line names two pictures.")
+        raise ValueError(f"{file} holds no pair. Below its first line, better,worse, each line names two images.")
     return found
 
 
@@ -131,7 +129,7 @@ def read_preference_rows(file: Path) -> list[tuple[str, dict[str, str]]]:
         for row in reader
     ]
     if empty := [where for where, row in rows if not all(row.values())]:
-        raise ValueError(f"{file}, {empty[0]} names fewer than two pictures.")
+        raise ValueError(f"{file}, {empty[0]} names fewer than two images.")
     return rows
 
 
@@ -143,15 +141,15 @@ def check_ratings(names: Sequence[str], scores: Sequence[float | None], few: boo
     rated = [score for score in scores if score is not None]
     if not rated:
         raise ValueError(
-            f"None of the {len(scores)} pictures has a rating: "
+            f"None of the {len(scores)} images has a rating: "
             f"{format_first_names([make_printable(Path(n).name) for n in names])}. Write a number into cat.score "
-            "beside cat.png, a column score into metadata.csv, or put pictures into folders such as 7.5_name; then "
+            "beside cat.png, a column score into metadata.csv, or put images into folders such as 7.5_name; then "
             "read them with Load Rated Pictures."
         )
     check_rated_count(len(rated), few)
     if len(set(rated)) == 1:
         raise ValueError(
-            f"All {len(rated)} ratings are {rated[0]:g}, so there is nothing to learn from them. Rate some pictures "
+            f"All {len(rated)} ratings are {rated[0]:g}, so there is nothing to learn from them. Rate some images "
             "lower and some higher."
         )
 
@@ -159,9 +157,9 @@ def check_ratings(names: Sequence[str], scores: Sequence[float | None], few: boo
 def check_rated_count(rated: int, few: bool) -> None:
     if rated < 2 or (rated < MIN_RATED_IMAGES and not few):
         raise ValueError(
-            f"{rated} pictures are rated. So few can show that a graph runs; they cannot tell a taste from chance: "
-            f"with {MIN_RATED_IMAGES} the order is known to about +-0.45 in Spearman's correlation, with 100 to +-0.2. "
-            f"Rate at least {MIN_RATED_IMAGES}, better 200, or switch few on to try it out."
+            f"{rated} images are rated. So few can show that a graph runs; they cannot tell a taste from chance: "
+            f"with {MIN_RATED_IMAGES} the order is known to about +-0.45 in Spearman's correlation, with 100 to "
+            f"+-0.2. Rate at least {MIN_RATED_IMAGES}, better 200, or switch few on to try it out."
         )
 
 
@@ -187,7 +185,7 @@ class RankSettings(Settings):
         "With by = threshold: the lowest score to keep, on the scale of the scores.",
         step=0.1,
     )
-    number: int = number_field(100, 1, 1_000_000, "With by = number: how many images to keep.", unit="pictures")
+    number: int = number_field(100, 1, 1_000_000, "With by = number: how many images to keep.", unit="images")
     lowest: bool = switch_field(False, "Keep the lowest scores instead of the highest.")
     keep_order: bool = switch_field(True, "On: keep the original order. Off: best first.")
 
@@ -196,7 +194,7 @@ def set_image_scores(dataset: ImageDataset, scores: Sequence[float]) -> ImageDat
     """The dataset with these scores, one for each image."""
     if len(scores) != len(dataset):
         raise ValueError(
-            f"There are {len(dataset)} pictures and {len(scores)} scores. Connect the scores of these very pictures."
+            f"There are {len(dataset)} images and {len(scores)} scores. Connect the scores of these images."
         )
     return replace(dataset, records=tuple(replace(r, score=float(s)) for r, s in zip(dataset, scores, strict=True)))
 
@@ -205,7 +203,7 @@ def select_by_score(dataset: ImageDataset, settings: RankSettings) -> tuple[Imag
     """(what stays, what goes). Ties stay in the order they came in."""
     if unrated := [make_printable(Path(r.path).name) for r in dataset if r.score is None]:
         raise ValueError(
-            f"{format_count(unrated, 'picture')} of {len(dataset)} have no score: {format_first_names(unrated)}. Put "
+            f"{format_count(unrated, 'image')} of {len(dataset)} have no score: {format_first_names(unrated)}. Put "
             "Score Images before this node."
         )
     sign = 1 if settings.lowest else -1
@@ -215,7 +213,7 @@ def select_by_score(dataset: ImageDataset, settings: RankSettings) -> tuple[Imag
         scores = [r.score for r in dataset]
         reach = f"; the scores go from {min(scores):g} to {max(scores):g}" if scores else ""
         raise ValueError(
-            f"No picture of {len(dataset)} stays with {settings.by} = {getattr(settings, settings.by):g}{reach}. "
+            f"No image of {len(dataset)} is kept with {settings.by} = {getattr(settings, settings.by):g}{reach}. "
             "Choose another value."
         )
     goes = order[len(stays) :]

@@ -190,7 +190,7 @@ def list_kohya_images(folder: Path, root: Path) -> list[FolderImage]:
     images, match = list_images(folder), KOHYA_FOLDER_NAME.fullmatch(folder.name)
     if not match:
         if images:
-            raise ValueError("its name does not begin with a number of repeats; call it 1_name to include its images")
+            raise ValueError("its name does not begin with a number of repeats; name it 1_name to include its images")
         return []
     if int(match[1]) == 0:
         raise ValueError("its name asks for 0 repeats")
@@ -303,7 +303,7 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
         return {}
     if masks.resolve() == root.resolve():
         raise ValueError(
-            f"{masks} is the folder of the images themselves. Give a folder of its own to the masks, or call them "
+            f"{masks} is the folder of the images themselves. Give a folder of its own to the masks, or name them "
             "name.mask.png beside the images and choose no folder of masks."
         )
     known: dict[str, Path] = {}
@@ -321,7 +321,7 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
     if not found:
         raise ValueError(
             f"No mask in {masks} has the name of an image in {root}; it holds "
-            f"{format_first_names([file.name for file in known.values()]) or 'no images'}. A mask is called like its "
+            f"{format_first_names([file.name for file in known.values()]) or 'no images'}. A mask is named like its "
             "image: cat.png for cat.jpg."
         )
     unused = [file.name for file in known.values() if file not in set(found.values())]
@@ -391,11 +391,11 @@ def probe_image(file: Path, data: bytes):
         raise
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{file} cannot be decoded as an image (it is of no known kind). Replace it or take it out."
+            f"{file} cannot be decoded as an image (it has an unknown format). Replace or remove it."
         ) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError, ... for broken files
         raise ValueError(
-            f"{file} cannot be decoded as an image ({error or type(error).__name__}). Replace it or take it out."
+            f"{file} cannot be decoded as an image ({error or type(error).__name__}). Replace or remove it."
         ) from error
 
 

@@ -105,7 +105,7 @@ def save_dataset(
     ValueError when the folder holds anything else and overwrite is off, or holds what was not saved from here.
     report(done, total, file name); check_interrupt() raises to stop, leaving everything as it was."""
     if not len(dataset):
-        raise ValueError("The dataset has no pictures to save.")
+        raise ValueError("The dataset has no images to save.")
     target = Path(folder).resolve()
     places = plan_destinations(dataset, settings)
     content_id = compute_fingerprint(dataset.fingerprint(), settings, [place.file_name for place in places])
@@ -169,8 +169,8 @@ def check_save_folder(target: Path, dataset: ImageDataset, overwrite: bool) -> N
     ]
     if own:
         raise ValueError(
-            f"{target} holds pictures of this very dataset, "
-            f"{format_first_names([Path(path).name for path in own], 3)}. Save it under another name."
+            f"{target} holds images of this dataset, {format_first_names([Path(path).name for path in own], 3)}. "
+            "Save it under another name."
         )
     if not target.is_dir() or not any(target.iterdir()):
         return

@@ -366,7 +366,7 @@ def load_diffusers_folder(path: Path) -> DiffusersEngine:
     """A folder with model_index.json, as pipeline.save_pretrained writes it."""
     if not (path / "model_index.json").exists():
         raise ValueError(
-            f"{path} has no model_index.json, so it is no diffusers folder. Give the folder that holds unet/ or "
+            f"{path} has no model_index.json, so it is not a diffusers folder. Give the folder that holds unet/ or "
             "transformer/."
         )
     if (path / "unet").is_dir():
@@ -475,7 +475,7 @@ def load_checkpoint_file(path: Path) -> DiffusersEngine:
     from ..files import read_safetensors
 
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is no .safetensors file. {CONVERT_REMEDY}")
+        raise ValueError(f"{path.name} is not a .safetensors file. {CONVERT_REMEDY}")
     tensors, _ = read_safetensors(path)
     return (
         load_sd3_checkpoint(tensors) if single_file.is_sd3_checkpoint(tensors) else load_unet_checkpoint(path, tensors)
@@ -486,11 +486,11 @@ def load_sd3_checkpoint(tensors) -> DiffusersEngine:
     space = (1.5305, 0.0609)
     if any(k.startswith(f"{single_file.TEXT_ENCODERS_PREFIX}t5xxl.") for k in tensors):
         raise ValueError(
-            f"This checkpoint has a T5 text encoder inside, whose vocabulary is not at hand. {CONVERT_REMEDY}"
+            f"This checkpoint has a T5 text encoder inside, whose vocabulary is not available. {CONVERT_REMEDY}"
         )
     models = {"l": single_file.load_clip_model(tensors, "clip_l"), "g": single_file.load_clip_model(tensors, "clip_g")}
     if not any(models.values()):
-        raise ValueError(f"This checkpoint has no text encoder inside, so it can read no captions. {CONVERT_REMEDY}")
+        raise ValueError(f"This checkpoint has no text encoder inside, so it cannot encode captions. {CONVERT_REMEDY}")
     prefixes = {"l": "lora_te1", "g": "lora_te2"}
     encoders = {
         k: ClipTextEncoder(load_clip_tokenizer(pad_zero=k == "g"), m, prefixes[k], -2)
@@ -515,7 +515,7 @@ def load_unet_checkpoint(path: Path, tensors) -> DiffusersEngine:
     if f"{single_file.MODEL_PREFIX}input_blocks.0.0.weight" not in tensors:
         some = ", ".join(sorted(tensors)[:3])
         raise ValueError(
-            f"{path.name} is no checkpoint that the embedded engine knows (its first tensors are {some}). "
+            f"{path.name} is not a checkpoint that the embedded engine knows (its first tensors are {some}). "
             f"{CONVERT_REMEDY}"
         )
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline

@@ -183,7 +183,7 @@ def load_autoencoder(tensors):
     """(model, is it a tiny one). Raises ValueError for a file without one."""
     t = tensors_with_prefix(tensors, VAE_PREFIX)
     if not t:
-        raise ValueError(f"This checkpoint has no VAE inside, so it can see no images. {CONVERT_REMEDY}")
+        raise ValueError(f"This checkpoint has no VAE inside, so it cannot encode images. {CONVERT_REMEDY}")
     tiny = "taesd_decoder.1.weight" in t
     return (load_tiny_autoencoder(t) if tiny else load_kl_autoencoder(t)), tiny
 

@@ -612,11 +612,11 @@ def check_target_scorers(scores, settings: LecoScoreSettings) -> None:
         if settings.needs_noise and not score.info.noisy:
             fits = ", ".join(t for t in SCORE_TARGETS if not LecoScoreSettings(target=t).needs_noise)
             raise ValueError(
-                f"target is {settings.target!r}, which shows the score model noised latents, and this one was trained "
-                f"on clean pictures only. Train it with 'noisy' on, or choose one of {fits}."
+                f"target is {settings.target!r}, which shows the score model noised latents, and this one was "
+                f"trained on clean images only. Train it with 'noisy' on, or choose one of {fits}."
             )
     if settings.relative and not any(is_text_scorer(score) for score, _ in scores):
         raise ValueError(
             f"relative is {settings.relative}, and no score model here ({scores[0][0].info.backbone}) reads text: "
-            "with good and bad words they say the same. Set relative to 0, or use Prompt Match Score."
+            "good and bad words give the same score. Set relative to 0, or use Prompt Match Score."
         )

@@ -178,6 +178,6 @@ def check_targets_change(pulls, row):
         raise ValueError(
             f"{row.target!r}: with action {row.action}, positive {row.effective_positive!r}, neutral "
             f"{row.effective_neutral!r}, unconditional {row.unconditional!r} and guidance {row.guidance:g} the "
-            "goal is what the model says already, and nothing would be learnt. Raise guidance above 1, or change one "
-            "of the prompts."
+            "target equals the model's current prediction, so nothing would be learnt. Raise guidance above 1, or "
+            "change one of the prompts."
         )

@@ -31,7 +31,7 @@ class PreviewSettings(Settings):
     preview_seed: int = number_field(
         0, 0, 2**63 - 1, "Seed of the first sample of each prompt; the second uses the next one."
     )
-    pictures: int = number_field(1, 1, 16, "Samples per prompt, on consecutive seeds.", unit="pictures")
+    pictures: int = number_field(1, 1, 16, "Samples per prompt, on consecutive seeds.", unit="images")
     sampling_steps: int = number_field(20, 1, 1000, "Sampling steps of each sample.")
     guidance: float = number_field(
         0.0,

@@ -80,8 +80,8 @@ class AestheticHead(nn.Module):
         self.chain, self.pooler = chain, pooler  # the names are keys of state_dict, whose hash identifies the model
         if pooler is not None and pooler.probe.shape[-1] != chain.width:
             raise ValueError(
-                f"The head wants {chain.width} numbers a picture and the pooler gives {pooler.probe.shape[-1]}. Choose "
-                f"the SigLIP file that the head was trained on: {describe_encoder(chain.width)}."
+                f"The head needs {chain.width} numbers an image and the pooler gives {pooler.probe.shape[-1]}. "
+                f"Choose the SigLIP file that the head was trained on: {describe_encoder(chain.width)}."
             )
 
     @property
@@ -101,8 +101,8 @@ def check_embedding_width(head: AestheticHead, width: int) -> None:
     """ValueError unless the encoder's embedding has the width that the head was trained on."""
     if head.width != width:
         raise ValueError(
-            f"This head rates embeddings of {head.width} numbers and the connected CLIP_VISION gives {width} "
-            f"({describe_encoder(width)}). It wants {describe_encoder(head.width)}."
+            f"This head needs embeddings of {head.width} features, and the connected CLIP_VISION gives {width} "
+            f"({describe_encoder(width)}). It needs {describe_encoder(head.width)}."
         )
 
 
@@ -134,7 +134,8 @@ def read_head_tensors(path) -> dict[str, Tensor]:
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(
-            f"{path.name} holds {type(found).__name__} and not a plain list of named tensors. It is no aesthetic head."
+            f"{path.name} holds {type(found).__name__} and not a plain list of named tensors. It is not an "
+            "aesthetic head."
         )
     return found
 
@@ -151,7 +152,7 @@ def build_aesthetic_mlp(tensors: dict[str, Tensor], name: str) -> AestheticMLP:
     if not layers or others or any(weight.ndim != 2 for weight, _ in layers):
         found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:4]) or "nothing"
         raise ValueError(
-            f"{name} is no aesthetic head, which is made of linear layers and nothing else; it holds {found}."
+            f"{name} is not an aesthetic head, which is made of linear layers and nothing else; it holds {found}."
         )
     sizes = [tuple(weight.shape) for weight, _ in layers]
     if sizes[-1][0] != 1 or any(a[0] != b[1] for a, b in zip(sizes, sizes[1:], strict=False)):

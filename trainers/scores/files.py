@@ -72,7 +72,7 @@ def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None =
 def parse_score_model_info(metadata: dict[str, str], name: str) -> ScoreModelInfo:
     """The info in a file's metadata; `name` is the file's name for the error."""
     if SCORE_MODEL_KEY not in metadata:
-        raise ValueError(f"{name} is no score model of Trainyard. Load a file that Save Score Model wrote.")
+        raise ValueError(f"{name} is not a score model of Trainyard. Load a file that Save Score Model wrote.")
     if metadata[SCORE_MODEL_KEY] != SCORE_MODEL_VERSION:
         raise ValueError(
             f"{name} is a score model of version {metadata[SCORE_MODEL_KEY]}, and this Trainyard reads version "
@@ -98,7 +98,7 @@ def check_score_latent_format(info: ScoreModelInfo, latent_format: str, channels
     are compared."""
     if info.channels != channels or (latent_format and info.latent_format and latent_format != info.latent_format):
         raise ValueError(
-            f"This score model judges latents of {info.latent_format or 'an unnamed format'} ({info.channels} "
-            f"channels), and these are of {latent_format or 'an unnamed format'} ({channels} channels). Each kind of "
-            "latent needs a score model of its own: train or distil one for it."
+            f"This score model reads latents of {info.latent_format or 'an unnamed format'} ({info.channels} "
+            f"channels), and these are of {latent_format or 'an unnamed format'} ({channels} channels). Each kind "
+            "of latent needs a score model of its own: train or distil one for it."
         )

@@ -157,8 +157,8 @@ def grouped_folds(groups: Sequence[Hashable], k: int, seed: int) -> np.ndarray:
     sizes = Counter(groups)
     if len(sizes) < k:
         raise ValueError(
-            f"There are {len(sizes)} groups of pictures that are not copies of each other, and {k} folds are asked "
-            f"for. Rate more different pictures, or ask for at most {len(sizes)} members."
+            f"There are {len(sizes)} groups of images that are not copies of each other, and {k} folds are asked "
+            f"for. Rate more different images, or ask for at most {len(sizes)} members."
         )
     order = np.random.default_rng(seed).permutation(len(sizes))
     names = list(sizes)

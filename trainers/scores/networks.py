@@ -224,7 +224,7 @@ def squeeze_single_frame(x: Tensor) -> Tensor:
         return x
     if x.ndim != 5 or x.shape[2] != 1:
         raise ValueError(
-            f"A score model judges pictures, and got latents of shape {tuple(x.shape)}. Give it single frames."
+            f"A score model scores images, but got latents of shape {tuple(x.shape)}. Give it single frames."
         )
     return x.squeeze(2)
 
@@ -297,9 +297,9 @@ def check_trained_head(info: ScoreModelInfo) -> None:
     """ValueError for a pre-trained backbone: its head predicts 0 for everything."""
     if info.task == PRETRAINING_TASK:
         raise ValueError(
-            f"This is a pre-trained backbone ({info.backbone}, from Pretrain Score Backbone): it has no trained head, "
-            "so it can rate nothing yet. Connect it to Train Score Model as pretrained, with rated pictures, and use "
-            "the score model that comes out."
+            f"This is a pre-trained backbone ({info.backbone}, from Pretrain Score Backbone): it has no trained "
+            "head, so it cannot score yet. Connect it to Train Score Model as pretrained, with rated images, and "
+            "use the score model that comes out."
         )
 
 

@@ -47,7 +47,7 @@ class ScoreSettings(Settings):
     learning_rate: float = number_field(
         1e-3, 1e-7, 1.0, "Learning rate of AdamW; it decays to 0 along a cosine.", step=1e-4
     )
-    batch: int = number_field(32, 2, 1024, "Images, or pairs of them, per step.", unit="pictures")
+    batch: int = number_field(32, 2, 1024, "Images, or pairs of them, per step.", unit="images")
     members: int = number_field(
         5,
         2,
@@ -173,7 +173,7 @@ class ScoreTraining:
         by_pairs = self.info.task == "pairwise"
         self.samples = list(self.pairs) if by_pairs else [(index,) for index in range(len(self.data))]
         if not self.samples:
-            raise ValueError("There is no pair of pictures to compare. Give pairs, or ratings that differ.")
+            raise ValueError("There is no pair of images to compare. Give pairs, or ratings that differ.")
         self.deck = BucketBatchSampler(
             SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.samples]), self.settings.batch
         )

@@ -66,7 +66,7 @@ class PretextSettings(Settings):
     steps: int = number_field(
         2000, 1, 10_000_000, "Total training steps, one batch of images each.", unit="optimizer steps"
     )
-    batch: int = number_field(32, 2, 1024, "Images per step. simclr improves with more.", unit="pictures")
+    batch: int = number_field(32, 2, 1024, "Images per step. simclr improves with more.", unit="images")
     size: int = number_field(
         512, 16, 2048, "Side of the squares that are encoded. Nothing is stretched.", unit="px", step=16
     )

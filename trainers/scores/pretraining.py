@@ -104,12 +104,12 @@ def check_pretraining_data(views: ViewDataset, settings: PretextSettings, names)
     """ValueError for too few images, or a weight on classes with fewer than two of them."""
     if len(views) < 2:
         raise ValueError(
-            f"There is {len(views)} picture to learn from; two are the least, and some hundred are wanted."
+            f"There is {len(views)} image to learn from; two are the least, and some hundred are recommended."
         )
     if settings.classes and len(names) < 2:
         raise ValueError(
-            f"classes is {settings.classes:g}, and the pictures have {len(names)} classes. Put them into folders "
-            "called after their classes, name a file with labels, or set classes to 0."
+            f"classes is {settings.classes:g}, and the images have {len(names)} classes. Put them into folders "
+            "named after their classes, name a file with labels, or set classes to 0."
         )
 
 

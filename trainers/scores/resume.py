@@ -58,7 +58,7 @@ class ResumeFolder:
             tree = read_state_tree(self.folder / name)
         except ValueError as error:
             raise ValueError(
-                f"{error}. Delete the folder {self.folder}, which holds the unfinished work, to begin it anew."
+                f"{error}. Delete the folder {self.folder}, which holds the unfinished work, to start it over."
             ) from error
         assert isinstance(tree, dict)  # as save_finished and save_current wrote it
         return tree

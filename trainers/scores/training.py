@@ -209,7 +209,7 @@ def rating_classes(scores, task) -> tuple[str, ...]:
     found = sorted(set(scores))
     if task == "binary" and len(found) != 2:
         raise ValueError(
-            f"The task binary wants two different ratings, such as 0 and 1, and there are {len(found)}. Choose "
+            f"The task binary needs two different ratings, such as 0 and 1, and there are {len(found)}. Choose "
             "regression, or rate so."
         )
     if task == "multiclass" and len(found) > MAX_RATING_CLASSES:
@@ -538,7 +538,7 @@ def compute_level_metrics(
         if not pairs:
             raise ValueError(
                 f"None of the {len(task.pairs)} pairs has both sides in one of the {folds.max() + 1} parts that the "
-                "pictures are divided into. Give more pairs, or fewer members."
+                "images are divided into. Give more pairs, or fewer members."
             )
         right = np.array(pair_outcomes(score_from_outputs(outputs, info).numpy(), pairs))
         better = [groups[a] for a, _ in pairs]  # pairs that share their better image are no independent evidence

@@ -528,8 +528,8 @@ def build_truncate_edit(argument):
     match = re.fullmatch(r"(\d+)\s*(tokens?|words?|tags?)?", argument.casefold())
     if not match or not int(match[1]):
         raise EditError(
-            f"{argument!r} is no length; write a number above 0: 'truncate: 75' (tokens), 'truncate: 40 words' or "
-            "'truncate: 20 tags'."
+            f"{argument!r} is not a length; write a number above 0: 'truncate: 75' (tokens), 'truncate: 40 words' "
+            "or 'truncate: 20 tags'."
         )
     limit, measure = int(match[1]), LENGTH_MEASURES[(match[2] or "tokens").rstrip("s")]
     return lambda caption, context: truncate_caption(caption, lambda text: measure(text, context) <= limit)
@@ -599,7 +599,7 @@ def build_substitution(line: str):
         position = getattr(error, "pos", None)
         place = f" at character {position + 1}" if position is not None else ""
         raise EditError(
-            f"{pattern!r} -> {new!r} is no regular expression{place}: {getattr(error, 'msg', error)}."
+            f"{pattern!r} -> {new!r} is not a regular expression{place}: {getattr(error, 'msg', error)}."
         ) from None
 
     def run(caption, _):
@@ -623,8 +623,8 @@ def split_substitution(line: str) -> tuple[str, str, str]:
     match = re.fullmatch(f"s{mark}{part}{mark}{part}{mark}(\\w*)", line)
     if not match or not match[1]:
         raise EditError(
-            f"it is no substitution; write 's{line[1]}pattern{line[1]}replacement{line[1]}', and \\{line[1]} for a "
-            f"{line[1]!r} in the text."
+            f"it is not a substitution; write 's{line[1]}pattern{line[1]}replacement{line[1]}', and \\{line[1]} for "
+            f"a {line[1]!r} in the text."
         )
     pattern, new = (text.replace(f"\\{line[1]}", line[1]) for text in match.groups()[:2])
     return pattern, new, match[3]

@@ -30,7 +30,7 @@ def parse_manual_edits(text: str) -> dict[str, tuple[str, ...]]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"The edits are no JSON ({error}). They begin with {text.strip()[:60]!r}. Clear the field to start anew."
+            f"The edits are not JSON ({error}). They begin with {text.strip()[:60]!r}. Clear the field to start over."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(
@@ -43,7 +43,7 @@ def parse_edited_captions(id: str, value) -> tuple[str, ...]:
     """The alternatives that were written for one image, without empty ones."""
     written = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in written):
-        raise ValueError(f"The edit of picture {id} is {json.dumps(value)[:60]}; it must be text, or a list of texts.")
+        raise ValueError(f"The edit of image {id} is {json.dumps(value)[:60]}; it must be text, or a list of texts.")
     texts = (check_plain_text(text, f"The edit of picture {id}").strip() for text in written)
     return tuple(dict.fromkeys(filter(None, texts)))
 

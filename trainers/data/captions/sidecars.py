@@ -62,13 +62,13 @@ def check_caption_location(image: Path, roots: list[Path], closed: list[Path]) -
         if not any(real.is_relative_to(root) for root in roots):
             names = " or ".join(map(str, roots))
             raise ValueError(
-                f"{file} lies outside {names}, so it is not written. Turn save_to_files off, or move the pictures and "
+                f"{file} lies outside {names}, so it is not written. Turn save_to_files off, or move the images and "
                 "their captions there."
             )
     if any(file.parent.resolve().is_relative_to(folder) for folder in closed):
         raise ValueError(
-            f"{image} was made by Trainyard and may be deleted at any time, so no caption file is written beside it. "
-            "Turn save_to_files off, or edit the captions before the pictures are put together."
+            f"{image} was made by Trainyard and may be deleted at any time, so no caption file is written beside "
+            "it. Turn save_to_files off, or edit the captions before the images are put together."
         )
 
 
@@ -82,7 +82,7 @@ def collect_caption_texts(dataset: ImageDataset, ids: set[str]) -> dict[Path, st
         if other_text != text and ids & {other.id, record.id}:
             raise ValueError(
                 f"{other.path} and {record.path} share the caption file {file.name} and are to have different "
-                "captions. Rename one of the pictures, or give both the same caption."
+                "captions. Rename one of the images, or give both the same caption."
             )
         if record.id in ids:
             texts[file] = text

@@ -100,7 +100,7 @@ def build_collages(
     training = [record for record in dataset if record.split == "train"]
     if not training:
         raise ValueError(
-            f"The dataset has {len(dataset)} pictures, none of them for training. Load a folder with pictures first."
+            f"The dataset has {len(dataset)} images, none of them for training. Load a folder with images first."
         )
     sources, lost = analyse_sources(training, settings, Path(folder) / "survey.json", work)
     made = plan_collages([source.record.cropped_size for source in sources], settings)
@@ -554,7 +554,7 @@ def format_nothing_fits(made: CollagePlan, sources, lost, settings: CollageSetti
         f"{Path(path).name}: {why}" for path, why in lost[:3]
     ]
     return (
-        f"None of the {len(sources) + len(lost)} pictures can stand in a frame of {frames}: {'; '.join(reasons)}. "
+        f"None of the {len(sources) + len(lost)} images can stand in a frame of {frames}: {'; '.join(reasons)}. "
         "Choose smaller frames, a larger max_crop or max_upscale, or another layout."
     )
 

@@ -55,7 +55,7 @@ class CollageSettings(Settings):
         "grid: one image spans the frame and the others are stacked beside it.",
     )
     per_frame: int = number_field(
-        3, 2, 4, "Maximum number of images in one frame; fewer if fewer fill it.", unit="pictures"
+        3, 2, 4, "Maximum number of images in one frame; fewer if fewer fill it.", unit="images"
     )
     uses: int = number_field(2, 1, 64, "How often each image is used, with different neighbours each time if possible.")
     max_crop: float = number_field(
@@ -146,7 +146,9 @@ class CollageSettings(Settings):
         step = int(self.snap) if self.snap != COLLAGE_AUTO else 16 if all(side % 16 == 0 for side in sides) else 8
         if wrong := next((frame for frame in self.frame_list if frame[0] % step or frame[1] % step), None):
             near = "x".join(str(max(1, round(side / step)) * step) for side in wrong)
-            raise ValueError(f"The frame {wrong[0]}x{wrong[1]} is no multiple of {step} px in both sides. Use {near}.")
+            raise ValueError(
+                f"The frame {wrong[0]}x{wrong[1]} is not a multiple of {step} px in both sides. Use {near}."
+            )
         return step
 
     @property
@@ -576,9 +578,7 @@ def check_collage_plan(made: CollagePlan, settings: CollageSettings) -> None:
         if source not in left_out and uses[source] != settings.uses
     }
     if uneven or left_out & uses.keys():
-        raise ValueError(
-            f"Every picture must be used {settings.uses} times; {uneven or 'one that is left out'} is not."
-        )
+        raise ValueError(f"Every image must be used {settings.uses} times; {uneven or 'one that is left out'} is not.")
 
 
 def find_collage_fault(collage: Collage, sizes, settings: CollageSettings) -> str | None:
@@ -590,7 +590,7 @@ def find_collage_fault(collage: Collage, sizes, settings: CollageSettings) -> st
     spanning = [spans_frame(cell, collage.frame) for cell in collage.cells]
     if not any(spanning):
         return (
-            "no picture spans the frame from end to end, so none is learnt relative to it. Use the layout auto, "
+            "no image spans the frame from end to end, so none is learnt relative to it. Use the layout auto, "
             "columns or rows."
         )
     if not all(spanning) and not (collage.layout == LAYOUT_GRID and settings.layout == LAYOUT_GRID):

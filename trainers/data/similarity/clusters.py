@@ -59,12 +59,12 @@ def cluster_features(rows: np.ndarray, settings: ClusterSettings, check_interrup
     """rows (n, d) of unit length. ValueError for more groups than images, or more images than can be handled."""
     if len(rows) < 2 or settings.clusters > len(rows):
         raise ValueError(
-            f"{len(rows)} pictures cannot make {settings.clusters or 'two or more'} groups. Give more pictures, or ask "
+            f"{len(rows)} images cannot make {settings.clusters or 'two or more'} groups. Give more images, or ask "
             "for fewer groups."
         )
     if len(rows) > MAX_CLUSTERED_IMAGES:
         raise ValueError(
-            f"{len(rows)} pictures are more than {MAX_CLUSTERED_IMAGES}, whose distances no longer fit in memory. "
+            f"{len(rows)} images are more than {MAX_CLUSTERED_IMAGES}, whose distances no longer fit in memory. "
             "Split the dataset first."
         )
     x = torch.from_numpy(np.asarray(rows, np.float32)).double()

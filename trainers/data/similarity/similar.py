@@ -29,7 +29,7 @@ class ImageFeatures:
 
     def __post_init__(self):
         if len(self.rows) != len(self.dataset):
-            raise ValueError(f"There are {len(self.dataset)} pictures and {len(self.rows)} rows of features.")
+            raise ValueError(f"There are {len(self.dataset)} images and {len(self.rows)} rows of features.")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -53,7 +53,7 @@ def unit_rows(rows) -> np.ndarray:
 class SimilarSettings(Settings):
     """Which images are looked for."""
 
-    most: int = number_field(12, 1, 200, "Number of matches per query.", unit="pictures")
+    most: int = number_field(12, 1, 200, "Number of matches per query.", unit="images")
     least: float = number_field(
         0.0, -1.0, 1.0, "Images below this cosine similarity are not listed. Copies have 0.95 and more.", step=0.01
     )
@@ -77,7 +77,7 @@ def select_query_images(features: ImageFeatures, name: str, everything: bool) ->
     places = [i for i, r in enumerate(features.dataset) if name.strip().lower() in Path(r.path).name.lower()]
     places = places if everything or name.strip() else places[:1]
     if not places:
-        raise ValueError(f"No file name of {len(features)} pictures holds {name!r}. Write a part of one, or nothing.")
+        raise ValueError(f"No file name of {len(features)} images holds {name!r}. Write a part of one, or nothing.")
     return replace(
         features, dataset=ImageDataset(tuple(features.dataset[i] for i in places)), rows=features.rows[places]
     )
