@@ -24,7 +24,7 @@ proofs: env  ## trainings long enough to measure what they teach (tests/proofs/p
 check: env  ## format, lint, types, and the direction of imports
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
-	@.venv/bin/basedpyright --level error
+	@.venv/bin/basedpyright --pythonpath $(PY) --level error
 	@.venv/bin/pytest -q tests/unit/test_house.py
 
 refresh: env  ## everything derived from nodes and workflow sources, made again: snapshot, English texts, README rows, API twins, cards
