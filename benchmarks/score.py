@@ -41,13 +41,11 @@ def pictures(toy, count, seed, px=64):
     """Latents and true scores, drawn once and kept beside the tests' small models: measuring shapes takes longer than
     learning them."""
     import torch
-    from trainyard.tests.comfy.tiny import cache_folder
+    from trainyard.tests.cache import cached_file
     from trainyard.tests.toy import scores as known
 
-    path = cache_folder() / f"known_scores_{count}_{seed}{'' if px == 64 else f'_{px}'}.pt"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(known.latents(toy, count, seed, px), path)
+    name = f"known_scores_{count}_{seed}{'' if px == 64 else f'_{px}'}.pt"
+    path = cached_file(name, [known.__file__], lambda draft: torch.save(known.latents(toy, count, seed, px), draft))
     return torch.load(path)
 
 

@@ -35,7 +35,7 @@ class Oven(Settings):
 
     minutes: int = number_field(10, 1, 120, "How long.", unit="minutes")
     heat: float = number_field(180.0, 20.0, 300.0, "How hot.")
-    lru: str = choice_field("middle", ("low", "middle", "high"), "Where.")
+    shelf: str = choice_field("middle", ("low", "middle", "high"), "Where.")
     fan: bool = switch_field(False, "Blow.")
     dish: str = text_field("", "What.")
 
