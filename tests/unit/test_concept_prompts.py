@@ -90,7 +90,7 @@ def test_defaults_fill_what_a_row_leaves_out():
 
 def test_a_row_becomes_a_task_and_what_it_preserves_others():
     (row,) = read_prompts("red car | positive: red | preserve: blue car; tree | weight: 2")
-    erase, *kept = build_prompt_tasks([row], SHAPES, kept=0.5)
+    erase, *kept = build_prompt_tasks([row], SHAPES, preserve_weight=0.5)
     assert (
         dict((p, w) for w, p in erase.targets[0].weighted_prompts) == {"": 2.0, "red": -1.0}
         and erase.rollout_prompt == "red car"

@@ -1,4 +1,5 @@
-"""An adapter is pulled up a score: LECO whose goal is no prompt but a score model (civitai 5416, "LECO-score").
+"""An adapter learns to raise a score: LECO whose goal is a score model in place of a prompt (civitai 5416,
+"LECO-score").
 
 The student denoises a prompt in part; there one step is taken with gradient, a score model judges what it leads to, and
 the adapter moves up that score. Held by nothing, every variant of this learns to please the score model instead of
@@ -189,7 +190,7 @@ class LecoScoreSettings(Settings):
         return not self.as_clean and self.target in ("x0_renoised", "next_step")
 
 
-# The recipe of the first LECO-score: 26 steps, a state anywhere on a way of its own, one step, a scorer of clean
+# The recipe of the first LECO-score: 26 steps, a state anywhere on a trajectory of its own, one step, a scorer of clean
 # latents, and no anchor.
 ORIGINAL_LECO_SCORE = LecoScoreSettings(
     target="next_step",
@@ -208,8 +209,8 @@ ORIGINAL_LECO_SCORE = LecoScoreSettings(
 
 @dataclass(frozen=True)
 class ScoredState:
-    """Where a step is graded: x (B, C, ...) at sigma (B,), the step leading to `after`. `base`: what the frozen model
-    says there, x0 too."""
+    """Where a step is graded: x (B, C, ...) at sigma (B,), the step leading to `next_sigma`. `teacher_x0`: the frozen
+    model's prediction there."""
 
     x: Tensor
     sigma: Tensor
@@ -235,31 +236,31 @@ def build_score_tasks(
             "Raise anchor, or give it another weight."
         )
     asked = lambda prompt: ((1.0, prompt),) if settings.anchor else ()
-    pulls = lambda row: tuple(
+    targets = lambda row: tuple(
         PromptTarget(row.prompt, asked(row.prompt), strength, sign)
         for strength, sign in signed_strengths(row.sign, settings.slider)
     )
     return [
-        PromptTask(pulls(row), row.prompt, row.negative, abs(row.weight) or 1.0, tuple(shapes), batch)
+        PromptTask(targets(row), row.prompt, row.negative, abs(row.weight) or 1.0, tuple(shapes), batch)
         for row in prompts
     ]
 
 
 def signed_strengths(sign: float, slider: bool) -> tuple[tuple[float, float], ...]:
-    """(strength, sign of the score) of the pulls of one update."""
+    """(strength, sign of the score) of the targets of one update."""
     return ((1.0, sign), (-1.0, -sign)) if slider else ((1.0, sign),)
 
 
 def graded_noise_levels(settings: LecoScoreSettings) -> tuple[float, float]:
-    """(lowest, highest) level of the states that are graded, 1 being pure noise; draft_lv has the last one of a way
-    only."""
+    """(lowest, highest) level of the states that are graded, 1 being pure noise; draft_lv has the last one of a
+    trajectory only."""
     if settings.target == "draft_lv":
         return 1 / settings.sampling_steps, 1 / settings.sampling_steps
     return 1 - settings.last_step, 1 - settings.first_step
 
 
 class RolloutStates:
-    """Places on ways that the student walks from noise to a prompt's picture."""
+    """States on trajectories that the student samples from noise under a prompt."""
 
     def __init__(
         self, model: StudentTeacherModel, tasks: list[PromptTask], settings: LecoScoreSettings, guidance: float
@@ -286,8 +287,8 @@ class RolloutStates:
 
 
 class SingleRolloutStates:
-    """Places on ways of their own, each walked no further than to the state that is graded: as all other trainers do,
-    and the dearest."""
+    """States on trajectories of their own, each sampled no further than to the state that is graded: as all other
+    trainers do, and the most expensive."""
 
     def __init__(
         self, model: StudentTeacherModel, tasks: list[PromptTask], settings: LecoScoreSettings, guidance: float
@@ -296,7 +297,7 @@ class SingleRolloutStates:
 
     def draw(self, rng) -> ScoredState:
         task = self.tasks[sample_task_index(self.tasks, rng)]
-        strength = sample_element(sorted({pull.strength for pull in task.targets}), rng)
+        strength = sample_element(sorted({target.strength for target in task.targets}), rng)
         noise = sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng)
         levels, wanted = sample_rollout_levels(
             self.settings.sampling_steps, task.batch, *graded_noise_levels(self.settings), rng
@@ -332,15 +333,15 @@ class SingleRolloutStates:
 def make_rollout_states(
     model: StudentTeacherModel, tasks: list[PromptTask], settings: LecoScoreSettings, guidance: float
 ) -> RolloutStates | SingleRolloutStates:
-    """The places of prompts, as the settings want them walked."""
+    """The states of prompts, sampled as the settings say."""
     return (SingleRolloutStates if settings.ways == settings.refresh == 1 else RolloutStates)(
         model, tasks, settings, guidance
     )
 
 
 class NoisedImageStates:
-    """Places on pictures of a dataset with noise that is known, so that one step gives the whole picture (Direct-Align
-    of SRPO, 2025)."""
+    """States on images of a dataset with noise that is known, so that one step gives the whole image (Direct-Align of
+    SRPO, 2025)."""
 
     def __init__(self, model: StudentTeacherModel, data: EncodedDataset, settings: LecoScoreSettings, batch: int):
         self.model, self.data, self.settings, self.deck = model, data, settings, BucketBatchSampler(data, batch)
@@ -356,11 +357,11 @@ class NoisedImageStates:
         )
         noise = cpu_randn_like(x0, rng)
         x = self.model.denoiser.noised(x0, noise, sigma)
-        pulls = tuple(
+        targets = tuple(
             PromptTarget("", (), strength, sign) for strength, sign in signed_strengths(1.0, self.settings.slider)
         )
         base = predict_without_adapters(self.model, x, sigma, batch.conds) if self.settings.anchor else None
-        return ScoredState(x, sigma, after, batch.conds, pulls, base, noise, tuple(batch.captions))
+        return ScoredState(x, sigma, after, batch.conds, targets, base, noise, tuple(batch.captions))
 
     def state(self) -> dict:
         return {"deck": self.deck.state(), "spent": dict(self.model.forward_counts)}
@@ -380,23 +381,23 @@ def predict_without_adapters(model: StudentTeacherModel, x, sigma, conds) -> Ten
 # -- what is judged ----------------------------------------------------------------------------------------------------
 
 
-def euler_step(place: ScoredState, x0: Tensor) -> Tensor:
-    """The state after an Euler step along what the student says."""
-    return place.x + slope(place.x, place.sigma, x0) * per_sample(place.next_sigma - place.sigma, place.x)
+def euler_step(state: ScoredState, x0: Tensor) -> Tensor:
+    """The state after an Euler step along the student's prediction."""
+    return state.x + slope(state.x, state.sigma, x0) * per_sample(state.next_sigma - state.sigma, state.x)
 
 
-def next_step_inputs(method, place, x0, rng):
-    return [(euler_step(place, x0), place.next_sigma)]
+def next_step_inputs(method, state, x0, rng):
+    return [(euler_step(state, x0), state.next_sigma)]
 
 
-def x0_inputs(method, place, x0, rng):
-    return [(x0, torch.zeros_like(place.sigma))]
+def x0_inputs(method, state, x0, rng):
+    return [(x0, torch.zeros_like(state.sigma))]
 
 
-def renoised_inputs(method, place, x0, rng):
-    """The picture under fresh noise, nearly as much as the state had: x0 is a blur where there is much, and no score
+def renoised_inputs(method, state, x0, rng):
+    """The image under fresh noise, nearly as much as the state had: x0 is a blur where there is much, and no score
     model has seen blurs under little noise (fixed levels of 0.1 to 0.5 fooled it: benchmarks/README.md)."""
-    s, level = method.settings, sigma_to_level(method.denoiser, place.sigma)
+    s, level = method.settings, sigma_to_level(method.denoiser, state.sigma)
     shares = (
         s.renoise_low + (s.renoise_high - s.renoise_low) * torch.rand(len(x0), generator=rng).to(x0)
         for _ in range(s.draws)
@@ -405,21 +406,21 @@ def renoised_inputs(method, place, x0, rng):
     return [(method.denoiser.noised(x0, cpu_randn_like(x0, rng), sigma), sigma) for sigma in sigmas]
 
 
-def direct_align_inputs(method, place, x0, rng):
-    """The picture that is left when the known noise is taken out of the state after the step: right also where x0 is a
+def direct_align_inputs(method, state, x0, rng):
+    """The image that is left when the known noise is taken out of the state after the step: right also where x0 is a
     blur."""
-    a, b = noising_coefficients(method.denoiser, place.next_sigma)
+    a, b = noising_coefficients(method.denoiser, state.next_sigma)
     return [
-        ((euler_step(place, x0) - per_sample(b, x0) * place.noise) / per_sample(a, x0), torch.zeros_like(place.sigma))
+        ((euler_step(state, x0) - per_sample(b, x0) * state.noise) / per_sample(a, x0), torch.zeros_like(state.sigma))
     ]
 
 
-def draft_lv_inputs(method, place, x0, rng):
-    """The picture noised anew to the last level and denoised again, several times (DRaFT-LV, Clark et al. 2023)."""
+def draft_lv_inputs(method, state, x0, rng):
+    """The image noised again to the last level and denoised again, several times (DRaFT-LV, Clark et al. 2023)."""
     again = [
-        method.denoiser.noised(x0.detach(), cpu_randn_like(x0, rng), place.sigma) for _ in range(method.settings.draws)
+        method.denoiser.noised(x0.detach(), cpu_randn_like(x0, rng), state.sigma) for _ in range(method.settings.draws)
     ]
-    return [(method.predict_student(x, place.sigma, place.conds), torch.zeros_like(place.sigma)) for x in again]
+    return [(method.predict_student(x, state.sigma, state.conds), torch.zeros_like(state.sigma)) for x in again]
 
 
 SCORE_INPUTS = {
@@ -436,7 +437,7 @@ SCORE_INPUTS = {
 
 @dataclass
 class LecoScoreTraining:
-    """`scores`: score models with their weights. `places.draw(rng)` gives where a step is graded."""
+    """`scores`: score models with their weights. `state_source.draw(rng)` gives the states where a step is graded."""
 
     model: StudentTeacherModel
     scores: Sequence[tuple[ScorerEnsemble, float]]
@@ -462,22 +463,22 @@ class LecoScoreTraining:
         return list(self.model.adapters.parameters())
 
     def loss(self, rng):
-        """(pulls * B,) minus the score, plus the anchor."""
-        place = self.state_source.draw(rng)
+        """(targets * B,) minus the score, plus the anchor."""
+        state = self.state_source.draw(rng)
         self.updates += 1
-        return torch.cat([self.target_loss(pull, place, rng) for pull in place.targets])
+        return torch.cat([self.target_loss(target, state, rng) for target in state.targets])
 
-    def target_loss(self, pull: PromptTarget, place: ScoredState, rng) -> Tensor:
-        """`pull.weight` is the sign of the score: up, down, or 0 for what is only held."""
-        with self.model.adapters.at_strength(pull.strength):
-            x0 = self.predict_student(place.x, place.sigma, place.conds)
+    def target_loss(self, target: PromptTarget, state: ScoredState, rng) -> Tensor:
+        """`target.weight` is the sign of the score: up, down, or 0 for what is only anchored."""
+        with self.model.adapters.at_strength(target.strength):
+            x0 = self.predict_student(state.x, state.sigma, state.conds)
             loss = torch.zeros(len(x0), device=x0.device)
-            if pull.weight:
+            if target.weight:
                 reward = self.reward(
-                    SCORE_INPUTS[self.settings.target](self, place, x0, rng), pull.weight, place.prompts
+                    SCORE_INPUTS[self.settings.target](self, state, x0, rng), target.weight, state.prompts
                 )
-                loss = loss - self.balance_by_band(reward, x0, place.sigma)
-        return loss if place.teacher_x0 is None else loss + self.anchor_loss(place, x0)
+                loss = loss - self.balance_by_band(reward, x0, state.sigma)
+        return loss if state.teacher_x0 is None else loss + self.anchor_loss(state, x0)
 
     def predict_student(self, x, sigma, conds) -> Tensor:
         """x0 (B, ...) with the adapters at their strength of now, with gradient."""
@@ -517,9 +518,9 @@ class LecoScoreTraining:
             view, level, bad
         )
 
-    def anchor_loss(self, place: ScoredState, x0) -> Tensor:
+    def anchor_loss(self, state: ScoredState, x0) -> Tensor:
         """(B,) anchor * mean square of the change of noise or velocity, and the bookkeeping of the drift."""
-        away = per_sample_mse(slope(place.x, place.sigma, x0), slope(place.x, place.sigma, place.teacher_x0))
+        away = per_sample_mse(slope(state.x, state.sigma, x0), slope(state.x, state.sigma, state.teacher_x0))
         loss = self.anchor * away
         self.update_anchor(away.detach().mean().sqrt())
         return loss
@@ -572,14 +573,14 @@ class LecoScoreTraining:
 
 
 def is_text_scorer(score) -> bool:
-    """Whether a score model judges a picture by a text: `members_for_prompts(x, level, texts)`, and
+    """Whether a score model judges an image by a text: `members_for_prompts(x, level, texts)`, and
     `encode_prompts(texts)` beforehand."""
     return hasattr(score, "members_for_prompts")
 
 
 def predict_member_scores(score, view, level, words) -> Tensor:
-    """(M, B) what the members say; those that read and have no `words` of their own compare each picture with its
-    text."""
+    """(M, B) the members' predictions; those that read text and have no `words` of their own compare each image with
+    its text."""
     return (
         score.members_for_prompts(view, level, list(words))
         if is_text_scorer(score) and not getattr(score, "words", "")

@@ -1,8 +1,8 @@
-"""The adapter at a strength is pulled to what the same frozen model says under other prompts: LECO, sliders from text,
-replacement.
+"""The adapter at a strength learns to predict what the frozen model predicts under other prompts: LECO, sliders from
+text, replacement.
 
-Every kind is a list of pulls. All answers are x0; a sum of answers whose weights add up to 1 is the same statement
-about x0, the noise, v and the velocity, so one formula serves every family.
+Every kind is a list of targets. All predictions are x0; a sum of predictions whose weights add up to 1 is the same sum
+in x0, the noise, v and the velocity, so one formula serves every family.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .rollouts import LatentPoint, PromptTarget, PromptTask, StudentTeacherModel
 
 @dataclass
 class PromptDifferenceTraining:
-    """`points.draw(rng)` gives states and the frozen model's answers there."""
+    """`points.draw(rng)` gives states and the frozen model's predictions there."""
 
     model: StudentTeacherModel
     tasks: list[PromptTask]
@@ -37,22 +37,22 @@ class PromptDifferenceTraining:
         self.points.load_state(state)
 
     def loss(self, rng):
-        """(pulls * B,) native error between the student and its goal."""
+        """(targets * B,) native error between the student and its goal."""
         point = self.points.draw(rng)
         with self.model.adapters.dropout_active(rng):
-            return torch.cat([self.target_loss(pull, point) for pull in self.tasks[point.task].targets])
+            return torch.cat([self.target_loss(target, point) for target in self.tasks[point.task].targets])
 
-    def target_loss(self, pull: PromptTarget, point):
-        goal = sum(weight * point.answers[prompt] for weight, prompt in pull.weighted_prompts)
+    def target_loss(self, target: PromptTarget, point):
+        goal = sum(weight * point.answers[prompt] for weight, prompt in target.weighted_prompts)
         if self.renormalise:
-            goal = match_slope_statistics(point.answers[pull.weighted_prompts[0][1]], goal, point)
-        student = self.model.predict_student(point.x, point.sigma, pull.prompt, pull.strength)
-        return pull.weight * native_error(self.model.denoiser, student, goal, point.sigma)
+            goal = match_slope_statistics(point.answers[target.weighted_prompts[0][1]], goal, point)
+        student = self.model.predict_student(point.x, point.sigma, target.prompt, target.strength)
+        return target.weight * native_error(self.model.denoiser, student, goal, point.sigma)
 
 
 def match_slope_statistics(answer, goal, point):
-    """The goal with the mean and deviation of the answer's slope, per sample: large guidance then turns, and does not
-    oversaturate."""
+    """The goal with the mean and deviation of the prediction's slope, per sample: large guidance then changes the
+    direction and does not oversaturate."""
     want, have = slope(point.x, point.sigma, answer), slope(point.x, point.sigma, goal)
     axes = tuple(range(1, want.ndim))
     mean, std = want.mean(axes, keepdim=True), want.std(axes, keepdim=True)
@@ -88,7 +88,7 @@ def make_slider_targets(target, positive, negative, guidance=1.0, weight=1.0) ->
 
 
 def make_preserve_targets(prompt, strengths=(1.0,), weight=1.0) -> tuple[PromptTarget, ...]:
-    """What must not move: the prompt stays at the frozen model's own answer."""
+    """What must not change: the prompt stays at the frozen model's own prediction."""
     return tuple(PromptTarget(prompt, ((1.0, prompt),), strength, weight) for strength in strengths)
 
 
@@ -114,37 +114,38 @@ def combine_guided_prompts(base, factor, plus, minus) -> tuple[tuple[float, str]
 
 
 def build_prompt_tasks(
-    rows: Sequence[PromptRow], shapes: Callable, slider: bool = False, kept: float = 1.0
+    rows: Sequence[PromptRow], shapes: Callable, slider: bool = False, preserve_weight: float = 1.0
 ) -> list[PromptTask]:
     """The tasks of prompt rows. `shapes(row)` gives the latent shapes of a row. A row with attributes becomes one task
-    for each of them. What a row preserves is drawn `kept` times as often as the row itself, at states of its own.
+    for each of them. What a row preserves is drawn `preserve_weight` times as often as the row itself, at
+    points of its own.
 
-    Raises ValueError when a row's goal is what the model says already."""
+    Raises ValueError when a row's goal is what the model predicts already."""
     tasks = []
     for row in rows:
         make_targets = slider_targets_of_row if slider else leco_targets_of_row
         row_shapes = tuple(shapes(row))
         for attribute in row.attributes or ("",):
-            said = lambda prompt, attribute=attribute: f"{attribute} {prompt}".strip()
-            found = make_targets(row, said)
+            with_attribute = lambda prompt, attribute=attribute: f"{attribute} {prompt}".strip()
+            found = make_targets(row, with_attribute)
             check_targets_change(found, row)
             tasks.append(
                 PromptTask(
                     found,
-                    said(row.target),
+                    with_attribute(row.target),
                     row.unconditional if not slider else "",
                     row.weight / max(1, len(row.attributes)),
                     row_shapes,
                     row.batch,
                 )
             )
-        strengths = sorted({pull.strength for pull in found}, reverse=True)
+        strengths = sorted({target.strength for target in found}, reverse=True)
         tasks += [
             PromptTask(
                 make_preserve_targets(p, strengths),
                 p,
                 "",
-                kept * row.weight / len(row.preserve),
+                preserve_weight * row.weight / len(row.preserve),
                 row_shapes,
                 row.batch,
             )
@@ -153,27 +154,33 @@ def build_prompt_tasks(
     return tasks
 
 
-def leco_targets_of_row(row: PromptRow, said) -> tuple[PromptTarget, ...]:
+def leco_targets_of_row(row: PromptRow, with_attribute) -> tuple[PromptTarget, ...]:
     if row.action == "replace":
-        return make_replacement_targets(said(row.target), said(row.effective_positive))
+        return make_replacement_targets(with_attribute(row.target), with_attribute(row.effective_positive))
     return make_leco_targets(
-        said(row.target),
-        said(row.effective_positive),
-        said(row.effective_neutral),
-        said(row.unconditional),
+        with_attribute(row.target),
+        with_attribute(row.effective_positive),
+        with_attribute(row.effective_neutral),
+        with_attribute(row.unconditional),
         row.action,
         row.guidance,
     )
 
 
-def slider_targets_of_row(row: PromptRow, said) -> tuple[PromptTarget, ...]:
-    return make_slider_targets(said(row.target), said(row.effective_positive), said(row.unconditional), row.guidance)
+def slider_targets_of_row(row: PromptRow, with_attribute) -> tuple[PromptTarget, ...]:
+    return make_slider_targets(
+        with_attribute(row.target),
+        with_attribute(row.effective_positive),
+        with_attribute(row.unconditional),
+        row.guidance,
+    )
 
 
-def check_targets_change(pulls, row):
+def check_targets_change(targets, row):
     if all(
-        dict((prompt, weight) for weight, prompt in pull.weighted_prompts if abs(weight) > 1e-9) == {pull.prompt: 1.0}
-        for pull in pulls
+        dict((prompt, weight) for weight, prompt in target.weighted_prompts if abs(weight) > 1e-9)
+        == {target.prompt: 1.0}
+        for target in targets
     ):
         raise ValueError(
             f"{row.target!r}: with action {row.action}, positive {row.effective_positive!r}, neutral "

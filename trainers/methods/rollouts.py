@@ -1,9 +1,9 @@
-"""Where a difference between prompts is learnt: states x on the way from noise to a picture, and what the frozen model
-says there.
+"""Where a difference between prompts is learnt: states x on sampling trajectories, and the frozen model's predictions
+there.
 
-LECO (p1atdev/LECO) denoises anew for every update and keeps one state of the whole way. Here every state that a way
-passes is a point, the frozen model's answers at a point are asked once and kept, and the oldest way is walked again by
-the current student every so often, so that the points stay near those that the student itself would come to.
+LECO (p1atdev/LECO) samples a trajectory for every update and uses one of its states. Here every state of a trajectory
+is a point, the frozen model's predictions at a point are computed once and kept, and the oldest trajectory is resampled
+by the current student every so often, so that the points stay near those that the student itself would reach.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ..settings import NoiseSettings, PointSettings
 
 @dataclass(frozen=True)
 class PromptTarget:
-    """The student under `prompt` at `strength` should answer the sum of weight * the frozen model's answer; the weights
-    sum to 1."""
+    """The student under `prompt` at `strength` should predict the sum of weight * the frozen model's prediction; the
+    weights sum to 1."""
 
     prompt: str
     weighted_prompts: tuple[tuple[float, str], ...]
@@ -43,20 +43,20 @@ class PromptTarget:
 
 @dataclass(frozen=True)
 class PromptTask:
-    """Pulls that are learnt at the same points. `scene` is the prompt under which the points come about, `away` what
-    guidance avoids."""
+    """Targets that are learnt at the same points. `rollout_prompt` is the prompt of the trajectories, `negative_prompt`
+    what guidance avoids on them."""
 
     targets: tuple[PromptTarget, ...]
     rollout_prompt: str
     negative_prompt: str = ""
     weight: float = 1.0  # how often it is drawn, against the other tasks
-    shapes: tuple[tuple[int, ...], ...] = ()  # latent shapes (C, ..., h, w), one of which each way has
+    shapes: tuple[tuple[int, ...], ...] = ()  # latent shapes (C, ..., h, w), one of which each trajectory has
     batch: int = 1
 
     @property
     def teacher_prompts(self) -> tuple[str, ...]:
-        """The prompts that the frozen model is asked, each once."""
-        return tuple(dict.fromkeys(prompt for pull in self.targets for _, prompt in pull.weighted_prompts))
+        """The prompts of the frozen model's predictions, each once."""
+        return tuple(dict.fromkeys(prompt for target in self.targets for _, prompt in target.weighted_prompts))
 
     @property
     def all_prompts(self) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class PromptTask:
             dict.fromkeys(
                 (
                     *self.teacher_prompts,
-                    *(pull.prompt for pull in self.targets),
+                    *(target.prompt for target in self.targets),
                     self.rollout_prompt,
                     self.negative_prompt,
                 )
@@ -74,7 +74,7 @@ class PromptTask:
 
 
 class NoAdapters:
-    """In the place of adapters, where only the frozen model is asked."""
+    """In the place of adapters, where only the frozen model predicts."""
 
     def at_strength(self, strength):
         return contextlib.nullcontext()
@@ -109,7 +109,7 @@ class StudentTeacherModel:
 
     @torch.no_grad()
     def rollout_student(self, noise, sigmas, task: PromptTask, strength, guidance):
-        """[(x, sigma)]: the way of the current student from noise (B, ...) along sigmas (S, B)."""
+        """[(x, sigma)]: the current student's trajectory from noise (B, ...) along sigmas (S, B)."""
         self.forward_counts["rollout"] += len(noise) * (len(sigmas) - 1) * (1 if guidance == 1 else 2)
         with self.adapters.at_strength(strength):
             return list(
@@ -126,20 +126,20 @@ class StudentTeacherModel:
 
 @dataclass(frozen=True)
 class LatentPoint:
-    """x (B, C, ...) at sigma (B,), and what the frozen model was already asked there."""
+    """x (B, C, ...) at sigma (B,), and the frozen model's predictions there so far, by prompt."""
 
     task: int
     x: Tensor
     sigma: Tensor
     answers: dict[str, Tensor] = field(default_factory=dict)
-    after: Tensor | None = None  # (B,) where a step of the way would lead
+    after: Tensor | None = None  # (B,) the next noise level on the trajectory
 
     def state(self) -> dict:
         return {"task": self.task, "x": self.x, "sigma": self.sigma, "answers": dict(self.answers), "after": self.after}
 
 
 def add_teacher_predictions(model: StudentTeacherModel, point: LatentPoint, task: PromptTask) -> LatentPoint:
-    """The point with every answer that its task needs; those it holds already are not asked again."""
+    """The point with every prediction that its task needs; those it holds already are not computed again."""
     missing = [prompt for prompt in task.teacher_prompts if prompt not in point.answers]
     if not missing:
         return point
@@ -159,8 +159,8 @@ INITIAL_ROLLOUTS = 2
 
 
 class RolloutPoints:
-    """Points on ways that the student walks from noise. It begins with two; every `refresh` updates one is walked and
-    joins them, and of more than `ways` the oldest goes. (All at once at the beginning would cost as much as forty
+    """Points on trajectories that the student samples from noise. It begins with two; every `refresh` updates one more
+    is sampled, and of more than `ways` the oldest goes. (All at once at the beginning would cost as much as forty
     updates, and soon be off-policy.)"""
 
     def __init__(
@@ -177,24 +177,26 @@ class RolloutPoints:
         self.updates = 0
 
     def draw(self, rng) -> LatentPoint:
-        """A random point with every answer that its task needs."""
+        """A random point with every prediction that its task needs."""
         if not self.rollouts:
             self.rollouts = [self.rollout_sampled_task(rng) for _ in range(min(INITIAL_ROLLOUTS, self.settings.ways))]
         elif self.updates % self.settings.refresh == 0:
             self.rollouts = [*self.rollouts, self.rollout_sampled_task(rng)][-self.settings.ways :]
         self.updates += 1
-        way = int(torch.randint(len(self.rollouts), (1,), generator=rng))
-        step = int(torch.randint(len(self.rollouts[way]), (1,), generator=rng))
-        point = self.rollouts[way][step]
+        trajectory = int(torch.randint(len(self.rollouts), (1,), generator=rng))
+        step = int(torch.randint(len(self.rollouts[trajectory]), (1,), generator=rng))
+        point = self.rollouts[trajectory][step]
         point = add_teacher_predictions(self.model, point, self.tasks[point.task])
-        self.rollouts = replace_element(self.rollouts, way, replace_element(self.rollouts[way], step, point))
+        self.rollouts = replace_element(
+            self.rollouts, trajectory, replace_element(self.rollouts[trajectory], step, point)
+        )
         return point
 
     def rollout_sampled_task(self, rng) -> list[LatentPoint]:
-        """The points of one new way whose noise levels are wanted."""
+        """The points of a new trajectory whose noise levels are trained."""
         number = sample_task_index(self.tasks, rng)
         task = self.tasks[number]
-        strength = sample_element(sorted({pull.strength for pull in task.targets}), rng)
+        strength = sample_element(sorted({target.strength for target in task.targets}), rng)
         return self.rollout_from_noise(
             number,
             sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng),
@@ -210,24 +212,25 @@ class RolloutPoints:
             sigmas_at_levels(self.model.denoiser, u).to(noise)
             for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0))
         )
-        way = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)
+        trajectory = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)
         return [
             LatentPoint(number, x, sigma, after=then)
-            for (x, sigma), then, good in zip(way, after, wanted, strict=True)
+            for (x, sigma), then, good in zip(trajectory, after, wanted, strict=True)
             if good
         ]
 
     def state(self) -> dict:
         return {
             "updates": self.updates,
-            "ways": [[point.state() for point in way] for way in self.rollouts],
+            "ways": [[point.state() for point in trajectory] for trajectory in self.rollouts],
             "spent": dict(self.model.forward_counts),
         }
 
     def load_state(self, state: dict) -> None:
         self.updates, self.model.forward_counts = state["updates"], dict(state["spent"])
         self.rollouts = [
-            [LatentPoint(**map_tensors(point, self.model.to_device)) for point in way] for way in state["ways"]
+            [LatentPoint(**map_tensors(point, self.model.to_device)) for point in trajectory]
+            for trajectory in state["ways"]
         ]
 
 
@@ -239,11 +242,12 @@ def count_planned_forwards(
     updates: int,
     batch: int = 1,
 ) -> dict[str, float]:
-    """Forwards that so many updates are expected to cost, in the words of Model.spent. `batch`: of Pictures; other
-    points have that of their task. Pictures and noise are new each time, and so is what the frozen model says there.
+    """Forwards that so many updates are expected to cost, by the keys of `StudentTeacherModel.forward_counts`. `batch`:
+    of image points; other points have that of their task. Images and noise are new each time, and so are the frozen
+    model's predictions.
 
-    Of Rollouts, a way costs steps - 1 forwards a sample, twice that under guidance. Of its points, each asked once,
-    those cost the frozen model's answers that are drawn while the way is kept."""
+    A rollout costs steps - 1 forwards a sample, twice that under guidance. Of its points, only those that are drawn
+    while it is kept cost the frozen model's predictions, once each."""
     total = sum(task.weight for task in tasks)
     size = lambda task: batch if settings.points == "pictures" else task.batch
     mean = lambda count: sum(task.weight * size(task) * count(task) for task in tasks) / total
@@ -267,7 +271,7 @@ def count_planned_forwards(
 
 
 def rollout_lifetimes(ways, refresh, updates) -> list[list[tuple[int, int]]]:
-    """For each way that is walked in so many updates: [(ways at the same time, draws)] while it is kept."""
+    """For each trajectory sampled in so many updates: [(trajectories at the same time, draws)] while it is kept."""
     first = min(INITIAL_ROLLOUTS, ways)
     eras = [
         (min(ways, first + era), min(refresh, updates - era * refresh)) for era in range(math.ceil(updates / refresh))
@@ -279,8 +283,7 @@ def rollout_lifetimes(ways, refresh, updates) -> list[list[tuple[int, int]]]:
 
 def sample_rollout_levels(steps, batch, low, high, rng):
     """((S, B) levels from 1, pure noise, down to `low`; [S] whether each is at most `high`). Each level lies anywhere
-    in its own stretch of the way, so that in time every level is met; the last one is always wanted, however narrow the
-    band."""
+    in its own interval, so that in time every level is met; the last one is always trained, however narrow the band."""
     edges = 1 - (1 - low) * torch.arange(steps) / (steps - 1)
     upper, lower = edges[:-1].clone(), edges[1:]
     upper[-1] = min(float(upper[-1]), high)
@@ -294,7 +297,7 @@ def sample_latent_noise(shape, denoiser, rng) -> Tensor:
 
 
 class ImagePoints:
-    """Points on pictures of a dataset, freshly noised: no way is walked, and nothing is kept."""
+    """Points on images of a dataset, freshly noised: no trajectory is sampled, and nothing is kept."""
 
     def __init__(
         self,

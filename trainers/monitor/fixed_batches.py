@@ -134,8 +134,8 @@ def expand_batch(batch: Batch, count: int) -> Batch:
 
 @dataclass
 class PointValidationLoss:
-    """The pulls of a Difference (methods/difference.py) at points that never change. `points(row)` gives those of one
-    row, from clean to noisy; what the frozen model says there is asked once and kept."""
+    """The targets of a prompt difference (methods/prompts.py) at points that never change. `points(row)` gives those of
+    one row, from clean to noisy; what the frozen model says there is asked once and kept."""
 
     method: PromptDifferenceTraining  # whose forwards are counted apart: see with_separate_counts
     points: Callable[[int], LatentPoint]  # (row) -> x (levels, C, ...) at sigma (levels,)
@@ -147,7 +147,7 @@ class PointValidationLoss:
 
     @torch.no_grad()
     def losses(self, tick: Callable[[], None] = lambda: None) -> Tensor:
-        """(rows, levels) the mean over the pulls, on the CPU."""
+        """(rows, levels) the mean over the targets, on the CPU."""
         return torch.stack(
             [
                 torch.cat([self.point_losses(point, tick) for point in self.points_with_answers(row, tick)])
@@ -157,8 +157,8 @@ class PointValidationLoss:
 
     def point_losses(self, point: LatentPoint, tick) -> Tensor:
         tick()
-        pulls = self.method.tasks[point.task].targets
-        return torch.stack([self.method.target_loss(pull, point) for pull in pulls]).mean(0).float().cpu()
+        targets = self.method.tasks[point.task].targets
+        return torch.stack([self.method.target_loss(target, point) for target in targets]).mean(0).float().cpu()
 
     def points_with_answers(self, row: int, tick) -> list[LatentPoint]:
         if row not in self.answered_rows:
@@ -191,13 +191,13 @@ def with_separate_counts(method):
 
 def build_point_validation(method, points, rows: int, batch: int, *about) -> PointValidationLoss:
     """`about`: what the points depend on, besides the prompts."""
-    pulls = [
-        [pull.prompt, pull.weighted_prompts, pull.strength, pull.weight]
+    targets = [
+        [target.prompt, target.weighted_prompts, target.strength, target.weight]
         for task in method.tasks
-        for pull in task.targets
+        for target in task.targets
     ]
     return PointValidationLoss(
-        method, points, list(range(rows)), compute_fingerprint(pulls, method.renormalise, rows, *about), batch
+        method, points, list(range(rows)), compute_fingerprint(targets, method.renormalise, rows, *about), batch
     )
 
 
@@ -213,8 +213,8 @@ def points_on_rollouts(
     guidance: float,
     levels: int,
 ):
-    """points(row) on a way of the frozen model from noise that belongs to the row."""
-    ways = RolloutPoints(model, [replace(task, batch=1) for task in tasks], settings, noise, guidance)
+    """points(row) on a trajectory of the frozen model from noise that belongs to the row."""
+    rollouts = RolloutPoints(model, [replace(task, batch=1) for task in tasks], settings, noise, guidance)
 
     @torch.no_grad()
     def points(row):
@@ -223,8 +223,12 @@ def points_on_rollouts(
         start = sample_latent_noise(
             (1, *shapes[row // len(tasks) % len(shapes)]), model.denoiser, validation_rng("way", row)
         )
-        way = take_evenly(ways.rollout_from_noise(number, start, 0.0, validation_rng("levels")), levels)[::-1]
-        return LatentPoint(number, torch.cat([point.x for point in way]), torch.cat([point.sigma for point in way]))
+        trajectory = take_evenly(rollouts.rollout_from_noise(number, start, 0.0, validation_rng("levels")), levels)[
+            ::-1
+        ]
+        return LatentPoint(
+            number, torch.cat([point.x for point in trajectory]), torch.cat([point.sigma for point in trajectory])
+        )
 
     return points
 
