@@ -41,15 +41,15 @@ def to_comfy_conditioning(cond: dict) -> list:
 
 
 class PreviewRenderer:
-    """draw(step) for a Watch. `prompts`: [(text, conditioning dict)]; `away`: the same for the negative prompt, None
-    for guidance 1."""
+    """Samples of a run for its validation monitor. `prompts`: [(text, conditioning)]; `negative`: the same for the
+    negative prompt, None for guidance 1."""
 
     def __init__(
         self,
         session,
         settings: PreviewSettings,
         prompts,
-        away,
+        negative,
         shape,
         folder: Path,
         *,
@@ -58,55 +58,57 @@ class PreviewRenderer:
         scheduler="normal",
         memory=0.0,
     ):
-        self.session, self.settings, self.prompts, self.away, self.shape = session, settings, prompts, away, shape
+        self.session, self.settings, self.prompts = session, settings, prompts
+        self.negative_prompt, self.shape = negative, shape
         self.folder, self.vae, self.sampler, self.scheduler, self.memory = Path(folder), vae, sampler, scheduler, memory
-        self.pictures = [
+        self.sample_specs = [
             (label, cond, settings.preview_seed + i) for label, cond in prompts for i in range(settings.pictures)
         ]
 
     @property
     def guidance(self) -> float:
         asked = self.settings.guidance or (1.0 if self.session.family.guidance_distilled else 5.0)
-        return asked if self.away is not None else 1.0
+        return asked if self.negative_prompt is not None else 1.0
 
-    def draw(self, step: int) -> dict:
-        """Draws, writes samples/step000100.jpg, and tells of it."""
-        base = self.base()
-        now = self.drawn(self.settings.strength)
+    def write_sample_sheet(self, step: int) -> dict:
+        """Draws and writes samples/step000100.jpg; {"step", "file"} of it."""
+        base = self.load_base_images()
+        now = self.render_images(self.settings.strength)
         titles = ["before training", f"step {step}"]
         rows = [
-            (f"{label}  ·  seed {seed}", pair) for (label, _, seed), *pair in zip(self.pictures, base, now, strict=True)
+            (f"{label}  ·  seed {seed}", pair)
+            for (label, _, seed), *pair in zip(self.sample_specs, base, now, strict=True)
         ]
         file = self.folder / f"step{step:06d}.jpg"
         write_bytes_atomically(file, encode_jpeg(draw_samples_sheet(rows, titles)))
         return {"step": step, "file": f"{self.folder.name}/{file.name}"}
 
-    def base(self) -> list[Image.Image]:
+    def load_base_images(self) -> list[Image.Image]:
         """What the model draws without the adapter: drawn once, read from the run's folder afterwards."""
-        files = [self.folder / f"base_{i:02d}.png" for i in range(len(self.pictures))]
+        files = [self.folder / f"base_{i:02d}.png" for i in range(len(self.sample_specs))]
         if not all(file.exists() for file in files):
-            for file, picture in zip(files, self.drawn(0.0), strict=True):
+            for file, image in zip(files, self.render_images(0.0), strict=True):
                 buffer = io.BytesIO()
-                picture.save(buffer, "PNG")
+                image.save(buffer, "PNG")
                 write_bytes_atomically(file, buffer.getvalue())
         return [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in files]
 
-    def drawn(self, strength: float) -> list[Image.Image]:
+    def render_images(self, strength: float) -> list[Image.Image]:
         with switch_to_sampling(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
             for adapters in (self.session.adapters, self.session.text_adapters):
                 if adapters is not None:
                     stack.enter_context(adapters.at_strength(strength))
-            latents = [self.sample_one_latent(patcher, label, cond, seed) for label, cond, seed in self.pictures]
-            return [self.decoded(latent) for latent in latents]
+            latents = [self.sample_one_latent(patcher, label, cond, seed) for label, cond, seed in self.sample_specs]
+            return [self.decode_latent(latent) for latent in latents]
 
     def sample_one_latent(self, patcher, label, cond, seed):
         host.progress.raise_if_interrupted()
-        cond = self.told(label, cond)
-        away = cond if self.away is None else self.told(*self.away)
+        cond = self.refresh_conditioning(label, cond)
+        negative = cond if self.negative_prompt is None else self.refresh_conditioning(*self.negative_prompt)
         return host.sampling.sample_latents(
             patcher,
             to_comfy_conditioning(cond),
-            to_comfy_conditioning(away),
+            to_comfy_conditioning(negative),
             self.shape,
             [seed],
             steps=self.settings.sampling_steps,
@@ -115,13 +117,13 @@ class PreviewRenderer:
             scheduler=self.scheduler,
         )
 
-    def told(self, text: str, cond: dict) -> dict:
-        """The conditioning of now: while the text encoder learns, it is encoded anew each time."""
+    def refresh_conditioning(self, text: str, cond: dict) -> dict:
+        """The conditioning to sample with: while the text encoder is trained, it is encoded again each time."""
         if self.session.encode_captions is None:
             return cond
         return self.session.encode_captions(types.SimpleNamespace(captions=[text], conds=[cond]))[0]
 
-    def decoded(self, latent) -> Image.Image:
+    def decode_latent(self, latent) -> Image.Image:
         return (
             decode_latent_with_vae(self.vae, latent)
             if self.vae is not None
@@ -154,7 +156,7 @@ def decode_latent_roughly(model, latent) -> Image.Image:
 
 def encode_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=92)
+    image.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 

@@ -168,7 +168,7 @@ def make_validation_monitor(job, session, built, attempt, memory: float) -> Vali
         settings,
         {name: loss for name, loss in losses.items() if loss},
         make_loss(trained, settings.name_worst) if built.can_name_worst else None,
-        renderer and renderer.draw,
+        renderer and renderer.write_sample_sheet,
         config.previews.preview_every,
         check_interrupt=host.progress.raise_if_interrupted,
         show_status=attempt.display.show_status,

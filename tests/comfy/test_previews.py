@@ -97,9 +97,9 @@ def test_samples_are_sheets_in_the_runs_folder_with_the_base_beside_them(folders
 def test_the_base_is_drawn_once_and_kept_through_a_stop(folders, monkeypatch):
     result(seen_job(steps=3))
     strengths = []
-    drawn = PreviewRenderer.drawn
+    drawn = PreviewRenderer.render_images
     monkeypatch.setattr(
-        PreviewRenderer, "drawn", lambda self, strength: strengths.append(strength) or drawn(self, strength)
+        PreviewRenderer, "render_images", lambda self, strength: strengths.append(strength) or drawn(self, strength)
     )
     result(seen_job(steps=5))
     assert strengths == [1.0, 1.0], "two sheets, at step 4 and 5"

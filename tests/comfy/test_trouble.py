@@ -193,7 +193,7 @@ def test_trouble_in_every_preview_costs_the_previews_and_not_the_run(folders, mo
     def broken(*_):
         raise RuntimeError("the VAE is broken")
 
-    monkeypatch.setattr(PreviewRenderer, "decoded", broken)
+    monkeypatch.setattr(PreviewRenderer, "decode_latent", broken)
     with given_back(model):
         lora, _, _ = result(troubled_job(model))
     assert equal(lora, plain)

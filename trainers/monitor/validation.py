@@ -1,9 +1,9 @@
-"""Whether a run learns what it should: the loss on pictures it does not train on, at fixed noise, while it trains.
+"""Whether a run learns what it should: the loss on images that it does not train on, at fixed noise, while it trains.
 
-The training loss of a LoRA is mostly luck: which picture, which noise level. Here the same pictures are asked at the
+The training loss of a LoRA is mostly chance: which image, which noise level. Here the same images are measured at the
 same noise levels under the same noise every time, so that two measurements differ by what was learnt and by nothing
-else. Validating never changes the
-training: it uses chance of its own, and the weights of the next step are those of a run that was not looked at.
+else. Validation never changes the training: it has random generators of its own, and the weights of the next step are
+those of a run without validation.
 """
 
 from __future__ import annotations
@@ -86,18 +86,19 @@ class ValidationSettings(Settings):
         )
 
 
-# -- the questions -----------------------------------------------------------------------------------------------------
+# -- what is measured
+# -----------------------------------------------------------------------------------------------------
 
 
 def validation_rng(*what) -> torch.Generator:
-    """Chance that depends on its name alone, and is no step's."""
+    """A generator that depends on its name alone, and on no step."""
     return derive_generator("validation", *what)
 
 
 @dataclass
 class ImageValidationLoss:
-    """Pictures that are asked at fixed noise levels under fixed noise. Nothing is kept between two measurements but the
-    list of pictures."""
+    """The loss on images at fixed noise levels under fixed noise. Nothing is kept between two measurements but the list
+    of images."""
 
     denoiser: Denoiser
     data: EncodedDataset
@@ -116,7 +117,7 @@ class ImageValidationLoss:
 
     @property
     def key(self) -> str:
-        """Changes with the questions: measurements of different exams are not to be compared."""
+        """Changes with what is measured: losses of different keys are not to be compared."""
         return compute_fingerprint(
             self.data.fingerprint,
             self.picks,
@@ -127,12 +128,12 @@ class ImageValidationLoss:
 
     @torch.no_grad()
     def losses(self, tick: Callable[[], None] = lambda: None) -> Tensor:
-        """(pictures, levels) native losses, unweighted, on the CPU. `tick()` is called before each forward and may
+        """(images, levels) native losses, unweighted, on the CPU. `tick()` is called before each forward and may
         raise."""
         return torch.stack([self.image_losses(pick, tick) for pick in self.picks])
 
     def image_losses(self, pick: int, tick) -> Tensor:
-        """(levels,) of one picture."""
+        """(levels,) of one image."""
         item = self.data.items[pick]
         batch = self.data.make_batch([pick], validation_rng("picture", item.id))
         x0 = self.denoiser.model_space(batch.x0)
@@ -154,7 +155,7 @@ class ImageValidationLoss:
         return torch.cat(parts).float().cpu()
 
     def describe_sample(self, pick: int) -> dict:
-        """What a person knows the picture by."""
+        """What a person knows the image by."""
         item = self.data.items[pick]
         return {"image": item.path or item.id, "caption": item.captions[0] if item.captions else ""}
 
@@ -162,7 +163,7 @@ class ImageValidationLoss:
         return stratified_sigmas(self.denoiser, self.density, x0, self.levels, self.noise.min_time, self.noise.max_time)
 
     def first_sigmas(self) -> list[float]:
-        """The noise levels of the first picture, for people; other sizes may have others."""
+        """The noise levels of the first image, for people; other sizes may have others."""
         item = self.data.items[self.picks[0]]
         return self.sigmas(
             self.denoiser.model_space(self.data.make_batch(self.picks[:1], validation_rng("picture", item.id)).x0)
@@ -170,7 +171,7 @@ class ImageValidationLoss:
 
 
 def pick_validation_images(data: EncodedDataset, count: int) -> list[int]:
-    """At most `count` pictures, spread over the dataset in its own order."""
+    """At most `count` images, spread over the dataset in its own order."""
     return take_evenly([i for i, item in enumerate(data.items) if item.repeats] or list(range(len(data.items))), count)
 
 
@@ -180,8 +181,8 @@ def take_evenly(values, count: int) -> list:
 
 
 def relative_losses(losses: Tensor) -> Tensor:
-    """(pictures, levels) -> (pictures,): each picture's loss as a multiple of what pictures have at the same noise
-    level; 1 is average."""
+    """(images, levels) -> (images,): each image's loss as a multiple of the mean at the same noise level; 1 is
+    average."""
     return (losses / losses.mean(0, keepdim=True).clamp(min=1e-12)).mean(1)
 
 
@@ -215,15 +216,15 @@ def measurements_without_gain(history: list[dict], least_gain: float) -> int:
 
 @dataclass
 class ValidationMonitor:
-    """What happens between two steps: measuring, sample pictures, and whether the run has had enough.
+    """What happens between two steps: validation losses, sample images, and early stopping.
 
-    `tick()` may raise the host's interrupt, `say(text)` shows what goes on, `notice(kind, entry)` hears of each
-    measurement ("validation"), sample ("sample") and trouble ("trouble"). `draw(step)` gives the record of a sheet of
-    samples, or None."""
+    `check_interrupt()` may raise the host's interrupt, `show_status(text)` shows what goes on, `on_event(kind, entry)`
+    is called for each measurement ("validation"), sample ("sample") and failure ("trouble"). `draw_samples(step)` gives
+    the record of a sheet of samples, or None."""
 
     settings: ValidationSettings = ValidationSettings()
     losses_by_name: Mapping[str, ValidationLoss] = field(default_factory=dict)  # "validation" or not, and "training"
-    per_image_loss: NamedValidationLoss | None = None  # every training picture that is asked at the end
+    per_image_loss: NamedValidationLoss | None = None  # of single training images, measured at the end
     draw_samples: Callable[[int], dict | None] | None = None
     preview_every: int = 0
     check_interrupt: Callable[[], None] = lambda: None
@@ -270,10 +271,10 @@ class ValidationMonitor:
 
     def measure(self, step: int, params) -> bool:
         losses = {}
-        for name, exam in self.losses_by_name.items():
-            self.show_status(f"step {step}: measuring {len(exam.picks)} {name} {exam.noun}")
-            losses[name] = exam.losses(self.check_interrupt)
-        name = next(iter(losses))  # the held-out pictures, where there are any
+        for name, loss in self.losses_by_name.items():
+            self.show_status(f"step {step}: measuring {len(loss.picks)} {name} {loss.noun}")
+            losses[name] = loss.losses(self.check_interrupt)
+        name = next(iter(losses))  # the held-out images, where there are any
         entry = {
             "step": step,
             "loss": finite_or_none(float(losses[name].mean())),
@@ -300,7 +301,7 @@ class ValidationMonitor:
         return better and self.settings.best != BEST_OFF
 
     def sample(self, step: int) -> None:
-        """An exception inside a preview costs that preview, never the run."""
+        """An exception inside a preview loses that preview, never the run."""
         try:
             self.show_status(f"step {step}: drawing samples")
             if self.draw_samples is not None and (sample := self.draw_samples(step)) is not None:
@@ -310,7 +311,7 @@ class ValidationMonitor:
             self.on_event("trouble", {"step": step, "text": f"No samples at step {step}: {error}"})
 
     def finish(self) -> None:
-        """Name the training pictures that are learnt worst, with the weights as they are."""
+        """Name the training images with the highest loss, with the weights as they are."""
         if self.per_image_loss is None:
             return
         self.show_status(f"measuring {len(self.per_image_loss.picks)} training {self.per_image_loss.noun} one by one")
@@ -327,7 +328,7 @@ class ValidationMonitor:
 
     @property
     def key(self) -> str:
-        return compute_fingerprint({name: exam.key for name, exam in self.losses_by_name.items()})
+        return compute_fingerprint({name: loss.key for name, loss in self.losses_by_name.items()})
 
     def state(self) -> dict:
         """Copies: what was saved does not change when the run goes on."""
@@ -341,7 +342,7 @@ class ValidationMonitor:
         }
 
     def load_state(self, state: dict) -> None:
-        """Measurements of other questions are left behind; the samples stay."""
+        """Measurements of another key are left behind; the samples stay."""
         same = state["key"] == self.key
         self.samples = list(state["samples"])
         self.history = list(state["history"]) if same else []
