@@ -156,7 +156,7 @@ def decode_latent_roughly(model, latent) -> Image.Image:
 
 def encode_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92)
+    picture.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 
