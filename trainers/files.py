@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def write_state_tree(path, tree):
     write_safetensors(path, tensors, {"tree": json.dumps(shape)})
 
 
-def read_state_tree(path):
+def read_state_tree(path) -> Any:
     """What `write_tree` wrote, equal in every bit."""
     tensors, metadata = read_safetensors(path)
     if "tree" not in metadata:
@@ -102,7 +103,7 @@ def pack_state_tree(tree, tensors):
     return tree
 
 
-def unpack_state_tree(shape, tensors):
+def unpack_state_tree(shape, tensors) -> Any:
     if isinstance(shape, list):
         return [unpack_state_tree(v, tensors) for v in shape]
     if not isinstance(shape, dict):

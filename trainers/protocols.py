@@ -40,6 +40,12 @@ class Denoiser(Protocol):
         ...
 
 
+class TensorTreeStore(Protocol):
+    """Where latents, conditionings and masks lie, each a dict under its key."""
+
+    def load(self, key: str) -> dict: ...
+
+
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class LruCache:
 
     def __init__(self, budget: int):
         self.budget, self.used_bytes = budget, 0
-        self.values: OrderedDict[str, tuple[object, int]] = OrderedDict()
+        self.values: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: str, load):
         """The value under this key; load() makes it when it is not here."""
@@ -48,7 +49,7 @@ class LruCache:
 
 
 class DiskCache:
-    """Trees (nested dicts and lists of tensors, numbers, text and None) by key, one file each. `load` values are
+    """Trees (dicts of tensors, numbers, text, None and more dicts and lists) by key, one file each. `load` values are
     shared: do not write into their tensors."""
 
     def __init__(self, folder, budget: int = 512 * MIB):
@@ -59,7 +60,7 @@ class DiskCache:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def read_shapes(self, key: str):
+    def read_shapes(self, key: str) -> dict | None:
         """The tree with each tensor's shape in its place, from the file's header alone; None when absent or damaged."""
         from safetensors import SafetensorError, safe_open
 
@@ -70,34 +71,37 @@ class DiskCache:
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
-    def write(self, key: str, tree) -> None:
+    def write(self, key: str, tree: dict) -> None:
         write_state_tree(self.path(key), tree)
 
-    def load(self, key: str):
+    def load(self, key: str) -> dict:
         """The tree, from memory or disk."""
         return self.lru.get(key, lambda: self.read_from_disk(key))
 
-    def read_from_disk(self, key: str):
+    def read_from_disk(self, key: str) -> dict:
         try:
             with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
                 return map_tensors(
                     read_state_tree(self.path(key)), Tensor.clone
                 )  # what read_tree gives are windows into the file
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again; only what is missing "
-                "is encoded."
-            ) from error
+            raise ValueError(self.describe_lost_file(key)) from error
+
+    def describe_lost_file(self, key: str) -> str:
+        return (
+            f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again; only what is missing is "
+            "encoded."
+        )
 
 
 class MemoryStore(dict):
     """The same door for values that live in memory only."""
 
-    def load(self, key: str):
+    def load(self, key: str) -> dict:
         return self[key]
 
 
-def map_tensors(tree, change):
+def map_tensors(tree, change) -> Any:
     """The tree with change(tensor) in place of every tensor."""
     if isinstance(tree, Tensor):
         return change(tree)

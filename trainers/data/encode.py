@@ -9,14 +9,13 @@ would round otherwise, and what is in the cache would depend on its neighbours.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -26,12 +25,14 @@ from .buckets import BucketPlacement, BucketSettings, place_records, resize_and_
 from .cache import DiskCache
 from .caption_variants import CAPTION_MODE_EMPTY, CAPTION_MODE_TEXT, CaptionSettings, caption_variants, make_record_rng
 from .encoded import EncodedDataset, EncodedItem, mask_to_latent_grid
+from .images import image_to_batch_tensor
 from .readers import require_captions
 from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask
 
 ENCODING_VERSION = 1  # in every key: raise it when the same inputs would give other tensors
 TEXT_BATCH_SIZE = 16
 PREFETCH_IMAGES = 2  # images that are opened while the VAE works on another
+TaskResultT = TypeVar("TaskResultT")
 
 
 class VaeProtocol(Protocol):
@@ -41,6 +42,7 @@ class VaeProtocol(Protocol):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, 3) in 0..1 -> mean and std (B, C, ..., h, w) of the unscaled latent; std None where there is no
         posterior."""
+        ...
 
 
 class TextEncoderProtocol(Protocol):
@@ -48,6 +50,7 @@ class TextEncoderProtocol(Protocol):
 
     def encode(self, texts: list[str]) -> list[dict]:
         """One cond per text: cross_attn (1, T, D), pooled_output (1, P), and whatever else the model wants."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,9 @@ def encode_images(
         return [encode_record(p, image, vae, cache, work, ground) for p, image in zip(plans, images, strict=True)]
 
 
-def prefetch_results(tasks: Iterable[Callable[[], object]], count: int = PREFETCH_IMAGES) -> Iterator:
+def prefetch_results(
+    tasks: Iterable[Callable[[], TaskResultT]], count: int = PREFETCH_IMAGES
+) -> Generator[TaskResultT, None, None]:
     """What the tasks return, in order. One thread works on the next `count` of them while a result is used, and on no
     more."""
     with ThreadPoolExecutor(1, "trainyard-open") as thread:
@@ -258,10 +263,10 @@ def encode_record(
         work.raise_if_interrupted()
         image = image or open_bucketed_image(p, ground)
         cache.write(key, encode_posterior(ImageOps.mirror(image) if mirrored else image, vae, name))
-    shape = cached_latent_shape(cache, p.latent)
+    shape = require_latent_shape(cache, p.latent)
     mask = mask_key(p.record, p.placement, shape[-2:])
-    if mask and cache.read_shapes(mask) is None:
-        cache.write(mask, {"mask": encode_latent_mask(p, shape)})
+    if mask and cache.read_shapes(mask) is None and (opened := open_mask(p.record)) is not None:
+        cache.write(mask, {"mask": encode_latent_mask(opened, p, shape)})
     work.advance(1, name)
     return make_encoded_item(p, shape, mask)
 
@@ -281,9 +286,17 @@ def cached_latent_shape(cache: DiskCache, key: str) -> tuple[int, ...] | None:
     return (cache.read_shapes(key) or {}).get("mean")
 
 
+def require_latent_shape(cache: DiskCache, key: str) -> tuple[int, ...]:
+    """The same of a latent that was written before; ValueError where it is gone."""
+    shape = cached_latent_shape(cache, key)
+    if shape is None:
+        raise ValueError(cache.describe_lost_file(key))
+    return shape
+
+
 def encode_posterior(image: Image.Image, vae: VaeProtocol, name: str) -> dict:
     """{"mean": (C, ..., h, w), "std": the same or None}"""
-    mean, std = vae.encode(image_to_tensor(image))
+    mean, std = vae.encode(image_to_batch_tensor(image))
     if not torch.isfinite(mean).all() or (std is not None and not torch.isfinite(std).all()):
         raise ValueError(
             f"The VAE turned {name} into NaN or infinity. Run it at higher precision: start ComfyUI with --fp32-vae."
@@ -291,15 +304,9 @@ def encode_posterior(image: Image.Image, vae: VaeProtocol, name: str) -> dict:
     return {"mean": mean[0], "std": None if std is None else std[0]}
 
 
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """(1, H, W, channels) in 0..1"""
-    array = np.asarray(image, dtype=np.float32) / 255.0
-    return torch.from_numpy(array.reshape(1, image.height, image.width, -1))
-
-
-def encode_latent_mask(p: EncodingPlan, shape) -> Tensor:
+def encode_latent_mask(mask: Image.Image, p: EncodingPlan, shape) -> Tensor:
     """(1, h, w) in 0..1"""
-    return mask_to_latent_grid(image_to_tensor(resize_and_crop(open_mask(p.record), p.placement))[..., 0], *shape[-2:])
+    return mask_to_latent_grid(image_to_batch_tensor(resize_and_crop(mask, p.placement)), *shape[-2:])
 
 
 def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..protocols import BatchElements
+from ..protocols import BatchElements, TensorTreeStore
 from .cache import MemoryStore, map_tensors
 
 
@@ -59,7 +59,7 @@ class EncodedDataset:
     """A dataset ready for training. `store.load(key)` gives a latent, a conditioning or a mask."""
 
     items: list[EncodedItem]
-    store: object
+    store: TensorTreeStore
     channels: int
     fingerprint: str  # changes with the images, the captions, every setting and the models that encoded them
     empty_key: str | None = None  # key of the empty caption's conditioning
@@ -90,7 +90,7 @@ class EncodedDataset:
         """(key, text) of one of the item's captions or of the empty one; both numbers are uniform in [0, 1)."""
         if not item.caption_keys:
             self.require_conditionings()
-        if drop < self.dropout:
+        if self.empty_key is not None and drop < self.dropout:  # without that key dropout is 0
             return self.empty_key, ""
         index = int(which * len(item.caption_keys))
         return item.caption_keys[index], item.captions[index]
@@ -105,7 +105,7 @@ class EncodedDataset:
 
     def sample_latent(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> Tensor:
         """(C, ..., h, w): a sample of the VAE's posterior, or its mean where that is all there is."""
-        posterior = self.store.load(item.flipped if flip else item.latent)
+        posterior = self.store.load(item.flipped if flip and item.flipped is not None else item.latent)
         mean = posterior["mean"].float()
         if posterior["std"] is None:
             return mean

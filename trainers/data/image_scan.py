@@ -42,7 +42,7 @@ def scan_images(records: Sequence[ImageRecord], see: Callable, options: ScanOpti
 
     def look(record):
         image, mask, error = open_image_and_mask(record, masks)
-        if error:
+        if image is None:
             return None, None, error
         return (
             see(record, image, mask),

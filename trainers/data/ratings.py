@@ -206,11 +206,11 @@ def select_by_score(dataset: ImageDataset, settings: RankSettings) -> tuple[Imag
             f"{format_count(unrated, 'image')} of {len(dataset)} have no score: {format_first_names(unrated)}. Put "
             "Score Images before this node."
         )
+    scores = [r.score for r in dataset if r.score is not None]
     sign = 1 if settings.lowest else -1
-    order = sorted(range(len(dataset)), key=lambda i: sign * dataset[i].score)
+    order = sorted(range(len(dataset)), key=lambda i: sign * scores[i])
     stays = order[: count_selected_images(dataset, settings)]
     if not stays:
-        scores = [r.score for r in dataset]
         reach = f"; the scores go from {min(scores):g} to {max(scores):g}" if scores else ""
         raise ValueError(
             f"No image of {len(dataset)} is kept with {settings.by} = {getattr(settings, settings.by):g}{reach}. "
@@ -219,7 +219,8 @@ def select_by_score(dataset: ImageDataset, settings: RankSettings) -> tuple[Imag
     goes = order[len(stays) :]
     if settings.keep_order:
         stays, goes = sorted(stays), sorted(goes)
-    return tuple(ImageDataset(tuple(dataset[i] for i in some_), dataset.skipped) for some_ in (stays, goes))
+    kept, left = (ImageDataset(tuple(dataset[i] for i in some_), dataset.skipped) for some_ in (stays, goes))
+    return kept, left
 
 
 def count_selected_images(dataset: ImageDataset, settings: RankSettings) -> int:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -70,7 +70,8 @@ class ImageRecord:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"A record has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -130,22 +131,25 @@ def open_image(record: ImageRecord, ground=WHITE) -> Image.Image:
 def open_mask(record: ImageRecord) -> Image.Image | None:
     """The loss mask in L, as large as open_image's image; white counts fully, black not at all. None without a
     mask."""
-    if record.mask is None:
-        return None
-    if record.mask == record.path:
+    return None if record.mask is None else open_mask_at(record.mask, record)
+
+
+def open_mask_at(path: str, record: ImageRecord) -> Image.Image:
+    """The same, of a record whose mask lies at this path."""
+    if path == record.path:
         mask = convert_to_rgba(
             convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.path, record.id)))
         ).getchannel("A")
     else:
-        mask = open_mask_file(record)
+        mask = open_mask_file(path, record)
     return mask.crop(record.crop) if record.crop else mask
 
 
-def open_mask_file(record: ImageRecord) -> Image.Image:
+def open_mask_file(path: str, record: ImageRecord) -> Image.Image:
     mask = flatten_alpha(
-        convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.mask, record.mask_id))), (0, 0, 0)
+        convert_to_8bit(apply_exif_orientation(open_unchanged_image(path, record.mask_id))), (0, 0, 0)
     ).convert("L")
-    check_mask_size(record.mask, mask.size, record.size)
+    check_mask_size(path, mask.size, record.size)
     return mask if mask.size == tuple(record.size) else mask.resize(record.size, Image.Resampling.BOX)
 
 

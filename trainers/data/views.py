@@ -14,9 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from ..protocols import TensorTreeStore
 from ..settings import compute_fingerprint
 from .cache import DiskCache
-from .encode import EncodingProgress, VaeProtocol, encode_posterior, prefetch_results
+from .encode import EncodingProgress, VaeProtocol, encode_posterior, prefetch_results, require_latent_shape
 from .records import WHITE, ImageDataset, ImageRecord, open_image
 
 VIEWS_VERSION = 1
@@ -45,7 +46,7 @@ class ViewDataset:
 
     views_by_image: tuple[dict[str, tuple[EncodedView, ...]], ...]
     dataset: ImageDataset
-    store: object
+    store: TensorTreeStore
     shape: tuple[int, ...]
     fingerprint: str
 
@@ -156,10 +157,11 @@ def encode_views(
         work.raise_if_interrupted()
         for draft, key in list_missing_views(record, todo, size, vae, cache, ground):
             work.raise_if_interrupted()
+            image = image or open_image(record, ground)
             cache.write(key, encode_posterior(render_view(draft, image, size), vae, Path(record.path).name))
         images.append(group_views_by_kind(todo, [draft.key(record, size, vae, ground) for draft in todo], crops))
         work.advance(1, Path(record.path).name)
-    shape = cache.read_shapes(images[0][CROP_VIEW][0].key)["mean"]
+    shape = require_latent_shape(cache, images[0][CROP_VIEW][0].key)
     print_ = compute_fingerprint(
         "views", VIEWS_VERSION, dataset.fingerprint(), list(kinds), size, crops, seed, vae.identity
     )

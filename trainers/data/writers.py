@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -31,7 +32,7 @@ from .records import (
     convert_to_rgba,
     has_alpha,
     open_image,
-    open_mask,
+    open_mask_at,
     open_unchanged_image,
     read_unchanged_bytes,
 )
@@ -281,7 +282,7 @@ def write_record_files(root: Path, place: RecordDestination, settings: SaveSetti
         else encode_saved_image(record, place.extension, settings),
     )
     if record.mask is not None:
-        write_saved_file(folder / (place.stem + MASK_SUFFIX), encode_saved_mask(record))
+        write_saved_file(folder / (place.stem + MASK_SUFFIX), encode_saved_mask(record.mask, record))
     if settings.layout != JSONL_LAYOUT and (record.captions or record.tags or settings.layout == KOHYA_LAYOUT):
         write_saved_file(folder / f"{place.stem}.txt", (format_caption_file(record, lines) or "\n").encode("utf-8"))
 
@@ -316,9 +317,10 @@ def open_image_and_profile(record: ImageRecord) -> tuple[Image.Image, bytes | No
     return image.crop(record.crop) if record.crop else image, profile
 
 
-def encode_saved_mask(record: ImageRecord) -> bytes:
-    whole = record.crop is None and record.mask != record.path and record.mask.lower().endswith(".png")
-    return read_unchanged_bytes(record.mask, record.mask_id) if whole else encode_image_bytes(open_mask(record), "PNG")
+def encode_saved_mask(path: str, record: ImageRecord) -> bytes:
+    if record.crop is None and path != record.path and path.lower().endswith(".png"):
+        return read_unchanged_bytes(path, record.mask_id)
+    return encode_image_bytes(open_mask_at(path, record), "PNG")
 
 
 def encode_image_bytes(image: Image.Image, kind: str, **options) -> bytes:
@@ -350,7 +352,7 @@ def write_save_manifest(root: Path, content_id: str) -> None:
 def make_metadata_row(place: RecordDestination, layout: str) -> dict:
     """The line of metadata.jsonl for a record; only its name where there is nothing to tell."""
     record = place.record
-    told = {"file_name": place.file_name}
+    told: dict[str, Any] = {"file_name": place.file_name}
     if layout == JSONL_LAYOUT:
         told["text"] = record.captions[0] if record.captions else ""
         if len(record.captions) > 1 or (record.tags and not record.captions):

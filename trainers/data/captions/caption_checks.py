@@ -15,10 +15,17 @@ from .edits import CLIP_ENCODERS, CountTokens
 class CaptionLimits(Protocol):
     """The part of the quality settings that is about captions."""
 
-    trigger: str
-    max_identical: float
-    max_clip_tokens: int
-    max_tokens: int
+    @property
+    def trigger(self) -> str: ...
+
+    @property
+    def max_identical(self) -> float: ...
+
+    @property
+    def max_clip_tokens(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
 
 
 def check_record_captions(

@@ -155,7 +155,8 @@ class CollageSettings(Settings):
     def ground_rgb(self) -> tuple[int, int, int]:
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.ground):
             raise ValueError(f"ground is {self.ground!r}; write a colour as #rrggbb, for example #181818.")
-        return tuple(int(self.ground[i : i + 2], 16) for i in (1, 3, 5))
+        red, green, blue = (int(self.ground[i : i + 2], 16) for i in (1, 3, 5))
+        return red, green, blue
 
 
 def parse_frame_size(words: str) -> tuple[int, int]:
@@ -385,7 +386,8 @@ class CollagePlanner:
             source: [key for key in keys if pixel_area(key[0]) >= MIN_FRAME_AREA_SHARE * pixel_area(keys[0][0])]
             for source, keys in homes.items()
         }
-        return {key: CandidatePool(*key, members, self.rank) for key, members in fits.items()}, homes, excluded
+        pools = {key: CandidatePool(key[0], key[1], members, self.rank) for key, members in fits.items()}
+        return pools, homes, excluded
 
     def iterate_collages(self):
         """Yields one collage after the other until every image has been used as often as it must."""
@@ -424,14 +426,14 @@ class CollagePlanner:
             grids = filter(None, (self.find_grid_collage(room, room.fits[source]) for room in rooms))
             if best := next(grids, None):
                 return self.count_pairs(best)
-        best = None
-        for room in rooms:
-            found = min(
-                (self.group_cost(group, room), group) for group in self.candidate_groups(room, room.fits[source])
+        best_by_room = [
+            (
+                *min((self.group_cost(group, room), group) for group in self.candidate_groups(room, room.fits[source])),
+                room,
             )
-            if best is None or found[0] < best[0]:
-                best = (*found, room)
-        _, group, room = best
+            for room in rooms
+        ]
+        _, group, room = min(best_by_room, key=lambda found: found[0])
         return self.count_pairs(self.make_line_collage(room, [room.fits[i] for i in group]))
 
     def candidate_groups(self, room: CandidatePool, anchor: LengthRange):

@@ -309,7 +309,7 @@ def check_resolution(found: ImageMeasurements, settings: QualitySettings):
         yield Finding(
             SEVERITY_WARN, "bucket", f"{found.size[0]}x{found.size[1]} px fits no bucket at {settings.resolution} px"
         )
-    elif found.upscale > settings.max_upscale + 0.005:
+    elif found.bucket is not None and found.upscale > settings.max_upscale + 0.005:
         yield Finding(
             SEVERITY_WARN,
             "upscaling",
@@ -420,7 +420,10 @@ def check_dataset_quality(
     """Look at every image and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings,
     not errors."""
     measures, features, broken = scan_images(
-        dataset.records, lambda *seen: measure_image_quality(*seen, settings), options, masks=settings.contrast
+        dataset.records,
+        lambda record, image, mask: measure_image_quality(record, image, mask, settings),
+        options,
+        masks=settings.contrast,
     )
     findings = [
         check_image_measurements(found, settings) if found else [Finding(SEVERITY_REJECT, "unreadable", broken[i])]
@@ -455,7 +458,7 @@ def check_duplicate_images(
         )
 
     def pairs(bits):
-        found = find_hash_pairs([measures[index].signature for index in known], bits)
+        found = find_hash_pairs([measured.signature for measured in measures if measured], bits)
         return [replace(pair, first=known[pair.first], second=known[pair.second]) for pair in found]
 
     told = set()
@@ -492,7 +495,7 @@ def measure_dataset_diversity(measures: Sequence[ImageMeasurements | None], feat
     if features is not None:
         score, source, count = vendi_from_features(features[seen]), "features of the vision model", len(seen)
     else:
-        prints = sample_evenly([measures[index].signature for index in seen])
+        prints = sample_evenly([found.signature for found in measures if found])
         score, source, count = (
             vendi(signature_kernel(prints)),
             "coarse shapes and colours; connect a clip_vision to compare contents",

@@ -113,8 +113,10 @@ def iterate_close_hashes(hashes, others, limit, telling) -> Iterable[tuple[int, 
 
 def find_feature_pairs(features: np.ndarray | None, least: float) -> list[DuplicatePair]:
     """The pairs of normalised features (n, d) with a cosine of at least `least`; rows of zeros are unknown."""
+    if features is None:
+        return []
     found = []
-    for top in range(0, 0 if features is None else len(features), COMPARISON_BLOCK):
+    for top in range(0, len(features), COMPARISON_BLOCK):
         cosine = features[top : top + COMPARISON_BLOCK] @ features[top:].T
         for row, column in np.argwhere(cosine >= least).tolist():
             if row < column:
@@ -253,7 +255,7 @@ def group_near_duplicates(dataset: ImageDataset, options: ScanOptions) -> dict[s
 def duplicate_group_names(data: EncodedDataset, options: ScanOptions) -> list[str]:
     """For each image the name of the group of near-duplicates it belongs to; what has no file is known by its content
     alone."""
-    records = [ImageRecord(item.id, item.path, tuple(item.bucket or (1, 1))) for item in data.items if item.path]
+    records = [ImageRecord(item.id, item.path, item.bucket or (1, 1)) for item in data.items if item.path]
     names = group_near_duplicates(ImageDataset(tuple(records)), options) if records else {}
     return [names.get(item.id, item.id) for item in data.items]
 

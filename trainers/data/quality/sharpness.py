@@ -28,7 +28,8 @@ def fine_detail_share(grey: np.ndarray) -> float:
     total = window.sum()
     if total == 0:
         return 0.0
-    power = np.abs(scipy.fft.rfft2((grey - (grey * window).sum() / total) * window)) ** 2
+    spectrum = scipy.fft.rfft2((grey - (grey * window).sum() / total) * window)
+    power = np.abs(spectrum) ** 2  # pyright: ignore[reportCallIssue, reportArgumentType]  an array, which scipy hides
     power[:, 1 : (grey.shape[1] + 1) // 2] *= 2  # rfft2 keeps one of each pair of mirrored columns
     fine = np.hypot(np.fft.fftfreq(grey.shape[0])[:, None], np.fft.rfftfreq(grey.shape[1])) > FINE_DETAIL_FREQUENCY
     return float(power[fine].sum() / max(power.sum(), 1e-6))
@@ -84,7 +85,9 @@ def enlargement_along_axis(windows, axis) -> float:
 
     taper = np.hanning(SPECTRUM_WINDOW_PX).astype(np.float32)
     tapered = windows * (taper if axis == 2 else taper[:, None])
-    power = np.square(np.abs(scipy.fft.rfft(tapered, axis=axis))).mean((0, 3 - axis))
+    spectrum = scipy.fft.rfft(tapered, axis=axis)
+    heights = np.abs(spectrum)  # pyright: ignore[reportCallIssue, reportArgumentType]  an array, which scipy hides
+    power = np.square(heights).mean((0, 3 - axis))
     frequency = np.arange(len(power)) / SPECTRUM_WINDOW_PX
     level = np.convolve(power * frequency**2, np.ones(5) / 5, mode="same")
     first, last = 5, len(level) - 3  # the ends of the running mean are lower by themselves

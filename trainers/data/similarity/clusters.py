@@ -129,11 +129,11 @@ def kmeans_plus_plus(x: Tensor, count: int, rng) -> Tensor:
 
 def lloyd_iterations(x: Tensor, centres: Tensor) -> tuple[Tensor, float]:
     """(labels, sum of square distances)."""
-    labels = None
+    labels = torch.full((len(x),), -1, device=x.device)  # of no group yet
     for _ in range(MAX_KMEANS_ITERATIONS):
         apart = torch.cdist(x, centres)
         new = apart.argmin(1)
-        if labels is not None and torch.equal(new, labels):
+        if torch.equal(new, labels):
             break
         labels, centres = new, update_centroids(x, new, centres, apart)
     return labels, float(torch.cdist(x, centres).amin(1).square().sum())

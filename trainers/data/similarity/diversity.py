@@ -29,7 +29,7 @@ def exp_entropy(eigenvalues) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def sample_evenly(values: Sequence, most: int = MAX_VENDI_SAMPLES) -> list:
+def sample_evenly(values: Sequence | np.ndarray, most: int = MAX_VENDI_SAMPLES) -> list:
     """At most `most` of them, evenly spread."""
     if len(values) <= most:
         return list(values)
