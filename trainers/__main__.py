@@ -84,7 +84,9 @@ def make_argument_parser() -> OneLineErrorParser:
         "--sample-cfg", type=parse_number, default=None, help="guidance (default: what suits the model)"
     )
     for record in SETTINGS_RECORDS:
-        add_settings_arguments(lora.add_argument_group(record.__name__, record.__doc__.splitlines()[0]), record)
+        add_settings_arguments(
+            lora.add_argument_group(record.__name__, (record.__doc__ or record.__name__).splitlines()[0]), record
+        )
     return top
 
 
@@ -243,10 +245,10 @@ class CommandLineJob:
             self.write_sample_sheet(engine, adapters, text, lora, data)
 
     def read_dataset(self):
-        progress = lambda done, total, name: (
-            self.stop.raise_if_requested(),
-            self.screen.update_line(f"reading {done}/{total} {name}"),
-        )
+        def progress(done, total, name):
+            self.stop.raise_if_requested()
+            self.screen.update_line(f"reading {done}/{total} {name}")
+
         dataset = read_folder(
             self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress
         )
@@ -309,9 +311,10 @@ class CommandLineJob:
 
     def sample_size(self, engine, data) -> tuple[int, int]:
         """Pixels (width, height), in whole tokens of two latent cells."""
-        unit = engine.vae.factor * 2
-        wanted = (self.args.sample_size,) * 2 if self.args.sample_size else most_common_bucket(data)
-        return tuple(max(unit, side // unit * unit) for side in wanted)
+        unit, side = engine.vae.factor * 2, self.args.sample_size or self.buckets.resolution
+        bucket = None if self.args.sample_size else most_common_bucket(data)
+        width, height = (max(unit, pixels // unit * unit) for pixels in bucket or (side, side))
+        return width, height
 
     def report_progress(self, progress):
         self.screen.update_line(progress.format_line(), force=progress.step == progress.steps)

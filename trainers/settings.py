@@ -266,7 +266,8 @@ def parse_block_rule(where: str, line: str) -> BlockRule:
     return BlockRule(where, compiled, **dict(parse_rule_value(where, word) for word in values.split()))
 
 
-def parse_rule_value(where: str, word: str) -> tuple[str, float]:
+def parse_rule_value(where: str, word: str) -> tuple[str, Any]:
+    """(name, number): whole for rank, otherwise a float."""
     name, _, value = word.partition("=")
     if name not in BLOCK_RULE_RANGES:
         raise ValueError(f"{where}: {word!r} is none of rank=, alpha= and lr=.")

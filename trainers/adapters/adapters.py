@@ -165,12 +165,14 @@ def apply_dropout(inner: Tensor, shape, share: float, rng) -> Tensor:
 class Adapters(nn.Module):
     """The adapters of one network: `layers` by module path, and one strength for all of them."""
 
+    replacement: Adapters | None  # that these give way to; kept where torch looks for no submodules
+
     def __init__(self, network: nn.Module, settings: AdapterSettings, rng: torch.Generator | None = None):
         super().__init__()
         chosen, rules = select_target_layers(network, settings), parse_block_rules(settings.blocks)
         check_unused_block_rules(rules, chosen)
         of = {name: find_block_rule(name, rules) for name in chosen}
-        self.layers = {name: layer for name, layer in chosen.items() if of[name] is None or of[name].rank != 0}
+        self.layers = {name: layer for name, layer in chosen.items() if (rule := of[name]) is None or rule.rank != 0}
         if not self.layers:
             raise ValueError("blocks leaves out every layer (rank=0); nothing would be trained.")
         self.lows = nn.ModuleDict(
@@ -183,10 +185,10 @@ class Adapters(nn.Module):
         self.dropout_seed: int | None = None  # of a step that leaves something out
         self._hooks: list = []
         self.slot_name = f"trainyard {id(self)}"  # where a layer holds its adapter while these are attached
-        self.__dict__["replacement"] = None  # Adapters that these give way to
+        self.__dict__["replacement"] = None
 
     def adapter_for(self, name: str) -> LoraLayer:
-        return self.lows[name.replace(".", "/")]
+        return self.lows[name.replace(".", "/")]  # pyright: ignore[reportReturnType]  a ModuleDict yields Modules
 
     def attach(self):
         """Start adding to the layers' outputs; `detach` takes every hook off again. Attaching twice adds nothing

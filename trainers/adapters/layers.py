@@ -138,7 +138,7 @@ class DoraLayer(LoraLayer):
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         super().__init__(layer, rank, alpha, rslora, rng)
         self.magnitude = nn.Parameter(torch.zeros(layer_features(layer)[1]))
-        self.squared_row_norms = None  # (outputs,) squared row norms of W, once the layer is loaded
+        self.squared_row_norms: Tensor | None = None  # (outputs,) squared row norms of W, once the layer is loaded
 
     def output_change(self, layer, x, out, strength, drop=None):
         more = self.broadcast_rows(self.row_gain(layer) - 1).to(
@@ -151,19 +151,19 @@ class DoraLayer(LoraLayer):
 
     def row_gain(self, layer) -> Tensor:
         """(outputs,) what the rows of W + s B A are multiplied with."""
-        return (1 + self.magnitude) * self.norm_ratio(layer)
+        return (1 + self.magnitude) * self.compare_row_norms(layer)[1]
 
     @torch.no_grad()
-    def norm_ratio(self, layer) -> Tensor:
-        """(outputs,) |W| / |W + s B A|, by |W|^2 + 2 s <W, B A> + s^2 |B A|^2."""
+    def compare_row_norms(self, layer) -> tuple[Tensor, Tensor]:
+        """(outputs,) |W|^2 and |W| / |W + s B A|, by |W|^2 + 2 s <W, B A> + s^2 |B A|^2."""
         weight = dense_weight(layer, self.down.device).flatten(1)
-        if self.squared_row_norms is None:
-            self.squared_row_norms = weight.float().square().sum(1)
+        if (squares := self.squared_row_norms) is None:
+            squares = self.squared_row_norms = weight.float().square().sum(1)
         down, up = self.down.flatten(1), self.up.flatten(1)
         crossed = ((weight @ down.T.to(weight.dtype)).float() * up).sum(1)
         own = ((up @ (down @ down.T)) * up).sum(1)
-        merged = self.squared_row_norms + 2 * self.scale * crossed + self.scale**2 * own
-        return torch.where((self.squared_row_norms > 0) & (merged > 0), (self.squared_row_norms / merged).sqrt(), 1.0)
+        merged = squares + 2 * self.scale * crossed + self.scale**2 * own
+        return squares, torch.where((squares > 0) & (merged > 0), (squares / merged).sqrt(), 1.0)
 
     def broadcast_rows(self, rows: Tensor) -> Tensor:
         """(outputs,) so that it multiplies the layer's output."""
@@ -180,8 +180,8 @@ class DoraLayer(LoraLayer):
     def export_tensors(self, layer):
         """dora_scale as ComfyUI reads it: it multiplies W + s B A by dora_scale over the row norm of W alone, where
         other tools and the paper take that of W + s B A. Rows are the output axis."""
-        gain = self.row_gain(layer)
-        norms = self.squared_row_norms.sqrt() + torch.finfo(torch.float32).eps
+        squares, ratio = self.compare_row_norms(layer)
+        gain, norms = (1 + self.magnitude) * ratio, squares.sqrt() + torch.finfo(torch.float32).eps
         return super().export_tensors(layer) | {"dora_scale": (gain * norms).view(-1, *[1] * (self.down.ndim - 1))}
 
     @torch.no_grad()
@@ -189,8 +189,8 @@ class DoraLayer(LoraLayer):
         if "dora_scale" not in tensors:
             raise ValueError("it has no dora_scale, so it is a LoRA and no DoRA; choose the algorithm of the file")
         super().load(layer, tensors)
-        shrinkage = self.norm_ratio(layer)
-        norms = self.squared_row_norms.sqrt() + torch.finfo(torch.float32).eps
+        squares, shrinkage = self.compare_row_norms(layer)
+        norms = squares.sqrt() + torch.finfo(torch.float32).eps
         if tensors["dora_scale"].numel() != len(norms):
             raise ValueError(
                 f"its dora_scale is {tuple(tensors['dora_scale'].shape)}, and {len(norms)} numbers are expected here"
@@ -205,6 +205,9 @@ class LohaLayer(LoraLayer):
 
     file_suffixes = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_b": "w2_b", "hada_w2_a": "w2_a"}
     fast_parts = ("w1_a", "w2_a")
+    w1_a: nn.Parameter
+    w1_b: nn.Parameter
+    w2_b: nn.Parameter
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         nn.Module.__init__(self)
@@ -311,8 +314,11 @@ def effective_parameter(layer, name: str) -> Tensor | None:
     """The weight or bias as the layer uses it: with the host's patches that are applied at every call, and unpacked
     where it is quantised."""
     value = getattr(layer, name, None)
-    if value is None:
-        return None
+    return None if value is None else apply_host_patches(layer, name, value)
+
+
+def apply_host_patches(layer, name: str, value: Tensor) -> Tensor:
+    """What `effective_parameter` makes of a weight or bias that is there."""
     if hasattr(value, "dequantize") and type(value.data) is not Tensor:
         value = value.dequantize()
     for patch in getattr(layer, f"{name}_function", ()):
@@ -322,7 +328,7 @@ def effective_parameter(layer, name: str) -> Tensor | None:
 
 def dense_weight(layer, device) -> Tensor:
     """The layer's weight where it can be multiplied with: fp32, or half precision as it is."""
-    weight = effective_parameter(layer, "weight").to(device)
+    weight = apply_host_patches(layer, "weight", layer.weight).to(device)
     return weight if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else weight.float()
 
 

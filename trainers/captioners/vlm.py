@@ -325,7 +325,7 @@ def load_vlm_model(folder: Path, dtype, config: dict) -> Any:
 
     silence_transformers()
     try:
-        # pyright: transformers' annotations leave out the pair that output_loading_info gives
+        # transformers' annotations leave out the pair that output_loading_info gives
         module, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder,
             dtype=dtype,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +57,32 @@ def stack_conditionings(conds, name, like: Tensor) -> Tensor:
 
 
 @dataclass
-class EngineDenoiser:
+class EngineDenoiser(ABC):
     """What all denoisers share. `scale`, `shift`: the family's latent format, (latent - shift) * scale."""
 
     network: nn.Module
     scale: float
     shift: float = 0.0
+
+    flow: ClassVar[bool]  # as in protocols.Denoiser, whose other members are here too
+
+    @abstractmethod
+    def noised(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma_at(self, u: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def native_scale(self, sigma: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def predict_x0(self, x: Tensor, sigma: Tensor, conds: list[dict]) -> Tensor:
+        """x0 for conditionings that can be stacked."""
+
+    @property
+    def network_config(self) -> Any:
+        """The arguments that diffusers built the network with, as attributes."""
+        return self.network.config
 
     def model_space(self, latent):
         return ((latent.to(self.device).float() - self.shift) * self.scale).clone()
@@ -103,6 +125,10 @@ class FlowDenoiser(EngineDenoiser):
     def native_scale(self, sigma):
         return sigma
 
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, conds: list[dict]) -> Tensor:
+        """What the network answers, in its own dtype."""
+
     def predict_x0(self, x, sigma, conds):
         return x - per_sample(sigma, x) * self.velocity(x.to(self.dtype), sigma, conds).float()
 
@@ -120,7 +146,7 @@ class FluxDenoiser(FlowDenoiser):
 
     @property
     def takes_guidance(self) -> bool:
-        return self.network.config.guidance_embeds
+        return self.network_config.guidance_embeds
 
     @property
     def schedule_shift(self):
@@ -168,8 +194,8 @@ def flux_position_ids(x):
 class UnetDenoiser(EngineDenoiser):
     """SD1.5, SD2 and SDXL: x = x0 + sigma noise, answered at the whole timestep nearest to sigma."""
 
-    sigmas: Tensor = None  # (1000,) rising
-    prediction: str = "epsilon"
+    sigmas: Tensor = field(kw_only=True)  # (1000,) rising
+    prediction: str = field(default="epsilon", kw_only=True)  # or v_prediction
 
     flow = False
 
@@ -192,7 +218,7 @@ class UnetDenoiser(EngineDenoiser):
         return x - s * out if self.prediction == "epsilon" else x / (s**2 + 1) - out * s / (s**2 + 1).sqrt()
 
     def network_output(self, x, t, conds):
-        added = self.sdxl_extras(conds, x) if self.network.config.addition_embed_type == "text_time" else None
+        added = self.sdxl_extras(conds, x) if self.network_config.addition_embed_type == "text_time" else None
         return self.network(
             x,
             t,
@@ -261,7 +287,9 @@ class DiffusersEngine:
     @property
     def prediction(self) -> str:
         """modelspec.prediction_type."""
-        return "flow" if self.denoiser.flow else {"epsilon": "epsilon", "v_prediction": "v"}[self.denoiser.prediction]
+        if not isinstance(self.denoiser, UnetDenoiser):
+            return "flow"
+        return {"epsilon": "epsilon", "v_prediction": "v"}[self.denoiser.prediction]
 
     def encode_batch(self, batch) -> list[dict]:
         """The batch's conditionings with gradients, for a text encoder that learns too."""
@@ -410,7 +438,7 @@ def load_folder_t5(path: Path, number: str, min_tokens: int) -> T5TextEncoder:
 def load_folder_vae(path: Path, space: tuple[float, float]) -> tuple[DiffusersVae, tuple[float, float]]:
     """(autoencoder, latent format). A tiny one gives model space itself; the family's format unscales its latents as
     ComfyUI does."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers import AutoencoderKL, AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
 
     config = json.loads((path / "vae" / "config.json").read_text())
     if config["_class_name"] == "AutoencoderTiny":
@@ -420,9 +448,9 @@ def load_folder_vae(path: Path, space: tuple[float, float]) -> tuple[DiffusersVa
 
 
 def load_unet_folder(path: Path) -> DiffusersEngine:
-    from diffusers import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
 
-    unet = load_frozen_module(UNet2DConditionModel, path, "unet")
+    unet: Any = load_frozen_module(UNet2DConditionModel, path, "unet")
     scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
     if unet.config.addition_embed_type == "text_time":
         name, space = "sdxl", (0.13025, 0.0)
@@ -439,10 +467,10 @@ def load_unet_folder(path: Path) -> DiffusersEngine:
 
 
 def load_sd3_folder(path: Path) -> DiffusersEngine:
-    from diffusers import SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
 
     parts = {"l": ("", "lora_te1"), "g": ("_2", "lora_te2")}
-    encoders = {
+    encoders: dict[str, ClipTextEncoder | T5TextEncoder] = {
         k: load_folder_clip(path, n, prefix, -2)
         for k, (n, prefix) in parts.items()
         if (path / f"text_encoder{n}").is_dir()
@@ -459,7 +487,7 @@ def load_sd3_folder(path: Path) -> DiffusersEngine:
 
 
 def load_flux_folder(path: Path) -> DiffusersEngine:
-    from diffusers import FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
 
     encoders = {"l": load_folder_clip(path, "", "lora_te1"), "t5": load_folder_t5(path, "_2", min_tokens=256)}
     vae, space = load_folder_vae(path, (0.3611, 0.1159))
@@ -518,7 +546,10 @@ def load_unet_checkpoint(path: Path, tensors) -> DiffusersEngine:
             f"{path.name} is not a checkpoint that the embedded engine knows (its first tensors are {some}). "
             f"{CONVERT_REMEDY}"
         )
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import (
+        StableDiffusionPipeline,  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
+        StableDiffusionXLPipeline,  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
+    )
 
     kind = (
         StableDiffusionXLPipeline

@@ -3,6 +3,8 @@ nothing is fetched."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def read_sd3_config(t: dict[str, Tensor]) -> dict:
 
 
 def load_sd3_transformer(tensors):
-    from diffusers import SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     t = tensors_with_prefix(tensors, MODEL_PREFIX)
@@ -146,7 +148,7 @@ def add_clip_prefix(key, prefix):
 
 def load_tiny_autoencoder(t: dict[str, Tensor]):
     """TAESD as diffusers' AutoencoderTiny; ComfyUI's decoder counts one more layer, the clamp."""
-    from diffusers import AutoencoderTiny
+    from diffusers import AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
 
     encoder = {f"encoder.layers.{k}": v for k, v in tensors_with_prefix(t, "taesd_encoder.").items()}
     decoder = {}
@@ -160,12 +162,12 @@ def load_tiny_autoencoder(t: dict[str, Tensor]):
 def load_kl_autoencoder(t: dict[str, Tensor]):
     """The autoencoder of SD3 and Flux files: AutoencoderKL without the two 1x1 convolutions around its latent, where
     the file has none."""
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  loaded lazily
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     levels = count_numbered_parts(t, "encoder.down.")
     widths = tuple(t[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
-    config = dict(
+    config: dict[str, Any] = dict(
         latent_channels=t["decoder.conv_in.weight"].shape[1],
         block_out_channels=widths,
         layers_per_block=count_numbered_parts(t, "encoder.down.0.block."),
@@ -191,4 +193,5 @@ def load_autoencoder(tensors):
 def read_latent_scaling(tensors, default: tuple[float, float]) -> tuple[float, float]:
     """(scale, shift) of a tiny autoencoder as the file states them."""
     named = [tensors.get(f"{VAE_PREFIX}{k}") for k in ("vae_scale", "vae_shift")]
-    return tuple(float(v) if isinstance(v, torch.Tensor) else d for v, d in zip(named, default, strict=True))
+    scale, shift = (float(v) if isinstance(v, torch.Tensor) else d for v, d in zip(named, default, strict=True))
+    return scale, shift

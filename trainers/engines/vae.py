@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .text import hash_module_weights, module_on_device
 
@@ -17,7 +18,7 @@ class DiffusersVae:
 
     A tiny autoencoder (TAESD) speaks model space itself, so its latents are unscaled here, the way ComfyUI does it."""
 
-    model: nn.Module
+    model: Any  # an AutoencoderKL or AutoencoderTiny: diffusers says of neither what its answers hold
     scale: float
     shift: float = 0.0
     tiny: bool = False
@@ -44,17 +45,17 @@ class DiffusersVae:
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, 3) in 0..1 -> mean and standard deviation (B, C, h, w), or None where the autoencoder has no
         spread."""
-        with module_on_device(self.model, self.device) as model:
-            x = images.movedim(-1, 1).to(self.device, model.dtype) * 2 - 1
+        with module_on_device(self.model, self.device):
+            x = images.movedim(-1, 1).to(self.device, self.model.dtype) * 2 - 1
             if self.tiny:
-                return (model.encode(x).latents.float() / self.scale + self.shift).cpu(), None
-            spread = model.encode(x).latent_dist
+                return (self.model.encode(x).latents.float() / self.scale + self.shift).cpu(), None
+            spread = self.model.encode(x).latent_dist
             return spread.mean.float().cpu(), spread.std.float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) in 0..1."""
-        with module_on_device(self.model, self.device) as model:
+        with module_on_device(self.model, self.device):
             z = (latents - self.shift) * self.scale if self.tiny else latents
-            pictures = model.decode(z.to(self.device, model.dtype)).sample
+            pictures = self.model.decode(z.to(self.device, self.model.dtype)).sample
             return (pictures.float() * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).cpu()

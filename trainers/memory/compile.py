@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -23,13 +24,26 @@ COMPILED_GRADIENT_TOLERANCE = 1e-4  # norm of the difference over the norm, of a
 MAX_SHAPES_PER_BLOCK = 8
 
 
+class CompilableAdapters(Protocol):
+    """What a compiler asks adapters."""
+
+    @property
+    def compile_strength(self) -> float | None:
+        """The strength that a program would be made for; None while none could follow."""
+        ...
+
+    def adapter_signature(self, layer) -> tuple | None:
+        """Equal for layers whose adapters differ in their numbers only."""
+        ...
+
+
 @dataclass
 class BlockCompiler:
     """Calls blocks through torch.compile. `normalize_call(args, kwargs)` gives the same call without what
     differs between blocks and changes nothing of their answer (a block's own number, say), so that they can share a
     program. `notify(text)` is called once with the reason why there are none."""
 
-    adapters: object
+    adapters: CompilableAdapters
     normalize_call: Callable = lambda args, kwargs: (args, kwargs)
     notify: Callable[[str], None] = lambda text: None
     backend: str = field(default_factory=lambda: COMPILE_BACKEND)
@@ -126,12 +140,12 @@ def patch_torch_config(config, **values):
     return config.patch({name: value for name, value in values.items() if hasattr(config, name)})
 
 
-def block_signature(module, adapters) -> tuple:
+def block_signature(module, adapters: CompilableAdapters) -> tuple:
     """Equal for blocks that may share a program. torch itself does not look whether a layer has hooks, or whose."""
     return (type(module), *(layer_signature(name, m, adapters) for name, m in module.named_modules()))
 
 
-def layer_signature(name, m, adapters) -> tuple:
+def layer_signature(name, m, adapters: CompilableAdapters) -> tuple:
     shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in m._parameters.items() if p is not None)
     return name, type(m), shapes, len(m._forward_hooks), len(m._forward_pre_hooks), adapters.adapter_signature(m)
 
@@ -168,10 +182,11 @@ def is_torch_error(error: BaseException, *names: str) -> bool:
 
 def describe_compile_error(error: Exception) -> str:
     """One phrase for a person."""
-    causes = []
-    while error is not None:
-        causes.append(error)
-        error = getattr(error, "inner_exception", None) or error.__cause__
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
     has = lambda name: any(is_torch_error(cause, name) for cause in causes)
     words = " ".join(map(str, causes))
     if has("InvalidCxxCompiler") or "No working C++ compiler" in words:

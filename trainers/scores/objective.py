@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -152,6 +151,25 @@ def score_targets(scores: Sequence[float] | np.ndarray, info: ScoreModelInfo) ->
     return (ratings - info.mean) / info.std
 
 
+@dataclass(frozen=True)
+class EqualBatchElement:
+    """What fits in a batch with every other."""
+
+    shape: tuple = ()
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class EqualBatchElements:
+    """In the place of a dataset, where only the number of samples counts."""
+
+    items: list[EqualBatchElement]
+
+    @classmethod
+    def of_count(cls, count: int) -> EqualBatchElements:
+        return cls([EqualBatchElement()] * count)
+
+
 @dataclass
 class ScoreTraining:
     """The training of one scorer, as the loop drives it. `data` holds the training images, `targets` what
@@ -174,9 +192,7 @@ class ScoreTraining:
         self.samples = list(self.pairs) if by_pairs else [(index,) for index in range(len(self.data))]
         if not self.samples:
             raise ValueError("There is no pair of images to compare. Give pairs, or ratings that differ.")
-        self.deck = BucketBatchSampler(
-            SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.samples]), self.settings.batch
-        )
+        self.deck = BucketBatchSampler(EqualBatchElements.of_count(len(self.samples)), self.settings.batch)
         self.average = [p.detach().clone() for p in self.parameters()]
 
     def parameters(self):

@@ -12,7 +12,6 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from ..data.views import (
 from ..diffusion import Denoiser
 from ..settings import Settings, choice_field, number_field
 from .networks import LATENT_BACKBONES, squeeze_single_frame
-from .objective import noised_scorer_input
+from .objective import EqualBatchElements, noised_scorer_input
 
 MASK_RATIO = 0.6  # share of the blocks that are masked
 MASK_BLOCK_SIZE = 2  # latent cells
@@ -222,9 +221,7 @@ class PretextTraining:
     deck: BucketBatchSampler = field(init=False)
 
     def __post_init__(self):
-        self.deck = BucketBatchSampler(
-            SimpleNamespace(items=[SimpleNamespace(shape=(), repeats=1) for _ in self.index]), self.settings.batch
-        )
+        self.deck = BucketBatchSampler(EqualBatchElements.of_count(len(self.index)), self.settings.batch)
         self.loss_functions: dict[str, Callable] = {
             "inpaint": self.inpaint,
             "simclr": self.simclr,
