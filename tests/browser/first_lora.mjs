@@ -60,7 +60,7 @@ async function interrupt() {
 async function help() {
   await page.evaluate(() => { const n = window.app.graph.nodes.find(x => x.type === 'TrainyardTrainLora'); window.app.canvas.selectNode(n); });
   await page.locator('[data-testid="info-button"], button:has(.icon-\\[lucide--info\\])').first().click();
-  await page.waitForFunction(() => document.body.innerText.includes('Run twice, stop, resume'), null, { timeout: 15000 });
+  await page.waitForFunction(() => document.body.innerText.includes('Cancel, resume, run again'), null, { timeout: 15000 });
   await page.waitForTimeout(1200);
   seen.help = await page.evaluate(() => [...document.querySelectorAll('img')].filter(i => i.src.includes('/docs/')).map(i => i.naturalWidth));
   await shot('help');
