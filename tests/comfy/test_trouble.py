@@ -65,7 +65,7 @@ def pressed_when(monkeypatch, owner, name, nth=1):
 
 MOMENTS = {  # where Cancel is pressed, and at least how many steps are on the disk then
     "load": (lambda: (mm, "load_models_gpu", 1), 0),
-    "measuring": (lambda: (planner, "one_step", 1), 0),
+    "measuring": (lambda: (planner, "measure_step_cost", 1), 0),
     "step": (lambda: (loop, "accumulate_gradients", 4), 3),
     "preview": (lambda: (PreviewRenderer, "sample_one_latent", 2), 2),
     "save": (lambda: (run_files, "write_state_tree", 1), 2),
