@@ -64,12 +64,12 @@ def test_a_picture_is_written_once_whatever_comes_again(folders):
 
 
 @pytest.mark.parametrize(("inputs", "message"), [
-    (dict(captions=["a", "b", "c"]), "There are 4 pictures in 2 batches, and 3 captions. Give none, one for all"),
+    (dict(captions=["a", "b", "c"]), "There are 4 images in 2 batches, and 3 captions. Give none, one for all"),
     (dict(masks=[torch.zeros(64, 64)]), "Mask 1 is black everywhere .*Load Image gives a black mask"),
     (dict(masks=[torch.ones(5, 5)]), "Mask 1 is 5x5 px and its image 12x8 px"),
     (dict(images=[torch.full((1, 4, 4, 3), float("nan"))]), "picture 1 holds NaN"),
     (dict(images=[torch.zeros(1, 4, 4, 2)]), "picture 1 has the shape"),
-    (dict(images=[]), "no pictures"),
+    (dict(images=[]), "no images"),
 ])  # fmt: skip
 def test_pictures_that_make_no_dataset_are_refused(folders, inputs, message):
     with pytest.raises(ValueError, match=message):
