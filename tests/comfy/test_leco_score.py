@@ -532,7 +532,7 @@ def rates_pictures():
     (lambda j: with_task(j, scores=((judge(make("sd15")), 1.0),)), r"reads latents of SD15 \(4 channels\), and these are of SD3 \(16 channels\)"),
     (lambda j: with_task(j, held_out=judge(make("sd15"))), "reads latents of SD15"),
     (lambda j: with_task(j, scores=((judge(j.model, noisy=False), 1.0),)), "was trained on clean images only"),
-    (lambda j: with_task(j, scores=((judge(j.model, trained=False), 1.0),)), "cannot be told from chance"),
+    (lambda j: with_task(j, scores=((judge(j.model, trained=False), 1.0),)), "is not better than chance"),
     (lambda j: with_task(j, scores=((judge(j.model, task=PRETRAINING_TASK), 1.0),)), "pre-trained backbone .* Connect "
                                                                                       "it to Train Score Model as "
                                                                                       "pretrained"),

@@ -233,7 +233,7 @@ def test_only_as_many_weights_leave_as_are_missing(monkeypatch, folders):
     monkeypatch.setattr(planner, "choose_checkpointing_plan", lambda measured, free, plans: PLAN_OFFLOADED)
     forecast, plan = planned(monkeypatch, full.peak_bytes / USABLE_MEMORY_SHARE - 1000, device="cuda")
     assert (plan, forecast.plan) == (PLAN_OFFLOADED, PLAN_OFFLOADED)
-    assert 999 <= forecast.offloaded_bytes < full.away / 2
+    assert 999 <= forecast.offloaded_bytes < full.offloaded_bytes / 2
     assert "GiB of weights wait in the CPU's memory" in forecast.format_line(60)
 
 
@@ -257,7 +257,7 @@ def test_a_batch_that_is_left_open_is_as_large_as_fits(monkeypatch, folders):
     assert (eight.batch, eight.plan, eight.max_batch >= 8) == (8, PLAN_OFF, True)
     some, plan = planned(monkeypatch, 2.5 * one.peak_bytes, batch=0, device="cuda")
     assert 1 < some.batch < 8 and plan == PLAN_OFF and some.fits
-    assert f"off, batch {some.batch}: " in some.line(60)
+    assert f"off, batch {some.batch}: " in some.format_line(60)
 
 
 def test_on_the_cpu_an_open_batch_is_one_picture_because_more_would_only_take_longer(monkeypatch, folders):

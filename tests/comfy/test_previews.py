@@ -401,7 +401,7 @@ def test_held_out_pictures_of_a_leco_without_pictures_are_refused(folders):
     look = looking()
     look.held_out = data()
     with pytest.raises(
-        ValueError, match="learns from prompts alone.*Disconnect held_out; fixed points of the model's own are measured"
+        ValueError, match="trains on prompts alone.*Disconnect held_out; fixed points of the model's own are measured"
     ):
         run(prompt_job(looking=look))
 

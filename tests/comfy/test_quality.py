@@ -146,7 +146,7 @@ def test_a_broken_encoder_is_named_instead_of_giving_nonsense():
     made = encoder()
     with torch.inference_mode():
         made.model.visual_projection.weight.fill_(float("nan"))
-        with pytest.raises(ValueError, match="no numbers"):
+        with pytest.raises(ValueError, match="gives NaN features"):
             image_features.encode_image_features(made, pictures()[:1])
 
 
