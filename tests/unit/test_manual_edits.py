@@ -73,13 +73,13 @@ def test_edits_of_pictures_that_are_gone_are_told_and_not_fatal(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{'a': 1", r"no JSON \(.*line 1 column 2.*Clear the field"),
+        ("{'a': 1", r"not JSON \(.*line 1 column 2.*Clear the field"),
         ("[1]", r"must be an object"),
-        ('{"abc": 3}', "The edit of picture abc is 3; it must be text"),
-        ('{"abc": ["x", null]}', "The edit of picture abc"),
+        ('{"abc": 3}', "The edit of image abc is 3; it must be text"),
+        ('{"abc": ["x", null]}', "The edit of image abc"),
         ('{"abc": "\\u0000"}', "NUL"),
         ('{"abc": "\\ud800"}', "broken character"),
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "not JSON"),
     ],
     ids=["cut", "list", "number", "null", "nul", "surrogate", "deep"],
 )

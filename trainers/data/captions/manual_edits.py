@@ -44,7 +44,7 @@ def parse_edited_captions(id: str, value) -> tuple[str, ...]:
     written = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in written):
         raise ValueError(f"The edit of image {id} is {json.dumps(value)[:60]}; it must be text, or a list of texts.")
-    texts = (check_plain_text(text, f"The edit of picture {id}").strip() for text in written)
+    texts = (check_plain_text(text, f"The edit of image {id}").strip() for text in written)
     return tuple(dict.fromkeys(filter(None, texts)))
 
 
