@@ -12,8 +12,14 @@ JOBS ?= 2
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
 
+# The page is tested afterwards and alone: it waits by the clock for what a browser draws.
 test: env  ## everything that can run here, in two processes; a loud line per group that cannot (JOBS=0: one process)
+ifeq ($(strip $(ARGS)),)
+	@.venv/bin/pytest -n $(JOBS) --durations=10 --ignore=tests/browser
+	@.venv/bin/pytest --durations=10 tests/browser
+else
 	@.venv/bin/pytest -n $(JOBS) --durations=10 $(ARGS)
+endif
 
 test-unit: env  ## the craft without ComfyUI: seconds
 	@.venv/bin/pytest -n $(JOBS) tests/unit $(ARGS)
