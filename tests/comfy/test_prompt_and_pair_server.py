@@ -202,7 +202,7 @@ def stop_after(server, step):
 def slider(prompt, node, **inputs):
     """Train Text Slider in the place of Train LECO."""
     links = {name: prompt["train"]["inputs"][name] for name in ("model", "clip", "points")}
-    return node("TrainyardTrainTextSlider", **links, **{**QUICK, "resolution": 64, "run_name": "trouble", **inputs})
+    return node("TrainyardTrainTextSlider", **links, **{**QUICK, "resolution": 64, "run_name": "refused_pairs", **inputs})
 
 
 @pytest.mark.parametrize("kind", ["TrainyardTrainImageSlider", "TrainyardTrainDifference"])
@@ -313,26 +313,26 @@ LECO_TROUBLE = {
 @pytest.mark.parametrize("trouble", LECO_TROUBLE)
 def test_trouble_with_prompts_is_told_before_any_training(server, node, leco, trouble):
     change, message = LECO_TROUBLE[trouble]
-    prompt = leco(run_name="trouble")
+    prompt = leco(run_name="refused_pairs")
     change(prompt, node, server)
     refused(server, prompt, message)
 
 
 def test_pictures_without_a_partner_are_named(server, from_pairs):
-    refused(server, from_pairs("TrainyardTrainImageSlider", "input/odd", run_name="trouble"),
+    refused(server, from_pairs("TrainyardTrainImageSlider", "input/odd", run_name="refused_pairs"),
             "2 have no partner, scene_2 (only positive), stray_2 (only negative)")  # fmt: skip
 
 
 def test_one_folder_chosen_twice_is_no_difference(server, from_pairs):
     refused(
         server,
-        from_pairs("TrainyardTrainImageSlider", "input/more", run_name="trouble"),
+        from_pairs("TrainyardTrainImageSlider", "input/more", run_name="refused_pairs"),
         "Both images of every pair are the same",
     )
 
 
 def test_pictures_that_were_never_paired_are_refused_with_the_node_that_pairs_them(server, from_pairs):
-    prompt = from_pairs("TrainyardTrainDifference", run_name="trouble")
+    prompt = from_pairs("TrainyardTrainDifference", run_name="refused_pairs")
     prompt["encode"]["inputs"]["dataset"] = ["more", 0]
     refused(server, prompt, "belongs to no pair. Put Image Pairs between Load Dataset and Encode Dataset")
 
@@ -341,4 +341,4 @@ def refused(server, prompt, message):
     run = server.run(prompt)
     assert not run.ok
     assert message in run.why.replace('\\"', '"'), run.why
-    assert not list((server.base / "output" / "loras" / "trainyard").glob("trouble-*"))
+    assert not list((server.base / "output" / "loras" / "trainyard").glob("refused_pairs-*"))
