@@ -202,7 +202,9 @@ def stop_after(server, step):
 def slider(prompt, node, **inputs):
     """Train Text Slider in the place of Train LECO."""
     links = {name: prompt["train"]["inputs"][name] for name in ("model", "clip", "points")}
-    return node("TrainyardTrainTextSlider", **links, **{**QUICK, "resolution": 64, "run_name": "refused_pairs", **inputs})
+    return node(
+        "TrainyardTrainTextSlider", **links, **{**QUICK, "resolution": 64, "run_name": "refused_pairs", **inputs}
+    )
 
 
 @pytest.mark.parametrize("kind", ["TrainyardTrainImageSlider", "TrainyardTrainDifference"])
