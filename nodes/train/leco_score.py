@@ -505,7 +505,7 @@ def copy_bypassing_adapters(network, adapters):
     """The network with a trunk of its own that looks past these adapters; all weights are shared."""
     made, trunk = copy.copy(network), copy.copy(network.trunk)
     made._modules = {**network._modules, "trunk": trunk}
-    trunk.__dict__["excluded_adapters"] = adapters
+    trunk.exclude_adapters(adapters)
     return made
 
 
