@@ -43,13 +43,13 @@ def first(kind, about=None):
 
 @pytest.fixture(scope="module")
 def folders(server):
-    """input/more and input/less: three scenes with a large and with a small shape; input/odd: one of them under another
-    name."""
-    for name, size in (("more", "large"), ("less", "small"), ("odd", "small")):
+    """input/pair_more and pair_less: three scenes with a large and with a small shape; pair_odd: one of them under
+    another name."""
+    for name, size in (("pair_more", "large"), ("pair_less", "small"), ("pair_odd", "small")):
         folder = server.base / "input" / name
         folder.mkdir(parents=True, exist_ok=True)
         for i, shape in enumerate(("circle", "square", "cross")):
-            stem = f"{'stray' if name == 'odd' and i == 2 else 'scene'}_{i}"
+            stem = f"{'stray' if name == 'pair_odd' and i == 2 else 'scene'}_{i}"
             shapes.draw(shape, "red", size).save(folder / f"{stem}.png")
             (folder / f"{stem}.txt").write_text(shapes.caption(shape, "red"))
 
@@ -73,11 +73,11 @@ def leco(node, toy):
 def from_pairs(node, toy, folders):
     """from_pairs(kind, **widgets): two folders -> a Train node that learns from pictures."""
 
-    def graph(kind, negative="input/less", **changes):
+    def graph(kind, negative="input/pair_less", **changes):
         sizes = dict(resolution=64, step=8, min_side=64, max_side=64)
         return {
             "model": node("CheckpointLoaderSimple", ckpt_name=toy),
-            "more": node("TrainyardLoadDataset", folder="input/more"),
+            "more": node("TrainyardLoadDataset", folder="input/pair_more"),
             "less": node("TrainyardLoadDataset", folder=negative),
             "pairs": node("TrainyardImagePairs", positive=["more", 0], negative=["less", 0]),
             "encode": node(
@@ -321,14 +321,14 @@ def test_trouble_with_prompts_is_told_before_any_training(server, node, leco, tr
 
 
 def test_pictures_without_a_partner_are_named(server, from_pairs):
-    refused(server, from_pairs("TrainyardTrainImageSlider", "input/odd", run_name="refused_pairs"),
+    refused(server, from_pairs("TrainyardTrainImageSlider", "input/pair_odd", run_name="refused_pairs"),
             "2 have no partner, scene_2 (only positive), stray_2 (only negative)")  # fmt: skip
 
 
 def test_one_folder_chosen_twice_is_no_difference(server, from_pairs):
     refused(
         server,
-        from_pairs("TrainyardTrainImageSlider", "input/more", run_name="refused_pairs"),
+        from_pairs("TrainyardTrainImageSlider", "input/pair_more", run_name="refused_pairs"),
         "Both images of every pair are the same",
     )
 
