@@ -1,9 +1,9 @@
-"""How fast Check Dataset is: noise-textured pictures are drawn, half as PNG and half as JPEG, and checked with
+"""How fast Check Dataset is: noise-textured images are drawn, half as PNG and half as JPEG, and checked with
 everything on.
 
-    python benchmarks/check_dataset.py --pictures 300 --size 1024 --threads 2
+    python benchmarks/check_dataset.py --images 300 --size 1024 --threads 2
 
-Prints seconds, pictures/s, processor seconds (what counts on a busy machine) and the peak memory of the process;
+Prints seconds, images/s, processor seconds (what counts on a busy machine) and the peak memory of the process;
 drawing and reading the folder are not counted. Needs no ComfyUI.
 """
 
@@ -28,14 +28,14 @@ from trainyard.trainers.data.quality.quality_report import draw_quality_sheet, f
 from trainyard.trainers.data.readers import read_folder  # noqa: E402
 
 
-def draw(folder: pathlib.Path, pictures: int, size: int):
-    """Different pictures from a few textures: turned and shifted, which costs less than drawing each."""
+def draw(folder: pathlib.Path, images: int, size: int):
+    """Different images from a few textures: turned and shifted, which costs less than drawing each."""
     base = [texture((size, size), seed, slope=1.1) for seed in range(4)]
-    for index in range(pictures):
-        picture = base[index % 4].rotate(90 * (index // 4 % 4))
-        picture = picture.transform(picture.size, 0, (0.9, 0, index * size / pictures / 10, 0, 0.9, 0))
+    for index in range(images):
+        image = base[index % 4].rotate(90 * (index // 4 % 4))
+        image = image.transform(image.size, 0, (0.9, 0, index * size / images / 10, 0, 0.9, 0))
         name = folder / f"{index:05}.{'png' if index % 2 else 'jpg'}"
-        picture.save(name, **({"compress_level": 1} if index % 2 else {"quality": 92}))
+        image.save(name, **({"compress_level": 1} if index % 2 else {"quality": 92}))
         name.with_suffix(".txt").write_text(f"picture number {index}", encoding="utf-8")
 
 
@@ -49,9 +49,9 @@ def timed(work):
     return result, time.perf_counter() - start, time.process_time() - cpu
 
 
-def measured(pictures: int, size: int, threads: int) -> dict:
+def measured(images: int, size: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        draw(pathlib.Path(folder), pictures, size)
+        draw(pathlib.Path(folder), images, size)
         dataset = read_folder(folder)
         before, settings = peak_mib(), QualitySettings(resolution=1024, on_warn="flag")
         options = ScanOptions(threads=threads)
@@ -66,10 +66,10 @@ def measured(pictures: int, size: int, threads: int) -> dict:
         peak = peak_mib()
         _, comparing, _ = timed(lambda: deduplicate(dataset, DuplicateSettings(), options))
     return {
-        "pictures": pictures, "size": size, "threads": threads,
-        "check_s": round(seconds, 2), "check_per_s": round(pictures / seconds, 2), "check_cpu_s": round(cpu, 2),
+        "pictures": images, "size": size, "threads": threads,
+        "check_s": round(seconds, 2), "check_per_s": round(images / seconds, 2), "check_cpu_s": round(cpu, 2),
         "report_and_sheet_s": round(drawing, 2),
-        "deduplicate_s": round(comparing, 2), "deduplicate_per_s": round(pictures / comparing, 2),
+        "deduplicate_s": round(comparing, 2), "deduplicate_per_s": round(images / comparing, 2),
         "peak_rss_mib": round(peak), "peak_rss_before_mib": round(before),
     }  # fmt: skip
 
@@ -81,7 +81,7 @@ def main():
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     chosen = options.parse_args()
-    figures = measured(chosen.pictures, chosen.size, chosen.threads)
+    figures = measured(chosen.images, chosen.size, chosen.threads)
     print("\n".join(f"{name:>20} {value}" for name, value in figures.items()))
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

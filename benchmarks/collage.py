@@ -1,11 +1,11 @@
-"""Does a LoRA learn a new shape from collages as well as from single pictures? On the toy world, at equal pixels seen.
+"""Does a LoRA learn a new shape from collages as well as from single images? On the toy world, at equal pixels seen.
 
     .venv/bin/python benchmarks/collage.py --seeds 1 2 3 --json benchmarks/results/collage.json
 
 The model knows frames of two shapes (tests/toy/train_pairs.py) and has never seen a star. Every row trains on as many
 pixels, of the same 48 stars and, but for the first row, the same 48 known shapes; frames of two are 128 x 64 px, so
 that a star is as large as alone. What is asked,
-each picture on its own seed and measured by geometry: `exam`: 36 single stars. `sides`: 36 frames as "left: ...; right:
+each image on its own seed and measured by geometry: `exam`: 36 single stars. `sides`: 36 frames as "left: ...; right:
 ...". `known`: 24 known shapes alone. `unprompted`: 36 frames from the empty prompt.
 """
 
@@ -39,7 +39,7 @@ def dataset_of(row: str, seed: int, folder):
     """What a row is trained on."""
     from trainyard.tests.toy import collage_lesson as lesson
 
-    stars, known = lesson.pictures(folder / f"pictures{seed}", seed=seed)
+    stars, known = lesson.images(folder / f"pictures{seed}", seed=seed)
     if row in (ALONE, BOTH):
         return stars if row == ALONE else lesson.together(stars, known)
     return lesson.pairs(
@@ -87,7 +87,7 @@ def pooled(runs, row, part, name) -> list[bool]:
 
 
 def summary(runs) -> dict:
-    """Shares over all seeds with their intervals, and whether collages keep up with single pictures."""
+    """Shares over all seeds with their intervals, and whether collages keep up with single images."""
     means = {}
     for row in ROWS:
         parts = {

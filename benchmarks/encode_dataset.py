@@ -1,11 +1,11 @@
-"""A folder of pictures made ready for training, by ComfyUI's own nodes and by ours, on real servers: images/s and peak
+"""A folder of images made ready for training, by ComfyUI's own nodes and by ours, on real servers: images/s and peak
 memory.
 
     .venv/bin/python benchmarks/encode_dataset.py                                                  # about five minutes
     on two quiet cores .venv/bin/python benchmarks/encode_dataset.py --counts 40 120 --json
     benchmarks/results/today-datasets.json
 
-Every row is a server of its own with the same small checkpoint (tests/comfy/tiny.py), warmed up with two pictures; then
+Every row is a server of its own with the same small checkpoint (tests/comfy/tiny.py), warmed up with two images; then
 the clock and the peak of its resident memory start. Core: load the folder, resize, crop, Make Training Dataset, Save
 Training Dataset. Ours: Load Dataset, Encode Dataset, to the same size. `again` repeats ours with another dropout, so
 that all is found on disk. Check Dataset has no counterpart.
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MIB = 2**20
 
 
-# -- the pictures ------------------------------------------------------------------------------------------------------
+# -- the images ------------------------------------------------------------------------------------------------------
 
 
 def photographs(folder: pathlib.Path, count: int, side: int) -> None:
@@ -152,7 +152,7 @@ def cpu_seconds(place: pathlib.Path) -> float:
 
 
 def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
-    """Seconds per picture and how far latents move, when the VAE gets several pictures at once: why Encode Dataset
+    """Seconds per image and how far latents move, when the VAE gets several images at once: why Encode Dataset
     gives it one."""
     import comfy.sd
     import torch
@@ -165,14 +165,14 @@ def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
     with host.context.enable_gradients():
         encoder = host.encoders.VaeEncoder(vae)
         for size in sizes:
-            pictures = torch.rand(8, size, size, 3, generator=torch.Generator().manual_seed(0))
-            alone = torch.cat([encoder.encode(picture[None])[0] for picture in pictures])
+            images = torch.rand(8, size, size, 3, generator=torch.Generator().manual_seed(0))
+            alone = torch.cat([encoder.encode(image[None])[0] for image in images])
             for batch in batches:
                 passes = []
                 for _ in range(3):
                     begin = time.perf_counter()
-                    together = torch.cat([encoder.encode(some)[0] for some in pictures.split(batch)])
-                    passes.append((time.perf_counter() - begin) / len(pictures))
+                    together = torch.cat([encoder.encode(some)[0] for some in images.split(batch)])
+                    passes.append((time.perf_counter() - begin) / len(images))
                 rows.append({"size": size, "batch": batch, "seconds": round(min(passes), 4),
                              "moved": float((together - alone).abs().max() / alone.abs().max())})  # fmt: skip
     return rows
@@ -182,7 +182,7 @@ def batching(sizes=(128, 256), batches=(1, 2, 4, 8)) -> list[dict]:
 
 
 def ratios(rows) -> dict:
-    """Ours against core at the largest count, and memory per picture from the smallest count to the largest."""
+    """Ours against core at the largest count, and memory per image from the smallest count to the largest."""
     counts = sorted({row["count"] for row in rows})
     at = {(row["row"], row["count"]): row for row in rows}
     growth = {name: round((at[name, counts[-1]]["rise_mib"] - at[name, counts[0]]["rise_mib"]) / (counts[-1] - counts[0]), 3)

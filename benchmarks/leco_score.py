@@ -1,13 +1,13 @@
-"""LECO-score on the toy world, where the true score of a picture is known: how much better pictures really become, and
+"""LECO-score on the toy world, where the true score of an image is known: how much better images really become, and
 what it costs them.
 
     .venv/bin/python benchmarks/leco_score.py                 # everything, about 15 minutes on one quiet core
     .venv/bin/python benchmarks/leco_score.py table           # the recipes beside each other, for colourfulness
     .venv/bin/python benchmarks/leco_score.py red             # a scorer for red: up, down, and as a slider
 
-A latent ResNet learns from drawn pictures whose ratings are the true score plus the noise of a rater, so it can be
-fooled. Gains are in standard deviations of the true score over drawn pictures; damage is the Frechet distance between
-pictures before and after, in the 24 main directions of drawn pictures' latents. Prompts and noise of the pictures that
+A latent ResNet learns from drawn images whose ratings are the true score plus the noise of a rater, so it can be
+fooled. Gains are in standard deviations of the true score over drawn images; damage is the Frechet distance between
+images before and after, in the 24 main directions of drawn images' latents. Prompts and noise of the images that
 are judged were not trained on.
 """
 
@@ -27,25 +27,25 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-leco-score.json"
 PARTS = ("table", "red")
 RATER = 0.5  # standard deviations of the rater's noise
-DRAWN, UNSEEN = 900, 200  # pictures the scorer learns from, and is measured on
-JUDGED = 96  # pictures before and after
+DRAWN, UNSEEN = 900, 200  # images the scorer learns from, and is measured on
+JUDGED = 96  # images before and after
 DIRECTIONS = 24
 RUN = dict(steps=120, learning_rate=1e-3, batch=4, seed=1, save_every=0)
 RANK = 8
 
 
-# -- true scores: pictures (B, H, W, 3) in 0..1 -> (B,) ----------------------------------------------------------------
+# -- true scores: images (B, H, W, 3) in 0..1 -> (B,) ----------------------------------------------------------------
 
 
-def redness(pictures):
-    """How much redder than green and blue, the mean over the picture."""
-    r, g, b = pictures.clamp(0, 1).unbind(-1)
+def redness(images):
+    """How much redder than green and blue, the mean over the image."""
+    r, g, b = images.clamp(0, 1).unbind(-1)
     return (r - (g + b) / 2).mean((1, 2))
 
 
-def colourfulness(pictures):
+def colourfulness(images):
     """Hasler and Suesstrunk 2003."""
-    r, g, b = pictures.clamp(0, 1).flatten(1, 2).unbind(-1)
+    r, g, b = images.clamp(0, 1).flatten(1, 2).unbind(-1)
     rg, yb = r - g, (r + g) / 2 - b
     spread = (rg.var(1) + yb.var(1)).sqrt()
     return spread + 0.3 * (rg.mean(1).square() + yb.mean(1).square()).sqrt()
@@ -59,9 +59,9 @@ TRUE = {"redness": redness, "colourfulness": colourfulness}
 
 @dataclasses.dataclass
 class Drawn:
-    """Pictures drawn by hand, as the model sees them."""
+    """Images drawn by hand, as the model sees them."""
 
-    pictures: object  # (N, H, W, 3)
+    images: object  # (N, H, W, 3)
     x0: object  # (N, C, h, w)
 
 
@@ -71,15 +71,15 @@ def drawings(toy, denoiser, count, seed):
     from trainyard.tests.toy.measure import levels
 
     rng = torch.Generator().manual_seed(seed)
-    pictures = torch.stack([torch.from_numpy(levels(shapes.sample(rng)[0])) / 255 for _ in range(count)])
+    images = torch.stack([torch.from_numpy(levels(shapes.sample(rng)[0])) / 255 for _ in range(count)])
     with torch.no_grad():
-        x0 = torch.cat([denoiser.model_space(toy.vae.encode(part).clone()) for part in pictures.split(64)])
-    return Drawn(pictures, x0)
+        x0 = torch.cat([denoiser.model_space(toy.vae.encode(part).clone()) for part in images.split(64)])
+    return Drawn(images, x0)
 
 
 def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32):
     """A ScoreModel of as many networks as Train Score Model makes by default, each trained on noisy ratings of all but
-    its share of pictures."""
+    its share of images."""
     import torch
     from trainyard.trainers.scores.networks import (
         LatentResNet,
@@ -93,7 +93,7 @@ def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32)
 
     channels = drawn.x0.shape[1]
     rng = torch.Generator().manual_seed(seed)
-    truth = true(drawn.pictures)
+    truth = true(drawn.images)
     ratings = (truth - truth.mean()) / truth.std()
     ratings = ratings + RATER * torch.randn(ratings.shape, generator=rng)
     networks = []
@@ -120,7 +120,7 @@ def scorer(denoiser, drawn, true, noisy, seed=0, members=3, steps=500, batch=32)
 
 
 def agreement(denoiser, score, drawn, true) -> dict:
-    """Spearman's correlation with the true score on pictures that the scorer never saw, clean and noised."""
+    """Spearman's correlation with the true score on images that the scorer never saw, clean and noised."""
     import torch
     from trainyard.trainers.monitor.strength_curve import spearman_correlation
     from trainyard.trainers.scores.networks import level_to_sigma, to_scorer_input
@@ -131,7 +131,7 @@ def agreement(denoiser, score, drawn, true) -> dict:
         x = denoiser.noised(drawn.x0, torch.randn(drawn.x0.shape, generator=rng), sigma)
         with torch.no_grad():
             said = score.mean_score(*to_scorer_input(denoiser, x, sigma))
-        found[f"level {level:g}"] = round(spearman_correlation(true(drawn.pictures).tolist(), said.tolist()), 3)
+        found[f"level {level:g}"] = round(spearman_correlation(true(drawn.images).tolist(), said.tolist()), 3)
     return found
 
 
@@ -140,7 +140,7 @@ def agreement(denoiser, score, drawn, true) -> dict:
 
 @dataclasses.dataclass
 class Judge:
-    """Draws the same pictures before and after, and says what has changed."""
+    """Draws the same images before and after, and says what has changed."""
 
     toy: object
     model: object  # points.Model
@@ -155,7 +155,7 @@ class Judge:
         flat = self.drawn.x0.flatten(1)
         self.centre = flat.mean(0)
         self.axes = torch.linalg.svd(flat - self.centre, full_matrices=False).Vh[:DIRECTIONS]
-        self.unit = float(self.true(self.drawn.pictures).std())
+        self.unit = float(self.true(self.drawn.images).std())
         known = vars(self.toy).setdefault("drawn_by_the_base_for_scores", [])
         known += [] if known else [self.draw(0.0)]
         (self.before,) = known
@@ -172,7 +172,7 @@ class Judge:
             parts.append(sample_from_noise(self.model, scene, "", noise, strength, 8, 2.0))
         return torch.cat(parts)
 
-    def pictures(self, x0):
+    def images(self, x0):
         import torch
 
         with torch.no_grad():
@@ -196,7 +196,7 @@ class Judge:
         each = JUDGED // len(self.preview_prompts)
         within = [sum(mean_distance(part) for part in side.split(each)) for side in (self.before, after)]
         return {
-            "true gain": round(gain(lambda x: self.true(self.pictures(x)) / self.unit), 3),
+            "true gain": round(gain(lambda x: self.true(self.images(x)) / self.unit), 3),
             "gain as the scorer says": round(gain(lambda x: score_latents(self.model.denoiser, self.scores, x)), 3),
             "frechet": round(self.frechet(self.before, after), 3),
             "drift": round(relative_drift([(self.before, after)]), 3),
@@ -276,7 +276,7 @@ def learnt(toy, drawn, true, settings, scores, rows, look, **run):
 
 
 def prepared(toy):
-    """(denoiser, pictures to learn from, pictures to be measured on)."""
+    """(denoiser, images to learn from, images to be measured on)."""
     from trainyard.nodes import host
     from trainyard.nodes.scores import latents
 
@@ -315,7 +315,7 @@ def table(toy, kept, only=(), **run):
 
 
 def red(toy, kept, only=(), **run):
-    """Share of pictures whose shape is red, and redness, with the score going up, going down, and with the slider at
+    """Share of images whose shape is red, and redness, with the score going up, going down, and with the slider at
     several strengths."""
     from trainyard.nodes import host
     from trainyard.tests.toy.measure import measure
@@ -334,9 +334,9 @@ def red(toy, kept, only=(), **run):
         )
 
     def looked(judge, strength):
-        pictures = judge.pictures(judge.draw(strength))
-        seen = [measure(picture) for picture in pictures]
-        return {"red": round(sum(s.colour == "red" for s in seen) / len(seen), 3), "redness": round(float(true(pictures).mean() / judge.unit), 3),
+        images = judge.images(judge.draw(strength))
+        seen = [measure(image) for image in images]
+        return {"red": round(sum(s.colour == "red" for s in seen) / len(seen), 3), "redness": round(float(true(images).mean() / judge.unit), 3),
                 "a shape that can be named": round(sum(s.shape != "other" for s in seen) / len(seen), 3)}  # fmt: skip
 
     for name, weight, settings, strengths in (

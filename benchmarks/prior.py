@@ -3,11 +3,11 @@ the toy world.
 
     .venv/bin/python benchmarks/prior.py --json benchmarks/results/prior.json      # about 15 minutes on a quiet core
 
-Every row trains on the same 48 stars with the recipe of tests/toy/lesson.py. *class prompts*: no pictures, only the
+Every row trains on the same 48 stars with the recipe of tests/toy/lesson.py. *class prompts*: no images, only the
 words for what is to be kept, with the frozen model as teacher. *class images*: 48 drawn circles and squares. `learnt`:
 share of 18 prompts for a star that show one; `kept`: share of prompts for circles and squares that show what was asked
 (triangles and crosses, which no row names, are `unnamed`). All prompts and seeds of the exam are new to the training;
-pictures are measured by geometry.
+images are measured by geometry.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def exam(toy, model=None) -> dict[str, float]:
     }
 
 
-def pictures_of(toy, folder):
-    """An Encoded of the pictures in a folder, by the toy's own VAE and text encoder."""
+def images_of(toy, folder):
+    """An Encoded of the images in a folder, by the toy's own VAE and text encoder."""
     from trainyard.nodes import host
     from trainyard.tests.toy import lesson
     from trainyard.trainers.data.buckets import BucketSettings
@@ -93,8 +93,8 @@ def prior_of(toy, kind, weight, folder):
     data = None
     if kind in ("images", "both"):
         for name in KEPT:
-            lesson.pictures(folder / "class", count=24, seed=5, shape=name)
-        data = pictures_of(toy, folder / "class")
+            lesson.images(folder / "class", count=24, seed=5, shape=name)
+        data = images_of(toy, folder / "class")
     return PriorData(settings, conds, data, source)
 
 
@@ -107,7 +107,7 @@ def trained(toy, prior, steps, seed, folder):
     from trainyard.trainers.methods.lora import LoraTraining
     from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 
-    data = pictures_of(toy, lesson.pictures(folder / "stars"))
+    data = images_of(toy, lesson.images(folder / "stars"))
     run = RunSettings(steps=steps, learning_rate=lesson.TRAIN["learning_rate"], batch=lesson.TRAIN["batch"], seed=seed)
     with (
         torch_inference(),

@@ -1,12 +1,12 @@
-"""Score models on the toy world, where the true score of every picture is known: how well each backbone orders pictures
+"""Score models on the toy world, where the true score of every image is known: how well each backbone orders images
 that it never saw, clean and at rising noise, beside the same network trained on clean latents only and an oracle.
 
     .venv/bin/python benchmarks/score.py                        # everything, about 15 minutes on one core
     .venv/bin/python benchmarks/score.py brightness --kind "latent ViT"   # some of it; the file keeps what it has of
     the others
 
-1500 drawn pictures are learnt from, 300 others are asked about. The oracle knows the true scores of the same 1500
-pictures and how noise
+1500 drawn images are learnt from, 300 others are asked about. The oracle knows the true scores of the same 1500
+images and how noise
 is made: it says the mean score of all of them, each weighted by how likely it is to have become the noised latent at
 hand (Bayes' rule). At little noise that is one neighbour and a scorer that generalises does better; at much noise it is
 near the best that can be known.
@@ -37,7 +37,7 @@ KINDS = {
 HOW = dict(members=3, steps=1000, batch=32, learning_rate=2e-3)
 
 
-def pictures(toy, count, seed, px=64):
+def images(toy, count, seed, px=64):
     """Latents and true scores, drawn once and kept beside the tests' small models: measuring shapes takes longer than
     learning them."""
     import torch
@@ -119,8 +119,8 @@ def main(names, kinds, px):
 
     toy = pack.toy_world()
     schedule = NoiseSchedule(toy.model)
-    z, truth = pictures(toy, LEARNT, 3, px)
-    others, asked_truth = pictures(toy, ASKED, 2, px)
+    z, truth = images(toy, LEARNT, 3, px)
+    others, asked_truth = images(toy, ASKED, 2, px)
     x0, crowd = schedule.model_space(others), schedule.model_space(z)
     for name in names:
         kept(px, name, "oracle", {"SRCC by noise": oracle(schedule, x0, asked_truth[name], crowd, truth[name])})

@@ -1,12 +1,12 @@
-"""What a latent backbone learns from pictures without ratings, and how far a score gets by looking through models that
-exist, on the toy world, where the true score of every picture is known.
+"""What a latent backbone learns from images without ratings, and how far a score gets by looking through models that
+exist, on the toy world, where the true score of every image is known.
 
     .venv/bin/python benchmarks/score_pretraining.py                 # all three parts
     .venv/bin/python benchmarks/score_pretraining.py pretraining     # or some of: pretraining, model, decode
 
-pretraining: 400 pictures without ratings; then ridge regression from the features on 64 ratings, asked about 300 other
-pictures, mean of five draws of the 64. model: a score on the frozen states of the toy's own transformer. decode: a
-score on a small CLIP_VISION that looks at the decoded latent; that encoder learnt to tell how pictures are drawn
+pretraining: 400 images without ratings; then ridge regression from the features on 64 ratings, asked about 300 other
+images, mean of five draws of the 64. model: a score on the frozen states of the toy's own transformer. decode: a
+score on a small CLIP_VISION that looks at the decoded latent; that encoder learnt to tell how images are drawn
 (tests/toy/train_eyes.py) and was never told a score.
 """
 
@@ -68,8 +68,8 @@ def pretraining(toy, schedule, place, tasks, steps):
         vae=host.encoders.VaeEncoder(toy.vae),
         cache_dir=place / "cache",
     )
-    z, truth = common.pictures(toy, LABELS * DRAWS, 12)
-    others, asked = common.pictures(toy, common.ASKED, 2)
+    z, truth = common.images(toy, LABELS * DRAWS, 12)
+    others, asked = common.images(toy, common.ASKED, 2)
     rows = {}
     for name in tasks:
         rows[name] = pretrained_row(
@@ -125,12 +125,12 @@ def through(toy, schedule, backbone, clip_vision=None, noisy=True) -> dict:
     from trainyard.trainers.scores.objective import ScoreSettings
     from trainyard.trainers.scores.training import train_score_model
 
-    z, truth = common.pictures(toy, common.LEARNT, 1)
-    others, asked = common.pictures(toy, common.ASKED, 2)
+    z, truth = common.images(toy, common.LEARNT, 1)
+    others, asked = common.images(toy, common.ASKED, 2)
     rows, trunk = {}, feature_extractors.make_trunk_factory(toy.model, toy.vae, clip_vision)
     data, few, trunk = cache_frozen_features(
         known.encoded(z, truth[known.SCORES[0]]), schedule, trunk
-    )  # the same pictures under every score
+    )  # the same images under every score
     for name in known.SCORES:
         made, seconds = timed(lambda name=name: train_score_model(rated(data, truth[name]), few, ScorerSettings(backbone=backbone, width=64, noisy=noisy),
                                                         ScoreSettings(**common.HOW), latent_format="SD3", trunk=trunk))  # fmt: skip

@@ -272,7 +272,7 @@ class Stepped:
 
 
 def examined(session, method, laps, plan) -> Cost:
-    """A measurement of 8 pictures at 8 levels; the laps are measurements."""
+    """A measurement of 8 images at 8 levels; the laps are measurements."""
     from trainyard.benchmarks import contenders
     from trainyard.trainers.monitor.validation import ImageValidationLoss, pick_validation_images
 

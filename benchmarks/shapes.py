@@ -57,7 +57,7 @@ def heads(count, width):
     return {"num_heads": count, "num_head_channels": width}
 
 
-ADM = 1280 + 6 * 256  # SDXL: pooled text, and six numbers about the picture's size
+ADM = 1280 + 6 * 256  # SDXL: pooled text, and six numbers about the image's size
 SHAPES = {
     **{(name, "tiny"): Shape(TABLE[name], 4, 7, "of tests/comfy/families.py") for name in ("sd15", "sdxl", "sd3", "flux")},
     ("sd15", "mid"): Shape(Family("SD15", sd15(32, 1, 96), 96, latent=(4, 16, 24), overrides=heads(1, -1)), 2, 8,
@@ -121,7 +121,7 @@ def randomise(network):
 
 
 def dataset(shape: Shape, count: int):
-    """(LATENT, CONDITIONING) of `count` random pictures, as ComfyUI's own nodes hand them on."""
+    """(LATENT, CONDITIONING) of `count` random images, as ComfyUI's own nodes hand them on."""
     rng = torch.Generator().manual_seed(1)
     latent = {"samples": torch.randn((count, *shape.family.latent), generator=rng)}
     return latent, [caption(shape, rng) for _ in range(count)]

@@ -136,7 +136,7 @@ def loras_folder() -> Path:
 
 
 def thumbnails_folder() -> Path:
-    """Small pictures for the page to show, which ComfyUI throws away when it starts."""
+    """Small images for the page to show, which ComfyUI throws away when it starts."""
     return Path(folder_paths.get_temp_directory()) / "trainyard_thumbs"
 
 
@@ -383,7 +383,7 @@ def score_cache_folder() -> Path:
 
 
 def list_pair_files() -> list[str]:
-    """Tables in input/ and datasets/ that may hold pairs of pictures, as input/name, after the choice of none."""
+    """Tables in input/ and datasets/ that may hold pairs of images, as input/name, after the choice of none."""
     return [NO_PAIRS, *(name for name, _ in list_dataset_files((".csv", ".tsv")))]
 
 

@@ -1,4 +1,4 @@
-"""Pictures drawn from a seed whose faults are known: textures with the spectrum of photos, softened, enlarged,
+"""Images drawn from a seed whose faults are known: textures with the spectrum of photos, softened, enlarged,
 framed."""
 
 import io
@@ -10,7 +10,7 @@ LANCZOS, BICUBIC, BILINEAR = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC,
 
 
 def texture(size=(640, 640), seed=0, slope=1.0, mean=128.0, spread=45.0):
-    """Coloured noise whose amplitude falls with frequency**slope; 1 is that of natural pictures."""
+    """Coloured noise whose amplitude falls with frequency**slope; 1 is that of natural images."""
     width, height = size
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -22,27 +22,27 @@ def texture(size=(640, 640), seed=0, slope=1.0, mean=128.0, spread=45.0):
     return Image.fromarray(layers.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def softened(picture, radius):
-    return picture.filter(ImageFilter.GaussianBlur(radius))
+def softened(image, radius):
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
-def enlarged(picture, factor, how=BICUBIC):
-    """The picture at its own size, from a copy that is smaller by the factor."""
-    small = picture.resize((round(picture.width / factor), round(picture.height / factor)), LANCZOS)
-    return small.resize(picture.size, how)
+def enlarged(image, factor, how=BICUBIC):
+    """The image at its own size, from a copy that is smaller by the factor."""
+    small = image.resize((round(image.width / factor), round(image.height / factor)), LANCZOS)
+    return small.resize(image.size, how)
 
 
-def jpeg(picture, quality):
+def jpeg(image, quality):
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=quality)
+    image.save(data, "JPEG", quality=quality)
     return Image.open(data).convert("RGB")
 
 
-def barred(picture, left=0, top=0, right=0, bottom=0, colour="#000000"):
-    framed = Image.new("RGB", (picture.width + left + right, picture.height + top + bottom), colour)
-    framed.paste(picture, (left, top))
+def barred(image, left=0, top=0, right=0, bottom=0, colour="#000000"):
+    framed = Image.new("RGB", (image.width + left + right, image.height + top + bottom), colour)
+    framed.paste(image, (left, top))
     return framed
 
 
-def grey(picture):
-    return np.asarray(picture.convert("L"), np.float32)
+def grey(image):
+    return np.asarray(image.convert("L"), np.float32)

@@ -1,4 +1,4 @@
-"""A VAE and a text encoder of a few lines that count their calls, and folders of small pictures."""
+"""A VAE and a text encoder of a few lines that count their calls, and folders of small images."""
 
 import numpy as np
 import torch
@@ -51,25 +51,25 @@ class FakeText:
         }
 
 
-def picture(path, size=(16, 16), seed=0):
+def image(path, size=(16, 16), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(array).save(path)
 
 
 def repaint(path):
-    picture(path, seed=12345)
+    image(path, seed=12345)
 
 
 def captioned(folder, count, size=(16, 16)):
-    """`count` noise pictures 0.png, 1.png, ... with captions 'caption 0', ..."""
+    """`count` noise images 0.png, 1.png, ... with captions 'caption 0', ..."""
     for i in range(count):
-        picture(folder / f"{i}.png", size, seed=i)
+        image(folder / f"{i}.png", size, seed=i)
         (folder / f"{i}.txt").write_text(f"caption {i}", encoding="utf-8")
 
 
 def encoded(root, dataset=None, folder="in", captions=None, buckets=None, flip=False, vae=None, text=None, **rest):
-    """The pictures in root/in, encoded with small buckets into root/cache."""
+    """The images in root/in, encoded with small buckets into root/cache."""
     dataset = read_folder(root / folder) if dataset is None else dataset
     buckets = buckets or BucketSettings(resolution=16, step=8)
     return encode_dataset(

@@ -1,6 +1,6 @@
 """Taggers small enough to be trained while a test runs: they know three colours, two characters and two ratings.
 
-The pictures are prepared here once more, slowly and literally, so that a mistake in the tagger's own preparation is not
+The images are prepared here once more, slowly and literally, so that a mistake in the tagger's own preparation is not
 learnt with it.
 """
 
@@ -27,28 +27,28 @@ TAGS = [
 
 
 def drawn(colour, shift=0, size=(48, 32), ground=(255, 255, 255)):
-    """A square of one colour on a wide white picture."""
-    picture = Image.new("RGB", size, ground)
-    ImageDraw.Draw(picture).rectangle([12 + shift, 8, 31 + shift, 27], fill=COLOURS.get(colour, colour))
-    return picture
+    """A square of one colour on a wide white image."""
+    image = Image.new("RGB", size, ground)
+    ImageDraw.Draw(image).rectangle([12 + shift, 8, 31 + shift, 27], fill=COLOURS.get(colour, colour))
+    return image
 
 
 def truth(colour):
-    """What the tags of such a picture are, 1 or 0 each."""
+    """What the tags of such an image are, 1 or 0 each."""
     told = {"bright", colour, {"red": "rosa_(toy_story)", "blue": "bluebell_(toy)"}.get(colour)} | (
         {"red_square"} if colour == "red" else set()
     )
     return [float(name in told) for name, _ in TAGS]
 
 
-def slowly_prepared(picture, size=SIZE):
+def slowly_prepared(image, size=SIZE):
     """(size, size, 3) float 0 to 255, blue first: pixel by pixel, except for the resize."""
-    side = max(picture.size)
+    side = max(image.size)
     padded = Image.new("RGB", (side, side), (255, 255, 255))
-    left, top = (side - picture.width) // 2, (side - picture.height) // 2
-    for x in range(picture.width):
-        for y in range(picture.height):
-            padded.putpixel((left + x, top + y), picture.getpixel((x, y)))
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    for x in range(image.width):
+        for y in range(image.height):
+            padded.putpixel((left + x, top + y), image.getpixel((x, y)))
     small = padded.resize((size, size), Image.Resampling.BICUBIC)
     out = np.zeros((size, size, 3), np.float32)
     for x in range(size):
@@ -60,9 +60,9 @@ def slowly_prepared(picture, size=SIZE):
 
 def lessons():
     """(pixels (N, 3, size, size) float 0 to 255 blue first, truth (N, tags))."""
-    pictures = [(colour, drawn(colour, shift)) for colour in COLOURS for shift in (-8, -4, 0, 4, 8)]
-    pixels = torch.stack([torch.from_numpy(slowly_prepared(picture)).permute(2, 0, 1) for _, picture in pictures])
-    return pixels, torch.tensor([truth(colour) for colour, _ in pictures])
+    images = [(colour, drawn(colour, shift)) for colour in COLOURS for shift in (-8, -4, 0, 4, 8)]
+    pixels = torch.stack([torch.from_numpy(slowly_prepared(image)).permute(2, 0, 1) for _, image in images])
+    return pixels, torch.tensor([truth(colour) for colour, _ in images])
 
 
 def taught(network, prepare, steps, rate):

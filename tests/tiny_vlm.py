@@ -330,19 +330,19 @@ def build(kind, folder):
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (40, 190, 60)}
 
 
-def plain_picture(colour, size=(32, 32)):
+def plain_image(colour, size=(32, 32)):
     return Image.new("RGB", size, COLOURS[colour])
 
 
 def taught_blip(folder, steps=150):
-    """BLIP that has learnt to say `red sky` of a red picture, and so for blue and green."""
+    """BLIP that has learnt to say `red sky` of a red image, and so for blue and green."""
     import transformers as t
 
     torch.manual_seed(0)
     words = wordpieces(["red", "blue", "green", "sky", "a", "picture", "of"])
     model = t.BlipForConditionalGeneration(blip_config(words))
     images = eyes_processor("BlipImageProcessor", size={"height": 32, "width": 32})
-    pixels = images([plain_picture(colour) for colour in COLOURS], return_tensors="pt").pixel_values
+    pixels = images([plain_image(colour) for colour in COLOURS], return_tensors="pt").pixel_values
     ids = words([f"{colour} sky" for colour in COLOURS], return_tensors="pt").input_ids
     ids[:, 0] = words.convert_tokens_to_ids("[DEC]")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

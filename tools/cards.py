@@ -82,8 +82,8 @@ def checked():
                 "small": drawn.texture((420, 420), seed=2), "soft": drawn.softened(drawn.texture((900, 900), seed=3), 4),
                 "enlarged": drawn.enlarged(drawn.texture((900, 900), seed=4), 3), "bars": drawn.barred(drawn.texture((900, 700), seed=5), top=100, bottom=100),
                 "dark": drawn.texture((900, 900), seed=6, mean=18, spread=8), "good": drawn.texture((1100, 800), seed=7), "fine": drawn.texture((800, 1000), seed=8)}  # fmt: skip
-        for name, picture in made.items():
-            picture.save(folder / f"{name}.png")
+        for name, image in made.items():
+            image.save(folder / f"{name}.png")
             (folder / f"{name}.txt").write_text(f"a texture called {name}")
         found = check_dataset_quality(read_folder(folder), QualitySettings(resolution=768))
         shown = draw_quality_sheet(found)
@@ -174,7 +174,7 @@ def difference(name):
 
 @functools.lru_cache(maxsize=1)
 def taste():
-    """[(picture, rating)] of drawings that a small score model, taught the size of 80 others, has never seen."""
+    """[(image, rating)] of drawings that a small score model, taught the size of 80 others, has never seen."""
     import dataclasses
 
     import torch
@@ -209,7 +209,7 @@ def taste():
     settings = ScoreSettings(steps=120, members=2, batch=16)
     done = train_score_model(data, Denoiser(None, "flow"), ScorerSettings(width=16, depth=1), settings)
     said, _ = done.model.ratings(latents[80:])
-    return [(picture, float(rating)) for (picture, *_), rating in zip(drawn[80:], said, strict=True)]
+    return [(image, float(rating)) for (image, *_), rating in zip(drawn[80:], said, strict=True)]
 
 
 def rated(keep=False):

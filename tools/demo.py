@@ -45,12 +45,12 @@ class Bar:
 
 
 def in_comfyui(lesson, world, exam):
-    """(pictures without, pictures with) from one API prompt to a real server; the files land in OUT."""
+    """(images without, images with) from one API prompt to a real server; the files land in OUT."""
     from PIL import Image
     from trainyard.tests.comfy.server import Server
 
     base = OUT / "comfyui"
-    folder = lesson.pictures(base / "input" / "stars")
+    folder = lesson.images(base / "input" / "stars")
     checkpoint = base / "models" / "checkpoints" / "toy_world.safetensors"
     if not checkpoint.exists():
         print("Making the toy checkpoint ...", flush=True)
@@ -83,7 +83,7 @@ def embedded(lesson, world, exam):
     """The same lesson with `python -m trainers`, which needs no ComfyUI."""
     from trainyard.trainers.__main__ import main as command_line
 
-    folder = lesson.pictures(OUT / "images")
+    folder = lesson.images(OUT / "images")
     checkpoint = OUT / "toy_world.safetensors"
     if not checkpoint.exists():
         print("Making the toy checkpoint ...", flush=True)
@@ -105,7 +105,7 @@ def embedded(lesson, world, exam):
 
 
 def sampled(checkpoint, lora, lesson, exam):
-    """(pictures without, pictures with) a LoRA file, by the embedded engine."""
+    """(images without, images with) a LoRA file, by the embedded engine."""
     from trainyard.tests.toy import shapes
     from trainyard.trainers.adapters.adapters import Adapters
     from trainyard.trainers.engines import diffusers
@@ -119,14 +119,14 @@ def sampled(checkpoint, lora, lesson, exam):
     for index, wanted in enumerate(exam):
         bar("sampling", index + 1, len(exam))
         draw = lambda w=wanted, i=index: engine.sample([shapes.caption(**w)], 1000 + i, (shapes.PX, shapes.PX), 20, 2.5)
-        without.append(picture(draw()))
+        without.append(image(draw()))
         with adapters.attached():
-            learnt.append(picture(draw()))
+            learnt.append(image(draw()))
     print(flush=True)
     return without, learnt
 
 
-def picture(tensor):
+def image(tensor):
     """(1, H, W, 3) in 0..1 -> PIL"""
     from PIL import Image
 

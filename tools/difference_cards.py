@@ -105,7 +105,7 @@ def draw_pairs(card, folder):
 
 
 def graph(name, card, checkpoint):
-    """The workflow's prompt, in the toy world: one Strength Sweep for each row of the card, its pictures saved as
+    """The workflow's prompt, in the toy world: one Strength Sweep for each row of the card, its images saved as
     row<i>."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in prompt.values():
@@ -133,7 +133,7 @@ def graph(name, card, checkpoint):
 
 
 def rows(server, name, card, checkpoint):
-    """([strength], rows of PIL pictures) of one run of the workflow."""
+    """([strength], rows of PIL images) of one run of the workflow."""
     draw_pairs(card, server.base / "input")
     prompt, strengths = graph(name, card, checkpoint)
     run = server.run(prompt, seconds=1800)
@@ -146,27 +146,27 @@ def rows(server, name, card, checkpoint):
     return sorted({float(s) for s in strengths.split(",")}), [read(i) for i in range(len(card.asked))]
 
 
-def drawn(card, strengths, pictures):
+def drawn(card, strengths, images):
     image = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw, font = ImageDraw.Draw(image), lambda size: ImageFont.load_default(size=size)
     cell = min(
         CELL,
         (SIDE - LEFT - 20 - GAP * (len(strengths) - 1)) // len(strengths),
-        (620 - TOP if card.area else 690 - TOP) // len(pictures) - GAP,
+        (620 - TOP if card.area else 690 - TOP) // len(images) - GAP,
     )
     step = (SIDE - LEFT - 20 - cell) / (len(strengths) - 1)
     x = lambda column: LEFT + column * step
     draw.text((754, 62), card.title, fill=INK, font=font(24), anchor="rm")  # the page's badge covers the left corner
     mask = Image.new("L", (cell, cell), 0)
     ImageDraw.Draw(mask).rounded_rectangle([0, 0, cell - 1, cell - 1], 8, fill=255)
-    for row, (found, words) in enumerate(zip(pictures, card.asked, strict=True)):
+    for row, (found, words) in enumerate(zip(images, card.asked, strict=True)):
         top = TOP + row * (cell + GAP)
         draw.multiline_text(
             (LEFT - 12, top + cell / 2), folded(words), fill=DIM, font=font(14), anchor="rm", align="right"
         )
-        for column, picture in enumerate(found):
-            image.paste(picture.resize((cell, cell), Image.Resampling.BICUBIC), (round(x(column)), top), mask)
-    bottom = TOP + len(pictures) * (cell + GAP)
+        for column, tile in enumerate(found):
+            image.paste(tile.resize((cell, cell), Image.Resampling.BICUBIC), (round(x(column)), top), mask)
+    bottom = TOP + len(images) * (cell + GAP)
     for column, strength in enumerate(strengths):
         draw.text(
             (x(column) + cell / 2, bottom + 12),
@@ -176,7 +176,7 @@ def drawn(card, strengths, pictures):
             anchor="mm",
         )
     if card.area:
-        chart(draw, [x(column) + cell / 2 for column in range(len(strengths))], areas(pictures), font(15))
+        chart(draw, [x(column) + cell / 2 for column in range(len(strengths))], areas(images), font(15))
     return image
 
 
@@ -186,11 +186,11 @@ def folded(words):
     return "\n".join((*head.removeprefix("a ").rsplit(" ", 1), f"on {ground.removesuffix(' ground')}"))
 
 
-def areas(pictures):
+def areas(images):
     """Mean area of the shapes in each column, px of 64 x 64."""
     from trainyard.tests.toy.measure import measure
 
-    return [sum(measure(picture).area for picture in column) / len(column) for column in zip(*pictures, strict=True)]
+    return [sum(measure(image).area for image in column) / len(column) for column in zip(*images, strict=True)]
 
 
 def chart(draw, xs, values, font):
@@ -213,8 +213,8 @@ def difference(name):
     if not checkpoint.exists():
         world.build(checkpoint)
     with Server(base, packs={"trainyard": ROOT}) as server:
-        strengths, pictures = rows(server, name, card, checkpoint.name)
-    image = drawn(card, strengths, pictures)
+        strengths, images = rows(server, name, card, checkpoint.name)
+    image = drawn(card, strengths, images)
     shown = image.crop((0, TOP - 8, SIDE, SIDE)).resize((SIDE // 2, (SIDE - TOP + 8) // 2), Image.Resampling.LANCZOS)
     shown.save(ROOT / "web" / "docs" / f"{name[3:]}.jpg", quality=88)
     return image

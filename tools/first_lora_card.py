@@ -14,7 +14,7 @@ SHEET_CELL, SHEET_GAP, SHEET_TOP, SHOWN = 128, 8, 40, 8
 
 
 def cells():
-    """Rows of PIL pictures cut out of the demo's before/after sheet."""
+    """Rows of PIL images cut out of the demo's before/after sheet."""
     sheet = Image.open(OUT / "before_after.png").convert("RGB")
     step = SHEET_CELL + SHEET_GAP
     left = sheet.width - SHOWN * step
@@ -32,10 +32,10 @@ def losses():
     return read_state_tree(max(states, key=lambda f: f.stat().st_mtime))["losses"].tolist()
 
 
-def rounded(picture):
+def rounded(image):
     mask = Image.new("L", (CELL, CELL), 0)
     ImageDraw.Draw(mask).rounded_rectangle([0, 0, CELL - 1, CELL - 1], 10, fill=255)
-    return picture.resize((CELL, CELL), Image.Resampling.BICUBIC), mask
+    return image.resize((CELL, CELL), Image.Resampling.BICUBIC), mask
 
 
 def chart(draw, values):
@@ -59,12 +59,12 @@ def first_lora():
     draw.text(
         (754, 68), "a shape it has never seen", fill=INK, font=text(24), anchor="rm"
     )  # the page's badge covers the left corner
-    for row, (pictures, label, colour) in enumerate(zip(cells(), ("without", "with LoRA"), (DIM, INK), strict=True)):
+    for row, (images, label, colour) in enumerate(zip(cells(), ("without", "with LoRA"), (DIM, INK), strict=True)):
         top = TOP + row * (CELL + GAP)
         draw.text((98, top + CELL / 2), label, fill=colour, font=text(19), anchor="rm")
-        for column, picture in enumerate(pictures):
-            picture, mask = rounded(picture)
-            card.paste(picture, (LEFT + column * (CELL + GAP), top), mask)
+        for column, image in enumerate(images):
+            image, mask = rounded(image)
+            card.paste(image, (LEFT + column * (CELL + GAP), top), mask)
     values = losses()
     chart(draw, values)
     draw.text((98, 602), "loss", fill=DIM, font=text(19), anchor="rm")

@@ -1,10 +1,10 @@
-"""The card of workflow 10: what Train LECO-Score's defaults do to the pictures of the toy world, trained as
+"""The card of workflow 10: what Train LECO-Score's defaults do to the images of the toy world, trained as
 benchmarks/leco_score.py trains them.
 
 Three minutes on a quiet core.
 
-The score model learns redness from drawn pictures that a noisy rater judged; the curve is the redness that is really
-there. The first picture of each prompt is shown, whatever it is. Sizes were not named in the prompts of the training,
+The score model learns redness from drawn images that a noisy rater judged; the curve is the redness that is really
+there. The first image of each prompt is shown, whatever it is. Sizes were not named in the prompts of the training,
 and no noise of it is used again.
 """
 
@@ -32,15 +32,15 @@ ASKED = [
 
 def followed():
     """The sheet: prompts over strengths from the same noise, and under it the true score of all that was drawn."""
-    pictures, values = measured()
-    page = drawn(Card("a score for red, prompts without colours", tuple(ASKED), area=False), STRENGTHS, pictures)
+    images, values = measured()
+    page = drawn(Card("a score for red, prompts without colours", tuple(ASKED), area=False), STRENGTHS, images)
     chart(ImageDraw.Draw(page), values)
     return page
 
 
 def measured():
-    """(a row of PIL pictures for each prompt, the mean true score at each strength in standard deviations of drawn
-    pictures)."""
+    """(a row of PIL images for each prompt, the mean true score at each strength in standard deviations of drawn
+    images)."""
     pack.boot()
     import torch
     from trainyard.nodes import host
@@ -57,28 +57,28 @@ def measured():
         prompts = [SignedPrompt(scene) for scene in benchmark.scenes("trained")]
         found = benchmark.learnt(toy, learnt_from, true, LecoScoreSettings(), [(score, 1.0)], prompts, look)
     print({**found, "columns": [round(value, 2) for _, value in found["columns"]]}, flush=True)
-    pictures, values = zip(*found["columns"], strict=True)
-    return list(zip(*pictures, strict=True)), values
+    images, values = zip(*found["columns"], strict=True)
+    return list(zip(*images, strict=True)), values
 
 
 def look(judge):
-    """(the first picture of each prompt, the mean true score of all of them) at each strength."""
+    """(the first image of each prompt, the mean true score of all of them) at each strength."""
     from trainyard.nodes import host
 
     judge.model.conds.update(zip(ASKED, host.encoders.TextEncoder(judge.toy.clip).encode(ASKED), strict=True))
     judge.preview_prompts = ASKED
-    return {"columns": [column(judge, judge.pictures(judge.draw(strength))) for strength in STRENGTHS]}
+    return {"columns": [column(judge, judge.images(judge.draw(strength))) for strength in STRENGTHS]}
 
 
-def column(judge, pictures):
+def column(judge, images):
     firsts = [
-        Image.fromarray((p.clamp(0, 1) * 255).round().byte().numpy()) for p in pictures[:: len(pictures) // len(ASKED)]
+        Image.fromarray((p.clamp(0, 1) * 255).round().byte().numpy()) for p in images[:: len(images) // len(ASKED)]
     ]
-    return firsts, float(judge.true(pictures).mean() / judge.unit)
+    return firsts, float(judge.true(images).mean() / judge.unit)
 
 
 def chart(draw, values):
-    """The true score over the strength, each point with its figure, under the columns of pictures."""
+    """The true score over the strength, each point with its figure, under the columns of images."""
     font, (top, bottom) = ImageFont.load_default, CHART
     low, high = min(*values, 0.0), max(*values, 0.0)
     y = lambda value: bottom - (bottom - top) * (value - low) / (high - low)

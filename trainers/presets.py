@@ -13,7 +13,7 @@ PURPOSE_CHARACTER, PURPOSE_STYLE, PURPOSE_CONCEPT = PRESET_PURPOSES = ("characte
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """What a family begins with, whatever is taught. Steps are for batch 1: so many per picture, within (least, most)
+    """What a family begins with, whatever is taught. Steps are for batch 1: so many per image, within (least, most)
     by purpose."""
 
     family_key: str  # of trainers/families.py; several presets may be of one family
@@ -142,13 +142,13 @@ class TrainingPreset:
     changed_names: tuple[str, ...] = ()
 
 
-def make_training_preset(family: str, purpose: str, pictures: int, changes: str = "") -> TrainingPreset:
+def make_training_preset(family: str, purpose: str, images: int, changes: str = "") -> TrainingPreset:
     """The values for a family and a purpose, then the user's own `name = value` lines. Raises ValueError that names a
     bad line."""
     base = PRESET_FAMILIES[family]
     rank = max(4, int(base.rank * RANK_FACTORS[purpose]))
     least, most = base.step_ranges[purpose]
-    steps = min(max(STEPS_PER_IMAGE[purpose] * pictures, least), most)
+    steps = min(max(STEPS_PER_IMAGE[purpose] * images, least), most)
     convolutions = (
         {"conv": True, "conv_rank": max(4, rank // 2), "conv_alpha": max(4, rank // 2) / 2}
         if purpose == PURPOSE_STYLE and MODEL_FAMILIES[base.family_key].is_unet

@@ -8,8 +8,8 @@ star-3f2a91c0/
     star.safetensors        the finished LoRA
     graph.json              the workflow and the prompt that trained it
     validation.json         every measurement, by noise level
-    images.json             the training pictures, those with the highest loss first
-    samples/step000100.jpg  sheets of pictures drawn on the way
+    images.json             the training images, those with the highest loss first
+    samples/step000100.jpg  sheets of images drawn on the way
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ class RunFolder:
     def check_writable(self):
         """Raises OSError when nothing could be saved here: better known before the long work than after it. Leaves
         nothing behind."""
-        place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         try:
-            with tempfile.TemporaryFile(dir=place) as probe:
+            with tempfile.TemporaryFile(dir=existing) as probe:
                 probe.write(bytes(4096))
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"The run cannot be saved in {self.folder} ({error.strerror}), so nothing was trained. Let ComfyUI "
-                f"write to {place}, free some space there, or start it with another --output-directory.",
+                f"write to {existing}, free some space there, or start it with another --output-directory.",
             ) from error
 
     def load(self):

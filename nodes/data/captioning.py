@@ -155,7 +155,7 @@ class CaptionImages(io.ComfyNode):
             done = caption_dataset(
                 dataset,
                 at_work,
-                lambda picture: fill_caption_template(asked, picture),
+                lambda image: fill_caption_template(asked, image),
                 write,
                 CaptionCache(paths.cache_folder() / "captions"),
                 wording,
@@ -249,7 +249,7 @@ def check_tagger_settings(value):
 
 
 def choose_caption_template(backend: str, captioner, text: str, wording: PromptSettings) -> str:
-    """What each picture's request is made of: the user's own text, else the preset; nothing for those that take no
+    """What each image's request is made of: the user's own text, else the preset; nothing for those that take no
     instructions."""
     text = text.strip()
     if backend == BACKEND_FIXED_TEXT and not text:

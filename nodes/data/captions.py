@@ -210,7 +210,7 @@ def make_silent_progress(node_id):
 
 
 def caption_card_json(card):
-    """What the page draws of one picture."""
+    """What the page draws of one image."""
     thumb = card.thumb and {"filename": card.thumb, "subfolder": paths.thumbnails_folder().name, "type": "temp"}
     return {"id": card.id, "name": card.name, "captions": list(card.captions), "thumb": thumb, "why": card.why}
 

@@ -104,15 +104,15 @@ class LoadDataset(io.ComfyNode):
     def execute(
         cls, folder, repeats, alpha_mask=False, caption_lines=CAPTION_LINE_MODES[0], masks=paths.NO_MASKS, metadata=""
     ):
-        place = paths.resolve_dataset_folder(folder)
+        path = paths.resolve_dataset_folder(folder)
         dataset = read_folder(
-            place,
+            path,
             repeats=repeats,
             alpha_mask=alpha_mask,
             progress=make_cancellable_progress(cls),
             caption_lines=caption_lines,
             masks=paths.resolve_mask_folder(masks),
-            metadata=paths.resolve_file_in_folder(place, metadata),
+            metadata=paths.resolve_file_in_folder(path, metadata),
         )
         return io.NodeOutput(dataset, format_dataset_summary(dataset))
 
@@ -161,7 +161,7 @@ class JoinDatasets(io.ComfyNode):
             "\n".join(
                 [
                     format_dataset_summary(whole),
-                    *(make_printable(f"the same picture twice: {a} and {b}") for a, b in find_repeated_images(whole)),
+                    *(make_printable(f"the same image twice: {a} and {b}") for a, b in find_repeated_images(whole)),
                 ]
             ),
         )
@@ -201,7 +201,7 @@ class SplitDataset(io.ComfyNode):
             dataset, settings, group_near_duplicates(dataset, options) if settings.similar else None
         )
         lines = [
-            f"{len(train)} pictures to train on, {len(validation)} to validate on:",
+            f"{len(train)} images to train on, {len(validation)} to validate on:",
             *(make_printable(r.path) for r in validation),
         ]
         return io.NodeOutput(train, validation, "\n".join(lines))
@@ -441,7 +441,7 @@ def format_dataset_summary(dataset) -> str:
     captioned = sum(1 for r in dataset if r.captions)
     masked = sum(1 for r in dataset if r.mask)
     masks = f", {masked} with masks" if masked else ""
-    lines = [f"{len(dataset)} pictures, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"]
+    lines = [f"{len(dataset)} images, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"]
     return make_printable("\n".join(lines + [f"skipped {path}: {reason}" for path, reason in dataset.skipped]))
 
 

@@ -160,7 +160,7 @@ class EncodeDataset(io.ComfyNode):
             )
         sizes = len({item.bucket for item in encoded.items})
         host.progress.show_node_text(
-            f"{len(encoded)} pictures in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id
+            f"{len(encoded)} images in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id
         )
         return io.NodeOutput(encoded)
 

@@ -41,7 +41,7 @@ class NetworkWrapper(torch.nn.Module):
 
 
 class ManagedCaptioner:
-    """A captioner whose network ComfyUI loads before each picture, unless it is still there, and may evict in
+    """A captioner whose network ComfyUI loads before each image, unless it is still there, and may evict in
     between."""
 
     needs_image = True
@@ -54,10 +54,10 @@ class ManagedCaptioner:
             offload_device=mm.text_encoder_offload_device(),
         )
 
-    def caption(self, picture, prompt: str) -> CaptionResult:
+    def caption(self, image, prompt: str) -> CaptionResult:
         self.load()
         with mm.cuda_device_context(self.patcher.load_device):
-            return self.captioner.caption(picture, prompt)
+            return self.captioner.caption(image, prompt)
 
     def load(self):
         """Loads all weights: layers that are not ComfyUI's own cannot fetch them one by one."""
@@ -103,13 +103,13 @@ class ClipCaptioner:
             f"clip {host.identity.hash_patched_weights(clip.patcher)} {compute_fingerprint(settings, wording.begin)}"
         )
 
-    def caption(self, picture, prompt: str) -> CaptionResult:
+    def caption(self, image, prompt: str) -> CaptionResult:
         s = self.settings
         begin = self.wording.begin.strip()
         tokens = tokenize_with_image(
             self.clip,
             f"{prompt} Begin with: {begin}" if begin else prompt,
-            pixels(downscale_to_max_side(picture, s.max_res)),
+            pixels(downscale_to_max_side(image, s.max_res)),
         )
         ids = self.clip.generate(
             tokens,
@@ -126,9 +126,9 @@ class ClipCaptioner:
         return CaptionResult(self.clip.decode(ids, skip_special_tokens=True).strip())
 
 
-def pixels(picture: Image.Image) -> torch.Tensor:
+def pixels(image: Image.Image) -> torch.Tensor:
     """(1, H, W, 3) in 0..1, as the host's IMAGE."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
 def tokenize_with_image(clip, prompt: str, image):

@@ -38,7 +38,7 @@ def make_zero_shot_tagger(clip_vision, clip, vocabulary: str, settings=None) -> 
         f"{host.identity.hash_patched_weights(clip_vision.patcher)} {host.identity.hash_patched_weights(clip.patcher)}"
     )
     return ZeroShotTagger(
-        lambda pictures: torch.from_numpy(image_features.encode_image_features(clip_vision, pictures)),
+        lambda images: torch.from_numpy(image_features.encode_image_features(clip_vision, images)),
         lambda texts: encode_text_features(clip, texts, encoder),
         groups,
         settings or TaggerSettings(),
@@ -96,7 +96,7 @@ def joint_embedding_width(clip_vision) -> int:
         )
     weight = getattr(clip_vision.model.visual_projection, "weight", None)
     if weight is None or weight.shape[0] not in CLIP_PARTNERS:
-        width = "no projection" if weight is None else f"{weight.shape[0]} numbers a picture"
+        width = "no projection" if weight is None else f"{weight.shape[0]} numbers an image"
         raise ValueError(
             f"The connected CLIP_VISION has {width}, and no text encoder here fits that. These pairs do: "
             f"{known_clip_pairs()}."

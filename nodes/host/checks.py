@@ -31,7 +31,7 @@ def check_prompt_lengths(clip, texts):
 
 
 def square_latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Latent shapes (C, h, w) of square pictures of this size in pixels; dynamic: of every size from half of it on, in
+    """Latent shapes (C, h, w) of square images of this size in pixels; dynamic: of every size from half of it on, in
     steps of 64."""
     shape = model.model.latent_format
     if shape.latent_dimensions not in (2, 3):

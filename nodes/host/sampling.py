@@ -12,7 +12,7 @@ SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler
 
 def sample_latents(model, positive, negative, shape, seeds, *, steps, guidance, sampler, scheduler):
     """LATENT samples (B, C, ...) by the ordinary sampler, one per seed, for latents of shape (C, h, w). The seed alone
-    decides a picture's noise, whatever else is in its batch."""
+    decides an image's noise, whatever else is in its batch."""
     noise = torch.cat([torch.randn((1, *shape), generator=make_generator(seed)) for seed in seeds])
     latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(noise))
     noise = noise.reshape(latent.shape)

@@ -183,7 +183,7 @@ def attach_text_adapters(clip, adapter, rng, session):
 
 
 def extract_size_conditioning(cond) -> dict:
-    """The size conditioning of a picture, which does not come from its text."""
+    """The size conditioning of an image, which does not come from its text."""
     return {
         k: v for k, v in cond.items() if k in ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
     }

@@ -521,13 +521,13 @@ class ImageScoreModel(ScorerEnsemble):
         return super().member_scores(x, level)
 
     @torch.no_grad()
-    def rate(self, pictures, report=None, check_interrupt=host.progress.raise_if_interrupted) -> list[float]:
+    def rate(self, images, report=None, check_interrupt=host.progress.raise_if_interrupted) -> list[float]:
         """One rating for each PIL image, on the head's own scale, from its centre square."""
         ratings: list[float] = []
         with loaded_patchers([self.vision_encoder.patcher], False):
-            for picture in pictures:
+            for image in images:
                 check_interrupt()
-                encoded = self.vision_encoder(image_to_batch_tensor(picture.convert("RGB")).movedim(-1, 1))
+                encoded = self.vision_encoder(image_to_batch_tensor(image.convert("RGB")).movedim(-1, 1))
                 ratings += self.head.to(encoded.device)(encoded).tolist()
                 if report:
                     report(len(ratings))
@@ -537,7 +537,7 @@ class ImageScoreModel(ScorerEnsemble):
             )
         return ratings
 
-    def rate_pictures(
+    def rate_images(
         self, dataset, report=None, check_interrupt=host.progress.raise_if_interrupted
     ) -> tuple[list[float], list[float]]:
         """(ratings, spreads) of a dataset's images, one opened at a time. A single head has no spread."""

@@ -100,7 +100,7 @@ def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
         report=report,
         check_interrupt=host.progress.raise_if_interrupted,
     )
-    _, rows, broken = scan_images(dataset.records, lambda record, picture, mask: None, options)
+    _, rows, broken = scan_images(dataset.records, lambda record, image, mask: None, options)
     readable = [i for i in range(len(dataset)) if i not in broken]
     if not readable:
         raise ValueError(f"None of {len(dataset)} images can be opened: {next(iter(broken.values()))}")
@@ -125,7 +125,7 @@ def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeature
 def format_features_summary(features: ImageFeatures) -> str:
     """How many images and features there are, how diverse they are, and a line for each skipped image."""
     lines = [
-        f"{len(features)} pictures seen by {features.source}, {features.rows.shape[1]} numbers each; they amount to "
+        f"{len(features)} images seen by {features.source}, {features.rows.shape[1]} numbers each; they amount to "
         f"{features.diversity:.1f} different ones"
     ]
     return "\n".join(lines + [f"skipped {path}: {reason}" for path, reason in features.dataset.skipped])

@@ -58,7 +58,7 @@ def latent_to_model_space(latent: torch.Tensor, name: str) -> torch.Tensor:
     latent_format = kind()
     latent = latent.float()
     if latent.ndim == 4 and latent_format.latent_dimensions == 3:
-        latent = latent.unsqueeze(2)  # a picture is a video of one frame
+        latent = latent.unsqueeze(2)  # an image is a video of one frame
     return latent_format.process_in(latent)
 
 

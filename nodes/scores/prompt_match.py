@@ -82,7 +82,7 @@ class ClipScoreModel(ScorerEnsemble):
         return self.members_for_prompts(x, level, [self.words] * len(x))
 
     @torch.no_grad()
-    def rate_pictures(
+    def rate_images(
         self, dataset, report=None, check_interrupt=host.progress.raise_if_interrupted
     ) -> tuple[list[float], list[float]]:
         """(scores, spreads) of a dataset's images, with `words`, or else each with its own caption."""

@@ -458,8 +458,8 @@ def format_image_names(dataset) -> list[str]:
 
 def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[list[float], list[float]]:
     """(scores, spreads): of the images themselves where the score model rates images, else of their latents."""
-    if hasattr(score_model, "rate_pictures"):
-        return score_model.rate_pictures(dataset, report, host.progress.raise_if_interrupted)
+    if hasattr(score_model, "rate_images"):
+        return score_model.rate_images(dataset, report, host.progress.raise_if_interrupted)
     means = score_latents.encode_for_score_model(score_model.info, dataset, vae, report, settings.resolution)
     return rate_latents(score_model, means, vae.device, report, host.progress.raise_if_interrupted)
 

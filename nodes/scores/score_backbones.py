@@ -312,7 +312,7 @@ def rate_with_teacher(teacher, dataset, encoded, report):
     """The encoded dataset with the teacher's ratings in place of its own. ValueError for a teacher that does not rate
     images, and for encoded images that are not in the dataset."""
     check_trained_head(teacher.info)
-    if not hasattr(teacher, "rate_pictures"):
+    if not hasattr(teacher, "rate_images"):
         raise ValueError(
             "The teacher is a score model of latents, but images are to be scored. Connect one of Load Aesthetic "
             "Head, or Prompt Match Score; a score model of latents needs no distillation."
@@ -328,7 +328,7 @@ def rate_with_teacher(teacher, dataset, encoded, report):
             f"{len(missing)} of {len(ids)} encoded images are not in the dataset. Connect the dataset that was encoded."
         )
     images = type(dataset)(tuple({record.id: record for record in dataset if record.id in ids}.values()))
-    scores, _ = teacher.rate_pictures(images, report, host.progress.raise_if_interrupted)
+    scores, _ = teacher.rate_images(images, report, host.progress.raise_if_interrupted)
     ratings = {record.id: score for record, score in zip(images, scores, strict=True)}
     return replace(encoded, items=[replace(item, score=ratings[item.id]) for item in encoded.items])
 

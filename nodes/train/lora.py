@@ -149,8 +149,8 @@ class LossPlot(io.ComfyNode):
 
     @classmethod
     def execute(cls, losses):
-        picture = np.asarray(draw_loss_plot(losses["loss"]), dtype=np.float32) / 255
-        image = torch.from_numpy(picture)[None]
+        plot = np.asarray(draw_loss_plot(losses["loss"]), dtype=np.float32) / 255
+        image = torch.from_numpy(plot)[None]
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -186,7 +186,7 @@ def preserve_method_state(method):
 
 
 def count_step_memory(session, method, job) -> StepMemory | None:
-    """What a step of the largest pictures would keep, found without keeping it; None for losses that look back by
+    """What a step of the largest images would keep, found without keeping it; None for losses that look back by
     themselves."""
     tally = session.blocks.counter = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
     session.denoiser.max_batch_numel = 0

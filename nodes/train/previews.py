@@ -150,13 +150,13 @@ def decode_latent_roughly(model, latent) -> Image.Image:
     previewer = latent_preview.Latent2RGBPreviewer(
         shape.latent_rgb_factors, shape.latent_rgb_factors_bias, shape.latent_rgb_factors_reshape
     )
-    picture = previewer.decode_latent_to_preview(model.process_latent_in(latent))
-    return picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.BICUBIC)
+    image = previewer.decode_latent_to_preview(model.process_latent_in(latent))
+    return image.resize((image.width * 8, image.height * 8), Image.Resampling.BICUBIC)
 
 
-def encode_jpeg(picture: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=92)
+    image.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 

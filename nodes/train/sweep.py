@@ -1,4 +1,4 @@
-"""How far a LoRA goes: pictures at rising strengths, with the curve of its effect under them."""
+"""How far a LoRA goes: images at rising strengths, with the curve of its effect under them."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class StrengthSweepRun:
             ).cpu()
 
     def decoded(self, vae):
-        """(pictures * strengths, H, W, 3), seed by seed."""
+        """(images * strengths, H, W, 3), seed by seed."""
         grid = torch.stack([vae.decode(self.latents[s]).flatten(0, -4).cpu() for s in self.strengths], dim=1)
         return grid.flatten(0, 1)
 
@@ -218,8 +218,8 @@ class StrengthSweepRun:
 def arrange_sweep_rows(images, columns):
     from PIL import Image
 
-    pictures = [Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()) for image in images]
-    return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    samples = [Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()) for image in images]
+    return [samples[i : i + columns] for i in range(0, len(samples), columns)]
 
 
 def calibrate_lora(lora, curve, asked: float):

@@ -44,7 +44,7 @@ class MonitorConfig:
         return prompts, negative
 
     def check_job(self, job):
-        """Raises ValueError when the held-out pictures cannot tell anything about this job."""
+        """Raises ValueError when the held-out images cannot tell anything about this job."""
         if self.held_out is None or not self.settings.every:
             return
         job.task.check_held_out(self.held_out)

@@ -182,9 +182,9 @@ def run_difference_node(job: TrainingJob) -> io.NodeOutput:
     return io.NodeOutput(result.lora, {"loss": result.losses}, patched, line, ui=ui.PreviewText(line))
 
 
-def make_curve_sampler(model, shape, unconditional, guidance, seed, pictures=2, steps=8):
-    """draw(prompt, strength) for the curve: few small pictures from fixed noise."""
-    noise = sample_latent_noise((pictures, *shape), model.denoiser, make_generator(seed))
+def make_curve_sampler(model, shape, unconditional, guidance, seed, images=2, steps=8):
+    """draw(prompt, strength) for the curve: few small images from fixed noise."""
+    noise = sample_latent_noise((images, *shape), model.denoiser, make_generator(seed))
     return lambda prompt, strength: sample_from_noise(model, prompt, unconditional, noise, strength, steps, guidance)
 
 

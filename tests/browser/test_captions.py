@@ -17,8 +17,8 @@ EDITED = ["a crimson star", CAPTION.format(1) + ", on a mat", ""]
 RENDERERS = ["classic", "nodes2"]
 
 
-def pictures(folder, count, side):
-    """Plain pictures, portrait and landscape; every fourth has no caption."""
+def images(folder, count, side):
+    """Plain images, portrait and landscape; every fourth has no caption."""
     folder.mkdir(parents=True)
     for i in range(count):
         Image.new(
@@ -31,7 +31,7 @@ def pictures(folder, count, side):
 @pytest.fixture(scope="module")
 def plan(server, tmp_path_factory):
     for name, count, side in (("grid", 9, 300), ("many", 500, 48)):
-        pictures(server.base / "input" / name, count, side)
+        images(server.base / "input" / name, count, side)
     file = tmp_path_factory.mktemp("browser") / "plan.json"
     file.write_text(json.dumps({"folder": "input/grid", "many": "input/many", "shots": str(HERE / "shots")}))
     return file

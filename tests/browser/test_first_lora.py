@@ -20,7 +20,7 @@ STEPS = 60
 @pytest.fixture(scope="module")
 def plan(server, tmp_path_factory):
     """What the page is to be filled with: the toy checkpoint, small sizes, few steps."""
-    lesson.pictures(server.base / "input" / "stars")
+    lesson.images(server.base / "input" / "stars")
     small = {
         "CheckpointLoaderSimple": {"ckpt_name": server.add_model("checkpoints", world.cached())},
         "TrainyardLoadDataset": {"folder": "input/stars"},

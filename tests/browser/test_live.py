@@ -19,7 +19,7 @@ RENDERERS = ["classic", "nodes2"]
 
 @pytest.fixture(scope="module")
 def plan(server, tmp_path_factory):
-    lesson.pictures(server.base / "input" / "live_stars", count=8)
+    lesson.images(server.base / "input" / "live_stars", count=8)
     checkpoint = server.add_model("checkpoints", world.cached())
     plan = {"checkpoint": checkpoint, "folder": "input/live_stars", "steps": STEPS, "every": EVERY, "preview": PREVIEW, "first": FIRST,
             "prompts": "a large red star on a white ground\na small blue "
@@ -40,7 +40,7 @@ def nodes2(server, driver, plan):
 
 
 def judge(file):
-    """A score model for the toy world's latents that says different things of different pictures, and always something
+    """A score model for the toy world's latents that says different things of different images, and always something
     above zero."""
     import torch
     from trainyard.trainers.scores.files import write_score_model

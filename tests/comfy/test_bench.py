@@ -112,7 +112,7 @@ def pull(method, parts):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 def test_the_kohya_style_lora_learns_what_ours_learns(family, checkpointing):
-    """The same weights, picture, caption and noise; our adapters are not at zero, so that both matrices get a
+    """The same weights, image, caption and noise; our adapters are not at zero, so that both matrices get a
     gradient."""
     plan = Plan(SHAPES[family, "tiny"])
     with host.session.open_training_session(make(plan.shape), plan.adapter(contenders.DEFAULT_TARGETS)) as session:

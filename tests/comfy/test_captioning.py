@@ -36,7 +36,7 @@ def machine(folders, monkeypatch):
     monkeypatch.setattr(captioning.CaptionImages, "hidden", types.SimpleNamespace(unique_id=None))
     (folders / "input" / "set").mkdir()
     for colour in tiny_vlm.COLOURS:
-        tiny_vlm.plain_picture(colour).save(folders / "input" / "set" / f"{colour}.png")
+        tiny_vlm.plain_image(colour).save(folders / "input" / "set" / f"{colour}.png")
     return folders
 
 
@@ -82,11 +82,11 @@ def test_while_it_works_the_model_is_in_the_hosts_list_can_be_evicted_and_comes_
     captioner = vlm.load_vlm_captioner(colour_blip, CaptionerSettings(), PromptSettings())
     mine = lambda: [m for m in mm.current_loaded_models if m.model is holder.patcher]
     with loaded_models.managed_captioner(captioner) as holder:
-        assert holder.caption(tiny_vlm.plain_picture("red"), "") == CaptionResult("red sky")
+        assert holder.caption(tiny_vlm.plain_image("red"), "") == CaptionResult("red sky")
         assert len(mine()) == 1 and holder.patcher.current_loaded_device() == mm.get_torch_device()
         mm.unload_all_models()
         assert mine() == []
-        assert holder.caption(tiny_vlm.plain_picture("blue"), "") == CaptionResult("blue sky"), "it is loaded again"
+        assert holder.caption(tiny_vlm.plain_image("blue"), "") == CaptionResult("blue sky"), "it is loaded again"
         assert len(mine()) == 1
     assert mine() == []
 
@@ -98,7 +98,7 @@ def test_the_model_leaves_the_hosts_list_after_an_interrupt_too(colour_blip):
     with pytest.raises(mm.InterruptProcessingException), loaded_models.managed_captioner(captioner) as holder:
         holder.load()
         mm.interrupt_current_processing()
-        holder.caption(tiny_vlm.plain_picture("red"), "")
+        holder.caption(tiny_vlm.plain_image("red"), "")
     assert not [m for m in mm.current_loaded_models if m.model is holder.patcher]
 
 
@@ -106,11 +106,11 @@ def test_an_interrupt_stops_the_node_and_the_next_run_goes_on(machine, colour_bl
     install(machine, colour_blip)
     before, calls = vlm.VlmCaptioner.caption, []
 
-    def once(self, picture, prompt):
+    def once(self, image, prompt):
         calls.append(1)
         if len(calls) == 2:
             mm.interrupt_current_processing()
-        return before(self, picture, prompt)
+        return before(self, image, prompt)
 
     monkeypatch.setattr(vlm.VlmCaptioner, "caption", once)
     with pytest.raises(mm.InterruptProcessingException):
@@ -175,13 +175,13 @@ def test_the_loaded_clip_describes_pictures_through_the_hosts_own_generate(machi
 
 def test_the_loaded_clip_sees_the_picture_and_not_only_the_question(qwen3_vl):
     tokens = [
-        loaded_models.tokenize_with_image(qwen3_vl, "What?", loaded_models.pixels(tiny_vlm.plain_picture(c, (64, 64))))
+        loaded_models.tokenize_with_image(qwen3_vl, "What?", loaded_models.pixels(tiny_vlm.plain_image(c, (64, 64))))
         for c in ("red", "blue")
     ]
-    pictures = [
+    images = [
         [t["data"] for t in loaded_models.iterate_tokens(each) if loaded_models.is_image_token(t)] for each in tokens
     ]
-    assert [len(p) for p in pictures] == [1, 1] and not torch.equal(pictures[0][0], pictures[1][0])
+    assert [len(p) for p in images] == [1, 1] and not torch.equal(images[0][0], images[1][0])
     with torch.inference_mode():
         states = [qwen3_vl.encode_from_tokens(t) for t in tokens]
     assert not torch.allclose(states[0], states[1])
@@ -287,7 +287,7 @@ def test_a_taggers_tags_fill_what_is_missing_and_serve_the_next_captioner(machin
 
     class Tags:
         identity, module = "tags", None
-        caption = staticmethod(lambda picture, prompt: CaptionResult("hat, solo", ("hat", "solo")))
+        caption = staticmethod(lambda image, prompt: CaptionResult("hat, solo", ("hat", "solo")))
 
     monkeypatch.setattr(captioning.taggers, "load_tagger", lambda folder, settings: Tags())
     tagged, _ = caption(machine, backend="WD tagger", model="wd14_tagger/wd")
@@ -360,13 +360,13 @@ def test_on_the_server_a_folder_is_captioned_by_a_model_with_progress(server, co
     folder = server.base / "input" / "captioning"
     folder.mkdir(parents=True)
     for colour in tiny_vlm.COLOURS:
-        tiny_vlm.plain_picture(colour).save(folder / f"{colour}.png")
+        tiny_vlm.plain_image(colour).save(folder / f"{colour}.png")
     shutil.copytree(colour_blip, server.base / "models" / "VLM" / "colours")
     run = server.run(graph(backend="local model", model="VLM/colours"))
     assert run.ok, run.why
     assert "red.png: red sky" in json.dumps(run.outputs["4"])
     assert sorted(p.name for p in folder.iterdir()) == ["blue.png", "green.png", "red.png"], (
-        "nothing is written beside the pictures"
+        "nothing is written beside the images"
     )
     missing = server.run(graph(backend="local model", model="not/here"))
     assert missing.status == 200 and "is not on this machine. Searched:" in missing.why, (

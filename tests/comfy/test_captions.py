@@ -11,7 +11,7 @@ NAMES = "abc"
 
 @pytest.fixture
 def folder(server, request):
-    """A folder in the server's input of its own for each test, with three pictures."""
+    """A folder in the server's input of its own for each test, with three images."""
     place = server.base / "input" / request.node.originalname
     place.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(NAMES):
@@ -51,7 +51,7 @@ def test_rules_change_captions_and_the_node_shows_how(server, folder):
     run = ran(server, folder, "TrainyardEditCaptions", edits="remove: watermark\ntrigger: sks", seed=0, show=1)
     assert tags(run) == {"sks": 3, "a blue ball": 1, "a red ball": 1}
     assert run.outputs["2"]["text"] == [
-        "3 of 3 pictures changed\n\na.png\n- a red ball\n+ sks, a red ball\n\n... and 2 more"
+        "3 of 3 images changed\n\na.png\n- a red ball\n+ sks, a red ball\n\n... and 2 more"
     ]
     assert (folder / "a.txt").read_text() == "a red ball"
 
@@ -81,8 +81,8 @@ def test_the_grid_gets_names_captions_and_thumbnails_that_the_page_can_fetch(ser
     ]
     for card in shown:
         thumb = card["thumb"]
-        picture = server.get(f"/view?filename={thumb['filename']}&subfolder={thumb['subfolder']}&type={thumb['type']}")
-        assert picture[:4] == b"RIFF" and picture[8:12] == b"WEBP"
+        image = server.get(f"/view?filename={thumb['filename']}&subfolder={thumb['subfolder']}&type={thumb['type']}")
+        assert image[:4] == b"RIFF" and image[8:12] == b"WEBP"
 
 
 def test_edits_from_the_grid_reach_the_next_node_and_files_only_when_asked(server, folder):
@@ -92,7 +92,7 @@ def test_edits_from_the_grid_reach_the_next_node_and_files_only_when_asked(serve
     assert tags(run) == {"a blue ball": 1, "a green ball": 1, "new": 1, "watermark": 1}
     assert cards(run)[0]["captions"] == ["a red ball"], "the grid knows what it edits"
     assert run.outputs["2"]["trainyard_about"][0].startswith(
-        "2 of 3 captions edited by hand\n1 edits are of pictures that are not in this dataset"
+        "2 of 3 captions edited by hand\n1 edits are of images that are not in this dataset"
     )
     assert not (folder / "c.txt").exists()
 

@@ -1,4 +1,4 @@
-"""The node in ComfyUI: pictures in a folder, collages in the graph."""
+"""The node in ComfyUI: images in a folder, collages in the graph."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_a_dataset_becomes_collages_with_masks_captions_a_sheet_and_a_report(dat
     assert all(open_mask(record).size == (128, 128) for record in collages)
     assert sheet.ndim == 4 and sheet.shape[3] == 3 and 0 <= float(sheet.min()) < float(sheet.max()) <= 1
     assert report.splitlines()[0].endswith(
-        "collages of 6 pictures, each used twice; 0 fit in no frame, 0 cannot be used."
+        "collages of 6 images, each used twice; 0 fit in no frame, 0 cannot be used."
     )
     assert all(str(folders / "datasets" / "trainyard_cache" / "collages") in record.path for record in collages)
 

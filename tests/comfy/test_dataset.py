@@ -1,4 +1,4 @@
-"""The dataset nodes inside ComfyUI: from the graph's own pictures to a dataset, to a folder and back, in process and on
+"""The dataset nodes inside ComfyUI: from the graph's own images to a dataset, to a folder and back, in process and on
 the server."""
 
 import json
@@ -50,8 +50,8 @@ def test_pictures_of_the_graph_become_a_dataset_and_come_back_bit_for_bit(folder
         masks=[torch.ones(1, 4, 6), torch.ones(1, 6, 6)],
     )
     assert [r.captions for r in made] == [("both",), ("both",), ("one",)]
-    pictures, captions, masks = run(nodes.DatasetToImages, dataset=made)
-    assert all(torch.equal(a, b[None]) for a, b in zip(pictures, [*given[0], *given[1]], strict=True))
+    restored, captions, masks = run(nodes.DatasetToImages, dataset=made)
+    assert all(torch.equal(a, b[None]) for a, b in zip(restored, [*given[0], *given[1]], strict=True))
     assert captions == ["both", "both", "one"] and [m.shape for m in masks] == [(1, 8, 12), (1, 8, 12), (1, 6, 6)]
 
 
@@ -67,8 +67,8 @@ def test_a_picture_is_written_once_whatever_comes_again(folders):
     (dict(captions=["a", "b", "c"]), "There are 4 images in 2 batches, and 3 captions. Give none, one for all"),
     (dict(masks=[torch.zeros(64, 64)]), "Mask 1 is black everywhere .*Load Image gives a black mask"),
     (dict(masks=[torch.ones(5, 5)]), "Mask 1 is 5x5 px and its image 12x8 px"),
-    (dict(images=[torch.full((1, 4, 4, 3), float("nan"))]), "picture 1 holds NaN"),
-    (dict(images=[torch.zeros(1, 4, 4, 2)]), "picture 1 has the shape"),
+    (dict(images=[torch.full((1, 4, 4, 3), float("nan"))]), "image 1 holds NaN"),
+    (dict(images=[torch.zeros(1, 4, 4, 2)]), "image 1 has the shape"),
     (dict(images=[]), "no images"),
 ])  # fmt: skip
 def test_pictures_that_make_no_dataset_are_refused(folders, inputs, message):
@@ -82,10 +82,10 @@ def test_a_saved_dataset_is_in_the_list_of_folders_and_loads_equal(folders):
     dataset, _ = run(nodes.LoadDataset, folder="input/set", repeats=2)
     for place, name, choice in (("output/datasets", "cats/one", "output/cats/one"), ("input", "saved", "input/saved")):
         _, text = run(nodes.SaveDataset, dataset=dataset, name=name, place=place)
-        assert text.startswith("2 pictures saved to") and choice in paths.list_dataset_folders()
+        assert text.startswith("2 images saved to") and choice in paths.list_dataset_folders()
         back, about = run(nodes.LoadDataset, folder=choice, repeats=1)
         assert [(r.id, r.captions, r.repeats) for r in back] == [(r.id, r.captions, r.repeats) for r in dataset]
-        assert about == "2 pictures, 1 with captions, 4 per epoch"
+        assert about == "2 images, 1 with captions, 4 per epoch"
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc/x", "a/../b", "a|b", ".hidden", "a/b/c/d", "a/ /b"])
@@ -127,7 +127,7 @@ def test_joining_says_what_comes_twice(folders):
     one, two = (run(nodes.LoadDataset, folder=f"input/{name}", repeats=1)[0] for name in ("one", "two"))
     whole, about = run(nodes.JoinDatasets, dataset_1=one, dataset_3=two, dataset_2=None, weights="1, 0.5")
     assert [r.repeats for r in whole] == [2, 2, 1]
-    assert "5 per epoch" in about and f"the same picture twice: {one[0].path} and {two[0].path}" in about
+    assert "5 per epoch" in about and f"the same image twice: {one[0].path} and {two[0].path}" in about
 
 
 def test_the_preview_shows_pages_and_says_when_there_is_none(folders):
@@ -142,7 +142,7 @@ def test_the_preview_shows_pages_and_says_when_there_is_none(folders):
 
 
 def test_a_graph_splits_shows_and_saves_generated_pictures(server):
-    """lists in, lists out, on the real executor: pictures -> dataset -> two sets -> page and folder -> pictures"""
+    """lists in, lists out, on the real executor: images -> dataset -> two sets -> page and folder -> images"""
     done = server.run({
         "1": KIT,
         "2": node("DatasetFromImages", images=["1", 0], captions=["9", 0]),
@@ -161,7 +161,7 @@ def test_a_graph_splits_shows_and_saves_generated_pictures(server):
     assert len(rows) == 2 and {row["text"] for row in rows} == {"noise"}
     assert [r.size for r in read_folder(saved)] == [(48, 32)] * 2
     assert len(done.outputs["7"]["images"]) == 2 and len(done.outputs["4"]["images"]) == 1
-    assert "2 pictures saved to" in done.outputs["8"]["text"][0]
+    assert "2 images saved to" in done.outputs["8"]["text"][0]
 
 
 def test_a_broken_caption_file_ends_in_words_and_not_in_a_traceback(server):

@@ -1,4 +1,4 @@
-"""What a picture becomes on its way to the model: the same latent, in the same scale, whichever way it takes."""
+"""What an image becomes on its way to the model: the same latent, in the same scale, whichever way it takes."""
 
 import comfy.ldm.models.autoencoder
 import comfy.model_management as mm
@@ -12,7 +12,7 @@ from trainyard.nodes import host
 from trainyard.nodes.data import encode as encode_nodes
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
-from trainyard.tests.fakes_data import captioned, picture
+from trainyard.tests.fakes_data import captioned, image
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
@@ -165,8 +165,8 @@ def sd15():
 
 
 @pytest.fixture
-def pictures(folders):
-    """input/set: 5 captioned noise pictures of 64 px."""
+def images(folders):
+    """input/set: 5 captioned noise images of 64 px."""
     captioned(folders / "input" / "set", 5, (64, 64))
     return folders / "input" / "set"
 
@@ -194,7 +194,7 @@ def on_device(sd15):
 
 
 class Stopped:
-    """The third picture that the VAE gets raises; until then it works as ever."""
+    """The third image that the VAE gets raises; until then it works as ever."""
 
     def __init__(self, monkeypatch, error, sd15):
         self.calls, self.seen = 0, set()
@@ -210,51 +210,51 @@ class Stopped:
         monkeypatch.setattr(host.encoders.VaeEncoder, "encode", encode)
 
 
-def test_vae_and_text_encoder_are_out_of_memory_after_encoding(sd15, pictures, monkeypatch):
+def test_vae_and_text_encoder_are_out_of_memory_after_encoding(sd15, images, monkeypatch):
     during, original = set(), host.encoders.VaeEncoder.encode
     monkeypatch.setattr(
         host.encoders.VaeEncoder, "encode", lambda *args: (original(*args), during.update(on_device(sd15)))[0]
     )
-    assert len(encode_with(sd15, pictures)) == 5
+    assert len(encode_with(sd15, images)) == 5
     assert len(during) == 2, "both are loaded while it encodes, or the next line proves nothing"
     assert not on_device(sd15)
 
 
 @pytest.mark.parametrize("error", [mm.InterruptProcessingException, MemoryError, ValueError])
-def test_vae_and_text_encoder_are_out_of_memory_after_an_interrupt_or_an_error(sd15, pictures, monkeypatch, error):
+def test_vae_and_text_encoder_are_out_of_memory_after_an_interrupt_or_an_error(sd15, images, monkeypatch, error):
     with monkeypatch.context() as patched:
         stopped = Stopped(patched, error("stop"), sd15)
         with pytest.raises(error):
-            encode_with(sd15, pictures)
+            encode_with(sd15, images)
     assert len(stopped.seen) == 2 and not on_device(sd15)
 
 
-def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest(sd15, pictures, monkeypatch):
-    """the host's own flag is set after the 2nd picture: it is written, the 3rd is not begun, and 3 are left"""
+def test_cancel_in_the_middle_keeps_what_was_done_and_the_next_run_does_the_rest(sd15, images, monkeypatch):
+    """the host's own flag is set after the 2nd image: it is written, the 3rd is not begun, and 3 are left"""
     calls, original = [], host.encoders.VaeEncoder.encode
 
-    def encode(encoder, images):
-        calls.append(images.shape)
-        latent = original(encoder, images)
+    def encode(encoder, pixels):
+        calls.append(pixels.shape)
+        latent = original(encoder, pixels)
         if len(calls) == 2:
             mm.interrupt_current_processing()
         return latent
 
     monkeypatch.setattr(host.encoders.VaeEncoder, "encode", encode)
     with pytest.raises(mm.InterruptProcessingException):
-        encode_with(sd15, pictures)
+        encode_with(sd15, images)
     assert len(calls) == 2 and not mm.processing_interrupted()
-    assert len(encode_with(sd15, pictures)) == 5 and len(calls) == 5
+    assert len(encode_with(sd15, images)) == 5 and len(calls) == 5
 
 
-def test_another_model_that_was_loaded_stays_loaded(sd15, pictures):
+def test_another_model_that_was_loaded_stays_loaded(sd15, images):
     model = make("sd3", inference=True)
     mm.load_models_gpu([model])
-    encode_with(sd15, pictures)
+    encode_with(sd15, images)
     assert id(model.model) in loaded()
 
 
-def test_a_half_precision_vae_that_overflows_names_the_picture(sd15, pictures):
+def test_a_half_precision_vae_that_overflows_names_the_picture(sd15, images):
     """one weight of infinity, as fp16 gives where numbers grow too large"""
     clip, vae = sd15
     with torch.inference_mode():
@@ -263,7 +263,7 @@ def test_a_half_precision_vae_that_overflows_names_the_picture(sd15, pictures):
         weight.fill_(float("inf"))
     try:
         with pytest.raises(ValueError, match=r"The VAE turned 0\.png into NaN or infinity.*--fp32-vae"):
-            encode_with(sd15, pictures)
+            encode_with(sd15, images)
         assert not on_device(sd15)
     finally:
         with torch.inference_mode():
@@ -272,14 +272,14 @@ def test_a_half_precision_vae_that_overflows_names_the_picture(sd15, pictures):
 
 def test_bucket_dataset_decides_and_encode_dataset_keeps_to_it(sd15, folders):
     captioned(folders / "input" / "set", 3, (64, 64))
-    picture(folders / "input" / "set" / "wide.png", (100, 60))
+    image(folders / "input" / "set" / "wide.png", (100, 60))
     (folders / "input" / "set" / "wide.txt").write_text("wide", encoding="utf-8")
     dataset, sheet, words = run(
         encode_nodes.BucketDataset, read_folder(folders / "input" / "set"), resolution=32, step=8
     ).args
     assert [record.bucket for record in dataset] == [(32, 32), (32, 32), (32, 32), (40, 24)]
     assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.shape[-1] == 3 and 0 <= sheet.min() < sheet.max() <= 1
-    assert words.startswith("4 pictures in 2 buckets") and "wide.png 40x24" in words
+    assert words.startswith("4 images in 2 buckets") and "wide.png 40x24" in words
     clip, vae = sd15
     encoded = run(encode_nodes.EncodeDataset, dataset, vae, clip, flip=False, resolution=64, step=8)[0]
     assert [item.bucket for item in encoded.items] == [record.bucket for record in dataset]

@@ -322,13 +322,13 @@ def test_what_is_decoded_is_what_the_host_decodes_without_its_clamp(vae):
 
 
 def test_an_image_scorer_sees_what_the_hosts_own_encoder_sees():
-    sight, picture = encoder(), texture((96, 64), 1)
+    sight, image = encoder(), texture((96, 64), 1)
     head = AestheticHead(
         AestheticMLP([(torch.randn(1, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0]))])
     )
-    ours = feature_extractors.ImageScoreModel(head, sight, "test").rate([picture])
+    ours = feature_extractors.ImageScoreModel(head, sight, "test").rate([image])
     with torch.inference_mode():
-        hosts = sight.encode_image(torch.from_numpy(np.array(picture)).float()[None] / 255)
+        hosts = sight.encode_image(torch.from_numpy(np.array(image)).float()[None] / 255)
         wanted = head(image_features.pool_vision_output(hosts)).tolist()
     assert ours == pytest.approx(wanted, abs=0.02), "the host also rounds pixels to 256 levels"
 
@@ -341,8 +341,8 @@ def test_an_aesthetic_head_with_a_vae_rates_latents_as_it_rates_their_pictures(v
     x = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(3)) * 0.3
     with torch.no_grad():
         pixels = vae.decode(model.networks[0].extract.format.process_out(x))[0]
-    picture = Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
-    assert model.ratings(x)[0].tolist() == pytest.approx(model.rate([picture]), abs=0.03)
+    image = Image.fromarray((pixels.cpu().numpy() * 255).round().astype("uint8"))
+    assert model.ratings(x)[0].tolist() == pytest.approx(model.rate([image]), abs=0.03)
     auto, finite = slope(lambda x: model.mean_score(x, torch.zeros(1)), x)
     assert auto == pytest.approx(finite, rel=0.05, abs=1e-6)
     with pytest.raises(ValueError, match="has its own file"):
@@ -404,4 +404,4 @@ def test_frozen_features_are_looked_at_once_per_level_and_noise(monkeypatch):
         rng = torch.Generator().manual_seed(step)
         u = torch.rand(4, generator=rng)
         network(*noised_scorer_input(denoiser, x0, denoiser.sigma_at(u), u > 0.5, rng))
-    assert sum(calls) <= 4 * (1 + 5 * 3), "each picture: clean, and five levels of three noises"
+    assert sum(calls) <= 4 * (1 + 5 * 3), "each image: clean, and five levels of three noises"

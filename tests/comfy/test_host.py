@@ -346,7 +346,7 @@ def test_discrete_models_train_on_their_own_timesteps():
 
 
 def test_sdxl_size_conditioning_is_each_pictures_own():
-    """Two pictures of another size in one batch get different model inputs, each as it gets alone."""
+    """Two images of another size in one batch get different model inputs, each as it gets alone."""
     model = as_loader_gives("sdxl")
     with torch.inference_mode(), host.session.open_training_session(model, RANK_4) as session:
         problem = Problem(session, "sdxl")

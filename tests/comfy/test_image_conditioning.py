@@ -1,4 +1,4 @@
-"""Pictures in the place of captions: where each family takes them, a training without captions, and what is refused in
+"""Images in the place of captions: where each family takes them, a training without captions, and what is refused in
 words."""
 
 import comfy.model_base
@@ -47,7 +47,7 @@ class Vision:
 
 @pytest.fixture
 def coloured(tmp_path):
-    """(dataset, encoded) of a red and a blue picture, encoded without captions."""
+    """(dataset, encoded) of a red and a blue image, encoded without captions."""
 
     def made(family):
         for name, colour in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):

@@ -113,7 +113,7 @@ def judge(model, seed=1, **about):
     )
 
 
-def pictures(family) -> EncodedDataset:
+def images(family) -> EncodedDataset:
     samples = [
         {"samples": torch.randn(latent_shape(family), generator=torch.Generator().manual_seed(seed))}
         for seed in range(2)
@@ -174,7 +174,7 @@ def method_of(session, family, model, target):
     )
     scores = [(nodes.copy_score_for_training(judge(model), session), 1.0)]
     if target == "direct_align":
-        return LecoScoreTraining(student, scores, NoisedImageStates(student, pictures(family), settings, 2), settings)
+        return LecoScoreTraining(student, scores, NoisedImageStates(student, images(family), settings, 2), settings)
     return LecoScoreTraining(
         student,
         scores,
@@ -292,7 +292,7 @@ def vae():
 
 
 def test_a_run_under_an_aesthetic_head_decodes_and_leaves_vae_and_clip_vision_alone(folders, vae):
-    """Pictures are decoded and rated at every step, and the adapters learn from it; another head is another run."""
+    """Images are decoded and rated at every step, and the adapters learn from it; another head is another run."""
     heads = [
         AestheticHead(AestheticMLP([(torch.randn(1, 24, generator=step_rng(0, seed)) * 20, torch.tensor([5.0]))]))
         for seed in range(2)
@@ -493,9 +493,7 @@ def test_several_scores_are_chained_and_trained_on(folders):
 
 def test_direct_align_learns_on_encoded_pictures(folders):
     model = make("sd3", inference=True)
-    _, losses, _, report, _ = train_node(
-        model, target="direct_align", encoded=pictures("sd3"), steps=2, calibrate="off"
-    )
+    _, losses, _, report, _ = train_node(model, target="direct_align", encoded=images("sd3"), steps=2, calibrate="off")
     assert len(losses["loss"]) == 2 and "rollout" not in report
 
 
@@ -522,7 +520,7 @@ def test_signed_prompts_come_from_a_text_a_list_of_texts_or_a_file(folders):
 # -- refused before the long work --------------------------------------------------------------------------------------
 
 
-def rates_pictures():
+def rates_images():
     return feature_extractors.ImageScoreModel(
         AestheticHead(AestheticMLP([(torch.zeros(1, 24), None)])), encoder(), "head.pth"
     )
@@ -537,12 +535,12 @@ def rates_pictures():
                                                                                       "it to Train Score Model as "
                                                                                       "pretrained"),
     (lambda j: with_task(j, held_out=judge(j.model, task=PRETRAINING_TASK)), "pre-trained backbone"),
-    (lambda j: with_task(j, scores=((rates_pictures(), 1.0),)), "scores images, but LECO-Score needs scores of "
+    (lambda j: with_task(j, scores=((rates_images(), 1.0),)), "scores images, but LECO-Score needs scores of "
                                                                  "latents. Connect model and vae"),
     (lambda j: with_task(j, prompts=()), "There are no prompts. Write one a line into prompts_text"),
     (lambda j: with_task(j, prompts=(SignedPrompt("endless"),)), "it would be cut into 2 pieces"),
     (lambda j: dataclasses.replace(j, clip=None), "CLIP is empty"),
-    (lambda j: with_task(j, data=pictures("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
+    (lambda j: with_task(j, data=images("sd3")), "target is 'x0_renoised', which needs none. Choose 'direct_align'"),
     (lambda j: with_task(j, settings=LecoScoreSettings(target="direct_align")), "trains on your own images, and "
                                                                                  "none are connected"),
     (lambda j: with_task(j, settings=LecoScoreSettings(anchor=0.0)), "'a dog' has weight 0"),
@@ -621,6 +619,6 @@ def test_validation_and_previews_draws_samples_and_watches_the_held_out_score(fo
 
 
 def test_held_out_pictures_are_refused_where_a_score_is_followed(folders):
-    a_job = dataclasses.replace(job(), monitoring=MonitorConfig(held_out=pictures("sd3")))
+    a_job = dataclasses.replace(job(), monitoring=MonitorConfig(held_out=images("sd3")))
     with pytest.raises(ValueError, match="second score model on held_out of Train LECO-Score measures"):
         result(a_job)

@@ -2,7 +2,7 @@
 diffusers.
 
 Relative differences reached in fp32 on two CPU cores: losses of the tiny UNets 0 (equal to the last bit), of the tiny
-transformers 3e-7, of an SD3-shaped file with its own text and pictures 7e-7; conditionings 3e-6; the gradient that
+transformers 3e-7, of an SD3-shaped file with its own text and images 7e-7; conditionings 3e-6; the gradient that
 reaches the captions 2e-5.
 """
 
@@ -242,12 +242,12 @@ def test_both_engines_see_and_draw_the_same_pictures(toy):
 
 
 def test_the_toy_checkpoint_has_the_same_loss_in_both_engines(toy):
-    """Pictures, captions, sigma and noise the same; each engine encodes, scales, mixes and predicts on its own."""
+    """Images, captions, sigma and noise the same; each engine encodes, scales, mixes and predicts on its own."""
     from trainyard.tests.toy import shapes
 
     rng = torch.Generator().manual_seed(3)
     drawn = [shapes.sample(rng) for _ in range(4)]
-    images = torch.stack([pixels(picture) for picture, *_ in drawn])
+    images = torch.stack([pixels(image) for image, *_ in drawn])
     captions = [caption for _, caption, *_ in drawn]
     mine = toy.engine.text.encode(captions)
     with torch.inference_mode():
@@ -266,10 +266,10 @@ def test_the_toy_checkpoint_has_the_same_loss_in_both_engines(toy):
             assert relative(here, there) < 1e-4
 
 
-def pixels(picture):
+def pixels(image):
     import numpy as np
 
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
 
 
 def test_a_text_encoder_lora_of_the_embedded_engine_does_the_same_in_comfyui(toy, caplog):

@@ -367,7 +367,7 @@ def prompt_job(points="rollout", looking=None, data=None, **run):
 
 @pytest.mark.parametrize("points, steps", [("rollout", 40), ("pictures", 5), ("noise", 5)])
 def test_a_leco_says_at_its_start_and_at_its_end_how_many_forwards_were_planned(folders, monkeypatch, points, steps):
-    """Of pictures and noise the plan is what tasks are drawn by chance around; of ways it is what is expected."""
+    """Of images and noise the plan is what tasks are drawn by chance around; of ways it is what is expected."""
     shown = []
     monkeypatch.setattr(host.progress, "show_node_text", lambda line, node_id=None: shown.append(line))
     done = run(prompt_job(points, data=data() if points == "pictures" else None, steps=steps))

@@ -29,8 +29,8 @@ def spoken(family):
     return {prompt: {"cross_attn": tensor, **extras} for prompt, (tensor, extras) in entries.items()}
 
 
-def pictures(family) -> EncodedDataset:
-    """One pair: the picture at +1 and the one at -1."""
+def images(family) -> EncodedDataset:
+    """One pair: the image at +1 and the one at -1."""
     rng = torch.Generator().manual_seed(5)
     latents = [{"samples": torch.randn(latent_shape(family), generator=rng)} for _ in range(2)]
     data = EncodedDataset.from_core(latents, [cond(family, seed)[0:1] for seed in range(2)])
@@ -56,7 +56,7 @@ def rollout_kind(session, family):
 
 def pair_kind(kind):
     return lambda session, family: kind(
-        session.denoiser, session.adapters, pictures(family), NoiseSettings(), session.family.density
+        session.denoiser, session.adapters, images(family), NoiseSettings(), session.family.density
     )
 
 

@@ -71,7 +71,7 @@ def leco(node, toy):
 
 @pytest.fixture(scope="module")
 def from_pairs(node, toy, folders):
-    """from_pairs(kind, **widgets): two folders -> a Train node that learns from pictures."""
+    """from_pairs(kind, **widgets): two folders -> a Train node that learns from images."""
 
     def graph(kind, negative="input/pair_less", **changes):
         sizes = dict(resolution=64, step=8, min_side=64, max_side=64)
@@ -160,7 +160,7 @@ def test_a_leco_is_trained_saved_swept_and_taken_by_the_hosts_own_loader(server,
         Image.open(server.output("sweep", run.outputs[side]["images"][0]["filename"])).tobytes()
         for side in ("without", "with")
     ]
-    assert pictures[0] != pictures[1], "the host's loader must change the picture"
+    assert pictures[0] != pictures[1], "the host's loader must change the image"
     assert "lora key not loaded" not in server.logs()[before:]
 
 
@@ -297,7 +297,7 @@ LECO_TROUBLE = {
                                        "min_time is 0.8 and max_time is 0.2; min_time must be the smaller one"),
     "a text encoder that is to be trained": (settings("TrainyardAdapter", "adapter", text_encoder=True), "Switch it "
                                                                                                          "off in Adapter Settings"),
-    "points on pictures that are not there": (settings("TrainyardPoints", "points", points="pictures"), "no encoded "
+    "points on images that are not there": (settings("TrainyardPoints", "points", points="pictures"), "no encoded "
                                                                                                         "dataset is "
                                                                                                         "connected"),
     "a wrong key in a prompt file": (prompt_text("- {target: cat, guidence: 4}\n"),

@@ -1,4 +1,4 @@
-"""A score that reads: pictures against words, as CLIP sees both; what LECO-score learns from it."""
+"""A score that reads: images against words, as CLIP sees both; what LECO-score learns from it."""
 
 import comfy.sd
 import pytest
@@ -14,7 +14,7 @@ from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_feature_extractors import slope, unchanged, weights
 from trainyard.tests.comfy.test_host import fingerprint
-from trainyard.tests.comfy.test_leco_score import ROWS, job, pictures
+from trainyard.tests.comfy.test_leco_score import ROWS, images, job
 from trainyard.tests.comfy.test_train_lora import result
 from trainyard.tests.comfy.test_zeroshot import COLOURS, clip_l, eyes, plain  # noqa: F401 - fixtures
 from trainyard.trainers.data.readers import read_folder
@@ -49,7 +49,7 @@ def test_a_picture_is_rated_by_its_own_caption_or_by_the_words(clip_l, eyes, col
         words = torch.nn.functional.normalize(
             zeroshot.encode_text_features(clip_l, ["a photo of blue"], "clip_l"), dim=-1
         )
-        red = node(PromptMatchScore).execute(eyes, clip_l, "a photo of red").args[0].rate_pictures(coloured)[0]
+        red = node(PromptMatchScore).execute(eyes, clip_l, "a photo of red").args[0].rate_images(coloured)[0]
     names = [record.path.rsplit("/", 1)[1] for record in coloured]
     assert own[names.index("blue.png")] == pytest.approx(CLIP_SCORE_SCALE * float((seen * words).sum()), abs=1e-3)
     assert max(range(3), key=lambda i: red[i]) == names.index("red.png")
@@ -59,9 +59,9 @@ def test_pictures_with_nothing_to_compare_with_are_refused(clip_l, eyes, coloure
     (tmp_path / "red.txt").unlink()
     bare = read_folder(tmp_path)
     with pytest.raises(ValueError, match="no words, and 1 of 3 images have no caption, such as .*red.png. Write words"):
-        ClipScoreModel(eyes, clip_l).rate_pictures(bare)
+        ClipScoreModel(eyes, clip_l).rate_images(bare)
     with pytest.raises(ValueError, match="the student will see no captions. Write words into Prompt Match Score"):
-        rate_with_teacher(ClipScoreModel(eyes, clip_l), coloured, pictures("sd3"), None)
+        rate_with_teacher(ClipScoreModel(eyes, clip_l), coloured, images("sd3"), None)
     with pytest.raises(ValueError, match="both model and vae are needed"):
         node(PromptMatchScore).execute(eyes, clip_l, model=make("sd3"))
 
@@ -74,7 +74,7 @@ def test_latents_are_decoded_and_pass_gradients_back(clip_l, eyes, vae):  # noqa
     x, level = torch.randn(2, 16, 10, 10, generator=torch.Generator().manual_seed(2)) * 0.3, torch.zeros(2)
     with torch.no_grad():
         pixels = vae.decode(feature_extractors.latent_format_by_name("SD3").process_out(x))
-    shown = [Image.fromarray((picture.cpu().numpy() * 255).round().astype("uint8")) for picture in pixels]
+    shown = [Image.fromarray((image.cpu().numpy() * 255).round().astype("uint8")) for image in pixels]
     seen = torch.from_numpy(image_features.encode_image_features(eyes, shown))
     assert score.ratings(x)[0].tolist() == pytest.approx(
         score.clip_scores(seen, ["a photo of red"] * 2).tolist(), abs=0.3
@@ -110,7 +110,7 @@ def test_leco_score_learns_from_good_words_against_bad_ones(folders, clip_l, eye
             lambda *args: own(*args) if not host.session.mm.in_training else pytest.fail("read too late"),
         )
         words = {"relative": 0.2, "good_words": "beautiful", "bad_words": "ugly"}
-        data = pictures("sd3") if target == "direct_align" else None
+        data = images("sd3") if target == "direct_align" else None
         made = job(
             model=model,
             score=score,

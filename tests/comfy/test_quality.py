@@ -35,14 +35,14 @@ def node(kind):
 def drawn_folder(place):
     """a good, b blurred, c a copy of a, d too small; a caption beside each but b."""
     place.mkdir(parents=True)
-    pictures = dict(
+    images = dict(
         a=texture((320, 320), 0),
         b=softened(texture((320, 320), 1), 3),
         c=jpeg(texture((320, 320), 0), 60),
         d=texture((64, 64), 2),
     )
-    for name, picture in pictures.items():
-        picture.save(place / f"{name}.png")
+    for name, image in images.items():
+        image.save(place / f"{name}.png")
         if name != "b":
             (place / f"{name}.txt").write_text(f"sks number {name}", encoding="utf-8")
 
@@ -71,7 +71,7 @@ def test_check_gives_the_dataset_a_sheet_a_report_and_figures(dataset):
     ]
     assert "64 px < 128" in dict(out.skipped)[dataset[3].path]
     assert sheet.ndim == 4 and sheet.shape[3] == 3 and 0 <= float(sheet.min()) < float(sheet.max()) <= 1
-    assert report.startswith("4 pictures checked: 1 rejected (dropped), 2 with warnings (flagged), 1 good")
+    assert report.startswith("4 images checked: 1 rejected (dropped), 2 with warnings (flagged), 1 good")
     assert len(json.loads(figures)["pictures"]) == 4
     assert names(dataset) == "abcd" and not any(record.flags for record in dataset)
 
@@ -79,7 +79,7 @@ def test_check_gives_the_dataset_a_sheet_a_report_and_figures(dataset):
 def test_deduplicate_keeps_one_of_each(dataset):
     out, sheet, report = node(DeduplicateDataset).execute(dataset, **DuplicateSettings().to_dict()).args
     assert sorted(names(out)) == ["a", "b", "d"]
-    assert report.startswith("1 copies of 1 pictures found; 3 pictures go on.")
+    assert report.startswith("1 copies of 1 images found; 3 images go on.")
     assert sheet.shape[2] > 200
 
 
@@ -115,7 +115,7 @@ def test_a_cancelled_check_ends_with_the_interrupt(dataset, monkeypatch):
 # -- what a vision model sees ------------------------------------------------------------------------------------------
 
 
-def pictures():
+def images():
     return [texture((96, 64), seed, slope=1.3) for seed in range(5)] + [texture((50, 90), 9)]
 
 
@@ -125,20 +125,20 @@ def pictures():
 def test_features_are_one_unit_row_per_picture_whatever_their_sizes_and_batches(kind, monkeypatch):
     made = encoder(**kind)
     with torch.inference_mode():
-        rows = image_features.encode_image_features(made, pictures())
+        rows = image_features.encode_image_features(made, images())
         monkeypatch.setattr(image_features, "VISION_BATCH_SIZE", 2)
-        again = image_features.encode_image_features(made, pictures())
+        again = image_features.encode_image_features(made, images())
     assert rows.shape[0] == 6 and rows.ndim == 2
     assert np.linalg.norm(rows, axis=1) == pytest.approx(1, abs=1e-5)
     assert rows == pytest.approx(again, abs=1e-5)
 
 
 def test_features_are_those_of_the_hosts_own_node():
-    """CLIPVisionEncode with crop 'center', for a picture of the encoder's own size"""
-    made, picture = encoder(), texture((64, 64), 3)
+    """CLIPVisionEncode with crop 'center', for an image of the encoder's own size"""
+    made, image = encoder(), texture((64, 64), 3)
     with torch.inference_mode():
-        ours = image_features.encode_image_features(made, [picture])[0]
-        hosts = made.encode_image(torch.from_numpy(np.asarray(picture).copy())[None].float() / 255)["image_embeds"][0]
+        ours = image_features.encode_image_features(made, [image])[0]
+        hosts = made.encode_image(torch.from_numpy(np.asarray(image).copy())[None].float() / 255)["image_embeds"][0]
     assert ours == pytest.approx((hosts / hosts.norm()).numpy(), abs=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_a_broken_encoder_is_named_instead_of_giving_nonsense():
     with torch.inference_mode():
         made.model.visual_projection.weight.fill_(float("nan"))
         with pytest.raises(ValueError, match="gives NaN features"):
-            image_features.encode_image_features(made, pictures()[:1])
+            image_features.encode_image_features(made, images()[:1])
 
 
 def test_an_interrupt_is_heard_between_batches():
@@ -155,7 +155,7 @@ def test_an_interrupt_is_heard_between_batches():
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        image_features.encode_image_features(encoder(), pictures(), check_interrupt=cancel)
+        image_features.encode_image_features(encoder(), images(), check_interrupt=cancel)
 
 
 def test_the_check_with_a_vision_model_says_so(dataset):
@@ -183,6 +183,6 @@ def test_the_server_checks_and_deduplicates_a_folder(server):
     })  # fmt: skip
     assert run.ok, run.why
     assert run.outputs["4"]["text"][0].startswith(
-        "3 pictures checked: 1 rejected (dropped), 1 with warnings (flagged), 1 good"
+        "3 images checked: 1 rejected (dropped), 1 with warnings (flagged), 1 good"
     )
     assert run.outputs["2"]["images"] and run.outputs["3"]["images"]

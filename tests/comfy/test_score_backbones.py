@@ -140,7 +140,7 @@ def test_an_aesthetic_head_rates_pictures_and_with_model_and_vae_their_latents(p
     before = hash_of(sight.patcher), hash_of(vae.patcher)
     whole = head(places, sight, model=make("sd3", inference=True), vae=vae)
     with torch.inference_mode():
-        ratings, spreads = whole.rate_pictures(dataset)
+        ratings, spreads = whole.rate_images(dataset)
     assert len(ratings) == SHADES and set(spreads) == {0.0}
     with torch.inference_mode():
         out = node(score.ScoreImages).execute(whole, dataset=dataset, **score.ScoringSettings().to_dict()).args
@@ -166,7 +166,7 @@ def test_a_student_learns_its_teachers_ratings_and_keeps_its_scale(places, datas
         student, report, _ = (
             node(DistillScoreModel).execute(teacher, model, dataset, encoded_of(dataset, vae), **given).args
         )
-        said = teacher.rate_pictures(dataset)[0]
+        said = teacher.rate_images(dataset)[0]
     assert student.info.mean == pytest.approx(np.mean(said), abs=1e-3)
     assert student.info.task == "regression"
     assert "SRCC" in report
@@ -226,9 +226,9 @@ def test_features_of_a_vision_model_find_alike_pictures_and_groups(dataset):
     assert features.rows.shape == (SHADES, 24)
     assert diversity >= 1
     assert "seen by CLIP_VISION" in report
-    assert len(found) == 3 and sheet.shape[-1] == 3 and words.startswith("3 pictures of 32")
+    assert len(found) == 3 and sheet.shape[-1] == 3 and words.startswith("3 images of 32")
     assert sum(map(len, parts)) == SHADES and len(groups) == SHADES and set(groups) == {1, 2, 3}
-    assert page.ndim == 4 and "32 pictures in 3 groups" in told
+    assert page.ndim == 4 and "32 images in 3 groups" in told
     assert whole[0].flags
 
 
@@ -245,7 +245,7 @@ def test_features_of_a_backbone_need_its_vae_and_are_not_compared_with_others(da
 
 def test_the_same_bytes_are_found_by_nobody_but_a_broken_file_only_leaves_itself_out(places, dataset):
     lost = dataset[3]
-    Path(lost.path).write_bytes(b"no picture")
+    Path(lost.path).write_bytes(b"no image")
     with torch.inference_mode():
         features = node(ExtractFeatures).execute(dataset, clip_vision=encoder()).args[0]
     assert len(features) == SHADES - 1

@@ -1,4 +1,4 @@
-"""Score models as nodes of ComfyUI: rated pictures in a folder become a model that rates others, in this process and on
+"""Score models as nodes of ComfyUI: rated images in a folder become a model that rates others, in this process and on
 the server."""
 
 import comfy.sd
@@ -98,7 +98,7 @@ def train(data, model=None, **changed):
 
 
 def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
-    """Trained without CLIP on brightness, saved, loaded, and asked about pictures that it never saw."""
+    """Trained without CLIP on brightness, saved, loaded, and asked about images that it never saw."""
     data = encoded(vae)
     model = make("sd3", inference=True)
     before = compute_fingerprint(host.identity.hash_model_and_schedule(model))
@@ -113,7 +113,7 @@ def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
         and score_model.info.channels == 16
         and score_model.info.resolution == 64
     )
-    assert report.startswith(f"Trained on {SHADES} rated pictures: SRCC 0.") and len(losses["loss"]) == 80
+    assert report.startswith(f"Trained on {SHADES} rated images: SRCC 0.") and len(losses["loss"]) == 80
 
     path = node(SaveScoreModel).execute(score_model, "bright").args[0]
     assert path.endswith("score_models/bright.safetensors")
@@ -137,9 +137,7 @@ def test_from_a_folder_of_rated_pictures_to_scores_of_others(vae, places):
 
     keep = {name: [value] for name, value in RankSettings(by="number", number=2, keep_order=False).to_dict().items()}
     stays, goes, _, line = node(RankAndFilter).execute([after], **keep).args
-    assert (
-        [r.path[-6:] for r in stays] == ["00.png", "03.png"] and len(goes) == 2 and line.startswith("2 pictures stay")
-    )
+    assert [r.path[-6:] for r in stays] == ["00.png", "03.png"] and len(goes) == 2 and line.startswith("2 images stay")
     assert [r.score for r in node(RankAndFilter).execute([after], scores=[1.0, 4.0, 3.0, 2.0], **keep).args[0]] == [
         4.0,
         3.0,

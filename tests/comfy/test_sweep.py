@@ -59,13 +59,13 @@ def test_a_lora_without_a_direction_is_measured_along_its_own(toy):
 
 
 def test_the_model_itself_tells_red_from_blue(toy):
-    """Measured toward blue: pictures of the blue prompt are the unit, and a file that does nothing stays at 0."""
+    """Measured toward blue: images of the blue prompt are the unit, and a file that does nothing stays at 0."""
     nothing = LoraFile({k: v * 0 + 1e-9 for k, v in random_lora(toy.model).items()})
     sweep, curve = swept(toy, nothing, toward="b", away="p", preserve="n")
     assert curve.effect == pytest.approx([0, 0, 0, 0], abs=0.02) and curve.unit == "what `toward` itself looks like"
     assert max(curve.drift) < 0.01
     blue = sweep.asked(sweep.draw("toward", 0.0)).mean() - sweep.asked(sweep.draw("scene", 0.0)).mean()
-    assert blue > 0.2, f"blue pictures are only {blue:.2f} more like blue than red ones"
+    assert blue > 0.2, f"blue images are only {blue:.2f} more like blue than red ones"
 
 
 def test_a_rescaled_file_does_at_1_what_it_did_at_the_factor(toy):

@@ -19,7 +19,7 @@ def toy(comfy):
 
 def test_every_half_of_a_frame_shows_the_shape_that_its_place_in_the_caption_names(tmp_path):
     """24 frames of a star and a known shape, read back by geometry"""
-    frames = lesson.pairs(*lesson.pictures(tmp_path, count=24), tmp_path)
+    frames = lesson.pairs(*lesson.images(tmp_path, count=24), tmp_path)
     sides = set()
     for record in frames:
         left, right = record.captions[0].removeprefix("left: ").split("; right: ")
@@ -33,7 +33,7 @@ def test_every_half_of_a_frame_shows_the_shape_that_its_place_in_the_caption_nam
 def test_frames_of_two_are_trained_on_with_and_without_captions_at_as_many_pixels_as_single_pictures(
     toy, tmp_path, captions
 ):
-    stars, known = lesson.pictures(tmp_path, count=12)
+    stars, known = lesson.images(tmp_path, count=12)
     alone = lesson.taught(toy, stars, tmp_path, steps=3, seed=1)
     taught = lesson.taught(
         toy, lesson.pairs(stars, known, tmp_path, captions), tmp_path, steps=3, seed=1, empty=captions == "empty"

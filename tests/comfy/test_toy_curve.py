@@ -31,7 +31,7 @@ def toy(comfy):
 
 
 def lesson_job(toy, folder, steps=20):
-    folder = lesson.pictures(folder / "stars")
+    folder = lesson.images(folder / "stars")
     doors = host.encoders.VaeEncoder(toy.vae), host.encoders.TextEncoder(toy.clip)
     data = encode_dataset(
         read_folder(folder),
@@ -69,7 +69,7 @@ def test_the_first_losses_of_the_lesson_are_those_that_were_written_down(toy, fo
 
 def test_the_lesson_runs_on_the_server_from_its_folder_to_pictures_without_and_with_the_lora(server):
     """That it teaches a shape is proved in pixels: tests/proofs/test_toy_lora.py."""
-    lesson.pictures(server.base / "input" / "few_stars", count=8)
+    lesson.images(server.base / "input" / "few_stars", count=8)
     checkpoint, exam = server.add_model("checkpoints", world.cached()), lesson.EXAM[:1]
     graph = lesson.graph(checkpoint, "input/few_stars", exam=exam, run_name="few", sampling_steps=2, steps=3)
     run = server.run(graph)

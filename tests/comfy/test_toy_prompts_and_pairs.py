@@ -25,13 +25,13 @@ def test_a_lesson_is_taught_and_its_lora_moves_the_picture_with_its_strength(toy
     with torch.inference_mode():
         taught = learn(toy, LESSONS[name].but(**QUICK))
         assert len(taught.losses) == STEPS and all(map(math.isfinite, taught.losses))
-        base, minus, half, plus = (picture(toy, taught.lora, strength) for strength in (0.0, -1.0, 0.5, 1.0))
+        base, minus, half, plus = (image(toy, taught.lora, strength) for strength in (0.0, -1.0, 0.5, 1.0))
     moved, back, less = plus - base, minus - base, half - base
     assert moved.abs().max() > 1e-4
     assert float((moved * back).sum()) < 0 < float((moved * less).sum()), "-1 is the other way, 0.5 the same way"
     assert less.norm() < moved.norm()
 
 
-def picture(toy, lora, strength):
+def image(toy, lora, strength):
     model = host.lora_keys.apply_lora(toy.model, None, lora, strength)[0]
-    return sampling.pictures(toy, ["a red circle on a white ground"], [7], steps=2, cfg=2.0, model=model)
+    return sampling.images(toy, ["a red circle on a white ground"], [7], steps=2, cfg=2.0, model=model)

@@ -94,19 +94,19 @@ def test_the_base_has_never_seen_a_star_or_a_ring(built):
 
 def test_a_batch_of_prompts_equals_the_prompts_alone(built):
     prompts, seeds = ["a red circle", "a small blue square on a black ground"], [3, 4]
-    together = sampling.pictures(built[0], prompts, seeds, steps=4)
-    apart = torch.cat([sampling.pictures(built[0], [p], [s], steps=4) for p, s in zip(prompts, seeds, strict=True)])
+    together = sampling.images(built[0], prompts, seeds, steps=4)
+    apart = torch.cat([sampling.images(built[0], [p], [s], steps=4) for p, s in zip(prompts, seeds, strict=True)])
     assert (together - apart).abs().max() < 1e-3
 
 
 def test_the_clip_vision_tells_shapes_apart_that_it_never_saw_like_this(comfy):
-    """By its embeddings alone: each picture's nearest among 300 others, at any place and angle and in any colour, shows
+    """By its embeddings alone: each image's nearest among 300 others, at any place and angle and in any colour, shows
     the same shape."""
     from trainyard.tests.toy.train_eyes import drawn
 
     eyes, rng = sampling.clip_vision(), torch.Generator().manual_seed(77)
     made = [drawn(rng)[:2] for _ in range(360)]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in made])).float() / 255
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in made])).float() / 255
     with torch.no_grad():
         seen = torch.cat([eyes.encode_image(some)["image_embeds"].float().cpu() for some in pixels.split(60)])
     seen, kinds = torch.nn.functional.normalize(seen - seen.mean(0), dim=1), torch.tensor([kind for _, kind in made])

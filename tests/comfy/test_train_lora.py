@@ -178,7 +178,7 @@ def test_per_block_checkpointing_trains_the_same_lora(folders):
 
 @pytest.mark.parametrize(("mask", "counts"), [(True, False), (False, True)], ids=["masked", "unmasked"])
 def test_an_error_where_the_mask_is_0_does_not_count(folders, mask, counts):
-    """The prediction is moved by 3 in the right half of the picture; a mask that lets only the left half through must
+    """The prediction is moved by 3 in the right half of the image; a mask that lets only the left half through must
     not see it."""
     left = torch.zeros(1, *latent_shape(FAMILY)[-2:])
     left[..., : left.shape[-1] // 2] = 1

@@ -12,15 +12,15 @@ from trainyard.tests.comfy.server import Server
 STEPS = 6
 
 
-def picture(colour, shape, size=64):
-    image = Image.new("RGB", (size, size), "white")
-    getattr(ImageDraw.Draw(image), shape)([16, 16, 48, 48], fill=colour)
-    return image
+def image(colour, shape, size=64):
+    drawn = Image.new("RGB", (size, size), "white")
+    getattr(ImageDraw.Draw(drawn), shape)([16, 16, 48, 48], fill=colour)
+    return drawn
 
 
 @pytest.fixture(scope="module")
 def dataset(server):
-    """input/shapes: three captioned pictures."""
+    """input/shapes: three captioned images."""
     return make_dataset(server)
 
 
@@ -28,7 +28,7 @@ def make_dataset(server, name="shapes"):
     folder = server.base / "input" / name
     folder.mkdir(parents=True, exist_ok=True)
     for colour, shape in (("red", "ellipse"), ("blue", "rectangle"), ("green", "ellipse")):
-        picture(colour, shape).save(folder / f"{colour}.png")
+        image(colour, shape).save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(f"a {colour} {shape}")
     return f"input/{name}"
 
@@ -87,7 +87,7 @@ def test_a_folder_becomes_a_lora_that_is_sampled_saved_and_plotted_in_one_graph(
     run = server.run(prompt)
     assert run.ok, run.why
     ours, base, cores = (pixels(server, run, node) for node in ("204", "304", "404"))
-    assert ours != base, "the LoRA must change the picture"
+    assert ours != base, "the LoRA must change the image"
     assert ours == cores, "core's own loader must make the same picture of our LORA_MODEL"
     saved = server.output("loras", "whole", "mine.safetensors")
     with safe_open(saved, "pt") as file:
@@ -308,14 +308,14 @@ def empty_folder(server):
 def uncaptioned(server):
     folder = server.base / "input" / "bare"
     folder.mkdir(exist_ok=True)
-    picture("red", "ellipse").save(folder / "red.png")
+    image("red", "ellipse").save(folder / "red.png")
     return "input/bare"
 
 
 def broken(server):
     folder = server.base / "input" / "broken"
     folder.mkdir(exist_ok=True)
-    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no image")
     return "input/broken"
 
 
@@ -360,7 +360,7 @@ TROUBLE = {
     "an empty folder": (with_inputs("2", folder=empty_folder), "empty"),
     "no captions where they are asked for": (with_inputs("2", folder=uncaptioned), "Captions are asked for, and 1 of 1 "
                                                                                    "images have none: red.png"),
-    "an unreadable picture": (with_inputs("2", folder=broken), "bad.png"),
+    "an unreadable image": (with_inputs("2", folder=broken), "bad.png"),
     "a checkpoint without text encoder": (no_text_encoder, "holds no text encoder"),
     "latents of another model": (foreign_vae, "The latents have 16 channels and this MODEL expects 4"),
     "nothing to train on": (nothing_to_train_on, "There is nothing to train on"),

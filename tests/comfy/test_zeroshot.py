@@ -38,7 +38,7 @@ def plain(colour):
 
 @pytest.fixture(scope="module")
 def eyes(clip_l):
-    """A small CLIP_VISION whose projection leads pictures of three colours to what the text encoder says of them."""
+    """A small CLIP_VISION whose projection leads images of three colours to what the text encoder says of them."""
     torch.manual_seed(0)
     with torch.inference_mode():
         seer = comfy.clip_vision.ClipVisionModel(EYES)
@@ -55,7 +55,7 @@ def eyes(clip_l):
     return seer
 
 
-# -- one space for pictures and words ----------------------------------------------------------------------------------
+# -- one space for images and words ----------------------------------------------------------------------------------
 
 
 def test_words_have_the_features_that_transformers_gives_them(clip_l):
@@ -162,7 +162,7 @@ def stand_in(width, kind="clip_vision_model"):
             stand_in(None),
             "has no projection, and no text encoder here fits that. These pairs do: CLIP-ViT-L/14 with CLIP-L",
         ),
-        (stand_in(512), "has 512 numbers a picture"),
+        (stand_in(512), "has 512 numbers an image"),
     ],
 )
 def test_models_that_are_no_pair_are_told_which_ones_are(clip_l, seer, told):

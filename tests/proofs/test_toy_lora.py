@@ -12,7 +12,7 @@ def checkpoint(server):
     return server.add_model("checkpoints", world.cached())
 
 
-def pictures(server, run, side, exam):
+def images(server, run, side, exam):
     return [
         Image.open(server.output(run.outputs[f"{side}{i}"]["images"][0]["filename"])).convert("RGB")
         for i in range(len(exam))
@@ -21,10 +21,10 @@ def pictures(server, run, side, exam):
 
 def test_a_lora_draws_stars_that_the_base_cannot(server, checkpoint):
     """18 questions on seeds that no training saw: the base draws at most one star in ten, the LoRA at least eight."""
-    lesson.pictures(server.base / "input" / "stars")
+    lesson.images(server.base / "input" / "stars")
     run = server.run(lesson.graph(checkpoint, "input/stars", exam=lesson.EXAM), seconds=900)
     assert run.ok, run.why
-    before, after = (lesson.marks(pictures(server, run, side, lesson.EXAM), lesson.EXAM) for side in "bl")
+    before, after = (lesson.marks(images(server, run, side, lesson.EXAM), lesson.EXAM) for side in "bl")
     print(f"without {before}, with {after}")
     assert before["shape"] <= 0.1, f"the base draws stars already: {before}"
     assert after["shape"] >= 0.8, f"the LoRA has not learnt the star: {after}"

@@ -1,4 +1,4 @@
-"""The proofs in pixels, in short: LECO erases a colour, sliders from prompts and from pictures change a size, ADDifT
+"""The proofs in pixels, in short: LECO erases a colour, sliders from prompts and from images change a size, ADDifT
 learns from one pair.
 
 The whole figures, with more steps and larger exams: benchmarks/differences.py."""

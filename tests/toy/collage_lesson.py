@@ -1,7 +1,7 @@
 """The toy world's lesson in collages: a star it has never seen beside a shape that it knows, two columns of 64 x 64 px
 in one frame.
 
-The toy model was made for one shape a picture, which no model that people train is limited to. The lesson's model is
+The toy model was made for one shape an image, which no model that people train is limited to. The lesson's model is
 therefore the one that train_pairs.py went on with: it knows frames of two known shapes by their captions, and has never
 seen a star. The proof and the benchmark count how often the star is drawn afterwards. ComfyUI must be importable, as
 for sampling.py.
@@ -69,7 +69,7 @@ class Taught:
     pixels: int
 
 
-def pictures(folder, count=48, seed=0) -> tuple[ImageDataset, ImageDataset]:
+def images(folder, count=48, seed=0) -> tuple[ImageDataset, ImageDataset]:
     """(stars, known shapes), `count` of each on 64 x 64 px, with captions. Colours and grounds of the stars take
     turns."""
     rng = torch.Generator().manual_seed(seed)
@@ -77,19 +77,19 @@ def pictures(folder, count=48, seed=0) -> tuple[ImageDataset, ImageDataset]:
         for kind, fixed in (("stars", lesson.EXAM[(index * 5) % len(lesson.EXAM)]), ("known", {})):
             place = Path(folder) / kind
             place.mkdir(parents=True, exist_ok=True)
-            picture, caption, _ = shapes.sample(rng, **fixed)
-            picture.save(place / f"{kind}_{index:02d}.png")
+            image, caption, _ = shapes.sample(rng, **fixed)
+            image.save(place / f"{kind}_{index:02d}.png")
             (place / f"{kind}_{index:02d}.txt").write_text(caption, encoding="utf-8")
     return read_folder(Path(folder) / "stars"), read_folder(Path(folder) / "known")
 
 
 def together(stars: ImageDataset, known: ImageDataset) -> ImageDataset:
-    """The same pictures, each alone."""
+    """The same images, each alone."""
     return ImageDataset((*stars, *known))
 
 
 def pairs(stars: ImageDataset, known: ImageDataset, folder, captions="positional", mix=0.0, seed=0) -> ImageDataset:
-    """One star and one known shape in every frame, the star on either side; `mix` of an epoch shows the same pictures
+    """One star and one known shape in every frame, the star on either side; `mix` of an epoch shows the same images
     alone."""
     made = []
     for number, couple in enumerate(zip(stars, known, strict=True)):
@@ -100,7 +100,7 @@ def pairs(stars: ImageDataset, known: ImageDataset, folder, captions="positional
 
 def taught(toy, dataset: ImageDataset, folder, *, steps: int, seed: int, empty=False, report=None) -> Taught:
     """What this dataset teaches the model of `toy` in as many steps of PIXELS as are asked for. Frames of two go in
-    half as large a batch; where a dataset holds both, single pictures fill their batches half, and more steps make up
+    half as large a batch; where a dataset holds both, single images fill their batches half, and more steps make up
     for them."""
     from ...nodes import host
 
@@ -132,9 +132,7 @@ def taught(toy, dataset: ImageDataset, folder, *, steps: int, seed: int, empty=F
 def examined(toy, model, first_seed=1000) -> dict[str, list[bool]]:
     """Single stars. One answer per question: `star`, and `colour` and `ground` as asked."""
     wanted = lesson.EXAM * SEEDS_PER_QUESTION
-    seen = [
-        measure.measure(picture) for picture in drawings(toy, model, [shapes.caption(**w) for w in wanted], first_seed)
-    ]
+    seen = [measure.measure(image) for image in drawings(toy, model, [shapes.caption(**w) for w in wanted], first_seed)]
     told = {"star": "shape", "colour": "colour", "ground": "ground"}
     return {name: [getattr(s, key) == w[key] for s, w in zip(seen, wanted, strict=True)] for name, key in told.items()}
 
@@ -146,7 +144,7 @@ def remembered(toy, model, first_seed=3000, count=24) -> dict[str, list[bool]]:
         for index in range(count)
     ]
     drawn = drawings(toy, model, [shapes.caption(**w) for w in wanted], first_seed)
-    return {"known": [measure.measure(picture).shape == w["shape"] for picture, w in zip(drawn, wanted, strict=True)]}
+    return {"known": [measure.measure(image).shape == w["shape"] for image, w in zip(drawn, wanted, strict=True)]}
 
 
 def sides(toy, model, count=36, new=lesson.WORD) -> dict[str, list[bool]]:
@@ -184,7 +182,7 @@ def asked_sides(count, new=lesson.WORD):
 def drawings(toy, model, prompts, first_seed, cfg=sampling.CFG, width=None):
     with torch.inference_mode():
         return list(
-            sampling.pictures(
+            sampling.images(
                 toy, prompts, range(first_seed, first_seed + len(prompts)), model=model, cfg=cfg, width=width
             ).numpy()
         )

@@ -1,5 +1,5 @@
 """The proofs of LECO, sliders, replacement and ADDifT in the toy world: what is taught, and how its effect is read from
-pictures.
+images.
 
     with torch.inference_mode():
         taught = learn(toy, LESSONS["erase"])
@@ -154,7 +154,7 @@ def from_prompts(tasks, original=None):
 
 
 def from_pairs(kind, pairs, **settings):
-    """A lesson's `make` for drawn pairs [(caption, picture at -1, picture at +1)], read and encoded as the nodes do."""
+    """A lesson's `make` for drawn pairs [(caption, image at -1, image at +1)], read and encoded as the nodes do."""
 
     def make(toy, session, lesson):
         more = {"strength": lesson.strength} if kind is AddiftTraining else {}
@@ -175,9 +175,9 @@ def encoded(toy, pairs):
     with tempfile.TemporaryDirectory() as place:
         sides = {side: Path(place) / side for side in ("minus", "plus")}
         for number, (caption, minus, plus) in enumerate(pairs):
-            for side, picture in (("minus", minus), ("plus", plus)):
+            for side, image in (("minus", minus), ("plus", plus)):
                 sides[side].mkdir(exist_ok=True)
-                picture.save(sides[side] / f"{number}.png")
+                image.save(sides[side] / f"{number}.png")
                 (sides[side] / f"{number}.txt").write_text(caption, encoding="utf-8")
         data = pair_datasets(read_folder(sides["plus"]), read_folder(sides["minus"]))
         buckets = BucketSettings(resolution=shapes.PX, step=8, min_side=shapes.PX, max_side=shapes.PX)
@@ -198,17 +198,15 @@ def in_memory(data):
 
 
 def look(toy, lora, wanted, strength=1.0, first_seed=FIRST_SEED, steps=12, cfg=2.0):
-    """What is seen on one picture per attribute dict, drawn with the LoRA at a strength; `lora` None is the base."""
+    """What is seen on one image per attribute dict, drawn with the LoRA at a strength; `lora` None is the base."""
     prompts = [shapes.caption(**w) for w in wanted]
     known = vars(toy).setdefault("drawn_by_the_base", {})
     question = (*prompts, first_seed, steps, cfg)
     if lora is None and question in known:
         return known[question]
     model = toy.model if lora is None else host.lora_keys.apply_lora(toy.model, None, lora, strength)[0]
-    pictures = sampling.pictures(
-        toy, prompts, list(range(first_seed, first_seed + len(wanted))), steps, cfg, model=model
-    )
-    seen = [measure(picture) for picture in pictures]
+    images = sampling.images(toy, prompts, list(range(first_seed, first_seed + len(wanted))), steps, cfg, model=model)
+    seen = [measure(image) for image in images]
     if lora is None:
         known[question] = seen
     return seen
@@ -224,7 +222,7 @@ def same(seen, before, *names) -> bool:
 
 
 def kept(seen, before, *names) -> float:
-    """Share of pictures that show the same attributes as the base's own picture from the same seed."""
+    """Share of images that show the same attributes as the base's own image from the same seed."""
     return share(same(s, b, *names) for s, b in zip(seen, before, strict=True))
 
 
@@ -245,7 +243,7 @@ def without(name):
 
 
 def erase_exam(toy, lora, colour="red", count=24):
-    """Of the pictures that the base draws in the colour, the share that is no longer; and what else moved."""
+    """Of the images that the base draws in the colour, the share that is no longer; and what else moved."""
     asked, others = mixed(count, colour=colour), mixed(2 * count, colour=without(colour))
     before, after = look(toy, None, asked), look(toy, lora, asked)
     was = [(b, a) for b, a in zip(before, after, strict=True) if b.colour == colour]
@@ -264,7 +262,7 @@ def erase_exam(toy, lora, colour="red", count=24):
 
 
 def quick_erase_exam(toy, lora, colour="red"):
-    """The two marks of a curve, on few pictures."""
+    """The two marks of a curve, on few images."""
     asked, others = mixed(24, colour=colour), mixed(12, colour=without(colour))
     before, after = look(toy, None, asked, steps=8), look(toy, lora, asked, steps=8)
     rest, now = (look(toy, which, others, first_seed=FIRST_SEED + 1000, steps=8) for which in (None, lora))
@@ -311,7 +309,7 @@ def replace_exam(toy, lora, old="square", new="circle", count=16):
 
 
 def slider_exam(toy, lora, count=16, strengths=STRENGTHS):
-    """Area against strength on prompts that name no size. Colour and shape are compared with the base's picture of the
+    """Area against strength on prompts that name no size. Colour and shape are compared with the base's image of the
     same seed."""
     asked = mixed(count, size=None)
     before = look(toy, None, asked)

@@ -18,7 +18,7 @@ ENCODE = dict(resolution=64, step=8, min_side=64, max_side=128)
 EXAM = [dict(shape=WORD, colour=c, size="large", ground=g) for c in shapes.COLOURS for g in shapes.GROUNDS if c != g]
 
 
-def pictures(folder, count=48, seed=0, shape=WORD) -> Path:
+def images(folder, count=48, seed=0, shape=WORD) -> Path:
     """A dataset folder: drawn stars with captions beside them. Colours and grounds take turns; place and size are
     drawn."""
     folder = Path(folder)
@@ -26,15 +26,15 @@ def pictures(folder, count=48, seed=0, shape=WORD) -> Path:
     rng = torch.Generator().manual_seed(seed)
     for index in range(count):
         wanted = EXAM[(index * 5) % len(EXAM)] | {"shape": shape}
-        picture, caption, _ = shapes.sample(rng, **wanted)
-        picture.save(folder / f"{shape}_{index:02d}.png")
+        image, caption, _ = shapes.sample(rng, **wanted)
+        image.save(folder / f"{shape}_{index:02d}.png")
         (folder / f"{shape}_{index:02d}.txt").write_text(caption, encoding="utf-8")
     return folder
 
 
-def marks(pictures, wanted) -> dict[str, float]:
-    """Share of pictures that show the asked attribute: {"shape": 0.9, "colour": ..., "ground": ...}."""
-    seen = [measure.measure(p) for p in pictures]
+def marks(images, wanted) -> dict[str, float]:
+    """Share of images that show the asked attribute: {"shape": 0.9, "colour": ..., "ground": ...}."""
+    seen = [measure.measure(p) for p in images]
     return {
         key: sum(getattr(s, key) == w[key] for s, w in zip(seen, wanted, strict=True)) / len(seen)
         for key in ("shape", "colour", "ground")
@@ -42,7 +42,7 @@ def marks(pictures, wanted) -> dict[str, float]:
 
 
 def graph(checkpoint, folder, *, exam=(), run_name="stars", sampling_steps=20, cfg=2.5, **train):
-    """An API prompt: checkpoint + folder -> LoRA, loss plot, and one picture per exam question without (b...) and with
+    """An API prompt: checkpoint + folder -> LoRA, loss plot, and one image per exam question without (b...) and with
     (l...) it."""
     widgets = {**TRAIN, "save_every": 0, "run_name": run_name, "checkpointing": "off", **train}
     captions = dict(

@@ -1,4 +1,4 @@
-"""Reads a toy picture back in pixels: which shape, colour, ground, size, and how large. Plain geometry, no model."""
+"""Reads a toy image back in pixels: which shape, colour, ground, size, and how large. Plain geometry, no model."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ SPOKES = 72  # directions in which the outline is measured
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows. Names are None (or "other" for the shape) when nothing fits; lengths and areas in px of a
-    64 px picture."""
+    """What an image shows. Names are None (or "other" for the shape) when nothing fits; lengths and areas in px of a
+    64 px image."""
 
     shape: str
     colour: str | None
@@ -37,10 +37,10 @@ class Seen:
         return all(getattr(self, key) == value for key, value in wanted.items())
 
 
-def measure(picture):
-    """What is seen on a picture: PIL, or an array or tensor (H, W, 3) in [0, 1], with or without a batch of one in
+def measure(image):
+    """What is seen on an image: PIL, or an array or tensor (H, W, 3) in [0, 1], with or without a batch of one in
     front."""
-    rgb = levels(picture)
+    rgb = levels(image)
     ground = np.median(
         np.concatenate([edge.reshape(-1, 3) for edge in (rgb[:2], rgb[-2:], rgb[:, :2], rgb[:, -2:])]), 0
     )
@@ -81,11 +81,11 @@ def measure(picture):
     )
 
 
-def levels(picture):
+def levels(image):
     """(H, W, 3) float levels, 0 to 255."""
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"), dtype=np.float32)
-    array = np.asarray(picture.detach().cpu().float() if hasattr(picture, "detach") else picture, dtype=np.float32)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"), dtype=np.float32)
+    array = np.asarray(image.detach().cpu().float() if hasattr(image, "detach") else image, dtype=np.float32)
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"Got an array of shape {array.shape}; give one picture as (H, W, 3) with values in [0, 1].")
@@ -120,7 +120,7 @@ def largest_piece(cover):
 
 
 def nearby(piece, margin_px=1.5):
-    """Mask, in picture pixels, of a piece and its margin: edge pixels belong to it, noise far away does not."""
+    """Mask, in image pixels, of a piece and its margin: edge pixels belong to it, noise far away does not."""
     from scipy import ndimage
 
     near = ndimage.binary_dilation(piece, iterations=round(margin_px * ZOOM))

@@ -1,5 +1,5 @@
 """The toy world inside ComfyUI: load the built file with the real loader, sample with the real sampler, measure the
-pictures.
+images.
 
 ComfyUI must be importable (tests: the `comfy` fixture; scripts: its folder on sys.path and comfy.cli_args.args.cpu
 set).
@@ -47,15 +47,15 @@ def conditioning(clip, prompts):
 
 
 def noise(seeds, px=shapes.PX, width=None):
-    """Start noise, one seed per picture: the same as KSampler's for that seed at batch size 1. Square, or of another
+    """Start noise, one seed per image: the same as KSampler's for that seed at batch size 1. Square, or of another
     width in pixels."""
     shape = (1, world.CHANNELS, px // 8, (width or px) // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
-def pictures(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None, px=shapes.PX, width=None):
-    """(N, px, width or px, 3) pictures in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a
+def images(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None, px=shapes.PX, width=None):
+    """(N, px, width or px, 3) images in [0, 1], one per prompt and seed, by ComfyUI's euler sampler; `model` (with a
     LoRA) replaces toy.model."""
     import comfy.sample
 
@@ -78,18 +78,18 @@ def pictures(toy, prompts, seeds, steps=STEPS, cfg=CFG, negative="", model=None,
 
 
 def accuracy(toy, wanted, first_seed, batch=96, **how):
-    """Share of pictures that show what was asked: {attribute: share}, `all` for every attribute asked at once, and the
+    """Share of images that show what was asked: {attribute: share}, `all` for every attribute asked at once, and the
     count.
 
-    `wanted` are attribute dicts as shapes.caption takes them; every picture has its own seed, counted up from
+    `wanted` are attribute dicts as shapes.caption takes them; every image has its own seed, counted up from
     first_seed.
     """
     hits = {}
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
         seeds = list(range(first_seed + start, first_seed + start + len(part)))
-        for asked, picture in zip(part, pictures(toy, [shapes.caption(**a) for a in part], seeds, **how), strict=True):
-            seen, asked = measure(picture), {k: v for k, v in asked.items() if v}
+        for asked, image in zip(part, images(toy, [shapes.caption(**a) for a in part], seeds, **how), strict=True):
+            seen, asked = measure(image), {k: v for k, v in asked.items() if v}
             for key, value in asked.items():
                 hits.setdefault(key, []).append(getattr(seen, key) == value)
             hits.setdefault("all", []).append(seen.matches(**asked))

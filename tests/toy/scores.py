@@ -1,4 +1,4 @@
-"""Pictures with scores that are known: brightness, colourfulness and roundness, read from the picture that the VAE
+"""Images with scores that are known: brightness, colourfulness and roundness, read from the image that the VAE
 decodes.
 
 Shapes at any angle, size and place, in any colour on any grey, so that each score is a continuous number and no two go
@@ -20,7 +20,7 @@ SCORES = ("brightness", "colourfulness", "roundness")
 
 
 def drawn(rng, px=shapes.PX):
-    """One picture by chance; all sizes show the same."""
+    """One image by chance; all sizes show the same."""
     one = lambda low, high: low + (high - low) * torch.rand((), generator=rng).item()
     shape, radius = shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))], one(11, 19)
     ground = one(16, 243)
@@ -33,13 +33,13 @@ def drawn(rng, px=shapes.PX):
     )
 
 
-def brightness(picture) -> float:
-    return float((picture @ np.array([0.299, 0.587, 0.114])).mean())
+def brightness(image) -> float:
+    return float((image @ np.array([0.299, 0.587, 0.114])).mean())
 
 
-def colourfulness(picture) -> float:
+def colourfulness(image) -> float:
     """Hasler and Suesstrunk 2003: the spread and the mean of the two opponent colours."""
-    rg, yb = picture[..., 0] - picture[..., 1], (picture[..., 0] + picture[..., 1]) / 2 - picture[..., 2]
+    rg, yb = image[..., 0] - image[..., 1], (image[..., 0] + image[..., 1]) / 2 - image[..., 2]
     return float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
 
 
@@ -49,7 +49,7 @@ def roundness(seen) -> float:
 
 
 def latents(toy, count, seed, px=shapes.PX):
-    """(latents (N, C, px / 8, px / 8) as the VAE gives them, {score: [N]}) of drawn pictures; those whose decoded shape
+    """(latents (N, C, px / 8, px / 8) as the VAE gives them, {score: [N]}) of drawn images; those whose decoded shape
     cannot be read are drawn anew. Large ones are measured at 64 px."""
     rng, found, scores = torch.Generator().manual_seed(seed), [], {name: [] for name in SCORES}
     while len(found) < count:
@@ -57,20 +57,20 @@ def latents(toy, count, seed, px=shapes.PX):
         with torch.inference_mode():
             z = toy.vae.encode(pixels)
             decoded = reduced(toy.vae.decode(z).clamp(0, 1).cpu()).numpy()
-        for latent, picture in zip(z.float().cpu(), decoded, strict=True):
-            seen = measure(picture) if len(found) < count else None
+        for latent, image in zip(z.float().cpu(), decoded, strict=True):
+            seen = measure(image) if len(found) < count else None
             if seen is None or not any(seen.waves):
                 continue
             found.append(latent.clone())
-            for name, score in zip(SCORES, (brightness(picture), colourfulness(picture), roundness(seen)), strict=True):
+            for name, score in zip(SCORES, (brightness(image), colourfulness(image), roundness(seen)), strict=True):
                 scores[name].append(score)
     with torch.inference_mode(False):
         return torch.stack(found).clone(), scores
 
 
-def reduced(pictures):
+def reduced(images):
     """(N, H, W, 3) at 64 px, each pixel the mean of those it covers."""
-    return torch.nn.functional.adaptive_avg_pool2d(pictures.movedim(-1, 1), shapes.PX).movedim(1, -1)
+    return torch.nn.functional.adaptive_avg_pool2d(images.movedim(-1, 1), shapes.PX).movedim(1, -1)
 
 
 def encoded(z, scores) -> EncodedDataset:

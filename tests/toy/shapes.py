@@ -1,4 +1,4 @@
-"""Drawn pictures of the toy world: colour x shape x size x ground, 64 px, with captions. `measure.py` reads them back.
+"""Drawn images of the toy world: colour x shape x size x ground, 64 px, with captions. `measure.py` reads them back.
 
 The base model is trained on SEEN only. UNSEEN shapes are for proofs: what a LoRA must teach, and the base must fail at.
 Every shape covers the same area at the same radius, so that size is one number whatever the shape: pi * radius ** 2.
@@ -18,7 +18,7 @@ COLOURS = {
     "purple": (150, 50, 175),
 }
 GROUNDS = {"white": (243, 243, 243), "grey": (128, 128, 128), "black": (16, 16, 16)}
-SIZES = {"small": (8.0, 10.5), "large": (16.0, 19.0)}  # radius of the circle of equal area, px in a 64 px picture
+SIZES = {"small": (8.0, 10.5), "large": (16.0, 19.0)}  # radius of the circle of equal area, px in a 64 px image
 SEEN = ("circle", "square", "triangle", "cross")
 UNSEEN = ("star", "ring")
 SHAPES = SEEN + UNSEEN
@@ -61,27 +61,27 @@ def rotate(point, degrees):
     return point[0] * math.cos(a) - point[1] * math.sin(a), point[0] * math.sin(a) + point[1] * math.cos(a)
 
 
-def paint(picture, shape, colour, radius, centre, degrees=0.0):
-    """Draw one shape, in pixels of the final picture, on a picture that is FINE times larger. A ring lets the ground
+def paint(image, shape, colour, radius, centre, degrees=0.0):
+    """Draw one shape, in pixels of the final image, on an image that is FINE times larger. A ring lets the ground
     through."""
 
     def placed(points):
         return [(FINE * (centre[0] + x), FINE * (centre[1] + y)) for x, y in (rotate(p, degrees) for p in points)]
 
-    mask = Image.new("L", picture.size, 0)
+    mask = Image.new("L", image.size, 0)
     ImageDraw.Draw(mask).polygon(placed(outline(shape, radius)), fill=255)
     if shape == "ring":
         ImageDraw.Draw(mask).polygon(placed(turned([HOLE * radius / math.sqrt(1 - HOLE**2)] * 96)), fill=0)
-    picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
+    image.paste(Image.new("RGB", image.size, colour), mask=mask)
 
 
 def draw(shape="circle", colour="red", size="large", ground="white", *, radius=None, centre=None, degrees=0.0, px=PX):
-    """A picture of one shape. Colour and ground are names or RGB; `radius` (px of 64) wins over `size`; centre in px of
+    """An image of one shape. Colour and ground are names or RGB; `radius` (px of 64) wins over `size`; centre in px of
     64."""
     radius = sum(SIZES[size]) / 2 if radius is None else radius
-    picture = Image.new("RGB", (FINE * PX, FINE * PX), GROUNDS.get(ground, COLOURS.get(ground, ground)))
-    paint(picture, shape, COLOURS.get(colour, colour), radius, centre or (PX / 2, PX / 2), degrees)
-    return picture.resize((px, px), Image.Resampling.BOX if px <= FINE * PX else Image.Resampling.BICUBIC)
+    image = Image.new("RGB", (FINE * PX, FINE * PX), GROUNDS.get(ground, COLOURS.get(ground, ground)))
+    paint(image, shape, COLOURS.get(colour, colour), radius, centre or (PX / 2, PX / 2), degrees)
+    return image.resize((px, px), Image.Resampling.BOX if px <= FINE * PX else Image.Resampling.BICUBIC)
 
 
 def caption(shape, colour=None, size=None, ground=None):
@@ -91,7 +91,7 @@ def caption(shape, colour=None, size=None, ground=None):
 
 
 def sample(rng, **fixed):
-    """(picture, caption, attributes) drawn by chance from a torch.Generator. `fixed` pins shape, colour, size, ground
+    """(image, caption, attributes) drawn by chance from a torch.Generator. `fixed` pins shape, colour, size, ground
     or radius.
 
     Shapes come from SEEN unless pinned. Colours and grounds vary by a few levels, centres by up to DRIFT_PX.
@@ -111,8 +111,8 @@ def sample(rng, **fixed):
     chosen["centre"] = inside(chosen["shape"], chosen["radius"], drift)
     colour = tuple(round(min(255, max(0, c + t))) for c, t in zip(COLOURS[chosen["colour"]], tint, strict=True))
     ground = tuple(round(min(255, max(0, c + shade))) for c in GROUNDS[chosen["ground"]])
-    picture = draw(chosen["shape"], colour, ground=ground, radius=chosen["radius"], centre=chosen["centre"])
-    return picture, caption(*(chosen[k] for k in ("shape", "colour", "size", "ground"))), chosen
+    image = draw(chosen["shape"], colour, ground=ground, radius=chosen["radius"], centre=chosen["centre"])
+    return image, caption(*(chosen[k] for k in ("shape", "colour", "size", "ground"))), chosen
 
 
 def below(rng, n):
@@ -121,7 +121,7 @@ def below(rng, n):
 
 
 def inside(shape, radius, drift, margin=1.5):
-    """The centre nearest to the drifted one that keeps the whole shape in the picture, px."""
+    """The centre nearest to the drifted one that keeps the whole shape in the image, px."""
     xs, ys = zip(*outline(shape, radius), strict=True)
     return tuple(
         min(max(PX / 2 + d, margin - min(side)), PX - margin - max(side))

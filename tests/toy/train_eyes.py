@@ -1,4 +1,4 @@
-"""Trains the toy world's CLIP_VISION, a small CLIP that tells how a picture was drawn, and writes
+"""Trains the toy world's CLIP_VISION, a small CLIP that tells how an image was drawn, and writes
 tests/toy/weights/eyes.safetensors.
 
     python -m tests.toy.train_eyes train pack check      # stopped runs go on from TOY_WORK, by default /tmp/toy_world
@@ -21,11 +21,11 @@ from . import shapes, world
 from .train_world import WORK, learn, pack, pixels
 
 NUMBERS = ("red", "green", "blue", "ground red", "ground green", "ground blue", "radius", "x", "y")
-POOL = 20000  # pictures drawn once; each is seen mirrored, too
+POOL = 20000  # images drawn once; each is seen mirrored, too
 
 
 def drawn(rng):
-    """(picture, number of its shape, what NUMBERS says, about -1 to 1)."""
+    """(image, number of its shape, what NUMBERS says, about -1 to 1)."""
     one = lambda low, high: low + (high - low) * torch.rand((), generator=rng).item()
     kind, radius = shapes.below(rng, len(shapes.SHAPES)), one(8, 19)
     ground = [round(one(10, 245))] * 3 if one(0, 1) < 0.5 else [round(one(10, 245)) for _ in range(3)]
@@ -33,11 +33,11 @@ def drawn(rng):
     while np.linalg.norm(np.subtract(colour, ground)) < 70:
         colour = [round(one(10, 245)) for _ in range(3)]
     centre = shapes.inside(shapes.SHAPES[kind], radius, [one(-12, 12) for _ in range(2)])
-    picture = shapes.draw(
+    image = shapes.draw(
         shapes.SHAPES[kind], tuple(colour), ground=tuple(ground), radius=radius, centre=centre, degrees=one(0, 360)
     )
     return (
-        picture,
+        image,
         kind,
         [(v - 128) / 70 for v in (*colour, *ground)] + [(radius - 13.5) / 3.2, *((v - 32) / 6 for v in centre)],
     )
@@ -52,7 +52,7 @@ def pool(count, seed):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(
             (
-                pixels([picture for picture, *_ in made]),
+                pixels([image for image, *_ in made]),
                 torch.tensor([kind for _, kind, _ in made]),
                 torch.tensor([numbers for *_, numbers in made]),
             ),
@@ -71,29 +71,29 @@ class Telling(torch.nn.Module):
         width = world.EYES["projection_dim"]
         self.shape, self.numbers = torch.nn.Linear(width, len(shapes.SHAPES)), torch.nn.Linear(width, len(NUMBERS))
 
-    def forward(self, pictures):
+    def forward(self, images):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in world.LIGHT)
         with torch.autocast("cpu", torch.bfloat16):
-            seen = self.eyes(pixel_values=(pictures.float() / 255 - mean) / std).image_embeds
+            seen = self.eyes(pixel_values=(images.float() / 255 - mean) / std).image_embeds
             seen = F.layer_norm(seen.float(), seen.shape[1:])
             return self.shape(seen).float(), self.numbers(seen).float()
 
 
-def mirrored(rng, pictures, numbers):
-    """The same pictures, mirrored by chance, with their new places."""
+def mirrored(rng, images, numbers):
+    """The same images, mirrored by chance, with their new places."""
     x, y = (-1.0 if torch.rand((), generator=rng) < 0.5 else 1.0 for _ in range(2))
     flips = [axis for axis, sign in ((-1, x), (-2, y)) if sign < 0]
-    return pictures.flip(flips), numbers * torch.tensor([1.0] * 7 + [x, y])
+    return images.flip(flips), numbers * torch.tensor([1.0] * 7 + [x, y])
 
 
 def train(steps=6000, batch=64, rate=1e-3, seed=21):
     start = time.time()
-    pictures, kinds, numbers = pool(POOL, seed)
+    images, kinds, numbers = pool(POOL, seed)
     print(f"data ready, {time.time() - start:.0f} s", flush=True)
 
     def losses(step, rng):
-        pick = torch.randint(len(pictures), (batch,), generator=rng)
-        looked, told = mirrored(rng, pictures[pick], numbers[pick])
+        pick = torch.randint(len(images), (batch,), generator=rng)
+        looked, told = mirrored(rng, images[pick], numbers[pick])
         shape, said = model(looked)
         return [F.cross_entropy(shape, kinds[pick]) + (said - told).square().mean()]
 
@@ -102,12 +102,12 @@ def train(steps=6000, batch=64, rate=1e-3, seed=21):
 
 
 def check():
-    """Of 2000 new pictures: the share of shapes named, and how much of the numbers' variance is told."""
-    pictures, kinds, numbers = pool(2000, 22)
+    """Of 2000 new images: the share of shapes named, and how much of the numbers' variance is told."""
+    images, kinds, numbers = pool(2000, 22)
     model = Telling()
     model.load_state_dict(world.unpack(load_file(str(world.WEIGHTS / "eyes.safetensors"))))
     with torch.no_grad():
-        parts = [model(some) for some in pictures.split(200)]
+        parts = [model(some) for some in images.split(200)]
     shape, said = (torch.cat(some) for some in zip(*parts, strict=True))
     told = 1 - (said - numbers).square().mean(0) / numbers.var(0)
     print(

@@ -3,7 +3,7 @@ Half an hour of one core.
 
     python -m tests.toy.train_pairs train pack      # stopped runs go on from TOY_WORK, by default /tmp/toy_world
 
-Half of a step's pictures stay alone, 64 x 64 px. The other half are frames of 128 x 64 px, what Build Collages makes of
+Half of a step's images stay alone, 64 x 64 px. The other half are frames of 128 x 64 px, what Build Collages makes of
 two of them, captioned by position ("left: a red circle on a white ground; right: ..."), always of SEEN shapes. Run from
 the root of the repository, like train_world.
 """
@@ -19,7 +19,7 @@ from . import shapes, world
 from .train_world import (
     WORK,
     blank_transformer,
-    encode_pictures,
+    encode_images,
     encode_texts,
     flow_loss,
     learn,
@@ -41,12 +41,12 @@ def brief(rng, attributes):
     return next(text for text in iter(lambda: said(rng, attributes), None) if text)
 
 
-def encode_frames(pictures):
+def encode_frames(images):
     """Latents (N, 16, 8, 8 or 16), by the VAE as it is stored."""
     WORK.mkdir(parents=True, exist_ok=True)
     if not (WORK / "vae.safetensors").exists():
         save_file(world.unpack(load_file(str(world.WEIGHTS / "vae.safetensors"))), str(WORK / "vae.safetensors"))
-    return encode_pictures(pictures)
+    return encode_images(images)
 
 
 def side_by_side(left, right):
@@ -57,7 +57,7 @@ def side_by_side(left, right):
 
 
 def lessons(kind, count, seed, per_caption=4):
-    """(latents, caption number of each, hidden states, pooled) of pictures alone or frames; caption 0 is the empty
+    """(latents, caption number of each, hidden states, pooled) of images alone or frames; caption 0 is the empty
     one."""
     path = WORK / f"{kind}-{count}-{seed}.pt"
     if path.exists():
@@ -86,7 +86,7 @@ def transformer():
 
 
 def train(steps=3000, batch=32, rate=6e-4, seed=11):
-    """`batch` pictures alone and as many frames per step; one in ten without a caption, for guidance."""
+    """`batch` images alone and as many frames per step; one in ten without a caption, for guidance."""
     start = time.time()
     kinds = [lessons("alone", 3000, seed), lessons("frames", 6000, seed + 1)]
     print(f"data ready, {time.time() - start:.0f} s", flush=True)

@@ -27,30 +27,30 @@ NOUNS = (*shapes.SEEN, "shape")  # "a red shape" leaves the shape open
 WORK = pathlib.Path(os.environ.get("TOY_WORK", "/tmp/toy_world"))  # float32 weights between the two parts
 
 
-def pixels(pictures):
-    """PIL pictures -> (N, 3, H, W) uint8."""
-    flat = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in pictures)
+def pixels(images):
+    """PIL images -> (N, 3, H, W) uint8."""
+    flat = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in images)
     return torch.stack([p.permute(2, 0, 1) for p in flat])
 
 
 def jumble(rng):
-    """A picture of two to four shapes of any colour and angle on any ground: the VAE must serve more than the captions
+    """An image of two to four shapes of any colour and angle on any ground: the VAE must serve more than the captions
     can say."""
 
     def any_colour():
         return tuple(torch.randint(256, (3,), generator=rng).tolist())
 
-    picture = shapes.Image.new("RGB", (shapes.FINE * shapes.PX,) * 2, any_colour())
+    image = shapes.Image.new("RGB", (shapes.FINE * shapes.PX,) * 2, any_colour())
     for _ in range(2 + shapes.below(rng, 3)):
         radius, x, y, turn = (
             torch.rand(4, generator=rng) * torch.tensor([14, 48, 48, 360]) + torch.tensor([4, 8, 8, 0])
         ).tolist()
-        shapes.paint(picture, shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))], any_colour(), radius, (x, y), turn)
-    return picture.resize((shapes.PX,) * 2, shapes.Image.Resampling.BOX)
+        shapes.paint(image, shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))], any_colour(), radius, (x, y), turn)
+    return image.resize((shapes.PX,) * 2, shapes.Image.Resampling.BOX)
 
 
-def vae_pictures(n, seed, every_nth=3):
-    """(n, 3, 64, 64) uint8: pictures of the world, unseen shapes included, and every third (or nth) a jumble."""
+def vae_images(n, seed, every_nth=3):
+    """(n, 3, 64, 64) uint8: images of the world, unseen shapes included, and every third (or nth) a jumble."""
     rng = torch.Generator().manual_seed(seed)
     turns = [shapes.SHAPES[shapes.below(rng, len(shapes.SHAPES))] for _ in range(n)]
     return pixels(
@@ -102,7 +102,7 @@ def train_vae(steps=2000, batch=16, rate=1.2e-3, seed=1):
     vae.taesd_decoder[-1].bias.data.fill_(0.5)
     vae.taesd_encoder[-1].weight.data.mul_(0.5)
     vae.to(memory_format=torch.channels_last).train()
-    data, unseen = vae_pictures(9000, seed), vae_pictures(300, seed + 1).float() / 255
+    data, unseen = vae_images(9000, seed), vae_images(300, seed + 1).float() / 255
     weights = [p for n, p in vae.named_parameters() if n.startswith("taesd")]
     opt, start, before = (
         torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4),
@@ -157,8 +157,8 @@ def polish(steps=1000, batch=16, rate=8e-4, seed=5):
     )
     vae.load_state_dict(before["weights"] if before else stored, strict=False)
     decoder = vae.taesd_decoder.to(memory_format=torch.channels_last)
-    data = vae_pictures(9000, seed, 6)
-    latents, unseen = encode_pictures(data), vae_pictures(300, seed + 1).float() / 255
+    data = vae_images(9000, seed, 6)
+    latents, unseen = encode_images(data), vae_images(300, seed + 1).float() / 255
     opt, start = torch.optim.AdamW(decoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4), time.time()
     if before:
         opt.load_state_dict(before["opt"])
@@ -194,10 +194,10 @@ def polish(steps=1000, batch=16, rate=8e-4, seed=5):
 
 
 @torch.no_grad()
-def vae_figures(vae, pictures):
-    """Squared error on pictures in [0, 1] and spread of the latents, as one line."""
-    z = vae.taesd_encoder(pictures)
-    error = (vae.taesd_decoder(z).clamp(0, 1) - pictures).square().mean((1, 2, 3))
+def vae_figures(vae, images):
+    """Squared error on images in [0, 1] and spread of the latents, as one line."""
+    z = vae.taesd_encoder(images)
+    error = (vae.taesd_decoder(z).clamp(0, 1) - images).square().mean((1, 2, 3))
     named = error[torch.arange(len(error)) % 3 != 2].mean()
     channel = z.std((0, 2, 3))
     spread = f"latent std {z.std():.3f} ({channel.min():.2f}-{channel.max():.2f}) mean {z.mean():.3f}"
@@ -220,7 +220,7 @@ def captions():
 
 
 def said(rng, attributes):
-    """A caption for a picture: all of it, or with a word or two left out, or nothing (one in ten, for guidance)."""
+    """A caption for an image: all of it, or with a word or two left out, or nothing (one in ten, for guidance)."""
     empty, noun, colour, size, ground = torch.rand(5, generator=rng).tolist()
     if empty < 0.1:
         return ""
@@ -254,14 +254,14 @@ def encode_texts(texts, length=77):
 
 
 @torch.no_grad()
-def encode_pictures(pictures):
+def encode_images(images):
     """Model-space latents (N, 16, 8, 8), by the VAE as it will be stored: in 8 bits."""
     from comfy.taesd.taesd import TAESD
 
     vae = TAESD(latent_channels=world.CHANNELS)
     vae.load_state_dict(world.unpack(world.pack(load_file(str(WORK / "vae.safetensors")))), strict=False)
     vae.to(memory_format=torch.channels_last)
-    parts = pictures.contiguous(memory_format=torch.channels_last).split(64)
+    parts = images.contiguous(memory_format=torch.channels_last).split(64)
     return torch.cat([vae.taesd_encoder(part.float() / 255) for part in parts]).contiguous()
 
 
@@ -302,10 +302,10 @@ def sigmas(rng, n):
 
 
 def training_set(n, seed):
-    """Attributes of n pictures, caption -> index, latents, and the encoded captions' hidden states and pooled."""
+    """Attributes of n images, caption -> index, latents, and the encoded captions' hidden states and pooled."""
     rng = torch.Generator().manual_seed(seed)
     drawn = [shapes.sample(rng) for _ in range(n)]
-    latents = encode_pictures(pixels([d[0] for d in drawn]))
+    latents = encode_images(pixels([d[0] for d in drawn]))
     return [d[2] for d in drawn], {t: i for i, t in enumerate(captions())}, latents, *texts()
 
 
@@ -363,11 +363,11 @@ def learn(name, model, losses, steps, rate, seed):
             )
 
 
-def train_dit(steps=17000, short=15600, batch=64, rate=1.5e-3, seed=3, pictures=6000):
+def train_dit(steps=17000, short=15600, batch=64, rate=1.5e-3, seed=3, images=6000):
     """The first `short` steps see 12 of the 77 text tokens (a caption needs 10, the rest is padding): the same lesson
     at a third of the time."""
     rng, start = torch.Generator().manual_seed(seed), time.time()
-    attributes, index, latents, context, pooled = training_set(pictures, seed)
+    attributes, index, latents, context, pooled = training_set(images, seed)
     print(
         f"data ready: {len(latents)} latents std {latents.std():.3f}, {len(context)} captions, "
         f"{time.time() - start:.0f} s",

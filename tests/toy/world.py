@@ -96,7 +96,7 @@ def vae():
 
 
 def eyes():
-    """The trained CLIP_VISION (train_eyes.py) under the names of a CLIP: it tells how a picture of the world was
+    """The trained CLIP_VISION (train_eyes.py) under the names of a CLIP: it tells how an image of the world was
     drawn."""
     state = unpack(load_file(str(WEIGHTS / "eyes.safetensors")))
     return {name.removeprefix("eyes."): weight for name, weight in state.items() if name.startswith("eyes.")}
@@ -138,7 +138,7 @@ def unpack(packed):
 def position_table(width, side):
     """(1, side * side, width) sine-cosine table of token positions; first half says the column, second half the row.
 
-    SD3 cuts the h x w tokens of a picture out of the middle of the table, so a 64 px picture uses rows and columns 30
+    SD3 cuts the h x w tokens of an image out of the middle of the table, so a 64 px image uses rows and columns 30
     to 33.
     """
     where = torch.arange(side, dtype=torch.float64)

@@ -327,7 +327,7 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean():
 
 
 def test_rank_dropout_leaves_out_whole_ranks_for_each_picture_and_keeps_the_mean():
-    """A rank is there for all tokens of a picture or for none, and pictures differ."""
+    """A rank is there for all tokens of an image or for none, and images differ."""
     seen = ranks_seen((200, 5), rank_dropout=0.25)
     assert {round(v, 4) for v in seen.unique().tolist()} == {0.0, 1.3333} and seen.mean().item() == pytest.approx(
         1, abs=0.02

@@ -48,7 +48,7 @@ def test_rows_by_hand():
 
 
 def test_what_does_not_fill_a_batch_by_hand():
-    """5 and 3 pictures an epoch: batch 2: 1 + 1; batch 3: 2 + 0; batch 4: 1 + 3; batch 8: 5 + 3"""
+    """5 and 3 images an epoch: batch 2: 1 + 1; batch 3: 2 + 0; batch 4: 1 + 3; batch 8: 5 + 3"""
     rows = assign_buckets(dataset((512, 512), (256, 512), repeats=(5, 3)), BucketSettings(resolution=512)).bucket_stats
     assert [count_partial_batch_images(rows, batch) for batch in (1, 2, 3, 4, 8)] == [0, 2, 2, 4, 8]
 
@@ -59,13 +59,13 @@ def test_the_report_names_who_was_merged_who_is_alone_and_who_is_enlarged():
     words = format_bucket_report(
         assign_buckets(given, BucketSettings(resolution=512, max_crop=0.16, upscale=True))
     ).splitlines()
-    assert words[0] == "4 pictures in 2 buckets, 4 per epoch (tight rules, 512 px, step 64)"
-    assert words[1] == "512x512: 3 pictures, 3 per epoch, 5.0% cut off, scaled by 0.60 to 1.00"
-    assert words[2] == "256x1024: 1 picture, 1 per epoch, 0.0% cut off, scaled by 1.28"
+    assert words[0] == "4 images in 2 buckets, 4 per epoch (tight rules, 512 px, step 64)"
+    assert words[1] == "512x512: 3 images, 3 per epoch, 5.0% cut off, scaled by 0.60 to 1.00"
+    assert words[2] == "256x1024: 1 image, 1 per epoch, 0.0% cut off, scaled by 1.28"
     assert words[3] == "merged: 0.png 448x576 -> 512x512 (15.0% cut off)"
     assert words[4] == "fewer than 2 in their bucket, nothing within max_crop 0.16 to join: 3.png 256x1024"
     assert words[5] == "enlarged: 3.png 1.28x"
-    assert words[6] == "In batches that are not full, of 4 pictures an epoch, by batch size: 2: 2, 3: 1"
+    assert words[6] == "In batches that are not full, of 4 images an epoch, by batch size: 2: 2, 3: 1"
 
 
 def test_long_lists_are_cut_and_counted():

@@ -114,7 +114,7 @@ def test_a_ribbon_that_upscale_cannot_help_is_told_what_helps():
 
 @pytest.mark.parametrize("upscale", [False, True])
 def test_every_size_is_covered_and_never_stretched(upscale):
-    """the bucket lies inside the scaled picture, is centred, and the scaled picture is within a pixel of the original's
+    """the bucket lies inside the scaled image, is centred, and the scaled image is within a pixel of the original's
     aspect"""
     settings = BucketSettings(resolution=512, upscale=upscale, max_side=1024, rules="kohya")
     for width in range(64, 3000, 171):
@@ -183,7 +183,7 @@ def literal(size, resolution, step, upscale):
             low_h = (h + step) ** 2 * width <= area * height if enlarged else h + step <= height
             if low_w or low_h:
                 continue
-            # the picture covers it: w / width >= h / height, or the other way round; the other side hangs over by less
+            # the image covers it: w / width >= h / height, or the other way round; the other side hangs over by less
             # than a step
             over = w * height - h * width  # in units of 1/width above 0, of 1/height below
             if over >= step * width or -over >= step * height:
@@ -325,7 +325,7 @@ def test_a_crowd_of_sizes_ends_in_few_buckets_and_nobody_loses_more_than_allowed
 
 
 def test_images_of_one_size_stay_together():
-    """the two or three pictures of a pair are compared cell by cell"""
+    """the two or three images of a pair are compared cell by cell"""
     sizes = [(int(w), int(h)) for w, h in np.random.default_rng(5).integers(600, 1400, (40, 2))]
     for merge in (2, 5, 64):
         placed = place_records(
@@ -358,7 +358,7 @@ def test_all_images_that_have_no_place_are_counted_and_the_first_named():
         place_records(records((30, 30), (20, 20), (512, 512)), BucketSettings())
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the image -------------------------------------------------------------------------------------------------------
 
 
 def test_fit_cuts_the_middle():

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, captioned, encoded, picture, repaint
+from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, captioned, encoded, image, repaint
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import DiskCache, LruCache, count_tensor_bytes
 from trainyard.trainers.data.caption_variants import CaptionSettings
@@ -92,7 +92,7 @@ def test_leftovers_of_a_killed_process_are_swept_and_others_work_is_left(tmp_pat
 
 
 def test_nothing_is_encoded_twice(tmp_path):
-    """3 pictures, 3 captions and the empty one"""
+    """3 images, 3 captions and the empty one"""
     captioned(tmp_path / "in", 3)
     vae, text = FakeVae(), FakeText()
     first, second = (encoded(tmp_path, vae=vae, text=text) for _ in range(2))
@@ -116,7 +116,7 @@ def test_moved_pictures_are_not_encoded_again(tmp_path):
         (dict(vae=FakeVae("other")), 2, 0),
         (dict(text=FakeText("other")), 0, 3),
         (dict(buckets=BucketSettings(resolution=32, step=8, upscale=True)), 2, 0),
-        (dict(buckets=BucketSettings(resolution=32, step=8)), 0, 0),  # pictures of 16 px stay at 16 px
+        (dict(buckets=BucketSettings(resolution=32, step=8)), 0, 0),  # images of 16 px stay at 16 px
         (dict(flip=True), 2, 0),
         (dict(ground=(0, 0, 0)), 2, 0),
         (dict(captions=CaptionSettings(trigger="sks")), 0, 2),
@@ -143,7 +143,7 @@ def test_a_changed_picture_and_a_changed_caption_are_encoded_again(tmp_path):
 
 
 def test_a_stopped_encode_continues_where_it_was(tmp_path):
-    """the 4th of 6 pictures raises; the second run encodes 4, 5, 6 and no text"""
+    """the 4th of 6 images raises; the second run encodes 4, 5, 6 and no text"""
     captioned(tmp_path / "in", 6)
     with pytest.raises(Cut):
         encoded(tmp_path, vae=FakeVae(stop_at=4))
@@ -215,13 +215,13 @@ def test_a_picture_that_changes_while_the_graph_waits_is_refused(tmp_path):
 
 def test_flips_are_the_encoded_mirror_and_not_a_mirrored_latent(tmp_path):
     """the fake VAE is not symmetric, as no real one is: it weighs left pixels of a cell more than right ones"""
-    picture(tmp_path / "in" / "a.png", seed=3)
+    image(tmp_path / "in" / "a.png", seed=3)
     vae = FakeVae()
     data = encoded(tmp_path, vae=vae, flip=True, captions=CaptionSettings(caption_mode="empty (unconditional)"))
     (item,) = data.items
-    image = torch.tensor(list(open_image(read_folder(tmp_path / "in")[0]).tobytes())).view(1, 16, 16, 3) / 255.0
+    pixels = torch.tensor(list(open_image(read_folder(tmp_path / "in")[0]).tobytes())).view(1, 16, 16, 3) / 255.0
     mirrored = data.store.load(item.flipped)["mean"]
-    assert torch.equal(mirrored, vae.encode(image.flip(2))[0][0])
+    assert torch.equal(mirrored, vae.encode(pixels.flip(2))[0][0])
     assert not torch.allclose(mirrored, data.store.load(item.latent)["mean"].flip(-1))
 
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_encoded_is_said_before_any_picture(tmp_path, change, mes
 
 
 def test_missing_captions_are_an_error_unless_something_else_is_said(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    image(tmp_path / "in" / "a.png")
     with pytest.raises(ValueError, match="Captions are asked for, and 1 of 1 images have none: a.png"):
         encoded(tmp_path)
     assert encoded(tmp_path, captions=CaptionSettings(trigger="sks")).items[0].captions == ("sks",)

@@ -27,7 +27,7 @@ MIXED = dataset(
 
 
 def test_by_hand():
-    """five pictures, one without caption, two that share theirs, one with two captions"""
+    """five images, one without caption, two that share theirs, one with two captions"""
     found = build_caption_report(MIXED, trigger="sks")
     assert (found["pictures"], found["captioned"], found["captions"], found["different captions"]) == (5, 4, 5, 4)
     assert (found["with alternatives"], found["pictures with the same caption"]) == (1, 2)
@@ -67,9 +67,9 @@ def test_tokens_are_counted_per_text_encoder_with_the_limit_of_each():
 def test_warnings_say_what_and_which():
     found = build_caption_report(MIXED, trigger="sks", count_tokens=lambda text: {"l": 100})["warnings"]
     assert found == [
-        "1 of 5 pictures have no caption: 3.png",
-        "2 of 5 pictures do not say the trigger 'sks': 3.png, 4.png",
-        "2 of 5 pictures share their caption with another (40% > 30%); equal words teach no difference",
+        "1 of 5 images have no caption: 3.png",
+        "2 of 5 images do not say the trigger 'sks': 3.png, 4.png",
+        "2 of 5 images share their caption with another (40% > 30%); equal words teach no difference",
         "5 captions have more than 75 tokens in l (read in up to 2 chunks): 0.png, 1.png, 2.png, 4.png, 4.png",
     ]
     assert build_caption_report(dataset(("a",), ("b",), ("c",), ("c",)))["warnings"] != []
@@ -78,17 +78,17 @@ def test_warnings_say_what_and_which():
 
 def test_the_report_reads_well():
     assert format_caption_report(build_caption_report(MIXED, trigger="sks"), tags=2).splitlines() == [
-        "5 pictures, 4 with captions, 1 with alternatives",
+        "5 images, 4 with captions, 1 with alternatives",
         "5 captions, 4 different",
         "words: 3.8 on average, 10 at most; longest: 2.png",
-        "! 1 of 5 pictures have no caption: 3.png",
-        "! 2 of 5 pictures do not say the trigger 'sks': 3.png, 4.png",
-        "! 2 of 5 pictures share their caption with another (40% > 30%); equal words teach no difference",
+        "! 1 of 5 images have no caption: 3.png",
+        "! 2 of 5 images do not say the trigger 'sks': 3.png, 4.png",
+        "! 2 of 5 images share their caption with another (40% > 30%); equal words teach no difference",
         "",
         "most repeated captions",
         "    2 sks, red ball",
         "",
-        "4 tags (pictures that have them)",
+        "4 tags (images that have them)",
         "    3 red ball",
         "    3 sks",
         "  ... 2 more",
@@ -97,6 +97,6 @@ def test_the_report_reads_well():
 
 def test_a_dataset_without_any_caption_has_a_report_too():
     assert format_caption_report(build_caption_report(dataset((), ()), count_tokens=words)).splitlines() == [
-        "2 pictures, 0 with captions, 0 with alternatives", "0 captions, 0 different", "! 2 of 2 pictures have no "
+        "2 images, 0 with captions, 0 with alternatives", "0 captions, 0 different", "! 2 of 2 images have no "
                                                                                        "caption: 0.png, "
                                                                                        "1.png"]  # fmt: skip

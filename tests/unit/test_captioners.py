@@ -52,27 +52,27 @@ def colour_blip(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """red, blue and green, and a file that changes after it was read."""
     folder = tmp_path / "set"
     folder.mkdir()
     for colour in tiny_vlm.COLOURS:
-        tiny_vlm.plain_picture(colour).save(folder / f"{colour}.png")
+        tiny_vlm.plain_image(colour).save(folder / f"{colour}.png")
     return folder
 
 
 class Counting:
-    """Says the colour of a picture, remembers what it was asked, and fails where it is told to."""
+    """Says the colour of an image, remembers what it was asked, and fails where it is told to."""
 
     identity = "counting"
 
     def __init__(self, fails=()):
         self.asked, self.fails = [], fails
 
-    def caption(self, picture, prompt):
+    def caption(self, image, prompt):
         name = min(
             tiny_vlm.COLOURS,
-            key=lambda c: sum(abs(a - b) for a, b in zip(tiny_vlm.COLOURS[c], picture.getpixel((0, 0)), strict=True)),
+            key=lambda c: sum(abs(a - b) for a, b in zip(tiny_vlm.COLOURS[c], image.getpixel((0, 0)), strict=True)),
         )
         self.asked.append((name, prompt))
         if name in self.fails:
@@ -98,7 +98,7 @@ def told(dataset):
 def test_every_family_describes_a_picture_from_a_local_folder(zoo, kind):
     captioner = vlm.load_vlm_captioner(zoo(kind), SHORT, FREE)
     said = captioner.caption(
-        tiny_vlm.plain_picture("red", (60, 44)), "What is here?" if captioner.follows_instructions else ""
+        tiny_vlm.plain_image("red", (60, 44)), "What is here?" if captioner.follows_instructions else ""
     )
     assert isinstance(said.text, str)
     assert "What is here" not in said.text and "assistant" not in said.text, "the prompt is no part of the caption"
@@ -115,28 +115,26 @@ def test_each_family_is_asked_in_its_own_manner(zoo, kind, manner):
 @pytest.mark.parametrize("kind", ["blip", "git", "blip2", "llava", "qwen25_vl", "gemma3", "internvl"])
 def test_a_caption_begins_with_the_given_words_and_they_are_said_once(zoo, kind):
     captioner = vlm.load_vlm_captioner(zoo(kind), SHORT, PromptSettings(begin="a red"))
-    said = captioner.caption(tiny_vlm.plain_picture("red"), "")
+    said = captioner.caption(tiny_vlm.plain_image("red"), "")
     assert said.text.startswith("a red") and said.text.count("a red") == 1
 
 
 def test_a_model_that_has_learnt_colours_names_the_colour_it_sees(colour_blip):
     captioner = vlm.load_vlm_captioner(colour_blip, CaptionerSettings(), FREE)
-    said = [
-        captioner.caption(tiny_vlm.plain_picture(colour, (200, 120)), "").text for colour in ("red", "blue", "green")
-    ]
+    said = [captioner.caption(tiny_vlm.plain_image(colour, (200, 120)), "").text for colour in ("red", "blue", "green")]
     assert said == ["red sky", "blue sky", "green sky"], "and no mark such as [DEC] leaks into it"
 
 
 def test_a_forbidden_word_is_not_said_by_the_model_itself(colour_blip):
     captioner = vlm.load_vlm_captioner(colour_blip, CaptionerSettings(), PromptSettings(forbidden="sky"))
-    assert "sky" not in captioner.caption(tiny_vlm.plain_picture("red"), "").text
+    assert "sky" not in captioner.caption(tiny_vlm.plain_image("red"), "").text
 
 
 def test_temperature_varies_by_seed_repeats_by_seed_and_leaves_the_global_chance_alone(zoo):
-    picture, before = tiny_vlm.plain_picture("blue"), torch.random.get_rng_state()
+    image, before = tiny_vlm.plain_image("blue"), torch.random.get_rng_state()
     said = [
         vlm.load_vlm_captioner(zoo("llava"), CaptionerSettings(max_tokens=12, temperature=1.5, top_p=1.0, seed=s), FREE)
-        .caption(picture, "x")
+        .caption(image, "x")
         .text
         for s in (1, 1, 2)
     ]
@@ -197,7 +195,7 @@ def test_the_hosts_interrupt_stops_a_caption_in_the_middle(zoo):
 
     captioner = vlm.load_vlm_captioner(zoo("llava"), CaptionerSettings(max_tokens=50), FREE, check_interrupt=interrupt)
     with pytest.raises(Stop):
-        captioner.caption(tiny_vlm.plain_picture("red"), "x")
+        captioner.caption(tiny_vlm.plain_image("red"), "x")
     assert len(calls) == 3
 
 
@@ -267,9 +265,9 @@ def test_a_processor_that_is_missing_is_named(zoo, tmp_path):
 
 
 def test_a_template_is_filled_with_the_pictures_own_words():
-    picture = record("red_cat_003.png", tags=("1girl", "red hair"), captions=("a cat",))
+    image = record("red_cat_003.png", tags=("1girl", "red hair"), captions=("a cat",))
     assert (
-        fill_caption_template("{name} / {folder} / {tags} / {caption} / {{}} {1+1}", picture)
+        fill_caption_template("{name} / {folder} / {tags} / {caption} / {{}} {1+1}", image)
         == "red cat / pets / 1girl, red hair / a cat / {{}} {1+1}"
     )
     assert fill_caption_template("{tags}|{caption}", record()) == "|"
@@ -344,27 +342,27 @@ def by(captioner, dataset, mode="fill", **more):
     return caption_dataset(dataset, captioner, lambda r: "what?", mode, **more)
 
 
-def test_every_picture_gets_its_own_caption_and_the_dataset_that_came_in_is_as_it_was(pictures, colour_blip):
-    dataset = read_folder(pictures)
+def test_every_picture_gets_its_own_caption_and_the_dataset_that_came_in_is_as_it_was(images, colour_blip):
+    dataset = read_folder(images)
     before = dataset.to_json()
     done = caption_dataset(dataset, vlm.load_vlm_captioner(colour_blip, CaptionerSettings(), FREE), lambda r: "")
     assert told(done.dataset) == [("blue sky",), ("green sky",), ("red sky",)]
     assert dataset.to_json() == before and done.generated == 3
 
 
-def test_a_second_run_asks_nothing_again_and_a_changed_prompt_everything(pictures, tmp_path):
-    dataset, cache, first, second = read_folder(pictures), CaptionCache(tmp_path / "words"), Counting(), Counting()
+def test_a_second_run_asks_nothing_again_and_a_changed_prompt_everything(images, tmp_path):
+    dataset, cache, first, second = read_folder(images), CaptionCache(tmp_path / "words"), Counting(), Counting()
     a, b = by(first, dataset, cache=cache), by(second, dataset, cache=cache)
     assert told(a.dataset) == told(b.dataset) and (a.generated, b.cached) == (3, 3) and second.asked == []
     caption_dataset(dataset, second, lambda r: "and now?", "fill", cache)
     assert len(second.asked) == 3
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(pictures, tmp_path):
+def test_a_run_that_was_stopped_goes_on_where_it_was(images, tmp_path):
     class Stop(BaseException):
         pass
 
-    dataset, cache, captioner, rounds = read_folder(pictures), CaptionCache(tmp_path / "words"), Counting(), []
+    dataset, cache, captioner, rounds = read_folder(images), CaptionCache(tmp_path / "words"), Counting(), []
 
     def interrupt():
         rounds.append(1)
@@ -378,8 +376,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(pictures, tmp_path):
     assert (done.cached, done.generated) == (2, 1)
 
 
-def test_a_damaged_cache_file_is_said_again(pictures, tmp_path):
-    dataset, cache = read_folder(pictures), CaptionCache(tmp_path / "words")
+def test_a_damaged_cache_file_is_said_again(images, tmp_path):
+    dataset, cache = read_folder(images), CaptionCache(tmp_path / "words")
     by(Counting(), dataset, cache=cache)
     for file in (tmp_path / "words").rglob("*.json"):
         file.write_text('{"text": ')
@@ -387,32 +385,32 @@ def test_a_damaged_cache_file_is_said_again(pictures, tmp_path):
     assert (done.generated, done.cached) == (3, 0)
 
 
-def test_one_bad_picture_keeps_its_caption_is_flagged_and_reported_and_the_rest_go_on(pictures):
-    (pictures / "green.txt").write_text("my own words")
-    done = by(Counting(fails=("green",)), read_folder(pictures), "replace")
+def test_one_bad_picture_keeps_its_caption_is_flagged_and_reported_and_the_rest_go_on(images):
+    (images / "green.txt").write_text("my own words")
+    done = by(Counting(fails=("green",)), read_folder(images), "replace")
     assert told(done.dataset) == [("a blue square",), ("my own words",), ("a red square",)]
     assert done.dataset[1].flags == ("caption failed (green hurts)",)
-    assert done.failed == ((str(pictures / "green.png"), "green hurts"),)
+    assert done.failed == ((str(images / "green.png"), "green hurts"),)
     again = by(Counting(), done.dataset, "replace")
     assert again.dataset[1].flags == () and again.dataset[1].captions == ("a green square",)
 
 
-def test_a_file_that_has_changed_since_is_a_failure_of_its_own(pictures):
-    dataset = read_folder(pictures)
-    (pictures / "red.png").write_bytes(b"no picture any more")
+def test_a_file_that_has_changed_since_is_a_failure_of_its_own(images):
+    dataset = read_folder(images)
+    (images / "red.png").write_bytes(b"no picture any more")
     done = by(Counting(), dataset)
     assert [why for _, why in done.failed] == [
-        f"{pictures / 'red.png'} has changed since the dataset was loaded. Load the dataset again."
+        f"{images / 'red.png'} has changed since the dataset was loaded. Load the dataset again."
     ]
 
 
-def test_when_all_pictures_fail_it_is_an_error(pictures):
+def test_when_all_pictures_fail_it_is_an_error(images):
     with pytest.raises(RuntimeError, match="all 3 failed. The first, blue.png: blue hurts"):
-        by(Counting(fails=tuple(tiny_vlm.COLOURS)), read_folder(pictures))
+        by(Counting(fails=tuple(tiny_vlm.COLOURS)), read_folder(images))
 
 
-def test_a_model_that_fails_on_its_first_pictures_is_not_asked_a_thousand_times(pictures):
-    dataset, captioner = read_folder(pictures), Counting(fails=tuple(tiny_vlm.COLOURS))
+def test_a_model_that_fails_on_its_first_pictures_is_not_asked_a_thousand_times(images):
+    dataset, captioner = read_folder(images), Counting(fails=tuple(tiny_vlm.COLOURS))
     many = ImageDataset(dataset.records * 100)
     with pytest.raises(RuntimeError, match="failed on the first 5 images"):
         by(captioner, many)
@@ -422,23 +420,23 @@ def test_a_model_that_fails_on_its_first_pictures_is_not_asked_a_thousand_times(
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory")]
 )
-def test_memory_that_runs_out_stops_the_run_with_advice_and_keeps_what_was_said(pictures, tmp_path, error):
+def test_memory_that_runs_out_stops_the_run_with_advice_and_keeps_what_was_said(images, tmp_path, error):
     class Greedy(Counting):
-        def caption(self, picture, prompt):
+        def caption(self, image, prompt):
             if len(self.asked) == 1:
                 raise error
-            return super().caption(picture, prompt)
+            return super().caption(image, prompt)
 
     cache = CaptionCache(tmp_path / "words")
     with pytest.raises(RuntimeError, match="Out of memory at green.png, after 1 captions.*lower max_res"):
-        by(Greedy(), read_folder(pictures), cache=cache)
-    assert by(Counting(), read_folder(pictures), cache=cache).cached == 1
+        by(Greedy(), read_folder(images), cache=cache)
+    assert by(Counting(), read_folder(images), cache=cache).cached == 1
 
 
 class Tags:
     identity = "tags"
 
-    def caption(self, picture, prompt):
+    def caption(self, image, prompt):
         return CaptionResult("hat, red hair", ("hat", "red hair"))
 
 
@@ -458,33 +456,33 @@ BARE, CAPTIONED, TAGGED = {}, dict(captions=("a girl",)), dict(captions=("a girl
                                                                 "hair", ("hat", "red hair")), ("add", BARE, "hat, red hair", ("hat", "red hair")),
     ],
 )  # fmt: skip
-def test_each_write_mode_does_what_it_says(pictures, mode, start, captions, tags):
+def test_each_write_mode_does_what_it_says(images, mode, start, captions, tags):
     from dataclasses import replace
 
-    dataset = read_folder(pictures)[:1]
+    dataset = read_folder(images)[:1]
     done = by(Tags(), ImageDataset((replace(dataset[0], **start),)), mode, gives_tags=True)
     assert (done.dataset[0].captions, done.dataset[0].tags) == ((captions,), tags)
 
 
-def test_prose_is_added_as_a_sentence_and_not_twice(pictures):
-    (pictures / "blue.txt").write_text("Sea.")
-    (pictures / "red.txt").write_text("fire")
-    done = by(Counting(), read_folder(pictures), "add")
+def test_prose_is_added_as_a_sentence_and_not_twice(images):
+    (images / "blue.txt").write_text("Sea.")
+    (images / "red.txt").write_text("fire")
+    done = by(Counting(), read_folder(images), "add")
     assert told(done.dataset) == [("Sea. a blue square",), ("a green square",), ("fire, a red square",)]
     assert told(by(Counting(), done.dataset, "add").dataset) == told(done.dataset)
 
 
-def test_with_nothing_missing_the_captioner_is_not_asked(pictures):
+def test_with_nothing_missing_the_captioner_is_not_asked(images):
     for colour in tiny_vlm.COLOURS:
-        (pictures / f"{colour}.txt").write_text("words")
+        (images / f"{colour}.txt").write_text("words")
     captioner = Counting()
-    done = by(captioner, read_folder(pictures))
+    done = by(captioner, read_folder(images))
     assert captioner.asked == [] and done.unchanged == 3
 
 
-def test_names_and_fixed_texts_never_open_a_picture(pictures):
-    dataset = read_folder(pictures)
-    for file in pictures.glob("*.png"):
+def test_names_and_fixed_texts_never_open_a_picture(images):
+    dataset = read_folder(images)
+    for file in images.glob("*.png"):
         file.unlink()
     done = caption_dataset(
         dataset, template_captioner.TemplateCaptioner(), lambda r: fill_caption_template("{folder}: {name}", r)
@@ -492,9 +490,9 @@ def test_names_and_fixed_texts_never_open_a_picture(pictures):
     assert told(done.dataset) == [("set: blue",), ("set: green",), ("set: red",)]
 
 
-def test_progress_names_the_picture_and_what_was_said(pictures):
+def test_progress_names_the_picture_and_what_was_said(images):
     lines = []
-    by(Counting(), read_folder(pictures), report=lambda done, total, text: lines.append((done, total, text)))
+    by(Counting(), read_folder(images), report=lambda done, total, text: lines.append((done, total, text)))
     assert lines[0] == (1, 3, "blue.png: a blue square") and lines[-1][:2] == (3, 3)
 
 

@@ -1,4 +1,4 @@
-"""python -m trainers, from its arguments to its files, on a checkpoint of random numbers and drawn pictures."""
+"""python -m trainers, from its arguments to its files, on a checkpoint of random numbers and drawn images."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ FAST = ["--steps", "6", "--rank", "4", "--batch", "2", "--learning-rate", "0.01"
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """[--model, --images, --out] of a tiny checkpoint and four drawn pictures of 32 px."""
+    """[--model, --images, --out] of a tiny checkpoint and four drawn images of 32 px."""
     path = fakes.vocabulary(tmp_path)
     monkeypatch.setattr(words, "find_clip_vocabulary", lambda: path)
     fakes.sd3_file(tmp_path / "tiny.safetensors")

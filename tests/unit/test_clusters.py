@@ -1,4 +1,4 @@
-"""Groups of pictures that look alike."""
+"""Groups of images that look alike."""
 
 import numpy as np
 import pytest

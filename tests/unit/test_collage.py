@@ -58,7 +58,7 @@ def noise(file, size, seed=0):
     return file
 
 
-def pictures(folder, sizes, captions=None):
+def images(folder, sizes, captions=None):
     """0.png, 1.png, ... of noise in these sizes, with captions."""
     for index, size in enumerate(sizes):
         noise(folder / f"{index}.png", size, index)
@@ -105,7 +105,7 @@ def test_claim_1_a_grid_needs_to_be_asked_for_and_still_has_a_picture_from_end_t
 def test_claim_2_two_landscapes_of_1024x512_fill_a_frame_of_1024():
     made = plan_collages([(1024, 512)] * 2, CollageSettings(uses=1))
     (collage,) = made.collages
-    assert sorted(cell.place for cell in collage.cells) == [(0, 0, 1024, 512), (0, 512, 1024, 1024)]
+    assert sorted(cell.frame_box for cell in collage.cells) == [(0, 0, 1024, 512), (0, 512, 1024, 1024)]
     assert {(cell.scale, cell.crop, cell.box) for cell in collage.cells} == {(1.0, 0.0, (0, 0, 1024, 512))}
 
 
@@ -172,9 +172,9 @@ def test_claim_4_bars_are_cut_off_and_crops_and_masks_come_first(tmp_path):
 def subject(file, colour, ground):
     """A square of one colour in the middle of another."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", (64, 128), ground)
-    picture.paste(colour, (16, 32, 48, 96))
-    picture.save(file)
+    image = Image.new("RGB", (64, 128), ground)
+    image.paste(colour, (16, 32, 48, 96))
+    image.save(file)
 
 
 def test_claim_5_low_contrast_is_flagged_with_its_figure_or_dropped(tmp_path):
@@ -196,7 +196,7 @@ def test_claim_5_low_contrast_is_flagged_with_its_figure_or_dropped(tmp_path):
 
 
 def test_claim_6_the_ground_is_181818_and_there_is_no_gutter_unless_asked_for(tmp_path):
-    dataset = pictures(tmp_path / "in", [(48, 128), (48, 128)])
+    dataset = images(tmp_path / "in", [(48, 128), (48, 128)])
     (collage,) = build_collages(dataset, CollageSettings(**SMALL | dict(uses=1)), tmp_path / "out").dataset
     shown, mask = pixels(collage), np.asarray(open_mask(collage))
     assert (shown[mask == 0] == 24).all() and (mask == 0).sum() == 32 * 128
@@ -229,7 +229,7 @@ def test_claim_8_every_picture_is_used_exactly_as_often_and_never_twice_in_a_fra
 
 
 def test_claim_9_without_captions_the_whole_dataset_is_unconditional(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 4, ["a cat"] * 4)
+    dataset = images(tmp_path / "in", [(64, 128)] * 4, ["a cat"] * 4)
     built = build_collages(dataset, CollageSettings(**SMALL | dict(captions="empty", mix=0.3)), tmp_path / "out")
     assert {record.captions for record in built.dataset} == {("",)}
     data = encoded(
@@ -251,7 +251,7 @@ def test_the_same_seed_gives_the_same_collages_and_another_seed_others():
 
 
 def test_frames_are_well_filled_when_there_are_several_to_choose_from():
-    """200 random sizes; the square frame alone leaves ground beside pictures that fit with nobody"""
+    """200 random sizes; the square frame alone leaves ground beside images that fit with nobody"""
     square, several = (
         plan_collages(random_sizes(), CollageSettings()),
         plan_collages(random_sizes(), CollageSettings(frames=BUCKETS)),
@@ -273,7 +273,7 @@ def test_a_thousand_pictures_are_planned_in_seconds():
 @pytest.mark.parametrize("snap, step", [("auto", 16), ("8", 8), ("16", 16)])
 def test_no_latent_cell_shows_two_pictures(snap, step):
     for _, cell in cells_of(plan_collages(random_sizes(), CollageSettings(snap=snap, frames=BUCKETS))):
-        assert [edge % step for edge in cell.place] == [0] * 4
+        assert [edge % step for edge in cell.frame_box] == [0] * 4
 
 
 def test_neighbours_change_from_use_to_use():
@@ -293,19 +293,19 @@ def test_two_pictures_change_places_when_they_must_meet_again():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(place=(0, 0, 504, 1024), box=(0, 0, 504, 1024)), "is no multiple of 16 px"),
+        (dict(frame_box=(0, 0, 504, 1024), box=(0, 0, 504, 1024)), "is no multiple of 16 px"),
         (dict(scale=1.5, box=(0, 0, 512 / 1.5, 1024 / 1.5)), "enlarged 1.50 times"),
         (dict(box=(0, 0, 256, 1024)), "stretched by 256.0 px"),
-        (dict(crop=0.2), "20% of a picture is cut off"),
-        (dict(place=(512, 0, 1024, 1024)), "two pictures overlap"),
-        (dict(place=(0, 0, 512, 512), box=(0, 0, 512, 512)), "spans neither"),
-        (dict(source=1), "shows one picture twice"),
+        (dict(crop=0.2), "20% of an image is cut off"),
+        (dict(frame_box=(512, 0, 1024, 1024)), "two images overlap"),
+        (dict(frame_box=(0, 0, 512, 512), box=(0, 0, 512, 512)), "spans neither"),
+        (dict(source=1), "shows one image twice"),
     ],
 )
 def test_a_plan_that_breaks_a_rule_is_refused_with_the_figure(change, message):
     good = plan_collages([(512, 1024)] * 2, CollageSettings(uses=1))
     (collage,) = good.collages
-    cells = sorted(collage.cells, key=lambda cell: cell.place)
+    cells = sorted(collage.cells, key=lambda cell: cell.frame_box)
     cells = [replace(cells[0], **({"source": cells[1].source} if "source" in change else change)), cells[1]]
     with pytest.raises(ValueError, match=message):
         check_collage_plan(replace(good, collages=(replace(collage, cells=tuple(cells)),)), CollageSettings(uses=1))
@@ -407,7 +407,7 @@ def test_the_trigger_is_the_tag_that_all_captions_begin_with():
 
 def test_a_picture_at_its_own_size_is_copied_pixel_by_pixel(tmp_path):
     """also with one odd row too many, which is cropped: nothing is resampled"""
-    dataset = pictures(tmp_path / "in", [(64, 128), (65, 128)])
+    dataset = images(tmp_path / "in", [(64, 128), (65, 128)])
     (collage,) = build_collages(dataset, CollageSettings(**SMALL | dict(uses=1)), tmp_path / "out").dataset
     shown, parts = pixels(collage), [pixels(record)[:, :64] for record in dataset]
     halves = {shown[:, :64].tobytes(), shown[:, 64:].tobytes()}
@@ -417,10 +417,10 @@ def test_a_picture_at_its_own_size_is_copied_pixel_by_pixel(tmp_path):
 def test_an_unchanged_request_draws_nothing_and_changed_captions_keep_the_frames(tmp_path, monkeypatch):
     from trainyard.trainers.data.collage import build
 
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 6, [f"number {i}" for i in range(6)])
+    dataset = images(tmp_path / "in", [(64, 128)] * 6, [f"number {i}" for i in range(6)])
     settings = CollageSettings(**SMALL | dict(contrast="warn"))
     first = build_collages(dataset, settings, tmp_path / "out")
-    monkeypatch.setattr(build, "open_image", lambda *_: pytest.fail("a picture was opened again"))
+    monkeypatch.setattr(build, "open_image", lambda *_: pytest.fail("an image was opened again"))
     again = build_collages(dataset, settings, tmp_path / "out")
     assert again.dataset == first.dataset and again.dataset.fingerprint() == first.dataset.fingerprint()
     joined = build_collages(dataset, replace(settings, captions="joined"), tmp_path / "out")
@@ -429,7 +429,7 @@ def test_an_unchanged_request_draws_nothing_and_changed_captions_keep_the_frames
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 12)
+    dataset = images(tmp_path / "in", [(64, 128)] * 12)
     settings, calls = CollageSettings(**SMALL | dict(contrast="warn")), []
 
     def cut_at(count):
@@ -457,17 +457,17 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path):
 def test_nothing_of_the_users_is_touched_and_one_picture_is_open_at_a_time(tmp_path, monkeypatch):
     from trainyard.trainers.data.collage import build
 
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 6)
+    dataset = images(tmp_path / "in", [(64, 128)] * 6)
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "in").iterdir()}
     alive = []
 
     def watched(record, ground):
         import weakref
 
-        picture = open_image(record, ground)
-        alive.append(weakref.ref(picture))
+        image = open_image(record, ground)
+        alive.append(weakref.ref(image))
         assert sum(ref() is not None for ref in alive) <= 2, "the last one and the new one"
-        return picture
+        return image
 
     monkeypatch.setattr(build, "open_image", watched)
     build_collages(dataset, CollageSettings(**SMALL | dict(contrast="warn")), tmp_path / "out")
@@ -477,14 +477,14 @@ def test_nothing_of_the_users_is_touched_and_one_picture_is_open_at_a_time(tmp_p
 
 def test_a_frame_that_must_come_twice_is_one_file_seen_twice(tmp_path):
     built = build_collages(
-        pictures(tmp_path / "in", [(128, 128)]), CollageSettings(**SMALL | dict(uses=3)), tmp_path / "out"
+        images(tmp_path / "in", [(128, 128)]), CollageSettings(**SMALL | dict(uses=3)), tmp_path / "out"
     )
     assert [record.repeats for record in built.dataset] == [3]
 
 
 def test_the_feather_rises_over_latent_cells_at_inner_borders_only(tmp_path):
     """two columns of 64 px: 1/3 and 2/3 beside the seam, full elsewhere and at the frame's own edge"""
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 2)
+    dataset = images(tmp_path / "in", [(64, 128)] * 2)
     (collage,) = build_collages(dataset, CollageSettings(**SMALL | dict(uses=1, feather=2)), tmp_path / "out").dataset
     mask = np.asarray(open_mask(collage))
     assert (mask == mask[:1]).all()
@@ -492,7 +492,7 @@ def test_the_feather_rises_over_latent_cells_at_inner_borders_only(tmp_path):
 
 
 def test_the_trainer_honours_the_mask_pixels_on_the_ground_change_nothing_in_the_loss(tmp_path):
-    dataset = pictures(tmp_path / "in", [(48, 128), (32, 128)])
+    dataset = images(tmp_path / "in", [(48, 128), (32, 128)])
     settings = CollageSettings(**SMALL | dict(uses=1, per_frame=2))
     (plain,), (loud,) = (
         build_collages(dataset, replace(settings, ground=ground), tmp_path / "out").dataset
@@ -546,29 +546,29 @@ def test_the_share_of_pictures_alone_is_kept_with_whole_repeats(tmp_path):
         a, t = find_mix_repeats(alone, together, 0.3)
         assert abs(a * alone / (a * alone + t * together) - 0.3) < 0.05 or max(a, t) == 24
     built = build_collages(
-        pictures(tmp_path / "in", [(64, 128)] * 8), CollageSettings(**SMALL | dict(mix=0.3)), tmp_path / "out"
+        images(tmp_path / "in", [(64, 128)] * 8), CollageSettings(**SMALL | dict(mix=0.3)), tmp_path / "out"
     )
     alone = sum(record.repeats for record in built.dataset if record.bucket is None)
     assert alone / sum(record.repeats for record in built.dataset) == pytest.approx(0.3, abs=0.04)
 
 
 def test_few_collages_do_not_have_to_make_up_for_many_pictures_that_fit_nowhere(tmp_path):
-    """two pictures in collages, ten that are too small: those are shown alone, and the collages are not repeated for
+    """two images in collages, ten that are too small: those are shown alone, and the collages are not repeated for
     them"""
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 2 + [(50, 50)] * 10)
+    dataset = images(tmp_path / "in", [(64, 128)] * 2 + [(50, 50)] * 10)
     built = build_collages(dataset, CollageSettings(**SMALL | dict(mix=0.5)), tmp_path / "out")
     assert [record.repeats for record in built.dataset] == [1] * 14 and built.dataset.skipped == ()
     assert "- shown alone only: 11.png is 50x50 px and would be enlarged 2.56 times" in built.report
 
 
 def test_a_long_list_in_the_report_ends_with_how_many_more_there_are(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 2 + [(50, 50)] * 45)
+    dataset = images(tmp_path / "in", [(64, 128)] * 2 + [(50, 50)] * 45)
     lines = build_collages(dataset, CollageSettings(**SMALL), tmp_path / "out").report.splitlines()
     assert sum(line.startswith("- left out: ") for line in lines) == 41 and "- left out: 5 more" in lines
 
 
 def test_pictures_kept_for_validation_stay_out_of_the_frames(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 5)
+    dataset = images(tmp_path / "in", [(64, 128)] * 5)
     held = replace(dataset[4], split="validation")
     built = build_collages(ImageDataset((*dataset[:4], held)), CollageSettings(**SMALL), tmp_path / "out")
     assert built.dataset[-1] == held and all(record.bucket == (128, 128) for record in built.dataset[:-1])
@@ -576,7 +576,7 @@ def test_pictures_kept_for_validation_stay_out_of_the_frames(tmp_path):
 
 
 def test_provenance_says_where_every_picture_is(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 4, ["a", "b", "c", "d"])
+    dataset = images(tmp_path / "in", [(64, 128)] * 4, ["a", "b", "c", "d"])
     built = build_collages(dataset, CollageSettings(**SMALL), tmp_path / "out")
     written = json.loads(next((tmp_path / "out").glob("*/collages.json")).read_text())
     assert CollageSettings.from_dict(written["settings"]) == CollageSettings(**SMALL)
@@ -590,7 +590,7 @@ def test_provenance_says_where_every_picture_is(tmp_path):
 
 
 def test_broken_and_small_pictures_are_reported_and_the_rest_is_built(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128), (64, 128), (40, 60), (64, 128)])
+    dataset = images(tmp_path / "in", [(64, 128), (64, 128), (40, 60), (64, 128)])
     (tmp_path / "in" / "3.png").write_bytes(b"changed")
     built = build_collages(dataset, CollageSettings(**SMALL | dict(contrast="warn")), tmp_path / "out")
     reasons = {path.rsplit("/")[-1]: why for path, why in built.dataset.skipped}
@@ -598,11 +598,11 @@ def test_broken_and_small_pictures_are_reported_and_the_rest_is_built(tmp_path):
         "has changed since the dataset was loaded" in reasons["3.png"]
         and "would be enlarged 2.13 times" in reasons["2.png"]
     )
-    assert "2 collages of 2 pictures, each used twice; 1 fit in no frame, 1 cannot be used" in built.report
+    assert "2 collages of 2 images, each used twice; 1 fit in no frame, 1 cannot be used" in built.report
 
 
 def test_when_nothing_fits_the_message_says_what_to_do(tmp_path):
-    dataset = pictures(tmp_path / "in", [(40, 60)] * 2)
+    dataset = images(tmp_path / "in", [(40, 60)] * 2)
     with pytest.raises(
         ValueError,
         match=r"None of the 2 images can stand in a frame of 128x128: 0\.png is 40x60 px and would be enlarged 2\.13",
@@ -613,14 +613,14 @@ def test_when_nothing_fits_the_message_says_what_to_do(tmp_path):
 
 
 def test_other_frames_are_suggested_when_most_pictures_stay_alone(tmp_path):
-    """upright pictures of 2:3 fit beside nobody in a square"""
-    dataset = pictures(tmp_path / "in", [(86, 128)] * 12)
+    """upright images of 2:3 fit beside nobody in a square"""
+    dataset = images(tmp_path / "in", [(86, 128)] * 12)
     built = build_collages(dataset, CollageSettings(**SMALL), tmp_path / "out")
-    assert "100% of the frames hold a single picture" in built.report and "With frames set to 128x128, " in built.report
+    assert "100% of the frames hold a single image" in built.report and "With frames set to 128x128, " in built.report
 
 
 def test_long_captions_are_counted(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 2, ["cat " * 50, "dog " * 50])
+    dataset = images(tmp_path / "in", [(64, 128)] * 2, ["cat " * 50, "dog " * 50])
     built = build_collages(
         dataset, CollageSettings(**SMALL), tmp_path / "out", tokens=lambda text: {"l": len(text.split()), "t5xxl": 3}
     )
@@ -629,7 +629,7 @@ def test_long_captions_are_counted(tmp_path):
 
 
 def test_the_sheet_shows_the_collages_flagged_ones_first(tmp_path):
-    dataset = pictures(tmp_path / "in", [(64, 128)] * 4 + [(80, 128)])
+    dataset = images(tmp_path / "in", [(64, 128)] * 4 + [(80, 128)])
     built = build_collages(dataset, CollageSettings(**SMALL | dict(per_frame=2)), tmp_path / "out")
     assert any("fill (0." in flag for record in built.collages for flag in record.flags)
     assert min(draw_collages_sheet(built, limit=3).size) > 256
@@ -681,4 +681,4 @@ def test_a_source_remembers_the_crop_in_the_whole_picture():
 
 def test_cells_lie_in_reading_order():
     for collage in plan_collages(random_sizes(), CollageSettings(frames=BUCKETS)).collages:
-        assert all(a.place[:2] < b.place[:2] or a.place[1] < b.place[1] for a, b in pairwise(collage.cells))
+        assert all(a.frame_box[:2] < b.frame_box[:2] or a.frame_box[1] < b.frame_box[1] for a, b in pairwise(collage.cells))

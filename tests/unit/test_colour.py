@@ -77,13 +77,13 @@ def test_white_black_red_and_blue_in_lab(rgb, lab):
 
 def figure(skin, ground, size=(512, 768), seed=0):
     """A standing figure with a little grain, as a scan has."""
-    picture = Image.new("RGB", size, ground)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, ground)
+    draw = ImageDraw.Draw(image)
     w, h = size
     draw.ellipse([w * 0.38, h * 0.12, w * 0.62, h * 0.32], fill=skin)
     draw.rounded_rectangle([w * 0.3, h * 0.32, w * 0.7, h * 0.85], radius=40, fill=skin)
     grain = np.random.default_rng(seed).normal(0, 2, (h, w, 1))
-    return Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def figure(skin, ground, size=(512, 768), seed=0):
 )
 def test_a_skin_coloured_figure_stands_out_from_its_ground_by(ground, expected):
     """beige hides it, white is clear enough, green, blue and near-black are far away"""
-    picture = figure(SKIN, ground)
-    assert measure_contrast(picture).dE == pytest.approx(expected, abs=2.5)
+    image = figure(SKIN, ground)
+    assert measure_contrast(image).dE == pytest.approx(expected, abs=2.5)
     jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=80)
+    image.save(jpeg, "JPEG", quality=80)
     assert measure_contrast(Image.open(jpeg)).dE == pytest.approx(expected, abs=3.5)
 
 
@@ -107,19 +107,19 @@ def test_lightness_is_told_apart_from_colour():
 
 def test_a_mask_says_where_the_subject_is():
     """a red disc near the corner, and a blue one in the middle that takes all the attention"""
-    picture = Image.new("RGB", (400, 400), "#808080")
-    mask = Image.new("L", picture.size)
-    for draw, fill in ((ImageDraw.Draw(picture), "#8a7c7c"), (ImageDraw.Draw(mask), 255)):
+    image = Image.new("RGB", (400, 400), "#808080")
+    mask = Image.new("L", image.size)
+    for draw, fill in ((ImageDraw.Draw(image), "#8a7c7c"), (ImageDraw.Draw(mask), 255)):
         draw.ellipse([20, 20, 120, 120], fill=fill)
-    ImageDraw.Draw(picture).ellipse([150, 150, 300, 300], fill="#0000ff")
-    assert measure_contrast(picture).dE > 30
-    assert measure_contrast(picture, mask).dE < 12
+    ImageDraw.Draw(image).ellipse([150, 150, 300, 300], fill="#0000ff")
+    assert measure_contrast(image).dE > 30
+    assert measure_contrast(image, mask).dE < 12
 
 
 def test_without_a_ground_there_is_no_contrast():
-    picture = figure(SKIN, "#ffffff")
-    assert measure_contrast(picture, Image.new("L", picture.size, 255)) is None
-    assert measure_contrast(picture, Image.new("L", picture.size, 0)) is None
+    image = figure(SKIN, "#ffffff")
+    assert measure_contrast(image, Image.new("L", image.size, 255)) is None
+    assert measure_contrast(image, Image.new("L", image.size, 0)) is None
 
 
 def test_one_colour_all_over_is_a_contrast_of_nothing():

@@ -54,12 +54,12 @@ def test_each_page_shows_its_own_pictures(dataset):
 
 
 @pytest.mark.parametrize(
-    ("page", "pictures", "words"),
+    ("page", "images", "words"),
     [(3, 5, "page is 3, and 5 images at 3 a page fill 2 pages"), (0, 5, "page is 0"), (1, 0, "fill 0 pages")],
 )
-def test_a_page_that_is_not_there_is_refused(dataset, page, pictures, words):
+def test_a_page_that_is_not_there_is_refused(dataset, page, images, words):
     with pytest.raises(ValueError, match=words):
-        draw_dataset_sheet(dataset[:pictures], page, per_page=3)
+        draw_dataset_sheet(dataset[:images], page, per_page=3)
 
 
 def test_a_long_line_ends_in_dots_and_no_tiles_are_refused():

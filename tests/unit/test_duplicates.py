@@ -1,4 +1,4 @@
-"""The same picture more than once is found and the best one stays; different pictures stay apart."""
+"""The same image more than once is found and the best one stays; different images stay apart."""
 
 import time
 
@@ -30,12 +30,12 @@ from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.similarity.diversity import sample_evenly, vendi, vendi_from_features
 
 CHANGES = {
-    "jpeg 40": lambda picture: jpeg(picture, 40),
-    "half the size": lambda picture: picture.resize((picture.width // 2, picture.height // 2), BICUBIC),
-    "brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.2),
-    "less contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(0.8),
+    "jpeg 40": lambda image: jpeg(image, 40),
+    "half the size": lambda image: image.resize((image.width // 2, image.height // 2), BICUBIC),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "less contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.8),
     "mirrored": ImageOps.mirror,
-    "mirrored jpeg": lambda picture: jpeg(ImageOps.mirror(picture), 60),
+    "mirrored jpeg": lambda image: jpeg(ImageOps.mirror(image), 60),
 }
 
 
@@ -67,17 +67,17 @@ def test_different_pictures_are_far_apart():
 
 def test_the_hash_of_the_mirror_image_is_known_without_mirroring():
     for seed in range(5):
-        picture = scene(seed).resize((32, 32))
-        here, mirrored = compute_image_signature(picture), compute_image_signature(ImageOps.mirror(picture))
+        image = scene(seed).resize((32, 32))
+        here, mirrored = compute_image_signature(image), compute_image_signature(ImageOps.mirror(image))
         assert bin(here.mirrored ^ mirrored.hash).count("1") <= 1
         assert bin(here.hash ^ mirrored.mirrored).count("1") <= 1
 
 
 def test_the_same_shape_in_another_colour_is_another_picture():
     def disc(colour):
-        picture = Image.new("RGB", (200, 200), "#eeeeee")
-        ImageDraw.Draw(picture).ellipse([50, 30, 150, 130], fill=colour)
-        return compute_image_signature(picture)
+        image = Image.new("RGB", (200, 200), "#eeeeee")
+        ImageDraw.Draw(image).ellipse([50, 30, 150, 130], fill=colour)
+        return compute_image_signature(image)
 
     assert find_hash_pairs([disc("#cc2222"), disc("#2222cc")], 10) == []
     assert len(find_hash_pairs([disc("#cc2222"), disc("#c82525")], 10)) == 1
@@ -153,9 +153,9 @@ def test_features_tie_what_a_hash_does_not():
     assert find_feature_pairs(None, 0.95) == []
 
 
-def folder_of(tmp_path, **pictures):
-    for name, picture in pictures.items():
-        picture.save(tmp_path / f"{name}.png")
+def folder_of(tmp_path, **images):
+    for name, image in images.items():
+        image.save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"caption of {name}", encoding="utf-8")
     return read_folder(tmp_path)
 
@@ -213,9 +213,9 @@ def test_a_vision_model_finds_the_crop_that_the_hash_misses(tmp_path):
     assert len(deduplicate(dataset, DuplicateSettings()).dataset) == 3
     seen = []
 
-    def features(pictures):
+    def features(images):
         """as if it recognised the scene: by the order in which they come"""
-        seen.extend(picture.size for picture in pictures)
+        seen.extend(image.size for image in images)
         return np.array([[1, 0], [0.98, 0.199], [0, 1]], np.float32)
 
     done = deduplicate(dataset, DuplicateSettings(), ScanOptions(features=features))
@@ -230,7 +230,7 @@ def test_a_broken_picture_stays_and_is_reported(tmp_path):
     done = deduplicate(dataset, DuplicateSettings())
     assert kept(done.dataset) == ["a.png", "c.png"]
     assert "c.png could not be compared" in done.report()
-    assert "1 copies of 1 pictures" in done.report()
+    assert "1 copies of 1 images" in done.report()
 
 
 def test_the_sheet_shows_groups_side_by_side(tmp_path):
@@ -245,7 +245,7 @@ def test_the_sheet_shows_groups_side_by_side(tmp_path):
 def test_the_vendi_score_of_n_different_pictures_is_n_and_of_one_picture_n_times_1():
     assert vendi(np.eye(7)) == pytest.approx(7)
     assert vendi(np.ones((7, 7))) == pytest.approx(1)
-    assert vendi(np.kron(np.eye(3), np.ones((4, 4)))) == pytest.approx(3), "three pictures, four times each"
+    assert vendi(np.kron(np.eye(3), np.ones((4, 4)))) == pytest.approx(3), "three images, four times each"
     assert vendi_from_features(np.eye(5)) == pytest.approx(5)
     assert vendi_from_features(np.repeat(np.eye(3), 20, axis=0)) == pytest.approx(3), "by the smaller matrix"
 

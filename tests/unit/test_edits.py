@@ -221,7 +221,7 @@ def test_the_preview_shows_the_first_changes_and_counts_all():
     )
     text = format_edit_preview(data, apply_edits(data, parse_edits("trigger: sks")), show=2)
     assert text.splitlines() == [
-        "3 of 4 pictures "
+        "3 of 4 images "
         "changed", "", "0.png", "- a", "+ sks, a", "", "2.png", "- (no caption)", "+ sks", "", "... and 1 "
                                                                                                "more"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Encoding at size: pictures stream through, the next one is opened while the VAE works, and a record's own bucket is
+"""Encoding at size: images stream through, the next one is opened while the VAE works, and a record's own bucket is
 kept."""
 
 import gc
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trainyard.tests.fakes_data import Cut, FakeVae, captioned, encoded, picture
+from trainyard.tests.fakes_data import Cut, FakeVae, captioned, encoded, image
 from trainyard.trainers.data import encode as module
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
@@ -22,7 +22,7 @@ NO_CAPTIONS = CaptionSettings(caption_mode=CAPTION_MODE_EMPTY)
 
 
 def openers():
-    """Threads that open pictures, alive now."""
+    """Threads that open images, alive now."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("trainyard-open")]
 
 
@@ -37,7 +37,7 @@ def test_results_come_in_order_and_no_more_than_the_next_ones_are_begun():
 
 
 def test_a_failure_comes_at_its_own_turn_and_ends_the_thread():
-    """what was read before it is used first, so a broken last picture costs nothing of the others"""
+    """what was read before it is used first, so a broken last image costs nothing of the others"""
     tasks = [lambda: 1, lambda: 2, lambda: 1 / 0, lambda: 4]
     results = prefetch_results(tasks)
     assert [next(results), next(results)] == [1, 2]
@@ -47,7 +47,7 @@ def test_a_failure_comes_at_its_own_turn_and_ends_the_thread():
 
 
 def test_the_next_picture_is_opened_while_the_vae_works(tmp_path, monkeypatch):
-    """the VAE waits in its first call until a second picture has been opened; one after the other it would wait for
+    """the VAE waits in its first call until a second image has been opened; one after the other it would wait for
     ever"""
     captioned(tmp_path / "in", 3)
     second, names, original = threading.Event(), [], module.open_bucketed_image
@@ -60,7 +60,7 @@ def test_the_next_picture_is_opened_while_the_vae_works(tmp_path, monkeypatch):
 
     class Waiting(FakeVae):
         def encode(self, images):
-            assert second.wait(20), "no second picture was opened"
+            assert second.wait(20), "no second image was opened"
             return super().encode(images)
 
     monkeypatch.setattr(module, "open_bucketed_image", opened)
@@ -68,7 +68,7 @@ def test_the_next_picture_is_opened_while_the_vae_works(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_leaves_finished_files_and_no_thread_and_the_rest_is_done_next_time(tmp_path):
-    """the 8th of 20 pictures is cut off: 7 files are whole, and 13 pictures are left to do, none of them twice"""
+    """the 8th of 20 images is cut off: 7 files are whole, and 13 images are left to do, none of them twice"""
     captioned(tmp_path / "in", 20)
     with pytest.raises(Cut):
         encoded(tmp_path, vae=FakeVae(stop_at=8), captions=NO_CAPTIONS)
@@ -81,7 +81,7 @@ def test_an_interrupt_leaves_finished_files_and_no_thread_and_the_rest_is_done_n
 def test_nothing_is_opened_when_all_is_on_disk(tmp_path, monkeypatch):
     captioned(tmp_path / "in", 3)
     first = encoded(tmp_path)
-    monkeypatch.setattr(module, "open_image", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(module, "open_image", lambda *_: pytest.fail("an image was opened"))
     assert encoded(tmp_path).items == first.items
 
 
@@ -101,7 +101,7 @@ def test_progress_names_the_picture_at_work(tmp_path):
         captions=NO_CAPTIONS,
         report=lambda done, total, text: seen.append((done, total, text, vae.calls)),
     )
-    # (done, of, name, pictures through the VAE): the empty text, then each picture before and after its turn
+    # (done, of, name, images through the VAE): the empty text, then each image before and after its turn
     assert seen[-6:] == [
         (1, 4, "0.png", 0),
         (2, 4, "0.png", 1),
@@ -119,8 +119,8 @@ def rss():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch):
-    """between the 100th and the 1000th picture of 192 px the process grows by less than 2 MiB (0.4 to 0.6 measured):
-    names and numbers. Held pictures would be 97 MiB, as tensors for the VAE 380 MiB."""
+    """between the 100th and the 1000th image of 192 px the process grows by less than 2 MiB (0.4 to 0.6 measured):
+    names and numbers. Held images would be 97 MiB, as tensors for the VAE 380 MiB."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time, and no memory
     (tmp_path / "in").mkdir()
     for i in range(1000):
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch)
 
 
 def in_bucket(root, bucket, size=(40, 24)):
-    picture(root / "in" / "a.png", size)
+    image(root / "in" / "a.png", size)
     (record,) = read_folder(root / "in")
     return ImageDataset((replace(record, bucket=bucket),))
 
@@ -183,7 +183,7 @@ def test_merged_pictures_are_encoded_in_one_bucket(tmp_path):
     """50x70 px at 32*32 px with steps of 8: 27 x 37.9 -> 24x32, or 24x40 (scaled 28.6 wide), and 32x32 would cut 12.8:
     24x40. Among others of 32x32 it is scaled to 32x45 there, and .29 is cut off"""
     for name, size in (("a", (50, 50)), ("b", (50, 50)), ("c", (50, 70))):
-        picture(tmp_path / "in" / f"{name}.png", size)
+        image(tmp_path / "in" / f"{name}.png", size)
     sizes = dict(resolution=32, step=8, max_crop=0.3)
     for merge, expected in ((1, (24, 40)), (2, (32, 32))):
         data = encoded(tmp_path, captions=NO_CAPTIONS, buckets=BucketSettings(**sizes, merge=merge))
@@ -197,7 +197,7 @@ def test_merged_pictures_are_encoded_in_one_bucket(tmp_path):
 @pytest.mark.parametrize("where", ["mean", "std"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_one_bad_number_of_a_half_precision_vae_stops_the_encode_and_names_the_picture(tmp_path, bad, where, dtype):
-    """the third of four pictures overflows in one cell: two are kept, no bad latent reaches the disk"""
+    """the third of four images overflows in one cell: two are kept, no bad latent reaches the disk"""
 
     class Overflowing(FakeVae):
         def encode(self, images):

@@ -1,4 +1,4 @@
-"""What a step draws from an encoded dataset: pictures, mirrors, captions, posterior samples, masks and sizes."""
+"""What a step draws from an encoded dataset: images, mirrors, captions, posterior samples, masks and sizes."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
-from trainyard.tests.fakes_data import FakeVae, captioned, encoded, picture
+from trainyard.tests.fakes_data import FakeVae, captioned, encoded, image
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import MemoryStore, count_tensor_bytes
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
@@ -48,7 +48,7 @@ def test_sizes_are_each_pictures_own_and_the_mirrors_crop_is_mirrored(tmp_path):
     """21x16 px are 336 > 256 px: sqrt(256 * 1.3125) = 18.3 -> 16 wide, 13.97 -> 8 high; by width 16/8 = 2 (off .69), by
     height 8 * 1.3125 = 10.5 -> 11 -> 8: 8/8 = 1 (off .31): scaled to 11x8, bucket 8x8, 1 px cut on the left and 2 on
     the right"""
-    picture(tmp_path / "in" / "a.png", (21, 16))
+    image(tmp_path / "in" / "a.png", (21, 16))
     kohya = BucketSettings(resolution=16, step=8, rules="kohya")
     data = encoded(tmp_path, flip=True, captions=CaptionSettings(caption_mode=CAPTION_MODE_EMPTY), buckets=kohya)
     plain = dict(width=21, height=16, crop_w=1, crop_h=0, target_width=8, target_height=8)
@@ -90,7 +90,7 @@ def test_dropout_of_none_and_of_all(tmp_path, dropout, expected):
 
 def test_every_variant_is_told_about_equally_often(tmp_path):
     """3 captions in 600 draws: 200 +- 58 is five standard deviations"""
-    picture(tmp_path / "in" / "a.png")
+    image(tmp_path / "in" / "a.png")
     record = dataclasses.replace(read_folder(tmp_path / "in")[0], captions=("a", "bb", "ccc"))
     counts = Counter(
         batch.captions[0] for batch in drawn(encoded(tmp_path, dataset=ImageDataset((record,))), count=600)

@@ -283,7 +283,7 @@ def test_byte_letters_name_every_byte_once():
     assert len(set(letters)) == 256 and letters[0] == "!" and not any(c.isspace() for c in letters)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_tiny_autoencoder_speaks_unscaled_latents(tmp_path, short_vocabulary):

@@ -7,7 +7,7 @@ from trainyard.trainers.data.feature_noise import perturb_embedding
 
 
 def test_the_embedding_keeps_its_length_and_turns_by_alpha():
-    """Unit noise in many dimensions is nearly at right angles: the cosine to the picture is 1 / sqrt(1 + alpha^2)."""
+    """Unit noise in many dimensions is nearly at right angles: the cosine to the image is 1 / sqrt(1 + alpha^2)."""
     embedding = 7 * torch.nn.functional.normalize(torch.randn(200, 1280, generator=rng()), dim=-1)
     for alpha in (0.25, 1.0):
         moved = perturb_embedding(embedding, alpha, rng(1))

@@ -1,4 +1,4 @@
-"""Datasets joined and split: how often a picture is seen, and on which side it stands."""
+"""Datasets joined and split: how often an image is seen, and on which side it stands."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_folders_and_pairs_and_groups_and_equal_files_stay_together():
 
 
 def test_near_duplicates_do_not_stand_on_both_sides(tmp_path):
-    """each of twelve pictures lies there again, smaller, brighter or mirrored"""
+    """each of twelve images lies there again, smaller, brighter or mirrored"""
     shapes = [
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64))
         for i in range(12)
@@ -154,8 +154,8 @@ def test_near_duplicates_do_not_stand_on_both_sides(tmp_path):
     for i, shape in enumerate(shapes):
         shape.save(tmp_path / f"{i}.png")
         changes[i % 3](shape).save(tmp_path / f"copy of {i}.png")
-    pictures = read_folder(tmp_path)
-    train, held = split_dataset(pictures, SplitSettings(share=0.4), group_near_duplicates(pictures, ScanOptions()))
+    images = read_folder(tmp_path)
+    train, held = split_dataset(images, SplitSettings(share=0.4), group_near_duplicates(images, ScanOptions()))
     number = lambda side: sorted(int(Path(r.path).stem.split()[-1]) for r in side)
     assert not set(number(train)) & set(number(held)) and len(held) >= 2
 
@@ -168,9 +168,9 @@ def test_a_split_can_be_the_one_that_the_metadata_names():
 
 @pytest.mark.parametrize(("count", "settings", "message"), [
     (1, {}, "leaves 0 to train on and 1 to validate on; each side needs one"),
-    (5, {"share": 0.0}, "a share of 0.0 of 5 pictures .* leaves 5 to train on and 0"),
-    (5, {"pictures": 5}, "5 pictures of 5 pictures"),
-    (5, {"by": "as marked"}, "0 of 5 pictures are marked for validation"),
+    (5, {"share": 0.0}, "a share of 0.0 of 5 images .* leaves 5 to train on and 0"),
+    (5, {"pictures": 5}, "5 images of 5 images"),
+    (5, {"by": "as marked"}, "0 of 5 images are marked for validation"),
 ])  # fmt: skip
 def test_a_side_without_pictures_is_refused(count, settings, message):
     with pytest.raises(ValueError, match=message):

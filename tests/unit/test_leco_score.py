@@ -128,7 +128,7 @@ def test_x0_by_hand():
 
 
 def test_direct_align_by_hand():
-    """The state after the step is 3; 0.25 of it is the known noise 1, so the picture is (3 - 0.25) / 0.75."""
+    """The state after the step is 3; 0.25 of it is the known noise 1, so the image is (3 - 0.25) / 0.75."""
     method = by_hand({"target": "direct_align"}, noise=torch.ones(1, *SHAPE))
     assert method.loss(rng()).item() == pytest.approx(-2.75 / 0.75)
 
@@ -430,7 +430,7 @@ def test_the_gradient_of_draft_lv_is_that_of_its_last_steps_alone():
     method = by_hand({"target": "draft_lv"})
     x0 = torch.full((1, *SHAPE), 4.0, requires_grad=True)
     seen = leco_score.draft_lv_inputs(method, method.state_source.place, x0, rng())
-    sum(picture.sum() for picture, _ in seen).backward()
+    sum(image.sum() for image, _ in seen).backward()
     assert x0.grad is None and len(seen) == 2
 
 

@@ -217,7 +217,7 @@ def test_a_state_with_other_parameters_is_refused():
 # -- every way out -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trouble", [Stop(), ValueError("bad picture"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("trouble", [Stop(), ValueError("bad image"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_whatever_stops_a_loss_the_last_complete_step_is_saved_and_the_run_goes_on_exactly(trouble, accumulate):
     """Raised in the fourth step; with accumulation in the second half of it, when one half's gradient is already

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # Pillow warns of what it can still read; a user would see a line in the log
 
 
-# -- odd and broken pictures -------------------------------------------------------------------------------------------
+# -- odd and broken images -------------------------------------------------------------------------------------------
 
 
 def image(rng, mode="RGB", size=None):
@@ -37,9 +37,9 @@ def image(rng, mode="RGB", size=None):
     return Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * bands))
 
 
-def saved(picture, kind="PNG", **options):
+def saved(image, kind="PNG", **options):
     data = io.BytesIO()
-    picture.save(data, kind, **options)
+    image.save(data, kind, **options)
     return data.getvalue()
 
 
@@ -257,15 +257,15 @@ def make(root, rng):
     return {"masks": masks, "alpha_mask": rng.random() < 0.5, "caption_lines": rng.choice(("one", "alternatives"))}
 
 
-def beside(picture, rng):
-    """Sidecars and masks of one picture."""
+def beside(path, rng):
+    """Sidecars and masks of one image."""
     if rng.random() < 0.5:
-        put(picture.with_suffix(rng.choice((".txt", ".caption"))), caption(rng))
+        put(path.with_suffix(rng.choice((".txt", ".caption"))), caption(rng))
     if rng.random() < 0.3:
-        put(picture.with_suffix(".json"), broken(rng, as_json(value(rng) if rng.random() < 0.3 else row(rng, ()))))
+        put(path.with_suffix(".json"), broken(rng, as_json(value(rng) if rng.random() < 0.3 else row(rng, ()))))
     if rng.random() < 0.3:
         put(
-            picture.with_name(picture.stem + ".mask.png"),
+            path.with_name(path.stem + ".mask.png"),
             rng.choice((rng.choice(PICTURES)(rng), saved(image(rng, "L")))),
         )
 
@@ -321,14 +321,14 @@ def told(record):
 
 
 def accounted(root, dataset):
-    """Every picture directly inside is a record or skipped."""
+    """Every image directly inside is a record or skipped."""
     known = {r.path for r in dataset} | {path for path, _ in dataset.skipped}
-    pictures = [
+    images = [
         p
         for p in root.iterdir()
         if p.suffix.lower() in ENDINGS and not p.name.lower().endswith(".mask.png") and not p.is_dir()
     ]
-    return [p for p in pictures if not p.name.startswith(".") and str(p) not in known]
+    return [p for p in images if not p.name.startswith(".") and str(p) not in known]
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -363,7 +363,7 @@ def test_a_malformed_folder_is_read_or_refused_in_words_and_stays_as_it_was(tmp_
 
 def test_the_malformed_folders_are_worth_their_name(tmp_path):
     """Of the 200, at least 20 are refused as a whole, at least 100 have something to report, at least 100 still give
-    pictures."""
+    images."""
     refused = reported = usable = 0
     for seed in range(CASES):
         root = tmp_path / str(seed)

@@ -16,7 +16,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5)
 
 @pytest.fixture
 def folder(tmp_path):
-    """input/set with three pictures; a has a .txt, b a .caption, c nothing."""
+    """input/set with three images; a has a .txt, b a .caption, c nothing."""
     place = tmp_path / "input" / "set"
     place.mkdir(parents=True)
     for number, name in enumerate("abc"):
@@ -31,7 +31,7 @@ def digest(place):
 
 
 def written(folder, captions, **about):
-    """What is written when the pictures of these names get these captions."""
+    """What is written when the images of these names get these captions."""
     data = read_folder(folder, **about)
     edits = {record.id: captions[Path(record.path).stem] for record in data if Path(record.path).stem in captions}
     return sidecars.write_caption_files(manual_edits.apply_manual_edits(data, edits), edits, [folder.parent], now=NOW)
@@ -66,7 +66,7 @@ def test_edits_of_pictures_that_are_gone_are_told_and_not_fatal(folder):
     )
     assert manual_edits.format_manual_edits(data, manual_edits.apply_manual_edits(data, edits), edits).splitlines() == [
         "1 of 3 captions edited by hand",
-        "1 edits are of pictures that are not in this dataset (ffffffffff); they are kept in case those come back.",
+        "1 edits are of images that are not in this dataset (ffffffffff); they are kept in case those come back.",
     ]
 
 
@@ -135,7 +135,7 @@ def test_progress_is_told_and_an_interrupt_goes_through(folder, tmp_path):
 
 
 def test_the_file_that_is_read_is_the_one_that_is_written_and_its_bytes_are_kept(folder):
-    pictures = digest(folder)
+    images = digest(folder)
     before = (folder / "a.txt").read_bytes()
     found = written(folder, {"a": ("a grün ball",), "b": ("blue",), "c": ("new",)})
     assert [(w.path.name, w.backup and w.backup.relative_to(folder).as_posix()) for w in found] == [
@@ -145,7 +145,7 @@ def test_the_file_that_is_read_is_the_one_that_is_written_and_its_bytes_are_kept
     ]
     assert found[0].backup.read_bytes() == before
     assert [r.captions for r in read_folder(folder)] == [("a grün ball",), ("blue",), ("new",)]
-    assert digest(folder) == pictures
+    assert digest(folder) == images
     assert read_folder(folder).skipped == ()
 
 

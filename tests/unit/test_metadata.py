@@ -1,4 +1,4 @@
-"""What files beside the pictures say about them, which of them counts, and what is said of wrong ones."""
+"""What files beside the images say about them, which of them counts, and what is said of wrong ones."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ from PIL import Image
 from trainyard.trainers.data.readers import hash_folder_state, read_folder
 
 
-def picture(folder, name, size=(8, 6), mode="RGB", colour=7):
+def image(folder, name, size=(8, 6), mode="RGB", colour=7):
     folder.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour if mode == "L" else (1, 2, 3, 4)[: len(mode)]).save(folder / name)
     return folder / name
@@ -18,7 +18,7 @@ def picture(folder, name, size=(8, 6), mode="RGB", colour=7):
 @pytest.fixture
 def folder(tmp_path):
     for name in ("a.png", "b.png"):
-        picture(tmp_path / "set", name)
+        image(tmp_path / "set", name)
     return tmp_path / "set"
 
 
@@ -115,7 +115,7 @@ def test_the_nearest_source_of_each_fact_counts(tmp_path):
     """.txt, then .json, then the folder's jsonl, csv, json, then those above, then the folder's name"""
     root, folder = tmp_path, tmp_path / "2_cat"
     for name in "abcdefg":
-        picture(folder, f"{name}.png")
+        image(folder, f"{name}.png")
     row = lambda names, text, **more: [{"file_name": f"{n}.png", "text": f"{text} {n}", **more} for n in names]
     put(root, metadata__csv="file,text\n" + "\n".join(f"2_cat/{n}.png,root {n}" for n in "abcdef"))
     put(
@@ -136,14 +136,14 @@ def test_the_nearest_source_of_each_fact_counts(tmp_path):
 
 
 def test_an_empty_caption_file_says_that_there_is_none(tmp_path):
-    picture(tmp_path / "1_cat", "a.png")
+    image(tmp_path / "1_cat", "a.png")
     put(tmp_path / "1_cat", a__txt="\n", metadata__json={"a": "no"})
     assert captions(read_folder(tmp_path)) == [()]
 
 
 def test_repeats_of_a_row_take_the_place_of_the_folders_and_none_leaves_the_picture_out(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / "5_cat", name)
+        image(tmp_path / "5_cat", name)
     put(tmp_path / "5_cat", metadata__csv="file,repeats\na.png,2\nb.png,0\n")
     dataset = read_folder(tmp_path, repeats=3)
     assert [r.repeats for r in dataset] == [6, 15]
@@ -203,19 +203,19 @@ def test_a_row_with_a_wrong_value_takes_its_picture_out_and_says_why(folder, row
     ("metadata.json", "{", "is not JSON"),
     ("metadata.json", "5", "holds a number; it must be an object of images or a list of rows"),
     ("metadata.json", "[" * 100_000, "is not JSON"),
-    ("metadata.json", '{"z": "text"}', "no single picture here for 1 row of metadata.json: z"),
+    ("metadata.json", '{"z": "text"}', "no single image here for 1 row of metadata.json: z"),
     ("metadata.json", '{"a": 5}', None),
-    ("metadata.json", '[{"text": "x"}]', "entry 1 names no picture; it needs file_name, file, image or path"),
+    ("metadata.json", '[{"text": "x"}]', "entry 1 names no image; it needs file_name, file, image or path"),
     ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name"', "line 2 is not JSON"),
-    ("metadata.jsonl", "[1]\n", "line 1 names no picture"),
-    ("metadata.jsonl", '{"file": "a.png"}\n{"file": "a.png"}\n{"file": "A"}', "1 row of metadata.jsonl for a picture "
+    ("metadata.jsonl", "[1]\n", "line 1 names no image"),
+    ("metadata.jsonl", '{"file": "a.png"}\n{"file": "a.png"}\n{"file": "A"}', "1 row of metadata.jsonl for an image "
                                                                               "that had one; the first counts: a.png"),
     ("metadata.csv", "a.png,a ball\n", "has no column named file_name, file, image or path; its first line holds "
                                        "a.png, a ball"),
     ("metadata.csv", "file,text,text\n", "two columns named text"),
     ("metadata.csv", "file,text\na.png,one,two\n", None),
     ("metadata.csv", 'file,text\na.png,"one\nb.png,two\n', "cannot be read as CSV"),
-    ("metadata.csv", "file,text\n,one\n", "line 2 names no picture"),
+    ("metadata.csv", "file,text\n,one\n", "line 2 names no image"),
     ("metadata.csv", "", "is empty. Write a first line such as file_name,text"),
 ])  # fmt: skip
 def test_wrong_tables_are_reported_and_the_pictures_are_read(folder, name, content, message):
@@ -232,7 +232,7 @@ def test_wrong_tables_are_reported_and_the_pictures_are_read(folder, name, conte
 
 
 def test_a_name_that_fits_several_pictures_is_reported(folder):
-    picture(folder, "a.jpg")
+    image(folder, "a.jpg")
     put(folder, metadata__json={"a": "which?", "a.jpg": "this one"})
     dataset = read_folder(folder)
     assert captions(dataset) == [("this one",), (), ()]
@@ -255,10 +255,10 @@ def test_a_caption_that_is_no_text_takes_its_picture_out(folder, data, message):
 def test_masks_come_from_beside_then_metadata_then_their_folder_then_alpha(tmp_path):
     folder, masks = tmp_path / "set", tmp_path / "masks"
     for name in ("a.png", "b.png", "c.png", "d.png"):
-        picture(folder, name, mode="RGBA")
-        picture(masks, name.replace("png", "bmp"), mode="L") if name != "d.png" else None
-    picture(folder, "a.mask.png", mode="L")
-    picture(folder / "other", "m.png", mode="L")
+        image(folder, name, mode="RGBA")
+        image(masks, name.replace("png", "bmp"), mode="L") if name != "d.png" else None
+    image(folder, "a.mask.png", mode="L")
+    image(folder / "other", "m.png", mode="L")
     put(folder, metadata__csv="file,mask\na.png,other/m.png\nb.png,other/m.png\n")
     dataset = read_folder(folder, masks=masks, alpha_mask=True)
     assert [str(pathlib.Path(r.mask).relative_to(tmp_path)) for r in dataset] == [
@@ -271,24 +271,24 @@ def test_masks_come_from_beside_then_metadata_then_their_folder_then_alpha(tmp_p
 
 def test_masks_of_kohya_folders_may_lie_in_folders_of_the_same_names(tmp_path):
     for place in ("set/1_a", "set/2_b", "masks/1_a"):
-        picture(tmp_path / place, "x.png", mode="L")
-    picture(tmp_path / "masks", "x.png", mode="L", colour=9)
+        image(tmp_path / place, "x.png", mode="L")
+    image(tmp_path / "masks", "x.png", mode="L", colour=9)
     dataset = read_folder(tmp_path / "set", masks=tmp_path / "masks")
     assert [pathlib.Path(r.mask).parent.name for r in dataset] == ["1_a", "masks"]
 
 
 def test_masks_inside_the_folder_are_no_folder_to_complain_about(tmp_path):
-    picture(tmp_path, "a.png")
-    picture(tmp_path / "masks", "a.png", mode="L")
+    image(tmp_path, "a.png")
+    image(tmp_path / "masks", "a.png", mode="L")
     assert read_folder(tmp_path, masks=tmp_path / "masks").skipped == ()
 
 
 def test_masks_that_do_not_fit_are_said(tmp_path):
     folder, masks = tmp_path / "set", tmp_path / "masks"
     for name in ("a.png", "b.png"):
-        picture(folder, name)
-    picture(masks, "a.png", mode="L", size=(8, 8))
-    picture(masks, "z.png", mode="L")
+        image(folder, name)
+    image(masks, "a.png", mode="L", size=(8, 8))
+    image(masks, "z.png", mode="L")
     dataset = read_folder(folder, masks=masks)
     assert "is 8x8 px and its image 8x6 px. Make the mask as large" in reasons(dataset)["a.png"]
     assert "no image for 1 mask: z.png" in reasons(dataset)["masks"]
@@ -318,7 +318,7 @@ def test_masks_that_do_not_fit_are_said(tmp_path):
 def test_every_file_that_is_read_is_noticed_when_it_changes(tmp_path, change):
     folder, masks = tmp_path / "set", tmp_path / "masks"
     for place in (folder, masks, tmp_path / "linked"):
-        picture(place, "c.png")
+        image(place, "c.png")
     (folder / "1_linked").symlink_to(tmp_path / "linked")
     before = hash_folder_state(folder, masks)
     assert hash_folder_state(folder, masks) == before

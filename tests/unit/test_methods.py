@@ -227,18 +227,16 @@ def make_score(task="regression", backbone="latent ResNet", prediction="flow", s
 
 
 def make_pretext(backbone="latent ResNet", prediction="flow", seed=0):
-    """All tasks on six views of four pictures, views of one picture being alike; the file is the trunk itself."""
-    draw, store, pictures = rng(9), MemoryStore(), []
+    """All tasks on six views of four images, views of one image being alike; the file is the trunk itself."""
+    draw, store, images = rng(9), MemoryStore(), []
     for number in range(4):
         middle = torch.randn(SHAPE, generator=draw)
         views = [EncodedView(f"{number}/{i}", i) for i in range(6)]
         store.update(
             {view.key: {"mean": middle + 0.3 * torch.randn(SHAPE, generator=draw), "std": None} for view in views}
         )
-        pictures.append(
-            {CROP_VIEW: views[:2], ROTATED_VIEW: views[:4], SHUFFLED_VIEW: views[2:5], GREY_VIEW: views[4:]}
-        )
-    views = ViewDataset(tuple(pictures), (), store, SHAPE, "")
+        images.append({CROP_VIEW: views[:2], ROTATED_VIEW: views[:4], SHUFFLED_VIEW: views[2:5], GREY_VIEW: views[4:]})
+    views = ViewDataset(tuple(images), (), store, SHAPE, "")
     settings = PretextSettings(backbone=backbone, batch=2, rotation=0.5, jigsaw=0.5, colours=1.0, classes=0.5)
     make = lambda: build_scorer(ScoreModelInfo(backbone=backbone, channels=CHANNELS, width=8, depth=1)).trunk
     trunk = call_with_seed(seed, make)
@@ -346,7 +344,7 @@ METHODS = {
         "eps",
         curve=[0.0113274, 0.00637765, 0.018444, 0.00830176, 0.0027884, 0.00723061, 0.00727573, 0.00452141],
     ),
-    "leco on pictures": method_row(
+    "leco on images": method_row(
         make_difference,
         make_leco_targets("cat", "old", "", "young"),
         2,
@@ -609,7 +607,7 @@ def lora(data, batch=1, network=None, **rest):
 
 
 def test_a_batch_of_two_captions_equals_two_batches_of_one():
-    """The same pictures, noise and noise levels: the losses per sample agree, and so does the gradient of their
+    """The same images, noise and noise levels: the losses per sample agree, and so does the gradient of their
     mean."""
     data = dataset()
     method = lora(data)

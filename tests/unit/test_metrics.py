@@ -91,7 +91,7 @@ def test_the_pairwise_interval_by_tables_is_that_of_drawing_again():
 
 
 def test_copies_of_a_picture_are_no_independent_evidence():
-    """Each picture ten times over: told of it, the interval is as wide as without the copies, and three times narrower
+    """Each image ten times over: told of it, the interval is as wide as without the copies, and three times narrower
     otherwise."""
     said, rated = noisy(40, 1.0)
     width = lambda f: f.high - f.low

@@ -1,4 +1,4 @@
-"""The loss of a run as a picture: where the curve is, what the axes say, and runs that are hard to draw."""
+"""The loss of a run as an image: where the curve is, what the axes say, and runs that are hard to draw."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_the_axis_of_steps_has_every_step_at_most_once(steps, texts, monkeypatch
 
 
 def test_one_huge_step_does_not_flatten_the_run():
-    """1 of 1000 losses is a million: the picture shows the other 999, from 1 to 2 and a bit of air."""
+    """1 of 1000 losses is a million: the image shows the other 999, from 1 to 2 and a bit of air."""
     low, high = axis_limits([1 + i / 1000 for i in range(999)] + [1e6])
     assert 0.9 < low < 1 and 2 < high < 2.1
 
@@ -86,7 +86,7 @@ def test_runs_that_are_hard_to_draw_are_drawn(losses):
     assert image.size == (960, 540) and len(image.getcolors(1 << 20)) > 3
     assert any(
         rows_of(image, x, PLOT_SMOOTH_COLOUR) for x in range(PLOT_MARGIN_LEFT - 2, image.width - PLOT_MARGIN_RIGHT + 3)
-    ), "no curve on the picture"
+    ), "no curve on the image"
 
 
 def test_values_that_are_no_numbers_leave_a_gap():

@@ -17,7 +17,7 @@ def test_every_preset_is_whole_keeps_the_familys_scale_and_names_its_source(fami
 
 
 def test_steps_by_hand():
-    """100 per picture of a character, between 1000 and 3000 on SD 1.5."""
+    """100 per image of a character, between 1000 and 3000 on SD 1.5."""
     assert [make_training_preset("SD 1.5", "character", n).run.steps for n in (5, 20, 500)] == [1000, 2000, 3000]
 
 

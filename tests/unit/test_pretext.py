@@ -1,4 +1,4 @@
-"""Learning from pictures without ratings."""
+"""Learning from images without ratings."""
 
 import math
 from dataclasses import replace
@@ -43,14 +43,14 @@ ALL = dict(inpaint=1.0, simclr=0.5, rotation=1.0, jigsaw=1.0, colours=1.0, class
 
 @pytest.fixture
 def folder(tmp_path):
-    """16 pictures of two plain colours each, in two folders: red ones and green ones."""
+    """16 images of two plain colours each, in two folders: red ones and green ones."""
     for number in range(16):
         name, rng = ("red", "green")[number % 2], torch.Generator().manual_seed(number)
         levels = (torch.rand(3, 4, 4, generator=rng) * 80).round().byte()
         levels[number % 2] += 150
         (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(levels.permute(1, 2, 0).numpy()).resize((72, 64), Image.Resampling.NEAREST)
-        picture.save(tmp_path / "set" / name / f"{number}.png")
+        image = Image.fromarray(levels.permute(1, 2, 0).numpy()).resize((72, 64), Image.Resampling.NEAREST)
+        image.save(tmp_path / "set" / name / f"{number}.png")
     return tmp_path / "set"
 
 
@@ -77,15 +77,13 @@ def test_quarters_are_shuffled_before_encoding_and_do_not_touch():
 
 
 def test_a_crop_keeps_proportions_and_a_turn_turns():
-    picture = Image.new("RGB", (80, 40))
-    picture.paste((255, 255, 255), (40, 0, 80, 20))
-    whole = render_view(ViewSpec(ROTATED_VIEW, label=0), picture, 40)
+    image = Image.new("RGB", (80, 40))
+    image.paste((255, 255, 255), (40, 0, 80, 20))
+    whole = render_view(ViewSpec(ROTATED_VIEW, label=0), image, 40)
     assert whole.getpixel((35, 5)) == (255, 255, 255)
     assert whole.getpixel((5, 5)) == (0, 0, 0)
-    assert render_view(ViewSpec(ROTATED_VIEW, label=1), picture, 40).getpixel((5, 5)) == (255, 255, 255), (
-        "anticlockwise"
-    )
-    assert render_view(ViewSpec(CROP_VIEW, mirrored=True), picture, 40).getpixel((5, 5)) == (255, 255, 255)
+    assert render_view(ViewSpec(ROTATED_VIEW, label=1), image, 40).getpixel((5, 5)) == (255, 255, 255), "anticlockwise"
+    assert render_view(ViewSpec(CROP_VIEW, mirrored=True), image, 40).getpixel((5, 5)) == (255, 255, 255)
 
 
 def test_views_are_encoded_once_and_are_what_they_say(dataset, tmp_path):
@@ -117,7 +115,7 @@ def test_contrast_by_hand():
     """Two pairs at right angles, tau 1: each row has its partner at 1 and two others at 0: log((e + 1 + 1) / e)."""
     a = torch.eye(2)
     assert nt_xent(a, 3 * a, 1.0).tolist() == pytest.approx([math.log((math.e + 2) / math.e)] * 2)
-    assert nt_xent(a[:1], a[:1]).tolist() == [0.0], "one picture has nobody to be confused with"
+    assert nt_xent(a[:1], a[:1]).tolist() == [0.0], "one image has nobody to be confused with"
 
 
 def test_hidden_error_by_hand():

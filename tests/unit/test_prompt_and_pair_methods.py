@@ -1,4 +1,4 @@
-"""Differences between prompts and between pictures: each loss by hand, and against a slow, literal version."""
+"""Differences between prompts and between images: each loss by hand, and against a slow, literal version."""
 
 import contextlib
 import dataclasses
@@ -271,8 +271,8 @@ def test_a_state_that_was_taken_does_not_change_with_later_draws():
 def test_points_of_pictures_and_of_noise():
     m = model()
     task = PromptTask(make_slider_targets("cat", "old", "young"), "cat", shapes=(SHAPE,), batch=2)
-    pictures = ImagePoints(m, [task], pairs(2), NoiseSettings(), NoiseLevelDensity(), 1)
-    point = pictures.draw(rng(0))
+    images = ImagePoints(m, [task], pairs(2), NoiseSettings(), NoiseLevelDensity(), 1)
+    point = images.draw(rng(0))
     assert (
         point.x.shape == (1, *SHAPE)
         and set(point.answers) == {"cat", "old", "young"}
@@ -290,7 +290,7 @@ def test_tasks_are_drawn_by_weight():
     assert 160 < sum(drawn) < 198
 
 
-# -- pairs of pictures -------------------------------------------------------------------------------------------------
+# -- pairs of images -------------------------------------------------------------------------------------------------
 
 
 def test_an_image_slider_is_the_denoising_loss_of_each_side_at_its_strength():
@@ -363,7 +363,7 @@ def test_the_change_in_noise_terms_is_the_published_one_for_eps(prediction):
     found = fresh.loss(rng(4))[0].detach()
     if prediction == "eps":
         torch.testing.assert_close(found, (student - goal).square().mean(), rtol=1e-3, atol=1e-6)
-    else:  # the velocity also holds the pictures' own difference, which the published form leaves in the target
+    else:  # the velocity also holds the images' own difference, which the published form leaves in the target
         assert not torch.isclose(found, (student - goal).square().mean(), rtol=1e-3)
 
 

@@ -20,7 +20,7 @@ from trainyard.trainers.data.quality.quality_report import draw_quality_sheet, f
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset
 
-SMALL = dict(resolution=512, reject_below=128, warn_below=256)  # so that drawn pictures need not be large
+SMALL = dict(resolution=512, reject_below=128, warn_below=256)  # so that drawn images need not be large
 ON = ("blur", "enlarged", "duplicates", "contrast", "exposure", "borders", "shape", "captions")
 
 
@@ -29,17 +29,17 @@ def only(*checks, **values):
     return QualitySettings(**{**SMALL, **{name: name in checks for name in ON}, **values})
 
 
-def folder_of(root, **pictures):
-    for name, picture in pictures.items():
-        picture.save(root / f"{name}.png")
+def folder_of(root, **images):
+    for name, image in images.items():
+        image.save(root / f"{name}.png")
         (root / f"{name}.txt").write_text(f"caption of {name}", encoding="utf-8")
     return read_folder(root)
 
 
-def flags_of(root, picture, settings):
+def flags_of(root, image, settings):
     (record,) = apply_quality_actions(
-        folder_of(root, a=picture),
-        *done(folder_of(root, a=picture), replace(settings, on_reject="flag", on_warn="flag")),
+        folder_of(root, a=image),
+        *done(folder_of(root, a=image), replace(settings, on_reject="flag", on_warn="flag")),
     )
     return record.flags
 
@@ -50,10 +50,10 @@ def done(dataset, settings, **more):
 
 def texture_on(ground, colour):
     """A disc of one colour with a little grain on a ground with a little grain."""
-    picture = Image.new("RGB", (400, 400), ground)
-    ImageDraw.Draw(picture).ellipse([100, 100, 300, 300], fill=colour)
+    image = Image.new("RGB", (400, 400), ground)
+    ImageDraw.Draw(image).ellipse([100, 100, 300, 300], fill=colour)
     grain = np.random.default_rng(0).normal(0, 3, (400, 400, 1))
-    return Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
 
 def burnt(share):
@@ -97,24 +97,24 @@ def test_a_fault_is_flagged_with_its_figure_and_threshold_and_a_good_picture_is_
 
 
 def test_a_white_ground_is_not_clipped_highlights(tmp_path):
-    picture = Image.new("RGB", (400, 400), "#ffffff")
-    picture.paste(texture((200, 200)), (100, 100))
-    assert flags_of(tmp_path, picture, only("exposure", resolution=128)) == ()
+    image = Image.new("RGB", (400, 400), "#ffffff")
+    image.paste(texture((200, 200)), (100, 100))
+    assert flags_of(tmp_path, image, only("exposure", resolution=128)) == ()
 
 
 def test_an_enlarged_picture_with_enough_detail_for_its_bucket_is_good(tmp_path):
     """600 px enlarged by 2 hold 300 px of detail: enough for 256, not for 512"""
-    picture = enlarged(texture((600, 600)), 2)
-    assert flags_of(tmp_path, picture, only("enlarged", resolution=128)) == ()
-    assert "detail of" in flags_of(tmp_path, picture, only("enlarged", resolution=512))[0]
+    image = enlarged(texture((600, 600)), 2)
+    assert flags_of(tmp_path, image, only("enlarged", resolution=128)) == ()
+    assert "detail of" in flags_of(tmp_path, image, only("enlarged", resolution=512))[0]
 
 
 def test_the_mask_decides_what_is_the_subject(tmp_path):
-    picture = texture_on("#2850a0", "#dcb496")
-    mask = Image.new("L", picture.size)
+    image = texture_on("#2850a0", "#dcb496")
+    mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).rectangle([10, 10, 60, 60], fill=255)  # blue on blue
     mask.save(tmp_path / "a.mask.png")
-    assert flags_of(tmp_path, picture, only("contrast", resolution=128))[0].startswith("contrast (")
+    assert flags_of(tmp_path, image, only("contrast", resolution=128))[0].startswith("contrast (")
 
 
 def test_copies_name_the_one_they_are_copies_of(tmp_path):
@@ -131,16 +131,16 @@ def test_a_vision_model_adds_cosines_and_is_asked_once_per_picture(tmp_path):
     dataset = folder_of(tmp_path, a=texture((400, 300), 0), b=texture((400, 300), 1))
     asked = []
 
-    def features(pictures):
-        asked.extend(pictures)
-        return np.tile(np.array([[0.6, 0.8]], np.float32), (len(pictures), 1))
+    def features(images):
+        asked.extend(images)
+        return np.tile(np.array([[0.6, 0.8]], np.float32), (len(images), 1))
 
     found = check_dataset_quality(dataset, only("duplicates", resolution=128), options=ScanOptions(features=features))
     assert [str(finding) for one in found.images for finding in one.findings] == [
         "duplicate (to a.png, cosine 1.000 >= 0.95)"
     ]
     assert found.vendi == pytest.approx(1)
-    assert "2 pictures count as 1.0 different ones (Vendi score, from features of the vision model)" in found.notes[0]
+    assert "2 images count as 1.0 different ones (Vendi score, from features of the vision model)" in found.notes[0]
     assert len(asked) == 2
 
 
@@ -259,7 +259,7 @@ def test_the_report_counts_and_lists_the_worst_first(tmp_path):
     dataset = messy(tmp_path)
     found, settings = done(dataset, SETTINGS)
     lines = format_quality_report(found, settings).splitlines()
-    assert lines[0] == "4 pictures checked: 2 rejected (dropped), 1 with warnings (flagged), 1 good"
+    assert lines[0] == "4 images checked: 2 rejected (dropped), 1 with warnings (flagged), 1 good"
     assert "- resolution: 1 (rejected)" in lines
     worst = lines[lines.index("Worst first") + 1 :]
     assert [line.split(":")[0] for line in worst] == ["- b.png 100x100", "- d.png 512x512", "- c.png 512x512"]
@@ -269,7 +269,7 @@ def test_the_report_counts_and_lists_the_worst_first(tmp_path):
 def test_the_figures_are_json_for_every_picture(tmp_path):
     dataset = messy(tmp_path)
     figures = json.loads(format_quality_json(check_dataset_quality(dataset, SETTINGS)))
-    assert [picture["severity"] for picture in figures["pictures"]] == ["good", "reject", "warn", "reject"]
+    assert [image["severity"] for image in figures["pictures"]] == ["good", "reject", "warn", "reject"]
     assert figures["pictures"][0]["size"] == [512, 512]
     assert figures["pictures"][2]["fine"] < 0.007
     assert "fine" not in figures["pictures"][3], "unreadable"
@@ -306,7 +306,7 @@ def test_a_mask_that_does_not_fit_is_reported_for_its_picture_only(tmp_path):
 def test_an_empty_dataset_is_no_error_to_check():
     found = check_dataset_quality(ImageDataset(()), QualitySettings())
     assert apply_quality_actions(ImageDataset(()), found, QualitySettings()) == ImageDataset(())
-    assert format_quality_report(found, QualitySettings()).startswith("0 pictures checked")
+    assert format_quality_report(found, QualitySettings()).startswith("0 images checked")
 
 
 def test_the_number_of_threads_changes_nothing(tmp_path):

@@ -1,7 +1,7 @@
-"""Ratings from files, folder names and lists of pairs; what is said of bad ones; and pictures kept by their scores."""
+"""Ratings from files, folder names and lists of pairs; what is said of bad ones; and images kept by their scores."""
 
 import pytest
-from trainyard.tests.fakes_data import FakeVae, encoded, picture
+from trainyard.tests.fakes_data import FakeVae, encoded, image
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
@@ -19,9 +19,9 @@ from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset, ImageRecord
 
 
-def pictures(folder, *names):
+def images(folder, *names):
     for seed, name in enumerate(names):
-        picture(folder / name, seed=seed)
+        image(folder / name, seed=seed)
 
 
 def ratings(dataset):
@@ -29,7 +29,7 @@ def ratings(dataset):
 
 
 def test_a_score_file_counts_before_the_metadata(tmp_path):
-    pictures(tmp_path, "a.png", "b.png", "c.png")
+    images(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "metadata.csv").write_text("file_name,score\na.png,1\nb.png,2\n", encoding="utf-8")
     (tmp_path / "b.score").write_text(" 7.5\n", encoding="utf-8")
     assert ratings(read_rated_folder(tmp_path)) == {"a.png": 1, "b.png": 7.5, "c.png": None}
@@ -37,7 +37,7 @@ def test_a_score_file_counts_before_the_metadata(tmp_path):
 
 @pytest.mark.parametrize("text", ["good", "", "nan", "1 2"])
 def test_a_broken_score_file_takes_its_picture_out_and_says_why(tmp_path, text):
-    pictures(tmp_path, "a.png", "b.png")
+    images(tmp_path, "a.png", "b.png")
     (tmp_path / "b.score").write_text(text, encoding="utf-8")
     dataset = read_rated_folder(tmp_path)
     assert list(ratings(dataset)) == ["a.png"]
@@ -46,7 +46,7 @@ def test_a_broken_score_file_takes_its_picture_out_and_says_why(tmp_path, text):
 
 def test_folder_names_are_ratings_and_never_repeats(tmp_path):
     """kohya reads 10_name as ten repeats; here it is a rating of ten, and everything is seen once"""
-    pictures(tmp_path, "7.5_good/a.png", "10_best/b.png", "-1/c.png", "rest/d.png", "loose.png")
+    images(tmp_path, "7.5_good/a.png", "10_best/b.png", "-1/c.png", "rest/d.png", "loose.png")
     dataset = read_rated_folder(tmp_path, "folder names")
     assert ratings(dataset) == {"a.png": 7.5, "b.png": 10, "c.png": -1}
     assert {record.repeats for record in dataset} == {1}
@@ -58,7 +58,7 @@ def test_folder_names_are_ratings_and_never_repeats(tmp_path):
 
 
 def test_a_folder_without_rated_folders_is_an_error_that_shows_how_to_name_them(tmp_path):
-    pictures(tmp_path, "good/a.png")
+    images(tmp_path, "good/a.png")
     with pytest.raises(ValueError, match="No folder in .* is named after a rating. Name them 7.5_name"):
         read_rated_folder(tmp_path, "folder names")
 
@@ -116,7 +116,7 @@ def test_missing_constant_and_too_few_ratings_are_told_apart():
 
 
 def test_ratings_travel_with_the_encoded_pictures_which_need_no_text_encoder(tmp_path):
-    pictures(tmp_path / "in", "a.png", "b.png")
+    images(tmp_path / "in", "a.png", "b.png")
     (tmp_path / "in" / "b.score").write_text("3", encoding="utf-8")
     data = encoded(
         tmp_path, read_rated_folder(tmp_path / "in"), captions=CaptionSettings(caption_mode=CAPTION_MODE_EMPTY)
@@ -148,9 +148,9 @@ def test_ratings_travel_with_the_encoded_pictures_which_need_no_text_encoder(tmp
 def test_near_duplicates_share_a_group(tmp_path):
     from PIL import Image
 
-    picture(tmp_path / "in" / "a.png", (64, 64), seed=1)
+    image(tmp_path / "in" / "a.png", (64, 64), seed=1)
     Image.open(tmp_path / "in" / "a.png").resize((80, 80)).save(tmp_path / "in" / "copy.png")
-    picture(tmp_path / "in" / "other.png", (64, 64), seed=2)
+    image(tmp_path / "in" / "other.png", (64, 64), seed=2)
     data = encoded(tmp_path, captions=CaptionSettings(caption_mode=CAPTION_MODE_EMPTY))
     first, copy, other = duplicate_group_names(data, ScanOptions())
     assert first == copy != other

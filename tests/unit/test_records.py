@@ -1,4 +1,4 @@
-"""Records: what is known about a picture, and its pixels when asked for."""
+"""Records: what is known about an image, and its pixels when asked for."""
 
 import dataclasses
 
@@ -73,10 +73,10 @@ def test_a_rotated_photo_stands_upright_in_pixels_and_in_size(tmp_path):
 
 
 def test_a_crop_cuts_the_picture_and_its_mask_alike(tmp_path):
-    picture, mask = Image.new("RGB", (4, 2)), Image.new("L", (4, 2))
-    picture.putdata([(i, 0, 0) for i in range(8)])
+    image, mask = Image.new("RGB", (4, 2)), Image.new("L", (4, 2))
+    image.putdata([(i, 0, 0) for i in range(8)])
     mask.putdata(list(range(8)))
-    picture.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png")
     mask.save(tmp_path / "a.mask.png")
     record = record_of(tmp_path, crop=(1, 0, 3, 2))
     assert record.cropped_size == (2, 2)

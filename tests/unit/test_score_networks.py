@@ -62,7 +62,7 @@ def test_latents_of_any_size_are_scored(backbone, channels, shape):
     x = torch.randn(2, channels, *shape, generator=rng())
     out = network(x, torch.tensor([0.0, 0.7]))
     assert out.shape == (2, 3) and out.isfinite().all()
-    assert torch.equal(network(x[:, :, None], torch.tensor([0.0, 0.7])), out), "a video of one frame is that picture"
+    assert torch.equal(network(x[:, :, None], torch.tensor([0.0, 0.7])), out), "a video of one frame is that image"
 
 
 @pytest.mark.parametrize("backbone", LATENT_BACKBONES)
@@ -88,7 +88,7 @@ def test_the_level_of_noise_counts(backbone):
 
 @pytest.mark.parametrize("backbone", LATENT_BACKBONES)
 def test_brightness_is_not_normalised_away(backbone):
-    """Two flat pictures, one of them brighter: narrow networks with one channel per group would see no difference."""
+    """Two flat images, one of them brighter: narrow networks with one channel per group would see no difference."""
     network = shaken(drawn(ScoreModelInfo(backbone=backbone, **SMALL)))
     x = torch.stack([torch.full((4, 8, 8), 0.5), torch.full((4, 8, 8), 1.5)])
     one, other = network(x, torch.zeros(2)).flatten().tolist()
@@ -125,7 +125,7 @@ def test_positions_differ_everywhere_and_are_the_same_from_the_middle():
     flat = table.flatten(1).T
     assert torch.cdist(flat, flat).add(torch.eye(35)).min() > 1e-2
     assert torch.allclose(sincos_position_embedding(16, 7, 9)[:, 1:-1, 1:-1], table, atol=1e-6), (
-        "a larger picture has the smaller one in its middle"
+        "a larger image has the smaller one in its middle"
     )
 
 

@@ -84,7 +84,7 @@ def test_square_by_hand():
 
 
 def test_ranking_by_hand():
-    """Wanted 0 and 2, said 0 and 0: both orders of the one pair lose log 2, weighted alike, so each picture loses log
+    """Wanted 0 and 2, said 0 and 0: both orders of the one pair lose log 2, weighted alike, so each image loses log
     2. Said 1 and 0, the wrong way round by 1: log(1 + e)."""
     assert ranking_loss(torch.zeros(2), torch.tensor([0.0, 2.0])).tolist() == pytest.approx([math.log(2)] * 2)
     assert ranking_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])).tolist() == pytest.approx(
@@ -97,7 +97,7 @@ def test_ranking_weighs_pairs_by_their_difference():
     in all, times 3."""
     losses = ranking_loss(torch.zeros(3), torch.tensor([0.0, 0.0, 3.0]))
     assert losses.tolist() == pytest.approx([0.75 * math.log(2), 0.75 * math.log(2), 1.5 * math.log(2)])
-    assert losses.mean().item() == pytest.approx(math.log(2)), "the mean over pictures is the mean over pairs"
+    assert losses.mean().item() == pytest.approx(math.log(2)), "the mean over images is the mean over pairs"
 
 
 def test_margin_ranking_by_hand():
@@ -169,7 +169,7 @@ def method_of(data, denoiser=None, about=ABOUT, dropout=0.0, pairs=(), **setting
 
 
 def looked_at(method, steps=60):
-    """Levels, and pictures, that the network is shown."""
+    """Levels, and images, that the network is shown."""
     found = []
     real = method.network.forward
     method.network.forward = lambda x, level, keep=None: found.append((x, level)) or real(x, level, keep)
@@ -259,7 +259,7 @@ def test_a_known_score_is_found_and_said_to_be(backbone):
     assert about.trained and about.metrics["SRCC"][0] > 0.6, made.report
     assert set(about.metrics) >= {"SRCC", "PLCC", "MAE", "pairwise accuracy", "SRCC at noise 0.9"}
     assert (
-        made.report.startswith("Trained on 80 rated pictures: SRCC 0.")
+        made.report.startswith("Trained on 80 rated images: SRCC 0.")
         and len(made.predictions) == 80
         and len(made.losses) == 120
     )
@@ -284,7 +284,7 @@ def test_every_task_is_trained_measured_and_answers_on_its_own_scale(task, figur
 
 
 def test_what_is_learnt_is_measured_on_pictures_that_were_not_seen(monkeypatch):
-    """Members and what they judge: no picture, and no near-duplicate of one, is on both sides."""
+    """Members and what they judge: no image, and no near-duplicate of one, is on both sides."""
     learnt, judged = [], []
     real_learn, real_judged = EnsembleMember.train_member, EnsembleMember.predict_held_out
     monkeypatch.setattr(
@@ -311,7 +311,7 @@ def test_a_score_that_is_chance_is_not_called_trained():
     assert (
         made.report.startswith("NOT TRAINED: SRCC is ")
         and "chance gives 0" in made.report
-        and "Rate more pictures" in made.report
+        and "Rate more images" in made.report
     )
 
 
@@ -329,7 +329,7 @@ def test_a_member_stops_when_held_back_pictures_are_scored_no_better():
 
 
 def test_the_best_weights_are_kept_and_not_the_last(monkeypatch):
-    """The marks of the held back pictures are made up: the third is the best, so the average of step 6 is what
+    """The marks of the held back images are made up: the third is the best, so the average of step 6 is what
     stays."""
     marks, kept = iter([0.1, 0.2, 0.9, 0.3, 0.3, 0.3] * 2), []
     monkeypatch.setattr(EnsembleMember, "validation_score", lambda self, index: next(marks))
@@ -392,7 +392,7 @@ def same_training(a, b):
 
 @pytest.mark.parametrize(("every", "patience"), [(5, 10), (6, 10), (7, 0), (13, 10), (6, 1)])
 def test_a_training_that_is_stopped_again_and_again_is_the_same_training(tmp_path, monkeypatch, every, patience):
-    """Stopped in the middle of a network, on the very step where held back pictures are scored, while a network is
+    """Stopped in the middle of a network, on the very step where held back images are scored, while a network is
     measured, and between two; with and without an early end. How well they are scored is made up of the last digits of
     the weights: any step may be the best, and one that is asked twice, or not at all, is seen."""
     monkeypatch.setattr(
@@ -476,7 +476,7 @@ def test_pairs_alone_are_enough():
         settings=replace(QUICK, task="pairwise", steps=120),
         pairs=pairs,
     )
-    assert made.report.startswith("Trained on 120 pairs of 240 pictures: pairwise accuracy 0."), made.report
+    assert made.report.startswith("Trained on 120 pairs of 240 images: pairwise accuracy 0."), made.report
 
 
 def test_both_sides_of_a_pair_are_in_one_fold_where_that_can_be():
@@ -487,7 +487,7 @@ def test_both_sides_of_a_pair_are_in_one_fold_where_that_can_be():
     assert all(names[a] == names[b] for a, b in apart) and len(set(names)) == 20
     chain = [(i, i + 1) for i in range(39)]
     task, groups = build_rating_task(data, TINY, settings, "", chain, list(range(40)), None)
-    assert fold_groups(groups, task, settings) == groups, "a chain ties all to all: each picture for itself"
+    assert fold_groups(groups, task, settings) == groups, "a chain ties all to all: each image for itself"
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -497,9 +497,7 @@ def test_pictures_without_a_rating_are_left_out_and_named():
     data = rated(40)
     data.items[3] = replace(data.items[3], score=None, path="/somewhere/cat.png")
     made = train(data, settings=replace(QUICK, steps=2))
-    assert (
-        "1 pictures without a rating were left out: /somewhere/cat.png" in made.report and len(made.predictions) == 39
-    )
+    assert "1 images without a rating were left out: /somewhere/cat.png" in made.report and len(made.predictions) == 39
 
 
 def test_too_few_constant_and_unsuitable_ratings_are_refused_before_anything_is_trained():

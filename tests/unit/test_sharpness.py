@@ -1,4 +1,4 @@
-"""How much detail there is, and where bars begin: on drawn pictures, on both sides of every threshold."""
+"""How much detail there is, and where bars begin: on drawn images, on both sides of every threshold."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from trainyard.trainers.data.quality.sharpness import (
 SLOPES = (0.8, 1.0, 1.2)  # from gravel to clouds
 
 
-def at_512(picture):
-    small = picture.copy()
+def at_512(image):
+    small = image.copy()
     small.thumbnail((512, 512), LANCZOS)
     return grey(small)
 
@@ -33,9 +33,9 @@ def test_sharp_textures_have_fine_detail_and_blurred_ones_do_not(slope):
 
 
 def test_one_sharp_subject_before_a_soft_background_is_sharp_by_its_tiles():
-    picture = softened(texture((512, 512)), 6)
-    picture.paste(texture((160, 160), seed=1), (180, 180))
-    assert tile_sharpness(grey(picture)) > 400
+    image = softened(texture((512, 512)), 6)
+    image.paste(texture((160, 160), seed=1), (180, 180))
+    assert tile_sharpness(grey(image)) > 400
 
 
 def test_the_fine_share_of_one_wave_is_all_or_nothing():
@@ -75,8 +75,8 @@ def test_an_enlarged_jpeg_is_still_found():
 
 
 def test_motion_blur_along_one_axis_is_no_enlargement():
-    picture = grey(texture())
-    moved = np.mean([np.roll(picture, shift, axis=1) for shift in range(6)], axis=0).astype(np.float32)
+    image = grey(texture())
+    moved = np.mean([np.roll(image, shift, axis=1) for shift in range(6)], axis=0).astype(np.float32)
     assert estimate_enlargement(moved) < 1.5
 
 
@@ -105,13 +105,13 @@ def test_bars_are_found_through_jpeg_within_its_blocks():
 
 
 def test_a_plain_ground_around_a_subject_is_no_bar():
-    picture = Image.new("RGB", (400, 400), "#ffffff")
-    ImageDraw.Draw(picture).ellipse([100, 60, 300, 340], fill="#cc3333")
-    assert detect_bars(np.asarray(picture)) == (0, 0, 0, 0)
+    image = Image.new("RGB", (400, 400), "#ffffff")
+    ImageDraw.Draw(image).ellipse([100, 60, 300, 340], fill="#cc3333")
+    assert detect_bars(np.asarray(image)) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "picture", [Image.new("RGB", (50, 50), "#123456"), Image.new("RGB", (1, 1)), texture((64, 64))]
+    "image", [Image.new("RGB", (50, 50), "#123456"), Image.new("RGB", (1, 1)), texture((64, 64))]
 )
-def test_plain_and_full_pictures_have_no_bars(picture):
-    assert detect_bars(np.asarray(picture)) == (0, 0, 0, 0)
+def test_plain_and_full_pictures_have_no_bars(image):
+    assert detect_bars(np.asarray(image)) == (0, 0, 0, 0)

@@ -1,9 +1,9 @@
-"""Pictures by what is seen in them."""
+"""Images by what is seen in them."""
 
 import numpy as np
 import pytest
 import torch
-from trainyard.tests.fakes_data import picture
+from trainyard.tests.fakes_data import image
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.similarity.clusters import ClusterSettings, cluster_features
 from trainyard.trainers.data.similarity.similar import (
@@ -25,7 +25,7 @@ from trainyard.trainers.scores.networks import ScoreModelInfo, ScorerEnsemble, b
 @pytest.fixture
 def dataset(tmp_path):
     for number in range(6):
-        picture(tmp_path / f"p{number}.png", seed=number)
+        image(tmp_path / f"p{number}.png", seed=number)
     return read_folder(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_groups_become_datasets_with_flags_a_sheet_and_words(dataset):
     assert whole[0].flags[0].startswith("group 1 of 2 (silhouette 0.9")
     assert [r.path for r in whole] == [r.path for r in dataset]
     words = format_clusters_report(eyes, found)
-    assert "6 pictures in 2 groups" in words
+    assert "6 images in 2 groups" in words
     assert "most typical p1.png" in words
     assert draw_clusters_sheet(eyes, found).width > 6 * 160
     again, _ = split_by_cluster(ImageFeatures(whole, eyes.rows, "eyes"), found)

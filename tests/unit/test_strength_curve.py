@@ -64,7 +64,7 @@ def test_projection_onto_a_difference_counts_in_halves_of_it():
 
 
 class Knows(Denoiser):
-    """Predicts a picture of the level that the prompt names, blended with what it sees; the adapter's strength adds to
+    """Predicts an image of the level that the prompt names, blended with what it sees; the adapter's strength adds to
     the level."""
 
     def __init__(self, levels, added):
@@ -87,14 +87,14 @@ def knowing():
 
 
 def test_a_model_that_knows_its_prompts_tells_pictures_apart_by_hand():
-    """Prompts p and n mean pictures of 2 and -2. A picture of 2 is predicted perfectly under p and badly under n: 1. A
+    """Prompts p and n mean images of 2 and -2. An image of 2 is predicted perfectly under p and badly under n: 1. A
     grey one: 0."""
     x0 = torch.stack([torch.full(SHAPE, v) for v in (2.0, 0.0, -2.0)])
     assert diffusion_classifier_score(knowing(), x0, "p", "n").tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-4)
 
 
 def test_the_curve_of_a_known_slider_by_hand():
-    """At strength s the picture of t is s. `more like p than n` is 4s / (4 + s^2): at 2, where p's own pictures are, it
+    """At strength s the image of t is s. `more like p than n` is 4s / (4 + s^2): at 2, where p's own images are, it
     is 1."""
     m = knowing()
     noise = sample_latent_noise((2, *SHAPE), m.denoiser, rng(4))

@@ -1,4 +1,4 @@
-"""Taggers: the right tags for drawn pictures through timm and onnxruntime, and every rule between a probability and a
+"""Taggers: the right tags for drawn images through timm and onnxruntime, and every rule between a probability and a
 word by hand."""
 
 import json
@@ -135,28 +135,28 @@ def test_parentheses_are_escaped_only_when_asked():
     assert picked(found, escape_parentheses=True) == (r"ann \(book\)",)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(48, 32), (31, 64), (32, 32), (33, 200)])
 def test_pictures_are_prepared_as_the_slow_version_does_to_the_last_bit(size):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
-    fast = pad_to_white_square(picture, tiny_tagger.SIZE)[:, :, ::-1].astype(np.float32)
-    assert np.array_equal(fast, tiny_tagger.slowly_prepared(picture))
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    fast = pad_to_white_square(image, tiny_tagger.SIZE)[:, :, ::-1].astype(np.float32)
+    assert np.array_equal(fast, tiny_tagger.slowly_prepared(image))
 
 
 def test_what_is_transparent_is_white():
-    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    assert (pad_to_white_square(picture, 32) == 255).all()
+    image = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    assert (pad_to_white_square(image, 32) == 255).all()
 
 
 def test_pictures_for_timm_equal_timms_own_transform(timm_folder):
     timm = pytest.importorskip("timm")
     tagger = load_tagger(timm_folder, TaggerSettings(channels="RGB"))
-    picture = tiny_tagger.drawn("red", size=(48, 48))
+    image = tiny_tagger.drawn("red", size=(48, 48))
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=tagger.module))
-    assert np.array_equal(tagger.preprocess(picture), transform(picture).numpy())
+    assert np.array_equal(tagger.preprocess(image), transform(image).numpy())
 
 
 # -- taggers that were trained on three colours ------------------------------------------------------------------------
@@ -224,8 +224,8 @@ def test_the_network_may_be_moved_by_its_host_and_follows_its_dtype(timm_folder)
 def test_an_onnx_file_that_ends_without_a_sigmoid_says_the_same(onnx_folder, tmp_path):
     bare = tiny_tagger.onnx_folder(tmp_path / "bare", sigmoid=False)
     one, other = load_tagger(onnx_folder), load_tagger(bare)
-    picture = one.preprocess(tiny_tagger.drawn("blue"))[None]
-    np.testing.assert_allclose(one.run(picture), other.run(picture), atol=1e-5)
+    image = one.preprocess(tiny_tagger.drawn("blue"))[None]
+    np.testing.assert_allclose(one.run(image), other.run(image), atol=1e-5)
 
 
 def test_the_identity_changes_with_the_settings_and_with_the_weights(onnx_folder, tmp_path):

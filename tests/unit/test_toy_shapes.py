@@ -11,9 +11,9 @@ from trainyard.tests.toy.measure import measure
 NAMES = ("shape", "colour", "ground", "size")
 
 
-def spoilt(picture, blur_px, noise, rng):
-    """(H, W, 3) tensor of a picture after blur and noise."""
-    x = torch.from_numpy(np.asarray(picture.filter(ImageFilter.GaussianBlur(blur_px))) / 255.0)
+def spoilt(image, blur_px, noise, rng):
+    """(H, W, 3) tensor of an image after blur and noise."""
+    x = torch.from_numpy(np.asarray(image.filter(ImageFilter.GaussianBlur(blur_px))) / 255.0)
     return (x + noise * torch.randn(x.shape, generator=rng, dtype=x.dtype)).clamp(0, 1)
 
 
@@ -22,8 +22,8 @@ def test_at_least_98_of_100_drawn_pictures_are_read_right(blur_px, noise):
     rng = torch.Generator().manual_seed(17)
     wrong = []
     for i in range(180):
-        picture, caption, drawn = shapes.sample(rng, shape=shapes.SHAPES[i % len(shapes.SHAPES)])
-        seen = measure(spoilt(picture, blur_px, noise, rng))
+        image, caption, drawn = shapes.sample(rng, shape=shapes.SHAPES[i % len(shapes.SHAPES)])
+        seen = measure(spoilt(image, blur_px, noise, rng))
         if not seen.matches(**{k: drawn[k] for k in NAMES}):
             wrong.append((caption, seen))
     assert len(wrong) <= 180 * 0.02, f"{len(wrong)} of 180 read wrong, first: {wrong[0]}"
@@ -60,9 +60,9 @@ def test_nothing_is_seen_where_nothing_is():
 
 def test_what_is_between_two_shapes_has_no_name():
     """A half circle is none of the shapes."""
-    picture = np.asarray(shapes.draw("circle", radius=18)).copy()
-    picture[32:] = 243
-    assert measure(Image.fromarray(picture)).shape == "other"
+    image = np.asarray(shapes.draw("circle", radius=18)).copy()
+    image[32:] = 243
+    assert measure(Image.fromarray(image)).shape == "other"
 
 
 def test_two_shapes_leave_stray_coverage():

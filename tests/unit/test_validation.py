@@ -26,7 +26,7 @@ from trainyard.trainers.settings import OptimizerSettings, RunSettings
 
 
 def made(seed=0):
-    """(method, its adapters) on four pictures."""
+    """(method, its adapters) on four images."""
     network = Net()
     added = adapters(network, seed)
     return LoraTraining(Denoiser(network), added, dataset(), batch=2), added
@@ -114,7 +114,7 @@ def test_pictures_are_spread_over_the_set():
 
 
 def test_the_worst_picture_is_the_worst_at_its_noise_level():
-    """Two levels, the second ten times as hard for all. Picture 1 has twice what others have: 2 / (4/3) = 1.5 at both
+    """Two levels, the second ten times as hard for all. Image 1 has twice what others have: 2 / (4/3) = 1.5 at both
     levels."""
     losses = torch.tensor([[1.0, 10.0], [2.0, 20.0], [1.0, 10.0]])
     assert relative_losses(losses).tolist() == pytest.approx([0.75, 1.5, 0.75])
@@ -150,7 +150,7 @@ def test_held_out_pictures_come_with_the_gap_to_training_pictures(tmp_path):
     _, _, seen, _ = trained(tmp_path, 40, held_out=dataset(3, seed=77), every=20)
     last = seen.history[-1]
     assert last["held_out"] and last["loss"] > last["training"], (
-        "what was learnt by heart does not carry over to random pictures"
+        "what was learnt by heart does not carry over to random images"
     )
     assert "against training pictures" in seen.line()
 

@@ -35,7 +35,7 @@ def rotated():
 
 @pytest.fixture
 def source(tmp_path):
-    """Every kind of picture and fact that a record can hold."""
+    """Every kind of image and fact that a record can hold."""
     folder = tmp_path / "source"
     folder.mkdir()
     pixels((12, 8)).save(folder / "plain.png")
@@ -153,7 +153,7 @@ def test_names_that_meet_are_told_apart_and_none_is_lost(tmp_path):
         "x.mask_.png",
     ]
     assert len(read_folder(saved.folder)) == 5
-    assert "4 pictures got another name" in saved.notes[0]
+    assert "4 images got another name" in saved.notes[0]
 
 
 def test_a_folder_that_holds_anything_is_refused_until_overwriting_is_asked_for(source, tmp_path):
@@ -163,7 +163,7 @@ def test_a_folder_that_holds_anything_is_refused_until_overwriting_is_asked_for(
         save_dataset(loaded(source)[:4], target, SaveSettings())
     assert state(target) == before
     save_dataset(loaded(source)[:1], target, SaveSettings(), overwrite=True)
-    assert len(read_folder(target)) == 1, "the old pictures are gone"
+    assert len(read_folder(target)) == 1, "the old images are gone"
     assert sorted(os.listdir(tmp_path)) == ["out", "source"], "nothing is left beside it"
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot tags with a space made by hand: every word is an axis, a picture lies where its colours put it."""
+"""Zero-shot tags with a space made by hand: every word is an axis, an image lies where its colours put it."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def words_near_axes(texts):
     return torch.stack(out)
 
 
-def mean_colours(pictures):
-    means = [torch.tensor(picture.resize((1, 1)).getpixel((0, 0))) / 255 for picture in pictures]
+def mean_colours(images):
+    means = [torch.tensor(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]
     return torch.stack([torch.cat([mean, torch.zeros(1)]) for mean in means])
 
 
@@ -73,7 +73,7 @@ def test_lines_that_pick_come_first_in_their_own_order_then_the_surest_words():
 
 
 def test_probability_by_hand():
-    """cos(red) = 1 on a red picture, cos(nothing) = 1/sqrt(3) = 0.577: sigmoid(100 * 0.423) = 1; on grey both are 0.577
+    """cos(red) = 1 on a red image, cos(nothing) = 1/sqrt(3) = 0.577: sigmoid(100 * 0.423) = 1; on grey both are 0.577
     and 1."""
     red = asked("red").probabilities(painted(255, 0, 0))["red"]
     grey = asked("red").probabilities(painted(90, 90, 90))["red"]

@@ -130,13 +130,13 @@ def test_defaults_in_the_help_page_are_the_nodes_own(schemas, node):
 
 def test_every_picture_of_a_help_page_exists():
     """They are looked up from docs/, not from the page's own folder."""
-    pictures = [
+    images = [
         (page, name)
         for page in DOCS.rglob("*.md")
         for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
     ]
-    assert pictures
-    for page, name in pictures:
+    assert images
+    for page, name in images:
         assert (DOCS / name).is_file(), f"{page} shows {name}, and there is no {DOCS / name}"
 
 

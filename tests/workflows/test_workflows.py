@@ -15,7 +15,7 @@ FOLDER = ROOT / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
 TITLE = 30  # px above a node's position
 SMALL_BY_NAME = {"steps": 2, "resolution": 64, "calibrate": "off"}  # of nodes that are not in SMALL
-SMALL = {  # what makes a workflow run in seconds on a small checkpoint and drawn pictures of 64 px
+SMALL = {  # what makes a workflow run in seconds on a small checkpoint and drawn images of 64 px
     "TrainyardEncodeDataset": {"resolution": 64, "step": 8},
     "TrainyardBucketDataset": {"resolution": 64, "step": 8},
     "TrainyardCheckDataset": {"resolution": 64, "reject_below": 16, "warn_below": 32},
@@ -145,7 +145,7 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
         if node["class_type"] == "CheckpointLoaderSimple":
             node["inputs"]["ckpt_name"] = server.install("sd15")
         if node["class_type"] == "TrainyardLoadDataset":
-            pictures(server, node["inputs"]["folder"])
+            images(server, node["inputs"]["folder"])
         if node["class_type"] == "TrainyardLoadRatedPictures":
             rated_pictures(server, node["inputs"]["folder"])
         if node["class_type"] == "TrainyardLoadScoreModel":
@@ -162,7 +162,7 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
         assert first != second, "with and without the LoRA the picture is the same"
 
 
-def pictures(server, name):
+def images(server, name):
     """Four captioned drawings, small ones where the folder's name says so."""
     folder = server.base / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -139,7 +139,7 @@ def build_adapter_layer(name, layer, settings: AdapterSettings, rule, rng):
 
 @dataclass(frozen=True)
 class RankDropout:
-    """Leaves out a share of some values, and a share of whole ranks for each picture, and enlarges the rest, the same
+    """Leaves out a share of some values, and a share of whole ranks for each image, and enlarges the rest, the same
     ones whenever it is
     asked: a block that is computed again for its gradient must drop what it dropped before."""
 
@@ -148,7 +148,7 @@ class RankDropout:
     seed: int
 
     def __call__(self, inner: Tensor, axis: int) -> Tensor:
-        """`axis`: that of the ranks; pictures lie along the first."""
+        """`axis`: that of the ranks; images lie along the first."""
         rng = torch.Generator(inner.device).manual_seed(self.seed)
         inner = apply_dropout(inner, inner.shape, self.value_share, rng) if self.value_share else inner
         whole = [1] * inner.ndim

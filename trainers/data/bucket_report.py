@@ -47,7 +47,7 @@ class BucketingResult:
 
 def assign_buckets(dataset: ImageDataset, settings: BucketSettings) -> BucketingResult:
     """Every record gets its bucket by these settings; what it carried before is decided anew. ValueError for those
-    without a place."""
+    without a placement."""
     if not len(dataset):
         raise ValueError("The dataset has no images. Load a folder with images first.")
     placed = place_records([replace(record, bucket=None) for record in dataset], settings)
@@ -55,13 +55,17 @@ def assign_buckets(dataset: ImageDataset, settings: BucketSettings) -> Bucketing
     few = {row.bucket for row in rows if row.images < settings.merge}
     own = [initial_placement(record, settings) for record, _ in placed]
     merged = tuple(
-        (record, before, place) for (record, place), before in zip(placed, own, strict=True) if before != place
+        (record, before, placement)
+        for (record, placement), before in zip(placed, own, strict=True)
+        if before != placement
     )
     alone = tuple(pair for pair in placed if pair[1].bucket in few)
     enlarged = tuple(
-        (record, training_scale(record, place)) for record, place in placed if training_scale(record, place) > 1
+        (record, training_scale(record, placement))
+        for record, placement in placed
+        if training_scale(record, placement) > 1
     )
-    records = tuple(replace(record, bucket=place.bucket) for record, place in placed)
+    records = tuple(replace(record, bucket=placement.bucket) for record, placement in placed)
     return BucketingResult(replace(dataset, records=records), rows, merged, alone, enlarged, settings)
 
 
@@ -74,16 +78,16 @@ def collect_bucket_stats(placed: Sequence[tuple[ImageRecord, BucketPlacement]]) 
 
 
 def bucket_stats(bucket, members) -> BucketStats:
-    scales = [training_scale(record, place) for record, place in members]
-    cut = fmean(cropped_share(place) for _, place in members)
+    scales = [training_scale(record, placement) for record, placement in members]
+    cut = fmean(cropped_share(placement) for _, placement in members)
     return BucketStats(
         bucket, len(members), sum(record.repeats for record, _ in members), cut, (min(scales), max(scales))
     )
 
 
-def training_scale(record: ImageRecord, place: BucketPlacement) -> float:
+def training_scale(record: ImageRecord, placement: BucketPlacement) -> float:
     """How much larger than itself the image is trained, before it is cropped."""
-    return max(place.scaled[0] / record.cropped_size[0], place.scaled[1] / record.cropped_size[1])
+    return max(placement.scaled[0] / record.cropped_size[0], placement.scaled[1] / record.cropped_size[1])
 
 
 def count_partial_batch_images(rows: Sequence[BucketStats], batch: int) -> int:
@@ -98,7 +102,7 @@ def format_bucket_report(result: BucketingResult) -> str:
     rows, settings = result.bucket_stats, result.settings
     seen = sum(row.per_epoch for row in rows)
     head = (
-        f"{format_counted_noun(len(result.dataset), 'picture')} in {format_counted_noun(len(rows), 'bucket')}, {seen} "
+        f"{format_counted_noun(len(result.dataset), 'image')} in {format_counted_noun(len(rows), 'bucket')}, {seen} "
         "per epoch"
     )
     lines = [
@@ -134,7 +138,7 @@ def format_bucket_stats(row: BucketStats) -> str:
     least, most = (f"{factor:.2f}" for factor in row.scales)
     scales = least if least == most else f"{least} to {most}"
     return (
-        f"{row.bucket[0]}x{row.bucket[1]}: {format_counted_noun(row.images, 'picture')}, {row.per_epoch} per epoch, "
+        f"{row.bucket[0]}x{row.bucket[1]}: {format_counted_noun(row.images, 'image')}, {row.per_epoch} per epoch, "
         f"{row.mean_cropped_share:.1%} cut off, scaled by {scales}"
     )
 
@@ -146,8 +150,8 @@ def format_batch_hint(rows: Sequence[BucketStats], seen: int) -> str:
         if batch <= max(row.per_epoch for row in rows)
     ]
     if not shares:
-        return "Every bucket holds one picture: only a batch of 1 is ever full."
-    return f"In batches that are not full, of {seen} pictures an epoch, by batch size: {', '.join(shares)}"
+        return "Every bucket holds one image: only a batch of 1 is ever full."
+    return f"In batches that are not full, of {seen} images an epoch, by batch size: {', '.join(shares)}"
 
 
 def format_limited_list(texts) -> str:
@@ -164,8 +168,8 @@ def record_file_name(record: ImageRecord) -> str:
     return Path(record.path).name
 
 
-def format_bucket_size(place: BucketPlacement) -> str:
-    return f"{place.bucket[0]}x{place.bucket[1]}"
+def format_bucket_size(placement: BucketPlacement) -> str:
+    return f"{placement.bucket[0]}x{placement.bucket[1]}"
 
 
 # -- as a page ---------------------------------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ def draw_buckets_sheet(result: BucketingResult) -> Image.Image:
     orange."""
     shown = result.bucket_stats[:MAX_BUCKET_TILES]
     longest = max(max(row.bucket) for row in shown)
-    title = f"{len(result.dataset)} pictures, {len(result.bucket_stats)} buckets" + (
+    title = f"{len(result.dataset)} images, {len(result.bucket_stats)} buckets" + (
         f", the fullest {MAX_BUCKET_TILES}" if len(result.bucket_stats) > MAX_BUCKET_TILES else ""
     )
     return draw_contact_sheet(

@@ -121,7 +121,7 @@ def make_bucket_resolutions(
 def place_records(
     records: Iterable[ImageRecord], settings: BucketSettings
 ) -> list[tuple[ImageRecord, BucketPlacement]]:
-    """Every record with its place, the same for the same records. ValueError that tells of all that have none.
+    """Every record with its placement, the same for the same records. ValueError that tells of all that have none.
 
     A record that carries a bucket goes there, scaled to cover it."""
     placed, misfits = [], []
@@ -193,8 +193,8 @@ def merge_small_buckets(
     least, the smallest buckets first. Who has none within max_crop stays, and so does who came with a bucket of its
     own."""
     result, members = list(placed), {}
-    for index, (_, place) in enumerate(placed):
-        members.setdefault(place.bucket, []).append(index)
+    for index, (_, placement) in enumerate(placed):
+        members.setdefault(placement.bucket, []).append(index)
     for bucket in sorted(members, key=lambda b: (len(members[b]), b)):
         targets = {}  # by size: images of one size stay together, as pairs must
         for index in list(members[bucket]) if len(members[bucket]) < settings.merge else ():

@@ -96,7 +96,7 @@ def draw_dataset_sheet(
         )
     first = (page - 1) * per_page
     records = [dataset[index] for index in range(first, min(first + per_page, len(dataset)))]
-    title = f"{first + 1} to {first + len(records)} of {len(dataset)} pictures, page {page} of {pages}"
+    title = f"{first + 1} to {first + len(records)} of {len(dataset)} images, page {page} of {pages}"
     return draw_contact_sheet([make_dataset_tile(record, cell) for record in records], cell=cell, title=title)
 
 

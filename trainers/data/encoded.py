@@ -76,15 +76,15 @@ class EncodedDataset:
 
     def make_batch(self, picks: Sequence[int], rng: torch.Generator) -> Batch:
         """The items at these indices, which must have latents of one shape."""
-        luck = torch.rand(len(picks), 3, generator=rng).tolist()
-        flips = [self.items[i].flipped is not None and coin < 0.5 for i, (coin, _, _) in zip(picks, luck, strict=True)]
-        told = [self.choose_caption(self.items[i], *rest) for i, (_, *rest) in zip(picks, luck, strict=True)]
+        draws = torch.rand(len(picks), 3, generator=rng).tolist()
+        flips = [self.items[i].flipped is not None and coin < 0.5 for i, (coin, _, _) in zip(picks, draws, strict=True)]
+        captions = [self.choose_caption(self.items[i], *rest) for i, (_, *rest) in zip(picks, draws, strict=True)]
         x0 = torch.stack([self.sample_latent(self.items[i], flip, rng) for i, flip in zip(picks, flips, strict=True)])
         sizes = [
             self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)
         ]
-        conds = [{**self.store.load(key), **size} for (key, _), size in zip(told, sizes, strict=True)]
-        return Batch(x0, conds, [caption for _, caption in told], self.stack_masks(picks, flips, x0), list(picks))
+        conds = [{**self.store.load(key), **size} for (key, _), size in zip(captions, sizes, strict=True)]
+        return Batch(x0, conds, [caption for _, caption in captions], self.stack_masks(picks, flips, x0), list(picks))
 
     def choose_caption(self, item: EncodedItem, which: float, drop: float) -> tuple[str, str]:
         """(key, text) of one of the item's captions or of the empty one; both numbers are uniform in [0, 1)."""

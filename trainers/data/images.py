@@ -33,8 +33,8 @@ def dataset_from_tensors(
     """A dataset of these images, each written once into the folder as a PNG that is called after its content.
 
     Captions and masks: none, one for all, one for each item of the list, or one for each image."""
-    pictures = [picture for batch in images for picture in batch]
-    if not pictures:
+    tensors = [image for batch in images for image in batch]
+    if not tensors:
         raise ValueError("There are no images to make a dataset of.")
     counts = [len(batch) for batch in images]
     texts = assign_per_image([check_plain_text(text.strip(), "A caption") for text in captions], counts, "captions")
@@ -42,12 +42,12 @@ def dataset_from_tensors(
         [mask for batch in masks for mask in (batch if batch.ndim == 3 else batch[None])], counts, "masks"
     )
     records = []
-    for index, (picture, text, mask) in enumerate(zip(pictures, texts, shapes, strict=True)):
+    for index, (image, text, mask) in enumerate(zip(tensors, texts, shapes, strict=True)):
         if check_interrupt:
             check_interrupt()
-        records.append(save_image_record(index, picture, text, mask, Path(folder)))
+        records.append(save_image_record(index, image, text, mask, Path(folder)))
         if report:
-            report(index + 1, len(pictures), records[-1].id[:8])
+            report(index + 1, len(tensors), records[-1].id[:8])
     return ImageDataset(tuple(records))
 
 
@@ -66,8 +66,8 @@ def assign_per_image(things: Sequence, counts: list[int], what: str) -> list:
     return list(things)
 
 
-def save_image_record(index: int, picture: Tensor, text: str | None, mask: Tensor | None, folder: Path) -> ImageRecord:
-    image = tensor_to_image(picture, f"picture {index + 1}")
+def save_image_record(index: int, pixels: Tensor, text: str | None, mask: Tensor | None, folder: Path) -> ImageRecord:
+    image = tensor_to_image(pixels, f"image {index + 1}")
     path, id_ = save_hashed_png(image, folder)
     shape = save_mask_file(mask, image, index, folder) if mask is not None else (None, None)
     return ImageRecord(id_, str(path), image.size, captions=(text,) if text else (), mask=shape[0], mask_id=shape[1])
@@ -84,7 +84,7 @@ def save_mask_file(mask: Tensor, image: Image.Image, index: int, folder: Path) -
     if shape.width * image.height != shape.height * image.width:
         raise ValueError(
             f"Mask {index + 1} is {shape.width}x{shape.height} px and its image {image.width}x{image.height} px. "
-            "Give a mask of the picture's shape."
+            "Give a mask of the image's shape."
         )
     path, id_ = save_hashed_png(shape, folder)
     return str(path), id_

@@ -199,11 +199,11 @@ def strip_copy_suffix(record: ImageRecord) -> str:
 def format_empty_split(dataset: ImageDataset, settings: SplitSettings, held: int) -> str:
     if settings.by == SPLIT_AS_MARKED:
         return (
-            f"{held} of {len(dataset)} pictures are marked for validation by their metadata, so one side would be "
+            f"{held} of {len(dataset)} images are marked for validation by their metadata, so one side would be "
             "empty. Name a split in metadata.jsonl or metadata.csv, or split by picture."
         )
-    asked = f"{settings.pictures} pictures" if settings.pictures else f"a share of {settings.share}"
+    asked = f"{settings.pictures} images" if settings.pictures else f"a share of {settings.share}"
     return (
-        f"{asked} of {len(dataset)} pictures (kept together by {settings.by}) leaves {len(dataset) - held} to train on "
+        f"{asked} of {len(dataset)} images (kept together by {settings.by}) leaves {len(dataset) - held} to train on "
         f"and {held} to validate on; each side needs one. Ask for another number, or split by picture."
     )

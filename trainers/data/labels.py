@@ -23,9 +23,9 @@ def read_labels(file, dataset: ImageDataset) -> list[str | None]:
     are not there."""
     file = Path(file)
     paths = [Path(record.path) for record in dataset]
-    names, places = ImageNameIndex(paths, file.parent), {}
-    for place, path in enumerate(paths):
-        places.setdefault(path, []).append(place)
+    names, positions = ImageNameIndex(paths, file.parent), {}
+    for position, path in enumerate(paths):
+        positions.setdefault(path, []).append(position)
     labels: list[str | None] = [None] * len(dataset)
     unknown = []
     for name, label in read_label_rows(file):
@@ -33,8 +33,8 @@ def read_labels(file, dataset: ImageDataset) -> list[str | None]:
         if len(found) != 1:
             unknown.append(name)
             continue
-        for place in places[found[0]]:
-            labels[place] = label
+        for position in positions[found[0]]:
+            labels[position] = label
     if unknown:
         raise ValueError(
             f"{file} names {format_count(sorted(set(unknown)), 'image')} that the dataset does not hold, or holds "

@@ -307,11 +307,11 @@ def read_metadata_table(file: Path, images: Sequence[Path], alternatives: bool =
             entries[found[0]] = parse_metadata_row(values, f"{file}, {where}", file.parent, alternatives)
     if unknown:
         problems.append(
-            f"no single picture here for {format_count(unknown, 'row')} of {file.name}: {format_first_names(unknown)}"
+            f"no single image here for {format_count(unknown, 'row')} of {file.name}: {format_first_names(unknown)}"
         )
     if repeated:
         problems.append(
-            f"{format_count(repeated, 'row')} of {file.name} for a picture that had one; the first counts: "
+            f"{format_count(repeated, 'row')} of {file.name} for an image that had one; the first counts: "
             f"{format_first_names(repeated)}"
         )
     return MetadataTable(entries, tuple(problems))
@@ -429,9 +429,7 @@ def attach_image_names(rows, file, problems):
         if isinstance(name, str):
             named.append((where, name, values))
         else:
-            problems.append(
-                f"{file}, {where} names no picture; it needs {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]}."
-            )
+            problems.append(f"{file}, {where} names no image; it needs {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]}.")
     return named
 
 

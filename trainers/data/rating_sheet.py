@@ -30,9 +30,9 @@ def draw_best_and_worst_sheet(
             scores[i],
             spreads[i] if spreads else 0.0,
             names[i],
-            GOOD_COLOUR if place < half else BAD_COLOUR if len(shown) > 1 else NEUTRAL_COLOUR,
+            GOOD_COLOUR if rank < half else BAD_COLOUR if len(shown) > 1 else NEUTRAL_COLOUR,
         )
-        for place, i in enumerate(shown)
+        for rank, i in enumerate(shown)
     ]
     return draw_contact_sheet(tiles, columns=min(RATING_SHEET_COLUMNS, len(tiles)), title=title)
 

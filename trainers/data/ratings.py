@@ -92,7 +92,7 @@ def read_preference_table(file, paths: Sequence[str]) -> list[tuple[int, int]]:
     ValueError for names that no single image has, and for an image that is better than itself."""
     file, found, unknown = Path(file), [], []
     names = ImageNameIndex([Path(path) for path in paths], file.parent)
-    places = {Path(path): index for index, path in enumerate(paths)}
+    positions = {Path(path): index for index, path in enumerate(paths)}
     for where, row in read_preference_rows(file):
         sides = [names.find(row[side]) for side in (BETTER_COLUMN, WORSE_COLUMN)]
         if any(len(side) != 1 for side in sides):
@@ -100,7 +100,7 @@ def read_preference_table(file, paths: Sequence[str]) -> list[tuple[int, int]]:
                 row[name] for name, side in zip((BETTER_COLUMN, WORSE_COLUMN), sides, strict=True) if len(side) != 1
             ]
             continue
-        better, worse = (places[side[0]] for side in sides)
+        better, worse = (positions[side[0]] for side in sides)
         if better == worse:
             raise ValueError(f"{file}, {where} says that {row[BETTER_COLUMN]} is better than itself. Name two images.")
         found.append((better, worse))

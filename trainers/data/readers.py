@@ -149,7 +149,7 @@ def list_files_below(folder: Path) -> list[Path]:
     """All files, sorted; of folders that are links, those directly inside `folder` are entered, as the reader does."""
     linked = [entry for entry in list_subfolders(folder) if entry.is_symlink()]
     trees = [os.walk(folder), *(os.walk(entry) for entry in linked)]
-    return sorted({Path(place, name) for tree in trees for place, _, names in tree for name in names})
+    return sorted({Path(folder, name) for tree in trees for folder, _, names in tree for name in names})
 
 
 def require_captions(dataset: ImageDataset) -> None:

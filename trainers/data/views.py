@@ -117,10 +117,10 @@ def shuffle_quarters(square: Image.Image, order: Sequence[int]) -> Image.Image:
     """Place i shows quarter order[i], each without its rim."""
     half, rim = square.width // 2, round(square.width * QUARTER_GAP_SHARE)
     page = Image.new("RGB", square.size, (128, 128, 128))
-    for place, quarter in enumerate(order):
+    for position, quarter in enumerate(order):
         x, y = quarter % 2 * half, quarter // 2 * half
         cell = square.crop((x + rim, y + rim, x + half - rim, y + half - rim))
-        page.paste(cell, (place % 2 * half + rim, place // 2 * half + rim))
+        page.paste(cell, (position % 2 * half + rim, position // 2 * half + rim))
     return page
 
 

@@ -108,24 +108,26 @@ def save_dataset(
     if not len(dataset):
         raise ValueError("The dataset has no images to save.")
     target = Path(folder).resolve()
-    places = plan_destinations(dataset, settings)
-    content_id = compute_fingerprint(dataset.fingerprint(), settings, [place.file_name for place in places])
+    destinations = plan_destinations(dataset, settings)
+    content_id = compute_fingerprint(
+        dataset.fingerprint(), settings, [destination.file_name for destination in destinations]
+    )
     if not overwrite and is_already_saved(target, content_id):
         return SavedDataset(
-            target, len(places), 0, ("It lies there already, from an earlier run; nothing was written.",)
+            target, len(destinations), 0, ("It lies there already, from an earlier run; nothing was written.",)
         )
     check_save_folder(target, dataset, overwrite)
     lines = any(len(record.captions) > 1 for record in dataset)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
-        for done, place in enumerate(places, 1):
+        for done, destination in enumerate(destinations, 1):
             if check_interrupt:
                 check_interrupt()
-            write_record_files(part, place, settings, lines)
+            write_record_files(part, destination, settings, lines)
             if report:
-                report(done, len(places), place.file_name)
-        write_metadata_table(part, places, settings)
+                report(done, len(destinations), destination.file_name)
+        write_metadata_table(part, destinations, settings)
         write_save_manifest(part, content_id)
         fsync_folder(part)  # because another folder may be removed next
         replace_saved_folder(part, target)
@@ -139,20 +141,25 @@ def save_dataset(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return SavedDataset(
-        target, len(places), sum(place.is_copied for place in places), tuple(list_save_notes(places, settings, lines))
+        target,
+        len(destinations),
+        sum(destination.is_copied for destination in destinations),
+        tuple(list_save_notes(destinations, settings, lines)),
     )
 
 
-def list_save_notes(places: list[RecordDestination], settings: SaveSettings, lines: bool):
+def list_save_notes(destinations: list[RecordDestination], settings: SaveSettings, lines: bool):
     """What a person should know about the saved folder."""
-    renamed = [place.stem for place in places if place.stem != Path(place.record.path).stem]
+    renamed = [
+        destination.stem for destination in destinations if destination.stem != Path(destination.record.path).stem
+    ]
     if renamed:
         yield (
-            f"{format_count(renamed, 'picture')} got another name, because names were taken or no file names: "
+            f"{format_count(renamed, 'image')} got another name, because names were taken or no file names: "
             f"{format_first_names(renamed)}"
         )
     if lines and settings.layout != JSONL_LAYOUT:
-        yield "Several captions of one picture are one per line: set caption_lines to alternatives when you load it."
+        yield "Several captions of one image are one per line: set caption_lines to alternatives when you load it."
 
 
 # -- where it may go ---------------------------------------------------------------------------------------------------
@@ -229,10 +236,10 @@ def replace_saved_folder(part: Path, target: Path) -> None:
 
 
 def plan_destinations(dataset: ImageDataset, settings: SaveSettings) -> list[RecordDestination]:
-    """A place for every record. Stems differ within a folder, also where case does not count, because a.png and a.jpg
-    would share a.txt."""
+    """A destination for every record. Stems differ within a folder, also where case does not count, because a.png and
+    a.jpg would share a.txt."""
     taken: dict[str, set[str]] = {}
-    places = []
+    destinations = []
     for record in dataset:
         folder = (
             f"{record.repeats}_{safe_file_name(settings.concept) or 'images'}"
@@ -242,12 +249,12 @@ def plan_destinations(dataset: ImageDataset, settings: SaveSettings) -> list[Rec
         ending = Path(make_printable(record.path)).suffix
         copied = record.crop is None and ending.lower() in FORMAT_EXTENSIONS[settings.image_format]
         stem = reserve_free_stem(safe_file_name(Path(record.path).stem) or "picture", taken.setdefault(folder, set()))
-        places.append(
+        destinations.append(
             RecordDestination(
                 record, folder, stem, ending if copied else FORMAT_EXTENSIONS[settings.image_format][0], copied
             )
         )
-    return places
+    return destinations
 
 
 def reserve_free_stem(stem: str, taken: set[str]) -> str:
@@ -271,20 +278,22 @@ def safe_file_name(name: str) -> str:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def write_record_files(root: Path, place: RecordDestination, settings: SaveSettings, lines: bool) -> None:
+def write_record_files(root: Path, destination: RecordDestination, settings: SaveSettings, lines: bool) -> None:
     """The image, its mask and its text file."""
-    folder, record = root / place.folder, place.record
+    folder, record = root / destination.folder, destination.record
     folder.mkdir(exist_ok=True)
     write_saved_file(
-        folder / (place.stem + place.extension),
+        folder / (destination.stem + destination.extension),
         read_unchanged_bytes(record.path, record.id)
-        if place.is_copied
-        else encode_saved_image(record, place.extension, settings),
+        if destination.is_copied
+        else encode_saved_image(record, destination.extension, settings),
     )
     if record.mask is not None:
-        write_saved_file(folder / (place.stem + MASK_SUFFIX), encode_saved_mask(record.mask, record))
+        write_saved_file(folder / (destination.stem + MASK_SUFFIX), encode_saved_mask(record.mask, record))
     if settings.layout != JSONL_LAYOUT and (record.captions or record.tags or settings.layout == KOHYA_LAYOUT):
-        write_saved_file(folder / f"{place.stem}.txt", (format_caption_file(record, lines) or "\n").encode("utf-8"))
+        write_saved_file(
+            folder / f"{destination.stem}.txt", (format_caption_file(record, lines) or "\n").encode("utf-8")
+        )
 
 
 def format_caption_file(record: ImageRecord, lines: bool) -> str:
@@ -329,9 +338,9 @@ def encode_image_bytes(image: Image.Image, kind: str, **options) -> bytes:
     return data.getvalue()
 
 
-def write_metadata_table(root: Path, places: list[RecordDestination], settings: SaveSettings) -> None:
-    """metadata.jsonl, with what has no other place."""
-    rows = [make_metadata_row(place, settings.layout) for place in places]
+def write_metadata_table(root: Path, destinations: list[RecordDestination], settings: SaveSettings) -> None:
+    """metadata.jsonl, with what has no other destination."""
+    rows = [make_metadata_row(destination, settings.layout) for destination in destinations]
     if settings.layout == JSONL_LAYOUT or any(len(values) > 1 for values in rows):
         kept = [values for values in rows if settings.layout == JSONL_LAYOUT or len(values) > 1]
         lines = (json.dumps(values, ensure_ascii=False, allow_nan=False) for values in kept)
@@ -349,10 +358,10 @@ def write_save_manifest(root: Path, content_id: str) -> None:
     )
 
 
-def make_metadata_row(place: RecordDestination, layout: str) -> dict:
+def make_metadata_row(destination: RecordDestination, layout: str) -> dict:
     """The line of metadata.jsonl for a record; only its name where there is nothing to tell."""
-    record = place.record
-    told: dict[str, Any] = {"file_name": place.file_name}
+    record = destination.record
+    told: dict[str, Any] = {"file_name": destination.file_name}
     if layout == JSONL_LAYOUT:
         told["text"] = record.captions[0] if record.captions else ""
         if len(record.captions) > 1 or (record.tags and not record.captions):
@@ -384,7 +393,7 @@ def fsync_folder(root: Path) -> None:
 def format_save_summary(saved: SavedDataset, dataset: ImageDataset) -> str:
     """What was saved, for people."""
     repeats = Counter(record.repeats for record in dataset)
-    lines = [f"{format_count(dataset, 'picture')} saved to {saved.folder}"]
+    lines = [f"{format_count(dataset, 'image')} saved to {saved.folder}"]
     if set(repeats) != {1}:
         lines.append("repeats: " + ", ".join(f"{images} x {times}" for times, images in sorted(repeats.items())))
     return "\n".join([*lines, *saved.notes])

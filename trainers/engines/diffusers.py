@@ -332,7 +332,7 @@ class DiffusersEngine:
     def sample(
         self, prompts: list[str], seed: int, size: tuple[int, int], steps=20, cfg: float | None = None
     ) -> Tensor:
-        """(N, H, W, 3) pictures in 0..1 of `size` (width, height), by Euler steps with classifier-free guidance, one
+        """(N, H, W, 3) images in 0..1 of `size` (width, height), by Euler steps with classifier-free guidance, one
         seed for all."""
         cfg = self.family.sampling_guidance if cfg is None else cfg
         conds, (empty,) = self.text.encode(prompts), self.text.encode([""])

@@ -1,4 +1,4 @@
-"""Pictures to latents and back, through diffusers' autoencoders. Latents are unscaled, as ComfyUI's LATENT is."""
+"""Images to latents and back, through diffusers' autoencoders. Latents are unscaled, as ComfyUI's LATENT is."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ class DiffusersVae:
         """(B, C, h, w) -> (B, H, W, 3) in 0..1."""
         with module_on_device(self.model, self.device):
             z = (latents - self.shift) * self.scale if self.tiny else latents
-            pictures = self.model.decode(z.to(self.device, self.model.dtype)).sample
-            return (pictures.float() * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).cpu()
+            images = self.model.decode(z.to(self.device, self.model.dtype)).sample
+            return (images.float() * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).cpu()

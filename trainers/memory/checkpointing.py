@@ -70,16 +70,16 @@ def split_tensor_arguments(args, kwargs):
     Dicts are copied each time: the host writes the current block's number into its options, and recomputation must see
     those of this call."""
     values = [*args, *kwargs.values()]
-    places = [i for i, value in enumerate(values) if torch.is_tensor(value)]
+    positions = [i for i, value in enumerate(values) if torch.is_tensor(value)]
     others = [dict(v) if isinstance(v, dict) else None if torch.is_tensor(v) else v for v in values]
 
     def restored(tensors):
         now = [dict(v) if isinstance(v, dict) else v for v in others]
-        for place, tensor in zip(places, tensors, strict=True):
-            now[place] = tensor
+        for position, tensor in zip(positions, tensors, strict=True):
+            now[position] = tensor
         return now[: len(args)], dict(zip(kwargs, now[len(args) :], strict=True))
 
-    return [values[i] for i in places], restored
+    return [values[i] for i in positions], restored
 
 
 # -- by storage --------------------------------------------------------------------------------------------------------

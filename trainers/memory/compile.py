@@ -20,7 +20,7 @@ import torch
 
 COMPILE_BACKEND = "inductor"  # torch's own; needs a C++ compiler on the CPU, triton on a GPU
 COMPILED_GRADIENT_TOLERANCE = 1e-4  # norm of the difference over the norm, of a step's gradients in fp32
-# of pictures and texts that one kind of block gets programs for; each takes seconds to make, so rarer ones run without
+# of images and texts that one kind of block gets programs for; each takes seconds to make, so rarer ones run without
 MAX_SHAPES_PER_BLOCK = 8
 
 

@@ -29,7 +29,7 @@ CHECKPOINTING_PLANS = (
     PLAN_OFFLOADED,
 )  # fastest first, each needing less of the device's memory than the one before
 USABLE_MEMORY_SHARE = 0.9  # of the free memory may be planned with: kernels take workspaces, and allocators leave gaps
-MAX_AUTO_BATCH = 8  # pictures in a batch that is chosen; more is a decision about the training and not about memory
+MAX_AUTO_BATCH = 8  # images in a batch that is chosen; more is a decision about the training and not about memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StepMemory:
     largest_block_weights: int = 0  # bytes of the weights of the block that has most, wherever they lie
 
     def scaled(self, factor: float) -> StepMemory:
-        """The same for a batch or a picture that is `factor` times as large."""
+        """The same for a batch or an image that is `factor` times as large."""
         blocks = tuple(
             BlockMemory(round(b.inputs * factor), round(b.inside * factor), round(b.outside_before * factor))
             for b in self.blocks
@@ -155,7 +155,7 @@ def choose_checkpointing_plan(measured: StepMemory, free: int, plans=CHECKPOINTI
 
 
 def largest_fitting_batch(one: StepMemory, free: int, plan: str, most: int = MAX_AUTO_BATCH) -> int:
-    """The most pictures that fit in a step, at least 1. `one` is measured with a single one."""
+    """The most images that fit in a step, at least 1. `one` is measured with a single one."""
     return next((batch for batch in range(most, 1, -1) if one.scaled(batch).fits(plan, free)), 1)
 
 

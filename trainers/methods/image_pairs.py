@@ -1,4 +1,4 @@
-"""A difference learnt from pictures: image-pair sliders, and ADDifT, which learns what changed between before and
+"""A difference learnt from images: image-pair sliders, and ADDifT, which learns what changed between before and
 after."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rollouts import sample_element
 
 @dataclass
 class ImagePairTraining:
-    """What both kinds share: pairs of encoded pictures, drawn with the same flip, noise and noise level on every
+    """What both kinds share: pairs of encoded images, drawn with the same flip, noise and noise level on every
     side."""
 
     fingerprint_name: ClassVar[str]  # of the kind, in fingerprints of runs and of validation losses
@@ -56,7 +56,7 @@ class ImagePairTraining:
         self.forward_counts = dict(state["spent"])
 
     def sample_sides(self, pairs, rng) -> list[tuple[float, Batch]]:
-        """[(strength, batch)]: the pictures at one randomly chosen size of strength, all with the same luck."""
+        """[(strength, batch)]: the images at one randomly chosen size of strength, all drawn with the same noise."""
         size = sample_element(pairs[0].magnitudes, rng)
         seed = int(torch.randint(2**62, (1,), generator=rng))
         strengths = [strength for strength in pairs[0].strengths if abs(strength) == size]
@@ -104,7 +104,7 @@ class ImagePairTraining:
 
 
 class ImageSlider(ImagePairTraining):
-    """The picture of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual
+    """The image of each side is what the adapter should draw at that side's strength (Gandikota et al. 2024, visual
     sliders)."""
 
     fingerprint_name = "ImageSlider"  # part of a run's fingerprint

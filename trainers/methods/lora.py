@@ -1,4 +1,4 @@
-"""A LoRA learns to denoise pictures under their captions: the plain denoising loss on adapters."""
+"""A LoRA learns to denoise images under their captions: the plain denoising loss on adapters."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class LoraTraining:
         return loss if self.prior_loss is None else loss + self.prior_loss.loss(self, x, sigma, rng)
 
     def denoise_batch(self, batch: Batch, rng):
-        """((B,) weighted loss, x, sigma) of these pictures, freshly noised."""
+        """((B,) weighted loss, x, sigma) of these images, freshly noised."""
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode_batch(batch) if self.encode_batch else batch.conds
         sigma = sample_sigmas(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)

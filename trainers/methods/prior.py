@@ -1,8 +1,8 @@
 """Prior preservation: what a LoRA must not forget while it learns.
 
-Two ways, alone or together. Class images: pictures of the class are learnt beside the subject's (Ruiz et al. 2023,
+Two ways, alone or together. Class images: images of the class are learnt beside the subject's (Ruiz et al. 2023,
 DreamBooth). Class
-prompts: no pictures at all; under each of these prompts the model with its adapter should answer what it answers
+prompts: no images at all; under each of these prompts the model with its adapter should answer what it answers
 without, at the very latents of the step (the frozen model as teacher, as in ai-toolkit's differential output
 preservation).
 """
@@ -55,7 +55,7 @@ class PriorSettings(Settings):
 
 @dataclass
 class PriorData:
-    """What the Prior Preservation node gives: `conds` by prompt, pictures, or both."""
+    """What the Prior Preservation node gives: `conds` by prompt, images, or both."""
 
     settings: PriorSettings
     conds: dict[str, dict] = field(default_factory=dict)

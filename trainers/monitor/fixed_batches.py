@@ -1,7 +1,7 @@
-"""Fixed questions of methods that learn differences: held-out pairs of pictures, and points where the frozen model's
+"""Fixed questions of methods that learn differences: held-out pairs of images, and points where the frozen model's
 answers are the goal.
 
-As with pictures (validation.py), the same is asked at the same noise levels under the same noise each time. The
+As with images (validation.py), the same is asked at the same noise levels under the same noise each time. The
 forwards spent here are no cost of the training.
 """
 
@@ -87,7 +87,7 @@ class PairValidationLoss:
         return torch.cat(parts).float().cpu()
 
     def side_batches(self, pair, size) -> list[tuple[float, Batch]]:
-        """[(strength, batch of one)], all with the same luck."""
+        """[(strength, batch of one)], all drawn with the same noise."""
         strengths = [strength for strength in pair.strengths if abs(strength) == size]
         return [
             (s, self.method.data.make_batch([pair.index_by_strength[s]], validation_rng("pair", pair.name)))
@@ -242,7 +242,7 @@ def points_on_images(
     levels: int,
     picks,
 ):
-    """points(row) on a picture, noised."""
+    """points(row) on an image, noised."""
     data = replace(data, dropout=0.0)
 
     def points(row):

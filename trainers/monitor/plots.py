@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn with Pillow alone."""
+"""Images of a run, drawn with Pillow alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def exponential_moving_average(values, span=None):
 
 
 def draw_loss_plot(losses, path=None, title="Training loss", size=(960, 540)):
-    """A PIL picture of the loss over optimizer steps, raw and smoothed; written to `path` when given. Values that are
+    """A PIL image of the loss over optimizer steps, raw and smoothed; written to `path` when given. Values that are
     no numbers leave a gap. Raises ValueError when there is nothing to draw."""
     finite = [v for v in losses if math.isfinite(v)]
     if not finite:
@@ -121,7 +121,7 @@ def draw_polyline(draw, points, colour, width):
 
 
 def draw_image_grid(rows, labels_left, labels_top, cell=192):
-    """A grid of pictures: rows of PIL images with a label per row and per column."""
+    """A grid of images: rows of PIL images with a label per row and per column."""
     font = ImageFont.load_default(size=16)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = 24 + max(int(probe.textlength(t, font=font)) for t in labels_left)
@@ -132,15 +132,15 @@ def draw_image_grid(rows, labels_left, labels_top, cell=192):
     for index, (row, text) in enumerate(zip(rows, labels_left, strict=True)):
         top = 40 + index * (cell + 8)
         draw.text((left - 12, top + cell / 2), text, fill=PLOT_TEXT_COLOUR, font=font, anchor="rm")
-        for column, picture in enumerate(row):
+        for column, tile in enumerate(row):
             image.paste(
-                picture.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (left + column * (cell + 8), top)
+                tile.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (left + column * (cell + 8), top)
             )
     return image
 
 
 def draw_sweep_sheet(rows, labels, strengths, effect, drift=(), unit="", cell=192):
-    """Pictures at rising strengths, a row per prompt and seed, with the curve of effect (and drift) under their
+    """Images at rising strengths, a row per prompt and seed, with the curve of effect (and drift) under their
     columns."""
     grid = draw_image_grid(rows, labels, [f"{s:+g}" if s else "0" for s in strengths], cell)
     left, height = grid.width - len(strengths) * (cell + 8), 220

@@ -1,4 +1,4 @@
-"""Sample pictures on the way: what is drawn how often, and the sheet that shows each beside what the model drew before
+"""Sample images on the way: what is drawn how often, and the sheet that shows each beside what the model drew before
 it learnt."""
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class PreviewSettings(Settings):
 
 
 def draw_samples_sheet(rows, titles, cell: int = 384) -> Image.Image:
-    """`rows`: (label, pictures), as many pictures as there are `titles`; None leaves a place empty. Many rows stand in
+    """`rows`: (label, samples), as many images as there are `titles`; None leaves a cell empty. Many rows stand in
     several columns."""
-    size = fit_in_cell([picture for _, pictures in rows for picture in pictures if picture], cell)
+    size = fit_in_cell([sample for _, samples in rows for sample in samples if sample], cell)
     columns = max(1, round(math.sqrt(len(rows) * size[1] / (size[0] * len(titles)))))
     lines = math.ceil(len(rows) / columns)
     block = (len(titles) * (size[0] + PREVIEW_GAP), size[1] + PREVIEW_LABEL_HEIGHT + PREVIEW_GAP)
@@ -75,14 +75,14 @@ def draw_samples_sheet(rows, titles, cell: int = 384) -> Image.Image:
         "RGB", (columns * block[0] + PREVIEW_GAP, PREVIEW_HEADER_HEIGHT + lines * block[1]), PLOT_BACKGROUND
     )
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
-    for number_, (label, pictures) in enumerate(rows):
+    for number_, (label, samples) in enumerate(rows):
         left, top = PREVIEW_GAP + number_ // lines * block[0], PREVIEW_HEADER_HEIGHT + number_ % lines * block[1]
-        for place, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-            x = left + place * (size[0] + PREVIEW_GAP)
+        for column, (sample, title) in enumerate(zip(samples, titles, strict=True)):
+            x = left + column * (size[0] + PREVIEW_GAP)
             if number_ % lines == 0:
                 draw.text((x, PREVIEW_HEADER_HEIGHT / 2), title, fill=PLOT_TEXT_COLOUR, font=font, anchor="lm")
-            if picture:
-                image.paste(resize_preview(picture, size), (x, top))
+            if sample:
+                image.paste(resize_preview(sample, size), (x, top))
         draw.text(
             (left, top + size[1] + PREVIEW_LABEL_HEIGHT / 2),
             truncate_label(draw, label, block[0] - PREVIEW_GAP, font),
@@ -93,16 +93,16 @@ def draw_samples_sheet(rows, titles, cell: int = 384) -> Image.Image:
     return image
 
 
-def fit_in_cell(pictures, cell: int) -> tuple[int, int]:
-    """The size of the first picture within a square of `cell`; small ones grow, so that they can be seen."""
-    width, height = pictures[0].size if pictures else (1, 1)
+def fit_in_cell(samples, cell: int) -> tuple[int, int]:
+    """The size of the first image within a square of `cell`; small ones grow, so that they can be seen."""
+    width, height = samples[0].size if samples else (1, 1)
     scale = cell / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def resize_preview(picture: Image.Image, size) -> Image.Image:
-    how = Image.Resampling.NEAREST if 2 * picture.width <= size[0] else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(size, how)
+def resize_preview(image: Image.Image, size) -> Image.Image:
+    how = Image.Resampling.NEAREST if 2 * image.width <= size[0] else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize(size, how)
 
 
 def truncate_label(draw, label: str, width: float, font) -> str:

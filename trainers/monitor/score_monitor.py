@@ -1,6 +1,6 @@
-"""What a run that follows a score really does to pictures: looked at every so many steps, on the same noise each time.
+"""What a run that follows a score really does to images: looked at every so many steps, on the same noise each time.
 
-The score that is trained always rises. Whether pictures became better is told by a second score that no gradient has
+The score that is trained always rises. Whether images became better is told by a second score that no gradient has
 seen; when that one falls while the trained one rises, the score model is being fooled, and the run ends with the
 adapters of its best moment.
 """
@@ -20,15 +20,15 @@ from ..scores.networks import ScorerEnsemble, to_scorer_input
 from .strength_curve import relative_drift
 from .validation import ValidationMonitor
 
-COLLAPSE_THRESHOLD = 0.6  # diversity below which pictures of a prompt look alike
+COLLAPSE_THRESHOLD = 0.6  # diversity below which images of a prompt look alike
 REWARD_HACKING_MARGIN = 0.02  # standard deviations by which the held-out score must fall, and the trained one rise
-MAX_KEPT_PREVIEWS = 16  # looks whose pictures are kept
+MAX_KEPT_PREVIEWS = 16  # looks whose images are kept
 
 
 @dataclass(frozen=True)
 class ScoreMeasurement:
-    """Scores are in standard deviations of the ratings, as a difference to the frozen model's own pictures. Drift is
-    the distance to those, where 1 is the distance between two different pictures; diversity is 1 when the pictures of a
+    """Scores are in standard deviations of the ratings, as a difference to the frozen model's own images. Drift is
+    the distance to those, where 1 is the distance between two different images; diversity is 1 when the images of a
     prompt differ as much as without adapters."""
 
     step: int
@@ -60,9 +60,9 @@ class ScoreMonitor:
     every: int = 50  # optimizer steps
     patience: int = 2  # looks
     measurements: list[ScoreMeasurement] = field(default_factory=list)
-    previews: dict[int, Tensor] = field(default_factory=dict)  # step -> one picture per prompt
+    previews: dict[int, Tensor] = field(default_factory=dict)  # step -> one image per prompt
     best_params: list[Tensor] | None = None  # adapters of the look with the best held-out score
-    baseline_images: list[Tensor] | None = None  # the frozen model's pictures, one stack per prompt
+    baseline_images: list[Tensor] | None = None  # the frozen model's images, one stack per prompt
 
     def due(self, step: int, steps: int) -> bool:
         return (step % self.every == 0 or step == steps) and not any(look.step == step for look in self.measurements)
@@ -126,9 +126,9 @@ class ScoreMonitor:
     def finish(self) -> None:
         """Nothing: the last look was the last thing to do."""
 
-    def keep_previews(self, step, pictures):
+    def keep_previews(self, step, images):
         """At most PREVIEWS looks, evenly over the run: when there are more, every second one goes."""
-        self.previews[step] = pictures
+        self.previews[step] = images
         if len(self.previews) > MAX_KEPT_PREVIEWS:
             self.previews = {key: self.previews[key] for key in sorted(self.previews)[::2]}
 
@@ -247,7 +247,7 @@ def score_latents(denoiser, scores, x0: Tensor, prompt: str = "") -> Tensor:
 
 
 def mean_prompt_diversity(stacks) -> float:
-    """Mean distance between two pictures of the same prompt."""
+    """Mean distance between two images of the same prompt."""
     return sum(mean_distance(stack) for stack in stacks) / len(stacks)
 
 

@@ -1,8 +1,8 @@
-"""How far an adapter moves pictures for each unit of strength, and what else moves: the curve of a slider.
+"""How far an adapter moves images for each unit of strength, and what else moves: the curve of a slider.
 
-Pictures are drawn at several strengths from the same noise. How much of an attribute they have is asked of the frozen
+Images are drawn at several strengths from the same noise. How much of an attribute they have is asked of the frozen
 model itself: how much better it predicts their noise under one prompt than under another (diffusion classifiers, Li et
-al. 2023), or, where pairs of pictures show the attribute, how far they lie along the mean difference of those pairs.
+al. 2023), or, where pairs of images show the attribute, how far they lie along the mean difference of those pairs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CLASSIFIER_NOISE_LEVELS = (
     0.5,
     0.7,
     0.9,
-)  # where the frozen model is asked; cleaner pictures tell little about their prompt
+)  # where the frozen model is asked; cleaner images tell little about their prompt
 
 
 @dataclass(frozen=True)
 class SliderAxis:
-    """What is measured: pictures of `scene`, which at +1 should have more of `toward` and less of `away`. `reference`:
-    the prompt whose pictures have the effect that counts as 1. `preserve`: prompts whose pictures should not move."""
+    """What is measured: images of `scene`, which at +1 should have more of `toward` and less of `away`. `reference`:
+    the prompt whose images have the effect that counts as 1. `preserve`: prompts whose images should not move."""
 
     scene: str
     toward: str
@@ -51,7 +51,7 @@ class SliderAxis:
 @dataclass(frozen=True)
 class StrengthCurve:
     """effect[i] and drift[i] at strengths[i]. Effect 0 is without the adapter; 1 is what `unit` names. Drift is the
-    distance to the same picture without the adapter, where 1 is the distance between two different pictures."""
+    distance to the same image without the adapter, where 1 is the distance between two different images."""
 
     strengths: tuple[float, ...]
     effect: tuple[float, ...]
@@ -110,7 +110,7 @@ def mid_ranks(values: Sequence[float]) -> list[float]:
 def sample_from_noise(
     model: StudentTeacherModel, prompt: str, away: str, noise: Tensor, strength: float, steps: int, guidance: float
 ) -> Tensor:
-    """x0 (B, C, ...) of pictures drawn from this noise by Euler steps."""
+    """x0 (B, C, ...) of images drawn from this noise by Euler steps."""
     levels = torch.linspace(1, 0, steps + 1)[:-1, None].expand(-1, len(noise))
     sigmas = sigmas_at_levels(model.denoiser, levels).to(noise)
     with model.adapters.at_strength(strength):
@@ -120,7 +120,7 @@ def sample_from_noise(
 
 @torch.no_grad()
 def diffusion_classifier_score(model: StudentTeacherModel, x0: Tensor, toward: str, away: str, seed: int = 0) -> Tensor:
-    """(B,) how much better the frozen model predicts the noise on these pictures under `toward` than under `away`, in
+    """(B,) how much better the frozen model predicts the noise on these images under `toward` than under `away`, in
     [-1, 1]."""
     rng, advantages = torch.Generator().manual_seed(seed), []
     for level in CLASSIFIER_NOISE_LEVELS:
@@ -133,7 +133,7 @@ def diffusion_classifier_score(model: StudentTeacherModel, x0: Tensor, toward: s
 
 
 def make_axis_projection(axis: Tensor) -> Callable[[Tensor], Tensor]:
-    """x0 (B, C, ...) -> (B,): how far pictures lie along a difference of pictures (1 or B, C, ...), in halves of that
+    """x0 (B, C, ...) -> (B,): how far images lie along a difference of images (1 or B, C, ...), in halves of that
     difference."""
     return lambda x0: 2 * (x0 * axis).flatten(1).sum(1) / axis.square().flatten(1).sum(1)
 
@@ -150,7 +150,7 @@ def measure_strength_curve(
     unit: str = RAW_EFFECT_UNIT,
 ) -> StrengthCurve:
     """The curve of an adapter. `draw(prompt, strength) -> x0 (B, C, ...)` draws from the same noise every time;
-    `effect(x0) -> (B,)`. With a `reference`, effect 1 is what its pictures have at strength 0, and `unit` says so."""
+    `effect(x0) -> (B,)`. With a `reference`, effect 1 is what its images have at strength 0, and `unit` says so."""
     still = draw(scene, 0.0)
     zero = effect(still).mean()
     whole = torch.ones(()) if reference is None else effect(draw(reference, 0.0)).mean() - zero
@@ -167,14 +167,14 @@ def measure_strength_curve(
 
 
 def relative_drift(couples) -> float:
-    """Mean distance between two versions of the same pictures, as a share of what two independent pictures of the same
+    """Mean distance between two versions of the same images, as a share of what two independent images of the same
     spread differ by."""
     shares = [math.sqrt(float((b - a).square().mean()) / max(2 * float(a.var()), 1e-12)) for a, b in couples]
     return sum(shares) / len(shares)
 
 
 def row_slider_axis(row: PromptRow, slider: bool = False) -> SliderAxis:
-    """What a row changes, for the curve of its adapter: from where to where, and whose pictures have effect 1."""
+    """What a row changes, for the curve of its adapter: from where to where, and whose images have effect 1."""
     first = row.attributes[0] if row.attributes else ""
     said = lambda prompt: f"{first} {prompt}".strip()
     ends = {

@@ -94,7 +94,7 @@ class AestheticHead(nn.Module):
 
 def describe_encoder(width: int) -> str:
     """The image encoders whose embedding has this width, in words."""
-    return ENCODER_NAMES.get(width, f"one that gives {width} numbers a picture")
+    return ENCODER_NAMES.get(width, f"one that gives {width} numbers an image")
 
 
 def check_embedding_width(head: AestheticHead, width: int) -> None:

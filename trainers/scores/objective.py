@@ -247,16 +247,16 @@ class ScoreTraining:
             for item, coin in zip(items, torch.rand(len(items), generator=rng).tolist(), strict=True)
         ]
         by_shape: dict[tuple, list[int]] = {}
-        for place, item in enumerate(items):
-            by_shape.setdefault(item.shape, []).append(place)
+        for position, item in enumerate(items):
+            by_shape.setdefault(item.shape, []).append(position)
         outputs = [
             self.network(
-                *self.scorer_input([items[i] for i in places], [flips[i] for i in places], u[places], rng),
-                self.dropout_mask(len(places), rng),
+                *self.scorer_input([items[i] for i in positions], [flips[i] for i in positions], u[positions], rng),
+                self.dropout_mask(len(positions), rng),
             )
-            for places in by_shape.values()
+            for positions in by_shape.values()
         ]
-        order = torch.tensor([place for places in by_shape.values() for place in places]).argsort()
+        order = torch.tensor([position for positions in by_shape.values() for position in positions]).argsort()
         return torch.cat(outputs)[order.to(outputs[0].device)]
 
     def scorer_input(self, items, flips, u, rng) -> tuple[Tensor, Tensor]:

@@ -308,9 +308,9 @@ class PretextTraining:
             )
         ]
 
-    def sample_crop_pair(self, picture: int, rng) -> tuple[EncodedView, EncodedView]:
+    def sample_crop_pair(self, image: int, rng) -> tuple[EncodedView, EncodedView]:
         """Two different crops of an image."""
-        crops = self.views.views_by_image[picture][CROP_VIEW]
+        crops = self.views.views_by_image[image][CROP_VIEW]
         first, second = torch.randperm(len(crops), generator=rng)[:2].tolist()
         return crops[first], crops[second]
 

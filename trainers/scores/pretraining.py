@@ -219,21 +219,21 @@ def ridge_regression(rows: Tensor, targets: Tensor, others: Tensor) -> Tensor:
 def format_pretraining_lines(trained: int, held_out, settings: PretextSettings, before, after) -> list[str]:
     """The report, from the number of training images, the held-out indices and both probes."""
     tasks = ", ".join(f"{name} {weight:g}" for name, weight in settings.tasks() if weight)
-    lines = [f"{settings.backbone}, {settings.steps} steps on {trained} pictures ({tasks})."]
+    lines = [f"{settings.backbone}, {settings.steps} steps on {trained} images ({tasks})."]
     lines += [f"{name}: {estimate}, untrained {before[name]}" for name, estimate in after.items()]
     where = (
-        "pictures that were held back"
+        "images that were held back"
         if len(held_out) < trained
-        else "the very pictures that were learnt from: there are too few to hold some back"
+        else "the very images that were learnt from: there are too few to hold some back"
     )
     lines.append(
         f"Likeness of crops was asked of {len(held_out)} {where}. Connect the model to Train Score Model as pretrained."
     )
     if after["same picture found"].value < before["same picture found"].value + 0.02 and "ridge SRCC" not in after:
-        lines.append("It tells crops no better than an untrained one: train longer, or on more pictures.")
+        lines.append("It tells crops no better than an untrained one: train longer, or on more images.")
     if trained < 2000:
         lines.append(
-            "With fewer than 2000 pictures DINOv2 or DINOv3 as CLIP_VISION often knows more than any backbone that is "
+            "With fewer than 2000 images DINOv2 or DINOv3 as CLIP_VISION often knows more than any backbone that is "
             "trained on them."
         )
     return lines

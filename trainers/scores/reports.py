@@ -15,8 +15,8 @@ def format_score_model_summary(info: ScoreModelInfo) -> str:
     facts = [
         "" if info.trained else "NOT TRAINED: what it says cannot be told from chance.",
         f"{describe_score_model_kind(info)} on {info.latent_format or 'latents'} of {info.channels} channels",
-        "at any noise level" if info.noisy else "of clean pictures only",
-        f"figures on pictures that were not learnt from: {format_score_metrics(info)}",
+        "at any noise level" if info.noisy else "of clean images only",
+        f"figures on images that were not learnt from: {format_score_metrics(info)}",
         f"ratings from {info.low:g} to {info.high:g}, mean {info.mean:g}"
         if info.task in ("regression", "distribution")
         else "",
@@ -47,9 +47,9 @@ def format_rating_summary(dataset: ImageDataset) -> str:
     """How many images are rated, and between which ratings."""
     scores = [r.score for r in dataset if r.score is not None]
     if not scores:
-        return f"none of {len(dataset)} pictures is rated"
+        return f"none of {len(dataset)} images is rated"
     return (
-        f"{len(scores)} of {len(dataset)} pictures are rated, from {min(scores):g} to {max(scores):g}, "
+        f"{len(scores)} of {len(dataset)} images are rated, from {min(scores):g} to {max(scores):g}, "
         f"{len(set(scores))} different ratings"
     )
 
@@ -58,7 +58,7 @@ def format_score_report(
     info: ScoreModelInfo, scores: Sequence[float], spreads: Sequence[float], names: Sequence[str]
 ) -> str:
     """Mean and range of the scores, then every image from the best to the worst."""
-    head = f"{len(scores)} pictures scored: mean {np.mean(scores):.3f}, from {min(scores):.3f} to {max(scores):.3f}"
+    head = f"{len(scores)} images scored: mean {np.mean(scores):.3f}, from {min(scores):.3f} to {max(scores):.3f}"
     warning = [] if info.trained else ["This score model cannot be told from chance; its scores say nothing."]
     best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
     return "\n".join([head, *warning, *(f"{scores[i]:.3f} +-{spreads[i]:.3f} {names[i]}" for i in best_first)])
@@ -73,4 +73,4 @@ def format_scored_count(dataset: ImageDataset, what: str) -> str:
     """The number of images and the range of their scores, where there are any."""
     scores = [record.score for record in dataset if record.score is not None]
     span = f", scores from {min(scores):g} to {max(scores):g}" if scores else ""
-    return f"{len(dataset)} pictures {what}{span}"
+    return f"{len(dataset)} images {what}{span}"

@@ -580,27 +580,27 @@ def format_score_training_lines(
 ) -> list[str]:
     """The report: whether the model beats chance by the metric `name`, every other figure, and what was left out."""
     count = (
-        f"{len(task.pairs)} pairs of {len(task.data)} pictures"
+        f"{len(task.pairs)} pairs of {len(task.data)} images"
         if info.task == "pairwise"
-        else f"{len(task.data)} rated pictures"
+        else f"{len(task.data)} rated images"
     )
     if info.trained:
-        lines = [f"Trained on {count}: {name} {estimate} on pictures that were not learnt from."]
+        lines = [f"Trained on {count}: {name} {estimate} on images that were not learnt from."]
     else:
         lines = [
-            f"NOT TRAINED: {name} is {estimate} on pictures that were not learnt from, and chance gives {chance:g}. "
-            "What it says cannot be told from chance. Rate more pictures, rate them more evenly (the same picture "
-            "twice should get the same number), or ask for something that can be seen in a picture. It can be tried, "
+            f"NOT TRAINED: {name} is {estimate} on images that were not learnt from, and chance gives {chance:g}. "
+            "What it says cannot be told from chance. Rate more images, rate them more evenly (the same image "
+            "twice should get the same number), or ask for something that can be seen in an image. It can be tried, "
             "and Save Score Model does not save it."
         ]
     lines += [f"{n}: {v:.3f} ({low:.3f} to {high:.3f})" for n, (v, low, high) in figures.items() if n != name]
     lines.append(
-        f"{info.members} networks ({info.backbone}), each measured on its own share of the pictures. The brackets "
+        f"{info.members} networks ({info.backbone}), each measured on its own share of the images. The brackets "
         "hold 95 of 100 bootstrap draws."
     )
     if task.unrated_names:
         lines.append(
-            f"{len(task.unrated_names)} pictures without a rating were left out: "
+            f"{len(task.unrated_names)} images without a rating were left out: "
             f"{', '.join(task.unrated_names[:5])}{', ...' * (len(task.unrated_names) > 5)}"
         )
     return lines

@@ -104,7 +104,7 @@ def format_caption_warnings(figures: dict, trigger: str) -> list[str]:
     """One sentence for each thing that is likely to harm the training."""
     total, same = figures["pictures"], figures["pictures with the same caption"]
     found = [
-        f"{len(names)} of {total} pictures {what}: {join_first_names(names)}"
+        f"{len(names)} of {total} images {what}: {join_first_names(names)}"
         for names, what in (
             (figures["without caption"], "have no caption"),
             (figures["trigger missing"], f"do not say the trigger {trigger.strip()!r}"),
@@ -113,7 +113,7 @@ def format_caption_warnings(figures: dict, trigger: str) -> list[str]:
     ]
     if same > MAX_IDENTICAL_SHARE * total:
         found.append(
-            f"{same} of {total} pictures share their caption with another ({same / total:.0%} > "
+            f"{same} of {total} images share their caption with another ({same / total:.0%} > "
             f"{MAX_IDENTICAL_SHARE:.0%}); equal words teach no difference"
         )
     for encoder, counts in figures["tokens"].items():
@@ -153,7 +153,7 @@ def format_caption_report(figures: dict, tags: int = 30) -> str:
             f"{count:5} {text[:100]}" for text, count in figures["most repeated"].items()
         ]
     if counts and tags:
-        lines += ["", f"{len(counts)} tags (pictures that have them)"] + [
+        lines += ["", f"{len(counts)} tags (images that have them)"] + [
             f"{count:5} {tag}" for tag, count in list(counts.items())[:tags]
         ]
         lines += [f"  ... {len(counts) - tags} more"] * (len(counts) > tags)

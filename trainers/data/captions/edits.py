@@ -227,7 +227,7 @@ def list_caption_changes(before: ImageDataset, after: ImageDataset) -> list[Capt
 def format_edit_preview(before: ImageDataset, after: ImageDataset, show: int = 5) -> str:
     """How many images have changed captions, and the first `show` of them before and after."""
     changed = list_caption_changes(before, after)
-    lines = [f"{len(changed)} of {len(before)} pictures changed"]
+    lines = [f"{len(changed)} of {len(before)} images changed"]
     for change in changed[:show]:
         lines += ["", change.name, *(f"- {text}" for text in change.before or ("(no caption)",))]
         lines += [f"+ {text}" for text in change.after or ("(no caption)",)]
@@ -355,7 +355,7 @@ def build_shuffle_edit(argument):
 
 
 @register_operation(
-    "merge: tags, prose", "joins the picture's own tags and its caption, nothing said twice; or 'merge: prose, tags'"
+    "merge: tags, prose", "joins the image's own tags and its caption, nothing said twice; or 'merge: prose, tags'"
 )
 def build_merge_edit(argument):
     order = tuple(word.casefold() for word in split_tags(argument))

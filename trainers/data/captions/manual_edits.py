@@ -61,7 +61,7 @@ def format_manual_edits(dataset: ImageDataset, after: ImageDataset, edits: Manua
     if unmatched := [id for id in edits if id not in ids]:
         names = ", ".join(id[:10] for id in unmatched[:3]) + (", ..." if len(unmatched) > 3 else "")
         lines.append(
-            f"{len(unmatched)} edits are of pictures that are not in this dataset ({names}); they are kept in case "
+            f"{len(unmatched)} edits are of images that are not in this dataset ({names}); they are kept in case "
             "those come back."
         )
     return "\n".join(lines)

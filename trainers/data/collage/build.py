@@ -106,18 +106,18 @@ def build_collages(
     made = plan_collages([source.record.cropped_size for source in sources], settings)
     if not made.collages:
         raise ValueError(format_nothing_fits(made, sources, lost, settings))
-    place = Path(folder) / compute_fingerprint(COLLAGE_VERSION, dataset.fingerprint(), frame_pixel_settings(settings))
-    frames = render_frames(made, sources, settings, place, work)
+    target = Path(folder) / compute_fingerprint(COLLAGE_VERSION, dataset.fingerprint(), frame_pixel_settings(settings))
+    frames = render_frames(made, sources, settings, target, work)
     trigger = settings.trigger.strip() or find_common_trigger([captions_or_tags(source.record) for source in sources])
     records = make_collage_records(frames, sources, settings, trigger)
     alone, often = mix_in_single_images(records, sources, made, settings)
     records = tuple(replace(record, repeats=record.repeats * often) for record in records)
-    write_collages_json(place / "collages.json", frames, records, sources, made, settings)
+    write_collages_json(target / "collages.json", frames, records, sources, made, settings)
     others = tuple(record for record in dataset if record.split != "train")
     gone = [*lost, *((sources[i].record.path, f"it {why}") for i, why in made.excluded if not alone)]
     result = ImageDataset((*records, *alone, *others), (*dataset.skipped, *gone))
     return CollageResult(
-        result, records, format_collage_report(made, sources, lost, records, alone, settings, place, tokens)
+        result, records, format_collage_report(made, sources, lost, records, alone, settings, target, tokens)
     )
 
 
@@ -239,7 +239,7 @@ class CollageFrame:
 
 
 def render_frames(
-    made: CollagePlan, sources, settings: CollageSettings, place: Path, work: CollageProgress
+    made: CollagePlan, sources, settings: CollageSettings, target: Path, work: CollageProgress
 ) -> list[CollageFrame]:
     """Every frame of the plan as a PNG and its mask; what is there already is not drawn again."""
     wanted = Counter()
@@ -249,24 +249,24 @@ def render_frames(
         wanted[key] += 1
         collages[key] = collage
     return [
-        write_frame_files(key, collages[key], wanted[key], sources, settings, place)
+        write_frame_files(key, collages[key], wanted[key], sources, settings, target)
         for key in work.track(list(collages), lambda key: f"collage of {format_source_names(collages[key], sources)}")
     ]
 
 
-def write_frame_files(key, collage, times, sources, settings, place: Path) -> CollageFrame:
-    picture, mask = place / f"{key}.png", place / f"{key}.mask.png"
-    if not (picture.is_file() and mask.is_file()):
-        for file, image in zip((mask, picture), render_frame_and_mask(collage, sources, settings), strict=True):
+def write_frame_files(key, collage, times, sources, settings, target: Path) -> CollageFrame:
+    frame, mask = target / f"{key}.png", target / f"{key}.mask.png"
+    if not (frame.is_file() and mask.is_file()):
+        for file, image in zip((mask, frame), render_frame_and_mask(collage, sources, settings), strict=True):
             write_bytes_atomically(file, encode_png(image))
-    return CollageFrame(collage, picture, mask, sha1_hex(picture.read_bytes()), sha1_hex(mask.read_bytes()), times)
+    return CollageFrame(collage, frame, mask, sha1_hex(frame.read_bytes()), sha1_hex(mask.read_bytes()), times)
 
 
 def frame_cache_key(collage: Collage, sources, settings: CollageSettings) -> str:
     cells = []
     for cell in collage.cells:
         record = sources[cell.source].record
-        cells.append([record.id, record.crop, record.mask_id, record.mask == record.path, cell.box, cell.place])
+        cells.append([record.id, record.crop, record.mask_id, record.mask == record.path, cell.box, cell.frame_box])
     return compute_fingerprint(COLLAGE_VERSION, collage.frame, cells, settings.ground_rgb, settings.feather)
 
 
@@ -277,8 +277,10 @@ def render_frame_and_mask(collage: Collage, sources, settings: CollageSettings) 
     for cell in collage.cells:
         record = sources[cell.source].record
         part = resize_to_cell(open_image(record, settings.ground_rgb), cell, Image.Resampling.LANCZOS)
-        image.paste(part, cell.place[:2])
-        mask.paste(feather_mask(load_cell_mask(record, cell), cell, collage.frame, settings.feather), cell.place[:2])
+        image.paste(part, cell.frame_box[:2])
+        mask.paste(
+            feather_mask(load_cell_mask(record, cell), cell, collage.frame, settings.feather), cell.frame_box[:2]
+        )
     return mask, image
 
 
@@ -295,7 +297,7 @@ def feather_mask(mask: Image.Image, cell: CollageCell, frame, cells: int) -> Ima
     """The mask, rising in even steps over so many latent cells from each border that is not the frame's own."""
     if not cells:
         return mask
-    left, top, right, bottom = cell.place
+    left, top, right, bottom = cell.frame_box
     x = feather_ramp(right - left, cells, left > 0, right < frame[0])
     y = feather_ramp(bottom - top, cells, top > 0, bottom < frame[1])
     return Image.fromarray(np.rint(np.asarray(mask) * np.minimum(x[None], y[:, None])).astype(np.uint8))
@@ -408,7 +410,7 @@ def write_collages_json(
                 **source_provenance(sources[cell.source]),
                 "box": cell.box,
                 "scale": cell.scale,
-                "place": cell.place,
+                "place": cell.frame_box,
                 "crop": cell.crop,
             }
             for cell in frame.collage.cells
@@ -445,7 +447,7 @@ def source_provenance(source: CollageSource) -> dict:
 
 
 def format_collage_report(
-    made: CollagePlan, sources, lost, records, alone, settings: CollageSettings, place: Path, tokens
+    made: CollagePlan, sources, lost, records, alone, settings: CollageSettings, target: Path, tokens
 ) -> str:
     """The report: counts first, then every image that something was done to."""
     used = len(sources) - len(made.excluded)
@@ -453,13 +455,13 @@ def format_collage_report(
     crops = made.crops
     full = sum(collage.fill >= FULL_FILL for collage in made.collages) / len(made.collages)
     lines = [
-        f"{len(made.collages)} collages of {used} pictures, each used {format_times(settings.uses)}; "
+        f"{len(made.collages)} collages of {used} images, each used {format_times(settings.uses)}; "
         f"{len(sources) - used} fit in no frame, {len(lost)} cannot be used.",
         f"Frames: {', '.join(f'{count} of {name}' for name, count in count_frame_layouts(made).most_common())}.",
         f"Fill {made.fill:.2f} on average, {full:.0%} of the frames at least {FULL_FILL:.0%} full. Cut off "
         f"{sum(crops) / len(crops):.1%} on average, {crops[-1]:.1%} at most.",
         f"An epoch shows {together} collages"
-        + (f" and {single} pictures alone ({single / (single + together):.0%})." if alone else "."),
+        + (f" and {single} images alone ({single / (single + together):.0%})." if alone else "."),
     ]
     lines += suggest_frame_sizes(made, settings)
     where = "shown alone only" if alone else "left out"
@@ -478,7 +480,7 @@ def format_collage_report(
         [f"{s.name} (dE {s.dE:.1f} < {settings.min_contrast:g})" for s in sources if is_low_contrast(s, settings)],
     )
     return "\n".join(
-        [*lines, *format_long_caption_warnings(records, tokens), f"Files: {place} (collages.json lists every picture)"]
+        [*lines, *format_long_caption_warnings(records, tokens), f"Files: {target} (collages.json lists every image)"]
     )
 
 
@@ -511,9 +513,9 @@ def suggest_frame_sizes(made: CollagePlan, settings: CollageSettings) -> list[st
     if not other.collages or sum(len(c.cells) == 1 for c in other.collages) / len(other.collages) > lonely - 0.1:
         return []
     return [
-        f"{lonely:.0%} of the frames hold a single picture, because no others fit beside it. With frames set to "
+        f"{lonely:.0%} of the frames hold a single image, because no others fit beside it. With frames set to "
         f"{frames}, the fill would be {other.fill:.2f} with {len(sample) * settings.uses / len(other.collages):.1f} "
-        "pictures per frame."
+        "images per frame."
     ]
 
 

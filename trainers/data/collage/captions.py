@@ -28,9 +28,9 @@ def describe_cell_positions(collage: Collage) -> tuple[str, ...]:
         return (COLUMN_POSITIONS if collage.layout == LAYOUT_COLUMNS else ROW_POSITIONS)[count]
     first, *stack = collage.cells  # a grid: the first one spans the frame, the others are stacked beside it
     if first.size[1] == collage.frame[1]:
-        here, there = ("left", "right") if first.place[0] < stack[0].place[0] else ("right", "left")
+        here, there = ("left", "right") if first.frame_box[0] < stack[0].frame_box[0] else ("right", "left")
         return here, *(f"{name} {there}" for name in ROW_POSITIONS[len(stack)])
-    here, there = ("top", "bottom") if first.place[1] < stack[0].place[1] else ("bottom", "top")
+    here, there = ("top", "bottom") if first.frame_box[1] < stack[0].frame_box[1] else ("bottom", "top")
     return here, *(f"{there} {name}" for name in COLUMN_POSITIONS[len(stack)])
 
 
@@ -49,29 +49,29 @@ def combine_collage_captions(
     return tuple(dict.fromkeys(text for text in told if text))
 
 
-def combine_cell_captions(places, captions, mode: str, trigger: str) -> str:
+def combine_cell_captions(positions, captions, mode: str, trigger: str) -> str:
     bare = [strip_trigger(caption, trigger) for caption in captions]
     if mode == CAPTIONS_JOINED:
         text = ", ".join(dict.fromkeys(tag for caption in bare for tag in split_caption_tags(caption)))
     elif mode == CAPTIONS_SHARED:
-        text = format_shared_tags_first(places, bare)
+        text = format_shared_tags_first(positions, bare)
     else:
-        text = format_captions_by_position(places, bare)
+        text = format_captions_by_position(positions, bare)
     named = trigger if any(bare) or any(caption.strip() for caption in captions) else ""
     return prepend_trigger(text, named)
 
 
-def format_captions_by_position(places, captions) -> str:
+def format_captions_by_position(positions, captions) -> str:
     """left: a cat; right: a dog"""
-    said = [(place, caption.strip().rstrip(".;,")) for place, caption in zip(places, captions, strict=True)]
-    return "; ".join(f"{place}: {caption}" if place else caption for place, caption in said if caption)
+    said = [(position, caption.strip().rstrip(".;,")) for position, caption in zip(positions, captions, strict=True)]
+    return "; ".join(f"{position}: {caption}" if position else caption for position, caption in said if caption)
 
 
-def format_shared_tags_first(places, captions) -> str:
+def format_shared_tags_first(positions, captions) -> str:
     """indoors, left: cat; right: dog, sleeping"""
     lists = [split_caption_tags(caption) for caption in captions]
     common = [tag for tag in lists[0] if all(tag in other for other in lists[1:])]
-    rest = format_captions_by_position(places, [", ".join(tag for tag in own if tag not in common) for own in lists])
+    rest = format_captions_by_position(positions, [", ".join(tag for tag in own if tag not in common) for own in lists])
     return ", ".join(filter(None, (*common, rest)))
 
 

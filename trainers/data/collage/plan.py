@@ -171,17 +171,17 @@ def parse_frame_size(words: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class CollageCell:
-    """One image in a frame: `box` is cut out of it, scaled, and put at `place`."""
+    """One image in a frame: `box` is cut out of it, scaled, and put at `frame_box`."""
 
     source: int  # index into the sizes that were planned
     box: tuple[float, float, float, float]  # in the image; fractions of a pixel keep the shape exact
     scale: float
-    place: tuple[int, int, int, int]  # in the frame
+    frame_box: tuple[int, int, int, int]  # in the frame
     crop: float  # share of the image that is cut off
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.place[2] - self.place[0], self.place[3] - self.place[1]
+        return self.frame_box[2] - self.frame_box[0], self.frame_box[3] - self.frame_box[1]
 
 
 @dataclass(frozen=True)
@@ -342,16 +342,16 @@ class CandidatePool:
             it = self.fits.pop(source)
             del self.by_length[bisect_left(self.by_length, (it.uncut_length, self.rank[source], source))]
 
-    def candidates_near_length(self, target: float, luck: int, without, count: int) -> list[LengthRange]:
+    def candidates_near_length(self, target: float, offset: int, without, count: int) -> list[LengthRange]:
         """Up to 2 * count images whose uncut lengths are next to the target."""
-        at = bisect_left(self.by_length, (target, luck))
+        at = bisect_left(self.by_length, (target, offset))
         around = self.by_length[max(0, at - count) : at + count]
         return [self.fits[source] for _, _, source in around if source not in without]
 
-    def candidates_of_all_lengths(self, luck: int, count: int) -> list[LengthRange]:
+    def candidates_of_all_lengths(self, offset: int, count: int) -> list[LengthRange]:
         """About `count` images of all lengths."""
         stride = max(1, len(self.by_length) // count)
-        return [self.fits[source] for _, _, source in self.by_length[luck % stride :: stride]]
+        return [self.fits[source] for _, _, source in self.by_length[offset % stride :: stride]]
 
 
 class CollagePlanner:
@@ -443,9 +443,9 @@ class CollagePlanner:
         if self.settings.layout == LAYOUT_SINGLE:
             return
         space, gutter = room.axis.split(room.frame)[0], self.settings.gutter
-        rest, luck, mine = space - gutter - anchor.uncut_length, self.rng.randrange(len(self.sizes)), anchor.source
+        rest, offset, mine = space - gutter - anchor.uncut_length, self.rng.randrange(len(self.sizes)), anchor.source
         good = False
-        for second in room.candidates_near_length(rest, luck, (mine,), 6):
+        for second in room.candidates_near_length(rest, offset, (mine,), 6):
             good = good or (
                 abs(second.uncut_length - rest) < CLOSE_FIT_SHARE * space
                 and not self.pair_counts[sorted_pair(mine, second.source)]
@@ -455,12 +455,12 @@ class CollagePlanner:
             return
         some = [
             it
-            for it in room.candidates_of_all_lengths(luck, PARTNER_SAMPLE_SIZE)
+            for it in room.candidates_of_all_lengths(offset, PARTNER_SAMPLE_SIZE)
             if it.source != mine and it.min_length <= rest
         ]
         for second in some:
             for third in room.candidates_near_length(
-                rest - gutter - second.uncut_length, luck, (mine, second.source), 2
+                rest - gutter - second.uncut_length, offset, (mine, second.source), 2
             ):
                 yield mine, second.source, third.source
         if self.settings.per_frame < 4:
@@ -468,7 +468,7 @@ class CollagePlanner:
         for second, third in combinations(some[::3], 2):
             for fourth in room.candidates_near_length(
                 rest - 2 * gutter - second.uncut_length - third.uncut_length,
-                luck,
+                offset,
                 (mine, second.source, third.source),
                 1,
             ):
@@ -586,9 +586,9 @@ def check_collage_plan(made: CollagePlan, settings: CollageSettings) -> None:
 def find_collage_fault(collage: Collage, sizes, settings: CollageSettings) -> str | None:
     """What is wrong with one collage, or None."""
     if not collage.cells:
-        return "it has no pictures."
+        return "it has no images."
     if len({cell.source for cell in collage.cells}) < len(collage.cells):
-        return "it shows one picture twice."
+        return "it shows one image twice."
     spanning = [spans_frame(cell, collage.frame) for cell in collage.cells]
     if not any(spanning):
         return (
@@ -596,12 +596,12 @@ def find_collage_fault(collage: Collage, sizes, settings: CollageSettings) -> st
             "columns or rows."
         )
     if not all(spanning) and not (collage.layout == LAYOUT_GRID and settings.layout == LAYOUT_GRID):
-        return "a picture spans neither the width nor the height. Only the layout grid allows that."
+        return "an image spans neither the width nor the height. Only the layout grid allows that."
     for a, b in combinations(collage.cells, 2):
-        if min(a.place[2], b.place[2]) > max(a.place[0], b.place[0]) and min(a.place[3], b.place[3]) > max(
-            a.place[1], b.place[1]
-        ):
-            return "two pictures overlap."
+        if min(a.frame_box[2], b.frame_box[2]) > max(a.frame_box[0], b.frame_box[0]) and min(
+            a.frame_box[3], b.frame_box[3]
+        ) > max(a.frame_box[1], b.frame_box[1]):
+            return "two images overlap."
     return next(
         filter(None, (find_cell_fault(cell, collage.frame, sizes[cell.source], settings) for cell in collage.cells)),
         None,
@@ -613,19 +613,19 @@ def spans_frame(cell: CollageCell, frame) -> bool:
 
 
 def find_cell_fault(cell: CollageCell, frame, size, settings: CollageSettings) -> str | None:
-    left, top, right, bottom = cell.place
+    left, top, right, bottom = cell.frame_box
     x0, y0, x1, y1 = cell.box
     stretch = max(abs((x1 - x0) * cell.scale - (right - left)), abs((y1 - y0) * cell.scale - (bottom - top)))
     if not (0 <= left < right <= frame[0] and 0 <= top < bottom <= frame[1]):
-        return f"a picture stands outside at {cell.place}."
-    if any(edge % settings.step for edge in cell.place):
-        return f"a border at {cell.place} is no multiple of {settings.step} px."
+        return f"an image stands outside at {cell.frame_box}."
+    if any(edge % settings.step for edge in cell.frame_box):
+        return f"a border at {cell.frame_box} is no multiple of {settings.step} px."
     if min(x0, y0) < -ROUNDING_EPSILON or x1 > size[0] + ROUNDING_EPSILON or y1 > size[1] + ROUNDING_EPSILON:
         return f"a picture of {size[0]}x{size[1]} px has no part {cell.box}."
     if stretch > 1:
-        return f"a picture is stretched by {stretch:.1f} px."
+        return f"an image is stretched by {stretch:.1f} px."
     if cell.scale > settings.max_upscale + ROUNDING_EPSILON:
-        return f"a picture is enlarged {cell.scale:.2f} times, more than {settings.max_upscale:g}."
+        return f"an image is enlarged {cell.scale:.2f} times, more than {settings.max_upscale:g}."
     if cell.crop > settings.max_crop + ROUNDING_EPSILON:
-        return f"{cell.crop:.0%} of a picture is cut off, more than {settings.max_crop:.0%}."
+        return f"{cell.crop:.0%} of an image is cut off, more than {settings.max_crop:.0%}."
     return None

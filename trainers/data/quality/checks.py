@@ -262,10 +262,12 @@ def bucket_upscale(record: ImageRecord, resolution: int):
     """(factor, bucket) with which the image would fill its bucket; (None, None) where it has none."""
     step = min(64, max(MIN_BUCKET_STEP, resolution // 8))
     try:
-        place = initial_placement(record, BucketSettings(resolution=resolution, upscale=True, step=step))
+        placement = initial_placement(record, BucketSettings(resolution=resolution, upscale=True, step=step))
     except ValueError:
         return None, None
-    return max(place.scaled[0] / record.cropped_size[0], place.scaled[1] / record.cropped_size[1]), place.bucket
+    return max(
+        placement.scaled[0] / record.cropped_size[0], placement.scaled[1] / record.cropped_size[1]
+    ), placement.bucket
 
 
 def measure_exposure(grey: np.ndarray) -> tuple[float, float, float, float]:
@@ -501,7 +503,7 @@ def measure_dataset_diversity(measures: Sequence[ImageMeasurements | None], feat
             "coarse shapes and colours; connect a clip_vision to compare contents",
             len(prints),
         )
-    of = f"{count} pictures" if count == len(seen) else f"an even sample of {count} pictures"
+    of = f"{count} images" if count == len(seen) else f"an even sample of {count} images"
     return score, f"diversity: {of} count as {score:.1f} different ones (Vendi score, from {source})"
 
 

@@ -206,7 +206,7 @@ class DeduplicationResult:
 
     def report(self) -> str:
         copies = sum(len(rest) for _, rest in self.groups)
-        lines = [f"{copies} copies of {len(self.groups)} pictures found; {len(self.dataset)} pictures go on."]
+        lines = [f"{copies} copies of {len(self.groups)} images found; {len(self.dataset)} images go on."]
         for best, rest in self.groups:
             lines.append(
                 f"- {printable_file_name(best)}: "

@@ -21,7 +21,7 @@ def format_quality_report(found: QualityCheck, settings: QualitySettings) -> str
     """Markdown lists: counts per check, the set as a whole, then each image with something to say, worst first."""
     counts = Counter(one.severity for one in found.images)
     lines = [
-        f"{len(found.images)} pictures checked: "
+        f"{len(found.images)} images checked: "
         f"{format_severity_count(counts, SEVERITY_REJECT, settings.on_reject)}, "
         f"{format_severity_count(counts, SEVERITY_WARN, settings.on_warn)}, {counts[None]} good"
     ]
@@ -64,7 +64,7 @@ def draw_quality_sheet(found: QualityCheck, limit: int = 60) -> Image.Image:
     worst = found.worst_first()
     counts = Counter(one.severity for one in worst)
     title = (
-        f"{len(worst)} pictures: {counts[SEVERITY_REJECT]} rejected, {counts[SEVERITY_WARN]} with warnings, "
+        f"{len(worst)} images: {counts[SEVERITY_REJECT]} rejected, {counts[SEVERITY_WARN]} with warnings, "
         f"{counts[None]} good"
     )
     if len(worst) > limit:

@@ -100,8 +100,8 @@ def count_distinct(apart: Tensor) -> int:
 def relabel_by_size(labels: Tensor) -> list[int]:
     """The same groups, numbered from the largest; of equal ones the first to come is first."""
     values, first = labels.tolist(), {}
-    for place, label in enumerate(values):
-        first.setdefault(label, place)
+    for position, label in enumerate(values):
+        first.setdefault(label, position)
     order = sorted(first, key=lambda label: (-values.count(label), first[label]))
     return [order.index(label) for label in values]
 

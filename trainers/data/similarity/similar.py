@@ -74,12 +74,12 @@ class SimilarityMatch:
 def select_query_images(features: ImageFeatures, name: str, everything: bool) -> ImageFeatures:
     """The images whose file name holds `name`; without a name the first one, or everything. ValueError where there is
     none."""
-    places = [i for i, r in enumerate(features.dataset) if name.strip().lower() in Path(r.path).name.lower()]
-    places = places if everything or name.strip() else places[:1]
-    if not places:
+    positions = [i for i, r in enumerate(features.dataset) if name.strip().lower() in Path(r.path).name.lower()]
+    positions = positions if everything or name.strip() else positions[:1]
+    if not positions:
         raise ValueError(f"No file name of {len(features)} images holds {name!r}. Write a part of one, or nothing.")
     return replace(
-        features, dataset=ImageDataset(tuple(features.dataset[i] for i in places)), rows=features.rows[places]
+        features, dataset=ImageDataset(tuple(features.dataset[i] for i in positions)), rows=features.rows[positions]
     )
 
 
@@ -125,7 +125,7 @@ def draw_similarity_sheet(
     if not one:
         tiles = pad_tile_rows(tiles, [1 + len(row) for row in matches[:MAX_SHEET_QUERIES]], columns)
     return draw_contact_sheet(
-        tiles, columns, cell=160, title=f"{sum(map(len, matches))} pictures like {len(queries)}, by {among.source}"
+        tiles, columns, cell=160, title=f"{sum(map(len, matches))} images like {len(queries)}, by {among.source}"
     )
 
 
@@ -147,7 +147,7 @@ def make_similarity_tile(record: ImageRecord, line: str, colour: str = NEUTRAL_C
 
 
 def format_similarity_report(queries: ImageFeatures, among: ImageFeatures, matches) -> str:
-    lines = [f"{sum(map(len, matches))} pictures of {len(among)} are like {len(queries)} that were asked for."]
+    lines = [f"{sum(map(len, matches))} images of {len(among)} are like {len(queries)} that were asked for."]
     for record, row in zip(queries.dataset, matches, strict=True):
         found = (
             ", ".join(f"{make_printable(Path(among.dataset[m.index].path).name)} {m.cosine:.3f}" for m in row)
@@ -190,24 +190,26 @@ def draw_clusters_sheet(features: ImageFeatures, found: Clustering) -> Image.Ima
         members = found.members(label)
         row = [
             make_similarity_tile(
-                features.dataset[i], f"group {label + 1}, {len(members)}", GOOD_COLOUR if not place else NEUTRAL_COLOUR
+                features.dataset[i],
+                f"group {label + 1}, {len(members)}",
+                GOOD_COLOUR if not position else NEUTRAL_COLOUR,
             )
-            for place, i in enumerate(sort_by_centrality(features, members)[:MAX_CLUSTER_TILES])
+            for position, i in enumerate(sort_by_centrality(features, members)[:MAX_CLUSTER_TILES])
         ]
         tiles += pad_tile_rows(row, [len(row)], MAX_CLUSTER_TILES)
     return draw_contact_sheet(
         tiles,
         MAX_CLUSTER_TILES,
         cell=160,
-        title=f"{found.count} groups of {len(features)} pictures, silhouette {found.silhouette:.2f}",
+        title=f"{found.count} groups of {len(features)} images, silhouette {found.silhouette:.2f}",
     )
 
 
 def format_clusters_report(features: ImageFeatures, found: Clustering) -> str:
     lines = [
-        f"{len(features)} pictures in {found.count} groups, silhouette {found.silhouette:.2f} (1: clear groups, 0: "
+        f"{len(features)} images in {found.count} groups, silhouette {found.silhouette:.2f} (1: clear groups, 0: "
         "none).",
-        f"Together they amount to {features.diversity:.1f} different pictures (Vendi score).",
+        f"Together they amount to {features.diversity:.1f} different images (Vendi score).",
     ]
     for label in range(found.count):
         members = found.members(label)
@@ -217,7 +219,7 @@ def format_clusters_report(features: ImageFeatures, found: Clustering) -> str:
         typical = make_printable(Path(features.dataset[sort_by_centrality(features, members)[0]].path).name)
         own = float(np.mean([found.silhouettes[i] for i in members]))
         lines.append(
-            f"group {label + 1}: {len(members)} pictures, {part.diversity:.1f} different, silhouette {own:.2f}, most "
+            f"group {label + 1}: {len(members)} images, {part.diversity:.1f} different, silhouette {own:.2f}, most "
             f"typical {typical}"
         )
     if len(found.tried) > 1:
@@ -226,5 +228,5 @@ def format_clusters_report(features: ImageFeatures, found: Clustering) -> str:
             + ", ".join(f"{count}: {height:.2f}" for count, height in found.tried.items())
         )
     if found.count > 1 and found.silhouette < 0.1:
-        lines.append("The groups run into each other: these pictures have no clear groups.")
+        lines.append("The groups run into each other: these images have no clear groups.")
     return "\n".join(lines)
