@@ -4,22 +4,16 @@ PY := .venv/bin/python
 # Models this small are many times slower on threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE ?= 1
-# Processes that run tests, each with its own ComfyUI and server (about 4 GB).
-JOBS ?= 2
+# Processes that run tests, each with its own ComfyUI and server (about 4 GB). One of them mostly waits for the browser.
+JOBS ?= 3
 
 .PHONY: demo test test-unit proofs check refresh bench env
 
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
 
-# The page is tested afterwards and alone: it waits by the clock for what a browser draws.
-test: env  ## everything that can run here, in two processes; a loud line per group that cannot (JOBS=0: one process)
-ifeq ($(strip $(ARGS)),)
-	@.venv/bin/pytest -n $(JOBS) --durations=10 --ignore=tests/browser
-	@.venv/bin/pytest --durations=10 tests/browser
-else
+test: env  ## everything that can run here, in three processes; a loud line per group that cannot (JOBS=0: one process)
 	@.venv/bin/pytest -n $(JOBS) --durations=10 $(ARGS)
-endif
 
 test-unit: env  ## the craft without ComfyUI: seconds
 	@.venv/bin/pytest -n $(JOBS) tests/unit $(ARGS)

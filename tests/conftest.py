@@ -4,7 +4,7 @@
 Groups by folder: unit/ needs nothing; comfy/, workflows/ and proofs/ need ComfyUI; browser/ needs Chromium and Node as
 well. proofs/ holds what takes minutes because it measures an effect, and runs by `make proofs`. A group that cannot run here is not collected, and says so in one loud line at the end.
 
-With several processes (`make test` has two: `pytest -n 2`) a file is the unit of work, and all of browser/ is one: a
+With several processes (`make test` has three: `pytest -n 3`) a file is the unit of work, and all of browser/ is one: a
 module's fixtures are made once, and two browsers never share two cores. Each process has its own ComfyUI and, from the
 first test that asks for it, its own server. SECONDS says which units start first.
 """

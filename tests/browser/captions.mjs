@@ -1,7 +1,7 @@
 // The caption grid as a person uses it. Prints one JSON object of what was seen; test_captions.py judges it.
 //   CHROMIUM=... node captions.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { ended, listen, open, press, tell } from './page.mjs';
+import { ended, eventually, listen, open, press, settled, tell } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -44,24 +44,24 @@ const look = () => page.evaluate(root => {
 }, grid);
 const click = name => page.locator(`${grid} input[type=button][value="${name}"]:visible`).first().click();
 
+const texts = () => page.evaluate(() => [...document.querySelectorAll('.trainyard-text')].map(e => e.innerText));
+const looked = check => eventually(page, look, check);
+
 async function run() {
   await listen(page);
   await press(page);
   const kind = await ended(page);
-  await page.waitForTimeout(600);
-  return { kind, texts: await page.evaluate(() => [...document.querySelectorAll('.trainyard-text')].map(e => e.innerText)) };
+  return { kind, texts: await settled(page, texts) };
 }
 
 async function edit() {
   await build(plan.folder);
   await page.waitForSelector(grid);
-  await page.waitForTimeout(800);
-  seen.before = await look();
+  seen.before = await looked(now => now.empty !== null);
   await shot('captions_before');
   seen.first = await run();
   await page.waitForFunction(s => document.querySelectorAll(s).length > 0, `${grid} img`, { timeout: 20000 });
-  await page.waitForTimeout(800);
-  seen.shown = await look();
+  seen.shown = await looked(now => now.pictures >= 6);
   seen.box = await page.evaluate(root => {
     const box = document.querySelector(root).getBoundingClientRect(), inside = [...document.querySelectorAll(`${root} .bar > *`)].filter(e => e.offsetParent);
     const rect = e => e.getBoundingClientRect(), hit = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
@@ -82,14 +82,12 @@ async function edit() {
   seen.replaced = await look();
   await shot('captions_replaced');
   await page.keyboard.press('Control+z');
-  await page.waitForTimeout(300);
-  seen.undone = [await look(), await hand()];
+  seen.undone = [await looked(now => now.captions[0] === 'a crimson star'), await hand()];
   await page.keyboard.press('Control+Shift+Z');
   seen.redone = await look();
   await click('Undo');
   await page.keyboard.press('Control+z');
-  await page.waitForTimeout(300);
-  seen.undone2 = [await look(), await hand()];
+  seen.undone2 = [await looked(now => !now.captions[1].endsWith('mat')), await hand()];
   await click('Redo');
   await page.locator(`${grid} input[placeholder=Find]`).fill('');
   await page.locator(area).nth(0).focus();
@@ -106,9 +104,9 @@ async function wheel() {
   const before = await hand(), box = await page.locator(`${grid} .cards`).boundingBox();
   await page.mouse.move(box.x + box.width / 2, box.y + box.height / 2);
   await page.mouse.wheel(0, 200);
-  await page.waitForTimeout(400);
+  const scrolled = await eventually(page, () => page.evaluate(s => document.querySelector(s).scrollTop, `${grid} .cards`), top => top > 0);
   const now = await hand();
-  seen.wheel = { scrolled: await page.evaluate(s => document.querySelector(s).scrollTop, `${grid} .cards`), still: before.scale === now.scale && `${before.offset}` === `${now.offset}` };
+  seen.wheel = { scrolled, still: before.scale === now.scale && `${before.offset}` === `${now.offset}` };
 }
 
 async function filter() {
@@ -133,14 +131,13 @@ async function revert() {
 
 async function reload() {
   await page.waitForTimeout(1500);
+  await eventually(page, () => page.evaluate(() => [localStorage, sessionStorage].flatMap(s => Object.values(s)).some(text => text.includes('a crimson star'))), Boolean, 6000); // the page's own draft of the workflow
   await page.reload({ waitUntil: 'domcontentloaded' });
   await page.waitForFunction(() => window.app?.graph?.nodes?.some(n => n.type === 'TrainyardEditCaptionsByHand'), null, { timeout: 60000 });
-  await page.waitForTimeout(2000);
-  seen.reloaded = [await look(), await hand()];
+  seen.reloaded = [await looked(now => now.line?.includes('kept')), await hand()];
   await shot('captions_reloaded');
   seen.third = await run();
-  await page.waitForTimeout(800);
-  seen.back = await look();
+  seen.back = await looked(now => now.captions[0] === 'a crimson star');
 }
 
 async function many() {
@@ -179,39 +176,37 @@ async function subgraph() {
   });
   await page.waitForTimeout(1000);
   seen.nestedRun = await run();
-  await page.waitForTimeout(1000);
-  seen.nested = await look();
+  seen.nested = await looked(now => now.cards === 9);
   await page.evaluate(() => { const c = window.app.canvas; c.ds.scale = 1; c.ds.offset = [-200, 60]; c.setDirty(true, true); });
   await page.locator(area).nth(0).fill('inside a subgraph');
   await page.waitForTimeout(500);
   await shot('captions_subgraph');
   seen.nestedAgain = await run();
   await page.evaluate(() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph));
-  await page.waitForTimeout(1000);
-  seen.nestedReport = await page.evaluate(() => [...document.querySelectorAll('.trainyard-text')].map(e => e.innerText).join('\n'));
+  seen.nestedReport = await eventually(page, async () => (await texts()).join('\n'), text => text.includes('inside a subgraph'));
 }
 
 /** The graph's own undo makes all nodes anew, and so does another tab: what was shown comes back with them. */
 async function anew() {
   await build(plan.folder);
   await run();
-  await page.locator(area).nth(0).fill('before the undo');
-  await page.waitForTimeout(1500);
-  await page.locator(area).nth(0).fill('after it');
-  await page.waitForTimeout(1500);
-  await page.evaluate(() => { document.activeElement.blur(); window.app.canvas.canvas.focus(); });
-  await page.keyboard.press('Control+z');
-  await page.waitForTimeout(1500);
-  seen.graphUndo = [await look(), await hand()];
-  await page.evaluate(() => { document.activeElement.blur(); window.app.canvas.canvas.focus(); });
-  await page.keyboard.press('Control+z');
-  await page.waitForTimeout(1500);
-  seen.graphUndo2 = [await look(), await hand()];
+  const original = (await looked(now => now.cards === 9)).captions[0];
+  for (const text of ['before the undo', 'after it']) {
+    await page.locator(area).nth(0).fill(text);
+    await page.waitForTimeout(1500); // so that the graph's history has a step of its own for it
+  }
+  const undo = async caption => {
+    await page.evaluate(() => { document.activeElement.blur(); window.app.canvas.canvas.focus(); });
+    await page.keyboard.press('Control+z');
+    return [await looked(now => now.cards === 9 && now.captions[0] === caption), await hand()];
+  };
+  seen.graphUndo = await undo('before the undo');
+  seen.graphUndo2 = await undo(original);
   await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow'));
+  await eventually(page, () => page.evaluate(() => window.app.graph.nodes.length), count => count === 0);
   await page.waitForTimeout(800);
   await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow'));
-  await page.waitForTimeout(1500);
-  seen.tab = await look();
+  seen.tab = await looked(now => now.cards === 9);
 }
 
 async function light() {

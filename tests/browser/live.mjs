@@ -1,7 +1,7 @@
 // The live chart and the sidebar of runs as a person meets them. Prints one JSON object of what was seen; test_live.py judges it.
 //   CHROMIUM=... node live.mjs <url> <plan.json> [--nodes2]
 import fs from 'node:fs';
-import { command, ended, listen, open, press, tell } from './page.mjs';
+import { ended, eventually, listen, open, press, tell } from './page.mjs';
 
 const [url, file, ...flags] = process.argv.slice(2);
 const plan = JSON.parse(fs.readFileSync(file));
@@ -99,12 +99,14 @@ async function reload() {
     seen.loadedAgain = true;
     await page.evaluate(w => window.app.loadGraphData(w), workflow);
   }
-  seen.reloaded = await until(charts, all => all.length > 0, 60000, 'the chart after the reload');
+  await until(charts, all => all.length > 0, 60000, 'the chart after the reload');
+  seen.reloaded = await eventually(page, charts, all => all.some(c => c.name === seen.running[0].name && Number(c.step) >= plan.first && c.points === c.step));
   await shot('live_reloaded');
 }
 
 async function finish() {
   seen.finished = await until(charts, all => all.length === 2 && all.every(c => c.status === 'finished' && Number(c.picture) > 0), 500000, 'the end of both runs');
+  seen.finished = await eventually(page, charts, all => all.length === 2 && all.every(c => Number(c.points) === plan.steps && Number(c.measured) > plan.steps / plan.every));
   await page.evaluate(() => { const c = window.app.canvas; c.ds.scale = 1; c.ds.offset = [-300, 60]; c.setDirty(true, true); });
   await page.waitForTimeout(700);
   await hover(0, 0.8);
@@ -120,7 +122,7 @@ async function again() {
   await press(page);
   seen.againKind = await ended(page);
   await page.waitForTimeout(800);
-  seen.again = await charts();
+  seen.again = await eventually(page, charts, all => all.length === 2 && all.every(c => Number(c.points) === plan.steps));
 }
 
 const cards = () => page.evaluate(() => [...document.querySelectorAll('.trainyard-runs .card')].map(card => ({
@@ -136,13 +138,13 @@ async function sidebar() {
   await page.waitForTimeout(1000);
   await shot('runs_sidebar');
   await card(name('one')).getByText('Use LoRA').click();
-  await page.waitForTimeout(800);
-  seen.used = await page.evaluate(() => window.app.graph.nodes.filter(n => n.type === 'TrainyardLoadLora').map(n => n.widgets[0].value));
+  seen.used = await eventually(page, () => page.evaluate(() => window.app.graph.nodes.filter(n => n.type === 'TrainyardLoadLora').map(n => n.widgets[0].value)), all => all.length > 0);
   await shot('runs_used');
   await card(name('one')).getByText('Open workflow').click();
-  await page.waitForTimeout(2000);
-  seen.opened = await page.evaluate(() => window.app.graph.nodes.filter(n => n.type === 'TrainyardTrainLora').map(n => n.widgets.find(w => w.name === 'run_name').value));
-  seen.openedCharts = await until(charts, all => all.length === 2, 30000, 'charts of the opened workflow');
+  await page.waitForTimeout(1000);
+  const names = () => page.evaluate(() => window.app.graph.nodes.filter(n => n.type === 'TrainyardTrainLora').map(n => n.widgets.find(w => w.name === 'run_name').value));
+  seen.opened = await eventually(page, async () => [await names(), await page.evaluate(() => window.app.graph.nodes.some(n => n.type === 'TrainyardLoadLora'))], ([all, old]) => all.length === 2 && !old).then(found => found[0]);
+  seen.openedCharts = await eventually(page, charts, all => all.length === 2 && all.every(c => Number(c.points) === plan.steps), 30000);
   await card(name('two')).getByText('Delete').click();
   await page.waitForTimeout(1000);
   await shot('runs_delete');

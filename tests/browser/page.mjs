@@ -114,6 +114,20 @@ export const listen = page => page.evaluate(kinds => {
 export const press = async page => { await page.getByTestId('queue-button').click(); };
 export const seen = (page, text, ms = 60000) => page.waitForFunction(t => document.body.innerText.includes(t), text, { timeout: ms });
 
+/** Looks until `check` accepts what it sees, and gives what it saw last: on a busy machine the page is late, and whoever reads this judges. */
+export async function eventually(page, look, check, ms = 15000) {
+  for (const begin = Date.now(); ; await page.waitForTimeout(100)) {
+    const found = await look();
+    if (check(found) || Date.now() - begin > ms) return found;
+  }
+}
+
+/** Looks until nothing has changed for half a second. */
+export async function settled(page, look, ms = 15000) {
+  let last = null;
+  return eventually(page, async () => { await page.waitForTimeout(500); return look(); }, found => { const same = JSON.stringify(found) === last; last = JSON.stringify(found); return same; }, ms);
+}
+
 /** Waits for the last message of a run, and gives its kind. */
 export async function ended(page, ms = 300000) {
   await page.waitForFunction(kinds => window.story.some(e => kinds.includes(e.kind)), ENDED, { timeout: ms });

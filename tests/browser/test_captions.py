@@ -106,7 +106,7 @@ def test_the_edited_captions_arrive_at_the_nodes_behind(seen):
     assert "1 a crimson star\n" in report and "1 on a mat\n" in report
     assert "1 a star number 0" not in report
     assert preview.splitlines()[:5] == [
-        "1 of 9 pictures changed",
+        "1 of 9 images changed",
         "",
         "3.png",
         "- " + CAPTION.format(3),

@@ -1,5 +1,6 @@
 """Backbones without ratings, aesthetic heads and students as nodes of ComfyUI, with real (tiny) models."""
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -95,10 +96,22 @@ PRETEXT = values(
 )
 
 
-@pytest.fixture
-def pretrained(dataset, vae):
+def pretrain(dataset, vae):
     with torch.inference_mode():
         return node(PretrainScoreBackbone).execute(make("sd3", inference=True), vae, dataset, **PRETEXT).args
+
+
+@pytest.fixture(scope="module")
+def pretrained_once():
+    return {}
+
+
+@pytest.fixture
+def pretrained(dataset, vae, pretrained_once):
+    """The (SCORE_MODEL, report, losses) of one pre-training that this file shares, a copy for each test."""
+    if not pretrained_once:
+        pretrained_once["outputs"] = pretrain(dataset, vae)
+    return copy.deepcopy(pretrained_once["outputs"])
 
 
 def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_from(dataset, vae, pretrained):
@@ -119,10 +132,11 @@ def test_pictures_without_ratings_make_a_backbone_that_train_score_model_starts_
     assert trained.info.width == 8
 
 
-def test_the_same_pictures_are_not_pretrained_twice(dataset, vae, pretrained, monkeypatch):
+def test_the_same_pictures_are_not_pretrained_twice(dataset, vae, monkeypatch):
+    few = type(dataset)(dataset.records[::4])
+    pretrained = pretrain(few, vae)
     monkeypatch.setattr(score_backbones, "pretrain_from_images", lambda *_: pytest.fail("trained again"))
-    with torch.inference_mode():
-        again = node(PretrainScoreBackbone).execute(make("sd3", inference=True), vae, dataset, **PRETEXT).args
+    again = pretrain(few, vae)
     assert "read from the cache" in again[1]
     assert all(
         torch.equal(a, b)

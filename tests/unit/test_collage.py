@@ -681,4 +681,6 @@ def test_a_source_remembers_the_crop_in_the_whole_picture():
 
 def test_cells_lie_in_reading_order():
     for collage in plan_collages(random_sizes(), CollageSettings(frames=BUCKETS)).collages:
-        assert all(a.frame_box[:2] < b.frame_box[:2] or a.frame_box[1] < b.frame_box[1] for a, b in pairwise(collage.cells))
+        assert all(
+            a.frame_box[:2] < b.frame_box[:2] or a.frame_box[1] < b.frame_box[1] for a, b in pairwise(collage.cells)
+        )

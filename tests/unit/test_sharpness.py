@@ -110,8 +110,6 @@ def test_a_plain_ground_around_a_subject_is_no_bar():
     assert detect_bars(np.asarray(image)) == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize(
-    "image", [Image.new("RGB", (50, 50), "#123456"), Image.new("RGB", (1, 1)), texture((64, 64))]
-)
+@pytest.mark.parametrize("image", [Image.new("RGB", (50, 50), "#123456"), Image.new("RGB", (1, 1)), texture((64, 64))])
 def test_plain_and_full_pictures_have_no_bars(image):
     assert detect_bars(np.asarray(image)) == (0, 0, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SEVERITY_REJECT, SEVERITY_WARN = SEVERITIES = ("reject", "warn")
+SEVERITY_REJECT, SEVERITY_WARN = ("reject", "warn")
 
 
 @dataclass(frozen=True)
