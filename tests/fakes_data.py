@@ -82,3 +82,8 @@ def encoded(root, dataset=None, folder="in", captions=None, buckets=None, flip=F
         root / "cache",
         **rest,
     )
+
+
+def cached_files(root):
+    """The files in root/cache."""
+    return [file for file in (root / "cache").rglob("*") if file.is_file()]

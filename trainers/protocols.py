@@ -46,6 +46,13 @@ class TensorTreeStore(Protocol):
     def load(self, key: str) -> dict: ...
 
 
+@runtime_checkable
+class ReadingAhead(Protocol):
+    """A store that can read before it is asked, so that a step does not wait for the disk."""
+
+    def read_ahead(self, keys: Iterable[str]) -> None: ...
+
+
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,16 @@
 """What the VAE and the text encoder said survives on disk, and nothing stale is read."""
 
+import concurrent.futures
 import json
 import os
+import threading
 import time
 
 import pytest
 import torch
-from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, captioned, encoded, image, repaint
+from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, cached_files, captioned, encoded, image, repaint
 from trainyard.trainers.data.buckets import BucketSettings
-from trainyard.trainers.data.cache import DiskCache, LruCache, count_tensor_bytes
+from trainyard.trainers.data.cache import READ_AHEAD_ENTRIES, DiskCache, LruCache, count_tensor_bytes
 from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import open_image
@@ -83,12 +85,14 @@ def test_a_file_that_vanished_says_what_to_do(tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_swept_and_others_work_is_left(tmp_path):
-    old, young = tmp_path / ".a.safetensors.1.part", tmp_path / ".b.safetensors.2.part"
-    old.touch()
-    young.touch()
-    os.utime(old, (time.time() - 7200,) * 2)
-    DiskCache(tmp_path)
-    assert not old.exists() and young.exists()
+    for folder in (tmp_path, tmp_path / "0f"):
+        folder.mkdir(exist_ok=True)
+        old, young = folder / ".a.safetensors.1.part", folder / ".b.safetensors.2.part"
+        old.touch()
+        young.touch()
+        os.utime(old, (time.time() - 7200,) * 2)
+        DiskCache(tmp_path)
+        assert not old.exists() and young.exists(), folder
 
 
 def test_nothing_is_encoded_twice(tmp_path):
@@ -182,8 +186,110 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
 def test_the_cache_holds_safetensors_only(tmp_path):
     captioned(tmp_path / "in", 2)
     encoded(tmp_path)
-    names = [file.name for file in (tmp_path / "cache").iterdir()]
+    names = [file.name for file in cached_files(tmp_path)]
     assert len(names) == 5 and all(name.endswith(".safetensors") and len(name) == 32 + 12 for name in names)
+
+
+def test_files_lie_in_folders_by_the_first_two_digits_of_their_key(tmp_path):
+    captioned(tmp_path / "in", 2)
+    encoded(tmp_path)
+    assert not list((tmp_path / "cache").glob("*.*"))
+    assert all(file.parent.name == file.name[:2] for file in cached_files(tmp_path))
+
+
+def test_a_cache_in_one_folder_is_taken_over(tmp_path):
+    """as the first release wrote it"""
+    captioned(tmp_path / "in", 2)
+    first = encoded(tmp_path)
+    for file in cached_files(tmp_path):
+        file.rename(tmp_path / "cache" / file.name)
+    vae, text = FakeVae(), FakeText()
+    assert encoded(tmp_path, vae=vae, text=text).items == first.items and not vae.calls and not text.seen
+
+
+PADDED = torch.cat([torch.randn(1, 5, 64), torch.zeros(1, 59, 64)], dim=1)
+HALF = torch.randn(1, 64, 64).bfloat16().float()
+EQUAL = torch.ones(1, 64, 64) / 3
+
+
+@pytest.mark.parametrize(
+    "tensor, share",
+    [
+        (PADDED, 6 / 64),
+        (HALF, 1 / 2),
+        (torch.randn(1, 64, 64).half().float(), 1 / 2),
+        (torch.where(PADDED == 0, PADDED, HALF), 3 / 64),
+        (EQUAL, 1 / 64),
+        (torch.randn(1, 64, 64), 1),
+        (torch.full((1, 64, 64), float("inf")), 1 / 128),
+        (PADDED.flip(1), 1),
+        (torch.full((1, 64, 64), float("nan")), 1),
+    ],
+    ids=["padding", "bf16", "fp16", "both", "equal", "fp32", "infinite", "padding in front", "nan"],
+)
+def test_what_a_value_does_not_need_is_not_stored_and_comes_back(tensor, share, tmp_path):
+    """64 rows of 64 values; a header has fewer than 300 bytes"""
+    cache = DiskCache(tmp_path)
+    cache.write("a", {"cross_attn": tensor, "pooled": None})
+    size = cache.path("a").stat().st_size
+    assert share * tensor.nbytes <= size < share * tensor.nbytes + 300, size / tensor.nbytes
+    back = cache.load("a")["cross_attn"]
+    assert back.dtype == torch.float32 and torch.equal(back.nan_to_num(7.0), tensor.nan_to_num(7.0))
+    assert cache.read_shapes("a") == {"cross_attn": (1, 64, 64), "pooled": None}
+
+
+def test_rows_of_several_texts_are_kept_until_the_longest_ends(tmp_path):
+    """rows 0 to 2 of one text and 0 to 4 of the other are in use"""
+    texts = torch.zeros(2, 9, 4)
+    texts[0, :3], texts[1, :5] = 1, 2
+    DiskCache(tmp_path).write("a", {"x": texts})
+    assert torch.equal(DiskCache(tmp_path).load("a")["x"], texts)
+
+
+def read_names(cache, monkeypatch):
+    """The keys that are read from the disk from now on, with the name of the thread."""
+    read, names = cache.read_from_disk, []
+    monkeypatch.setattr(
+        cache, "read_from_disk", lambda key: names.append((key, threading.current_thread().name)) or read(key)
+    )
+    return names
+
+
+def test_what_is_read_ahead_is_not_read_again(tmp_path, monkeypatch):
+    cache = DiskCache(tmp_path)
+    for key in "abc":
+        cache.write(key, {"x": torch.full((2, 2), float(ord(key)))})
+    cache.load("c")
+    names = read_names(cache, monkeypatch)
+    cache.read_ahead(["a", "b", "a", "c"])
+    wait_until_read(cache)
+    assert [float(cache.load(key)["x"][0, 0]) for key in "abc"] == [97, 98, 99]
+    assert [key for key, _ in names] == ["a", "b"] and all(name.startswith("trainyard-read") for _, name in names)
+    assert not cache.reading
+
+
+def test_what_cannot_be_read_ahead_is_told_when_it_is_asked_for(tmp_path):
+    cache = DiskCache(tmp_path)
+    cache.read_ahead(["a"])
+    wait_until_read(cache)
+    with pytest.raises(ValueError, match="gone or damaged. Run Encode Dataset again"):
+        cache.load("a")
+    cache.read_ahead(["b"])
+    wait_until_read(cache)
+    cache.write("b", {"x": torch.ones(2)})
+    assert cache.load("b")["x"].sum() == 2
+
+
+def test_what_is_read_ahead_and_never_asked_for_does_not_pile_up(tmp_path):
+    cache = DiskCache(tmp_path)
+    for number in range(10):
+        cache.read_ahead(f"{number}/{entry}" for entry in range(1000))
+        wait_until_read(cache)
+    assert len(cache.reading) == 2 * READ_AHEAD_ENTRIES and next(reversed(cache.reading)).startswith("9/")
+
+
+def wait_until_read(cache):
+    concurrent.futures.wait(cache.reading.values(), timeout=20)
 
 
 def test_progress_counts_texts_and_pictures_up_to_the_total(tmp_path):
@@ -229,7 +335,7 @@ def test_a_vae_that_overflows_is_an_error_and_not_a_dataset(tmp_path):
     captioned(tmp_path / "in", 1)
     with pytest.raises(ValueError, match=r"turned 0\.png into NaN or infinity.*--fp32-vae"):
         encoded(tmp_path, vae=FakeVae(gain=float("nan")))
-    assert len(list((tmp_path / "cache").iterdir())) == 2  # the two texts
+    assert len(cached_files(tmp_path)) == 2  # the two texts
 
 
 @pytest.mark.parametrize(

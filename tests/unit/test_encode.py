@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trainyard.tests.fakes_data import Cut, FakeVae, captioned, encoded, image
+from trainyard.tests.fakes_data import Cut, FakeVae, cached_files, captioned, encoded, image
 from trainyard.trainers.data import encode as module
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
@@ -73,7 +73,7 @@ def test_an_interrupt_leaves_finished_files_and_no_thread_and_the_rest_is_done_n
     with pytest.raises(Cut):
         encoded(tmp_path, vae=FakeVae(stop_at=8), captions=NO_CAPTIONS)
     assert not openers()
-    assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".safetensors"] * (1 + 7)
+    assert [file.suffix for file in cached_files(tmp_path)] == [".safetensors"] * (1 + 7)
     vae = FakeVae()
     assert len(encoded(tmp_path, vae=vae, captions=NO_CAPTIONS)) == 20 and vae.calls == 13
 
@@ -210,7 +210,7 @@ def test_one_bad_number_of_a_half_precision_vae_stops_the_encode_and_names_the_p
     captioned(tmp_path / "in", 4)
     with pytest.raises(ValueError, match=r"turned 2\.png into NaN or infinity.*--fp32-vae"):
         encoded(tmp_path, vae=Overflowing(), captions=NO_CAPTIONS)
-    assert len(list((tmp_path / "cache").iterdir())) == 1 + 2
+    assert len(cached_files(tmp_path)) == 1 + 2
 
 
 def test_every_text_of_a_wildcard_is_encoded_though_the_caption_was_cached(tmp_path):

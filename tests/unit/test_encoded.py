@@ -339,6 +339,22 @@ def test_a_deck_without_cards_is_refused():
         deck_of((SMALL, 1), batch=0)
 
 
+def test_the_next_batch_is_read_while_this_one_is_trained_on(tmp_path):
+    """12 images with captions of their own, 4 batches: all but the first batch of an epoch was read before it is asked
+    for"""
+    captioned(tmp_path / "in", 12)
+    data = encoded(tmp_path)
+    deck, generator, waited = BucketBatchSampler(data, 3), rng(), []
+    take = data.store.take_read_ahead
+    data.store.take_read_ahead = lambda key: waited.append((key, key in data.store.reading)) or take(key)
+    plain = encoded(tmp_path)
+    for number in range(len(deck)):
+        picks = deck.next_batch(generator)
+        batch = data.make_batch(picks, rng(number))
+        assert torch.equal(batch.x0, plain.make_batch(picks, rng(number)).x0)
+    assert [ahead for _, ahead in waited] == [False] * 6 + [True] * 18
+
+
 def test_an_epoch_through_a_small_memory_gives_the_same_batches(tmp_path):
     captioned(tmp_path / "in", 12)
     large, small = encoded(tmp_path), encoded(tmp_path)

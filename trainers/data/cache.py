@@ -2,6 +2,10 @@
 
 A changed image, setting or model gives another name, so nothing stale is ever read; files are replaced whole, so an
 encode that was killed continues where it stopped. In memory only the last-used values stay, up to a budget.
+
+Files lie in folders named by the first two digits of their key, because many tools and file systems are slow with one
+folder of 100 000 files. What a tensor's values do not need is not written (see `pack_tensors`); it is there again, in
+every value, when the tensor is read.
 """
 
 from __future__ import annotations
@@ -10,6 +14,9 @@ import contextlib
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,11 @@ from ..files import read_state_tree, unpack_state_tree, write_state_tree
 
 MIB = 2**20
 STALE_PART_SECONDS = 3600.0
+SHARD_DIGITS = 2  # 256 folders
+READ_AHEAD_ENTRIES = 32  # most that are read ahead for one batch
+PACKED = "packed"  # the only key of a dict in the place of a packed tensor
+PACKED_DTYPES = (torch.bfloat16, torch.float16)
+PROBE_VALUES = 1024  # values that tell most tensors that do not fit a smaller type
 
 
 class LruCache:
@@ -50,15 +62,26 @@ class LruCache:
 
 class DiskCache:
     """Trees (dicts of tensors, numbers, text, None and more dicts and lists) by key, one file each. `load` values are
-    shared: do not write into their tensors."""
+    shared: do not write into their tensors. One thread at a time may ask."""
 
     def __init__(self, folder, budget: int = 512 * MIB):
         self.folder, self.lru = Path(folder), LruCache(budget)
+        self.reading: OrderedDict[str, Future] = OrderedDict()
+        self.reader: ThreadPoolExecutor | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_stale_parts(self.folder)
+        self.move_unsharded_files()
 
     def path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.folder / key[:SHARD_DIGITS] / f"{key}.safetensors"
+
+    def move_unsharded_files(self) -> None:
+        """Brings files of the first release, which lie in the folder itself, to their place. One that cannot be moved
+        is encoded again."""
+        for file in list(self.folder.glob("*.safetensors")):
+            with contextlib.suppress(OSError):
+                self.path(file.stem).parent.mkdir(exist_ok=True)
+                file.replace(self.path(file.stem))
 
     def read_shapes(self, key: str) -> dict | None:
         """The tree with each tensor's shape in its place, from the file's header alone; None when absent or damaged."""
@@ -67,23 +90,37 @@ class DiskCache:
         try:
             with safe_open(str(self.path(key)), framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                return unpack_state_tree(json.loads((file.metadata() or {})["tree"]), shapes)
+                return unpack_tree(unpack_state_tree(json.loads((file.metadata() or {})["tree"]), shapes), unpack_shape)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
     def write(self, key: str, tree: dict) -> None:
-        write_state_tree(self.path(key), tree)
+        write_state_tree(self.path(key), map_tensors(tree, pack_tensor))
 
     def load(self, key: str) -> dict:
         """The tree, from memory or disk."""
-        return self.lru.get(key, lambda: self.read_from_disk(key))
+        return self.lru.get(key, lambda: self.take_read_ahead(key) or self.read_from_disk(key))
+
+    def read_ahead(self, keys: Iterable[str]) -> None:
+        """Begins to read what will be asked for next, in a thread. What stays unasked for is forgotten."""
+        wanted = (key for key in keys if key not in self.lru.values and key not in self.reading)
+        for key in islice(wanted, READ_AHEAD_ENTRIES):
+            self.reader = self.reader or ThreadPoolExecutor(1, "trainyard-read")
+            self.reading[key] = self.reader.submit(self.read_from_disk, key)
+        while len(self.reading) > 2 * READ_AHEAD_ENTRIES:  # the batch in work, and the next
+            self.reading.popitem(last=False)[1].cancel()
+
+    def take_read_ahead(self, key: str) -> dict | None:
+        """What was read ahead; None where it was not, or not with success."""
+        future = self.reading.pop(key, None)
+        if future is None or future.cancel() or future.exception() is not None:
+            return None
+        return future.result()
 
     def read_from_disk(self, key: str) -> dict:
         try:
             with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
-                return map_tensors(
-                    read_state_tree(self.path(key)), Tensor.clone
-                )  # what read_tree gives are windows into the file
+                return unpack_tree(read_state_tree(self.path(key)), unpack_tensor)
         except (OSError, ValueError) as error:
             raise ValueError(self.describe_lost_file(key)) from error
 
@@ -119,7 +156,67 @@ def count_tensor_bytes(tree) -> int:
 
 def remove_stale_parts(folder: Path) -> None:
     """Remove what a killed process left half written; younger files may belong to another process at work."""
-    for part in folder.glob(".*.part"):
+    shard = "[0-9a-f]" * SHARD_DIGITS
+    for part in [*folder.glob(".*.part"), *folder.glob(f"{shard}/.*.part")]:
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > STALE_PART_SECONDS:
                 part.unlink()
+
+
+# -- tensors without what their values do not need ---------------------------------------------------------------------
+
+
+def pack_tensor(tensor: Tensor) -> Tensor | dict:
+    """The tensor itself, or {PACKED: (tensor, name of its dtype, rows)}: fp32 values that an encoder made in half
+    precision are stored in it, and rows at the end that are equal, such as a text's masked padding, once. Nothing is
+    rounded."""
+    if tensor.dtype != torch.float32 or tensor.ndim < 2 or not tensor.numel():
+        return tensor
+    rows = tensor.shape[-2]
+    small = narrow_exactly(tensor[..., : count_distinct_rows(tensor), :])
+    if small.nbytes == tensor.nbytes:
+        return tensor
+    return {PACKED: (small, str(tensor.dtype).removeprefix("torch."), rows)}
+
+
+def count_distinct_rows(tensor: Tensor) -> int:
+    """Rows (second to last dimension) after which all are equal to the last of them; at least 1."""
+    rows = tensor.shape[-2]
+    if rows < 2 or not torch.equal(tensor[..., -1, :], tensor[..., -2, :]):
+        return rows
+    differs = (tensor != tensor[..., -1:, :]).any(-1).reshape(-1, rows).any(0)
+    return min(rows, int(differs.nonzero().max()) + 2) if differs.any() else 1
+
+
+def narrow_exactly(tensor: Tensor) -> Tensor:
+    """In the smallest type that holds every value."""
+    probe = tensor.flatten()[:PROBE_VALUES]
+    for dtype in PACKED_DTYPES:
+        if torch.equal(probe.to(dtype).to(tensor.dtype), probe):
+            small = tensor.to(dtype)
+            if torch.equal(small.to(tensor.dtype), tensor):
+                return small
+    return tensor
+
+
+def unpack_tree(tree, unpack) -> Any:
+    """The tree with unpack(tensor, dtype, rows) in the place of what `pack_tensor` packed."""
+    if isinstance(tree, dict):
+        if tree.keys() == {PACKED}:
+            return unpack(*tree[PACKED])
+        return {key: unpack_tree(value, unpack) for key, value in tree.items()}
+    return type(tree)(unpack_tree(value, unpack) for value in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def unpack_tensor(small: Tensor, dtype: str, rows: int) -> Tensor:
+    """The tensor before `pack_tensor`."""
+    wide = small.to(getattr(torch, dtype))
+    missing = rows - wide.shape[-2]
+    if not missing:
+        return wide
+    return torch.cat([wide, wide[..., -1:, :].expand(*wide.shape[:-2], missing, wide.shape[-1])], dim=-2)
+
+
+def unpack_shape(small: tuple[int, ...], dtype: str, rows: int) -> tuple[int, ...]:
+    """The same of a shape."""
+    return (*small[:-2], rows, small[-1])

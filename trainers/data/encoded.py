@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..protocols import BatchElements, TensorTreeStore
+from ..protocols import BatchElements, ReadingAhead, TensorTreeStore
 from .cache import MemoryStore, map_tensors
 
 
@@ -41,6 +41,12 @@ class EncodedItem:
     pair: str | None = None  # see pairs.py
     strength: float | None = None
     score: float | None = None  # the user's rating
+
+    def keys_to_read(self) -> list[str]:
+        """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions
+        is not."""
+        known = [self.latent, self.flipped, self.mask, *(self.caption_keys if len(self.caption_keys) == 1 else ())]
+        return [key for key in known if key is not None]
 
 
 @dataclass
@@ -85,6 +91,11 @@ class EncodedDataset:
         ]
         conds = [{**self.store.load(key), **size} for (key, _), size in zip(captions, sizes, strict=True)]
         return Batch(x0, conds, [caption for _, caption in captions], self.stack_masks(picks, flips, x0), list(picks))
+
+    def read_ahead(self, picks: Sequence[int]) -> None:
+        """Begins to read what the items at these indices need, where the store can: they come next."""
+        if isinstance(self.store, ReadingAhead):
+            self.store.read_ahead(dict.fromkeys(key for pick in picks for key in self.items[pick].keys_to_read()))
 
     def choose_caption(self, item: EncodedItem, which: float, drop: float) -> tuple[str, str]:
         """(key, text) of one of the item's captions or of the empty one; both numbers are uniform in [0, 1)."""
@@ -228,6 +239,7 @@ class BucketBatchSampler:
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1.")
         self.batch_size, self.indices_by_shape = batch, {}
+        self.data = data
         for index, item in enumerate(data.items):
             self.indices_by_shape.setdefault(item.shape, []).extend([index] * item.repeats)
         if not any(self.indices_by_shape.values()):
@@ -242,11 +254,14 @@ class BucketBatchSampler:
         return sum(-(-len(cards) // self.batch_size) for cards in self.indices_by_shape.values())
 
     def next_batch(self, rng: torch.Generator) -> list[int]:
-        """The next batch; rng is asked only when a new epoch is dealt."""
+        """The next batch; rng is asked only when a new epoch is dealt. What the batch after it needs is read while this
+        one is trained on."""
         if self.position == len(self.epoch_batches):
             self.seed, self.position, self.epoch = int(torch.randint(2**62, (1,), generator=rng)), 0, self.epoch + 1
             self.epoch_batches = self.shuffle_epoch(self.seed)
         self.position += 1
+        if isinstance(self.data, EncodedDataset) and self.position < len(self.epoch_batches):
+            self.data.read_ahead(self.epoch_batches[self.position])
         return list(self.epoch_batches[self.position - 1])
 
     def shuffle_epoch(self, seed: int) -> list[list[int]]:
