@@ -20,7 +20,7 @@ APPENDED_BUCKET_FIELDS = (
     "merge",
     "max_crop",
 )  # after the first release: at the end, because saved workflows hold widgets by position
-APPENDED_CAPTION_FIELDS = ("tag_dropout", "wildcards")
+APPENDED_CAPTION_FIELDS = ("tag_dropout", "wildcards", "text_precision")
 
 
 class BucketDataset(io.ComfyNode):

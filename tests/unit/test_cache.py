@@ -248,9 +248,9 @@ def test_rows_of_several_texts_are_kept_until_the_longest_ends(tmp_path):
 
 def read_names(cache, monkeypatch):
     """The keys that are read from the disk from now on, with the name of the thread."""
-    read, names = cache.read_from_disk, []
+    read, names = cache.read_tree, []
     monkeypatch.setattr(
-        cache, "read_from_disk", lambda key: names.append((key, threading.current_thread().name)) or read(key)
+        cache, "read_tree", lambda key: names.append((key, threading.current_thread().name)) or read(key)
     )
     return names
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trainyard.tests.fakes_data import Cut, FakeVae, cached_files, captioned, encoded, image
+from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, cached_files, captioned, encoded, image
 from trainyard.trainers.data import encode as module
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
@@ -224,3 +224,29 @@ def test_every_text_of_a_wildcard_is_encoded_though_the_caption_was_cached(tmp_p
     assert again.items[0].captions == ("a red hat, small, round, x", "a blue hat, small, round, x")
     conds = [again.store.load(key)["cross_attn"] for key in again.items[0].caption_keys]
     assert not torch.equal(*conds)
+
+
+class RandomText(FakeText):
+    """Embeddings that no half precision holds."""
+
+    def cond(self, value):
+        random = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(int(value)))
+        return {"cross_attn": random(1, 16, 64), "pooled_output": random(1, 8), "attention_mask": torch.ones(1, 16)}
+
+
+def test_texts_kept_in_bf16_are_what_a_model_in_bf16_makes_of_the_full_ones(tmp_path):
+    captioned(tmp_path / "in", 1)
+    full, half = (
+        encoded(tmp_path, text=RandomText(), captions=CaptionSettings(text_precision=precision))
+        for precision in ("as encoded", "bf16")
+    )
+    key, short = full.items[0].caption_keys[0], half.items[0].caption_keys[0]
+    wide, small = full.store.load(key), half.store.load(short)
+    assert torch.equal(wide["cross_attn"], RandomText().cond(9.0)["cross_attn"]) and key != short
+    assert small["cross_attn"].dtype == torch.float32 and not torch.equal(small["cross_attn"], wide["cross_attn"])
+    assert torch.equal(small["cross_attn"].bfloat16(), wide["cross_attn"].bfloat16())
+    assert torch.equal(small["pooled_output"], wide["pooled_output"])
+    assert full.items[0].latent == half.items[0].latent and full.fingerprint != half.fingerprint
+    assert full.fingerprint == encoded(tmp_path, text=RandomText(), captions=CaptionSettings()).fingerprint
+    sizes = [data.store.path(k).stat().st_size for data, k in ((full, key), (half, short))]
+    assert sizes[1] == pytest.approx(sizes[0] - 16 * 64 * 2, abs=100)

@@ -106,7 +106,7 @@ class DiskCache:
         wanted = (key for key in keys if key not in self.lru.values and key not in self.reading)
         for key in islice(wanted, READ_AHEAD_ENTRIES):
             self.reader = self.reader or ThreadPoolExecutor(1, "trainyard-read")
-            self.reading[key] = self.reader.submit(self.read_from_disk, key)
+            self.reading[key] = self.reader.submit(self.read_tree, key)
         while len(self.reading) > 2 * READ_AHEAD_ENTRIES:  # the batch in work, and the next
             self.reading.popitem(last=False)[1].cancel()
 
@@ -119,10 +119,13 @@ class DiskCache:
 
     def read_from_disk(self, key: str) -> dict:
         try:
-            with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
-                return unpack_tree(read_state_tree(self.path(key)), unpack_tensor)
+            return self.read_tree(key)
         except (OSError, ValueError) as error:
             raise ValueError(self.describe_lost_file(key)) from error
+
+    def read_tree(self, key: str) -> dict:
+        with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
+            return unpack_tree(read_state_tree(self.path(key)), unpack_tensor)
 
     def describe_lost_file(self, key: str) -> str:
         return (

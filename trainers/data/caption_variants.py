@@ -22,6 +22,7 @@ from .records import ImageRecord
 CAPTION_MODE_TEXT, CAPTION_MODE_EMPTY = "captions", "empty (unconditional)"
 KEEP_TOKENS_SEPARATOR, SECONDARY_SEPARATOR = "|||", ";;;"  # what sd-scripts' options of these names usually are
 WILDCARD_PATTERN = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+PRECISION_AS_ENCODED, PRECISION_BF16 = "as encoded", "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,13 @@ class CaptionSettings(Settings):
     wildcards: bool = switch_field(
         False,
         "{red|blue} in a caption stands for one of its choices; {{ and }} are literal braces.",
+        advanced=True,
+        later=True,
+    )
+    text_precision: str = choice_field(
+        PRECISION_AS_ENCODED,
+        (PRECISION_AS_ENCODED, PRECISION_BF16),
+        "How encoded texts are kept on disk. bf16: half the bytes, and the same training for models that run in bf16.",
         advanced=True,
         later=True,
     )

@@ -22,8 +22,15 @@ from torch import Tensor
 
 from ..settings import compute_fingerprint
 from .buckets import BucketPlacement, BucketSettings, place_records, resize_and_crop
-from .cache import DiskCache
-from .caption_variants import CAPTION_MODE_EMPTY, CAPTION_MODE_TEXT, CaptionSettings, caption_variants, make_record_rng
+from .cache import DiskCache, map_tensors
+from .caption_variants import (
+    CAPTION_MODE_EMPTY,
+    CAPTION_MODE_TEXT,
+    PRECISION_BF16,
+    CaptionSettings,
+    caption_variants,
+    make_record_rng,
+)
 from .encoded import EncodedDataset, EncodedItem, mask_to_latent_grid
 from .images import image_to_batch_tensor
 from .readers import require_captions
@@ -51,6 +58,22 @@ class TextEncoderProtocol(Protocol):
     def encode(self, texts: list[str]) -> list[dict]:
         """One cond per text: cross_attn (1, T, D), pooled_output (1, P), and whatever else the model wants."""
         ...
+
+
+class RoundingTextEncoder:
+    """A text encoder whose embeddings of tokens are rounded to what bf16 can hold, so that the cache needs half the
+    bytes; their type stays. A model that runs in bf16 rounds them so in every step."""
+
+    def __init__(self, encoder: TextEncoderProtocol):
+        self.encoder, self.identity = encoder, compute_fingerprint(PRECISION_BF16, encoder.identity)
+
+    def encode(self, texts: list[str]) -> list[dict]:
+        return [map_tensors(cond, round_token_embeddings) for cond in self.encoder.encode(texts)]
+
+
+def round_token_embeddings(tensor: Tensor) -> Tensor:
+    """A tensor (1, T, D) rounded to bf16, in its own type; pooled embeddings and masks as they are."""
+    return tensor.to(torch.bfloat16).to(tensor.dtype) if tensor.ndim > 2 and tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,8 @@ def encode_dataset(
         return encode_without_text(
             dataset, captions, buckets, flip, vae, DiskCache(cache_dir), report, check_interrupt, ground
         )
+    if captions.text_precision == PRECISION_BF16:
+        text = RoundingTextEncoder(text)
     plans = [
         plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground)
         for record, placement in place_records(dataset, buckets)
