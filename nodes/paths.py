@@ -10,6 +10,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..trainers.data.folder_listing import list_folder
+
 NO_DATASET_FOLDER = "(no folder yet)"
 NO_MASKS = "(none)"
 MAX_FOLDER_DEPTH = 3
@@ -37,15 +39,15 @@ def list_dataset_folders() -> list[str]:
 
 def list_nested_folders(root: Path) -> list[str]:
     """Relative paths of folders, at most MAX_FOLDER_DEPTH deep, without hidden ones."""
-    out = []
-    for folder, names, _ in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith(".") and n not in NON_IMAGE_FOLDERS)
-        relative = Path(folder).relative_to(root)
-        if relative.parts:
-            out.append(relative.as_posix())
-        if len(relative.parts) >= MAX_FOLDER_DEPTH:
-            names.clear()
-    return sorted(out)
+
+    def list_below(parts: tuple[str, ...]) -> list[str]:
+        listing = list_folder(root.joinpath(*parts))
+        shown = [n for n in listing.folders if not n.startswith(".") and n not in NON_IMAGE_FOLDERS]
+        below = [(*parts, name) for name in shown if name not in listing.linked_folders]
+        deeper = len(parts) + 1 < MAX_FOLDER_DEPTH
+        return [path for sub in below for path in ["/".join(sub), *(list_below(sub) if deeper else ())]]
+
+    return sorted(list_below(()))
 
 
 def resolve_dataset_folder(choice: str) -> Path:
@@ -288,24 +290,26 @@ def list_prompt_files() -> list[str]:
     """Prompt files in input/ and datasets/, as input/name, after the choice of none."""
     from ..trainers.data.concept_prompts import PROMPT_FILE_FORMATS
 
-    files = list_dataset_files(PROMPT_FILE_FORMATS)
-    return [NO_PROMPT_FILE, *(name for name, file in files if not is_caption_file(file))]
+    return [NO_PROMPT_FILE, *list_dataset_files(PROMPT_FILE_FORMATS, captions=False)]
 
 
-def list_dataset_files(extensions: Container[str]) -> list[tuple[str, Path]]:
-    """(input/name, file) of the files with these extensions below the dataset roots."""
+def list_dataset_files(endings: Container[str], captions=True) -> list[str]:
+    """input/name of the files with these endings below the dataset roots. captions: also those with an image of the
+    same name beside them, which are captions of it."""
     return [
-        (f"{name}/{file.relative_to(root).as_posix()}", file)
+        f"{name}/{sub}/{file}" if sub else f"{name}/{file}"
         for name, root in dataset_roots().items()
-        for folder in (root, *(root / sub for sub in list_nested_folders(root)))
-        for file in sorted(folder.glob("*"))
-        if file.suffix.lower() in extensions and file.is_file()
+        for sub in ("", *list_nested_folders(root))
+        for file in list_files_with_endings(root / sub, endings, captions)
     ]
 
 
-def is_caption_file(file: Path) -> bool:
-    """Whether an image of the same name lies beside it, so that it is a caption and no prompt file."""
-    return any(file.with_suffix(ending).exists() for ending in (".png", ".jpg", ".jpeg", ".webp"))
+def list_files_with_endings(folder: Path, endings: Container[str], captions: bool) -> list[str]:
+    from ..trainers.data.readers import image_extensions
+
+    listing = list_folder(folder)
+    images = set() if captions else {os.path.splitext(n)[0] for n in listing.files_ending_in(image_extensions())}
+    return [name for name in listing.files_ending_in(endings) if os.path.splitext(name)[0] not in images]
 
 
 def resolve_prompt_file(choice: str) -> Path:
@@ -384,7 +388,7 @@ def score_cache_folder() -> Path:
 
 def list_pair_files() -> list[str]:
     """Tables in input/ and datasets/ that may hold pairs of images, as input/name, after the choice of none."""
-    return [NO_PAIRS, *(name for name, _ in list_dataset_files((".csv", ".tsv")))]
+    return [NO_PAIRS, *list_dataset_files((".csv", ".tsv"))]
 
 
 def resolve_pair_file(choice: str) -> Path | None:

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from .file_facts import FileFacts
+from .folder_listing import entry_is_file, entry_is_folder
 from .metadata import (
     MAX_REPEATS,
     METADATA_FILES,
@@ -135,21 +137,22 @@ def read_folder(
 def hash_folder_state(path, masks=None) -> str:
     """A hash of every name, size and time below the folder and below the folder of masks: cheap to ask whether to read
     them again."""
-    lines = []
+    digest = hashlib.blake2b(digest_size=16)
     for folder in [require_folder(path)] + ([require_folder(masks)] if masks is not None else []):
         for file in list_files_below(folder):
             with suppress(OSError):  # a link to nowhere, or gone in the meantime
-                stat = file.stat()
-                lines.append(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}")
-        lines.append("")
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+                stat = os.stat(file)
+                line = f"{file.removeprefix(os.fspath(folder))}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+                digest.update(line.encode("utf-8", "surrogateescape"))
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
-def list_files_below(folder: Path) -> list[Path]:
+def list_files_below(folder: Path) -> list[str]:
     """All files, sorted; of folders that are links, those directly inside `folder` are entered, as the reader does."""
     linked = [entry for entry in list_subfolders(folder) if entry.is_symlink()]
     trees = [os.walk(folder), *(os.walk(entry) for entry in linked)]
-    return sorted({Path(folder, name) for tree in trees for folder, _, names in tree for name in names})
+    return sorted({os.path.join(folder, name) for tree in trees for folder, _, names in tree for name in names})
 
 
 def require_captions(dataset: ImageDataset) -> None:
@@ -208,31 +211,37 @@ def make_printable(name: str) -> str:
 
 def list_subfolders(root: Path) -> list[Path]:
     return sorted(
-        (entry for entry in list_folder_entries(root) if entry.is_dir() and not entry.name.startswith(".")),
+        (
+            Path(root, entry.name)
+            for entry in scan_folder(root)
+            if entry_is_folder(entry) and not entry.name.startswith(".")
+        ),
         key=natural_sort_key,
     )
 
 
 def list_images(folder: Path) -> list[Path]:
-    return sorted((entry for entry in list_folder_entries(folder) if is_image_file(entry)), key=natural_sort_key)
+    images = (Path(folder, entry.name) for entry in scan_folder(folder) if is_image_file(entry))
+    return sorted(images, key=natural_sort_key)
 
 
-def list_folder_entries(folder: Path) -> list[Path]:
+def scan_folder(folder: Path) -> list[os.DirEntry]:
     try:
-        return list(folder.iterdir())
+        with os.scandir(folder) as entries:
+            return list(entries)
     except OSError as error:
         raise ValueError(
             f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions."
         ) from error
 
 
-def is_image_file(file: Path) -> bool:
-    name = file.name.lower()
+def is_image_file(entry: os.DirEntry) -> bool:
+    name = entry.name.lower()
     return (
-        file.suffix.lower() in image_extensions()
+        os.path.splitext(name)[1] in image_extensions()
         and not name.endswith(MASK_SUFFIX)
         and not name.startswith(".")
-        and is_file_or_broken_link(file)
+        and (entry_is_file(entry) or is_file_or_broken_link(Path(entry)))
     )
 
 
@@ -334,10 +343,10 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
 
 
 def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions) -> ImageRecord:
-    """The record of one image file. Its bytes are read once for the hash and the size and are not kept."""
+    """The record of one image file. Its bytes are read once, for the hash and the size, for as long as it stays
+    the same."""
     file = listed.file
-    data = read_file_bytes(file)
-    size, alpha = probe_image(file, data)
+    (size, alpha), id = KNOWN_IMAGES.get(file)
     notes = [*read_sidecar_metadata(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
     note = merge_metadata(notes)
     if note.error:
@@ -347,9 +356,9 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
     mask, mask_id = find_image_mask(file, size, note.mask or layout.masks.get(file))
     if mask is None and alpha and layout.alpha_mask:
-        mask, mask_id = str(file), sha1_hex(data)
+        mask, mask_id = str(file), id
     return ImageRecord(
-        id=sha1_hex(data),
+        id=id,
         path=str(file),
         size=size,
         captions=choose_captions(note, listed.folder_caption),
@@ -405,6 +414,15 @@ def find_image_mask(file: Path, size, named: Path | None) -> tuple[str | None, s
     mask = beside if is_file_or_broken_link(beside) else named
     if mask is None:
         return None, None
-    data = read_file_bytes(mask)
-    check_mask_size(mask, probe_image(mask, data)[0], size)
-    return str(mask), sha1_hex(data)
+    (mask_size, _), mask_id = KNOWN_IMAGES.get(mask)
+    check_mask_size(mask, mask_size, size)
+    return str(mask), mask_id
+
+
+def examine_image(file: Path):
+    """(what `probe_image` says, sha1 of the bytes)"""
+    data = read_file_bytes(file)
+    return probe_image(file, data), sha1_hex(data)
+
+
+KNOWN_IMAGES = FileFacts(examine_image)

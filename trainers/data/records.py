@@ -17,6 +17,8 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
+from .file_facts import forget_file
+
 WHITE = (255, 255, 255)
 SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 PIL_TRANSPOSE = Image.Transpose
@@ -175,6 +177,7 @@ def read_unchanged_bytes(path: str, expected_id: str | None) -> bytes:
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror or error}. Load the dataset again.") from error
     if expected_id is not None and sha1_hex(data) != expected_id:
+        forget_file(path)
         raise ValueError(f"{path} has changed since the dataset was loaded. Load the dataset again.")
     return data
 
