@@ -18,9 +18,10 @@ class TrainyardExtension(ComfyExtension):
     async def on_load(self):
         from server import PromptServer
 
-        from .page import run_routes
+        from .page import run_routes, thumbnail_routes
 
         run_routes.register_run_routes(PromptServer.instance.routes)
+        thumbnail_routes.register_thumbnail_routes(PromptServer.instance.routes)
 
     async def get_node_list(self):
         return [node for name in find_node_modules() for node in importlib.import_module(name, __package__).NODES]

@@ -142,9 +142,7 @@ export class Grid {
 
   card(card) {
     const element = make('div', { className: 'card' });
-    const picture = card.thumb
-      ? make('img', { loading: 'lazy', decoding: 'async', src: this.url(card.thumb), alt: card.name, draggable: false })
-      : make('span', { textContent: card.why || word('no picture') });
+    const picture = card.thumb ? this.picture(card) : make('span', { textContent: card.why || word('no picture') });
     const revert = button(word('Revert'), word('Back to: {0}', card.captions.join(' | ') || word('(no caption)')), () => this.revert([card]));
     revert.tabIndex = -1;
     element.append(make('div', { className: 'picture', title: card.name }, picture),
@@ -155,6 +153,16 @@ export class Grid {
     this.made.set(card, element);
     this.update(card, element);
     return element;
+  }
+
+  /** The small picture, or why it cannot be made. */
+  picture(card) {
+    const src = this.url(card.thumb), image = make('img', { loading: 'lazy', decoding: 'async', src, alt: card.name, draggable: false });
+    image.onerror = async () => {
+      const answer = await fetch(src).catch(() => null), why = answer && !answer.ok ? await answer.text() : '';
+      image.replaceWith(make('span', { textContent: why || word('no picture') }));
+    };
+    return image;
   }
 
   /** Brings one card in line with the state. */

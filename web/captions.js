@@ -7,7 +7,8 @@ import { after, showOutputs } from './outputs.mjs';
 const SIZE = [760, 700], LEAST_HEIGHT = 320;
 const SETTLED_MS = 600; // after the last change the workflow takes note, so that it is kept through a reload and the graph's own undo
 
-const thumbnail = thumb => app.api.apiURL(`/view?${new URLSearchParams(thumb)}`);
+/** Where a thumbnail lies; one without a place is made when it is asked for. */
+const thumbnail = thumb => app.api.apiURL(thumb.type ? `/view?${new URLSearchParams(thumb)}` : `/trainyard/thumbnails/${encodeURIComponent(thumb.filename)}`);
 
 function settling() {
   let timer;

@@ -8,8 +8,10 @@ from ...trainers.data.captions import caption_report, manual_edits, sidecars
 from ...trainers.data.captions.edits import apply_edits, format_edit_preview, parse_edits
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType
+from ..page import thumbnail_routes
 from .token_counter import make_token_counter
 
+THUMBNAILS_AT_RUN = 100  # a page of the grid; the others are made when they are scrolled to
 EXAMPLE_EDITS = (
     "# one edit per line, for example:\n# trigger: sks\n# remove: watermark, signature\n# s/\\bman\\b/person/\n# dedupe"
 )
@@ -187,7 +189,9 @@ class EditCaptionsByHand(io.ComfyNode):
             paths.thumbnails_folder(),
             make_silent_progress(cls.hidden.unique_id),
             host.progress.raise_if_interrupted,
+            first=THUMBNAILS_AT_RUN,
         )
+        thumbnail_routes.remember_shown_images(dataset)
         saved = (
             sidecars.write_caption_files(after, written, paths.dataset_roots().values(), [paths.cache_folder()])
             if save_to_files
@@ -210,8 +214,9 @@ def make_silent_progress(node_id):
 
 
 def caption_card_json(card):
-    """What the page draws of one image."""
-    thumb = card.thumb and {"filename": card.thumb, "subfolder": paths.thumbnails_folder().name, "type": "temp"}
+    """What the page draws of one image. A thumbnail that is not made yet has a name alone: see thumbnail_routes."""
+    place = {"subfolder": paths.thumbnails_folder().name, "type": "temp"} if card.made else {}
+    thumb = card.thumb and {"filename": card.thumb, **place}
     return {"id": card.id, "name": card.name, "captions": list(card.captions), "thumb": thumb, "why": card.why}
 
 

@@ -1,6 +1,8 @@
 """The caption nodes as ComfyUI runs them: captions, tokens, thumbnails, files."""
 
+import io
 import json
+import urllib.error
 
 import pytest
 from PIL import Image
@@ -83,6 +85,24 @@ def test_the_grid_gets_names_captions_and_thumbnails_that_the_page_can_fetch(ser
         thumb = card["thumb"]
         image = server.get(f"/view?filename={thumb['filename']}&subfolder={thumb['subfolder']}&type={thumb['type']}")
         assert image[:4] == b"RIFF" and image[8:12] == b"WEBP"
+
+
+def test_thumbnails_after_the_first_page_are_made_when_the_page_shows_them(server):
+    """101 images: 100 thumbnails are made at Run"""
+    many = server.base / "input" / "grid-of-many"
+    many.mkdir(exist_ok=True)
+    for number in range(101):
+        Image.new("RGB", (9, 6), (number, 0, 0)).save(many / f"{number}.png")
+    shown = cards(ran(server, many, "TrainyardEditCaptionsByHand", edits="", save_to_files=False))
+    assert ["type" in card["thumb"] for card in shown] == [True] * 100 + [False]
+    made = server.base / "temp" / "trainyard_thumbs" / shown[-1]["thumb"]["filename"]
+    assert not made.exists()
+    with Image.open(io.BytesIO(server.get(f"/trainyard/thumbnails/{made.name}"))) as image:
+        assert image.format == "WEBP" and image.size == (9, 6)
+    assert made.exists()
+    for name in ("nothing.webp", "..%2f..%2finput%2fgrid-of-many%2f0.png"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            server.get(f"/trainyard/thumbnails/{name}")
 
 
 def test_edits_from_the_grid_reach_the_next_node_and_files_only_when_asked(server, folder):

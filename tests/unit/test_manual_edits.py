@@ -103,6 +103,15 @@ def test_each_picture_has_a_card_with_a_small_picture(folder, tmp_path):
     assert sorted(file.name for file in (tmp_path / "thumbs").iterdir()) == sorted(card.thumb for card in cards)
 
 
+def test_thumbnails_beyond_the_first_are_promised_and_made_when_asked_for(folder, tmp_path):
+    data, seen = read_folder(folder), []
+    cards = manual_edits.build_caption_cards(data, tmp_path / "thumbs", lambda *step: seen.append(step), first=1)
+    assert [card.made for card in cards] == [True, False, False] and seen == [(1, 1, "a.png")]
+    assert [file.name for file in (tmp_path / "thumbs").iterdir()] == [cards[0].thumb]
+    later = manual_edits.build_caption_card(data[1], tmp_path / "thumbs")
+    assert dataclasses.replace(later, made=False) == cards[1] and (tmp_path / "thumbs" / later.thumb).is_file()
+
+
 def test_thumbnails_are_made_once_and_another_crop_has_its_own(folder, tmp_path):
     data = read_folder(folder)
     first = manual_edits.build_caption_cards(data, tmp_path / "thumbs")

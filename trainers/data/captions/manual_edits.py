@@ -79,6 +79,7 @@ class CaptionCard:
     captions: tuple[str, ...]
     thumb: str | None = None
     why: str = ""
+    made: bool = True  # whether the thumbnail is there; False: it is made when the page shows it
 
 
 def build_caption_cards(
@@ -86,26 +87,34 @@ def build_caption_cards(
     folder,
     report: Callable[[int, int, str], None] | None = None,
     check_interrupt: Callable[[], None] | None = None,
+    first: int | None = None,
 ) -> list[CaptionCard]:
     """One card per image, with thumbnails as files in the folder; existing ones are used again.
 
     report(done, total, name) is called after every image. One that cannot be opened gets a card that says why.
+    first: how many thumbnails are made now; None for all.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    now, later = dataset[:first], dataset[len(dataset) if first is None else first :]
     cards = []
     with ThreadPoolExecutor(THUMBNAIL_THREADS) as pool:
         try:
-            for done, card in enumerate(pool.map(lambda record: build_caption_card(record, folder), dataset), 1):
+            for done, card in enumerate(pool.map(lambda record: build_caption_card(record, folder), now), 1):
                 if check_interrupt:
                     check_interrupt()
                 cards.append(card)
                 if report:
-                    report(done, len(dataset), card.name)
+                    report(done, len(now), card.name)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return cards
+    return cards + [promise_caption_card(record) for record in later]
+
+
+def promise_caption_card(record: ImageRecord) -> CaptionCard:
+    """A card whose thumbnail is made by `build_caption_card` when it is asked for."""
+    return CaptionCard(record.id, Path(record.path).name, record.captions, thumbnail_file_name(record), made=False)
 
 
 def build_caption_card(record: ImageRecord, folder: Path) -> CaptionCard:
