@@ -60,8 +60,8 @@ def places(folders, comfy, monkeypatch):
         pixels = np.random.default_rng(index).normal(40 + 170 * shade, 25, (64, 64, 3)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(place / f"{index:02d}.png")
     rng = torch.Generator().manual_seed(0)
-    save_file({"layers.0.weight": torch.randn(8, 24, generator=rng), "layers.0.bias": torch.zeros(8), "layers.2.weight": torch.randn(1, 8, generator=rng),
-               "layers.2.bias": torch.full((1,), 5.0)}, folders / paths.AESTHETIC_HEADS / "tiny.safetensors")  # fmt: skip
+    save_file({"layers.0.weight": torch.randn(8, 24, generator=rng), "layers.0.bias": torch.zeros(8), "layers.1.weight": torch.randn(1, 8, generator=rng),
+               "layers.1.bias": torch.full((1,), 5.0)}, folders / paths.AESTHETIC_HEADS / "tiny.safetensors")  # fmt: skip
     return folders
 
 

@@ -24,6 +24,58 @@ def laion(sizes=SIZES, seed=0, prefix="layers."):
     return tensors
 
 
+def sequential_of(sizes, between, seed=0):
+    """nn.Sequential of linear layers with these modules after each but the last."""
+    torch.manual_seed(seed)
+    modules = []
+    for number, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        modules += [nn.Linear(a, b), *(between[number] if number < len(between) else ())]
+    return nn.Sequential(*modules).eval()
+
+
+def torch_ratings(network, embedding):
+    with torch.no_grad():
+        return network(nn.functional.normalize(embedding, dim=-1))[:, 0]
+
+
+RELU, DROP = nn.ReLU(), nn.Dropout(0.2)
+KNOWN_HEADS = {
+    "LAION's linear": ((8, 24, 16, 8, 4, 1), [[DROP], [DROP], [DROP]]),
+    "LAION's ReLU": ((8, 24, 16, 8, 4, 1), [[RELU, DROP], [RELU, DROP], [RELU, DROP], [RELU]]),
+    "V2.5": ((1152, 1024, 128, 64, 16, 1), [[DROP]] * 4),
+    "nothing between": ((8, 6, 4, 1), []),
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN_HEADS)
+@pytest.mark.parametrize("prefix", ["layers.", "", "scoring_head."])
+def test_a_head_rates_as_the_sequence_it_was_saved_from(tmp_path, kind, prefix):
+    network = sequential_of(*KNOWN_HEADS[kind])
+    torch.save({prefix + key: value for key, value in network.state_dict().items()}, tmp_path / "head.pth")
+    embedding = torch.randn(16, KNOWN_HEADS[kind][0][0])
+    ratings = read_aesthetic_head(tmp_path / "head.pth")(embedding)
+    assert torch.allclose(ratings, torch_ratings(network, embedding), atol=1e-6)
+
+
+def test_relu_is_part_of_what_identifies_a_head(tmp_path):
+    plain, relu = (sequential_of((8, 24, 16, 8, 4, 1), KNOWN_HEADS[k][1]) for k in ("LAION's linear", "LAION's ReLU"))
+    for name, network in (("plain", plain), ("relu", relu)):
+        torch.save(network.state_dict(), tmp_path / f"{name}.pth")
+    names = [read_aesthetic_head(tmp_path / f"{name}.pth").state_dict().keys() for name in ("plain", "relu")]
+    assert names[0] < names[1]
+
+
+@pytest.mark.parametrize(
+    "names", [("layers.0", "layers.2"), ("layers.0", "layers.3"), ("fc1", "fc2"), ("a.0", "b.1"), ("first", "second")]
+)
+def test_a_head_that_does_not_say_what_lies_between_its_layers_is_refused(tmp_path, names):
+    sizes = ((3, 4), (1, 3))
+    tensors = {f"{name}.weight": torch.zeros(size) for name, size in zip(names, sizes, strict=True)}
+    save_file(tensors, tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=r"own.safetensors does not say what lies between its layers .*rename the"):
+        read_aesthetic_head(tmp_path / "own.safetensors")
+
+
 def by_hand(tensors, embedding):
     h = embedding / embedding.norm(dim=-1, keepdim=True)
     for place in (0, 2, 4, 6, 7):

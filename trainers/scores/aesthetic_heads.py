@@ -1,8 +1,8 @@
 """Published aesthetic heads: a few linear layers that turn a CLIP or SigLIP image embedding into a rating.
 
-LAION's predictors (Schuhmann 2022: one linear layer, or five without activations between them) and Aesthetic Predictor
-V2.5 (discus0434) are such layers on embeddings of unit length. SigLIP's own embedding comes from a pooling layer that
-ComfyUI leaves out; `SiglipPooler` is that layer.
+LAION's predictors (Schuhmann 2022: one linear layer or five, in reluMSE with ReLU between them) and Aesthetic
+Predictor V2.5 (discus0434) are such layers on embeddings of unit length. SigLIP's own embedding comes from a pooling
+layer that ComfyUI leaves out; `SiglipPooler` is that layer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ ENCODER_NAMES = {
     1152: "SigLIP so400m (sigclip_vision_patch14_384)",
     1280: "CLIP ViT-bigG/14",
 }
+# A file names each linear layer by its place in its nn.Sequential; activations and dropout have places and no tensors.
+LAION_LINEAR_PLACES = (0, 2, 4, 6, 7)  # dropout at 1, 3 and 5; ReLU would leave no 6 and 7 side by side
+LAION_RELU_PLACES = (0, 3, 6, 9, 11)  # ReLU and dropout at 1-2, 4-5 and 7-8, ReLU at 10
+V25_PLACES, V25_SIZES = (0, 2, 4, 6, 8), (1152, 1024, 128, 64, 16, 1)  # dropout between them
 POOLER_PREFIX = "vision_model.head."
 SIGLIP_ATTENTION_HEADS = {768: 12, 1024: 16, 1152: 16}  # of SigLIP base, large and so400m: a file's shapes do not tell
 
 
 class AestheticMLP(nn.Module):
-    """Linear layers in sequence on the normalised embedding: (B, width) -> (B,) ratings. The dropout that some were
-    trained with is left out, as it does nothing at inference."""
+    """Linear layers in sequence on the normalised embedding: (B, width) -> (B,) ratings. `relu`: each but the last is
+    followed by ReLU. The dropout that some were trained with is left out, as it does nothing at inference."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor | None]]):
+    def __init__(self, layers: list[tuple[Tensor, Tensor | None]], relu: bool = False):
         super().__init__()
         self.layers = nn.ModuleList(linear_from_tensors(*layer) for layer in layers)
+        self.relu = relu
+        if relu:  # in state_dict, whose hash identifies the model: the same layers without ReLU are another one
+            self.register_buffer("has_relu", torch.ones(1))
         self.requires_grad_(False)
 
     @property
@@ -41,8 +48,10 @@ class AestheticMLP(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         h = F.normalize(embedding.float(), dim=-1)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, 1):
             h = layer(h)
+            if self.relu and number < len(self.layers):
+                h = F.relu(h)
         return h[:, 0]
 
 
@@ -141,7 +150,8 @@ def read_head_tensors(path) -> dict[str, Tensor]:
 
 
 def build_aesthetic_mlp(tensors: dict[str, Tensor], name: str) -> AestheticMLP:
-    """The linear layers in the order of the numbers in their names. ValueError for anything else."""
+    """The linear layers in the order of the numbers in their names, with what the numbers say lay between them.
+    ValueError for anything else."""
     weights = sorted((key for key in tensors if key.endswith("weight")), key=layer_sort_key)
     biases = [key.removesuffix("weight") + "bias" for key in weights]
     layers = [
@@ -160,7 +170,30 @@ def build_aesthetic_mlp(tensors: dict[str, Tensor], name: str) -> AestheticMLP:
             f"The layers of {name} do not follow on each other to one rating: "
             f"{' -> '.join(f'{b} to {a}' for a, b in sizes)}."
         )
-    return AestheticMLP(layers)
+    return AestheticMLP(layers, relu=has_relu_between(weights, (sizes[0][1], *(a for a, _ in sizes)), name))
+
+
+def has_relu_between(weights: list[str], sizes: tuple[int, ...], name: str) -> bool:
+    """Whether ReLU follows every layer but the last, by the layers' places in their nn.Sequential. ValueError where the
+    places leave it open: a wrong guess would give other ratings in another order."""
+    if len(weights) == 1:
+        return False
+    found = [re.fullmatch(r"((?:.*\.)?)(\d+)\.weight", key) for key in weights]
+    prefixes = {match[1] if match else None for match in found}
+    places = tuple(int(match[2]) for match in found if match)
+    if len(prefixes) == 1 and None not in prefixes:
+        if places == LAION_RELU_PLACES:
+            return True
+        if places == LAION_LINEAR_PLACES or (places, sizes) == (V25_PLACES, V25_SIZES):
+            return False
+        if places == tuple(range(places[0], places[0] + len(places))):
+            return False  # nothing between them
+    raise ValueError(
+        f"{name} does not say what lies between its layers {', '.join(weights)}: an activation such as ReLU or only "
+        "dropout, and the ratings depend on it. Known are the numbers of LAION's heads "
+        f"({', '.join(map(str, LAION_LINEAR_PLACES))} without ReLU, {', '.join(map(str, LAION_RELU_PLACES))} with it) "
+        "and of Aesthetic Predictor V2.5. If only dropout lies between, rename the layers to 0, 1, 2, ... without gaps."
+    )
 
 
 def layer_sort_key(key: str) -> list:
