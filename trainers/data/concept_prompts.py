@@ -6,13 +6,14 @@ were it ignored, a misspelled `guidance: 4` would train at 1, and the method wou
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from .metadata import MAX_TABLE_BYTES, read_text_file
+from .tables import find_table_separator, parse_decimal, read_text_table
 
 PROMPT_ACTIONS = ("erase", "enhance", "replace")
 PROMPT_KEY_ALIASES = {
@@ -81,6 +82,7 @@ PROMPT_KEYS = tuple(f.name for f in fields(PromptRow))
 def read_prompts(text: str, form: str = "auto", defaults: dict | None = None) -> tuple[PromptRow, ...]:
     """The rows of a text in one of PROMPT_FORMATS. `defaults` fill what a row leaves out. Raises ValueError naming the
     row and what is wrong."""
+    text = text.removeprefix("\ufeff")
     form = guess_prompt_format(text) if form == "auto" else form
     found = {
         "text": parse_text_prompts,
@@ -102,19 +104,13 @@ def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...
     form = PROMPT_FILE_FORMATS.get(path.suffix.lower())
     if form is None:
         raise ValueError(f"{path.name} ends in {path.suffix!r}; prompt files end in {', '.join(PROMPT_FILE_FORMATS)}.")
-    text = read_utf8_text(path)
+    text = read_text_file(path, "prompt file", MAX_TABLE_BYTES)
+    if form == "text" and guess_prompt_format(text) == "tsv":  # Excel's "Unicode text" ends in .txt
+        form = "tsv"
     try:
         return read_prompts(text, form, defaults)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
-
-
-def read_utf8_text(path) -> str:
-    """The text of a file. Raises ValueError when it is not UTF-8."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{Path(path).name} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
 
 
 def guess_prompt_format(text: str) -> str:
@@ -124,10 +120,8 @@ def guess_prompt_format(text: str) -> str:
         return "json"
     if first.startswith("-") or first.startswith("target:"):
         return "yaml"
-    for delimiter, form in (("\t", "tsv"), (",", "csv")):
-        if "target" in [cell.strip().lower() for cell in first.split(delimiter)] and delimiter in first:
-            return form
-    return "text"
+    separator = find_table_separator(text, "target")
+    return "text" if separator is None else "tsv" if separator == "\t" else "csv"
 
 
 # -- formats: each parser returns [(where, {key: value})] --------------------------------------------------------------
@@ -153,20 +147,17 @@ def parse_text_prompts(text):
 
 
 def parse_csv_prompts(text, delimiter=","):
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    rows = []
-    for number, values in enumerate(reader, 2):
-        if None in values:
+    table = read_text_table(text, delimiter)
+    if table.error:
+        raise ValueError(f"The table cannot be read: {table.error}. Mend that line.")
+    for row in table.rows:
+        if row.extra:
             raise ValueError(
-                f"Line {number} has more cells than the header. Put texts that hold {delimiter!r} in double quotes."
+                f"{row.where.capitalize()} has more cells than the header. Put texts that hold {table.separator!r} in "
+                "double quotes."
             )
-        rows.append(
-            (
-                f"Line {number}",
-                {(key or "").strip(): value.strip() for key, value in values.items() if value and value.strip()},
-            )
-        )
-    return [(where, values) for where, values in rows if values]
+    filled = [(row.where.capitalize(), {key: cell for key, cell in row.cells.items() if cell}) for row in table.rows]
+    return [(where, values) for where, values in filled if values]
 
 
 def parse_yaml_prompts(text):
@@ -249,7 +240,7 @@ def parse_prompt_number(key, value) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)
+        return parse_decimal(value) if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{key} is {value!r}; it must be a number.") from None
 

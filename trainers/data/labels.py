@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
-from .metadata import ImageNameIndex, format_count, format_first_names, read_text_file, shorten_value
+from .metadata import (
+    FILE_KEY_ALIASES,
+    FILE_KEYS,
+    ImageNameIndex,
+    first_given_value,
+    format_count,
+    format_first_names,
+    read_text_file,
+    shorten_value,
+)
 from .records import ImageDataset
+from .tables import first_filled_line, read_text_table
 
-LABEL_FILE_COLUMN, LABEL_COLUMN = "file", "label"
+LABEL_FILE_COLUMNS, LABEL_COLUMN = ("file", *FILE_KEYS, *FILE_KEY_ALIASES), "label"
 
 
 def folder_labels(dataset: ImageDataset) -> list[str | None]:
@@ -46,15 +54,13 @@ def read_labels(file, dataset: ImageDataset) -> list[str | None]:
 
 def read_label_rows(file: Path) -> list[tuple[str, str]]:
     text = read_text_file(file, "list of labels", 64 << 20)
-    header = text.split("\n", 1)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",", ";", "\t", key=header.count))
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    if not {LABEL_FILE_COLUMN, LABEL_COLUMN} <= set(reader.fieldnames):
+    table = read_text_table(text)
+    if LABEL_COLUMN not in table.columns or not set(LABEL_FILE_COLUMNS) & set(table.columns):
         raise ValueError(
-            f"{file} begins with {shorten_value(repr(header))}; its first line must name the columns: file,label."
+            f"{file} begins with {shorten_value(repr(first_filled_line(text)))}; its first line must name the columns: "
+            "file,label."
         )
-    return [
-        (row[LABEL_FILE_COLUMN].strip(), row[LABEL_COLUMN].strip())
-        for row in reader
-        if (row[LABEL_FILE_COLUMN] or "").strip() and (row[LABEL_COLUMN] or "").strip()
-    ]
+    if table.error:
+        raise ValueError(f"{file}, {table.error}. Mend that line.")
+    named = [(first_given_value(row.cells, LABEL_FILE_COLUMNS)[1], row.cells.get(LABEL_COLUMN)) for row in table.rows]
+    return [(name, label) for name, label in named if name and label]

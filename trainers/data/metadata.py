@@ -7,8 +7,7 @@ cannot be understood excludes its image, with the reason; a row that names no im
 
 from __future__ import annotations
 
-import csv
-import io
+import difflib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -16,14 +15,25 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .tables import parse_decimal, read_text_table
+
 BYTES_PER_MIB = 2**20
 # A larger file was put there by mistake.
 MAX_CAPTION_BYTES, MAX_SIDECAR_BYTES, MAX_TABLE_BYTES = 1 * BYTES_PER_MIB, 16 * BYTES_PER_MIB, 512 * BYTES_PER_MIB
 MAX_REPEATS = 10_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.json")  # in order of precedence
 FILE_KEYS = ("file_name", "file", "image", "path")
+FILE_KEY_ALIASES = ("filename", "filepath", "file_path", "image_path", "image_file", "image_name", "image_file_name")
 CAPTION_KEYS = ("captions", "caption", "text")
+PROMPT_KEY, DESCRIPTION_KEY = "prompt", "description"  # captions too, where they are text and nothing above is there
+TAGS_KEY, TAG_STRING_KEY = "tags", "tag_string"  # the latter as boorus write it: spaces between the tags
 MASK_KEYS = ("mask", "mask_file")
+OTHER_KEYS = ("score", "repeats", "split", "pair", "strength")
+IGNORED_KEYS = ("train_resolution",)  # kohya's; the sizes are set when images are encoded
+IMAGE_KEYS = (
+    *(*CAPTION_KEYS, PROMPT_KEY, DESCRIPTION_KEY, TAGS_KEY, TAG_STRING_KEY),
+    *(*OTHER_KEYS, *MASK_KEYS),
+)
 EXTRA_CELLS_KEY = None  # key of a row's cells beyond the header, as in Python's csv.DictReader
 SPLIT_ALIASES = {
     "train": "train",
@@ -52,10 +62,12 @@ class ImageMetadata:
 
 @dataclass(frozen=True)
 class MetadataTable:
-    """The rows of one metadata file by image, and messages on rows that could not be matched."""
+    """The rows of one metadata file by image, messages on rows that could not be matched, and notes on what is not
+    read."""
 
     entries: dict[Path, ImageMetadata]
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def merge_metadata(sources: Iterable[ImageMetadata]) -> ImageMetadata:
@@ -159,6 +171,7 @@ def parse_json_text(text: str, where: str):
 def parse_image_metadata(values: dict, where: str, folder: Path, alternatives: bool) -> ImageMetadata:
     """The metadata in a JSON object or a CSV row; other keys are ignored. ValueError for a value of the wrong type or
     out of range."""
+    values = lowercase_keys(values)
     return ImageMetadata(
         captions=parse_captions_value(values, where, alternatives),
         tags=parse_tags_value(values, where),
@@ -171,6 +184,12 @@ def parse_image_metadata(values: dict, where: str, folder: Path, alternatives: b
     )
 
 
+def lowercase_keys(values: dict) -> dict:
+    """The same values; a key in capitals serves where there is none in small letters."""
+    plain = {key.strip().lower(): value for key, value in values.items() if isinstance(key, str)}
+    return {**plain, **values}
+
+
 def first_given_value(values: dict, keys: Sequence[str]) -> tuple[str | None, Any]:
     """(key, value) of the first key with a value, or (None, None). "" and null are no value, an empty list is one."""
     return next(((key, values[key]) for key in keys if values.get(key) is not None and values[key] != ""), (None, None))
@@ -179,24 +198,47 @@ def first_given_value(values: dict, keys: Sequence[str]) -> tuple[str | None, An
 def parse_captions_value(values, where, alternatives) -> tuple[str, ...] | None:
     key, value = first_given_value(values, CAPTION_KEYS)
     if key is None:
+        key, value = find_prompt_value(values)
+    if key is None:
         return None
     if isinstance(value, str):
         return split_captions(check_plain_text(value, f"{where}: {key}"), alternatives) or None
     return tuple(dict.fromkeys(text.strip() for text in parse_text_list(value, f"{where}: {key}") if text.strip()))
 
 
+def find_prompt_value(values) -> tuple[str | None, Any]:
+    """(key, value) of a prompt, or of a description where there are no tags either. A prompt that is no text is
+    something else, such as the graph that made the image."""
+    keys = (PROMPT_KEY,) if values.get(TAGS_KEY) or values.get(TAG_STRING_KEY) else (PROMPT_KEY, DESCRIPTION_KEY)
+    key, value = first_given_value(values, keys)
+    is_text = isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+    return (key, value) if is_text else (None, None)
+
+
 def parse_tags_value(values, where) -> tuple[str, ...] | None:
-    key, value = first_given_value(values, ("tags",))
+    key, value = first_given_value(values, (TAGS_KEY, TAG_STRING_KEY))
     if key is None:
         return None
-    if isinstance(value, dict):  # taggers write {tag: probability}
-        value = list(value)
-    parts = (
-        check_plain_text(value, f"{where}: tags").split(",")
-        if isinstance(value, str)
-        else parse_text_list(value, f"{where}: tags")
-    )
+    if isinstance(value, dict):
+        value = parse_tag_categories(value, f"{where}: {key}")
+    if isinstance(value, str):
+        separator = None if key == TAG_STRING_KEY and "," not in value else ","
+        parts = check_plain_text(value, f"{where}: {key}").split(separator)
+    else:
+        parts = parse_text_list(value, f"{where}: {key}")
     return tuple(dict.fromkeys(tag.strip() for tag in parts if tag.strip()))
+
+
+def parse_tag_categories(value: dict, where: str) -> list[str]:
+    """The tags of {tag: probability}, as taggers write it, or of {category: [tag, ...]}, in their order."""
+    if all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value.values()):
+        return list(value)
+    if all(isinstance(item, list) and all(isinstance(tag, str) for tag in item) for item in value.values()):
+        return [tag for tags in value.values() for tag in tags]
+    raise ValueError(
+        f"{where} is {format_raw_value(value)}; an object of tags must hold a number for each tag, or a list of tags "
+        "for each category."
+    )
 
 
 def parse_text_list(value, where) -> list[str]:
@@ -226,7 +268,10 @@ def parse_text_value(name, values, where) -> str | None:
 
 def parse_finite_number(value) -> float | None:
     try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float, str)) else float(value)
+        if isinstance(value, str):
+            number = parse_decimal(value)
+        else:
+            number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
@@ -297,7 +342,8 @@ def json_type_name(value) -> str:
 def read_metadata_table(file: Path, images: Sequence[Path], alternatives: bool = False) -> MetadataTable:
     """The table's rows by image. ValueError when the file as a whole cannot be read."""
     index, entries, unknown, repeated, problems = ImageNameIndex(images, file.parent), {}, [], [], []
-    for where, name, values in read_metadata_rows(file, problems):
+    rows = read_metadata_rows(file, problems)
+    for where, name, values in rows:
         found = index.find(name)
         if len(found) != 1:
             unknown.append(f"{name} (several)" if found else name)
@@ -314,7 +360,30 @@ def read_metadata_table(file: Path, images: Sequence[Path], alternatives: bool =
             f"{format_count(repeated, 'row')} of {file.name} for an image that had one; the first counts: "
             f"{format_first_names(repeated)}"
         )
-    return MetadataTable(entries, tuple(problems))
+    return MetadataTable(entries, tuple(problems), tuple(note_unread_columns(row for _, _, row in rows)))
+
+
+def note_unread_columns(rows: Iterable[Any]) -> list[str]:
+    """One line on the columns that say something and are not understood, none where there are no such columns."""
+    known = {*FILE_KEYS, *FILE_KEY_ALIASES, *IMAGE_KEYS, *IGNORED_KEYS}
+    unread: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, dict):
+            filled = [key for key, value in row.items() if isinstance(key, str) and value not in (None, "")]
+            unread |= dict.fromkeys(key for key in filled if key.strip().lower() not in known)
+    if not unread:
+        return []
+    near = [(key, difflib.get_close_matches(key.strip().lower(), IMAGE_KEYS, 1, 0.75)) for key in unread]
+    shown = [f"{make_text_printable(key)} ({match[0]}?)" if match else make_text_printable(key) for key, match in near]
+    return [
+        f"{format_count(shown, 'column')} not read: {format_first_names(shown, 12)}. Read are the image's name and "
+        f"{', '.join(IMAGE_KEYS)}"
+    ]
+
+
+def make_text_printable(text: str) -> str:
+    """A text as it can be shown: what is no character becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def parse_metadata_row(values, where, folder, alternatives) -> ImageMetadata:
@@ -389,28 +458,19 @@ def parse_jsonl_table(file, text, problems):
 
 
 def parse_csv_table(file, text, problems):
-    header = text.split("\n", 1)[0]
-    delimiter = max("," if file.suffix.lower() == ".csv" else "\t", ",", ";", "\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, columns = [], None
-    try:
-        for cells in reader:
-            if columns is None:
-                columns = check_metadata_columns([cell.strip().lower() for cell in cells], file)
-            elif any(cells):
-                values = dict(zip(columns, map(str.strip, cells)))  # noqa: B905 - short rows end early
-                rows.append((f"line {reader.line_num}", values | {EXTRA_CELLS_KEY: cells[len(columns) :]}))
-    except csv.Error as error:
-        problems.append(
-            f"{file}, line {reader.line_num} cannot be read as CSV ({error}). Mend it; the rows before it count."
-        )
-    if columns is None:
+    table = read_text_table(text, "," if file.suffix.lower() == ".csv" else "\t")
+    if table.columns:
+        check_metadata_columns(list(table.columns), file)
+    if table.error:
+        problems.append(f"{file}, {table.error}. Mend it; the rows before it count.")
+    elif not table.columns:
         raise ValueError(f"The metadata {file} is empty. Write a first line such as file_name,text, or remove it.")
+    rows = [(row.where, {**row.cells, EXTRA_CELLS_KEY: row.extra}) for row in table.rows]
     return attach_image_names(rows, file, problems)
 
 
 def check_metadata_columns(columns: list[str], file: Path) -> list[str]:
-    if not set(columns) & set(FILE_KEYS):
+    if not set(columns) & {*FILE_KEYS, *FILE_KEY_ALIASES}:
         raise ValueError(
             f"The metadata {file} has no column named {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]}; its first line "
             f"holds {format_first_names(columns)}."
@@ -425,7 +485,11 @@ def attach_image_names(rows, file, problems):
     """(where, image name, values) of every row; those without a name go to problems."""
     named = []
     for where, values in rows:
-        name = first_given_value(values, FILE_KEYS)[1] if isinstance(values, dict) else None
+        name = (
+            first_given_value(lowercase_keys(values), (*FILE_KEYS, *FILE_KEY_ALIASES))[1]
+            if isinstance(values, dict)
+            else None
+        )
         if isinstance(name, str):
             named.append((where, name, values))
         else:

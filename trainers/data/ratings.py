@@ -7,8 +7,6 @@ A rating is a number on any scale. metadata files and .json sidecars may hold on
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from .metadata import (
 )
 from .readers import list_images, list_subfolders, make_printable, read_folder, require_folder
 from .records import ImageDataset
+from .tables import first_filled_line, read_text_table
 
 RATINGS_IN_FILES, RATINGS_IN_FOLDER_NAMES = RATING_SOURCES = ("files", "folder names")
 RATED_FOLDER_NAME = re.compile(r"([+-]?\d+(?:\.\d+)?)_.*|([+-]?\d+(?:\.\d+)?)", re.DOTALL)
@@ -117,17 +116,15 @@ def read_preference_table(file, paths: Sequence[str]) -> list[tuple[int, int]]:
 
 def read_preference_rows(file: Path) -> list[tuple[str, dict[str, str]]]:
     text = read_text_file(file, "list of pairs", 64 << 20)
-    header = text.split("\n", 1)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",", ";", "\t", key=header.count))
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    if not {BETTER_COLUMN, WORSE_COLUMN} <= set(reader.fieldnames):
+    table = read_text_table(text)
+    if not {BETTER_COLUMN, WORSE_COLUMN} <= set(table.columns):
         raise ValueError(
-            f"{file} begins with {shorten_value(repr(header))}; its first line must name the columns: better,worse."
+            f"{file} begins with {shorten_value(repr(first_filled_line(text)))}; its first line must name the columns: "
+            "better,worse."
         )
-    rows = [
-        (f"line {reader.line_num}", {k: (row[k] or "").strip() for k in (BETTER_COLUMN, WORSE_COLUMN)})
-        for row in reader
-    ]
+    if table.error:
+        raise ValueError(f"{file}, {table.error}. Mend that line.")
+    rows = [(row.where, {k: row.cells.get(k, "") for k in (BETTER_COLUMN, WORSE_COLUMN)}) for row in table.rows]
     if empty := [where for where, row in rows if not all(row.values())]:
         raise ValueError(f"{file}, {empty[0]} names fewer than two images.")
     return rows

@@ -286,6 +286,7 @@ def read_metadata_notes(
             continue
         for problem in table.problems:
             skipped.add(file, problem)
+        skipped.entries.extend((str(file), note) for note in table.notes)  # also with strict: nothing is wrong
         for image, note in table.entries.items():
             notes.setdefault(image, []).append(note)
     return notes

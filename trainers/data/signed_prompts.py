@@ -6,15 +6,14 @@ PartiPrompts.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .concept_prompts import read_utf8_text
+from .metadata import MAX_TABLE_BYTES, read_text_file
+from .tables import find_table_separator, parse_decimal, read_text_table
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class SignedPrompt:
 def read_signed_prompts(text: str) -> tuple[SignedPrompt, ...]:
     """The prompts of a text: lines, or a CSV or TSV table whose header has a column `prompt`. Raises ValueError naming
     the line."""
-    delimiter = detect_table_delimiter(text)
+    delimiter = find_table_separator(text, "prompt")
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     rows = (
         [parse_signed_line(number, line) for number, line in lines if line and not line.startswith("#")]
@@ -54,18 +53,9 @@ def read_signed_prompts(text: str) -> tuple[SignedPrompt, ...]:
 
 def read_signed_prompt_file(path: Path) -> tuple[SignedPrompt, ...]:
     try:
-        return read_signed_prompts(read_utf8_text(path))
+        return read_signed_prompts(read_text_file(path, "prompt file", MAX_TABLE_BYTES))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
-
-
-def detect_table_delimiter(text: str) -> str | None:
-    """The delimiter of the table whose header is the first line and names `prompt`; None for plain lines."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter in ("\t", ","):
-        if delimiter in first and "prompt" in [cell.strip().strip('"').lower() for cell in first.split(delimiter)]:
-            return delimiter
-    return None
 
 
 def parse_signed_line(number: int, line: str) -> SignedPrompt:
@@ -79,25 +69,21 @@ def parse_signed_line(number: int, line: str) -> SignedPrompt:
 
 def parse_signed_table(text: str, delimiter: str) -> list[SignedPrompt]:
     """The rows of a CSV or TSV text. Other columns, such as PartiPrompts' Category and Challenge, are ignored."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # a TSV may hold single quotation marks
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, quoting=quoting)
-    found = []
-    for number, values in enumerate(reader, 2):
-        row = {
-            (key or "").strip().strip('"').lower(): (value or "").strip()
-            for key, value in values.items()
-            if isinstance(value, str)
-        }
-        if row.get("prompt"):
-            found.append(
-                make_signed_prompt(f"Line {number}", row["prompt"], row.get("weight") or "1", row.get("negative", ""))
-            )
-    return found
+    table = read_text_table(text, delimiter, has_quotes=delimiter != "\t")  # a TSV may hold single quotation marks
+    if table.error:
+        raise ValueError(f"The table cannot be read: {table.error}. Mend that line.")
+    return [
+        make_signed_prompt(
+            row.where.capitalize(), row.cells["prompt"], row.cells.get("weight") or "1", row.cells.get("negative", "")
+        )
+        for row in table.rows
+        if row.cells.get("prompt")
+    ]
 
 
 def make_signed_prompt(where: str, prompt: str, weight: str, negative: str) -> SignedPrompt:
     try:
-        number = float(weight)
+        number = parse_decimal(weight)
     except ValueError:
         raise ValueError(
             f"{where}: the weight is {weight!r}; it must be a number: 1 for better, -1 for worse, 0 to keep. Write "
