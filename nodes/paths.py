@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import folder_paths
@@ -18,13 +18,17 @@ MAX_FOLDER_DEPTH = 3
 NON_IMAGE_FOLDERS = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
 
 
-def dataset_roots() -> dict[str, Path]:
-    """Where datasets may lie, by the first part of their name."""
+def dataset_roots() -> dict[str, tuple[Path, ...]]:
+    """Where datasets may lie, by the first part of their name; extra_model_paths.yaml may name more for `datasets`."""
     return {
-        "input": Path(folder_paths.get_input_directory()),
-        "datasets": Path(folder_paths.get_folder_paths("datasets")[0]),
-        "output": saved_datasets_folder(),
+        "input": (Path(folder_paths.get_input_directory()),),
+        "datasets": tuple(dict.fromkeys(map(Path, folder_paths.get_folder_paths("datasets")))),
+        "output": (saved_datasets_folder(),),
     }
+
+
+def list_dataset_roots() -> list[Path]:
+    return [root for roots in dataset_roots().values() for root in roots]
 
 
 def saved_datasets_folder() -> Path:
@@ -33,21 +37,72 @@ def saved_datasets_folder() -> Path:
 
 def list_dataset_folders() -> list[str]:
     """Folders below input/, datasets/ and output/datasets/, as input/name, datasets/name or output/name, sorted."""
-    found = [f"{name}/{sub}" for name, root in dataset_roots().items() for sub in list_nested_folders(root)]
-    return found or [NO_DATASET_FOLDER]
+    return list(find_below_roots(list_nested_folders)) or [NO_DATASET_FOLDER]
+
+
+def find_below_roots(list_below: Callable[[Path], list[str]]) -> dict[str, Path]:
+    """datasets/relative -> path of what `list_below` finds in each root. Where two roots hold the same, that of the
+    later one is called datasets/name of the root/relative."""
+    found: dict[str, Path] = {}
+    for name, roots in dataset_roots().items():
+        for root in roots:
+            for relative in list_below(root):
+                plain, longer = f"{name}/{relative}", f"{name}/{root.name}/{relative}"
+                choice = longer if plain in found else plain
+                if choice not in found:
+                    found[choice] = root / relative
+    return found
+
+
+def find_in_roots(choice: str) -> Path:
+    """The path behind a name of `find_below_roots`: the first root where it exists. Raises ValueError when it is below
+    none of the roots."""
+    name, _, rest = choice.replace("\\", "/").partition("/")
+    roots = dataset_roots()
+    if name not in roots:
+        raise ValueError(f"The choice is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in roots)}.")
+    places = [(root, rest) for root in roots[name]]
+    top, _, below = rest.partition("/")
+    places += [(root, below) for root in roots[name][1:] if below and root.name == top]
+    for root, relative in places:
+        path = resolve_existing_path(root, relative, choice)
+        if os.path.exists(path):
+            return path
+    return resolve_existing_path(*places[0], choice)
 
 
 def list_nested_folders(root: Path) -> list[str]:
-    """Relative paths of folders, at most MAX_FOLDER_DEPTH deep, without hidden ones."""
+    """Relative paths of folders, at most MAX_FOLDER_DEPTH deep, without hidden ones. Links to folders count directly
+    below root, where only the user puts them; deeper ones may have come with somebody's archive."""
 
     def list_below(parts: tuple[str, ...]) -> list[str]:
         listing = list_folder(root.joinpath(*parts))
-        shown = [n for n in listing.folders if not n.startswith(".") and n not in NON_IMAGE_FOLDERS]
-        below = [(*parts, name) for name in shown if name not in listing.linked_folders]
+        own = [name for name in listing.folders if name not in listing.linked_folders]
+        entered = own if parts else list_entered_folders(root)
+        below = [(*parts, name) for name in entered if is_image_folder_name(name)]
         deeper = len(parts) + 1 < MAX_FOLDER_DEPTH
         return [path for sub in below for path in ["/".join(sub), *(list_below(sub) if deeper else ())]]
 
     return sorted(list_below(()))
+
+
+def list_entered_folders(root: Path) -> list[str]:
+    """Names of the folders directly below root, without links that lead back to it."""
+    return [name for name in list_folder(root).folders if not (is_link(root / name) and is_link_backwards(root / name))]
+
+
+def is_image_folder_name(name: str) -> bool:
+    return not name.startswith(".") and name not in NON_IMAGE_FOLDERS
+
+
+def is_link(path: Path) -> bool:
+    """Whether this is a symbolic link, or a junction of Windows where this Python can tell (3.12)."""
+    return path.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path)
+
+
+def is_link_backwards(link: Path) -> bool:
+    """Whether the link leads to a folder that it lies in itself."""
+    return folder_paths.is_within_directory(str(link), str(link.parent))
 
 
 def resolve_dataset_folder(choice: str) -> Path:
@@ -57,12 +112,7 @@ def resolve_dataset_folder(choice: str) -> Path:
             "There is no dataset folder yet. Put a folder with images into ComfyUI's input folder, then press R to "
             "refresh."
         )
-    name, _, rest = choice.replace("\\", "/").partition("/")
-    if name not in dataset_roots():
-        raise ValueError(
-            f"The dataset folder is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in dataset_roots())}."
-        )
-    return resolve_inside_root(dataset_roots()[name], rest, choice)
+    return find_in_roots(choice)
 
 
 DATASET_SAVE_PLACES = ("output/datasets", "input")  # where datasets are saved
@@ -72,7 +122,7 @@ def new_dataset_folder(place: str, name: str) -> Path:
     """The folder of this name below output/datasets or input. Raises ValueError for a bad name."""
     if place not in DATASET_SAVE_PLACES:
         raise ValueError(f"place is {place!r}; choose {' or '.join(DATASET_SAVE_PLACES)}.")
-    root = saved_datasets_folder() if place == DATASET_SAVE_PLACES[0] else dataset_roots()["input"]
+    root = saved_datasets_folder() if place == DATASET_SAVE_PLACES[0] else dataset_roots()["input"][0]
     plain = validate_path_name(name, "dataset")
     if plain.count("/") >= MAX_FOLDER_DEPTH or any(part.startswith(".") for part in plain.split("/")):
         raise ValueError(
@@ -128,9 +178,32 @@ def resolve_inside_root(root: Path, relative: str, shown: str) -> Path:
     return path
 
 
+def resolve_existing_path(root: Path, relative: str, shown: str) -> Path:
+    """root/relative to read from. Unlike in `resolve_inside_root`, its first part may be a link that leads elsewhere,
+    because the user put it there; nothing leads out of where that link leads. Raises ValueError otherwise."""
+    top = relative.partition("/")[0]
+    if top not in ("", ".", "..") and Path(top).name == top and "\0" not in top and is_link(root / top):
+        if is_link_backwards(root / top):
+            raise ValueError(f"{shown!r} is a link that leads back to the folder it lies in; choose another folder.")
+        root, relative = root / top, relative[len(top) :].lstrip("/")
+    path = root / relative
+    if not folder_paths.is_within_directory(str(root), str(path)):
+        raise ValueError(
+            f"{shown!r} leads out of {root}; choose a path inside it. A link may lead elsewhere only if it lies "
+            "directly in ComfyUI's input or datasets folder."
+        )
+    return path
+
+
+CACHE_NAME = "trainyard_cache"
+
+
 def cache_folder() -> Path:
-    """Encoded latents and texts: safe to delete, rebuilt on demand."""
-    return Path(folder_paths.get_folder_paths("datasets")[0]) / "trainyard_cache"
+    """Encoded latents and texts: safe to delete, rebuilt on demand. In ComfyUI's own datasets folder, whatever other
+    roots are named before or after it, unless a cache lies only in one of those."""
+    roots, own = dataset_roots()["datasets"], Path(folder_paths.base_path) / "datasets"
+    ordered = sorted(roots, key=lambda root: root != own)
+    return next((root / CACHE_NAME for root in ordered if (root / CACHE_NAME).is_dir()), ordered[0] / CACHE_NAME)
 
 
 def loras_folder() -> Path:
@@ -296,12 +369,25 @@ def list_prompt_files() -> list[str]:
 def list_dataset_files(endings: Container[str], captions=True) -> list[str]:
     """input/name of the files with these endings below the dataset roots. captions: also those with an image of the
     same name beside them, which are captions of it."""
-    return [
-        f"{name}/{sub}/{file}" if sub else f"{name}/{file}"
-        for name, root in dataset_roots().items()
-        for sub in ("", *list_nested_folders(root))
-        for file in list_files_with_endings(root / sub, endings, captions)
+    return list(find_below_roots(lambda root: list_files_below(root, endings, captions)))
+
+
+def list_files_below(root: Path, endings: Container[str], captions: bool) -> list[str]:
+    """Relative paths of the files with these endings in root and its folders."""
+    found = [
+        f"{folder}/{file}" if folder else file
+        for folder in ("", *list_nested_folders(root))
+        for file in list_files_with_endings(root / folder, endings, captions)
     ]
+    return [relative for relative in found if not is_link(root / relative) or can_be_read(root, relative)]
+
+
+def can_be_read(root: Path, relative: str) -> bool:
+    """Whether `resolve_existing_path` takes it."""
+    try:
+        return bool(resolve_existing_path(root, relative, relative))
+    except ValueError:
+        return False
 
 
 def list_files_with_endings(folder: Path, endings: Container[str], captions: bool) -> list[str]:
@@ -314,10 +400,7 @@ def list_files_with_endings(folder: Path, endings: Container[str], captions: boo
 
 def resolve_prompt_file(choice: str) -> Path:
     """The file behind a choice of `list_prompt_files`. Raises ValueError when it is not there or lies elsewhere."""
-    name, _, rest = choice.replace("\\", "/").partition("/")
-    if name not in dataset_roots():
-        raise ValueError(f"The file is {choice!r}; it must begin with {' or '.join(f'{r}/' for r in dataset_roots())}.")
-    path = resolve_inside_root(dataset_roots()[name], rest, choice)
+    path = find_in_roots(choice)
     if not path.is_file():
         raise ValueError(f"There is no file {choice!r}. Put it into ComfyUI's input folder, then press R to refresh.")
     return path

@@ -193,7 +193,7 @@ class EditCaptionsByHand(io.ComfyNode):
         )
         thumbnail_routes.remember_shown_images(dataset)
         saved = (
-            sidecars.write_caption_files(after, written, paths.dataset_roots().values(), [paths.cache_folder()])
+            sidecars.write_caption_files(after, written, paths.list_dataset_roots(), [paths.cache_folder()])
             if save_to_files
             else None
         )
