@@ -320,6 +320,8 @@ def select_prompt_rows(prompts, target: str) -> tuple[PromptRow, ...]:
     them."""
     if prompts and target.strip():
         raise ValueError(f"target is {target!r}, and prompts are connected too. Clear target, or disconnect prompts.")
+    if not (prompts or target.strip()):  # in a file it is meant, here it was forgotten
+        raise ValueError("target is empty. Write the words of the concept to change, or connect prompts.")
     return tuple(prompts or ())
 
 

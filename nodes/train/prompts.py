@@ -57,12 +57,13 @@ class LoadPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, text="", format="auto"):  # noqa: A002 - the input's name is a promise
+        notes: list[str] = []
         rows = (
-            read_prompts(text, format)
+            read_prompts(text, format, notes=notes)
             if file == paths.NO_PROMPT_FILE
-            else read_prompt_file(paths.resolve_prompt_file(file))
+            else read_prompt_file(paths.resolve_prompt_file(file), notes=notes)
         )
-        return io.NodeOutput(rows, "\n".join(map(format_prompt_row, rows)))
+        return io.NodeOutput(rows, "\n".join([*map(format_prompt_row, rows), *notes]))
 
 
 def format_prompt_row(row) -> str:
@@ -75,8 +76,8 @@ def format_prompt_row(row) -> str:
     }
     words = "".join(f", {name} {text!r}" for name, text in shown.items() if text)
     return (
-        f"{row.target}: guidance {row.guidance:g}, weight {row.weight:g}{words}; in Train LECO {row.action}, neutral "
-        f"{row.effective_neutral!r}"
+        f"{row.target or '(no words)'}: guidance {row.guidance:g}, weight {row.weight:g}{words}; in Train LECO "
+        f"{row.action}, neutral {row.effective_neutral!r}"
     )
 
 

@@ -48,12 +48,55 @@ def test_the_peers_files_are_read_and_their_guidance_counts():
     assert (two.guidance, two.batch, two.resolution, two.dynamic_resolution) == (1.5, 2, 512, True)
 
 
+def test_keys_that_only_other_trainers_read_are_left_out_with_a_note():
+    notes = []
+    rows = read_prompts(
+        "- target: cat\n  rank: 4\n  bucketing: true\n  dynamic_crops: true\n  multiplier: 1.0\n- target: dog\n  Rank: 8\n",
+        notes=notes,
+    )
+    assert rows == (PromptRow("cat"), PromptRow("dog"))
+    assert notes == [
+        "rank is not read: it is set in the Train node",
+        "bucketing is not read: sizes come from resolution and dynamic_resolution",
+        "dynamic_crops is not read: images are trained as if they were not cropped",
+        "multiplier is not read: strengths are 1 and -1",
+    ]
+
+
+def test_a_key_that_turns_the_direction_is_refused():
+    with pytest.raises(ValueError, match=r"Row 1: multiplier is -1.0, .*swap positive and negative"):
+        read_prompts("- target: cat\n  positive: big cat\n  multiplier: -1.0\n")
+
+
+def test_ai_toolkits_list_of_targets_is_read():
+    notes = []
+    text = "targets:\n- target_class: ''\n  positive: bright\n  negative: dark\n  weight: 2.0\n  shuffle: true\n"
+    assert read_prompts(text, notes=notes) == (PromptRow("", "bright", "dark", weight=2.0),)
+    assert notes == ["shuffle is not read: prompts stay as they are"]
+
+
+@pytest.mark.parametrize("text", [
+    "- target: ''\n  positive: bright\n  unconditional: dark\n",
+    "- target:\n  positive: bright\n  unconditional: dark\n",
+    "target,positive,unconditional\n,bright,dark\n",
+    "| positive: bright | unconditional: dark",
+    '{"target": "", "positive": "bright", "unconditional": "dark"}',
+])  # fmt: skip
+def test_an_empty_target_is_every_image_where_the_others_give_a_direction(text):
+    (row,) = read_prompts(text)
+    assert row == PromptRow("", "bright", "dark")
+    plus, minus = build_prompt_tasks([row], SHAPES, slider=True)[0].targets
+    assert plus.weighted_prompts == ((1.0, ""), (1.0, "bright"), (-1.0, "dark")) and minus.strength == -1.0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "There are no prompts"),
         ("# only a comment", "There are no prompts"),
         ("- target: ''", "target is empty"),
+        ("- target: ''\n  positive: dog\n  unconditional: dog", "no direction to train|target is empty"),
+        ("target,guidance\n,2\n", "target is empty"),
         ("- positive: cat", "Row 1 has no target"),
         ("cat | action: remove", "Line 1: action is 'remove'; choose one of erase, enhance, replace"),
         ("cat | guidance: 0", "guidance is 0; it must be above 0, or there is nothing to learn"),

@@ -1,7 +1,8 @@
 """Prompt rows for LECO and sliders, one per concept, from widgets, text, CSV, TSV, YAML or JSON.
 
-The keys are those of p1atdev/LECO's and the Concept Sliders' prompt files. An unknown key is an error that names it:
-were it ignored, a misspelled `guidance: 4` would train at 1, and the method would seem not to work.
+The keys are those of p1atdev/LECO's, the Concept Sliders' and ai-toolkit's prompt files. Keys of theirs that mean
+nothing here are left out with a note. Any other key is an error that names it: were it ignored, a misspelled
+`guidance: 4` would train at 1, and the method would seem not to work.
 """
 
 from __future__ import annotations
@@ -21,6 +22,22 @@ PROMPT_KEY_ALIASES = {
     "negative": "unconditional",
     "batch_size": "batch",
     "replacement": "positive",
+    "target_class": "target",
+}
+IN_TRAIN_NODE = "it is set in the Train node"
+FOREIGN_PROMPT_KEYS = {  # key of other trainers' prompt files: why it is not read
+    **dict.fromkeys(("rank", "alpha", "network_rank", "network_alpha", "network_dim", "network_type"), IN_TRAIN_NODE),
+    **dict.fromkeys(
+        ("training_method", "lr", "learning_rate", "iterations", "steps", "seed", "optimizer"), IN_TRAIN_NODE
+    ),
+    **dict.fromkeys(("lr_scheduler", "noise_scheduler", "max_denoising_steps", "precision", "dtype"), IN_TRAIN_NODE),
+    **dict.fromkeys(("bucketing", "resolutions"), "sizes come from resolution and dynamic_resolution"),
+    "dynamic_crops": "images are trained as if they were not cropped",
+    "multiplier": "strengths are 1 and -1",
+    "shuffle": "prompts stay as they are",
+    "anchors": "write preserve for prompts that must not change",
+    "name": "nothing depends on it",
+    "comment": "nothing depends on it",
 }
 PROMPT_FORMATS = ("auto", "text", "csv", "tsv", "yaml", "json")
 PROMPT_FILE_FORMATS = {".txt": "text", ".csv": "csv", ".tsv": "tsv", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
@@ -29,7 +46,8 @@ INTEGER_RANGES = {"resolution": (0, 16384), "batch": (1, 1024)}  # (minimum, max
 
 @dataclass(frozen=True)
 class PromptRow:
-    """The prompts and settings of one concept, as in LECO. positive None: the target; neutral None: unconditional."""
+    """The prompts and settings of one concept, as in LECO. positive None: the target; neutral None: unconditional. The
+    target may be "", every image, where the other prompts give a direction."""
 
     target: str
     positive: str | None = None
@@ -46,7 +64,7 @@ class PromptRow:
     attributes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if not self.target.strip():
+        if not self.target.strip() and self.effective_positive == self.unconditional:
             raise ValueError("target is empty. Write the words of the concept to change.")
         if self.action not in PROMPT_ACTIONS:
             raise ValueError(f"action is {self.action!r}; choose one of {', '.join(PROMPT_ACTIONS)}.")
@@ -79,9 +97,11 @@ class PromptRow:
 PROMPT_KEYS = tuple(f.name for f in fields(PromptRow))
 
 
-def read_prompts(text: str, form: str = "auto", defaults: dict | None = None) -> tuple[PromptRow, ...]:
-    """The rows of a text in one of PROMPT_FORMATS. `defaults` fill what a row leaves out. Raises ValueError naming the
-    row and what is wrong."""
+def read_prompts(
+    text: str, form: str = "auto", defaults: dict | None = None, notes: list[str] | None = None
+) -> tuple[PromptRow, ...]:
+    """The rows of a text in one of PROMPT_FORMATS. `defaults` fill what a row leaves out. `notes` is told what is left
+    out. Raises ValueError naming the row and what is wrong."""
     text = text.removeprefix("\ufeff")
     form = guess_prompt_format(text) if form == "auto" else form
     found = {
@@ -95,10 +115,11 @@ def read_prompts(text: str, form: str = "auto", defaults: dict | None = None) ->
         raise ValueError(
             "There are no prompts. Write one line per concept, for example: red car -> blue car | guidance: 2"
         )
-    return tuple(build_prompt_row(number, values, defaults or {}) for number, values in found)
+    told: list[str] = [] if notes is None else notes
+    return tuple(build_prompt_row(where, drop_foreign_keys(where, row, told), defaults or {}) for where, row in found)
 
 
-def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...]:
+def read_prompt_file(path, defaults: dict | None = None, notes: list[str] | None = None) -> tuple[PromptRow, ...]:
     """The rows of a file, whose extension names the format."""
     path = Path(path)
     form = PROMPT_FILE_FORMATS.get(path.suffix.lower())
@@ -108,7 +129,7 @@ def read_prompt_file(path, defaults: dict | None = None) -> tuple[PromptRow, ...
     if form == "text" and guess_prompt_format(text) == "tsv":  # Excel's "Unicode text" ends in .txt
         form = "tsv"
     try:
-        return read_prompts(text, form, defaults)
+        return read_prompts(text, form, defaults, notes)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -118,7 +139,7 @@ def guess_prompt_format(text: str) -> str:
     first = next((line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")), "")
     if first.startswith(("[", "{")):
         return "json"
-    if first.startswith("-") or first.startswith("target:"):
+    if first.startswith(("-", "target:", "targets:", "target_class:")):
         return "yaml"
     separator = find_table_separator(text, "target")
     return "text" if separator is None else "tsv" if separator == "\t" else "csv"
@@ -156,8 +177,10 @@ def parse_csv_prompts(text, delimiter=","):
                 f"{row.where.capitalize()} has more cells than the header. Put texts that hold {table.separator!r} in "
                 "double quotes."
             )
-    filled = [(row.where.capitalize(), {key: cell for key, cell in row.cells.items() if cell}) for row in table.rows]
-    return [(where, values) for where, values in filled if values]
+    return [
+        (row.where.capitalize(), {key: cell for key, cell in row.cells.items() if cell or key == "target"})
+        for row in table.rows
+    ]
 
 
 def parse_yaml_prompts(text):
@@ -177,13 +200,34 @@ def parse_json_prompts(text):
 
 
 def number_prompt_rows(values):
-    values = [values] if isinstance(values, dict) else values or []
+    if isinstance(values, dict):  # ai-toolkit names its list of rows
+        values = values["targets"] if isinstance(values.get("targets"), list) else [values]
+    values = values or []
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError("A prompt file is a list of rows, each with keys such as target and action.")
     return [(f"Row {number}", value) for number, value in enumerate(values, 1)]
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------
+
+
+def drop_foreign_keys(where, values: dict, notes: list[str]) -> dict:
+    """The values without keys that only other trainers read, each of which is noted once."""
+    kept = {}
+    for key, value in values.items():
+        name = plain_prompt_key(key)
+        if name not in FOREIGN_PROMPT_KEYS:
+            kept[key] = value
+            continue
+        if name == "multiplier" and parse_prompt_number(key, value) != 1:
+            raise ValueError(
+                f"{where}: multiplier is {value!r}, by which other trainers scale the LoRA; it is always 1 here. Leave "
+                "it out; if it is below 0, swap positive and negative."
+            )
+        note = f"{name} is not read: {FOREIGN_PROMPT_KEYS[name]}"
+        if note not in notes:
+            notes.append(note)
+    return kept
 
 
 def build_prompt_row(where, values: dict, defaults: dict) -> PromptRow:
@@ -194,7 +238,11 @@ def build_prompt_row(where, values: dict, defaults: dict) -> PromptRow:
         return PromptRow(
             **{
                 **defaults,
-                **{key: convert_prompt_value(key, value) for key, value in named.items() if value is not None},
+                **{
+                    key: convert_prompt_value(key, "" if value is None else value)
+                    for key, value in named.items()
+                    if value is not None or key == "target"
+                },
             }
         )
     except TypeError as error:
@@ -203,8 +251,12 @@ def build_prompt_row(where, values: dict, defaults: dict) -> PromptRow:
         raise ValueError(f"{where}: {error}") from error
 
 
+def plain_prompt_key(key) -> str:
+    return str(key).strip().lower().replace(" ", "_").replace("-", "_")
+
+
 def resolve_prompt_key(key) -> str:
-    name = str(key).strip().lower().replace(" ", "_").replace("-", "_")
+    name = plain_prompt_key(key)
     name = PROMPT_KEY_ALIASES.get(name, name)
     if name not in PROMPT_KEYS:
         near = difflib.get_close_matches(name, [*PROMPT_KEYS, *PROMPT_KEY_ALIASES], 1)
