@@ -124,8 +124,31 @@ class LoraFile(dict):
     trained."""
 
     def __init__(self, tensors, metadata=None, steps=0):
-        super().__init__(tensors)
-        self.metadata, self.steps = dict(metadata or {}), steps
+        super().__init__(require_tensors(tensors))
+        self.metadata, self.steps = {str(k): as_metadata_text(v) for k, v in dict(metadata or {}).items()}, steps
+
+
+def as_lora_file(lora) -> LoraFile:
+    """The LORA_MODEL of any node. Raises ValueError for what is none."""
+    return lora if isinstance(lora, LoraFile) else LoraFile(lora)
+
+
+def require_tensors(lora) -> dict[str, Tensor]:
+    """The LORA_MODEL itself. Raises ValueError unless it is tensors by key."""
+    if not isinstance(lora, dict):
+        raise ValueError(f"lora is a {type(lora).__name__}; connect a LORA_MODEL, which holds tensors by name.")
+    for key, value in lora.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"lora holds {str(value)[:40]!r} ({type(value).__name__}) under {str(key)[:60]!r} and no tensor. "
+                "Connect a LORA_MODEL of a Train node or of Load LoRA File."
+            )
+    return lora
+
+
+def as_metadata_text(value) -> str:
+    """A value as safetensors metadata holds it: text, or JSON of anything else."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def lora_metadata(
@@ -200,6 +223,7 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
 def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
     """Write a LORA_MODEL with its metadata. Raises ValueError rather than keep NaN, or a file that would change
     nothing."""
+    lora = as_lora_file(lora)
     if not lora:
         raise ValueError(
             "This LoRA is empty: no layer has learnt anything yet. Train for at least one step with a learning rate "

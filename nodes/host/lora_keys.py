@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import comfy.lora
+import comfy.lora_convert
 import torch
 
-from ...trainers.adapters.adapters import group_tensors_by_layer, kohya_lora_key
-from ...trainers.files import LoraFile
+from ...trainers.adapters.adapters import kohya_lora_key
+from ...trainers.data.metadata import format_first_names
+from ...trainers.files import LoraFile, as_lora_file
 from .context import clone_inference_tensors
 from .families import find_model_family
+
+# What follows a layer's name in the files that the host loads, peft's and diffusers' among them.
+LAYER_SUFFIX = re.compile(
+    r"(\.lora_(up|down|mid|A|B)(\.default)?(\.weight)?|[._]lora\.(up|down|mid)\.weight|"
+    r"\.lora_linear_layer\.(up|down)\.weight|\.(hada_\w+|lokr_\w+|oft_blocks|rescale|alpha|dora_scale)|"
+    r"\.(diff(_b)?|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight))$"
+)
+TEXT_ENCODER_LAYER = re.compile(r"(lora_te\d?_|lora_prior_te_|text_encoder|text_model|te\d?_)")
 
 
 def unet_lora_keys(model, layers) -> dict[str, str]:
@@ -51,6 +63,7 @@ def check_loadable_keys(keys, known, prefix):
 def apply_lora(model, clip, lora, strength=1.0):
     """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that
     do not fit."""
+    lora = as_lora_file(lora)
     if not lora:
         raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train it for more steps.")
     misfits = find_unloadable_layers(model, clip, lora)
@@ -65,15 +78,50 @@ def apply_lora(model, clip, lora, strength=1.0):
 
 
 def list_lora_layers(lora) -> list[str]:
-    return sorted(group_tensors_by_layer(lora))
+    """The layers in a LoRA, as the host's loader names them."""
+    return sorted({layer_of_key(key) for key in comfy.lora_convert.convert_lora(dict(lora))})
 
 
 def find_unloadable_layers(model, clip, lora) -> list[str]:
-    """Layers of the file that the host's loader would skip."""
+    """Layers of the file that the host's loader would skip, sorted."""
     known = comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {}
     if clip is not None:
         known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
-    return [b for b in list_lora_layers(lora) if b not in known]
+    loaded = find_loaded_keys(comfy.lora_convert.convert_lora(dict(lora)), known)
+    return sorted(set(list_lora_layers(lora)) - set(map(layer_of_key, loaded)))
+
+
+def find_loaded_keys(tensors: dict[str, torch.Tensor], known: dict) -> set[str]:
+    """The keys that the host's loader reads, given the layers it knows."""
+    names = {id(value): key for key, value in tensors.items()}
+    loaded: set[str] = set()
+    for patch in comfy.lora.load_lora(tensors, known, log_missing=False).values():
+        if isinstance(patch, tuple):  # ("diff", (tensor,)) or ("set", (tensor,))
+            loaded.update(names[id(value)] for value in patch[1] if id(value) in names)
+        else:
+            loaded.update(patch.loaded_keys)
+    return loaded
+
+
+def layer_of_key(key: str) -> str:
+    return LAYER_SUFFIX.sub("", key)
+
+
+def describe_left_out_layers(model, clip, lora) -> str:
+    """How many layers of a LoRA the host's loader skips, and which; "" for none."""
+    left_out = find_unloadable_layers(model, clip, lora)
+    if not left_out:
+        return ""
+    total = len(list_lora_layers(lora))
+    if clip is None and all(TEXT_ENCODER_LAYER.match(name) for name in left_out):
+        remedy = "They belong to the text encoder: connect CLIP to use them."
+    else:
+        remedy = "Is it a LoRA for another model?"
+    return (
+        f"{len(left_out)} of {total} layers of this LoRA have no effect, because "
+        f"{'MODEL has' if clip is None else 'MODEL and CLIP have'} no such layers: {format_first_names(left_out, 10)}. "
+        f"{remedy}"
+    )
 
 
 def check_lora_loads(model, clip, lora: LoraFile):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.files import LoraFile, read_safetensors, write_lora
+from ...trainers.files import LoraFile, as_lora_file, read_safetensors, write_lora
 from ...trainers.monitor.plots import draw_loss_plot
 from .. import host, paths
 from ..fields import CATEGORY, LoraModelType, LossMapType, graph_metadata
@@ -46,7 +46,7 @@ class SaveLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, name, model=None, clip=None):
-        lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
+        lora = as_lora_file(lora)
         if model is not None:
             host.lora_keys.check_lora_loads(model, clip, lora)
         path = paths.new_lora_path(name, lambda there: file_matches_lora(there, lora))
@@ -97,7 +97,8 @@ class LoadLora(io.ComfyNode):
     def execute(cls, file):
         tensors, metadata = read_safetensors(paths.lora_path(file))
         about = "\n".join(f"{k}: {v}" for k, v in sorted(metadata.items()) if k not in ("workflow", "prompt"))
-        return io.NodeOutput(LoraFile(tensors, metadata, int(metadata.get("ss_steps", 0) or 0)), about)
+        steps = metadata.get("ss_steps", "")
+        return io.NodeOutput(LoraFile(tensors, metadata, int(steps) if steps.isdecimal() else 0), about)
 
 
 class ApplyLora(io.ComfyNode):
@@ -126,11 +127,17 @@ class ApplyLora(io.ComfyNode):
                 io.Model.Output("model", display_name="model", tooltip="A clone with the LoRA applied as patches."),
                 io.Clip.Output("clip", display_name="clip", tooltip="The same for the CLIP, if one was connected."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, lora, strength, clip=None):
-        return io.NodeOutput(*host.lora_keys.apply_lora(model, clip, lora, strength))
+        patched = host.lora_keys.apply_lora(model, clip, lora, strength)
+        left_out = host.lora_keys.describe_left_out_layers(model, clip, lora)
+        if left_out:
+            host.progress.log_warning(left_out)
+            host.progress.show_node_text(left_out, cls.hidden and cls.hidden.unique_id)
+        return io.NodeOutput(*patched, ui=ui.PreviewText(left_out) if left_out else None)
 
 
 class LossPlot(io.ComfyNode):
@@ -149,9 +156,17 @@ class LossPlot(io.ComfyNode):
 
     @classmethod
     def execute(cls, losses):
-        plot = np.asarray(draw_loss_plot(losses["loss"]), dtype=np.float32) / 255
+        plot = np.asarray(draw_loss_plot(require_losses(losses)), dtype=np.float32) / 255
         image = torch.from_numpy(plot)[None]
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def require_losses(losses) -> list[float]:
+    """The losses of a LOSS_MAP. Raises ValueError for what is none."""
+    found = losses.get("loss") if isinstance(losses, dict) else None
+    if not isinstance(found, (list, tuple)) or not all(isinstance(loss, (int, float)) for loss in found):
+        raise ValueError("losses holds no list of numbers named loss; connect the LOSS_MAP of a Train node.")
+    return list(found)
 
 
 NODES = [SaveLora, LoadLora, ApplyLora, LossPlot]

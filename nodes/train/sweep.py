@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ...trainers.data.encoded import content_hash, split_conditioning
 from ...trainers.data.images import image_to_batch_tensor
-from ...trainers.files import LoraFile, rescale_lora
+from ...trainers.files import LoraFile, as_lora_file, rescale_lora
 from ...trainers.monitor.plots import draw_sweep_sheet
 from ...trainers.monitor.strength_curve import (
     RAW_EFFECT_UNIT,
@@ -147,7 +147,9 @@ class StrengthSweep(io.ComfyNode):
                 curve.unit,
             )
         )
+        left_out = host.lora_keys.describe_left_out_layers(model, None, lora)
         lora, line = calibrate_lora(lora, curve, settings.asked_effect)
+        line = "\n".join(filter(None, (line, left_out)))
         host.progress.show_node_text(line, cls.hidden.unique_id)
         return io.NodeOutput(sheet, images, lora, line, ui=ui.PreviewImage(sheet, cls=cls))
 
@@ -224,7 +226,7 @@ def arrange_sweep_rows(images, columns):
 
 def calibrate_lora(lora, curve, asked: float):
     """(LORA_MODEL with the curve in its metadata, rescaled when an effect is asked, a line for the person)."""
-    lora = lora if isinstance(lora, LoraFile) else LoraFile(lora)
+    lora = as_lora_file(lora)
     notes, line = {"trainyard.curve": curve.to_json()}, curve.line()
     if not asked:
         return LoraFile(lora, {**lora.metadata, **notes}, lora.steps), line

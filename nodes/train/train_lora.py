@@ -5,7 +5,7 @@ import dataclasses
 from comfy_api.latest import io, ui
 
 from ...trainers.data.encoded import EncodedDataset
-from ...trainers.files import LoraFile, tensor_hash
+from ...trainers.files import LoraFile, as_lora_file, tensor_hash
 from ...trainers.methods.lora import LoraTraining
 from ...trainers.methods.prior import PriorData
 from ...trainers.monitor.validation import ImageValidationLoss, pick_validation_images
@@ -147,7 +147,7 @@ class TrainLora(io.ComfyNode):
         job = TrainingJob(
             task=LoraTask(
                 data=select_training_data(encoded, latents, conditioning),
-                start_from=unwrap_list_input(start_from),
+                start_from=None if unwrap_list_input(start_from) is None else as_lora_file(start_from[0]),
                 prior=unwrap_list_input(prior),
             ),
             model=model[0],

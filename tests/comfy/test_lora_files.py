@@ -1,0 +1,100 @@
+"""LoRA files in the graph: what does not fit is said, and what is no LoRA is refused in words."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from trainyard.nodes import host
+from trainyard.nodes.train import lora as nodes
+from trainyard.tests.comfy.families import make
+from trainyard.trainers.files import LoraFile
+
+TEXT_LAYERS = [f"lora_te1_text_model_encoder_layers_{i}_mlp_fc1" for i in range(8)]
+
+
+def pairs(layers, down=".lora_down.weight", up=".lora_up.weight"):
+    return {
+        layer + suffix: torch.zeros(shape)
+        for layer, (inputs, outputs) in layers.items()
+        for suffix, shape in ((down, (2, inputs)), (up, (outputs, 2)))
+    }
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    return make("sd3", inference=True)
+
+
+@pytest.fixture(scope="module")
+def layers(model):
+    """{name in the file: (inputs, outputs)} of two layers of the model."""
+    found = {}
+    for name, module in model.model.diffusion_model.named_modules():
+        if name.startswith("joint_blocks.0") and hasattr(module, "in_features") and len(found) < 2:
+            found[f"lora_unet_{name.replace('.', '_')}"] = (module.in_features, module.out_features)
+    return found
+
+
+def test_layers_without_effect_are_counted_and_named(model, layers, caplog):
+    strange = {f"lora_unet_elsewhere_{i}": (4, 4) for i in range(8)}
+    with caplog.at_level(logging.WARNING):
+        out = nodes.ApplyLora.execute(model, LoraFile(pairs({**layers, **strange})), 1.0)
+    said = "8 of 10 layers of this LoRA have no effect, because MODEL has no such layers: lora_unet_elsewhere_0, "
+    assert said in caplog.text and said in out.ui.as_dict()["text"][0]
+    assert out.ui.as_dict()["text"][0].endswith("lora_unet_elsewhere_7. Is it a LoRA for another model?")
+    assert len(out.result[0].patches) == 2
+
+
+def test_layers_of_the_text_encoder_ask_for_clip(model, layers):
+    lora = LoraFile(pairs({**layers, **{name: (4, 4) for name in TEXT_LAYERS}}))
+    assert host.lora_keys.describe_left_out_layers(model, None, lora).endswith(
+        "They belong to the text encoder: connect CLIP to use them."
+    )
+
+
+@pytest.mark.parametrize(("down", "up"), [
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_A.weight", ".lora_B.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+])  # fmt: skip
+def test_a_lora_that_fits_says_nothing_whatever_its_names(model, layers, down, up):
+    lora = LoraFile(pairs(layers, down, up) | {f"{next(iter(layers))}.alpha": torch.tensor(1.0)})
+    assert host.lora_keys.describe_left_out_layers(model, None, lora) == ""
+    assert nodes.ApplyLora.execute(model, lora, 1.0).ui is None
+
+
+def test_a_lora_of_which_nothing_fits_is_refused(model):
+    with pytest.raises(ValueError, match=r"fits neither MODEL nor CLIP: none of its 1 layers is known, .*elsewhere"):
+        nodes.ApplyLora.execute(model, LoraFile(pairs({"lora_unet_elsewhere": (4, 4)})), 1.0)
+
+
+@pytest.mark.parametrize("lora", ["a.safetensors", None, 3, ["x"], {"a": "text"}, {"a": None}, {3: torch.zeros(2)}])
+def test_what_is_no_lora_is_refused_in_words(model, folders, lora):
+    for use in (
+        lambda: nodes.SaveLora.execute(lora, "mine"),
+        lambda: nodes.ApplyLora.execute(model, lora, 1.0),
+    ):
+        with pytest.raises(ValueError, match="connect a LORA_MODEL|Connect a LORA_MODEL"):
+            use()
+
+
+def test_metadata_that_is_no_text_is_saved_as_json(folders, comfy):
+    lora = LoraFile({"a": torch.ones(2)}, {"steps": 3, "of": {"x": np.float64(2)}})
+    assert lora.metadata == {"steps": "3", "of": '{"x": 2.0}'}
+
+
+def test_a_file_whose_number_of_steps_is_a_word_loads(folders, comfy, monkeypatch):
+    save_file({"a": torch.ones(2)}, folders / "odd.safetensors", {"ss_steps": "many"})
+    monkeypatch.setattr(nodes.paths, "lora_path", lambda _: folders / "odd.safetensors")
+    lora, about = nodes.LoadLora.execute("odd.safetensors").result
+    assert lora.steps == 0 and about == "ss_steps: many"
+
+
+@pytest.mark.parametrize("losses", [None, {}, {"loss": None}, {"loss": ["a"]}, [1.0], {"loss": 3}])
+def test_what_is_no_list_of_losses_is_refused_in_words(losses):
+    with pytest.raises(ValueError, match="losses holds no list of numbers named loss; connect the LOSS_MAP"):
+        nodes.LossPlot.execute(losses)
