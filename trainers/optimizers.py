@@ -20,6 +20,8 @@ PACKAGE_OPTIMIZERS = {
     "Adafactor": "AdaFactor",
     "Adan": "Adan",
 }
+# They estimate one step size for all groups, and read the rate of the first group only.
+SHARED_RATE_OPTIMIZERS = ("Prodigy",)
 
 
 def make_optimizer(groups: list[dict], settings: OptimizerSettings):
@@ -31,6 +33,8 @@ def make_optimizer(groups: list[dict], settings: OptimizerSettings):
         for rate, params in group_parameters_by_rate(group["params"])
     ]
     optimizer = make_base_optimizer(groups, settings)
+    if settings.optimizer in SHARED_RATE_OPTIMIZERS and len({group["lr"] for group in groups}) > 1:
+        optimizer = GroupRateOptimizer(optimizer)
     return EmaOptimizer(optimizer, settings.ema, settings.ema_on_cpu) if settings.ema else optimizer
 
 
@@ -79,6 +83,64 @@ def require_optimizer_package(module, optimizer):
         raise RuntimeError(
             f"The optimizer {optimizer} needs a package that is not installed. Run: {line}\nAdamW needs none."
         )
+
+
+class GroupRateOptimizer:
+    """Prodigy with a learning rate for each group. Its step size is d * rate, with d estimated over all parameters and
+    the first group's rate used for all of them (Mishchenko and Defazio 2023).
+
+    A group of `share` times the first group's rate gets its gradients scaled by the share before the step, which
+    scales its part in the estimate of d as that rate would, and leaves the normalized update; the change itself is
+    scaled after the step. With equal rates this would be the optimizer alone."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        first = optimizer.param_groups[0]["lr"]
+        self.shares = [group["lr"] / first for group in optimizer.param_groups]  # a schedule keeps them
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        scaled = [
+            (share, params)
+            for share, group in zip(self.shares, groups, strict=True)
+            if share != 1 and (params := [p for p in group["params"] if p.grad is not None])
+        ]
+        before = [[p.clone() for p in params] for _, params in scaled]
+        for share, params in scaled:
+            torch._foreach_mul_([p.grad for p in params], share)  # pyright: ignore[reportPrivateImportUsage]
+        with self.first_rate_everywhere():
+            self.optimizer.step()
+        for (share, params), old in zip(scaled, before, strict=True):
+            torch._foreach_sub_(params, old)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(params, share)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(params, old)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextlib.contextmanager
+    def first_rate_everywhere(self):
+        """While inside, all groups have the first one's rate, and an eps as small as their gradients are made."""
+        groups = self.param_groups
+        before = [{"lr": group["lr"], "eps": group["eps"]} for group in groups]
+        for group, share in zip(groups, self.shares, strict=True):
+            group.update(lr=groups[0]["lr"], eps=group["eps"] * share)
+        try:
+            yield
+        finally:
+            for group, values in zip(groups, before, strict=True):
+                group.update(values)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
 
 
 def ema_decay(decay: float, updates: int) -> float:

@@ -112,6 +112,83 @@ def test_groups_keep_their_own_rates():
     assert [g["lr"] for g in make_optimizer(groups, OptimizerSettings()).param_groups] == [1e-3, 1e-4]
 
 
+def moved_with_rates(name, *rates, count=6):
+    """How far a parameter of each group has gone in some steps along the same slope, as a mean over its numbers."""
+    if name not in IN_TORCH:
+        pytest.importorskip("pytorch_optimizer")
+    params = [torch.nn.Parameter(torch.zeros(3, 4)) for _ in rates]
+    groups = [{"params": [p], "lr": rate * RATE.get(name, 0.05)} for p, rate in zip(params, rates, strict=True)]
+    optimizer = make_optimizer(groups, OptimizerSettings(optimizer=name, weight_decay=0.0))
+    for step in range(count):
+        slope = 1 + 0.1 * torch.rand(3, 4, generator=rng(step))
+        sum((p * slope).sum() for p in params).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return [-p.mean().item() for p in params]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.25), (0.25, 1.0), (1.0, 16.0), (1e-6, 1.0)], ids=str)
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_optimizer_moves_a_group_in_proportion_to_its_rate_whichever_comes_first(name, shares):
+    first, second = moved_with_rates(name, *shares)
+    assert first > 0 and first / second == pytest.approx(shares[0] / shares[1], rel=1e-3), f"{name}: {first} {second}"
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_slow_group_does_not_slow_the_others(name):
+    """Prodigy's one estimate is a mean over its groups, weighted by their rates, so a slow one has little part in it."""
+    alone, (_, beside) = moved_with_rates(name, 1.0)[0], moved_with_rates(name, 0.01, 1.0)
+    assert beside == pytest.approx(alone, rel=0.05), f"{name}: {alone} alone, {beside} beside a slow group"
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_parameter_that_learns_faster_goes_further_under_every_optimizer(name):
+    """`rate`, which LoRA+ and the rules of `blocks` set."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    params[1].rate = 16.0
+    optimizer = optimizer_or_skip(name, params, weight_decay=0.0)
+    sum(p.sum() for p in params).backward()
+    optimizer.step()
+    assert params[1][0].item() == pytest.approx(16 * params[0][0].item(), rel=1e-3)
+
+
+def test_prodigy_with_rates_apart_goes_on_bit_for_bit_and_its_groups_keep_their_rates(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+
+    def begin():
+        params, target = problem()
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (1.0, 0.1), strict=True)]
+        return make_optimizer(groups, OptimizerSettings(optimizer="Prodigy")), params, target
+
+    optimizer, whole, target = begin()
+    steps(optimizer, whole, target, 8)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
+    assert [group["eps"] for group in optimizer.param_groups] == [1e-8, 1e-8]
+
+    first, params, target = begin()
+    steps(first, params, target, 8)
+    steps(optimizer, whole, target, 3)
+    write_state_tree(tmp_path / "state", {"params": params, "optimizer": first.state_dict()})
+    saved = read_state_tree(tmp_path / "state")
+    second, params, target = begin()
+    with torch.no_grad():
+        for p, value in zip(params, saved["params"], strict=True):
+            p.copy_(value)
+    second.load_state_dict(saved["optimizer"])
+    steps(second, params, target, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, params, strict=True))
+
+
+def test_prodigy_with_equal_rates_is_the_packages_own_bit_for_bit():
+    package = pytest.importorskip("pytorch_optimizer")
+    (params, target), (same, _) = problem(), problem()
+    ours = make_optimizer([{"params": [p], "lr": 1.0} for p in params], OptimizerSettings(optimizer="Prodigy"))
+    theirs = package.Prodigy(same, lr=1.0, betas=(0.9, 0.999), weight_decay=0.01)
+    steps(ours, params, target, 5)
+    steps(theirs, same, target, 5)
+    assert type(ours) is type(theirs) and all(torch.equal(a, b) for a, b in zip(params, same, strict=True))
+
+
 # -- missing packages --------------------------------------------------------------------------------------------------
 
 
