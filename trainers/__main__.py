@@ -20,7 +20,7 @@ from .data.encoded import most_common_bucket
 from .data.images import tensor_to_image
 from .data.readers import read_folder, require_captions
 from .files import LoraFile, lora_metadata, write_lora
-from .loop import train
+from .loop import mean_recent_loss, train
 from .methods.lora import LoraTraining
 from .monitor.plots import draw_image_grid, draw_loss_plot
 from .rng import make_generator
@@ -342,10 +342,8 @@ class CommandLineJob:
         path = self.args.out / f"{self.name}.safetensors"
         write_lora(path, lora)
         draw_loss_plot(losses, self.args.out / f"{self.name}-loss.png", title=f"{self.name}: training loss")
-        last = losses[-20:]
-        self.screen.print_line(
-            f"{path}: {lora.steps} steps, loss {sum(last) / len(last):.4f}; the curve is in {self.name}-loss.png"
-        )
+        loss = mean_recent_loss(losses)
+        self.screen.print_line(f"{path}: {lora.steps} steps, loss {loss:.4f}; the curve is in {self.name}-loss.png")
 
     def write_sample_sheet(self, engine, adapters, text, lora, data):
         """Rows: prompt without and with the LoRA. Columns: seeds."""

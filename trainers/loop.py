@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .optimizers import EmaOptimizer, apply_eval_weights, eval_weights_applied, lr_schedule_factor, make_optimizer
+from .optimizers import (
+    EmaOptimizer,
+    GroupRateOptimizer,
+    apply_eval_weights,
+    eval_weights_applied,
+    lr_schedule_factor,
+    make_optimizer,
+)
 from .protocols import GroupedParameters, Method, Monitor, Resumable, Store
 from .rng import derive_generator
 from .settings import OptimizerSettings, RunSettings
@@ -23,8 +30,11 @@ def step_rng(seed: int, step: int) -> torch.Generator:
     return derive_generator(seed, step)
 
 
+MAX_SKIPPED_IN_A_ROW = 10  # steps; fp16 overflows pass after one or two, and what does not pass has diverged
+
+
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss or its gradient was no finite number for many steps in a row."""
 
 
 @dataclass
@@ -37,14 +47,26 @@ class TrainingProgress:
     learning_rate: float
     seconds_left: float
     note: str = ""  # the monitor's last measurement, in words
+    skipped: int = 0  # steps so far whose gradient was not finite and counted as zero
 
     def format_line(self) -> str:
-        """step 12/100 · loss 0.1234 · 3 min left · the monitor's last measurement"""
-        loss = sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
+        """step 12/100 · loss 0.1234 · 3 min left · 1 step skipped: … · the monitor's last measurement"""
+        notes = "".join(f" · {note}" for note in (format_skipped_steps(self.skipped), self.note) if note)
         return (
-            f"step {self.step}/{self.steps} · loss {loss:.4f} · {format_duration(self.seconds_left)} "
-            f"left{self.note and f' · {self.note}'}"
+            f"step {self.step}/{self.steps} · loss {mean_recent_loss(self.losses):.4f} · "
+            f"{format_duration(self.seconds_left)} left{notes}"
         )
+
+
+def mean_recent_loss(losses: list[float]) -> float:
+    """The mean of the last 20 losses. Those of skipped steps may be no finite numbers, and do not count."""
+    recent = [loss for loss in losses[-20:] if math.isfinite(loss)]
+    return sum(recent) / max(1, len(recent))
+
+
+def format_skipped_steps(count: int) -> str:
+    """2 steps skipped: the gradient was not finite; nothing for none."""
+    return f"{count} step{'s' * (count > 1)} skipped: the gradient was not finite" if count else ""
 
 
 def format_duration(seconds: float) -> str:
@@ -61,10 +83,13 @@ class TrainingState:
     """A run in memory: what a step changes, and what a resume needs."""
 
     method: Method
-    optimizer: torch.optim.Optimizer | EmaOptimizer
+    optimizer: torch.optim.Optimizer | EmaOptimizer | GroupRateOptimizer
     params: list[Tensor]
     step: int = 0  # steps that are done
     losses: list[float] = field(default_factory=list)
+    learning_rate: float = 0.0  # of the last step; a group's own may be a share of it
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0  # of these, the last ones
     monitor: Monitor | None = None
     saved_monitor_state: dict | None = None  # of an earlier part of the run; kept when this part has no monitor
     is_consistent: bool = True  # False during the optimizer's step, when parameters of two steps are mixed
@@ -77,6 +102,7 @@ class TrainingState:
             "params": [p.detach() for p in self.params],
             "optimizer": self.optimizer.state_dict(),
             "method": method_state(self.method),
+            **({"skipped": [self.skipped, self.skipped_in_a_row]} if self.skipped else {}),
             **({"watch": monitor_state} if (monitor_state := self.monitor_state()) else {}),
         }
 
@@ -100,9 +126,25 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         load_method_state(self.method, state["method"])
         self.step, self.losses = state["step"], state["losses"].tolist()
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         self.saved_monitor_state = state.get("watch")
         if self.monitor and self.saved_monitor_state:
             self.monitor.load_state(self.saved_monitor_state)
+
+    def record_losses(self, values: list[tuple[float, float]], steps: int) -> None:
+        """Take over (loss, gradient norm) of the last steps. Raises Diverged when too many in a row, or all of a short
+        run, are not finite."""
+        for index, (loss, norm) in enumerate(values, self.step - len(values) + 1):
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+            self.skipped += not is_finite
+            if self.skipped_in_a_row >= min(MAX_SKIPPED_IN_A_ROW, steps):
+                raise Diverged(
+                    f"The loss became {loss} with gradient norm {norm} at step {index}, the last of "
+                    f"{self.skipped_in_a_row} in a row that could not be used. The last saved state is kept. Lower the "
+                    "learning rate, add warmup steps, or lower clip; with an fp16 model, load it as bf16 or fp32."
+                )
+            self.losses.append(loss)
 
 
 def method_state(method: Method) -> dict:
@@ -148,12 +190,15 @@ def train(
     stops it, its last complete step is saved first. `monitor` measures and samples between two steps, changes none of
     them, and may end the run early; such a run is as finished as one that did all its steps. See protocols.py.
 
-    Raises Diverged when the loss is no longer finite; the last good state is the one that is kept."""
+    A step whose gradient is not finite is skipped: its gradient counts as zero. Raises Diverged after
+    MAX_SKIPPED_IN_A_ROW of them; the state that was saved last is the one that is kept."""
     optimizing, store, report = optimizing or OptimizerSettings(), store or NoStore(), report or (lambda progress: None)
     te_rate = optimizing.text_encoder_lr or run.learning_rate / 10
     groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
     params = [p for g in groups for p in g["params"]]
-    now = TrainingState(method, make_optimizer(groups, optimizing), params, monitor=monitor)
+    now = TrainingState(
+        method, make_optimizer(groups, optimizing), params, learning_rate=run.learning_rate, monitor=monitor
+    )
     rates = [g["lr"] for g in now.optimizer.param_groups]
     if (saved := store.load()) is not None:
         now.load(saved)
@@ -162,18 +207,20 @@ def train(
     try:
         while True:
             if monitor and monitor.due(now.step, run.steps):
-                now.losses += pending.fetch(now.step)
+                now.record_losses(pending.fetch(), run.steps)
                 run_monitor_checks(monitor, now, store, run.steps)
             ended = now.step >= run.steps or bool(monitor and monitor.should_stop)
             if why := "finished" if ended else clock.save_due(now.step, run.save_every):
-                now.losses += pending.fetch(now.step)
-                save_training_state(now, store, why)
+                now.record_losses(pending.fetch(), run.steps)
+                if ended or now.skipped_in_a_row < 2:  # where it may have diverged, the state from before stays
+                    save_training_state(now, store, why)
                 report(clock.progress(now))
             if ended:
                 apply_eval_weights(now.optimizer)
                 copy_into_parameters(now.params, (now.best_state() or {}).get("params"))
                 return now.losses
             factor = lr_schedule_factor(now.step, run.steps, optimizing)
+            now.learning_rate = run.learning_rate * factor
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             loss, norm = accumulate_gradients(method, params, step_rng(run.seed, now.step), optimizing)
@@ -183,34 +230,71 @@ def train(
             pending.add(loss, norm)
             now.step, step_state, now.is_consistent = now.step + 1, method_state(method), True
             if clock.report_due(now.step):
-                now.losses += pending.fetch(now.step)
+                now.record_losses(pending.fetch(), run.steps)
                 report(clock.progress(now))
     except BaseException as stop:  # the host's interrupt is no Exception
-        save_before_exit(now, store, pending, step_state, stop)
+        save_before_exit(now, store, pending, step_state, stop, run.steps)
         raise
 
 
 def accumulate_gradients(method: Method, params: list[Tensor], rng: torch.Generator, optimizing: OptimizerSettings):
-    """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step."""
-    losses = []
+    """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step. A norm
+    that is not finite leaves gradients of zero.
+
+    Every sample counts the same, in a short last batch too: a batch is weighted by its size relative to the first one,
+    and the sum is brought to the number of samples that there were."""
+    losses, counts = [], []
     for _ in range(optimizing.accumulate):
-        loss = method.loss(rng).mean() / optimizing.accumulate
+        per_sample = method.loss(rng)
+        counts.append(per_sample.numel())
+        loss = per_sample.mean() / optimizing.accumulate
+        loss = loss if counts[-1] == counts[0] else loss * (counts[-1] / counts[0])
         loss.backward()
         losses.append(loss.detach())
-    return functools.reduce(torch.add, losses), torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
+    loss, grads = functools.reduce(torch.add, losses), [p.grad for p in params if p.grad is not None]
+    if (correction := optimizing.accumulate * counts[0] / sum(counts)) != 1:
+        loss = loss * correction
+        torch._foreach_mul_(grads, correction)  # pyright: ignore[reportPrivateImportUsage]
+    norm = torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
+    zero_gradients_unless(torch.isfinite(norm), grads)
+    return loss, norm
+
+
+BIT_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> what its bits are read as
+
+
+@torch.no_grad()
+def zero_gradients_unless(keep: Tensor, grads: list[Tensor]) -> None:
+    """Zeros in all gradients where `keep`, a truth value on the device, is false; otherwise they stay as they are, bit
+    for bit. NaN times 0 is NaN, so it is the bits that are multiplied with 0 or 1; the device is not waited for, and
+    few kernels do it for all."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for grad in grads:
+        alike.setdefault((grad.device, grad.dtype), []).append(grad)
+    for (device, dtype), some in alike.items():
+        bits = BIT_TYPES[dtype.itemsize]
+        torch._foreach_mul_([grad.view(bits) for grad in some], keep.to(device, bits))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def run_monitor_checks(monitor: Monitor, now: TrainingState, store: Store, steps: int) -> None:
     """Measure and sample with the weights to use, and leave everything as it was: parameters, optimizer, and torch's
     global RNG state."""
-    with eval_weights_applied(now.optimizer, now.params), fork_rng_state():
+    with eval_weights_applied(now.optimizer, now.params), fork_rng_state(now.params):
         if monitor.run_checks(now.step, steps, now.params):
             store.save_best(now.step)
 
 
-def fork_rng_state():
-    """Samplers and networks may draw from torch's global generators; while inside, training does not notice."""
-    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
+def fork_rng_state(params: Iterable[Tensor]):
+    """Samplers and networks may draw from torch's global generators, those of the parameters' devices and of the
+    current one; while inside, training does not notice."""
+    return torch.random.fork_rng(devices=list_cuda_devices(params))
+
+
+def list_cuda_devices(params: Iterable[Tensor]) -> list[int]:
+    """Indices of the GPUs that parameters lie on, and of the current one."""
+    if not torch.cuda.is_available():
+        return []
+    return sorted({torch.cuda.current_device(), *(p.device.index for p in params if p.device.type == "cuda")})
 
 
 def save_training_state(now: TrainingState, store: Store, why: str) -> None:
@@ -223,7 +307,7 @@ def save_training_state(now: TrainingState, store: Store, why: str) -> None:
         copy_into_parameters(now.params, best["params"] if best else None)
         try:
             if why == "finished" and now.monitor:
-                with fork_rng_state():
+                with fork_rng_state(now.params):
                     now.monitor.finish()
                 state["watch"] = now.monitor.state()
             store.save({**state, "delivered": best["step"]} if best else state, why)
@@ -239,17 +323,17 @@ def copy_into_parameters(params: list[Tensor], values: list[Tensor] | None) -> N
 
 
 def save_before_exit(
-    now: TrainingState, store: Store, pending: PendingLosses, step_state: dict, stop: BaseException
+    now: TrainingState, store: Store, pending: PendingLosses, step_state: dict, stop: BaseException, steps: int
 ) -> None:
     """Save the last complete step before an exception goes on; a second failure must not hide the first. `step_state`:
-    the method's state after that step. What is on disk stays when the loss is not finite, and when the optimizer itself
-    was interrupted (out of memory in its first step, for example)."""
+    the method's state after that step. What is on disk stays when the run diverged, and when the optimizer itself was
+    interrupted (out of memory in its first step, for example)."""
     try:
         now.optimizer.zero_grad(set_to_none=True)
         load_method_state(now.method, step_state)
         if isinstance(stop, Diverged) or not now.is_consistent:
             return
-        now.losses += pending.fetch(now.step)
+        now.record_losses(pending.fetch(), steps)
         save_training_state(now, store, "stopped")
     except Exception as second:
         if add_note := getattr(stop, "add_note", None):  # from Python 3.11 on
@@ -265,20 +349,12 @@ class PendingLosses:
     def add(self, loss: Tensor, norm: Tensor) -> None:
         self.values.append(torch.stack([loss.float(), norm.float().to(loss.device)]))
 
-    def fetch(self, step: int) -> list[float]:
-        """The losses since the last call; `step` steps are done. Raises Diverged when one of them is not finite."""
+    def fetch(self) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of each step since the last call."""
         if not self.values:
             return []
         values, self.values = torch.stack(self.values).tolist(), []
-        for index, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                at = step - len(values) + index + 1
-                raise Diverged(
-                    f"The loss became {loss} with gradient norm {norm} at step {at}. The last good state is kept. "
-                    "Lower the learning rate, add warmup steps, or lower clip; with an fp16 model, load it as bf16 or "
-                    "fp32."
-                )
-        return [loss for loss, _ in values]
+        return [(loss, norm) for loss, norm in values]
 
 
 class TrainingClock:
@@ -321,7 +397,8 @@ class TrainingClock:
             now.step,
             self.steps,
             now.losses,
-            now.optimizer.param_groups[0]["lr"],
+            now.learning_rate,
             left,
             getattr(now.monitor, "note", ""),
+            now.skipped,
         )

@@ -155,6 +155,11 @@ class EmaOptimizer:
     def __init__(self, optimizer, decay: float, on_cpu: bool = False):
         self.optimizer, self.decay, self.updates = optimizer, decay, 0
         self.ema_params = [p.detach().to("cpu" if on_cpu else p.device, copy=True) for p in self.params()]
+        # The training weights on their way to the average; page-locked, they all come in one go.
+        self.arrivals = [
+            torch.empty_like(average, pin_memory=p.is_cuda) if average.device != p.device else p.detach()
+            for average, p in zip(self.ema_params, self.params(), strict=True)
+        ]
 
     @property
     def param_groups(self):
@@ -168,8 +173,16 @@ class EmaOptimizer:
         decay = ema_decay(self.decay, self.updates)
         self.updates += 1
         with torch.no_grad():
-            for average, p in zip(self.ema_params, self.params(), strict=True):
-                average.lerp_(p.detach().to(average.device), 1 - decay)
+            self.fetch_parameters()
+            torch._foreach_lerp_(self.ema_params, self.arrivals, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    def fetch_parameters(self):
+        """Copy the training weights to where the average is: all copies are queued, and waited for once."""
+        pairs = [(a, p.detach()) for a, p in zip(self.arrivals, self.params(), strict=True) if a.device != p.device]
+        for arrival, value in pairs:
+            arrival.copy_(value, non_blocking=value.is_cuda)
+        for device in {value.device for _, value in pairs if value.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
     def zero_grad(self, set_to_none=True):
         self.optimizer.zero_grad(set_to_none=set_to_none)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .files import LoraFile, read_safetensors, read_state_tree, write_bytes_atomically, write_lora, write_state_tree
+from .loop import mean_recent_loss
 
 RUN_NAME_PATTERN = re.compile(r"[^\W_][\w .+-]{0,99}")
 
@@ -192,8 +193,8 @@ class RunFolder:
 
 def summarize_run_outcome(state: dict) -> dict:
     """What run.json tells of how a run goes."""
-    losses, seen = state["losses"][-20:].tolist(), state.get("watch") or {}
-    out: dict = {"loss": sum(losses) / len(losses) if losses else None}
+    losses, seen = state["losses"].tolist(), state.get("watch") or {}
+    out: dict = {"loss": mean_recent_loss(losses) if losses else None}
     if seen.get("history"):
         last = seen["history"][-1]
         out["validation"] = {key: last.get(key) for key in ("step", "loss", "training", "held_out", "noun", "figure")}

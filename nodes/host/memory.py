@@ -37,14 +37,14 @@ def estimate_training_memory(model, area, batch: int, checkpointing: str) -> flo
 class OutOfMemory(RuntimeError):
     """Memory ran out in the middle of a run. `cheaper`: the plan to try next, or None."""
 
-    def __init__(self, run, plan: str):
-        super().__init__(format_memory_advice(run, plan))
+    def __init__(self, run, plan: str, device):
+        super().__init__(format_memory_advice(run, plan, device))
         self.plan, self.cheaper_plan = plan, next_cheaper_plan(plan)
 
 
-def format_memory_advice(run, plan: str) -> str:
-    """What to say when memory ran out in the middle of a run."""
-    need = f"{measure_peak_memory() / 2**30:.1f} GiB were in use"
+def format_memory_advice(run, plan: str, device) -> str:
+    """What to say when memory ran out in the middle of a run on this device."""
+    need = f"{measure_peak_memory(device) / 2**30:.1f} GiB were in use"
     further = next_cheaper_plan(plan)
     options = [
         f"set checkpointing to {further!r}" if further else "train at a smaller resolution (Encode Dataset)",
@@ -59,10 +59,10 @@ def format_memory_advice(run, plan: str) -> str:
     )
 
 
-def measure_peak_memory() -> int:
-    """Bytes: the device's peak, or the process's on a machine without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def measure_peak_memory(device) -> int:
+    """Bytes: the peak of this device, or what the process has where the device does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     import psutil
 
     return psutil.Process().memory_info().rss

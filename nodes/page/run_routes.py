@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ...trainers import runs
+from ...trainers.loop import mean_recent_loss
 from ...trainers.runs import to_finite_json
 from .. import paths
 from . import live
@@ -61,7 +62,6 @@ def summarise_saved_run(about: dict) -> dict:
 
 def summarise_live_run(one: live.LiveRun) -> dict:
     """What a run at work says of itself."""
-    recent = one.losses[-20:]
     sample = {"sample": one.samples[-1]["file"]} if one.samples else {}
     return {
         "folder": one.folder,
@@ -70,7 +70,7 @@ def summarise_live_run(one: live.LiveRun) -> dict:
         "steps": one.steps,
         "status": one.status,
         "prompt": one.prompt,
-        "loss": sum(recent) / len(recent) if recent else None,
+        "loss": mean_recent_loss(one.losses) if one.losses else None,
         "text": one.text,
         **sample,
     }

@@ -177,7 +177,7 @@ def device_checkpointing_plans(device) -> tuple[str, ...]:
 def preserve_method_state(method):
     draws = method_state(method)
     try:
-        with fork_rng_state():
+        with fork_rng_state(method.parameters()):
             yield
     finally:
         load_method_state(method, draws)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 
 from ...trainers.files import LoraFile, lora_metadata
-from ...trainers.loop import train
+from ...trainers.loop import format_skipped_steps, mean_recent_loss, train
 from ...trainers.memory.compile import describe_compile_error, format_not_compiled, is_compile_error
 from ...trainers.monitor.strength_curve import StrengthCurve
 from ...trainers.runs import RunFolder, read_run_record
@@ -147,7 +147,7 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             return TrainingResult(
                 lora=exporter.last,
                 losses=losses,
-                line=format_result(job, losses, exporter.last, folder, monitor, display.closing_note),
+                line=format_result(job, losses, exporter.last, folder, monitor, display.closing_notes()),
                 folder=folder,
                 live_run=display.live_run,
                 built=built,
@@ -156,7 +156,7 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             )
     except Exception as error:
         if host.memory.is_out_of_memory_error(error):
-            raise host.memory.OutOfMemory(job.run, plan) from error
+            raise host.memory.OutOfMemory(job.run, plan, job.model.load_device) from error
         raise
 
 
@@ -215,9 +215,11 @@ class RunDisplay:
         self.job, self.live_run, self.tensorboard = job, live_run, None
         self.progress = host.progress.NodeProgressReporter(job.run.steps, job.node_id)
         self.closing_note = ""  # what the person should know at the end, too
+        self.skipped = 0  # steps
 
     def report(self, progress):
         """Progress to the chart, to TensorBoard and to the host, which may raise its interrupt."""
+        self.skipped = progress.skipped
         self.live_run.report(progress)
         if self.tensorboard is not None:
             self.tensorboard.report(progress)
@@ -231,6 +233,9 @@ class RunDisplay:
     def show_note(self, text: str):
         self.closing_note = text
         self.show(text)
+
+    def closing_notes(self) -> list[str]:
+        return [format_skipped_steps(self.skipped), self.closing_note]
 
     def show_status(self, text: str):
         """For texts that come often; raises the host's interrupt."""
@@ -274,16 +279,15 @@ class RunDisplay:
             self.tensorboard.close()
 
 
-def format_result(job, losses, lora, folder, monitor, closing_note: str) -> str:
+def format_result(job, losses, lora, folder, monitor, closing_notes: list[str]) -> str:
     """What was done, for a person."""
     whole = len(losses) == job.run.steps
     done = f"{len(losses)} steps" if whole else f"{len(losses)} of {job.run.steps} steps, ended early"
     best = f", the weights of step {lora.steps} are the result" if lora.steps != len(losses) else ""
-    loss = sum(losses[-20:]) / len(losses[-20:])
     layers = len(host.lora_keys.list_lora_layers(lora))
     monitored = getattr(monitor, "line", str)()
-    more = "".join(f"; {text}" for text in (monitored, closing_note) if text)
-    return f"{done}, loss {loss:.4f}, {layers} layers in {folder.folder.name}{best}{more}"
+    more = "".join(f"; {text}" for text in (monitored, *closing_notes) if text)
+    return f"{done}, loss {mean_recent_loss(losses):.4f}, {layers} layers in {folder.folder.name}{best}{more}"
 
 
 def format_counts_per_step(counts, steps) -> str:

@@ -25,6 +25,7 @@ from trainyard.trainers.memory.plan import (
     USABLE_MEMORY_SHARE,
 )
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from trainyard.trainers.settings import RunSettings
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "chroma", "qwen", "wan", "lumina2")
 GIB = 2**30
@@ -333,6 +334,12 @@ def test_out_of_memory_says_what_was_needed_and_names_the_next_plan(folders, mon
         with pytest.raises(host.memory.OutOfMemory, match="GiB were in use.*The run is saved and continues") as caught:
             result(job(checkpointing=plan, name=f"oom {plan.replace(' + ', ' ')}"))
         assert said in str(caught.value)
+
+
+def test_the_memory_that_was_in_use_is_that_of_the_models_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: {None: 1, 1: 3}[device.index] * 2**30)
+    words = str(host.memory.OutOfMemory(RunSettings(), PLAN_OFF, torch.device("cuda:1")))
+    assert "3.0 GiB were in use" in words
 
 
 def test_a_run_that_may_try_again_ends_as_if_nothing_had_happened(folders, monkeypatch):

@@ -2,11 +2,22 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
 from trainyard.tests.unit.toy import Line, Stop
-from trainyard.trainers.loop import Diverged, TrainingClock, TrainingProgress, format_duration, step_rng, train
+from trainyard.trainers.loop import (
+    BIT_TYPES,
+    Diverged,
+    TrainingClock,
+    TrainingProgress,
+    format_duration,
+    list_cuda_devices,
+    step_rng,
+    train,
+    zero_gradients_unless,
+)
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
 
 PLAIN = OptimizerSettings(optimizer="SGD", beta1=0.0, weight_decay=0.0, clip=0.0)
@@ -96,6 +107,15 @@ def test_the_loop_reads_and_changes_no_global_seed():
     torch.random.set_rng_state(before)
 
 
+def test_random_state_of_the_parameters_gpu_is_kept_and_not_only_of_the_current_one(monkeypatch):
+    on = lambda name: types.SimpleNamespace(device=torch.device(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert list_cuda_devices([on("cuda:2"), on("cpu"), on("cuda:2")]) == [0, 2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list_cuda_devices([on("cpu")]) == []
+
+
 def test_the_loss_falls_and_there_is_one_number_per_step():
     method, losses = learnt(60)
     assert len(losses) == 60 and sum(losses[-10:]) < 0.5 * sum(losses[:10])
@@ -109,6 +129,32 @@ def test_two_batches_of_one_accumulated_equal_one_batch_of_two():
     summed = train(single, run(2), OptimizerSettings(**PLAIN.to_dict() | {"accumulate": 2}))
     assert pair.seen == pytest.approx(single.seen) and len(pair.seen) == 4
     assert single.w.item() == pytest.approx(pair.w.item(), rel=1e-6) and summed == pytest.approx(both, rel=1e-6)
+
+
+def test_a_short_batch_counts_by_its_samples_when_batches_are_accumulated():
+    """Batches of 4, 4 and 1: one step over the nine samples. Each loss is (w x)^2 summed by hand."""
+
+    class Uneven(Line):
+        sizes = (4, 4, 1)
+
+        def loss(self, generator):
+            self.batch = self.sizes[len(self.parts) % 3]
+            self.parts.append(part := super().loss(generator))
+            return part
+
+        parts: list = []
+
+    class Whole(Line):
+        def __init__(self):
+            super().__init__(batch=9)
+
+    for order in ((4, 4, 1), (1, 4, 4), (3, 3, 3)):
+        parts, whole = Uneven(), Whole()
+        parts.parts, parts.sizes = [], order
+        losses = train(parts, run(1), OptimizerSettings(**PLAIN.to_dict() | {"accumulate": 3}))
+        expected = train(whole, run(1), PLAIN)
+        assert parts.w.item() == pytest.approx(whole.w.item(), rel=1e-6), order
+        assert losses == pytest.approx(expected, rel=1e-6)
 
 
 def test_clipping_scales_a_long_gradient_down_and_leaves_a_short_one():
@@ -276,19 +322,78 @@ def test_an_interrupt_before_the_first_step_keeps_the_start():
     assert train(resumed, run(3), store=shelf) == learnt(3)[1]
 
 
+class Lasting(Faulty):
+    """A Faulty whose loss stays that way for some calls."""
+
+    def __init__(self, at, trouble, count):
+        super().__init__(at, trouble)
+        self.first, self.count = at, count
+
+    def loss(self, generator):
+        self.at = self.calls + 1 if self.first <= self.calls + 1 < self.first + self.count else 0
+        return super().loss(generator)
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_with_its_step_and_keeps_the_last_good_state(number):
+def test_a_loss_that_stays_no_number_stops_with_its_step_and_keeps_the_last_good_state(number):
+    """From step 4 on: ten steps in a row end with step 13."""
     shelf = Shelf()
     with pytest.raises(
         Diverged,
-        match=r"The loss became (nan|inf) .* at step 4\. The last good state is kept\. Lower the learning rate",
+        match=r"The loss became (nan|inf) .* at step 13, the last of 10 in a row that could not be used\. The last saved "
+        r"state is kept\. Lower the learning rate",
     ):
-        train(Faulty(4, number), run(9, save_every=2), store=shelf)
-    assert shelf.saves == [(2, "step")]
-    assert shelf.state["step"] == 2 and all(p.isfinite().all() for p in shelf.state["params"])
+        train(Lasting(4, number, 99), run(30, save_every=2), store=shelf)
+    assert shelf.saves == [(2, "step"), (4, "step")]
+    assert all(p.isfinite().all() for p in shelf.state["params"])
 
 
-def test_a_gradient_that_is_no_number_stops_too_though_the_loss_is_one():
+def test_a_short_run_without_any_number_is_not_a_finished_one():
+    shelf = Shelf()
+    with pytest.raises(Diverged, match="at step 3, the last of 3 in a row"):
+        train(Lasting(1, math.nan, 99), run(3), store=shelf)
+    assert shelf.saves == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_batch_whose_gradient_is_no_number_is_skipped_and_told(number, accumulate):
+    """SGD without momentum: the step changes nothing, and those before and after it are as ever."""
+    optimizing, told = OptimizerSettings(**PLAIN.to_dict() | {"accumulate": accumulate}), []
+    method = Faulty(3 * accumulate, number)
+    shelf = Shelf()
+    losses = train(method, run(6), optimizing, report=told.append, store=shelf, interval=0)
+    assert len(losses) == 6 and not math.isfinite(losses[2]) and all(map(math.isfinite, losses[:2] + losses[3:]))
+    assert told[-1].skipped == 1 and "1 step skipped: the gradient was not finite" in told[-1].format_line()
+    assert "loss nan" not in told[-1].format_line() and "skipped" not in told[0].format_line()
+
+    without = Skipping(2)
+    train(without, run(6), optimizing)
+    assert method.w.item() == without.w.item()
+
+
+class Skipping(Line):
+    """A Line whose loss is 0 in one step, counted from 0."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def loss(self, generator):
+        skipped = generator.initial_seed() == step_rng(0, self.step).initial_seed()
+        return super().loss(generator) * (0.0 if skipped else 1.0)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "RAdam", "SGD"])
+def test_a_skipped_step_leaves_every_optimizer_with_finite_numbers(optimizer):
+    method = Faulty(1, math.nan)
+    shelf = Shelf()
+    train(method, run(4), OptimizerSettings(optimizer=optimizer), store=shelf)
+    assert method.w.isfinite().all() and method.w.item() != 0
+    assert shelf.state["skipped"] == [1, 0]
+
+
+def test_a_gradient_that_is_no_number_is_skipped_too_though_the_loss_is_one():
     """sqrt(w^2) at w = 0 is 0 with the gradient 0/0."""
 
     class Root(Line):
@@ -296,12 +401,29 @@ def test_a_gradient_that_is_no_number_stops_too_though_the_loss_is_one():
             return (self.w.square()).sqrt()
 
     shelf, method = Shelf(), Root()
-    with pytest.raises(Diverged, match=r"The loss became 0\.0 with gradient norm nan at step 1\."):
-        train(method, run(3, save_every=1), store=shelf)
-    assert shelf.saves == []
+    with pytest.raises(Diverged, match=r"The loss became 0\.0 with gradient norm nan at step 3, the last of 3"):
+        train(method, run(3), store=shelf)
+    assert shelf.saves == [] and method.w.item() == 0
 
 
-def test_an_interrupt_after_an_unseen_nan_saves_nothing():
+@pytest.mark.parametrize("stop", [5, 8])
+def test_skipped_steps_are_counted_on_by_a_run_that_goes_on(stop):
+    """NaN from step 4 on: stopped after `stop` steps and started again, it ends with step 13 all the same."""
+    shelf = Shelf()
+    with pytest.raises(Stop):
+        train(Lasting(4, math.nan, 99), run(30), report=stop_at(stop), store=shelf, interval=0)
+    assert shelf.state["skipped"] == [stop - 3, stop - 3] and shelf.saves[-1] == (stop, "stopped")
+    with pytest.raises(Diverged, match="at step 13, the last of 10 in a row"):
+        train(Lasting(1, math.nan, 99), run(30), store=shelf)
+
+
+def test_a_run_without_trouble_has_no_word_of_skipped_steps_in_its_state():
+    shelf = Shelf()
+    train(Line(), run(2), store=shelf)
+    assert "skipped" not in shelf.state
+
+
+def test_an_interrupt_after_an_unseen_nan_saves_the_step_as_skipped():
     """With a long interval the NaN of step 2 is not fetched when the interrupt of step 3 comes."""
     shelf = Shelf()
 
@@ -311,11 +433,22 @@ def test_an_interrupt_after_an_unseen_nan_saves_nothing():
                 raise Stop
             return super().loss(generator)
 
-    with pytest.raises(Stop) as stopped:
+    with pytest.raises(Stop):
         train(Both(2, math.nan), run(5), store=shelf, interval=100)
-    assert shelf.saves == []
-    if hasattr(stopped.value, "__notes__"):
-        assert "The state of step 2 could not be saved: The loss became nan" in stopped.value.__notes__[0]
+    assert shelf.saves == [(2, "stopped")] and shelf.state["skipped"] == [1, 1]
+    assert all(p.isfinite().all() for p in shelf.state["params"])
+
+
+def test_gradients_are_zeroed_whatever_they_hold_and_otherwise_kept_bit_for_bit():
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    odd = [torch.tensor([[math.nan, -math.inf], [-0.0, 1e-30]], dtype=dtype).t() for dtype in kinds]
+    kept = [grad.clone() for grad in odd]
+    zero_gradients_unless(torch.tensor(True), kept)
+    for before, after in zip(odd, kept, strict=True):
+        bits = BIT_TYPES[before.dtype.itemsize]
+        assert torch.equal(before.view(bits), after.view(bits))
+    zero_gradients_unless(torch.tensor(False), kept)
+    assert all((grad == 0).all() for grad in kept)
 
 
 def test_a_store_that_fails_twice_raises_its_first_error():

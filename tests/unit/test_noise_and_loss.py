@@ -2,6 +2,7 @@
 trained."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from trainyard.trainers.diffusion import (
 from trainyard.trainers.files import read_state_tree, write_state_tree
 from trainyard.trainers.loop import NoStore, TrainingState, train
 from trainyard.trainers.methods.lora import LoraTraining
-from trainyard.trainers.optimizers import apply_eval_weights, eval_weights_applied, make_optimizer
+from trainyard.trainers.optimizers import EmaOptimizer, apply_eval_weights, eval_weights_applied, make_optimizer
 from trainyard.trainers.settings import (
     AdapterSettings,
     NoiseSettings,
@@ -227,6 +228,32 @@ def test_the_average_by_hand(on_cpu):
     assert line.w.item() == 2.0, "training goes on from where it was"
     apply_eval_weights(optimizer)
     assert line.w.item() == pytest.approx(1.8)
+
+
+def test_an_average_in_main_memory_waits_once_for_all_tensors(monkeypatch):
+    """Pretended parameters of a GPU: every copy is queued before the one wait."""
+    queue = []
+
+    class Pretended:
+        device, is_cuda = torch.device("cuda:1"), True
+
+        def detach(self):
+            return self
+
+    class Arrival:
+        device = torch.device("cpu")
+
+        def copy_(self, value, non_blocking):
+            assert isinstance(value, Pretended) and non_blocking
+            queue.append("copy")
+
+    stream = types.SimpleNamespace(synchronize=lambda: queue.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    average = EmaOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 0.9)
+    average.arrivals = [Arrival() for _ in range(3)]
+    monkeypatch.setattr(average, "params", lambda: [Pretended() for _ in range(3)])
+    average.fetch_parameters()
+    assert queue == ["copy"] * 3 + ["wait"]
 
 
 def test_the_average_resumes_bit_for_bit(tmp_path):
