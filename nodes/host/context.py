@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 
 import comfy.model_management as mm
+import comfy.ops
 import comfy_kitchen
 import torch
 from comfy_kitchen.backends.eager import rope as eager_rope
@@ -56,6 +57,22 @@ def set_training_flag():
         yield
     finally:
         mm.in_training = before
+
+
+@contextlib.contextmanager
+def disable_fp8_matmul():
+    """Under `--fast fp8_matrix_mult` the host multiplies in fp8 wherever no gradient is asked for, and falls back to
+    the compute dtype where one is: the frozen model's predictions would differ by percents from those of untrained
+    adapters. While training, both sides cast the stored weights. Per-layer quantised weights need nothing: the host
+    multiplies them alike on both sides."""
+    if not hasattr(comfy.ops, "fp8_linear"):
+        yield
+        return
+    before, comfy.ops.fp8_linear = comfy.ops.fp8_linear, lambda layer, x: None  # None: the host casts instead
+    try:
+        yield
+    finally:
+        comfy.ops.fp8_linear = before
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
 from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings
 from .context import (
+    disable_fp8_matmul,
     disable_transfer_streams,
     enable_gradients,
     find_block_classes,
@@ -111,7 +112,7 @@ def open_training_session(
         stack.enter_context(load_with_adapters(patcher, adapters, memory))
         replace_inference_parameters(patcher.model)
         stack.enter_context(disable_inplace_updates(network))
-        for habit in (set_training_flag, disable_transfer_streams, use_differentiable_rope):
+        for habit in (set_training_flag, disable_fp8_matmul, disable_transfer_streams, use_differentiable_rope):
             stack.enter_context(habit())
         session.blocks.plan = PLAN_PER_BLOCK if checkpointing == PLAN_AUTO else checkpointing  # until a plan is chosen
         if compiling:

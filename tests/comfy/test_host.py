@@ -3,6 +3,7 @@
 import hashlib
 
 import comfy.model_management as mm
+import comfy.ops
 import comfy.sd
 import nodes as comfy_nodes
 import pytest
@@ -237,6 +238,35 @@ def test_a_base_in_eight_bits_trains_with_right_gradients(storage, checkpointing
             error = host.checks.check_gradients(session, torch.randn(1, 16, 8, 8), [cond])
     assert error < 1e-3, f"{error:.1e}"
     assert host.identity.hash_model_and_schedule(model) == before
+
+
+@pytest.mark.parametrize("storage", ["fp8", "quantised"])
+def test_the_frozen_model_and_untrained_adapters_predict_the_same_bits_where_fp8_is_multiplied(
+    storage, tmp_path, monkeypatch
+):
+    """As with `--fast fp8_matrix_mult` on a device that can: what is learnt is what the adapters change, and no
+    difference of arithmetic between a pass with gradients and one without."""
+    monkeypatch.setattr(mm, "SUPPORT_FP8_OPS", True)
+    path, fp8_linear = tiny.build("flux"), comfy.ops.fp8_linear
+    if storage == "quantised":
+        save_file(quantised(load_file(path)), tmp_path / "flux.safetensors")
+        path = tmp_path / "flux.safetensors"
+    options = {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True} if storage == "fp8" else {}
+    rng = torch.Generator().manual_seed(0)
+    cond = {
+        "cross_attn": torch.randn(1, 7, 768, generator=rng),
+        "pooled_output": torch.randn(1, 768, generator=rng),
+    }
+    x, sigma = torch.randn(1, 16, 8, 8, generator=rng), torch.tensor([0.5])
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(path), model_options=options)
+        with host.session.open_training_session(model, RANK_4) as session:
+            assert (comfy.ops.fp8_ops.Linear in map(type, session.denoiser.model.modules())) == (storage == "fp8")
+            student = session.denoiser.denoise(x, sigma, [cond])
+            with torch.no_grad(), session.adapters.at_strength(0):
+                teacher = session.denoiser.denoise(x, sigma, [cond])
+            assert student.requires_grad and torch.equal(student, teacher)
+    assert comfy.ops.fp8_linear is fp8_linear
 
 
 def test_no_shared_transfer_buffer_is_used_while_training(monkeypatch):
