@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import struct
+import time
+import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +46,8 @@ def write_bytes_atomically(path, blob: bytes):
     """Replace the file in one go: a reader sees the old one or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remove_stale_parts_once(path.parent)
+    part = new_part_path(path.parent)
     try:
         with open(part, "wb") as file:
             file.write(blob)
@@ -47,16 +55,76 @@ def write_bytes_atomically(path, blob: bytes):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(
-            error.errno,
-            f"{path} could not be written ({error.strerror}): {len(blob) / 2**20:.1f} MiB are needed and {free:.1f} "
-            "MiB are free. An older file of that name is untouched. Free some space and press Run again; the run "
-            "continues where it was saved.",
-        ) from error
+        raise OSError(error.errno, describe_failed_write(path, len(blob), error)) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def describe_failed_write(path: Path, size: int, error: OSError) -> str:
+    """What could not be written, why, and what to do about that reason."""
+    if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+        return f"{path} could not be written ({error.strerror}): the name is not possible here. Choose a shorter one."
+    free = shutil.disk_usage(path.parent).free / 2**20
+    return (
+        f"{path} could not be written ({error.strerror}): {size / 2**20:.1f} MiB are needed and {free:.1f} MiB are "
+        "free. An older file of that name is untouched. Free some space and press Run again; the run continues where "
+        "it was saved."
+    )
+
+
+# -- half-written files ------------------------------------------------------------------------------------------------
+
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+PROCESS = uuid.uuid4().hex[:8]  # process ids come again, in containers at every start
+PART_NUMBERS = itertools.count()
+PART_PATTERN = re.compile(r"\.([0-9a-f]{8})-([0-9a-f]{8})-\d+\.(\d+)\.part")
+STALE_PART_SECONDS = 3600.0  # of parts whose owner cannot be asked: on another machine, or of the first releases
+SWEPT_FOLDERS: set[Path] = set()
+
+
+def new_part_path(folder: Path) -> Path:
+    """Where something is written before it gets its name: one place for each writer, and never a long name."""
+    return folder / f".{MACHINE}-{PROCESS}-{next(PART_NUMBERS)}.{os.getpid()}.part"
+
+
+def remove_stale_parts_once(folder: Path) -> None:
+    """`remove_stale_parts`, when this process has not been in the folder before."""
+    if folder not in SWEPT_FOLDERS:
+        SWEPT_FOLDERS.add(folder)
+        remove_stale_parts(folder)
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Remove what a dead process left half written; what others are writing stays."""
+    for part in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if is_stale_part(part):
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+
+
+def is_stale_part(part: Path) -> bool:
+    known = PART_PATTERN.fullmatch(part.name)
+    if known and known[1] == MACHINE:
+        return known[2] != PROCESS and (int(known[3]) == os.getpid() or not is_process_alive(int(known[3])))
+    is_old = time.time() - part.stat().st_mtime > STALE_PART_SECONDS
+    return is_old and (known is not None or part.is_file())  # a folder without our mark may be someone's download
+
+
+def is_process_alive(process_id: int) -> bool:
+    """Whether it runs on this machine; True where that cannot be known."""
+    if os.name != "posix":  # there os.kill ends the process
+        return True
+    try:
+        os.kill(process_id, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# -- safetensors -------------------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,29 +132,53 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ones would change with their file, and Windows would not let it be replaced."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).exists() and not Path(path).is_file():  # opening a named pipe would wait for ever
+        raise ValueError(f"{path} is not a readable safetensors file: it is no regular file")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 # -- trees: nested states of optimizers and methods as one safetensors file --------------------------------------------
 
+TREE_KEY, CHECKSUM_KEY = "tree", "blake3"  # all metadata of a state tree, so that a damaged key is seen too
+
 
 def write_state_tree(path, tree):
-    """Write nested dicts, lists, tuples, numbers, strings and tensors as one safetensors file, exactly."""
+    """Write nested dicts, lists, tuples, numbers, strings and tensors as one safetensors file, exactly, with a checksum
+    of all of it."""
     tensors: dict[str, Tensor] = {}
-    shape = pack_state_tree(tree, tensors)
-    write_safetensors(path, tensors, {"tree": json.dumps(shape)})
+    text = json.dumps(pack_state_tree(tree, tensors))
+    write_safetensors(path, tensors, {TREE_KEY: text, CHECKSUM_KEY: hash_state_tree(text, tensors)})
 
 
 def read_state_tree(path) -> Any:
-    """What `write_tree` wrote, equal in every bit."""
+    """What `write_state_tree` wrote, equal in every bit. Raises ValueError for a file that is none, or whose content
+    is not what was written; files of the first releases have no checksum and are read as they are."""
     tensors, metadata = read_safetensors(path)
-    if "tree" not in metadata:
+    if TREE_KEY not in metadata:
         raise ValueError(f"{path} is not a saved state")
-    return unpack_state_tree(json.loads(metadata["tree"]), tensors)
+    written = {key: value for key, value in metadata.items() if key != TREE_KEY}
+    if written and written != {CHECKSUM_KEY: hash_state_tree(metadata[TREE_KEY], tensors)}:
+        raise ValueError(f"{path} is damaged: its content is not what was written (the checksum differs)")
+    try:
+        return unpack_state_tree(json.loads(metadata[TREE_KEY]), tensors)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def hash_state_tree(text: str, tensors: dict[str, Tensor]) -> str:
+    """blake3 over the tree's text and every tensor's name, type, shape and values (some GB a second on one core)."""
+    from blake3 import blake3
+
+    digest = blake3(text.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"\n{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack_state_tree(tree, tensors):
@@ -104,19 +196,33 @@ def pack_state_tree(tree, tensors):
 
 
 def unpack_state_tree(shape, tensors) -> Any:
+    """The tree that was packed. Raises ValueError for what `pack_state_tree` never makes."""
+    try:
+        return unpack_state_node(shape, tensors)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it holds no state tree ({type(error).__name__}: {error})") from error
+
+
+def unpack_state_node(shape, tensors) -> Any:
     if isinstance(shape, list):
-        return [unpack_state_tree(v, tensors) for v in shape]
+        return [unpack_state_node(v, tensors) for v in shape]
     if not isinstance(shape, dict):
         return shape
     ((kind, value),) = shape.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "tuple":
-        return tuple(unpack_state_tree(v, tensors) for v in value)
-    return {unpack_state_tree(k, tensors): unpack_state_tree(v, tensors) for k, v in value}
+        return tuple(unpack_state_node(v, tensors) for v in value)
+    if kind != "dict":
+        raise ValueError(f"it holds no state tree ({kind!r})")
+    return {unpack_state_node(k, tensors): unpack_state_node(v, tensors) for k, v in value}
 
 
 # -- LoRA files --------------------------------------------------------------------------------------------------------
+
+
+TRAINING_COMMENT = "trained by Trainyard"
+LORA_HASH_KEY = "modelspec.hash_sha256"
 
 
 class LoraFile(dict):
@@ -180,7 +286,7 @@ def lora_metadata(
         "ss_resolution": resolution,
         "ss_output_name": title,
         "ss_caption_dropout_rate": dataset.get("dropout", 0.0),
-        "ss_training_comment": "trained by Trainyard",
+        "ss_training_comment": TRAINING_COMMENT,
     }
     spec = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -235,8 +341,24 @@ def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
             f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the "
             "learning rate."
         )
-    metadata = {**lora.metadata, "modelspec.hash_sha256": f"0x{tensor_hash(lora)}", **(extra or {})}
+    metadata = {**lora.metadata, LORA_HASH_KEY: f"0x{tensor_hash(lora)}", **(extra or {})}
     write_safetensors(path, lora, metadata)
+
+
+def read_lora(path) -> LoraFile:
+    """A LoRA file of any tool. Raises ValueError when it is no safetensors file, or when it is one of ours whose values
+    are not those that were written."""
+    tensors, metadata = read_safetensors(path)
+    written = metadata.get(LORA_HASH_KEY)
+    ours = metadata.get("ss_training_comment") == TRAINING_COMMENT  # others hash other things under that key
+    if ours and written is not None and written != f"0x{tensor_hash(tensors)}":
+        raise ValueError(
+            f"{path} is damaged: its values are not those that were saved ({LORA_HASH_KEY} differs). Take an earlier "
+            f"file of the run, or a copy. If another program changed it on purpose, remove {LORA_HASH_KEY} from its "
+            "metadata."
+        )
+    steps = metadata.get("ss_steps", "")
+    return LoraFile(tensors, metadata, int(steps) if steps.isdecimal() else 0)
 
 
 def rescale_lora(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFile:

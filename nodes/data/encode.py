@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import ImageColor
 
+from ...trainers.data import cache
 from ...trainers.data.bucket_report import assign_buckets, draw_buckets_sheet, format_bucket_report
 from ...trainers.data.buckets import BucketSettings
 from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
@@ -130,6 +131,10 @@ class EncodeDataset(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_):
+        return cache.lost_files  # so that Run encodes again what a Train node missed
 
     @classmethod
     def execute(cls, dataset, vae, clip=None, flip=False, seed=0, ground="#ffffff", **widgets):

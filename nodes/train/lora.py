@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.files import LoraFile, as_lora_file, read_safetensors, write_lora
+from ...trainers.files import as_lora_file, read_lora, read_safetensors, write_lora
 from ...trainers.monitor.plots import draw_loss_plot
 from .. import host, paths
 from ..fields import CATEGORY, LoraModelType, LossMapType, graph_metadata
@@ -66,7 +66,10 @@ class SaveLora(io.ComfyNode):
 
 def file_matches_lora(path, lora) -> bool:
     """True if the file holds these very tensors."""
-    there, _ = read_safetensors(path)
+    try:
+        there, _ = read_safetensors(path)
+    except ValueError:  # a damaged file
+        return False
     return there.keys() == lora.keys() and all(torch.equal(there[k], lora[k].cpu()) for k in there)
 
 
@@ -95,10 +98,9 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, file):
-        tensors, metadata = read_safetensors(paths.lora_path(file))
-        about = "\n".join(f"{k}: {v}" for k, v in sorted(metadata.items()) if k not in ("workflow", "prompt"))
-        steps = metadata.get("ss_steps", "")
-        return io.NodeOutput(LoraFile(tensors, metadata, int(steps) if steps.isdecimal() else 0), about)
+        lora = read_lora(paths.lora_path(file))
+        about = "\n".join(f"{k}: {v}" for k, v in sorted(lora.metadata.items()) if k not in ("workflow", "prompt"))
+        return io.NodeOutput(lora, about)
 
 
 class ApplyLora(io.ComfyNode):

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, cached_files, captioned, encoded, image, repaint
+from trainyard.trainers.data import cache
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import READ_AHEAD_ENTRIES, DiskCache, LruCache, count_tensor_bytes
 from trainyard.trainers.data.caption_variants import CaptionSettings
@@ -93,6 +94,22 @@ def test_leftovers_of_a_killed_process_are_swept_and_others_work_is_left(tmp_pat
         os.utime(old, (time.time() - 7200,) * 2)
         DiskCache(tmp_path)
         assert not old.exists() and young.exists(), folder
+
+
+def test_a_value_with_a_flipped_bit_is_never_trained_on_and_is_encoded_again(tmp_path):
+    """The last bytes of a file are values: its header tells nothing."""
+    captioned(tmp_path / "in", 2)
+    good = encoded(tmp_path)
+    keys = good.items[0].latent, good.items[1].caption_keys[0]
+    whole = {key: good.store.path(key).read_bytes() for key in keys}
+    for key, blob in whole.items():
+        good.store.path(key).write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    missed = cache.lost_files
+    for key in keys:
+        with pytest.raises(ValueError, match=r"gone or damaged. Run Encode Dataset again \(press Run\)"):
+            encoded(tmp_path).store.load(key)
+    assert cache.lost_files == missed + 2, "the node sees that something is missing"
+    assert {key: encoded(tmp_path).store.path(key).read_bytes() for key in keys} == whole
 
 
 def test_nothing_is_encoded_twice(tmp_path):
@@ -232,7 +249,7 @@ def test_what_a_value_does_not_need_is_not_stored_and_comes_back(tensor, share, 
     cache = DiskCache(tmp_path)
     cache.write("a", {"cross_attn": tensor, "pooled": None})
     size = cache.path("a").stat().st_size
-    assert share * tensor.nbytes <= size < share * tensor.nbytes + 300, size / tensor.nbytes
+    assert share * tensor.nbytes <= size < share * tensor.nbytes + 400, size / tensor.nbytes
     back = cache.load("a")["cross_attn"]
     assert back.dtype == torch.float32 and torch.equal(back.nan_to_num(7.0), tensor.nan_to_num(7.0))
     assert cache.read_shapes("a") == {"cross_attn": (1, 64, 64), "pooled": None}

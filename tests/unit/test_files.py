@@ -1,19 +1,26 @@
 """Files survive crashes and full disks, hold the same bytes for the same content, and say what is in them."""
 
+import concurrent.futures
 import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from trainyard.tests.unit.toy import rng
+from trainyard.trainers import files
 from trainyard.trainers.files import (
     LoraFile,
     lora_metadata,
+    read_lora,
     read_safetensors,
     read_state_tree,
     tensor_hash,
@@ -108,6 +115,54 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b))[1])
     write_bytes_atomically(tmp_path / "new folder" / "star", b"new")
     assert order == ["sync", "replace"] and names(tmp_path / "new folder") == ["star"]
+
+
+def dead_process_id():
+    """The id of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def test_what_a_dead_process_left_half_written_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    """Also when the next process has the same id, as in a container that starts again."""
+    here = tmp_path / "loras"
+    here.mkdir()
+    dead, same_id, works, elsewhere, foreign = (
+        f".{files.MACHINE}-00000000-0.{dead_process_id()}.part",
+        f".{files.MACHINE}-00000000-1.{os.getpid()}.part",
+        f".{files.MACHINE}-00000000-2.{os.getppid()}.part",
+        ".00000000-00000000-3.1.part",
+        ".model.part",
+    )
+    for name in (dead, same_id, works, elsewhere):
+        (here / name).write_bytes(b"half")
+    (here / foreign).mkdir()
+    os.utime(here / foreign, (0, 0))
+    write_bytes_atomically(here / "star", b"new")
+    assert names(here) == sorted([works, elsewhere, foreign, "star"])
+    os.utime(here / elsewhere, (time.time() - 7200,) * 2)
+    files.remove_stale_parts(here)
+    assert names(here) == sorted([works, foreign, "star"])
+
+
+def test_two_threads_that_write_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """Both wait until both parts are written."""
+    both, sync = threading.Barrier(2), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (sync(descriptor), both.wait(10)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda blob: write_bytes_atomically(tmp_path / "star", blob), (b"one", b"two")))
+    assert (tmp_path / "star").read_bytes() in (b"one", b"two") and names(tmp_path) == ["star"]
+
+
+def test_the_longest_name_of_a_disk_can_be_written(tmp_path):
+    write_bytes_atomically(tmp_path / ("x" * 255), b"new")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"new"
+
+
+def test_a_name_that_is_too_long_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(OSError, match="the name is not possible here. Choose a shorter one"):
+        write_bytes_atomically(tmp_path / ("あ" * 86), b"new")
 
 
 # -- the same bytes ----------------------------------------------------------------------------------------------------
@@ -210,6 +265,62 @@ def test_a_lora_is_no_saved_state(tmp_path):
         read_state_tree(tmp_path / "star.safetensors")
 
 
+STATE = {
+    "step": 3,
+    "losses": torch.arange(3.0),
+    "params": [torch.ones(4, 3), torch.ones(2, dtype=torch.bfloat16)],
+    "why": None,
+}
+
+
+def flipped(blob, bit):
+    """The bytes with one bit turned over."""
+    return blob[: bit // 8] + bytes([blob[bit // 8] ^ 1 << bit % 8]) + blob[bit // 8 + 1 :]
+
+
+@pytest.mark.parametrize("start", [0, 5, 11])
+def test_no_flipped_bit_of_a_state_is_accepted(start, tmp_path):
+    """Every 17th bit from three starts: lengths, names, types, shapes, the tree, the checksum and the values."""
+    path = tmp_path / "state"
+    write_state_tree(path, STATE)
+    blob = path.read_bytes()
+    for bit in range(start, 8 * len(blob), 17):
+        path.write_bytes(flipped(blob, bit))
+        with pytest.raises(ValueError, match=r"state is (damaged|not a)"):
+            read_state_tree(path)
+
+
+def test_a_state_that_is_cut_off_anywhere_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "state"
+    write_state_tree(path, STATE)
+    blob = path.read_bytes()
+    for length in range(0, len(blob), 13):
+        path.write_bytes(blob[:length])
+        with pytest.raises(ValueError, match="state is not a readable safetensors file"):
+            read_state_tree(path)
+
+
+def test_a_state_of_the_first_releases_has_no_checksum_and_is_read(tmp_path):
+    write_safetensors(tmp_path / "state", {"0": torch.ones(2)}, {"tree": '{"dict": [["w", {"tensor": "0"}]]}'})
+    assert read_state_tree(tmp_path / "state")["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "tree", ["", "{", "{}", '{"tensor": "7"}', '{"dict": 5}', '{"dict": [[1]]}', '{"x": 1}', "[" * 100_000]
+)
+def test_a_tree_that_nobody_wrote_is_an_error_in_words(tree, tmp_path):
+    write_safetensors(tmp_path / "state", {"0": torch.ones(2)}, {"tree": tree})
+    with pytest.raises(ValueError, match="state is damaged: "):
+        read_state_tree(tmp_path / "state")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "state")
+    with pytest.raises(ValueError, match="state is not a readable safetensors file: it is no regular file"):
+        read_state_tree(tmp_path / "state")
+
+
 # -- LoRA files --------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +359,25 @@ def test_an_empty_lora_is_refused(tmp_path):
     ):
         write_lora(tmp_path / "star.safetensors", LoraFile({}, metadata()))
     assert names(tmp_path) == []
+
+
+def test_a_damaged_lora_of_ours_is_told_by_its_hash(tmp_path):
+    """Every 101st bit of the values: each is found by the hash that the file has had since the first release."""
+    path = tmp_path / "star.safetensors"
+    write_lora(path, lora())
+    blob = path.read_bytes()
+    assert read_lora(path).keys() == lora().keys() and read_lora(path).steps == 300
+    values = 8 * (8 + int.from_bytes(blob[:8], "little"))
+    for bit in range(values, 8 * len(blob), 101):
+        path.write_bytes(flipped(blob, bit))
+        with pytest.raises(ValueError, match=r"star\.safetensors is damaged: its values are not those that were saved"):
+            read_lora(path)
+
+
+def test_a_lora_of_another_tool_is_read_whatever_its_hash_says(tmp_path):
+    about = {"modelspec.hash_sha256": "0x00", "ss_training_comment": "mine", "ss_steps": "many"}
+    write_safetensors(tmp_path / "other", {"w": torch.ones(1)}, about)
+    assert read_lora(tmp_path / "other")["w"].item() == 1.0 and read_lora(tmp_path / "other").steps == 0
 
 
 def test_metadata_says_what_other_tools_look_for():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_state_tree, unpack_state_tree, write_state_tree
+from ..files import read_state_tree, remove_stale_parts, unpack_state_tree, write_state_tree
 
 MIB = 2**20
-STALE_PART_SECONDS = 3600.0
 SHARD_DIGITS = 2  # 256 folders
 READ_AHEAD_ENTRIES = 32  # most that are read ahead for one batch
 PACKED = "packed"  # the only key of a dict in the place of a packed tensor
 PACKED_DTYPES = (torch.bfloat16, torch.float16)
 PROBE_VALUES = 1024  # values that tell most tensors that do not fit a smaller type
+lost_files = 0  # that were asked for in this process and were gone or damaged
 
 
 class LruCache:
@@ -69,7 +68,8 @@ class DiskCache:
         self.reading: OrderedDict[str, Future] = OrderedDict()
         self.reader: ThreadPoolExecutor | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(self.folder)
+        for folder in (self.folder, *self.folder.glob("[0-9a-f]" * SHARD_DIGITS)):
+            remove_stale_parts(folder)
         self.move_unsharded_files()
 
     def path(self, key: str) -> Path:
@@ -121,16 +121,25 @@ class DiskCache:
         try:
             return self.read_tree(key)
         except (OSError, ValueError) as error:
+            self.remove_damaged_file(key, error)
             raise ValueError(self.describe_lost_file(key)) from error
 
     def read_tree(self, key: str) -> dict:
         with torch.inference_mode(False):  # a node may ask, and autograd refuses tensors made in inference mode
             return unpack_tree(read_state_tree(self.path(key)), unpack_tensor)
 
+    def remove_damaged_file(self, key: str, error: Exception) -> None:
+        """So that the next encoding makes it again."""
+        global lost_files
+        lost_files += 1
+        if isinstance(error, ValueError):
+            with contextlib.suppress(OSError):
+                self.path(key).unlink()
+
     def describe_lost_file(self, key: str) -> str:
         return (
-            f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again; only what is missing is "
-            "encoded."
+            f"The cached file {self.path(key)} is gone or damaged. Run Encode Dataset again (press Run); only what is "
+            "missing is encoded."
         )
 
 
@@ -155,15 +164,6 @@ def count_tensor_bytes(tree) -> int:
     counted = []
     map_tensors(tree, lambda tensor: counted.append(tensor.nbytes))
     return sum(counted)
-
-
-def remove_stale_parts(folder: Path) -> None:
-    """Remove what a killed process left half written; younger files may belong to another process at work."""
-    shard = "[0-9a-f]" * SHARD_DIGITS
-    for part in [*folder.glob(".*.part"), *folder.glob(f"{shard}/.*.part")]:
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > STALE_PART_SECONDS:
-                part.unlink()
 
 
 # -- tensors without what their values do not need ---------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..files import new_part_path, remove_stale_parts
 from ..settings import Settings, choice_field, compute_fingerprint, number_field, text_field
 from .metadata import format_count, format_first_names
 from .readers import MASK_SUFFIX, image_extensions, make_printable
@@ -118,7 +119,8 @@ def save_dataset(
         )
     check_save_folder(target, dataset, overwrite)
     lines = any(len(record.captions) > 1 for record in dataset)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    remove_stale_parts(target.parent)
+    part = new_part_path(target.parent)
     try:
         part.mkdir(parents=True)
         for done, destination in enumerate(destinations, 1):
