@@ -19,6 +19,7 @@ from .data.encode import encode_dataset
 from .data.encoded import most_common_bucket
 from .data.images import tensor_to_image
 from .data.readers import read_folder, require_captions
+from .data.records import describe_colour_profiles
 from .files import LoraFile, lora_metadata, write_lora
 from .loop import mean_recent_loss, train
 from .methods.lora import LoraTraining
@@ -253,8 +254,12 @@ class CommandLineJob:
             self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress
         )
         self.screen.print_line(f"{len(dataset)} images in {self.args.images}")
+        used = {record.path for record in dataset}
         for path, reason in dataset.skipped:
-            self.screen.print_line(f"  left out: {reason if path in reason else f'{path}: {reason}'}")
+            word = "noted" if path in used else "left out"
+            self.screen.print_line(f"  {word}: {reason if path in reason else f'{path}: {reason}'}")
+        for line in describe_colour_profiles(dataset):
+            self.screen.print_line(f"  {line}")
         if self.captions.caption_mode == CAPTION_MODE_TEXT and not self.captions.trigger.strip():
             require_captions(dataset)  # before the model is loaded
         return dataset

@@ -14,6 +14,7 @@ from ...trainers.data.join_split import (
 )
 from ...trainers.data.quality.duplicates import group_near_duplicates
 from ...trainers.data.readers import CAPTION_LINE_MODES, hash_folder_state, make_printable, read_folder
+from ...trainers.data.records import describe_colour_profiles, describe_left_out
 from ...trainers.data.writers import SaveSettings, format_save_summary, save_dataset
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
@@ -442,7 +443,8 @@ def format_dataset_summary(dataset) -> str:
     masked = sum(1 for r in dataset if r.mask)
     masks = f", {masked} with masks" if masked else ""
     lines = [f"{len(dataset)} images, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"]
-    return make_printable("\n".join(lines + [f"skipped {path}: {reason}" for path, reason in dataset.skipped]))
+    lines += describe_colour_profiles(dataset)
+    return make_printable("\n".join(lines + describe_left_out(dataset)))
 
 
 NODES = [

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 
 from ...trainers.data.image_scan import ScanOptions, scan_images
 from ...trainers.data.images import image_to_batch_tensor
-from ...trainers.data.records import ImageDataset
+from ...trainers.data.records import ImageDataset, describe_left_out
 from ...trainers.data.similarity.clusters import ClusterSettings, cluster_features
 from ...trainers.data.similarity.similar import (
     ImageFeatures,
@@ -128,7 +128,7 @@ def format_features_summary(features: ImageFeatures) -> str:
         f"{len(features)} images seen by {features.source}, {features.rows.shape[1]} numbers each; they amount to "
         f"{features.diversity:.1f} different ones"
     ]
-    return "\n".join(lines + [f"skipped {path}: {reason}" for path, reason in features.dataset.skipped])
+    return "\n".join(lines + describe_left_out(features.dataset))
 
 
 class SimilarImages(io.ComfyNode):

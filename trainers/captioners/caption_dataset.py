@@ -132,7 +132,7 @@ class CaptioningJob:
 
         The cache holds the raw answer: other forced words need no new one."""
         prompt = self.prompt(record)
-        key = compute_fingerprint("said", record.id, record.crop, self.captioner.identity, prompt)
+        key = compute_fingerprint("said", record.pixels_id, record.crop, self.captioner.identity, prompt)
         cached = self.cache.find(key) if self.cache else None
         raw = cached or self.run_captioner(record, prompt)
         result = apply_wording_rules(self.wording, raw)

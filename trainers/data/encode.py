@@ -209,7 +209,7 @@ def plan_image_encoding(record, placement, flip, vae, ground) -> EncodingPlan:
 
 def latent_key(record, placement, mirrored, vae, ground) -> str:
     return compute_fingerprint(
-        "latent", ENCODING_VERSION, record.id, record.crop, vars(placement), mirrored, vae.identity, list(ground)
+        "latent", ENCODING_VERSION, record.pixels_id, record.crop, vars(placement), mirrored, vae.identity, list(ground)
     )
 
 

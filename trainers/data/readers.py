@@ -23,6 +23,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from .colour_profiles import ColourProfile, read_colour_profile
 from .file_facts import FileFacts
 from .folder_listing import entry_is_file, entry_is_folder
 from .metadata import (
@@ -37,13 +38,12 @@ from .metadata import (
     read_metadata_table,
     read_sidecar_metadata,
 )
+from .pixel_modes import check_colour_mode, has_alpha
 from .records import (
     SIDEWAYS_ORIENTATIONS,
     ImageDataset,
     ImageRecord,
-    check_colour_mode,
     check_mask_size,
-    has_alpha,
     read_exif_orientation,
     sha1_hex,
 )
@@ -84,6 +84,10 @@ class SkippedFiles:
     def add(self, path, reason) -> None:
         if self.strict:
             raise reason if isinstance(reason, Exception) else ValueError(str(reason))
+        self.note(path, reason)
+
+    def note(self, path, reason) -> None:
+        """What is no fault of a file that was asked for: told, also with strict."""
         self.entries.append((str(path), str(reason)))
 
 
@@ -122,7 +126,10 @@ def read_folder(
     records = []
     for done, listed in enumerate(files, 1):
         try:
-            records.append(read_image_record(listed, repeats, layout))
+            record, remark = read_image_record(listed, repeats, layout)
+            records.append(record)
+            if remark:
+                skipped.note(listed.file, remark)
         except ValueError as error:
             skipped.add(listed.file, error)
         if progress:
@@ -184,7 +191,7 @@ def list_folder_images(root: Path, masks: Path | None, skipped: SkippedFiles) ->
         try:
             files += list_kohya_images(folder, root)
         except ValueError as error:
-            skipped.entries.append((str(folder), str(error)))  # also with strict: nothing in it was asked for
+            skipped.note(folder, error)
     return files
 
 
@@ -343,11 +350,11 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
 # -- one file ----------------------------------------------------------------------------------------------------------
 
 
-def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions) -> ImageRecord:
-    """The record of one image file. Its bytes are read once, for the hash and the size, for as long as it stays
-    the same."""
+def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions) -> tuple[ImageRecord, str | None]:
+    """(the record of one image file, what is to be noted on it). Its bytes are read once, for the hash and the size,
+    for as long as it stays the same."""
     file = listed.file
-    (size, alpha), id = KNOWN_IMAGES.get(file)
+    probed, id = KNOWN_IMAGES.get(file)
     notes = [*read_sidecar_metadata(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
     note = merge_metadata(notes)
     if note.error:
@@ -355,13 +362,13 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     repeats = listed.repeats if note.repeats is None else note.repeats
     if not repeats:
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
-    mask, mask_id = find_image_mask(file, size, note.mask or layout.masks.get(file))
-    if mask is None and alpha and layout.alpha_mask:
+    mask, mask_id = find_image_mask(file, probed.size, note.mask or layout.masks.get(file))
+    if mask is None and probed.has_alpha and layout.alpha_mask:
         mask, mask_id = str(file), id
-    return ImageRecord(
+    record = ImageRecord(
         id=id,
         path=str(file),
-        size=size,
+        size=probed.size,
         captions=choose_captions(note, listed.folder_caption),
         tags=note.tags or (),
         score=note.score,
@@ -371,7 +378,9 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
         split=note.split or "train",
         pair=note.pair,
         strength=note.strength,
+        icc_profile=probed.profile.name,
     )
+    return record, probed.profile.problem
 
 
 def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:
@@ -383,9 +392,17 @@ def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:
     return (name,) if name else ()
 
 
-def probe_image(file: Path, data: bytes):
-    """((width, height) upright, whether it has alpha). Decodes all of it, because only then does a truncated file
-    show."""
+@dataclass(frozen=True)
+class ProbedImage:
+    """What an image file's content says."""
+
+    size: tuple[int, int]  # (width, height), upright
+    has_alpha: bool
+    profile: ColourProfile
+
+
+def probe_image(file: Path, data: bytes) -> ProbedImage:
+    """Decodes all of the image, because only then does a truncated file show."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -396,7 +413,7 @@ def probe_image(file: Path, data: bytes):
             # before the orientation is asked for, which would load a PNG and take its error for a damaged mark
             image.load()
             size = (height, width) if read_exif_orientation(image) in SIDEWAYS_ORIENTATIONS else (width, height)
-            return size, has_alpha(image)
+            return ProbedImage(size, has_alpha(image), read_colour_profile(image))
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -415,12 +432,12 @@ def find_image_mask(file: Path, size, named: Path | None) -> tuple[str | None, s
     mask = beside if is_file_or_broken_link(beside) else named
     if mask is None:
         return None, None
-    (mask_size, _), mask_id = KNOWN_IMAGES.get(mask)
-    check_mask_size(mask, mask_size, size)
+    probed, mask_id = KNOWN_IMAGES.get(mask)
+    check_mask_size(mask, probed.size, size)
     return str(mask), mask_id
 
 
-def examine_image(file: Path):
+def examine_image(file: Path) -> tuple[ProbedImage, str]:
     """(what `probe_image` says, sha1 of the bytes)"""
     data = read_file_bytes(file)
     return probe_image(file, data), sha1_hex(data)

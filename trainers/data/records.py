@@ -1,7 +1,7 @@
 """What is known about each image of a dataset, without holding the image itself.
 
 A record's id is the sha1 of the file's bytes, so caches, splits and counters survive renaming and moving. Pixels are
-decoded when they are asked for, upright and in 8-bit RGB, and a file that has changed since it was read is refused.
+decoded when they are asked for, upright and in 8-bit sRGB, and a file that has changed since it was read is refused.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 from PIL import Image
 
+from .colour_profiles import convert_to_srgb
 from .file_facts import forget_file
+from .pixel_modes import convert_to_8bit, convert_to_rgba, flatten_alpha
 
 WHITE = (255, 255, 255)
+SRGB_VERSION = "srgb1"  # in the cache keys of images whose colours are converted: raise it when that gives other pixels
 SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 PIL_TRANSPOSE = Image.Transpose
 ORIENTATION_TRANSPOSES = dict(
@@ -58,6 +61,12 @@ class ImageRecord:
     flags: tuple[str, ...] = ()
     pair: str | None = None  # the scene that this image shows at `strength`: see pairs.py
     strength: float | None = None
+    icc_profile: str | None = None  # name of the one that its pixels are converted from; None: they stay as they are
+
+    @property
+    def pixels_id(self) -> str:
+        """For caches of what was made of the pixels. The id, as ever, where the pixels are those of the file."""
+        return self.id if self.icc_profile is None else f"{self.id}-{SRGB_VERSION}"
 
     @property
     def cropped_size(self) -> tuple[int, int]:
@@ -111,7 +120,7 @@ class ImageDataset(Sequence[ImageRecord]):
         """32 hex digits over everything that training can see; where the files lie does not count."""
         unseen, later = (
             ("path", "mask"),
-            ("bucket", "pair", "strength"),
+            ("bucket", "pair", "strength", "icc_profile"),
         )  # later: not in the hash while they are not set
         content = [
             {k: v for k, v in asdict(r).items() if k not in unseen and not (v is None and k in later)}
@@ -125,9 +134,16 @@ def sha1_hex(data: bytes) -> str:
 
 
 def open_image(record: ImageRecord, ground=WHITE) -> Image.Image:
-    """The image in RGB: upright, alpha laid over ground (red, green, blue), cropped to the record's crop."""
-    image = flatten_alpha(convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.path, record.id))), ground)
+    """The image in RGB, its colours in sRGB: upright, alpha laid over ground (red, green, blue), cropped to the
+    record's crop."""
+    image = flatten_alpha(open_upright_image(record), ground)
     return image.crop(record.crop) if record.crop else image
+
+
+def open_upright_image(record: ImageRecord) -> Image.Image:
+    """All of the image, upright, in 8 bits and sRGB, in the mode that it is stored in. Every reader of a record's
+    pixels comes through here."""
+    return convert_to_8bit(convert_to_srgb(apply_exif_orientation(open_unchanged_image(record.path, record.id))))
 
 
 def open_mask(record: ImageRecord) -> Image.Image | None:
@@ -139,9 +155,7 @@ def open_mask(record: ImageRecord) -> Image.Image | None:
 def open_mask_at(path: str, record: ImageRecord) -> Image.Image:
     """The same, of a record whose mask lies at this path."""
     if path == record.path:
-        mask = convert_to_rgba(
-            convert_to_8bit(apply_exif_orientation(open_unchanged_image(record.path, record.id)))
-        ).getchannel("A")
+        mask = convert_to_rgba(open_upright_image(record)).getchannel("A")
     else:
         mask = open_mask_file(path, record)
     return mask.crop(record.crop) if record.crop else mask
@@ -162,6 +176,20 @@ def check_mask_size(mask, mask_size, size) -> None:
             f"The mask {mask} is {mask_size[0]}x{mask_size[1]} px and its image {size[0]}x{size[1]} px. Make the mask "
             "as large as the image, or remove it."
         )
+
+
+def describe_colour_profiles(dataset: ImageDataset) -> list[str]:
+    """A line on the images whose colours are converted; none where there are none."""
+    names = Counter(record.icc_profile for record in dataset if record.icc_profile is not None)
+    if not names:
+        return []
+    return [f"colours converted to sRGB: {', '.join(f'{count} from {name}' for name, count in names.most_common())}"]
+
+
+def describe_left_out(dataset: ImageDataset) -> list[str]:
+    """A line for each entry of `skipped`: what is left out, and what is noted on images that are not."""
+    used = {record.path for record in dataset}
+    return [f"{'note on' if path in used else 'skipped'} {path}: {reason}" for path, reason in dataset.skipped]
 
 
 def open_unchanged_image(path: str, expected_id: str | None) -> Image.Image:
@@ -197,48 +225,3 @@ def read_exif_orientation(image: Image.Image) -> int:
     except Exception:  # struct.error, SyntaxError, TypeError, ... for damaged marks; the pixels are whole
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def check_colour_mode(mode: str) -> None:
-    """ValueError for images that cannot be shown in RGB."""
-    try:
-        convert_to_8bit(Image.new(mode, (1, 1))).convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"its colours are stored as {mode}, which cannot be read as RGB. Save it as RGB") from error
-
-
-def convert_to_8bit(image: Image.Image) -> Image.Image:
-    """The image itself, or modes of more than 8 bits per channel scaled to grey; PIL's own convert clips them to
-    white."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    return Image.fromarray(
-        np.rint(values.clip(min=0) * (255.0 / white_level(image.mode, values))).clip(max=255).astype(np.uint8)
-    )
-
-
-def white_level(mode: str, values: np.ndarray) -> float:
-    """The value that means white. Floating point and 32-bit files do not say, so the smallest usual one that holds them
-    all."""
-    if mode.startswith("I;16"):
-        return 65535.0
-    levels = (255.0, 65535.0, 2.0**31 - 1) if mode == "I" else (1.0, 255.0, 65535.0)
-    brightest = values.max(initial=0.0)
-    return next((level for level in levels if brightest <= level), brightest)
-
-
-def convert_to_rgba(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGBA" else image.convert("RGBA")
-
-
-def flatten_alpha(image: Image.Image, ground) -> Image.Image:
-    """RGB; what is transparent shows the ground instead of the colour hidden beneath it."""
-    if not has_alpha(image):
-        return image.convert("RGB")
-    image = convert_to_rgba(image)
-    return Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image).convert("RGB")
-
-
-def has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info

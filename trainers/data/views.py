@@ -72,7 +72,14 @@ class ViewSpec:
 
     def key(self, record: ImageRecord, size: int, vae: VaeProtocol, ground) -> str:
         return compute_fingerprint(
-            "view", VIEWS_VERSION, record.id, list(record.crop or ()), vars(self), size, vae.identity, list(ground)
+            "view",
+            VIEWS_VERSION,
+            record.pixels_id,
+            list(record.crop or ()),
+            vars(self),
+            size,
+            vae.identity,
+            list(ground),
         )
 
 

@@ -24,17 +24,14 @@ from PIL import Image
 from ..files import new_part_path, remove_stale_parts
 from ..settings import Settings, choice_field, compute_fingerprint, number_field, text_field
 from .metadata import format_count, format_first_names
+from .pixel_modes import convert_to_rgba, has_alpha
 from .readers import MASK_SUFFIX, image_extensions, make_printable
 from .records import (
     ImageDataset,
     ImageRecord,
-    apply_exif_orientation,
-    convert_to_8bit,
-    convert_to_rgba,
-    has_alpha,
     open_image,
     open_mask_at,
-    open_unchanged_image,
+    open_upright_image,
     read_unchanged_bytes,
 )
 
@@ -320,10 +317,9 @@ def encode_saved_image(record: ImageRecord, ending: str, settings: SaveSettings)
 
 
 def open_image_and_profile(record: ImageRecord) -> tuple[Image.Image, bytes | None]:
-    """(the image in L, RGB or RGBA, its colour profile)."""
-    image = apply_exif_orientation(open_unchanged_image(record.path, record.id))
-    profile = image.info.get("icc_profile") if image.mode in ("L", "LA", "P", "RGB", "RGBA") else None
-    image = convert_to_8bit(image)
+    """(the image in L, RGB or RGBA, its colour profile where that says sRGB)."""
+    image = open_upright_image(record)
+    profile = image.info.get("icc_profile")
     image = convert_to_rgba(image) if has_alpha(image) else image if image.mode == "L" else image.convert("RGB")
     return image.crop(record.crop) if record.crop else image, profile
 
@@ -331,7 +327,7 @@ def open_image_and_profile(record: ImageRecord) -> tuple[Image.Image, bytes | No
 def encode_saved_mask(path: str, record: ImageRecord) -> bytes:
     if record.crop is None and path != record.path and path.lower().endswith(".png"):
         return read_unchanged_bytes(path, record.mask_id)
-    return encode_image_bytes(open_mask_at(path, record), "PNG")
+    return encode_image_bytes(open_mask_at(path, record), "PNG", icc_profile=None)  # a mask has no colours
 
 
 def encode_image_bytes(image: Image.Image, kind: str, **options) -> bytes:

@@ -131,7 +131,7 @@ def build_caption_card(record: ImageRecord, folder: Path) -> CaptionCard:
 def thumbnail_file_name(record: ImageRecord) -> str:
     """Another crop of the same image gets another thumbnail."""
     crop = hashlib.blake2b(repr(record.crop).encode(), digest_size=4).hexdigest()
-    return f"{record.id}_{crop}.webp"
+    return f"{record.pixels_id}_{crop}.webp"
 
 
 def save_thumbnail(thumbnail, file: Path) -> None:

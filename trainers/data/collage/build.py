@@ -157,7 +157,7 @@ def analyse_sources(
     try:
         for record in work.track(records, lambda record: f"looking at {Path(record.path).name}"):
             key = compute_fingerprint(
-                COLLAGE_VERSION, record.id, record.crop, record.mask_id, settings.trim, settings.ground
+                COLLAGE_VERSION, record.pixels_id, record.crop, record.mask_id, settings.trim, settings.ground
             )
             if key not in seen:
                 try:
@@ -266,7 +266,9 @@ def frame_cache_key(collage: Collage, sources, settings: CollageSettings) -> str
     cells = []
     for cell in collage.cells:
         record = sources[cell.source].record
-        cells.append([record.id, record.crop, record.mask_id, record.mask == record.path, cell.box, cell.frame_box])
+        cells.append(
+            [record.pixels_id, record.crop, record.mask_id, record.mask == record.path, cell.box, cell.frame_box]
+        )
     return compute_fingerprint(COLLAGE_VERSION, collage.frame, cells, settings.ground_rgb, settings.feather)
 
 
