@@ -11,11 +11,13 @@ from pathlib import Path
 import folder_paths
 
 from ..trainers.data.folder_listing import list_folder
+from ..trainers.file_names import find_name_problem
 
 NO_DATASET_FOLDER = "(no folder yet)"
 NO_MASKS = "(none)"
 MAX_FOLDER_DEPTH = 3
 NON_IMAGE_FOLDERS = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
+LONGEST_SUFFIX = "_1000.safetensors"  # of a file that gets a name of the user's
 
 
 def dataset_roots() -> dict[str, tuple[Path, ...]]:
@@ -162,11 +164,15 @@ def image_cache_folder() -> Path:
 
 def validate_path_name(name: str, what: str) -> str:
     """The name with / between its parts. Raises ValueError unless every file system takes it."""
-    plain = name.strip().replace("\\", "/").strip("/")
-    if not plain or any(
-        part in ("", ".", "..") or part != part.strip(" ") or set(part) & set('<>:"|?*\0') for part in plain.split("/")
-    ):
-        raise ValueError(f"The {what}'s name is {name!r}; use a plain name such as my_style, or folder/my_style.")
+    plain = name.strip(" ").replace("\\", "/").strip("/")
+    for part in plain.split("/"):
+        if part in ("", ".", "..") or set(part) & set('<>:"|?*\0'):
+            raise ValueError(f"The {what}'s name is {name!r}; use a plain name such as my_style, or folder/my_style.")
+        if problem := find_name_problem(part, LONGEST_SUFFIX):
+            raise ValueError(
+                f"The {what}'s name is {name!r}, and {part!r} {problem}. Use a plain name such as my_style, or "
+                "folder/my_style."
+            )
     return plain
 
 
@@ -224,7 +230,7 @@ def new_lora_path(name: str, is_the_same) -> Path:
     """name.safetensors in output/loras, else name_2, name_3 ...: the first that does not exist, or that
     `is_the_same(path)` already. Raises ValueError for a bad name."""
     return first_free_path(
-        loras_folder(), validate_path_name(name.strip().removesuffix(".safetensors"), "LoRA"), name, is_the_same
+        loras_folder(), validate_path_name(name.strip(" ").removesuffix(".safetensors"), "LoRA"), name, is_the_same
     )
 
 
@@ -450,7 +456,7 @@ def new_score_model_path(name: str, is_the_same) -> Path:
     `is_the_same(path)` already."""
     return first_free_path(
         score_model_folders()[0],
-        validate_path_name(name.strip().removesuffix(".safetensors"), "score model"),
+        validate_path_name(name.strip(" ").removesuffix(".safetensors"), "score model"),
         name,
         is_the_same,
     )

@@ -237,8 +237,10 @@ class CommandLineJob:
             self.args.out / ".runs", self.name, self.fingerprint(engine, data), self.settings_dict(data), self.run.steps
         )
         folder.export_lora = lambda step: self.export_lora(engine, adapters, text, data, step)
-        done = folder.load_finished()
-        lora, losses = done or self.train_adapters(engine, adapters, text, data, folder)
+        folder.notify = self.screen.print_line
+        with folder.hold():
+            done = folder.load_finished()
+            lora, losses = done or self.train_adapters(engine, adapters, text, data, folder)
         if done:
             self.screen.print_line("this very run is finished already; nothing was trained again")
         self.write_results(lora, losses)

@@ -2,6 +2,7 @@
 
 star-3f2a91c0/
     resume.state            parameters, optimizer, draw order, losses and step, in one atomic file
+    resume.previous.state   the one before it, for the day that it cannot be read
     run.json                the recipe in readable form, and how far it got
     star-step000250.safetensors ...
     star-best.safetensors   the LoRA of the lowest validation loss
@@ -14,30 +15,47 @@ star-3f2a91c0/
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import LoraFile, read_safetensors, read_state_tree, write_bytes_atomically, write_lora, write_state_tree
+import torch
+
+from .file_names import MAX_NAME_BYTES, find_name_problem
+from .files import LoraFile, read_lora, read_state_tree, write_bytes_atomically, write_lora, write_state_tree
 from .loop import mean_recent_loss
+from .run_records import (
+    NEXT_STATE_FILE,
+    PREVIOUS_STATE_FILE,
+    RECORD_FILE,
+    STATE_FILE,
+    lock_run_folder,
+    read_run_record,
+)
 
 RUN_NAME_PATTERN = re.compile(r"[^\W_][\w .+-]{0,99}")
+LONGEST_SUFFIX = "-step0000000.safetensors"  # of a run's files
 
 
 def check_run_name(name: str) -> str:
-    """A run name that is one plain folder name. Raises ValueError otherwise."""
-    name = name.strip()
-    if not RUN_NAME_PATTERN.fullmatch(name) or name.endswith("."):
+    """A run name that is one plain folder name, with room for the names of the run's files. Raises ValueError
+    otherwise."""
+    plain = name.strip(" ")
+    if not RUN_NAME_PATTERN.fullmatch(plain) or plain.endswith("."):
         raise ValueError(
             f"The run name is {name!r}; use letters, digits, spaces, '.', '+', '-' and '_', at most 100, beginning "
             "with a letter or digit."
         )
-    return name
+    if problem := find_name_problem(plain, LONGEST_SUFFIX):
+        raise ValueError(f"The run name {plain!r} {problem}. Choose another one.")
+    return plain
 
 
 @dataclass
@@ -60,6 +78,9 @@ class RunFolder:
     batch_sizes: dict = field(
         default_factory=dict
     )  # what a run that goes on must take from its beginning: "batch" and "accumulate"
+    notify: Callable[[str], object] = logging.warning  # told when a damaged state is passed over
+    last_notice: str = ""
+    is_newest_state_whole: bool = False  # whether STATE_FILE was read or written here, so that it is worth keeping
 
     @property
     def folder(self) -> Path:
@@ -67,7 +88,13 @@ class RunFolder:
 
     @property
     def state_path(self) -> Path:
-        return self.folder / "resume.state"
+        return self.folder / STATE_FILE
+
+    def saved_states(self) -> list[Path]:
+        """The saved states that are there, the newest first. Between two renamings at the end of a save there is none
+        of the usual name."""
+        paths = [self.folder / name for name in (NEXT_STATE_FILE, STATE_FILE, PREVIOUS_STATE_FILE)]
+        return [path for path in paths if os.path.lexists(path)]
 
     def lora_path(self, step: int) -> Path:
         finished = step >= self.steps
@@ -82,8 +109,8 @@ class RunFolder:
         return self.folder / "samples"
 
     def check_writable(self):
-        """Raises OSError when nothing could be saved here: better known before the long work than after it. Leaves
-        nothing behind."""
+        """Raises OSError when nothing could be saved here, and ValueError when only some of it: better known before the
+        long work than after it. Leaves nothing behind."""
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         try:
             with tempfile.TemporaryFile(dir=existing) as probe:
@@ -94,11 +121,38 @@ class RunFolder:
                 f"The run cannot be saved in {self.folder} ({error.strerror}), so nothing was trained. Let ComfyUI "
                 f"write to {existing}, free some space there, or start it with another --output-directory.",
             ) from error
+        self.check_file_names(existing)
+
+    def check_file_names(self, existing: Path):
+        """ValueError for names that this very disk does not take, and for folders and pipes in the place of files."""
+        longest = self.lora_path(self.steps - 1).name
+        size, most = len(longest.encode()), read_longest_name(existing)
+        if size > most:
+            raise ValueError(
+                f"The run name {self.name!r} is too long for this disk: the file {longest} would have a name of "
+                f"{size} bytes, and {most} are allowed in {existing}. Choose a shorter one."
+            )
+        files = [self.folder / RECORD_FILE, *self.saved_states(), self.lora_path(self.steps)]
+        if wrong := [path for path in files if os.path.lexists(path) and not path.is_file()]:
+            raise ValueError(
+                f"{wrong[0]} is no regular file, so the run cannot be saved there. Delete or move it, or choose "
+                "another run name."
+            )
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, nobody else trains into this folder and nobody deletes it. Raises RunInUse."""
+        with lock_run_folder(self.root, self.folder.name):
+            for folder in (self.folder, self.samples_folder):
+                for part in folder.glob(".*.part"):  # whoever was writing it is gone
+                    with contextlib.suppress(OSError):
+                        part.unlink()
+            yield
 
     def load(self):
-        """The saved state of this very run, or None. Raises ValueError when the file is damaged or belongs to another
-        recipe."""
-        if not self.state_path.exists():
+        """The saved state of this very run, or None. Raises ValueError when every saved state is damaged, or belongs to
+        another recipe."""
+        if not self.saved_states():
             return None
         state = self.read_state()
         if state["fingerprint"] != self.fingerprint:
@@ -115,25 +169,47 @@ class RunFolder:
 
     def load_batch_sizes(self) -> bool:
         """Whether there is something to go on from; `batch_sizes` are those of its beginning then."""
-        if not self.state_path.exists():
+        if not self.saved_states():
             return False
         self.batch_sizes = self.read_state().get("sizes", {})
         return True
 
     def read_state(self) -> dict:
-        try:
-            state = read_state_tree(self.state_path)
-            if not isinstance(state, dict):
-                raise ValueError(f"{self.state_path} holds no run")
+        """The newest saved state that is whole; `notify` is told when that is not the last one. Raises ValueError when
+        none is."""
+        problems = []
+        for path in self.saved_states():
+            try:
+                state = read_run_state(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            self.is_newest_state_whole = path == self.state_path
+            if problems:
+                self.tell_once(f"{problems[0]}. The run goes on from the save before it, step {state['step']}.")
             return state
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. Move the folder {self.folder} away, or choose another run name, to start over."
-            ) from error
+        raise ValueError(
+            f"{'. '.join(problems)}. Move the folder {self.folder} away, or choose another run name, to start over."
+        )
+
+    def tell_once(self, notice: str):
+        if notice != self.last_notice:
+            self.last_notice = notice
+            self.notify(notice)
+
+    def write_state(self, state: dict):
+        """Write the newest state. The one before stays under another name, and at every moment one of them is
+        whole."""
+        newest = self.folder / NEXT_STATE_FILE
+        write_state_tree(newest, state)
+        if self.is_newest_state_whole and self.state_path.exists():
+            os.replace(self.state_path, self.folder / PREVIOUS_STATE_FILE)
+        os.replace(newest, self.state_path)
+        self.is_newest_state_whole = True
 
     def save(self, state, why):
         self.save_reason = why
-        write_state_tree(self.state_path, {**state, "fingerprint": self.fingerprint, "sizes": self.batch_sizes})
+        self.write_state({**state, "fingerprint": self.fingerprint, "sizes": self.batch_sizes})
         self.saved_step = state["step"]
         if why in ("step", "stopped", "finished") and state["step"] and self.export_lora:
             lora = self.export_lora(state.get("delivered", state["step"]))
@@ -152,7 +228,7 @@ class RunFolder:
             **self.recipe,
             **self.batch_sizes,
         }
-        write_json_file(self.folder / "run.json", about)
+        write_json_file(self.folder / RECORD_FILE, about)
 
     def write_monitor_files(self, seen: dict):
         """What a person may want to read of what the run saw."""
@@ -170,17 +246,20 @@ class RunFolder:
 
     def load_finished(self) -> tuple[LoraFile, list[float]] | None:
         """(LoRA, losses) of this very run if it has been done before, also by another process. run.json is written
-        last: while it tells of fewer steps, the LoRA may be that of a shorter run."""
-        path, about = self.lora_path(self.steps), self.folder / "run.json"
-        if not all(p.exists() for p in (path, about, self.state_path)) or not self.is_complete(
-            json.loads(about.read_text("utf-8"))
-        ):
+        last: while it tells of fewer steps, or is damaged, the LoRA may be that of a shorter run. A damaged LoRA is
+        made again from the state."""
+        path, about = self.lora_path(self.steps), read_run_record(self.folder)
+        if not (path.exists() and self.saved_states() and self.is_complete(about)):
             return None
-        state = self.read_state()
-        if state["fingerprint"] != self.fingerprint or state["step"] > self.steps:
+        try:
+            state, lora = self.read_state(), read_lora(path)
+        except FileNotFoundError:  # deleted in this moment
             return None
-        tensors, metadata = read_safetensors(path)
-        return LoraFile(tensors, metadata, state.get("delivered", state["step"])), state["losses"].tolist()
+        except ValueError:  # told by `load`, which can do something about it
+            return None
+        if state["fingerprint"] != self.fingerprint or state["step"] != about["step"]:
+            return None
+        return LoraFile(lora, lora.metadata, state.get("delivered", state["step"])), state["losses"].tolist()
 
     def is_complete(self, about: dict) -> bool:
         """Whether the run that this tells of did all its steps, or had enough before, under the ending that is asked
@@ -188,7 +267,36 @@ class RunFolder:
         whole = about["step"] == self.steps or (
             about["why"] == "finished" and about.get("early", False) and about["step"] < self.steps
         )
-        return whole and about.get("ending", {}) == self.ending_rules
+        return whole and not about["damage"] and about.get("ending", {}) == self.ending_rules
+
+
+def read_longest_name(folder: Path) -> int:
+    """Bytes that a name may have in this folder: fewer than usual on encrypted disks."""
+    try:
+        return min(os.pathconf(folder, "PC_NAME_MAX"), MAX_NAME_BYTES)
+    except (AttributeError, OSError, ValueError):  # no such question here
+        return MAX_NAME_BYTES
+
+
+STATE_FIELDS = {
+    "step": int,
+    "fingerprint": str,
+    "losses": torch.Tensor,
+    "params": list,
+    "optimizer": dict,
+    "method": dict,
+}
+
+
+def read_run_state(path: Path) -> dict:
+    """A saved state. Raises ValueError for a file that is none or is damaged."""
+    try:
+        state = read_state_tree(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    if not isinstance(state, dict) or any(not isinstance(state.get(k), kind) for k, kind in STATE_FIELDS.items()):
+        raise ValueError(f"{path} holds no run")
+    return state
 
 
 def summarize_run_outcome(state: dict) -> dict:
@@ -216,52 +324,3 @@ def to_finite_json(what):
     if isinstance(what, (list, tuple)):
         return [to_finite_json(value) for value in what]
     return None if isinstance(what, float) and not math.isfinite(what) else what
-
-
-# -- all runs ----------------------------------------------------------------------------------------------------------
-
-
-def list_run_records(root) -> list[dict]:
-    """What run.json says of every run below root, with "folder", "bytes" and "changed" (seconds), the newest first."""
-    found = [
-        about for folder in sorted(Path(root).glob("*/run.json")) if (about := read_run_record(folder)) is not None
-    ]
-    return sorted(found, key=lambda about: -about["changed"])
-
-
-def read_run_record(path: Path) -> dict | None:
-    """One run; None for a file that is none."""
-    try:
-        about = json.loads(path.read_text("utf-8"))
-        files = [file for file in path.parent.rglob("*") if file.is_file()]
-        latest = max((f for f in files if f.suffix == ".safetensors"), key=lambda f: f.stat().st_mtime, default=None)
-        return {
-            **about,
-            "folder": path.parent.name,
-            "bytes": sum(f.stat().st_size for f in files),
-            "changed": path.stat().st_mtime,
-            "lora": latest.name if latest else None,
-        }
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def find_run_folder(root, name: str) -> Path:
-    """The folder of one run directly below root. Raises ValueError for every other name."""
-    folder = Path(root) / name
-    if not RUN_NAME_PATTERN.fullmatch(name) or folder.is_symlink() or folder.resolve().parent != Path(root).resolve():
-        raise ValueError(f"{name!r} is not a run. Choose one that is listed.")
-    if not any((folder / file).is_file() for file in ("run.json", "resume.state")):
-        raise ValueError(
-            f"There is no run in {folder.name!r}: it has neither run.json nor resume.state, so it is left alone."
-        )
-    return folder
-
-
-def delete_run_folder(root, name: str) -> int:
-    """Delete one run with all its files, and give the bytes that are free now. Raises ValueError for what is no run
-    below root."""
-    folder = find_run_folder(root, name)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
-    shutil.rmtree(folder)
-    return size

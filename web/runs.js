@@ -109,6 +109,7 @@ class Tab {
     const bar = make('div', { className: 'bar' }, make('div'));
     bar.firstChild.style.width = `${Math.min(100, 100 * run.step / Math.max(1, run.steps))}%`;
     const when = run.changed ? ` · ${new Date(1000 * run.changed).toLocaleString()}` : '';
+    if (run.status === 'damaged') done.replaceChildren(make('span', { className: 'failed', textContent: word('damaged') }), ` · ${run.text}`);
     card.append(done, dim(`${[run.model, run.bytes ? size(run.bytes) : ''].filter(Boolean).join(' · ')}${when}`), dim(`${loss}${seen}`.slice(3)), bar, this.acts(run));
     card.dataset.folder = run.folder;
     return card;

@@ -4,10 +4,12 @@ opened later."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ...trainers.runs import to_finite_json
@@ -90,9 +92,23 @@ class LiveRun:
     def mark_broken_off(self, error: BaseException):
         """The host's interrupt is no Exception; everything else is a failure."""
         if isinstance(error, Exception):
-            self.set_ended(FAILED, (str(error) or type(error).__name__).splitlines()[0])
-        else:
+            self.set_ended(FAILED, (str(error).strip() or type(error).__name__).splitlines()[0])
+        elif self.losses:
             self.set_ended(STOPPED, f"stopped at step {len(self.losses)} of {self.steps}; Run goes on from there")
+        else:
+            self.set_ended(STOPPED, "stopped before its first step")
+
+    @contextlib.contextmanager
+    def ending_with_work(self) -> Iterator[None]:
+        """However the work inside ends, the page is told, and nobody takes the run for one that is training."""
+        try:
+            yield
+        except BaseException as error:
+            self.mark_broken_off(error)
+            raise
+        finally:
+            if self.status == TRAINING:
+                self.set_ended(FINISHED, self.text)
 
     def publish(self, at_once=False):
         """All that is new, to the page; a flood of messages would freeze it, so what comes too early goes with the

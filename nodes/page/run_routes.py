@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
-from ...trainers import runs
+from ...trainers import run_records
 from ...trainers.loop import mean_recent_loss
 from ...trainers.runs import to_finite_json
 from .. import paths
 from . import live
+from .same_origin import only_from_own_page
 
 ROUTE_PREFIX = "/trainyard/runs"
 
 
 def list_all_runs() -> list[dict]:
     """Every run on the disk, the newest first, with what is going on now; runs that have not saved anything yet come
-    before them."""
-    found = [summarise_saved_run(about) for about in runs.list_run_records(paths.runs_folder())]
+    before them. A damaged one says why."""
+    found = [summarise_saved_run(about) for about in run_records.list_run_records(paths.runs_folder())]
     known = {about["folder"] for about in found}
     fresh = [
         dict(
@@ -52,12 +54,20 @@ def summarise_saved_run(about: dict) -> dict:
     kept["file"] = (
         str(Path("trainyard", about["folder"], about["lora"])) if about["lora"] else None
     )  # as LoRA loaders list it
-    ended = "finished early" if about.get("early") else "finished"
     return {
         **kept,
-        "status": ended if about["why"] == "finished" else "stopped",
+        "status": name_saved_status(about),
+        "text": about["damage"],
         **(summarise_live_run(work) if work else {}),
     }
+
+
+def name_saved_status(about: dict) -> str:
+    if about["damage"]:
+        return "damaged"
+    if about["why"] != "finished":
+        return "stopped"
+    return "finished early" if about.get("early") else "finished"
 
 
 def summarise_live_run(one: live.LiveRun) -> dict:
@@ -78,17 +88,22 @@ def summarise_live_run(one: live.LiveRun) -> dict:
 
 def read_run_graph(folder: str) -> dict:
     """The workflow and the prompt of a run. Raises ValueError when it has none."""
-    file = runs.find_run_folder(paths.runs_folder(), folder) / "graph.json"
-    if not file.is_file():
+    file = run_records.find_run_folder(paths.runs_folder(), folder) / "graph.json"
+    if not os.path.lexists(file):
         raise ValueError(f"Run {folder!r} was queued without its workflow, so there is none to open.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return to_finite_json(run_records.read_json_object(file))
+    except RecursionError as error:
+        raise ValueError("graph.json is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"The workflow of run {folder!r} is damaged: {error}.") from error
 
 
 def delete_saved_run(folder: str) -> dict:
     """Delete a run that is not at work. Raises ValueError for everything else."""
     if live.find_active_run(folder):
         raise ValueError(f"Run {folder!r} is training. Stop it first.")
-    return {"freed": runs.delete_run_folder(paths.runs_folder(), folder)}
+    return {"freed": run_records.delete_run_folder(paths.runs_folder(), folder)}
 
 
 def register_run_routes(routes) -> None:
@@ -98,9 +113,12 @@ def register_run_routes(routes) -> None:
     async def answered(act, *given):
         """The act's result as JSON, off the event loop; what is wrong with the question as a 400."""
         try:
-            return web.json_response(await asyncio.to_thread(act, *given))
+            text = await asyncio.to_thread(lambda: json.dumps(act(*given)))
+            return web.json_response(text=text)
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
+        except RecursionError:
+            return web.json_response({"error": "The answer is nested too deeply to be sent."}, status=400)
         except OSError as error:
             return web.json_response({"error": f"{error.strerror}: {error.filename}"}, status=500)
 
@@ -118,5 +136,6 @@ def register_run_routes(routes) -> None:
         return await answered(read_run_graph, request.match_info["folder"])
 
     @routes.post(f"{ROUTE_PREFIX}/{{folder}}/delete")
+    @only_from_own_page
     async def gone(request):
         return await answered(delete_saved_run, request.match_info["folder"])

@@ -12,7 +12,8 @@ from ...trainers.files import LoraFile, lora_metadata
 from ...trainers.loop import format_skipped_steps, mean_recent_loss, train
 from ...trainers.memory.compile import describe_compile_error, format_not_compiled, is_compile_error
 from ...trainers.monitor.strength_curve import StrengthCurve
-from ...trainers.runs import RunFolder, read_run_record
+from ...trainers.run_records import read_run_record
+from ...trainers.runs import RunFolder
 from .. import host, paths
 from ..page import live
 from . import planner
@@ -42,24 +43,37 @@ def run_training(job: TrainingJob) -> TrainingResult:
     job.check()
     folder = open_run_folder(job)
     live_run = live.start_live_run(job.node_id, job.graph, job.name, folder.folder.name, job.run.steps)
-    if (finished := folder.load_finished()) is not None:
-        line = f"already trained: {folder.lora_path(job.run.steps).name} was read, nothing was trained again"
-        lora, losses = finished
-        live_run.restore_finished(losses, folder.read_state().get("watch") or {}, line)
-        return TrainingResult(lora=lora, losses=losses, line=line, folder=folder, live_run=live_run)
+    with live_run.ending_with_work():
+        return read_finished_run(job, folder, live_run) or train_in_folder(job, folder, live_run)
+
+
+def read_finished_run(job: TrainingJob, folder: RunFolder, live_run: live.LiveRun) -> TrainingResult | None:
+    """The result of an earlier run of this very job, or None."""
+    if (finished := folder.load_finished()) is None:
+        return None
+    line = f"already trained: {folder.lora_path(job.run.steps).name} was read, nothing was trained again"
+    lora, losses = finished
+    live_run.restore_finished(losses, folder.read_state().get("watch") or {}, line)
+    return TrainingResult(lora=lora, losses=losses, line=line, folder=folder, live_run=live_run)
+
+
+def train_in_folder(job: TrainingJob, folder: RunFolder, live_run: live.LiveRun) -> TrainingResult:
+    """Train, or go on. Nobody else is at work in the folder meanwhile."""
     folder.check_writable()
     display = RunDisplay(job, live_run)
-    job, sizing = planner.resolve_batch_size(job, folder)
-    prompts = job.task.encode_prompts(job)
-    samples = job.monitoring.encode_prompts() if job.monitoring else None
-    try:
-        result = train_with_fallback(RunAttempt(job, sizing, prompts, samples, folder, display))
-    except BaseException as error:
-        live_run.mark_broken_off(error)
-        if folder.saved_step:
-            text = f"stopped; step {folder.saved_step} of {job.run.steps} is saved, Run goes on from there"
-            host.progress.show_node_text(text, job.node_id)
-        raise
+    folder.notify = display.show_note
+    with folder.hold():
+        folder.load()  # what is wrong with it is said before the long work
+        job, sizing = planner.resolve_batch_size(job, folder)
+        prompts = job.task.encode_prompts(job)
+        samples = job.monitoring.encode_prompts() if job.monitoring else None
+        try:
+            result = train_with_fallback(RunAttempt(job, sizing, prompts, samples, folder, display))
+        except BaseException:
+            if folder.saved_step:
+                text = f"stopped; step {folder.saved_step} of {job.run.steps} is saved, Run goes on from there"
+                host.progress.show_node_text(text, job.node_id)
+            raise
     host.lora_keys.check_lora_loads(job.model, job.clip, result.lora)
     live_run.set_ended(live.FINISHED, result.line)
     return result
@@ -247,7 +261,7 @@ class RunDisplay:
     def show_forecast(self, forecast, planned_forwards: dict[str, float], folder: RunFolder):
         """What the rest of the run will cost: memory and time, where they were measured, and forwards, where they are
         planned."""
-        done = (read_run_record(folder.folder / "run.json") or {}).get("step", 0)
+        done = read_run_record(folder.folder)["step"]
         parts = [forecast.format_line(max(0, self.job.run.steps - done))] if forecast else []
         if planned_forwards:
             parts.append(f"forwards per step: {format_counts_per_step(planned_forwards, 1)} planned")

@@ -88,7 +88,8 @@ def test_a_saved_dataset_is_in_the_list_of_folders_and_loads_equal(folders):
         assert about == "2 images, 1 with captions, 4 per epoch"
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "/etc/x", "a/../b", "a|b", ".hidden", "a/b/c/d", "a/ /b"])
+@pytest.mark.parametrize("name", ["", "..", "../x", "/etc/x", "a/../b", "a|b", ".hidden", "a/b/c/d", "a/ /b", "a\n", "a\tb/c",
+                                  "nul", "a/COM1.x", "a./b", "あ" * 80])  # fmt: skip
 def test_a_dataset_is_saved_below_its_root_or_not_at_all(folders, name):
     for place in paths.DATASET_SAVE_PLACES:
         if name == "/etc/x":

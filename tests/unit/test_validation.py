@@ -21,7 +21,8 @@ from trainyard.trainers.monitor.validation import (
     pick_validation_images,
     relative_losses,
 )
-from trainyard.trainers.runs import RunFolder, delete_run_folder, list_run_records
+from trainyard.trainers.run_records import delete_run_folder, list_run_records
+from trainyard.trainers.runs import RunFolder
 from trainyard.trainers.settings import OptimizerSettings, RunSettings
 
 
@@ -380,7 +381,8 @@ def test_runs_are_listed_with_their_loss_their_size_and_their_newest_file(tmp_pa
     trained(tmp_path, 2, "other", looking=None)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
-    (other, toy) = sorted(list_run_records(tmp_path), key=lambda about: about["name"])
+    (broken, other, toy) = sorted(list_run_records(tmp_path), key=lambda about: about["name"])
+    assert broken["damage"].startswith("run.json is cut off or is no JSON") and not toy["damage"]
     assert (toy["folder"], toy["lora"], toy["step"], toy["validation"]["step"]) == (
         store.folder.name,
         "toy.safetensors",
