@@ -24,7 +24,10 @@ class TrainyardExtension(ComfyExtension):
         thumbnail_routes.register_thumbnail_routes(PromptServer.instance.routes)
 
     async def get_node_list(self):
-        return [node for name in find_node_modules() for node in importlib.import_module(name, __package__).NODES]
+        from .input_checks import with_checked_inputs
+
+        modules = [importlib.import_module(name, __package__) for name in find_node_modules()]
+        return [with_checked_inputs(node) for module in modules for node in module.NODES]
 
 
 def find_node_modules() -> list[str]:

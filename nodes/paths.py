@@ -13,6 +13,12 @@ import folder_paths
 from ..trainers.data.folder_listing import list_folder
 from ..trainers.file_names import find_name_problem
 
+
+class NamesOnDisk(list[str]):
+    """Options that are names of files and folders. They change while ComfyUI runs, so the function that opens one
+    checks it, and not the list."""
+
+
 NO_DATASET_FOLDER = "(no folder yet)"
 NO_MASKS = "(none)"
 MAX_FOLDER_DEPTH = 3
@@ -39,7 +45,7 @@ def saved_datasets_folder() -> Path:
 
 def list_dataset_folders() -> list[str]:
     """Folders below input/, datasets/ and output/datasets/, as input/name, datasets/name or output/name, sorted."""
-    return list(find_below_roots(list_nested_folders)) or [NO_DATASET_FOLDER]
+    return NamesOnDisk(find_below_roots(list_nested_folders) or [NO_DATASET_FOLDER])
 
 
 def find_below_roots(list_below: Callable[[Path], list[str]]) -> dict[str, Path]:
@@ -149,7 +155,7 @@ def resolve_file_in_folder(folder: Path, name: str) -> Path | None:
 
 
 def list_mask_folders() -> list[str]:
-    return [NO_MASKS, *(name for name in list_dataset_folders() if name != NO_DATASET_FOLDER)]
+    return NamesOnDisk([NO_MASKS, *(name for name in list_dataset_folders() if name != NO_DATASET_FOLDER)])
 
 
 def resolve_mask_folder(choice: str) -> Path | None:
@@ -235,7 +241,7 @@ def new_lora_path(name: str, is_the_same) -> Path:
 
 
 def lora_names() -> list[str]:
-    return sorted(folder_paths.get_filename_list("loras")) or ["(no LoRA yet)"]
+    return NamesOnDisk(sorted(folder_paths.get_filename_list("loras")) or ["(no LoRA yet)"])
 
 
 def lora_path(name: str) -> Path:
@@ -286,7 +292,7 @@ def captioner_names() -> list[str]:
     found = [
         f"{kind}/{sub}" for kind, root in captioner_roots() if root.is_dir() for sub in find_captioners_below(root)
     ]
-    return list(dict.fromkeys([*found, *(repo for repo, _ in hub_snapshots())]))
+    return NamesOnDisk(dict.fromkeys([*found, *(repo for repo, _ in hub_snapshots())]))
 
 
 def find_captioners_below(root: Path) -> list[str]:
@@ -369,7 +375,7 @@ def list_prompt_files() -> list[str]:
     """Prompt files in input/ and datasets/, as input/name, after the choice of none."""
     from ..trainers.data.concept_prompts import PROMPT_FILE_FORMATS
 
-    return [NO_PROMPT_FILE, *list_dataset_files(PROMPT_FILE_FORMATS, captions=False)]
+    return NamesOnDisk([NO_PROMPT_FILE, *list_dataset_files(PROMPT_FILE_FORMATS, captions=False)])
 
 
 def list_dataset_files(endings: Container[str], captions=True) -> list[str]:
@@ -434,9 +440,8 @@ def score_model_folders() -> list[Path]:
 
 def score_model_names() -> list[str]:
     score_model_folders()
-    return sorted(n for n in folder_paths.get_filename_list(SCORE_MODELS) if n.endswith(".safetensors")) or [
-        NO_SCORE_MODEL
-    ]
+    names = sorted(n for n in folder_paths.get_filename_list(SCORE_MODELS) if n.endswith(".safetensors"))
+    return NamesOnDisk(names or [NO_SCORE_MODEL])
 
 
 def score_model_path(name: str) -> Path:
@@ -477,7 +482,7 @@ def score_cache_folder() -> Path:
 
 def list_pair_files() -> list[str]:
     """Tables in input/ and datasets/ that may hold pairs of images, as input/name, after the choice of none."""
-    return [NO_PAIRS, *list_dataset_files((".csv", ".tsv"))]
+    return NamesOnDisk([NO_PAIRS, *list_dataset_files((".csv", ".tsv"))])
 
 
 def resolve_pair_file(choice: str) -> Path | None:
@@ -502,9 +507,8 @@ def aesthetic_head_folders() -> list[Path]:
 
 def aesthetic_head_names() -> list[str]:
     aesthetic_head_folders()
-    return sorted(n for n in folder_paths.get_filename_list(AESTHETIC_HEADS) if Path(n).suffix in HEAD_EXTENSIONS) or [
-        NO_HEAD
-    ]
+    names = sorted(n for n in folder_paths.get_filename_list(AESTHETIC_HEADS) if Path(n).suffix in HEAD_EXTENSIONS)
+    return NamesOnDisk(names or [NO_HEAD])
 
 
 def aesthetic_head_path(name: str) -> Path:
@@ -521,7 +525,8 @@ def aesthetic_head_path(name: str) -> Path:
 
 def pooler_names() -> list[str]:
     """Files of models/clip_vision that may hold SigLIP's pooling layer, after the choice of none."""
-    return [NO_POOLER, *sorted(n for n in folder_paths.get_filename_list("clip_vision") if n.endswith(".safetensors"))]
+    names = sorted(n for n in folder_paths.get_filename_list("clip_vision") if n.endswith(".safetensors"))
+    return NamesOnDisk([NO_POOLER, *names])
 
 
 def pooler_path(name: str) -> Path | None:

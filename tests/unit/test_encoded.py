@@ -155,11 +155,11 @@ def test_masks_are_the_mean_of_each_cell_and_mirror_with_the_picture(tmp_path):
 def test_a_changed_mask_is_read_again_and_the_picture_is_not_encoded_again(tmp_path):
     captioned(tmp_path / "in", 1)
     vae, prints = FakeVae(), set()
-    for level in (255, 0):
+    for level in (255, 51):
         Image.new("L", (16, 16), level).save(tmp_path / "in" / "0.mask.png")
         data = encoded(tmp_path, vae=vae)
         prints.add(data.fingerprint)
-        assert data.make_batch([0], rng()).mask.eq(level / 255).all()
+        assert data.make_batch([0], rng()).mask.flatten().tolist() == pytest.approx([level / 255] * 4)
     assert vae.calls == 1 and len(prints) == 2
 
 
@@ -231,6 +231,41 @@ NO_LATENTS = [
 def test_what_is_no_latent_is_refused(bad, message):
     with pytest.raises(ValueError, match=f"Latent 0 {message}"):
         EncodedDataset.from_core([bad], conditioning(1))
+
+
+def test_a_mask_that_is_black_in_all_that_is_trained_is_refused_before_anything_is_encoded(tmp_path):
+    captioned(tmp_path / "in", 3)
+    mask = Image.new("L", (16, 16))
+    mask.save(tmp_path / "in" / "1.mask.png")
+    vae = FakeVae()
+    says = r"The mask of 1 image is black in all that is trained, so nothing of it would be learnt: 1.png. White is"
+    with pytest.raises(ValueError, match=says):
+        encoded(tmp_path, vae=vae)
+    assert vae.calls == 0
+    mask.putpixel((3, 3), 1)
+    mask.save(tmp_path / "in" / "1.mask.png")
+    assert len(encoded(tmp_path)) == 3
+    Image.new("L", (16, 16)).save(tmp_path / "in" / "1.mask.png")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says):
+            encoded(tmp_path)
+
+
+@pytest.mark.parametrize(("mask", "says"), [
+    (torch.zeros(1, 16, 16), "The noise_mask of latent 0 is black everywhere in sample 1 of 1, so nothing of it would"),
+    (torch.stack([torch.ones(16, 16), torch.zeros(16, 16)]), "black everywhere in sample 2 of 2"),
+    (torch.full((1, 16, 16), float("nan")), "is no mask"),
+    ("white", "is no mask"),
+])  # fmt: skip
+def test_noise_masks_that_teach_nothing_are_refused(mask, says):
+    with pytest.raises(ValueError, match=says):
+        EncodedDataset.from_core([{**latents(2)[0], "noise_mask": mask}], conditioning(1))
+
+
+@pytest.mark.parametrize("wrong", [[["text", {}]], [[torch.zeros(1, 2, 3)]], [[torch.zeros(1, 2, 3), 4]], [1], ["ab"]])
+def test_what_is_no_conditioning_is_refused_in_words(wrong):
+    with pytest.raises(ValueError, match="connect a CONDITIONING"):
+        EncodedDataset.from_core(latents(1), [wrong])
 
 
 def test_noise_masks_become_loss_masks():

@@ -33,6 +33,7 @@ from .caption_variants import (
 )
 from .encoded import EncodedDataset, EncodedItem, mask_to_latent_grid
 from .images import image_to_batch_tensor
+from .metadata import format_first_names
 from .readers import require_captions
 from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask
 
@@ -140,6 +141,7 @@ def encode_dataset(
         for record, placement in place_records(dataset, buckets)
     ]
     cache = DiskCache(cache_dir)
+    require_trained_pixels(plans, cache, check_interrupt)
     texts = {"": caption_key("", text)} | {c: k for p in plans for c, k in zip(p.captions, p.caption_keys, strict=True)}
     work = EncodingProgress(len(texts) + len(plans), report, check_interrupt)
     encode_texts(texts, text, cache, work)
@@ -170,6 +172,7 @@ def encode_without_text(
         plan_image_encoding(record, placement, flip, vae, ground)
         for record, placement in place_records(dataset, buckets)
     ]
+    require_trained_pixels(plans, cache, check_interrupt)
     items = encode_images(plans, vae, cache, EncodingProgress(len(plans), report, check_interrupt), ground)
     print_ = compute_fingerprint(
         ENCODING_VERSION, "without text", dataset.fingerprint(), buckets, bool(flip), vae.identity, list(ground)
@@ -194,6 +197,33 @@ def check_encoding_inputs(dataset, captions, buckets, vae):
             )
     if captions.caption_mode == CAPTION_MODE_TEXT and not captions.trigger.strip():
         require_captions(dataset)
+
+
+def require_trained_pixels(plans: list[EncodingPlan], cache: DiskCache, check_interrupt=None) -> None:
+    """ValueError that names the images whose mask leaves nothing of them: a step on one would teach nothing."""
+    black = []
+    for p in plans:
+        if check_interrupt:
+            check_interrupt()
+        if p.record.mask is not None and is_mask_black(p, cache):
+            black.append(Path(p.record.path).name)
+    if black:
+        raise ValueError(
+            f"The {'mask of 1 image is' if len(black) == 1 else f'masks of {len(black)} images are'} black in all that "
+            f"is trained, so nothing of {'it' if len(black) == 1 else 'them'} would be learnt: "
+            f"{format_first_names(black)}. White is what is learnt. Paint the masks anew, remove them, or leave these "
+            "images out; a mask may also lie in a part that the bucket cuts off."
+        )
+
+
+def is_mask_black(p: EncodingPlan, cache: DiskCache) -> bool:
+    """Whether the mask is 0 in all of the bucket; a mask that is on disk already is not opened again."""
+    shape = cached_latent_shape(cache, p.latent)
+    key = shape and mask_key(p.record, p.placement, shape[-2:])
+    if key and cache.read_shapes(key) is not None:
+        return not cache.load(key)["mask"].any()
+    opened = open_mask(p.record)
+    return opened is not None and resize_and_crop(opened, p.placement).getbbox() is None
 
 
 def plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground) -> EncodingPlan:

@@ -188,7 +188,14 @@ def split_latent(latent: dict, number: int) -> list[tuple[Tensor, Tensor | None]
     mask = latent.get("noise_mask")
     if mask is None:
         return [(sample, None) for sample in samples]
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or not torch.isfinite(mask).all():
+        raise ValueError(f"The noise_mask of latent {number} is no mask: numbers from 0 to 1, of shape (..., H, W).")
     mask = mask.detach().cpu().float().reshape(-1, 1, *mask.shape[-2:])
+    if black := [index for index, one in enumerate(mask) if not one.any()]:
+        raise ValueError(
+            f"The noise_mask of latent {number} is black everywhere in sample {black[0] + 1} of {len(mask)}, so "
+            "nothing of it would be learnt. White is what is learnt; remove the mask, or paint it anew."
+        )
     if len(mask) not in (1, len(samples)):
         raise ValueError(
             f"Latent {number} has {len(samples)} samples and {len(mask)} masks. Give one mask per sample, or one for "
@@ -200,7 +207,10 @@ def split_latent(latent: dict, number: int) -> list[tuple[Tensor, Tensor | None]
 def split_conditioning(conditioning) -> list[dict]:
     """One cond dict (batch of 1) per row of each [tensor, extras] pair."""
     conds = []
-    for cross_attn, extras in conditioning:
+    for pair in conditioning:
+        cross_attn, extras = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
+        if not isinstance(cross_attn, Tensor) or not isinstance(extras, dict):
+            raise ValueError("The conditioning is not pairs of a tensor and its extras; connect a CONDITIONING.")
         whole = map_tensors({**extras, "cross_attn": cross_attn}, lambda tensor: tensor.detach().cpu().clone())
         conds += [conditioning_row(whole, i, len(cross_attn)) for i in range(len(cross_attn))]
     return conds
