@@ -42,6 +42,7 @@ from .context import (
 from .denoiser import ComfyDenoiser
 from .encoders import encode_caption
 from .families import ModelFamily, find_model_family
+from .frozen_casts import recast_frozen_weights
 from .lora_keys import clip_lora_keys, unet_lora_keys
 from .memory import offload_weights
 from .out_of_place import disable_inplace_updates
@@ -112,6 +113,7 @@ def open_training_session(
         stack.enter_context(load_with_adapters(patcher, adapters, memory))
         replace_inference_parameters(patcher.model)
         stack.enter_context(disable_inplace_updates(network))
+        stack.enter_context(recast_frozen_weights(network))
         for habit in (set_training_flag, disable_fp8_matmul, disable_transfer_streams, use_differentiable_rope):
             stack.enter_context(habit())
         session.blocks.plan = PLAN_PER_BLOCK if checkpointing == PLAN_AUTO else checkpointing  # until a plan is chosen
@@ -174,7 +176,11 @@ def attach_text_adapters(clip, adapter, rng, session):
     session.text_adapters = Adapters(network, text_adapter_settings(adapter), rng).to(clip.patcher.load_device)
     session.text_layer_keys = clip_lora_keys(network, session.text_adapters.layers)
     session.known_text_keys = comfy.lora.model_lora_keys_clip(network, {})
-    with load_with_adapters(clip.patcher, session.text_adapters, 0.0), disable_inplace_updates(network):
+    with (
+        load_with_adapters(clip.patcher, session.text_adapters, 0.0),
+        disable_inplace_updates(network),
+        recast_frozen_weights(network),
+    ):
         replace_inference_parameters(network)
         session.encode_captions = lambda batch: [
             {**extract_size_conditioning(old), **encode_caption(clip, c)}

@@ -1,5 +1,6 @@
 """The door to ComfyUI, on ComfyUI's own classes at tiny size: gradients, files, and a model given back as it was."""
 
+import contextlib
 import hashlib
 
 import comfy.model_management as mm
@@ -409,3 +410,83 @@ def test_an_empty_lora_is_refused_with_the_reason():
     """A run can end before any layer learnt something: of prompts that are to stay as they are, for example."""
     with pytest.raises(ValueError, match="This LoRA is empty.*Train it for more steps"):
         host.lora_keys.apply_lora(make("sd3", inference=True), None, LoraFile({}))
+
+
+# -- frozen weights that are cast --------------------------------------------------------------------------------------
+
+
+def load_stored(family, storage, folder):
+    """A tiny model whose weights are stored in another precision than it computes in."""
+    path = tiny.build({"flux": "flux", "sd15": "sd15_noclip"}[family])
+    if storage == "quantised":
+        save_file(quantised(load_file(path)), folder / "model.safetensors")
+        path = folder / "model.safetensors"
+    dtypes = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
+    model = comfy.sd.load_diffusion_model(
+        str(path), model_options={"dtype": dtypes[storage]} if storage in dtypes else {}
+    )
+    model.set_model_compute_dtype(torch.float32)
+    return model
+
+
+def gradients_and_copies(model, adapter):
+    """(gradients of a step, shapes of the copies of weights that autograd kept, bytes that it kept)."""
+    with host.session.open_training_session(model, adapter) as session:
+        shake(session.adapters)
+        network = session.denoiser.model.diffusion_model
+        shapes = {tuple(p.shape) for p in network.parameters() if p.ndim > 1}
+        shapes |= {shape[::-1] for shape in shapes if len(shape) == 2}
+        mine = [*network.parameters(), *session.adapters.parameters()]
+        storages = {p.untyped_storage()._cdata for p in mine if type(p.data) is torch.Tensor}
+        kept = {}
+
+        def pack(tensor):
+            if (key := tensor.untyped_storage()._cdata) not in storages:
+                kept[key] = tensor
+            return tensor
+
+        rng = torch.Generator().manual_seed(0)
+        x = torch.randn(1, session.denoiser.model.latent_format.latent_channels, 8, 8, generator=rng)
+        cond = {
+            "cross_attn": torch.randn(1, 7, 768, generator=rng),
+            "pooled_output": torch.randn(1, 768, generator=rng),
+        }
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = session.denoiser.denoise(x, torch.tensor([0.5]), [cond]).square().mean()
+        loss.backward()
+        gradients = [p.grad.clone() for p in session.adapters.parameters() if p.grad is not None]
+        copies = [tuple(t.shape) for t in kept.values() if tuple(t.shape) in shapes]
+        return gradients, copies, sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize(
+    "family, storage", [("flux", "fp8"), ("flux", "fp16"), ("flux", "quantised"), ("sd15", "fp16"), ("sd15", "fp8")]
+)
+def test_frozen_weights_are_cast_again_in_backward_and_gradients_are_the_same_bit_for_bit(
+    family, storage, tmp_path, monkeypatch
+):
+    """A third of what is kept at most, on models as small as these; on real ones the copies are a second model."""
+    classes = [comfy.ops.manual_cast.Linear, comfy.ops.disable_weight_init.Linear, comfy.ops.disable_weight_init.Conv2d]
+    methods = [dict(vars(cls)) for cls in classes]
+    adapter = ADAPTERS.get(family, RANK_4)
+    with torch.inference_mode():
+        model = load_stored(family, storage, tmp_path)
+        again, copies, size = gradients_and_copies(model, adapter)
+        assert [dict(vars(cls)) for cls in classes] == methods
+        monkeypatch.setattr(host.session, "recast_frozen_weights", lambda network: contextlib.nullcontext())
+        kept, kept_copies, kept_size = gradients_and_copies(model, adapter)
+    assert copies == [] and len(kept_copies) > 10
+    assert len(again) == len(kept) and all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+    assert size < kept_size / 1.5, f"{size} and {kept_size} bytes"
+
+
+def test_layers_that_cast_in_a_way_of_their_own_are_left_alone():
+    """As those of nodes for other file formats, whose weights the host's cast does not understand."""
+
+    class Packed(comfy.ops.manual_cast.Linear):
+        def forward_comfy_cast_weights(self, x):
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) * 2)
+
+    before = Packed.forward_comfy_cast_weights
+    with host.frozen_casts.recast_frozen_weights(torch.nn.Sequential(Packed(4, 4, bias=False))):
+        assert Packed.forward_comfy_cast_weights is before
