@@ -222,7 +222,7 @@ def unpack_state_node(shape, tensors) -> Any:
 
 
 TRAINING_COMMENT = "trained by Trainyard"
-LORA_HASH_KEY = "modelspec.hash_sha256"
+HASH_KEY = "modelspec.hash_sha256"
 
 
 class LoraFile(dict):
@@ -341,7 +341,7 @@ def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
             f"This LoRA holds NaN or infinite values ({len(bad)} tensors, first {bad[0]}); it is not saved. Lower the "
             "learning rate."
         )
-    metadata = {**lora.metadata, LORA_HASH_KEY: f"0x{tensor_hash(lora)}", **(extra or {})}
+    metadata = {**lora.metadata, HASH_KEY: f"0x{tensor_hash(lora)}", **(extra or {})}
     write_safetensors(path, lora, metadata)
 
 
@@ -349,12 +349,12 @@ def read_lora(path) -> LoraFile:
     """A LoRA file of any tool. Raises ValueError when it is no safetensors file, or when it is one of ours whose values
     are not those that were written."""
     tensors, metadata = read_safetensors(path)
-    written = metadata.get(LORA_HASH_KEY)
+    written = metadata.get(HASH_KEY)
     ours = metadata.get("ss_training_comment") == TRAINING_COMMENT  # others hash other things under that key
     if ours and written is not None and written != f"0x{tensor_hash(tensors)}":
         raise ValueError(
-            f"{path} is damaged: its values are not those that were saved ({LORA_HASH_KEY} differs). Take an earlier "
-            f"file of the run, or a copy. If another program changed it on purpose, remove {LORA_HASH_KEY} from its "
+            f"{path} is damaged: its values are not those that were saved ({HASH_KEY} differs). Take an earlier "
+            f"file of the run, or a copy. If another program changed it on purpose, remove {HASH_KEY} from its "
             "metadata."
         )
     steps = metadata.get("ss_steps", "")

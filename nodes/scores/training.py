@@ -10,9 +10,9 @@ from ...trainers.data.quality.duplicates import duplicate_group_names
 from ...trainers.data.readers import make_printable
 from ...trainers.files import read_safetensors
 from ...trainers.scores.backbones import cache_frozen_features
-from ...trainers.scores.files import read_score_model, write_score_model
+from ...trainers.scores.files import is_whole_score_model, read_score_model, write_score_model
 from ...trainers.scores.networks import DECODED_IMAGE, LATENT_BACKBONES, LOADED_BACKBONES, MODEL_FEATURES
-from ...trainers.scores.resume import ResumeFolder
+from ...trainers.scores.resume import UNFINISHED, ResumeFolder, remove_abandoned_work
 from ...trainers.scores.training import train_score_model
 from .. import host, paths
 from . import feature_extractors, latents
@@ -77,11 +77,12 @@ def load_or_train_score_model(fingerprint: str, node_id, train, trunk=None):
     """(score model, report, losses) of train(resume), or of an earlier training with this fingerprint. A training that
     was stopped continues at the next call. `trunk(info)`: for backbones on loaded models."""
     path = paths.score_cache_folder() / f"{fingerprint}.safetensors"
-    if path.is_file():
+    remove_abandoned_work(path.parent)
+    if is_whole_score_model(path, "report", "losses"):
         metadata = read_safetensors(path)[1]
         words = f"{metadata['report']}\nTrained before: it was read from the cache."
         return read_score_model(path, trunk), words, json.loads(metadata["losses"])
-    resume = ResumeFolder(paths.score_cache_folder() / f"{fingerprint}.unfinished")
+    resume = ResumeFolder(paths.score_cache_folder() / f"{fingerprint}{UNFINISHED}")
     try:
         with host.context.enable_gradients():
             result = train(resume)

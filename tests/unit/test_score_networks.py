@@ -8,6 +8,7 @@ from trainyard.tests.unit.toy import Denoiser, rng
 from trainyard.trainers.files import read_safetensors, write_safetensors
 from trainyard.trainers.scores.files import (
     check_score_latent_format,
+    is_whole_score_model,
     parse_score_model_info,
     read_score_model,
     score_file_matches,
@@ -246,6 +247,18 @@ def test_what_a_newer_version_wrote_is_refused(tmp_path):
         read_score_model(file)
     with pytest.raises(ValueError, match="is a score model of version 2, and this Trainyard reads version 1"):
         parse_score_model_info({**metadata, "trainyard.score_model": "2"}, "m")
+
+
+def test_a_flipped_bit_in_a_score_model_is_told(tmp_path):
+    """The last byte of the file is a value."""
+    file = tmp_path / "m.safetensors"
+    write_score_model(file, model(), {"report": ""})
+    assert is_whole_score_model(file, "report") and not is_whole_score_model(file, "losses")
+    blob = file.read_bytes()
+    file.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    assert not is_whole_score_model(file) and not is_whole_score_model(tmp_path / "none")
+    with pytest.raises(ValueError, match="m.safetensors is damaged: its values are not those that were saved"):
+        read_score_model(file)
 
 
 def test_other_and_damaged_files_are_refused_in_words(tmp_path):

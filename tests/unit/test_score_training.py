@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import os
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +34,7 @@ from trainyard.trainers.scores.objective import (
     squared_error,
     two_hot_ratings,
 )
-from trainyard.trainers.scores.resume import ResumeFolder
+from trainyard.trainers.scores.resume import ResumeFolder, remove_abandoned_work
 from trainyard.trainers.scores.training import (
     EnsembleMember,
     build_rating_task,
@@ -439,6 +441,19 @@ def test_networks_that_are_done_are_not_trained_again(tmp_path, monkeypatch):
     assert len(done) == 10 + 3, "of the third network steps 2 to 4"
     resume.clear()
     assert not (tmp_path / "work").exists()
+
+
+def test_work_that_nobody_will_go_on_with_is_removed_and_other_work_stays(tmp_path):
+    """Of the first the model is there; the second is 31 days old; the third is of today."""
+    ages = {"finished": 0, "old": 31, "now": 0}
+    for name, days in ages.items():
+        (tmp_path / f"{name}.unfinished").mkdir()
+        (tmp_path / f"{name}.unfinished" / "now.state").write_bytes(b"")
+        for path in (tmp_path / f"{name}.unfinished" / "now.state", tmp_path / f"{name}.unfinished"):
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    (tmp_path / "finished.safetensors").write_bytes(b"")
+    remove_abandoned_work(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["finished.safetensors", "now.unfinished"]
 
 
 def test_damaged_work_says_what_to_delete(tmp_path):

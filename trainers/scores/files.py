@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..files import read_safetensors, tensor_hash, write_safetensors
+from ..files import HASH_KEY, read_safetensors, tensor_hash, write_safetensors
 from .networks import ScoreModelInfo, ScorerEnsemble, build_scorer, call_with_seed
 
 SCORE_MODEL_KEY, SCORE_MODEL_VERSION = "trainyard.score_model", "1"
@@ -41,7 +41,7 @@ def write_score_model(path, model: ScorerEnsemble, extra: dict[str, str] | None 
     info = json.dumps(model.info.to_dict(), sort_keys=True, allow_nan=False)
     spec = {
         "modelspec.title": f"score model ({model.info.backbone}, {model.info.task})",
-        "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
+        HASH_KEY: f"0x{tensor_hash(tensors)}",
     }
     write_safetensors(path, tensors, {SCORE_MODEL_KEY: SCORE_MODEL_VERSION, "about": info, **spec, **(extra or {})})
 
@@ -66,7 +66,29 @@ def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None =
                 f"{str(error).splitlines()[-1].strip()} It may be damaged; save it again, or fetch it again."
             ) from error
         network.eval().requires_grad_(False)
+    check_score_model_hash(tensors, metadata, path)
     return ScorerEnsemble(networks, info)
+
+
+def check_score_model_hash(tensors, metadata: dict[str, str], path) -> None:
+    """ValueError unless the values are those that were saved."""
+    written = metadata.get(HASH_KEY)
+    if written is not None and written != f"0x{tensor_hash(tensors)}":
+        raise ValueError(
+            f"{path} is damaged: its values are not those that were saved ({HASH_KEY} differs). Save it again, or "
+            "fetch it again."
+        )
+
+
+def is_whole_score_model(path, *keys: str) -> bool:
+    """Whether the file is an undamaged score model that has these keys in its metadata."""
+    try:
+        tensors, metadata = read_safetensors(path)
+        parse_score_model_info(metadata, Path(path).name)
+        check_score_model_hash(tensors, metadata, path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return set(keys) <= metadata.keys()
 
 
 def parse_score_model_info(metadata: dict[str, str], name: str) -> ScoreModelInfo:

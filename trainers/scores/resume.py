@@ -6,6 +6,7 @@ to the same training.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,19 @@ from ..files import read_state_tree, write_state_tree
 from ..loop import NoStore
 
 CHECKPOINT_SECONDS = 180  # between saves; a power cut costs at most so much
+UNFINISHED = ".unfinished"  # how the name of such a folder ends
+ABANDONED_SECONDS = 30 * 24 * 3600.0  # after so long nobody is expected to go on
+
+
+def remove_abandoned_work(root: Path) -> None:
+    """Remove the folders of unfinished trainings below root whose model is there, because a process died between saving
+    it and cleaning up, and those that nobody has gone on with for a month."""
+    for folder in root.glob(f"*{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            latest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            is_finished = folder.with_suffix(".safetensors").is_file()
+            if is_finished or time.time() - latest > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
