@@ -1,4 +1,4 @@
-# make demo | test | test-unit | proofs | check | refresh | bench | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
+# make demo | test | test-unit | proofs | chaos | check | refresh | bench | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
 PYTHON ?= python3
 PY := .venv/bin/python
 # Models this small are many times slower on threads that wait for each other.
@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 # Processes that run tests, each with its own ComfyUI and server (about 4 GB). One of them mostly waits for the browser.
 JOBS ?= 3
 
-.PHONY: demo test test-unit proofs check refresh bench env
+.PHONY: demo test test-unit proofs chaos check refresh bench env
 
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
@@ -20,6 +20,9 @@ test-unit: env  ## the craft without ComfyUI: seconds
 
 proofs: env  ## trainings long enough to measure what they teach (tests/proofs/proofs.toml): minutes
 	@$(PY) tests/proofs/run.py $(ARGS)
+
+chaos: env  ## kills, interrupts, flipped bits, cuts, hostile files and names on a real server: minutes (ARGS="--seed 2 --rounds 10")
+	@$(PY) tests/chaos/run.py $(ARGS)
 
 check: env  ## format, lint, types, and the direction of imports
 	@$(PY) -m ruff format --check .
