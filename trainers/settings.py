@@ -484,7 +484,12 @@ class RunSettings(Settings):
         "Images per step. 0: as many as memory allows, at most 8, determined when the run begins.",
         unit="images",
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, data and settings give the same file, bit for bit.")
+    seed: int = number_field(
+        0,
+        0,
+        2**63 - 1,
+        "The same seed, data and settings give the same file: bit for bit on the CPU, nearly so on a GPU.",
+    )
     save_every: int = number_field(
         250,
         0,

@@ -55,7 +55,12 @@ class ScoreSettings(Settings):
         "disagreement its uncertainty.",
         unit="networks",
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, images and settings give the same file, bit for bit.")
+    seed: int = number_field(
+        0,
+        0,
+        2**63 - 1,
+        "The same seed, images and settings give the same file: bit for bit on the CPU, nearly so on a GPU.",
+    )
     loss: str = choice_field(
         MSE_RANKING,
         SCORE_LOSSES,

@@ -69,7 +69,12 @@ class PretextSettings(Settings):
     size: int = number_field(
         512, 16, 2048, "Side of the squares that are encoded. Nothing is stretched.", unit="px", step=16
     )
-    seed: int = number_field(0, 0, 2**63 - 1, "The same seed, images and settings give the same file, bit for bit.")
+    seed: int = number_field(
+        0,
+        0,
+        2**63 - 1,
+        "The same seed, images and settings give the same file: bit for bit on the CPU, nearly so on a GPU.",
+    )
     learning_rate: float = number_field(
         1e-3, 1e-7, 1.0, "Learning rate of AdamW; it decays to 0 along a cosine.", step=1e-4, advanced=True
     )
