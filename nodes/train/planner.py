@@ -17,7 +17,6 @@ from ...trainers.memory.checkpointing import ActivationCounter
 from ...trainers.memory.plan import (
     CHECKPOINTING_PLANS,
     PLAN_AUTO,
-    PLAN_OFF,
     PLAN_OFFLOADED,
     RunForecast,
     StepMemory,
@@ -45,7 +44,7 @@ def checkpointing_input(**more):
     return io.Combo.Input(
         "checkpointing",
         options=list(host.session.CHECKPOINTING_MODES),
-        default=PLAN_OFF,
+        default=PLAN_AUTO,
         tooltip=CHECKPOINTING_TOOLTIP,
         **more,
     )

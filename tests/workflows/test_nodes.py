@@ -1,6 +1,7 @@
 """The nodes as ComfyUI shows them: nothing changes by accident, everything explains itself."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -30,6 +31,24 @@ def test_ids_inputs_and_outputs_are_those_that_saved_workflows_know(schemas):
             "tests/workflows/nodes.json, and tell users in CHANGELOG.md."
         )
     assert list(found) == list(known), "run `make refresh`"
+
+
+def test_memory_is_measured_before_a_run_unless_somebody_says_otherwise():
+    """In every new Train node and in every template, which its API twin says too."""
+    defaults = {
+        name: about["default"]
+        for name, promises in snapshot.known_promises().items()
+        for about in promises["inputs"]
+        if about["name"] == "checkpointing"
+    }
+    in_templates = {
+        path.stem: node["inputs"]["checkpointing"]
+        for path in sorted((ROOT / "workflows" / "api").glob("*.json"))
+        for node in json.loads(path.read_text(encoding="utf-8")).values()
+        if "checkpointing" in node["inputs"]
+    }
+    assert len(defaults) == 6 and set(defaults.values()) == {"auto"}, defaults
+    assert len(in_templates) == 8 and set(in_templates.values()) == {"auto"}, in_templates
 
 
 def every_input(schema):
