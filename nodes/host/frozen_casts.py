@@ -24,8 +24,8 @@ def recast_frozen_weights(network):
     before = []
     try:
         for cls in {type(m) for m in network.modules()}:
-            original = getattr(cls, CAST_METHOD, None)
-            if (apply := find_frozen_call(original)) is not None:
+            if (apply := find_frozen_call(cls)) is not None:
+                original = getattr(cls, CAST_METHOD)
                 before.append((cls, cls.__dict__.get(CAST_METHOD)))
                 setattr(cls, CAST_METHOD, wrap_cast_method(original, apply))
         yield
@@ -37,9 +37,11 @@ def recast_frozen_weights(network):
                 setattr(cls, CAST_METHOD, own)
 
 
-def find_frozen_call(method):
-    """What to call in place of one of the host's methods that cast and compute, or None."""
-    if getattr(method, "__module__", None) != comfy.ops.__name__:
+def find_frozen_call(cls):
+    """What to call in place of a class's method that casts and computes, where it is one of the host's, or None."""
+    method = getattr(cls, CAST_METHOD, None)
+    steps = [method, *(getattr(cls, name) for name in ("_forward", "_conv_forward") if hasattr(cls, name))]
+    if any(getattr(step, "__module__", None) not in (comfy.ops.__name__, "torch.nn.modules.conv") for step in steps):
         return None
     owner = method.__qualname__.removesuffix(f".{CAST_METHOD}")
     return call_linear if owner in LINEAR_CASTS else call_convolution if owner in CONVOLUTION_CASTS else None

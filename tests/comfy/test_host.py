@@ -487,6 +487,10 @@ def test_layers_that_cast_in_a_way_of_their_own_are_left_alone():
         def forward_comfy_cast_weights(self, x):
             return torch.nn.functional.linear(x, self.weight.to(x.dtype) * 2)
 
-    before = Packed.forward_comfy_cast_weights
-    with host.frozen_casts.recast_frozen_weights(torch.nn.Sequential(Packed(4, 4, bias=False))):
-        assert Packed.forward_comfy_cast_weights is before
+    class Padded(comfy.ops.manual_cast.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(torch.nn.functional.pad(x, (1, 0, 1, 0)), weight, bias)
+
+    before = [cls.forward_comfy_cast_weights for cls in (Packed, Padded)]
+    with host.frozen_casts.recast_frozen_weights(torch.nn.Sequential(Packed(4, 4), Padded(4, 4, 3))):
+        assert [cls.forward_comfy_cast_weights for cls in (Packed, Padded)] == before
