@@ -1,29 +1,28 @@
-"""What large datasets cost: the cache's bytes and reads, without ComfyUI.
+"""What large datasets cost.
 
-.venv/bin/python benchmarks/large_datasets.py cache
+.venv/bin/python benchmarks/large_datasets.py cache      bytes and reads of the cache of Encode Dataset
+.venv/bin/python benchmarks/large_datasets.py folders    schemas and Load Dataset with 20 000 images in input/
+.venv/bin/python benchmarks/large_datasets.py import     what the pack's import adds to the start of ComfyUI
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import importlib
+import os
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from statistics import median
 
+import pack
 import torch
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
 READS = 40
-
-
-def load_pack():
-    """The pack as package `trainyard`, without ComfyUI."""
-    package = types.ModuleType("trainyard")
-    package.__path__ = [str(ROOT)]
-    sys.modules["trainyard"] = package
+IMAGES = 20_000
 
 
 # -- cache -------------------------------------------------------------------------------------------------------------
@@ -73,11 +72,69 @@ def time_call(call, *given) -> float:
     return time.perf_counter() - start
 
 
-COMMANDS = {"cache": measure_cache}
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def measure_folders():
+    from trainyard import nodes
+    from trainyard.nodes import paths
+    from trainyard.trainers.data.captions.manual_edits import build_caption_cards
+    from trainyard.trainers.data.readers import hash_folder_state, read_folder
+
+    listed = [
+        node for name in nodes.find_node_modules() for node in importlib.import_module(name, "trainyard.nodes").NODES
+    ]
+    schemas = lambda: [node.define_schema() for node in listed]
+    print_seconds(f"{len(listed)} schemas, input/ empty", schemas)
+    folder = paths.dataset_roots()["input"] / "many"
+    draw_images(folder)
+    for name in ("first", "second"):
+        print_seconds(f"{len(listed)} schemas, {IMAGES} images with captions, {name} time", schemas)
+    for name in ("first", "second"):
+        print_seconds(f"hash_folder_state, {name} time", lambda: hash_folder_state(folder))
+        print_seconds(f"read_folder, {name} time", lambda: read_folder(folder))
+    dataset = read_folder(folder)
+    for name in ("first", "second"):
+        print_seconds(
+            f"cards of the caption grid, {name} time", lambda: build_caption_cards(dataset, paths.thumbnails_folder())
+        )
+
+
+def draw_images(folder: Path) -> None:
+    """Small PNGs of different bytes, long since there, and a caption for each."""
+    folder.mkdir(parents=True)
+    for number in range(IMAGES):
+        file = folder / f"{number:05}.png"
+        image = Image.new("RGB", (64, 64), (number % 256, number // 256, 7))
+        image.save(file)
+        file.with_suffix(".txt").write_text(f"caption {number}", encoding="utf-8")
+        os.utime(file, (1, 1))
+    os.utime(folder, (1, 1))
+
+
+def print_seconds(name: str, call) -> None:
+    print(f"{name:60} {time_call(call):8.2f} s", flush=True)
+
+
+# -- import ------------------------------------------------------------------------------------------------------------
+
+
+def measure_import():
+    importlib.import_module("nodes")  # ComfyUI's
+    importlib.import_module("server")
+    before, start = set(sys.modules), time.process_time()
+    extension = importlib.import_module("trainyard.nodes").TrainyardExtension()
+    for node in asyncio.run(extension.get_node_list()):
+        node.define_schema()
+    new = [name.split(".")[0] for name in set(sys.modules) - before]
+    print(f"{time.process_time() - start:.2f} CPU seconds, {len(new)} modules, {new.count('trainyard')} of them ours")
+
+
+COMMANDS = {"cache": measure_cache, "folders": measure_folders, "import": measure_import}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=list(COMMANDS))
     torch.set_num_threads(1)
-    load_pack()
+    pack.boot()
     COMMANDS[parser.parse_args().command]()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ...trainers.captioners import known_captioners, taggers, template_captioner, vlm
+from ...trainers.captioners import known_captioners, template_captioner, vlm
 from ...trainers.captioners.caption_dataset import FILL_MISSING, WRITE_MODES, CaptionCache, caption_dataset
 from ...trainers.captioners.caption_prompts import (
     PromptSettings,
@@ -15,7 +15,7 @@ from ...trainers.captioners.caption_prompts import (
 from ...trainers.captioners.vlm import CaptionerSettings
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
-from . import loaded_models, tagger_settings, zeroshot
+from . import tagger_settings
 
 CaptionPromptType = io.Custom("TRAINYARD_CAPTION_PROMPT")
 
@@ -127,6 +127,9 @@ class CaptionImages(io.ComfyNode):
         tagger=None,
         **widgets,
     ):
+        from ...trainers.captioners import taggers
+        from . import loaded_models, zeroshot
+
         settings, wording = settings_from_widgets(CaptionerSettings, widgets), prompt or PromptSettings()
         report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
         if backend not in (BACKEND_ZERO_SHOT, BACKEND_WD_TAGGER):
@@ -240,6 +243,8 @@ def require_captioner_folder(name: str, backend: str, allow_download: bool, repo
 
 
 def check_tagger_settings(value):
+    from ...trainers.captioners import taggers
+
     if value is not None and not isinstance(value, taggers.TaggerSettings):
         raise ValueError(
             f"The input tagger holds {type(value).__name__}, and 'WD tagger' needs Tagger Settings. Connect that node, "

@@ -4,12 +4,9 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ...trainers.data.captions import caption_report, manual_edits, sidecars
 from ...trainers.data.captions.edits import apply_edits, format_edit_preview, parse_edits
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType
-from ..page import thumbnail_routes
-from .token_counter import make_token_counter
 
 THUMBNAILS_AT_RUN = 100  # a page of the grid; the others are made when they are scrolled to
 EXAMPLE_EDITS = (
@@ -80,6 +77,8 @@ class EditCaptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, edits, seed, show, clip=None):
+        from .token_counter import make_token_counter
+
         rules = parse_edits(edits)
         after = apply_edits(
             dataset,
@@ -133,6 +132,9 @@ class CaptionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, trigger, tags, clip=None):
+        from ...trainers.data.captions import caption_report
+        from .token_counter import make_token_counter
+
         figures = caption_report.build_caption_report(
             dataset, trigger, make_token_counter(clip), host.progress.raise_if_interrupted
         )
@@ -182,6 +184,9 @@ class EditCaptionsByHand(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, edits, save_to_files=False):
+        from ...trainers.data.captions import manual_edits, sidecars
+        from ..page import thumbnail_routes
+
         written = manual_edits.parse_manual_edits(edits)
         after = manual_edits.apply_manual_edits(dataset, written)
         cards = manual_edits.build_caption_cards(

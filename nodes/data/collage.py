@@ -4,11 +4,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ...trainers.data.collage.build import build_collages, draw_collages_sheet
 from ...trainers.data.collage.plan import CollageSettings
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
-from .token_counter import make_token_counter
 
 
 class BuildCollages(io.ComfyNode):
@@ -48,6 +46,9 @@ class BuildCollages(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, clip=None, **widgets):
+        from ...trainers.data.collage.build import build_collages, draw_collages_sheet
+        from .token_counter import make_token_counter
+
         report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
         built = build_collages(
             dataset,

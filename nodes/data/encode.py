@@ -9,7 +9,6 @@ from comfy_api.latest import io, ui
 from PIL import ImageColor
 
 from ...trainers.data import cache
-from ...trainers.data.bucket_report import assign_buckets, draw_buckets_sheet, format_bucket_report
 from ...trainers.data.buckets import BucketSettings
 from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from ...trainers.data.encode import encode_dataset
@@ -61,6 +60,8 @@ class BucketDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, **widgets):
+        from ...trainers.data.bucket_report import assign_buckets, draw_buckets_sheet, format_bucket_report
+
         result = assign_buckets(dataset, settings_from_widgets(BucketSettings, widgets))
         words = format_bucket_report(result)
         sheet = torch.from_numpy(np.asarray(draw_buckets_sheet(result), dtype=np.float32) / 255)[None]

@@ -13,11 +13,8 @@ from ...trainers.data.quality.checks import (
     format_quality_json,
 )
 from ...trainers.data.quality.duplicates import DuplicateSettings, deduplicate, make_duplicate_tiles
-from ...trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report
 from .. import host
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
-from .image_features import make_image_feature_encoder
-from .token_counter import make_token_counter
 
 VISION_TOOLTIP = (
     "Also compares image content, which finds crops: CLIP-L, CLIP-H, SigLIP or DINO, from Load CLIP Vision."
@@ -74,6 +71,9 @@ class CheckDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, clip=None, clip_vision=None, **widgets):
+        from ...trainers.data.quality.quality_report import draw_quality_sheet, format_quality_report
+        from .token_counter import make_token_counter
+
         settings = settings_from_widgets(QualitySettings, widgets)
         found = check_dataset_quality(dataset, settings, make_token_counter(clip), make_scan_options(cls, clip_vision))
         words = format_quality_report(found, settings)
@@ -138,6 +138,8 @@ class DeduplicateDataset(io.ComfyNode):
 
 
 def make_scan_options(cls, clip_vision) -> ScanOptions:
+    from .image_features import make_image_feature_encoder
+
     return ScanOptions(
         features=make_image_feature_encoder(clip_vision),
         report=host.progress.ItemProgressReporter(cls.hidden.unique_id),

@@ -21,11 +21,8 @@ from ...trainers.data.similarity.similar import (
     unit_rows,
 )
 from ...trainers.files import tensor_hash
-from ...trainers.scores.backbones import extract_trunk_features
 from .. import host
-from ..data import image_features
 from ..fields import CATEGORY, DatasetType, ScoreModelType, settings_from_widgets, settings_inputs
-from . import latents
 
 FeaturesType = io.Custom("TRAINYARD_FEATURES")  # holds trainers.data.similarity.similar.ImageFeatures
 
@@ -95,6 +92,8 @@ class ExtractFeatures(io.ComfyNode):
 
 def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
     """Features of every image by a CLIP_VISION. Images that cannot be opened are left out, with the reason."""
+    from ..data import image_features
+
     options = ScanOptions(
         features=image_features.make_image_feature_encoder(clip_vision),
         report=report,
@@ -112,6 +111,9 @@ def extract_vision_features(dataset, clip_vision, report) -> ImageFeatures:
 
 def extract_backbone_features(dataset, score_model, vae, report) -> ImageFeatures:
     """Features of every image by the trunk of a score model. ValueError for a score model without one."""
+    from ...trainers.scores.backbones import extract_trunk_features
+    from . import latents
+
     if not score_model.networks or not hasattr(score_model.networks[0], "trunk"):
         raise ValueError(
             "This score model is an aesthetic head on a CLIP_VISION. Connect that CLIP_VISION as clip_vision instead."

@@ -11,9 +11,7 @@ from ...trainers.data.records import open_image
 from ...trainers.scores.networks import DECODED_IMAGE, ScoreModelInfo, ScorerEnsemble
 from ...trainers.settings import compute_fingerprint
 from .. import host
-from ..data import image_features, zeroshot
 from ..fields import CATEGORY, ScoreModelType, latent_score_inputs
-from . import feature_extractors, latents
 
 CLIP_SCORE_SCALE = 100.0  # CLIPScore (Hessel et al. 2021) as a percentage
 CLIP_SCORE_MEAN, CLIP_SCORE_STD = 25.0, 5.0  # of CLIP scores of captioned images, roughly
@@ -24,6 +22,9 @@ class ClipScoreModel(ScorerEnsemble):
     """A hundred times the cosine between image and text embedding. `words` is the text where the caller gives none."""
 
     def __init__(self, clip_vision, clip, words: str = "", vae=None, format_name: str = "", channels: int = 0):
+        from ..data import zeroshot
+        from . import feature_extractors
+
         self.encoder = zeroshot.find_partner_encoder(clip_vision, clip)
         self.clip_vision, self.clip, self.words, self.text_embeddings = clip_vision, clip, words.strip(), {}
         networks = []
@@ -54,6 +55,8 @@ class ClipScoreModel(ScorerEnsemble):
     def encode_prompts(self, texts) -> None:
         """Encode these texts now and keep their embeddings. Later, while a model is trained, loading the text encoder
         would unload it."""
+        from ..data import zeroshot
+
         new = [text for text in dict.fromkeys(texts) if text not in self.text_embeddings]
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(new), PROMPT_BATCH_SIZE):
@@ -86,6 +89,8 @@ class ClipScoreModel(ScorerEnsemble):
         self, dataset, report=None, check_interrupt=host.progress.raise_if_interrupted
     ) -> tuple[list[float], list[float]]:
         """(scores, spreads) of a dataset's images, with `words`, or else each with its own caption."""
+        from ..data import image_features
+
         texts = [self.words or next(iter(record.captions), "") for record in dataset]
         if bare := [record.path for record, text in zip(dataset, texts, strict=True) if not text.strip()]:
             raise ValueError(
@@ -160,6 +165,8 @@ class PromptMatchScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_vision, clip, words="", model=None, vae=None):
+        from . import latents
+
         with host.context.enable_gradients():
             return io.NodeOutput(ClipScoreModel(clip_vision, clip, words, *latents.latent_scoring_inputs(model, vae)))
 

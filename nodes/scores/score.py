@@ -9,7 +9,6 @@ from PIL import Image
 
 from ...trainers.data.contact_sheet import make_thumbnail
 from ...trainers.data.images import dataset_from_tensors, image_to_batch_tensor
-from ...trainers.data.rating_sheet import draw_best_and_worst_sheet
 from ...trainers.data.ratings import (
     RATING_SOURCES,
     RankSettings,
@@ -21,23 +20,8 @@ from ...trainers.data.ratings import (
 from ...trainers.data.readers import hash_folder_state, make_printable
 from ...trainers.data.records import ImageDataset
 from ...trainers.files import tensor_hash
-from ...trainers.scores.files import (
-    check_score_latent_format,
-    read_score_model,
-    score_file_matches,
-    score_model_tensors,
-    write_score_model,
-)
 from ...trainers.scores.networks import ScorerSettings, check_trained_head
 from ...trainers.scores.objective import ScoreSettings
-from ...trainers.scores.reports import (
-    format_rating_summary,
-    format_score_metrics,
-    format_score_model_summary,
-    format_score_report,
-    format_selection,
-)
-from ...trainers.scores.training import rate_latents
 from ...trainers.settings import Settings, compute_fingerprint, number_field
 from .. import host, paths
 from ..data.dataset import format_dataset_summary, make_cancellable_progress
@@ -50,14 +34,6 @@ from ..fields import (
     graph_metadata,
     settings_from_widgets,
     settings_inputs,
-)
-from . import latents as score_latents
-from .training import (
-    choose_backbone_settings,
-    find_trunk_factory,
-    load_or_train_score_model,
-    score_model_output,
-    train_on_ratings,
 )
 
 BASIC_SCORE_FIELDS = (
@@ -131,6 +107,8 @@ class LoadRatedPictures(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, ratings=RATING_SOURCES[0]):
+        from ...trainers.scores.reports import format_rating_summary
+
         dataset = read_rated_folder(paths.resolve_dataset_folder(folder), ratings, make_cancellable_progress(cls))
         summary = "\n".join([format_rating_summary(dataset), format_dataset_summary(dataset)])
         host.progress.show_node_text(summary.splitlines()[0], cls.hidden.unique_id)
@@ -215,6 +193,14 @@ class TrainScoreModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, encoded, file=paths.NO_PAIRS, pretrained=None, vae=None, clip_vision=None, **widgets):
+        from .training import (
+            choose_backbone_settings,
+            find_trunk_factory,
+            load_or_train_score_model,
+            score_model_output,
+            train_on_ratings,
+        )
+
         scorer, settings = settings_from_widgets(ScorerSettings, widgets), settings_from_widgets(ScoreSettings, widgets)
         host.checks.check_latent_channels(model, encoded.channels)
         pairs = read_preference_pairs(file, encoded, settings.task)
@@ -241,6 +227,8 @@ def read_preference_pairs(file, encoded, task) -> list[tuple[int, int]]:
 
 def score_training_fingerprint(model, encoded, scorer, settings, pairs, pretrained, vae, clip_vision) -> str:
     """A fingerprint of everything that the trained model depends on."""
+    from ...trainers.scores.files import score_model_tensors
+
     before = ""
     if pretrained is not None:
         before = compute_fingerprint(pretrained.info.to_dict(), tensor_hash(score_model_tensors(pretrained)))
@@ -291,6 +279,9 @@ class SaveScoreModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, score_model, name, untrained=False):
+        from ...trainers.scores.files import score_file_matches, write_score_model
+        from ...trainers.scores.reports import format_score_metrics
+
         if not score_model.info.trained and not untrained:
             raise ValueError(
                 "This score model is not saved, because it is not better than chance: "
@@ -354,6 +345,10 @@ class LoadScoreModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, model=None, vae=None, clip_vision=None):
+        from ...trainers.scores.files import check_score_latent_format, read_score_model
+        from ...trainers.scores.reports import format_score_model_summary
+        from . import latents as score_latents
+
         loaded = read_score_model(
             paths.score_model_path(file), lambda info: make_connected_trunk(info, model, vae, clip_vision)
         )
@@ -367,6 +362,8 @@ class LoadScoreModel(io.ComfyNode):
 def make_connected_trunk(info, model, vae, clip_vision):
     """The trunk of a score model on loaded models; None for one on latents alone. ValueError for what is not
     connected."""
+    from .training import find_trunk_factory
+
     factory = find_trunk_factory(info, model, vae, clip_vision)
     return factory and factory(info)
 
@@ -426,6 +423,9 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, score_model, dataset=None, images=None, latents=None, vae=None, **widgets):
+        from ...trainers.data.rating_sheet import draw_best_and_worst_sheet
+        from ...trainers.scores.reports import format_score_report
+
         settings = settings_from_widgets(ScoringSettings, widgets)
         report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
         check_trained_head(score_model.info)
@@ -458,6 +458,9 @@ def format_image_names(dataset) -> list[str]:
 
 def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[list[float], list[float]]:
     """(scores, spreads): of the images themselves where the score model rates images, else of their latents."""
+    from ...trainers.scores.training import rate_latents
+    from . import latents as score_latents
+
     if hasattr(score_model, "rate_images"):
         return score_model.rate_images(dataset, report, host.progress.raise_if_interrupted)
     means = score_latents.encode_for_score_model(score_model.info, dataset, vae, report, settings.resolution)
@@ -466,6 +469,10 @@ def score_dataset_images(score_model, dataset, vae, settings, report) -> tuple[l
 
 def score_latent_samples(score_model, latent, report) -> tuple[list[float], list[float]]:
     """(scores, spreads) of a LATENT. ValueError for latents that the score model does not judge."""
+    from ...trainers.scores.files import check_score_latent_format
+    from ...trainers.scores.training import rate_latents
+    from . import latents as score_latents
+
     samples, info = latent["samples"], score_model.info
     check_score_latent_format(info, "", samples.shape[1])
     in_model_space = list(score_latents.latent_to_model_space(samples, info.latent_format))
@@ -527,6 +534,9 @@ class RankAndFilter(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, scores=None, **widgets):
+        from ...trainers.data.rating_sheet import draw_best_and_worst_sheet
+        from ...trainers.scores.reports import format_selection
+
         settings = settings_from_widgets(RankSettings, {name: values[0] for name, values in widgets.items()})
         whole = set_image_scores(dataset[0], scores) if scores else dataset[0]
         kept, removed = select_by_score(whole, settings)

@@ -5,15 +5,11 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ...trainers.data.labels import folder_labels, read_labels
 from ...trainers.data.views import encode_views
 from ...trainers.files import tensor_hash
-from ...trainers.scores.aesthetic_heads import read_aesthetic_head
-from ...trainers.scores.files import score_model_tensors
 from ...trainers.scores.networks import DECODED_IMAGE, ScorerSettings, check_trained_head
 from ...trainers.scores.objective import MSE_ONLY, ScoreSettings
 from ...trainers.scores.pretext import PretextSettings
-from ...trainers.scores.pretraining import pretrain_backbone
 from ...trainers.settings import compute_fingerprint
 from .. import host, paths
 from ..fields import (
@@ -25,14 +21,6 @@ from ..fields import (
     latent_score_inputs,
     settings_from_widgets,
     settings_inputs,
-)
-from . import feature_extractors, latents
-from .training import (
-    choose_backbone_settings,
-    find_trunk_factory,
-    load_or_train_score_model,
-    score_model_output,
-    train_on_ratings,
 )
 
 # of pre-training and distillation: raise it when the same inputs would give another model
@@ -105,6 +93,8 @@ class PretrainScoreBackbone(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, dataset, labels=paths.NO_PAIRS, **widgets):
+        from .training import load_or_train_score_model, score_model_output
+
         settings = settings_from_widgets(PretextSettings, widgets)
         scorer_widgets = {
             name: value for name, value in widgets.items() if name != "backbone"
@@ -130,6 +120,9 @@ class PretrainScoreBackbone(io.ComfyNode):
 
 def pretrain_from_images(model, encoder, dataset, scorer, settings, classes, report, resume):
     """The result of `pretrain_backbone` on encoded views of the dataset's images."""
+    from ...trainers.scores.pretraining import pretrain_backbone
+    from . import latents
+
     schedule = latents.NoiseSchedule(model)
     try:
         views = encode_views(
@@ -161,6 +154,8 @@ def pretrain_from_images(model, encoder, dataset, scorer, settings, classes, rep
 
 def read_class_labels(dataset, labels: str) -> list:
     """The class of every image, by the chosen table or else by its folder; None where there is none."""
+    from ...trainers.data.labels import folder_labels, read_labels
+
     table = paths.resolve_pair_file(labels)
     return folder_labels(dataset) if table is None else read_labels(table, dataset)
 
@@ -217,6 +212,9 @@ class LoadAestheticHead(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, clip_vision, pooler=paths.NO_POOLER, model=None, vae=None):
+        from ...trainers.scores.aesthetic_heads import read_aesthetic_head
+        from . import feature_extractors, latents
+
         latent_inputs = latents.latent_scoring_inputs(model, vae)
         with host.context.enable_gradients():
             head = read_aesthetic_head(paths.aesthetic_head_path(file), paths.pooler_path(pooler))
@@ -280,6 +278,15 @@ class DistillScoreModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, teacher, model, dataset, encoded, pretrained=None, **widgets):
+        from ...trainers.scores.files import score_model_tensors
+        from .training import (
+            choose_backbone_settings,
+            find_trunk_factory,
+            load_or_train_score_model,
+            score_model_output,
+            train_on_ratings,
+        )
+
         scorer = settings_from_widgets(ScorerSettings, widgets)
         settings = settings_from_widgets(ScoreSettings, {**widgets, "task": "regression", "loss": MSE_ONLY})
         host.checks.check_latent_channels(model, encoded.channels)

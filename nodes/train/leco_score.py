@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import io, ui
@@ -31,10 +32,8 @@ from ...trainers.methods.leco_score import (
     make_rollout_states,
 )
 from ...trainers.methods.rollouts import StudentTeacherModel, sample_latent_noise
-from ...trainers.monitor.score_monitor import ScoreAndValidationMonitor, ScoreMonitor, score_latents
 from ...trainers.monitor.strength_curve import StrengthCurve, measure_strength_curve, sample_from_noise
 from ...trainers.rng import make_generator
-from ...trainers.scores.files import check_score_latent_format, score_model_identity
 from ...trainers.scores.networks import LATENT_BACKBONES, ScorerEnsemble, check_trained_head
 from ...trainers.settings import Settings, number_field
 from .. import host, paths
@@ -47,7 +46,6 @@ from ..fields import (
     settings_from_widgets,
     settings_inputs,
 )
-from ..scores import latents
 from . import planner
 from .job import (
     BuiltMethod,
@@ -57,7 +55,6 @@ from .job import (
     largest_latent_shape,
     unwrap_list_input,
 )
-from .run import TrainingResult, format_forward_counts, run_training
 from .widgets import (
     HIDDEN_INPUTS,
     make_job,
@@ -65,6 +62,10 @@ from .widgets import (
     make_settings_inputs,
     make_validation_input,
 )
+
+if TYPE_CHECKING:
+    from ...trainers.monitor.score_monitor import ScoreMonitor
+    from .run import TrainingResult
 
 SignedPromptsType = io.Custom("TRAINYARD_SIGNED_PROMPTS")  # tuple of trainers.data.signed_prompts.SignedPrompt
 LecoScoreSettingsType = io.Custom("TRAINYARD_LECO_SCORE")
@@ -308,6 +309,8 @@ class LecoScoreTask(TrainTask):
         return list(dict.fromkeys(["", *(text for row in self.prompts for text in (row.prompt, row.negative))]))
 
     def fingerprint_parts(self, job):
+        from ...trainers.scores.files import score_model_identity
+
         judges = [(score_model_identity(score), score.info.to_dict(), weight) for score, weight in self.list_scores()]
         rows = [dataclasses.asdict(row) for row in self.prompts]
         images = self.data.fingerprint if self.data else ""
@@ -386,6 +389,9 @@ class LecoScoreTask(TrainTask):
 
 def check_score_model(score: ScorerEnsemble, model):
     """ValueError for a score model that cannot be followed on this MODEL."""
+    from ...trainers.scores.files import check_score_latent_format
+    from ..scores import latents
+
     check_trained_head(score.info)
     if not score.networks:
         raise ValueError(
@@ -411,6 +417,8 @@ class BuiltLecoScore(BuiltMethod):
     held_out_curve: StrengthCurve | None = None
 
     def make_monitor(self, validation):
+        from ...trainers.monitor.score_monitor import ScoreAndValidationMonitor, ScoreMonitor
+
         task = self.job.task
         every, patience = task.monitor_settings.watch_every, task.monitor_settings.patience
         self.score_monitor = ScoreMonitor(
@@ -441,6 +449,8 @@ class BuiltLecoScore(BuiltMethod):
 
     def measure_curve(self):
         """The trained score over the strength, and the held-out one beside it."""
+        from ...trainers.monitor.score_monitor import score_latents
+
         draw, prompt = functools.cache(self.make_preview_sampler()), self.job.task.preview_prompts()[0]
         strengths = SLIDER_CURVE_STRENGTHS if self.job.task.settings.slider else SCORE_CURVE_STRENGTHS
 
@@ -467,6 +477,8 @@ class BuiltLecoScore(BuiltMethod):
 
 def load_preview_latents(job: TrainingJob, result: TrainingResult) -> torch.Tensor:
     """(B, C, ..., h, w) as the host's LATENT, in the order of the run; also of a run that was only read."""
+    from ...trainers.monitor.score_monitor import ScoreMonitor
+
     if result.built is None:
         monitor = ScoreMonitor(None, None, ())
         monitor.load_state(result.folder.read_state()["watch"])
@@ -640,6 +652,8 @@ def select_signed_prompts(prompts, text: str) -> tuple[SignedPrompt, ...]:
 
 
 def run_leco_score_node(job: TrainingJob) -> io.NodeOutput:
+    from .run import format_forward_counts, run_training
+
     result = run_training(job)
     curve = json.loads(result.lora.metadata.get("trainyard.curve", "null"))
     parts = (

@@ -9,7 +9,6 @@ from ...trainers.files import LoraFile, as_lora_file, tensor_hash
 from ...trainers.methods.lora import LoraTraining
 from ...trainers.methods.prior import PriorData
 from ...trainers.monitor.validation import ImageValidationLoss, pick_validation_images
-from ...trainers.runs import check_run_name
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 from .. import host
 from ..fields import (
@@ -31,7 +30,6 @@ from .job import (
     unwrap_list_input,
 )
 from .prior import PriorType
-from .run import run_training
 from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType
 from .validation import ValidationSettingsType
 
@@ -143,6 +141,9 @@ class TrainLora(io.ComfyNode):
         compile_blocks=(False,),
         **widgets,
     ):
+        from ...trainers.runs import check_run_name
+        from .run import run_training
+
         values = {k: v[0] for k, v in widgets.items()}
         job = TrainingJob(
             task=LoraTask(

@@ -9,7 +9,6 @@ from comfy_api.latest import io, ui
 from ...trainers.methods.rollouts import sample_latent_noise
 from ...trainers.monitor.strength_curve import sample_from_noise
 from ...trainers.rng import make_generator
-from ...trainers.runs import check_run_name
 from ...trainers.settings import (
     DORA,
     AdapterSettings,
@@ -23,7 +22,6 @@ from .. import host
 from ..fields import LoraModelType, LossMapType, graph_metadata, settings_from_widgets, settings_inputs
 from . import planner
 from .job import CALIBRATE_AFTER, CALIBRATE_MODES, TrainingJob
-from .run import format_forward_counts, run_training
 from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType, PointSettingsType
 from .validation import ValidationSettingsType
 
@@ -126,6 +124,8 @@ HIDDEN_INPUTS = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 def make_job(cls, task, model, widgets, adapter, optimizer, noise, validation=None, *, clip=None, both_ways=True):
     """The job of a node with these inputs. both_ways: the adapter is also trained, or meant to be used, at strengths
     below 0."""
+    from ...trainers.runs import check_run_name
+
     adapter = dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"])
     return TrainingJob(
         task=task,
@@ -175,6 +175,8 @@ def check_unused_noise_settings(
 
 
 def run_difference_node(job: TrainingJob) -> io.NodeOutput:
+    from .run import format_forward_counts, run_training
+
     result = run_training(job)
     line = f"{result.line}{format_forward_counts(result)}{f'; {result.curve.line()}' if result.curve else ''}"
     host.progress.show_node_text(line, job.node_id)

@@ -13,7 +13,7 @@ from trainyard.nodes import paths
 from trainyard.nodes.data import captioning, loaded_models
 from trainyard.tests import tiny_vlm
 from trainyard.tests.comfy import tiny
-from trainyard.trainers.captioners import CaptionResult, vlm
+from trainyard.trainers.captioners import CaptionResult, taggers, vlm
 from trainyard.trainers.captioners.caption_prompts import PromptSettings
 from trainyard.trainers.captioners.vlm import CaptionerSettings
 from trainyard.trainers.data.readers import read_folder
@@ -289,7 +289,7 @@ def test_a_taggers_tags_fill_what_is_missing_and_serve_the_next_captioner(machin
         identity, module = "tags", None
         caption = staticmethod(lambda image, prompt: CaptionResult("hat, solo", ("hat", "solo")))
 
-    monkeypatch.setattr(captioning.taggers, "load_tagger", lambda folder, settings: Tags())
+    monkeypatch.setattr(taggers, "load_tagger", lambda folder, settings: Tags())
     tagged, _ = caption(machine, backend="WD tagger", model="wd14_tagger/wd")
     assert [(r.captions, r.tags) for r in tagged] == [(("hat, solo",), ("hat", "solo"))] * 3
     values = (

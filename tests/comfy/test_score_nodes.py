@@ -158,7 +158,7 @@ def test_images_and_latents_of_the_graph_are_scored_alike(vae, places):
 def test_an_unchanged_graph_never_trains_twice_not_even_after_a_restart(vae, places, monkeypatch):
     data = encoded(vae)
     first, words, losses = train(data, steps=10)
-    monkeypatch.setattr("trainyard.nodes.scores.score.train_on_ratings", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("trainyard.nodes.scores.training.train_on_ratings", lambda *_: pytest.fail("trained again"))
     again, told, same_losses = train(data, steps=10)
     assert again.info == first.info and told.startswith(words) and same_losses == losses
     x, level = (
