@@ -127,8 +127,12 @@ def is_process_alive(process_id: int) -> bool:
 # -- safetensors -------------------------------------------------------------------------------------------------------
 
 
-def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata). Raises ValueError for a file that is no safetensors file. The tensors are copies: mapped
+MAX_LORA_TENSORS = 50_000  # ten times the largest
+
+
+def read_safetensors(path, most: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata). Raises ValueError for a file that is no safetensors file, or holds more than `most` tensors,
+    each of which costs time. The tensors are copies: mapped
     ones would change with their file, and Windows would not let it be replaced."""
     from safetensors import SafetensorError, safe_open
 
@@ -136,6 +140,10 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is not a readable safetensors file: it is no regular file")
     try:
         with safe_open(str(path), framework="pt") as file:
+            if most is not None and len(file.keys()) > most:
+                raise ValueError(
+                    f"{path} holds {len(file.keys())} tensors, and at most {most} are read. Is it the right file?"
+                )
             return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
@@ -236,7 +244,13 @@ class LoraFile(dict):
 
 def as_lora_file(lora) -> LoraFile:
     """The LORA_MODEL of any node. Raises ValueError for what is none."""
-    return lora if isinstance(lora, LoraFile) else LoraFile(lora)
+    if isinstance(lora, LoraFile):
+        return lora
+    if isinstance(lora, dict) and len(lora) > MAX_LORA_TENSORS:
+        raise ValueError(
+            f"lora holds {len(lora)} tensors, and at most {MAX_LORA_TENSORS} are read. Is it the right file?"
+        )
+    return LoraFile(lora)
 
 
 def require_tensors(lora) -> dict[str, Tensor]:
@@ -346,9 +360,9 @@ def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
 
 
 def read_lora(path) -> LoraFile:
-    """A LoRA file of any tool. Raises ValueError when it is no safetensors file, or when it is one of ours whose values
-    are not those that were written."""
-    tensors, metadata = read_safetensors(path)
+    """A LoRA file of any tool. Raises ValueError when it is no safetensors file, when it holds more tensors than any
+    LoRA, or when it is one of ours whose values are not those that were written."""
+    tensors, metadata = read_safetensors(path, most=MAX_LORA_TENSORS)
     written = metadata.get(HASH_KEY)
     ours = metadata.get("ss_training_comment") == TRAINING_COMMENT  # others hash other things under that key
     if ours and written is not None and written != f"0x{tensor_hash(tensors)}":
@@ -371,9 +385,8 @@ def rescale_lora(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFi
         raise ValueError(f"{odd[0]} is not proportional to strength; only LoRA, LoHa and LoKr files can be rescaled.")
     bases = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")}
     up = ("lora_up.weight", "lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
-    scales = lambda key: (
-        key.endswith(".alpha") or (key.endswith(up) and not any(key.startswith(f"{base}.") for base in bases))
-    )
+    has_alpha = lambda key: any(key[:dot] in bases for dot, letter in enumerate(key) if letter == ".")
+    scales = lambda key: key.endswith(".alpha") or (key.endswith(up) and not has_alpha(key))
     return LoraFile(
         {k: v * factor if scales(k) else v for k, v in lora.items()},
         {**getattr(lora, "metadata", {}), **notes},

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .image_files import one_large_image_at_a_time
 from .readers import make_printable
 from .records import WHITE, ImageRecord, open_image
 
 SHEET_BACKGROUND, SHEET_TEXT_COLOUR, NEUTRAL_COLOUR = "#1e1e1e", "#e6e6e6", "#3a3a3a"
 GOOD_COLOUR, WARN_COLOUR, BAD_COLOUR = "#4caf50", "#ffb300", "#e53935"
+THUMBNAIL_GAP = 2.0  # what is resized with care is this much larger than the thumbnail
 SHEET_GAP_PX, SHEET_LINE_PX, SHEET_FONT_PX = 10, 18, 14
 
 
@@ -29,8 +31,10 @@ class SheetTile:
 
 def make_thumbnail(record: ImageRecord, side: int = 192, ground=WHITE) -> Image.Image:
     """The record's image, cropped as it is trained, at most side x side pixels and never enlarged."""
-    image = open_image(record, ground)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    scale = min(1.0, THUMBNAIL_GAP * side / max(record.cropped_size))
+    with one_large_image_at_a_time(record.size):
+        image = open_image(record, ground, scale)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=THUMBNAIL_GAP)
     return image
 
 

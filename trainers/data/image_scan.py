@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .image_files import one_large_image_at_a_time
 from .readers import make_printable
 from .records import ImageRecord, open_image, open_mask
 
@@ -41,6 +42,10 @@ def scan_images(records: Sequence[ImageRecord], see: Callable, options: ScanOpti
     several threads at once. The value of what could not be read is None, its features are 0."""
 
     def look(record):
+        with one_large_image_at_a_time(record.size):
+            return look_at_once(record)
+
+    def look_at_once(record):
         image, mask, error = open_image_and_mask(record, masks)
         if image is None:
             return None, None, error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -475,7 +476,7 @@ def check_metadata_columns(columns: list[str], file: Path) -> list[str]:
             f"The metadata {file} has no column named {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]}; its first line "
             f"holds {format_first_names(columns)}."
         )
-    repeated = sorted({name for name in columns if name and columns.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(columns).items() if name and count > 1)
     if repeated:
         raise ValueError(f"The metadata {file} has two columns named {', '.join(repeated)}. Remove or rename one.")
     return columns

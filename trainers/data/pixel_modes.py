@@ -42,7 +42,7 @@ def convert_to_rgba(image: Image.Image) -> Image.Image:
 def flatten_alpha(image: Image.Image, ground) -> Image.Image:
     """RGB; what is transparent shows the ground instead of the colour hidden beneath it."""
     if not has_alpha(image):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image = convert_to_rgba(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image).convert("RGB")
 

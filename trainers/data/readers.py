@@ -11,7 +11,6 @@ no caption.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from .colour_profiles import ColourProfile, read_colour_profile
 from .file_facts import FileFacts
 from .folder_listing import entry_is_file, entry_is_folder
+from .image_files import one_large_image_at_a_time, open_image_bytes
 from .metadata import (
     MAX_REPEATS,
     METADATA_FILES,
@@ -292,8 +292,11 @@ def read_metadata_notes(
 ) -> dict[Path, list[ImageMetadata]]:
     """What metadata files say about each image, the nearest file first."""
     notes: dict[Path, list[ImageMetadata]] = {}
+    by_folder: dict[Path, list[Path]] = {}
+    for image in images:
+        by_folder.setdefault(image.parent, []).append(image)
     for file in [require_metadata_file(metadata)] if metadata is not None else list_metadata_files(root, images):
-        below = [image for image in images if metadata is not None or image.is_relative_to(file.parent)]
+        below = images if metadata is not None or file.parent == root else by_folder[file.parent]
         try:
             table = read_metadata_table(file, below, alternatives)
         except ValueError as error:
@@ -351,7 +354,8 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
             f"{format_first_names([file.name for file in known.values()]) or 'no images'}. A mask is named like its "
             "image: cat.png for cat.jpg."
         )
-    unused = [file.name for file in known.values() if file not in set(found.values())]
+    used = set(found.values())
+    unused = [file.name for file in known.values() if file not in used]
     if unused:
         skipped.add(masks, f"no image for {format_count(unused, 'mask')}: {format_first_names(unused)}")
     return found
@@ -414,7 +418,7 @@ class ProbedImage:
 def probe_image(file: Path, data: bytes) -> ProbedImage:
     """Decodes all of the image, because only then does a truncated file show."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image_bytes(data) as image, one_large_image_at_a_time(image.size):
             width, height = image.size
             check_colour_mode(image.mode)
             image.draft(

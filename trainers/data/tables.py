@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def read_text_table(text: str, usual_separator: str = ",", has_quotes: bool = Tr
     if not lines:
         return TextTable((), (), separator, error)
     columns = tuple(cell.strip('"').strip().lower() for cell in lines[0][1])
-    repeated = sorted({name for name in columns if name and columns.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(columns).items() if name and count > 1)
     error = f"line {lines[0][0]} names two columns {', '.join(repeated)}" if repeated else error
     return TextTable(columns, tuple(make_table_row(columns, *line) for line in lines[1:]), separator, error)
 

@@ -116,7 +116,8 @@ def check_pretraining_data(views: ViewDataset, settings: PretextSettings, names)
 def index_class_labels(labels) -> tuple[list[str], list[int | None]]:
     """(class names in order, the class number of each image or None)."""
     names = sorted({label for label in labels if label is not None})
-    return names, [None if label is None else names.index(label) for label in labels]
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, [None if label is None else numbers[label] for label in labels]
 
 
 def split_holdout(count: int, seed: int) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,8 +257,8 @@ def fold_groups(groups, task: RatingTask, settings) -> list:
     if task.info.task != "pairwise":
         return list(groups)
     tied = metrics.merge_paired_groups(groups, task.pairs)
-    largest = max(tied.count(name) for name in set(tied))
-    fits = largest <= 1.5 * len(tied) / settings.members and len(set(tied)) >= settings.members
+    sizes = Counter(tied)
+    fits = max(sizes.values()) <= 1.5 * len(tied) / settings.members and len(sizes) >= settings.members
     return tied if fits else list(groups)
 
 
@@ -512,7 +513,7 @@ def build_score_result(task: RatingTask, settings, networks, losses, outputs, fo
 def primary_metric(task: RatingTask) -> tuple[str, float]:
     """(name of the metric that decides whether anything was learnt, its value by chance)."""
     if task.info.task == "multiclass":
-        share = max(task.scores.count(score) for score in set(task.scores)) / len(task.scores)
+        share = max(Counter(task.scores).values()) / len(task.scores)
         return "accuracy", share
     return {"binary": ("AUROC", 0.5), "pairwise": ("pairwise accuracy", 0.5)}.get(task.info.task, ("SRCC", 0.0))
 

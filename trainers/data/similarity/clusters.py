@@ -6,6 +6,7 @@ groups there are is what the silhouette (Rousseeuw 1987) likes best, unless it i
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,8 +103,10 @@ def relabel_by_size(labels: Tensor) -> list[int]:
     values, first = labels.tolist(), {}
     for position, label in enumerate(values):
         first.setdefault(label, position)
-    order = sorted(first, key=lambda label: (-values.count(label), first[label]))
-    return [order.index(label) for label in values]
+    counts = Counter(values)
+    order = sorted(first, key=lambda label: (-counts[label], first[label]))
+    numbers = {label: number for number, label in enumerate(order)}
+    return [numbers[label] for label in values]
 
 
 # -- k-means -----------------------------------------------------------------------------------------------------------

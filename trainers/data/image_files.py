@@ -1,0 +1,42 @@
+"""Image files as they are opened: what would take minutes or all of the memory is refused or waits its turn."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import threading
+
+from PIL import Image
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_PIXEL_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
+MAX_PNG_NOTES = 2000  # an image has two or three; each may cost milliseconds
+LARGE_PIXELS = 2**25  # 100 MB in RGB, and as much again in every step from one form to another
+LARGE_IMAGE_LOCK = threading.RLock()
+
+
+def open_image_bytes(data: bytes) -> Image.Image:
+    """The first frame of an image file, not decoded yet. ValueError for a PNG with so many notes that reading them
+    would take minutes; Pillow's own errors for what it cannot read."""
+    check_png_notes(data)
+    return Image.open(io.BytesIO(data))
+
+
+def check_png_notes(data: bytes) -> None:
+    """ValueError for a PNG with too many chunks that are no pixels, such as texts."""
+    place, notes = len(PNG_SIGNATURE), 0
+    while data.startswith(PNG_SIGNATURE) and place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        place += length + 12
+        notes += kind not in PNG_PIXEL_CHUNKS
+        if notes > MAX_PNG_NOTES:
+            raise ValueError(f"it holds more than {MAX_PNG_NOTES} texts or other notes. Save it anew without metadata")
+
+
+@contextlib.contextmanager
+def one_large_image_at_a_time(size: tuple[int, int]):
+    """Within it a thread may decode an image of this size (width, height): small ones at once, large ones in turn, so
+    that memory holds one of them and not one for each thread."""
+    with LARGE_IMAGE_LOCK if size[0] * size[1] > LARGE_PIXELS else contextlib.nullcontext():
+        yield
