@@ -219,7 +219,7 @@ def require_trained_pixels(plans: list[EncodingPlan], cache: DiskCache, check_in
 def is_mask_black(p: EncodingPlan, cache: DiskCache) -> bool:
     """Whether the mask is 0 in all of the bucket; a mask that is on disk already is not opened again."""
     shape = cached_latent_shape(cache, p.latent)
-    key = shape and mask_key(p.record, p.placement, shape[-2:])
+    key = mask_key(p.record, p.placement, shape[-2:]) if shape else None
     if key and cache.read_shapes(key) is not None:
         return not cache.load(key)["mask"].any()
     opened = open_mask(p.record)
