@@ -13,17 +13,16 @@ import folder_paths
 from ..trainers.data.folder_listing import list_folder
 from ..trainers.file_names import find_name_problem
 
-
-class NamesOnDisk(list[str]):
-    """Options that are names of files and folders. They change while ComfyUI runs, so the function that opens one
-    checks it, and not the list."""
-
-
 NO_DATASET_FOLDER = "(no folder yet)"
 NO_MASKS = "(none)"
 MAX_FOLDER_DEPTH = 3
 NON_IMAGE_FOLDERS = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
 LONGEST_SUFFIX = "_1000.safetensors"  # of a file that gets a name of the user's
+
+
+class NamesOnDisk(list[str]):
+    """Options that are names of files and folders. They change while ComfyUI runs, so it is the function that opens one
+    that checks it, and not the list."""
 
 
 def dataset_roots() -> dict[str, tuple[Path, ...]]:

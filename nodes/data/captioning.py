@@ -205,7 +205,7 @@ class CaptionPromptNode(io.ComfyNode):
 
 def list_captioner_models() -> list[str]:
     """Captioners on this machine, then the known ones that can be had."""
-    return list(dict.fromkeys([*paths.captioner_names(), *known_captioners.KNOWN_CAPTIONERS]))
+    return paths.NamesOnDisk(dict.fromkeys([*paths.captioner_names(), *known_captioners.KNOWN_CAPTIONERS]))
 
 
 def require_backend_input(value, name: str, backend: str):

@@ -95,11 +95,11 @@ class LoadSignedPrompts(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[
+                    options=paths.NamesOnDisk(
                         choice
                         for choice in paths.list_prompt_files()
                         if choice == paths.NO_PROMPT_FILE or Path(choice).suffix.lower() in (".txt", ".csv", ".tsv")
-                    ],
+                    ),
                     tooltip="A .txt, .csv or .tsv file in ComfyUI's input or datasets folder, or the text below. Press "
                     "R after adding one.",
                 ),

@@ -77,8 +77,8 @@ class PresetRecipe(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, family, purpose, images, changes=""):
-        chosen = make_training_preset(family, purpose, images, changes)
+    def execute(cls, family, purpose, pictures, changes=""):
+        chosen = make_training_preset(family, purpose, pictures, changes)
         words = format_preset(chosen)
         return io.NodeOutput(
             chosen.adapter,
