@@ -1,5 +1,7 @@
 """A VAE and a text encoder of a few lines that count their calls, and folders of small images."""
 
+import contextlib
+
 import numpy as np
 import torch
 from PIL import Image
@@ -41,6 +43,12 @@ class FakeText:
     def encode(self, texts):
         self.seen += texts
         return [self.cond(float(len(text))) for text in texts]
+
+    def count_tokens(self, text):
+        return {"l": len(text.split())}
+
+    def on_device(self):
+        return contextlib.nullcontext()
 
     def cond(self, value):
         return {

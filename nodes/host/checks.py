@@ -6,7 +6,9 @@ import math
 
 import torch
 
+from ...trainers.data.captions.caption_lengths import require_readable_length
 from ...trainers.rng import make_generator
+from .encoders import CaptionTokenizer, TokenCounter
 from .session import TrainingSession
 
 
@@ -19,10 +21,31 @@ def check_latent_channels(model, channels: int):
         )
 
 
-def check_prompt_lengths(clip, texts):
-    """Raises ValueError for a prompt that the text encoder would cut into several pieces."""
+def check_text_lengths(clip, texts, tokenize=None):
+    """Raises ValueError for a prompt that is longer than any text encoder reads. `tokenize`: how the texts are read, if
+    not as prompts."""
+    count_tokens = TokenCounter(clip, tokenize or clip.tokenize)
     for text in texts:
-        pieces = {name: len(chunks) for name, chunks in clip.tokenize(text).items()}
+        owner = f"The prompt {shorten(text, 60)!r}"
+        require_readable_length(text, owner, count_tokens, "Shorten it.")
+
+
+def shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def check_caption_lengths(clip, captions):
+    """The same of prompts that are read as captions, literally, and must fit in one piece."""
+    check_prompt_lengths(clip, captions, CaptionTokenizer(clip))
+
+
+def check_prompt_lengths(clip, texts, tokenize=None):
+    """Raises ValueError for a prompt that the text encoder would cut into several pieces, or that is longer than any
+    reads."""
+    texts = list(texts)
+    check_text_lengths(clip, texts, tokenize)
+    for text in texts:
+        pieces = {name: len(chunks) for name, chunks in (tokenize or clip.tokenize)(text).items()}
         if (name := max(pieces, key=pieces.get)) and pieces[name] > 1:
             raise ValueError(
                 f"The prompt {text!r} is longer than the text encoder {name} takes at once: it would be cut into "

@@ -2,17 +2,125 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import cached_property
+
 import comfy.model_management as mm
 import torch
 
+from ...trainers.data.captions.literal import EMBEDDING_WORD, escape_brackets, has_prompt_syntax, unescape_brackets
 from .context import enable_gradients
 from .identity import hash_patched_weights
+from .progress import raise_if_interrupted
+
+# Both lines are the same words to an encoder that weighs them, and different ones to an encoder that does not. In
+# quotes, because some families read quoted text with an encoder of its own.
+BRACKET_PROBES = ('"(a)"', '"((a))"')
+NO_EMBEDDING_WORD = "\0embedding:"  # stands in no text
+
+
+# -- captions and prompts as tokens ------------------------------------------------------------------------------------
+
+
+class CaptionTokenizer:
+    """Captions as the tokens of a loaded CLIP, read literally, with weight 1: as the host reads the prompt in which
+    their brackets are escaped. Encoders that know no weights get no escapes, which would be backslashes to them."""
+
+    def __init__(self, clip):
+        self.clip = clip
+
+    def __call__(self, caption: str, **options) -> dict:
+        """{encoder: chunks of (token, weight)}; options: as of the host's `tokenize`."""
+        if not has_prompt_syntax(caption):
+            return self.clip.tokenize(caption, **options)
+        words = unescape_brackets(caption)
+        with read_embeddings_as_words(self.clip):
+            plain = self.clip.tokenize(words, **options)
+            escaped = self.clip.tokenize(escape_brackets(words), **options)
+        if not isinstance(plain, dict):  # language models alone, which know no weights
+            return plain
+        return {name: escaped[name] if name in self.weighing_encoders else plain[name] for name in plain}
+
+    @cached_property
+    def weighing_encoders(self) -> frozenset[str]:
+        """Names of the encoders that read brackets as weights. Asked of the tokenizer itself, because families differ
+        and a custom node may bring its own."""
+        once, twice = (self.clip.tokenize(probe) for probe in BRACKET_PROBES)
+        return frozenset(name for name in once if list_token_ids(once[name]) == list_token_ids(twice[name]))
+
+
+def list_token_ids(chunks) -> list:
+    return [entry[0] for chunk in chunks for entry in chunk]
+
+
+@contextlib.contextmanager
+def read_embeddings_as_words(clip):
+    """`embedding:name` is text to the tokenizers of a loaded CLIP while inside."""
+    tokenizers = list_inner_tokenizers(getattr(clip, "tokenizer", None))
+    before = [tokenizer.embedding_identifier for tokenizer in tokenizers]
+    try:
+        for tokenizer in tokenizers:
+            tokenizer.embedding_identifier = NO_EMBEDDING_WORD
+        yield
+    finally:
+        for tokenizer, word in zip(tokenizers, before, strict=True):
+            tokenizer.embedding_identifier = word
+
+
+def list_inner_tokenizers(tokenizer) -> list:
+    """The tokenizers that look for embeddings: one for each encoder of a family, inside the family's own."""
+    own = [tokenizer] if getattr(tokenizer, "embedding_identifier", None) == EMBEDDING_WORD else []
+    inner = [part for part in getattr(tokenizer, "__dict__", {}).values() if hasattr(part, "tokenize_with_weights")]
+    return own + [found for part in inner for found in list_inner_tokenizers(part)]
+
+
+class TokenCounter:
+    """counter(text) -> {encoder: number of tokens}, without start, end, padding and template tokens, and without
+    loading weights. Counts are cached. The texts are captions, unless `tokenize` reads them otherwise."""
+
+    def __init__(self, clip, tokenize=None):
+        self.tokenize, self.cached_counts = tokenize or CaptionTokenizer(clip), {}
+
+    @cached_property
+    def template_counts(self) -> dict[str, int]:
+        return self.count_tokens("")
+
+    def __call__(self, text: str) -> dict[str, int]:
+        if text not in self.cached_counts:
+            self.cached_counts[text] = {
+                name: max(0, count - self.template_counts.get(name, 0))
+                for name, count in self.count_tokens(text).items()
+            }
+        return self.cached_counts[text]
+
+    def count_tokens(self, text) -> dict[str, int]:
+        """Encoder -> tokens that belong to a word."""
+        chunks = self.tokenize(text, return_word_ids=True)
+        return {name: sum(map(belongs_to_word, (e for chunk in part for e in chunk))) for name, part in chunks.items()}
+
+
+def belongs_to_word(entry) -> bool:
+    """Whether (token, weight, word id) is no start, end or padding, which have the id 0. A few families give no ids
+    for words."""
+    return len(entry) < 3 or entry[2] != 0
+
+
+# -- texts as conditionings --------------------------------------------------------------------------------------------
+
+
+def encode_tokens(clip, tokens) -> dict:
+    ((tensor, extras),) = clip.encode_from_tokens_scheduled(tokens, show_pbar=False)
+    return {"cross_attn": tensor, **extras}
+
+
+def encode_prompt(clip, prompt: str) -> dict:
+    """One prompt as the host's own encode node gives it: brackets weigh."""
+    return encode_tokens(clip, clip.tokenize(prompt))
 
 
 def encode_caption(clip, caption: str) -> dict:
-    """One caption as the host's own encode node gives it."""
-    ((tensor, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(caption), show_pbar=False)
-    return {"cross_attn": tensor, **extras}
+    """One caption, read literally."""
+    return encode_tokens(clip, CaptionTokenizer(clip)(caption))
 
 
 def check_clip(clip):
@@ -25,25 +133,54 @@ def check_clip(clip):
 
 def encode_prompts_once(clip, prompts) -> dict[str, dict]:
     """{prompt: conditioning}, which autograd may use; the text encoder leaves the device afterwards."""
+    return encode_texts_once(clip, prompts, TextEncoder.encode_prompts)
+
+
+def encode_captions_once(clip, captions) -> dict[str, dict]:
+    """The same of captions, read literally."""
+    return encode_texts_once(clip, captions, TextEncoder.encode)
+
+
+def encode_texts_once(clip, texts, encode) -> dict[str, dict]:
     encoder = TextEncoder(clip)
     try:
         with enable_gradients():
-            return dict(zip(prompts, encoder.encode(list(prompts)), strict=True))
+            return dict(zip(texts, encode(encoder, list(texts)), strict=True))
     finally:
         encoder.unload()
 
 
 class TextEncoder:
-    """trainers.data's text door over a loaded CLIP."""
+    """trainers.data's text door over a loaded CLIP. Raises the host's interrupt between two texts."""
 
     def __init__(self, clip):
         check_clip(clip)
-        self.clip = clip
+        self.clip, self.tokenize = clip, CaptionTokenizer(clip)
         self.identity = hash_patched_weights(clip.patcher, clip.layer_idx)
 
+    @cached_property
+    def count_tokens(self) -> TokenCounter:
+        return TokenCounter(self.clip, self.tokenize)
+
     def encode(self, captions: list[str]) -> list[dict]:
+        """Conditionings of captions, read literally."""
+        return self.encode_each(captions, self.tokenize)
+
+    def encode_prompts(self, prompts: list[str]) -> list[dict]:
+        """Conditionings of prompts, as the host's own encode node gives them."""
+        return self.encode_each(prompts, self.clip.tokenize)
+
+    def encode_each(self, texts, tokenize) -> list[dict]:
+        found = []
         with torch.no_grad():
-            return [encode_caption(self.clip, c) for c in captions]
+            for text in texts:
+                raise_if_interrupted()
+                found.append(encode_tokens(self.clip, tokenize(text)))
+        return found
+
+    def on_device(self) -> contextlib.nullcontext:
+        """The host loads it at the first text, and nothing unloads it in between."""
+        return contextlib.nullcontext()
 
     def unload(self):
         mm.unload_model_and_clones(self.clip.patcher)

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ...trainers.data.encode import list_literal_marks
 from ...trainers.methods.prior import PriorData, PriorSettings
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
@@ -55,12 +56,13 @@ class PriorPreservation(io.ComfyNode):
 
 
 def encode_class_prompts(clip, prompts) -> tuple[dict, str]:
-    """(prompt -> conditioning, identity of the text encoder)."""
+    """(prompt -> conditioning, identity of how they were encoded). Class prompts are read as captions are, because they
+    stand beside them."""
     if not prompts:
         return {}, ""
     host.encoders.check_clip(clip)
-    host.checks.check_prompt_lengths(clip, prompts)
-    return host.encoders.encode_prompts_once(clip, prompts), hash_clip(clip)
+    host.checks.check_caption_lengths(clip, prompts)
+    return host.encoders.encode_captions_once(clip, prompts), "/".join([hash_clip(clip), *list_literal_marks(prompts)])
 
 
 NODES = [PriorPreservation]

@@ -12,7 +12,7 @@ from trainyard.nodes import host
 from trainyard.nodes.data import encode as encode_nodes
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import make
-from trainyard.tests.fakes_data import captioned, image
+from trainyard.tests.fakes_data import FakeText, captioned, image
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.encode import encode_dataset
@@ -21,8 +21,9 @@ from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.settings import AdapterSettings
 
 
-class NoText:
-    identity = "none"
+class NoText(FakeText):
+    def __init__(self):
+        super().__init__("none")
 
     def encode(self, texts):
         return [{"cross_attn": torch.zeros(1, 4, 4096), "pooled_output": torch.zeros(1, 2048)} for _ in texts]

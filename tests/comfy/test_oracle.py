@@ -224,8 +224,12 @@ def test_both_engines_read_the_same_tokens(toy):
         assert toy.engine.text.encoders["l"].tokens(caption) == theirs, caption
 
 
+PROMPT_SYNTAX = ["miku (vocaloid), smile", r"miku \(vocaloid\), smile", "a (red:1.6) ball", "embedding:style (old) \\"]
+
+
 def test_both_engines_give_the_same_conditionings(toy):
-    for caption, mine in zip(CAPTIONS, toy.engine.text.encode(CAPTIONS), strict=True):
+    captions = CAPTIONS + PROMPT_SYNTAX
+    for caption, mine in zip(captions, toy.engine.text.encode(captions), strict=True):
         theirs = host.encoders.encode_caption(toy.clip, caption)
         assert mine["cross_attn"].shape == theirs["cross_attn"].shape
         for key in ("cross_attn", "pooled_output"):

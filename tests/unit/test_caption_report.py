@@ -100,3 +100,39 @@ def test_a_dataset_without_any_caption_has_a_report_too():
         "2 images, 0 with captions, 0 with alternatives", "0 captions, 0 different", "! 2 of 2 images have no "
                                                                                        "caption: 0.png, "
                                                                                        "1.png"]  # fmt: skip
+
+
+def test_a_caption_that_is_too_long_to_train_with_is_named_and_not_counted():
+    """2049 words of one letter are too many tokens; 40 000 letters are too many characters, and no tokenizer sees
+    them"""
+    counted = []
+    count = lambda text: counted.append(len(text)) or words(text)
+    found = build_caption_report(dataset(("a " * 2049,), ("ab",), ("x" * 40_000,)), count_tokens=count)
+    assert found["too long"] == {
+        "0.png": "2049 words, 2049 tokens in l (28 chunks of 75), 20490 tokens in t5xxl",
+        "2.png": "1 words, 40000 characters",
+    }
+    assert found["warnings"][:2] == [
+        "the caption of 0.png is too long to be trained with (at most 2048 tokens): 2049 words, 2049 tokens in l (28 "
+        "chunks of 75), 20490 tokens in t5xxl",
+        "the caption of 2.png is too long to be trained with (at most 2048 tokens): 1 words, 40000 characters",
+    ]
+    assert found["tokens"]["l"]["most"] == 1 and max(counted) < 40_000
+
+
+def test_a_placeholder_is_the_trigger_and_without_a_trigger_it_is_told():
+    captions = dataset(("a photo of [trigger]",), ("a cat",))
+    assert build_caption_report(captions, trigger="sks")["trigger missing"] == ["1.png"]
+    found = build_caption_report(captions)
+    assert found["trigger unset"] == ["0.png"] and build_caption_report(captions, "sks")["trigger unset"] == []
+    assert (
+        "1 of 2 images say [trigger], which Encode Dataset replaces with its trigger; set one there: 0.png"
+        in (found["warnings"])
+    )
+
+
+def test_an_encoder_that_reads_a_part_of_the_captions_only_is_counted_where_it_reads():
+    """HunyuanImage has an encoder for quoted text alone"""
+    count = lambda text: {"qwen": len(text.split()), **({"byt5": 3} if '"' in text else {})}
+    found = build_caption_report(dataset(("a cat",), ('a sign "no"',)), count_tokens=count)["tokens"]
+    assert (found["byt5"]["mean"], found["byt5"]["longest"], found["qwen"]["most"]) == (1.5, "1.png", 3)

@@ -33,6 +33,37 @@ def test_the_trigger_stands_in_front_once(caption, expected):
     assert told(caption, trigger=" sks ") == (expected,)
 
 
+PLACED = {
+    "photo of [trigger], smile": "photo of sks, smile",
+    "[Trigger] and [trigger]": "sks and sks",
+    "[trigger]": "sks",
+    "sks beside [trigger]": "sks beside sks",
+    "[triggers]": "sks, [triggers]",
+}
+
+
+@pytest.mark.parametrize("caption, expected", PLACED.items())
+def test_the_trigger_stands_where_a_caption_says_so_and_not_in_front_as_well(caption, expected):
+    assert told(caption, trigger=" sks ") == (expected,)
+
+
+def test_a_tag_with_the_placeholder_is_shuffled_and_never_dropped():
+    orders = told("a, photo of [trigger], b, c", shuffle=True, tag_dropout=0.9, variants=64, trigger="sks")
+    assert all(order.split(", ").count("photo of sks") == 1 for order in orders) and len(orders) > 1
+    assert {order.split(", ")[0] for order in orders} != {"sks"}
+
+
+def test_a_placeholder_that_is_a_tag_of_its_own_is_the_trigger_in_front():
+    """as the trigger itself among the tags: it stays in front, and is never dropped"""
+    orders = told("a, b, [trigger], c", shuffle=True, tag_dropout=0.5, variants=64, trigger="sks")
+    assert {order.split(", ")[0] for order in orders} == {"sks"} and len(orders) > 1
+    assert told("a ||| b, [trigger]", trigger="sks") == ("sks, a, b",)
+
+
+def test_a_placeholder_stands_in_a_wildcard_too():
+    assert told("{[trigger]|a man} in rain", wildcards=True, trigger="sks") == ("sks in rain", "sks, a man in rain")
+
+
 def test_a_record_without_captions_is_the_trigger_alone():
     assert told(trigger="sks") == ("sks",)
 

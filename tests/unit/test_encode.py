@@ -13,10 +13,12 @@ from PIL import Image
 from trainyard.tests.fakes_data import Cut, FakeText, FakeVae, cached_files, captioned, encoded, image
 from trainyard.trainers.data import encode as module
 from trainyard.trainers.data.buckets import BucketSettings
+from trainyard.trainers.data.cache import DiskCache
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encode import PREFETCH_IMAGES, prefetch_results
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.records import ImageDataset
+from trainyard.trainers.settings import compute_fingerprint
 
 NO_CAPTIONS = CaptionSettings(caption_mode=CAPTION_MODE_EMPTY)
 
@@ -250,3 +252,104 @@ def test_texts_kept_in_bf16_are_what_a_model_in_bf16_makes_of_the_full_ones(tmp_
     assert full.fingerprint == encoded(tmp_path, text=RandomText(), captions=CaptionSettings()).fingerprint
     sizes = [data.store.path(k).stat().st_size for data, k in ((full, key), (half, short))]
     assert sizes[1] == pytest.approx(sizes[0] - 16 * 64 * 2, abs=100)
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def encode_captions(root, *captions, text=None, **settings):
+    """The encoded dataset of images 0.png, 1.png, ... with these captions."""
+    for i, caption in enumerate(captions):
+        image(root / "in" / f"{i}.png", seed=i)
+        (root / "in" / f"{i}.txt").write_text(caption, encoding="utf-8")
+    return encoded(root, captions=CaptionSettings(**settings), text=text)
+
+
+@pytest.mark.parametrize(
+    "caption", ["miku (vocaloid)", r"miku \(vocaloid\)", "a (red:1.6) ball", "embedding:style cat"]
+)
+def test_what_was_encoded_when_brackets_weighed_is_encoded_again(tmp_path, caption):
+    text = FakeText()
+    before = compute_fingerprint("caption", module.ENCODING_VERSION, caption, text.identity)
+    DiskCache(tmp_path / "cache").write(before, text.cond(1.0))
+    data = encode_captions(tmp_path, caption, text=text)
+    assert caption in text.seen and before not in data.items[0].caption_keys
+
+
+def test_what_was_encoded_of_other_captions_is_used_and_their_runs_go_on(tmp_path):
+    """keys and fingerprint are what they were, worked out by their first formula"""
+    text, captions = FakeText(), ["a red ball", "a backslash \\ alone", "[not a trigger]"]
+    keys = [compute_fingerprint("caption", module.ENCODING_VERSION, c, text.identity) for c in captions]
+    for key in keys:
+        DiskCache(tmp_path / "cache").write(key, text.cond(1.0))
+    data = encode_captions(tmp_path, *captions, text=text)
+    assert text.seen == [""] and [key for item in data.items for key in item.caption_keys] == keys
+    settings = CaptionSettings(), BucketSettings(resolution=16, step=8)
+    parts = read_folder(tmp_path / "in").fingerprint(), *settings, False, "vae", text.identity, 0, [255, 255, 255]
+    assert data.fingerprint == compute_fingerprint(module.ENCODING_VERSION, *parts)
+
+
+@pytest.mark.parametrize("caption, settings", [("miku (vocaloid)", {}), ("a [trigger] cat", {"trigger": "sks"})])
+def test_a_run_on_captions_that_are_read_anew_is_a_new_run(tmp_path, caption, settings, monkeypatch):
+    now = encode_captions(tmp_path, caption, **settings).fingerprint
+    monkeypatch.setattr(module, "list_reading_changes", lambda *_: [])
+    assert encode_captions(tmp_path, caption, **settings).fingerprint != now
+
+
+def test_an_interrupt_is_noticed_between_two_texts_and_nothing_is_lost(tmp_path):
+    """five captions and the empty one; Cancel comes while the third text is encoded"""
+    text = FakeText()
+
+    def cancel():
+        if len(text.seen) == 3:
+            raise Cut
+
+    captioned(tmp_path / "in", 5)
+    with pytest.raises(Cut):
+        encoded(tmp_path, text=text, check_interrupt=cancel)
+    assert len(text.seen) == 3
+    encoded(tmp_path, text=(rest := FakeText()))
+    assert len(rest.seen) == 3 and not set(rest.seen) & set(text.seen)
+
+
+def test_a_caption_that_no_encoder_reads_is_refused_with_its_image_and_figures_before_any_work(tmp_path):
+    text = FakeText()
+    message = r"The caption of 1\.png is too long: 20000 words, 1199\d\d characters\. .*truncate: 225"
+    with pytest.raises(ValueError, match=message):
+        encode_captions(tmp_path, "short", "book, " * 20_000, text=text)
+    assert not text.seen and not (tmp_path / "cache").exists()
+
+
+def test_the_limit_of_a_caption_is_2048_tokens_of_any_encoder(tmp_path):
+    """2048 words are read, and 2049 are not: 28 chunks of CLIP"""
+    encode_captions(tmp_path, "a " * 2048)
+    with pytest.raises(ValueError, match=r"0\.png is too long: 2049 words, 2049 tokens in l \(28 chunks of 75\)\."):
+        encode_captions(tmp_path, "a " * 2049)
+
+
+def test_a_trigger_of_a_whole_text_is_refused_by_its_own_name(tmp_path):
+    with pytest.raises(ValueError, match=r"The trigger is too long: 5000 words, 5000 tokens in l \(67 chunks of 75\)"):
+        encode_captions(tmp_path, "short", trigger="sks " * 5000)
+
+
+def test_the_tokens_of_ordinary_captions_are_not_counted(tmp_path):
+    """a token is a byte at least, so a short text needs no tokenizer to be allowed"""
+
+    class NoCounter(FakeText):
+        def count_tokens(self, text):
+            pytest.fail(f"tokens of {len(text)} characters were counted")
+
+    assert len(encode_captions(tmp_path, "word " * 400, text=NoCounter())) == 1
+
+
+def test_a_placeholder_without_a_trigger_is_refused_before_any_work(tmp_path):
+    message = r"1 of 2 captions say \[trigger\], for example that of 1\.png, and trigger is empty"
+    with pytest.raises(ValueError, match=message):
+        encode_captions(tmp_path, "a cat", "a photo of [Trigger]")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_placeholder_is_the_trigger_in_what_is_encoded(tmp_path):
+    data = encode_captions(tmp_path, "a cat", "photo of [trigger] man", trigger=" sks ")
+    assert [item.captions for item in data.items] == [("sks, a cat",), ("photo of sks man",)]
+    assert data.trigger == "sks"

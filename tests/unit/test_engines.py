@@ -241,6 +241,15 @@ def test_conditionings_have_the_shape_that_comfyui_gives(engines, family, shape,
     )
 
 
+def test_brackets_are_words_whether_they_are_escaped_or_not(engines):
+    text = engines("flux").text
+    plain, escaped, bare = text.encode(["red (star)", r"red \(star\)", "red star"])
+    assert all(torch.equal(plain[key], escaped[key]) for key in plain)
+    assert not torch.equal(plain["cross_attn"], bare["cross_attn"])
+    counts = [text.count_tokens(caption) for caption in ("red (star)", r"red \(star\)", "red star", "")]
+    assert counts[0] == counts[1] and counts[0]["l"] > counts[2]["l"] > counts[3]["l"] == 0 == counts[3]["t5"]
+
+
 def test_a_long_caption_is_read_in_chunks_that_each_begin_and_end(engines):
     """90 words of one token and a few letters: 75 in the first chunk, the rest in the second, padded to 77."""
     chunks = engines("sd15").text.encoders["l"].tokens(CAPTIONS[1])

@@ -141,3 +141,8 @@ def test_everything_that_changes_the_result_is_part_of_the_run():
                       PriorData(settings(), CONDS, dataset(), "a"), PriorData(settings(class_prompt="cat"), CONDS, encoder_identity="a"))
     ]  # fmt: skip
     assert len(set(found)) == 5
+
+
+def test_a_class_prompt_with_the_triggers_placeholder_is_refused():
+    with pytest.raises(ValueError, match=r"class_prompt says \[trigger\]"):
+        PriorSettings(class_prompt="a photo of [trigger]").class_prompts()

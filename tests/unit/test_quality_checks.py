@@ -176,6 +176,29 @@ def test_captions_are_checked_for_emptiness_trigger_and_length(tmp_path):
     ]
 
 
+def test_a_placeholder_says_the_trigger_and_the_set_notes_that_one_is_needed(tmp_path):
+    dataset = captioned(tmp_path, "photo of [trigger]", "a cat")
+    check, settings = done(dataset, only("captions", resolution=128, trigger="sks"))
+    flags = [record.flags for record in apply_quality_actions(dataset, check, settings)]
+    assert flags == [(), ("trigger ('sks' is missing)",)]
+    assert "captions: 1 say [trigger], for which Encode Dataset needs its trigger" in check.notes
+
+
+def test_a_caption_that_is_too_long_to_train_with_is_found_and_cancel_is_noticed_between_captions(tmp_path):
+    dataset, asked = captioned(tmp_path, "a " * 2049, "b " * 40_000), []
+    words = lambda text: {"l": len(text.split())}
+    options = ScanOptions(check_interrupt=lambda: asked.append(1))
+    settings = only("captions", resolution=128)
+    checked = apply_quality_actions(dataset, *done(dataset, settings, tokens=words, options=options))
+    assert [record.flags for record in checked] == [
+        ("too long (2049 words, 2049 tokens in l (28 chunks of 75) > 2048 tokens: Encode Dataset refuses it)",),
+        ("too long (40000 words, 79999 characters > 2048 tokens: Encode Dataset refuses it)",),
+    ]
+    with_captions = len(asked)
+    check_dataset_quality(dataset, only(resolution=128), options=options)
+    assert with_captions - (len(asked) - with_captions) == 2, "once for each caption, beside once for each image"
+
+
 def test_without_a_trigger_and_a_counter_only_empty_captions_are_found(tmp_path):
     dataset = captioned(tmp_path, "word " * 600, " ")
     checked = apply_quality_actions(dataset, *done(dataset, only("captions", resolution=128)))

@@ -2,8 +2,8 @@
 
 A caption may say which tags are fixed: `sks, 1girl ||| hat, red dress;;;red shoes ||| masterpiece` keeps the tags
 before the first ||| and after the second in place, and keeps tags together that ;;; joins. `{red|blue} hat` is a
-wildcard: one of its options. Everything is drawn before encoding, into as many texts as the settings say, so that text
-encodings can be cached.
+wildcard: one of its options. `photo of [trigger]` says where the trigger stands, which is in front otherwise.
+Everything is drawn before encoding, into as many texts as the settings say, so that text encodings can be cached.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ CAPTION_MODE_TEXT, CAPTION_MODE_EMPTY = "captions", "empty (unconditional)"
 KEEP_TOKENS_SEPARATOR, SECONDARY_SEPARATOR = "|||", ";;;"  # what sd-scripts' options of these names usually are
 WILDCARD_PATTERN = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 PRECISION_AS_ENCODED, PRECISION_BF16 = "as encoded", "bf16"
+TRIGGER_PLACEHOLDER = "[trigger]"  # as in ai-toolkit
+TRIGGER_PLACEHOLDER_PATTERN = re.compile(re.escape(TRIGGER_PLACEHOLDER), re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,11 @@ class CaptionSettings(Settings):
         (CAPTION_MODE_TEXT, CAPTION_MODE_EMPTY),
         "captions: the caption of each image. empty: no text at all.",
     )
-    trigger: str = text_field("", "A word put in front of every caption, to activate the LoRA in prompts.")
+    trigger: str = text_field(
+        "",
+        "A word put in front of every caption, to activate the LoRA in prompts. Where a caption says [trigger], it "
+        "stands there instead.",
+    )
     dropout: float = number_field(
         0.0, 0.0, 1.0, "Share of steps that use the empty caption instead; 0.1 keeps guidance working.", step=0.05
     )
@@ -113,6 +119,22 @@ def make_record_rng(record: ImageRecord, seed: int) -> torch.Generator:
     return derive_generator("captions", seed, record.id)
 
 
+def has_trigger_placeholder(text: str) -> bool:
+    return bool(TRIGGER_PLACEHOLDER_PATTERN.search(text))
+
+
+def fill_trigger(text: str, trigger: str) -> str:
+    """The text with the trigger in place of each [trigger]; as it is where there is no trigger."""
+    return TRIGGER_PLACEHOLDER_PATTERN.sub(lambda _: trigger.strip(), text) if trigger.strip() else text
+
+
+def place_trigger(caption: str, trigger: str) -> str:
+    """The caption with the trigger where it says [trigger], or else in front."""
+    if has_trigger_placeholder(caption):
+        return fill_trigger(caption, trigger).strip()
+    return prepend_trigger(caption, trigger)
+
+
 def prepend_trigger(caption: str, trigger: str) -> str:
     """`trigger, caption`, or the caption where it begins with the trigger already."""
     caption, trigger = caption.strip(), trigger.strip()
@@ -159,14 +181,17 @@ def augment_caption(caption: str, settings: CaptionSettings, rng: torch.Generato
     if not settings.tags:
         if KEEP_TOKENS_SEPARATOR in caption or SECONDARY_SEPARATOR in caption:
             caption = join_caption_tags(list_caption_tags(caption, settings))
-        return prepend_trigger(caption, settings.trigger)
+        return place_trigger(caption, settings.trigger)
     front, free, back = split_kept_tags(caption, settings)
     if settings.tag_dropout:
         draws = torch.rand(len(free), generator=rng).tolist()
-        free = [tag for tag, draw in zip(free, draws, strict=True) if draw >= settings.tag_dropout]
+        kept = [
+            draw >= settings.tag_dropout or has_trigger_placeholder(tag) for tag, draw in zip(free, draws, strict=True)
+        ]
+        free = list(itertools.compress(free, kept))
     if settings.shuffle:
         free = [free[i] for i in torch.randperm(len(free), generator=rng).tolist()]
-    return prepend_trigger(join_caption_tags(front + free + back), settings.trigger)
+    return place_trigger(join_caption_tags(front + free + back), settings.trigger)
 
 
 def split_kept_tags(caption: str, settings: CaptionSettings) -> tuple[list[str], list[str], list[str]]:
@@ -181,8 +206,8 @@ def split_kept_tags(caption: str, settings: CaptionSettings) -> tuple[list[str],
 
 def list_caption_tags(caption: str, settings) -> list[str]:
     """The caption's tags without the trigger, which is put in front later."""
-    words = caption.replace(KEEP_TOKENS_SEPARATOR, ",").split(",")
-    return [tag for tag in map(str.strip, words) if tag and tag != settings.trigger.strip()]
+    words = map(str.strip, caption.replace(KEEP_TOKENS_SEPARATOR, ",").split(","))
+    return [tag for tag in words if tag and tag != settings.trigger.strip() and tag.lower() != TRIGGER_PLACEHOLDER]
 
 
 def join_caption_tags(tags: list[str]) -> str:

@@ -9,9 +9,9 @@ would round otherwise, and what is in the cache would depend on its neighbours.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -27,10 +27,14 @@ from .caption_variants import (
     CAPTION_MODE_EMPTY,
     CAPTION_MODE_TEXT,
     PRECISION_BF16,
+    TRIGGER_PLACEHOLDER,
     CaptionSettings,
     caption_variants,
+    has_trigger_placeholder,
     make_record_rng,
 )
+from .captions.caption_lengths import require_readable_length
+from .captions.literal import has_prompt_syntax
 from .encoded import EncodedDataset, EncodedItem, mask_to_latent_grid
 from .images import image_to_batch_tensor
 from .metadata import format_first_names
@@ -38,7 +42,6 @@ from .readers import require_captions
 from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask
 
 ENCODING_VERSION = 1  # in every key: raise it when the same inputs would give other tensors
-TEXT_BATCH_SIZE = 16
 PREFETCH_IMAGES = 2  # images that are opened while the VAE works on another
 TaskResultT = TypeVar("TaskResultT")
 
@@ -57,7 +60,16 @@ class TextEncoderProtocol(Protocol):
     identity: str
 
     def encode(self, texts: list[str]) -> list[dict]:
-        """One cond per text: cross_attn (1, T, D), pooled_output (1, P), and whatever else the model wants."""
+        """One cond per text, read literally: cross_attn (1, T, D), pooled_output (1, P), and whatever else the model
+        wants."""
+        ...
+
+    def count_tokens(self, text: str) -> Mapping[str, int]:
+        """Encoder -> tokens of the text, without start, end and padding."""
+        ...
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """The encoder stays where it computes while inside."""
         ...
 
 
@@ -70,6 +82,12 @@ class RoundingTextEncoder:
 
     def encode(self, texts: list[str]) -> list[dict]:
         return [map_tensors(cond, round_token_embeddings) for cond in self.encoder.encode(texts)]
+
+    def count_tokens(self, text: str) -> Mapping[str, int]:
+        return self.encoder.count_tokens(text)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        return self.encoder.on_device()
 
 
 def round_token_embeddings(tensor: Tensor) -> Tensor:
@@ -140,6 +158,7 @@ def encode_dataset(
         plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground)
         for record, placement in place_records(dataset, buckets)
     ]
+    check_text_lengths(plans, captions.trigger, text, check_interrupt)
     cache = DiskCache(cache_dir)
     require_trained_pixels(plans, cache, check_interrupt)
     texts = {"": caption_key("", text)} | {c: k for p in plans for c, k in zip(p.captions, p.caption_keys, strict=True)}
@@ -156,8 +175,11 @@ def encode_dataset(
         text.identity,
         seed,
         list(ground),
+        *list_reading_changes(dataset, texts),
     )
-    return EncodedDataset(items, cache, count_latent_channels(items), print_, texts[""], captions.dropout)
+    return EncodedDataset(
+        items, cache, count_latent_channels(items), print_, texts[""], captions.dropout, captions.trigger.strip()
+    )
 
 
 def encode_without_text(
@@ -197,6 +219,31 @@ def check_encoding_inputs(dataset, captions, buckets, vae):
             )
     if captions.caption_mode == CAPTION_MODE_TEXT and not captions.trigger.strip():
         require_captions(dataset)
+        check_trigger_placeholders(dataset)
+
+
+def check_trigger_placeholders(dataset):
+    """ValueError for captions that wait for a trigger."""
+    waiting = [Path(record.path).name for record in dataset if any(map(has_trigger_placeholder, record.captions))]
+    if waiting:
+        raise ValueError(
+            f"{len(waiting)} of {len(dataset)} captions say {TRIGGER_PLACEHOLDER}, for example that of {waiting[0]}, "
+            "and trigger is empty. Write the word that stands for it into trigger, or remove "
+            f"{TRIGGER_PLACEHOLDER} from the captions."
+        )
+
+
+def check_text_lengths(plans: list[EncodingPlan], trigger: str, text: TextEncoderProtocol, check_interrupt) -> None:
+    """ValueError for the trigger or the first caption that is too long to be trained with."""
+    require_readable_length(
+        trigger, "The trigger", text.count_tokens, "A trigger is a word or two; write what the image shows in captions."
+    )
+    remedy = "Shorten it, for example with the line 'truncate: 225' in Edit Captions."
+    for plan in plans:
+        if check_interrupt:
+            check_interrupt()
+        for caption in plan.captions:
+            require_readable_length(caption, f"The caption of {Path(plan.record.path).name}", text.count_tokens, remedy)
 
 
 def require_trained_pixels(plans: list[EncodingPlan], cache: DiskCache, check_interrupt=None) -> None:
@@ -244,7 +291,18 @@ def latent_key(record, placement, mirrored, vae, ground) -> str:
 
 
 def caption_key(caption, text) -> str:
-    return compute_fingerprint("caption", ENCODING_VERSION, caption, text.identity)
+    return compute_fingerprint("caption", ENCODING_VERSION, caption, text.identity, *list_literal_marks([caption]))
+
+
+def list_literal_marks(texts: Iterable[str]) -> list[str]:
+    """A mark in the keys of texts that were once read as prompts, with weights; what was encoded then is not used."""
+    return ["literal"] if any(map(has_prompt_syntax, texts)) else []
+
+
+def list_reading_changes(dataset: ImageDataset, texts: Iterable[str]) -> list[str]:
+    """What is read otherwise than it once was, so that a run trained before is not taken for this one."""
+    placed = any(has_trigger_placeholder(caption) for record in dataset for caption in record.captions)
+    return list_literal_marks(texts) + (["placed trigger"] if placed else [])
 
 
 def mask_key(record, placement, cells) -> str | None:
@@ -257,15 +315,16 @@ def mask_key(record, placement, cells) -> str | None:
 
 
 def encode_texts(texts: dict[str, str], text: TextEncoderProtocol, cache: DiskCache, work: EncodingProgress) -> None:
-    """Writes the conditioning of every caption that is not on disk."""
+    """Writes the conditioning of every caption that is not on disk, one by one: each can be the last before an
+    interrupt."""
     missing = [caption for caption, key in texts.items() if cache.read_shapes(key) is None]
     work.advance(len(texts) - len(missing), "captions")
-    for start in range(0, len(missing), TEXT_BATCH_SIZE):
-        work.raise_if_interrupted()
-        some = missing[start : start + TEXT_BATCH_SIZE]
-        for caption, cond in zip(some, text.encode(some), strict=True):
+    with text.on_device() if missing else nullcontext():
+        for caption in missing:
+            work.raise_if_interrupted()
+            (cond,) = text.encode([caption])
             write_conditioning(cache, texts[caption], cond)
-        work.advance(len(some), "captions")
+            work.advance(1, "captions")
 
 
 def write_conditioning(cache, key, cond: dict) -> None:

@@ -70,6 +70,7 @@ class EncodedDataset:
     fingerprint: str  # changes with the images, the captions, every setting and the models that encoded them
     empty_key: str | None = None  # key of the empty caption's conditioning
     dropout: float = 0.0
+    trigger: str = ""  # the word that stands for [trigger] in captions and sample prompts
 
     def __post_init__(self):
         if self.dropout and self.empty_key is None:

@@ -1,8 +1,8 @@
 """Captions as conditionings: the text encoders of a model, read the way ComfyUI reads them.
 
 ComfyUI's rules (comfy/sd1_clip.py, sdxl_clip.py, text_encoders/sd3_clip.py and flux.py): CLIP sees chunks of 75 tokens,
-each with its own start and end; the chunks' states are joined, and the pooled state is the first chunk's. Captions are
-read literally here, whereas ComfyUI takes (brackets) as weights.
+each with its own start and end; the chunks' states are joined, and the pooled state is the first chunk's. All texts are
+read literally, as the nodes read captions: brackets weigh nothing, escaped or not.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..data.captions.literal import unescape_brackets
 
 CLIP_CHUNK_TOKENS = 75  # tokens of a caption that CLIP sees at once, besides start and end
 
@@ -189,7 +191,13 @@ class TextEncoders:
 
     def __call__(self, caption: str) -> dict:
         """One conditioning where the encoders are, with gradients when they are on."""
-        return self.join_states({kind: encoder(caption) for kind, encoder in self.encoders.items()})
+        words = unescape_brackets(caption)
+        return self.join_states({kind: encoder(words) for kind, encoder in self.encoders.items()})
+
+    def count_tokens(self, caption: str) -> dict[str, int]:
+        """Encoder -> tokens of the caption, without start, end and padding."""
+        words, bare = unescape_brackets(caption), {"add_special_tokens": False, "verbose": False}
+        return {kind: len(encoder.tokenizer(words, **bare)["input_ids"]) for kind, encoder in self.encoders.items()}
 
     def trainable_models(self) -> nn.ModuleDict:
         """The CLIP models by the prefix of their LoRA keys."""

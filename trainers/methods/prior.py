@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.caption_variants import CaptionSettings, expand_caption
+from ..data.caption_variants import TRIGGER_PLACEHOLDER, CaptionSettings, expand_caption, has_trigger_placeholder
 from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..diffusion import native_error
 from ..settings import Settings, number_field, text_field
@@ -37,7 +37,13 @@ class PriorSettings(Settings):
     )
 
     def class_prompts(self) -> list[str]:
-        """Every prompt once. Raises ValueError when there are more than can be kept in memory."""
+        """Every prompt once. Raises ValueError when there are more than can be kept in memory, and for a prompt with
+        the trigger, which no class knows."""
+        if has_trigger_placeholder(self.class_prompt):
+            raise ValueError(
+                f"class_prompt says {TRIGGER_PLACEHOLDER}, and a class prompt says what the model knew before: "
+                "'a photo of a dog' where the captions say 'a photo of sks dog'. Remove it."
+            )
         every = CaptionSettings(wildcards=True, variants=MAX_CLASS_PROMPTS)
         lines = [line.strip() for line in self.class_prompt.splitlines() if line.strip()]
         found = list(

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from ..caption_variants import TRIGGER_PLACEHOLDER, has_trigger_placeholder
 from ..records import ImageDataset
+from .caption_lengths import CLIP_CHUNK_TOKENS, MAX_TEXT_TOKENS, describe_excess_length
 from .edits import CLIP_ENCODERS, CountTokens, caption_tag_key, mentions_phrase, split_tags
 
-CLIP_TOKEN_LIMIT = 75  # CLIP reads 75 tokens at a time
 T5_TOKEN_LIMIT = 512  # what Flux and SD3 were trained with
 MAX_IDENTICAL_SHARE = 0.3  # a larger share of identical captions gets a warning
 MAX_TAG_WORDS = 4  # a piece between two commas counts as a tag up to this many words
@@ -27,6 +28,8 @@ def build_caption_report(
     firsts = Counter(" ".join(r.captions[0].split()) for r in dataset if r.captions)
     repeated = {text: count for text, count in firsts.items() if count > 1}
     lengths = [len(caption.split()) for _, caption in captions]
+    too_long = list_too_long_captions(captions, count_tokens, check_interrupt)
+    readable = [(name, caption) for name, caption in captions if name not in too_long]
     figures = {
         "pictures": len(dataset),
         "captioned": len(dataset) - len(missing),
@@ -39,8 +42,10 @@ def build_caption_report(
         "words": {"mean": round(sum(lengths) / len(lengths), 1), "most": max(lengths)} if lengths else {},
         "longest": max(captions, key=lambda one: len(one[1]))[0] if captions else None,
         "tags": count_tags(dataset),
-        "tokens": count_tokens_by_encoder(captions, count_tokens, check_interrupt) if count_tokens else {},
+        "tokens": count_tokens_by_encoder(readable, count_tokens, check_interrupt) if count_tokens else {},
+        "too long": too_long,
         "trigger missing": list_missing_trigger(dataset, trigger),
+        "trigger unset": [] if trigger.strip() else list_trigger_placeholders(dataset),
     }
     return {**figures, "warnings": format_caption_warnings(figures, trigger)}
 
@@ -68,17 +73,28 @@ def count_tokens_by_encoder(captions, count_tokens: CountTokens, check_interrupt
             check_interrupt()
         counted.append((name, count_tokens(caption)))
     return {
-        encoder: summarise_encoder_tokens(encoder, [(name, counts[encoder]) for name, counts in counted])
-        for encoder in (counted[0][1] if counted else ())
+        encoder: summarise_encoder_tokens(encoder, [(name, counts.get(encoder, 0)) for name, counts in counted])
+        for encoder in dict.fromkeys(encoder for _, counts in counted for encoder in counts)
     }
+
+
+def list_too_long_captions(captions, count_tokens: CountTokens | None, check_interrupt=None) -> dict[str, str]:
+    """Name -> figures of each caption that is too long to be trained with."""
+    found = {}
+    for name, caption in captions:
+        if check_interrupt:
+            check_interrupt()
+        if excess := describe_excess_length(caption, count_tokens):
+            found[name] = excess
+    return found
 
 
 def summarise_encoder_tokens(encoder: str, counts: list[tuple[str, int]]) -> dict:
     clip = encoder in CLIP_ENCODERS
     longest, most = max(counts, key=lambda one: one[1])
-    limit = CLIP_TOKEN_LIMIT if clip else T5_TOKEN_LIMIT if encoder.startswith("t5") else None
+    limit = CLIP_CHUNK_TOKENS if clip else T5_TOKEN_LIMIT if encoder.startswith("t5") else None
     over = [name for name, count in counts if limit and count > limit]
-    chunks = {"chunks": -(-most // CLIP_TOKEN_LIMIT)} if clip else {}
+    chunks = {"chunks": -(-most // CLIP_CHUNK_TOKENS)} if clip else {}
     return {
         "mean": round(sum(count for _, count in counts) / len(counts), 1),
         "most": most,
@@ -90,14 +106,21 @@ def summarise_encoder_tokens(encoder: str, counts: list[tuple[str, int]]) -> dic
 
 
 def list_missing_trigger(dataset: ImageDataset, trigger: str) -> list[str]:
-    """Names of images with a caption, or an alternative of it, that does not contain the trigger."""
+    """Names of images with a caption, or an alternative of it, that contains neither the trigger nor its
+    placeholder."""
     if not trigger.strip():
         return []
     return [
         Path(r.path).name
         for r in dataset
-        if not r.captions or not all(mentions_phrase(caption, trigger) for caption in r.captions)
+        if not r.captions
+        or not all(mentions_phrase(caption, trigger) or has_trigger_placeholder(caption) for caption in r.captions)
     ]
+
+
+def list_trigger_placeholders(dataset: ImageDataset) -> list[str]:
+    """Names of images with a caption that says [trigger]."""
+    return [Path(r.path).name for r in dataset if any(map(has_trigger_placeholder, r.captions))]
 
 
 def format_caption_warnings(figures: dict, trigger: str) -> list[str]:
@@ -108,6 +131,10 @@ def format_caption_warnings(figures: dict, trigger: str) -> list[str]:
         for names, what in (
             (figures["without caption"], "have no caption"),
             (figures["trigger missing"], f"do not say the trigger {trigger.strip()!r}"),
+            (
+                figures["trigger unset"],
+                f"say {TRIGGER_PLACEHOLDER}, which Encode Dataset replaces with its trigger; set one there",
+            ),
         )
         if names
     ]
@@ -116,6 +143,10 @@ def format_caption_warnings(figures: dict, trigger: str) -> list[str]:
             f"{same} of {total} images share their caption with another ({same / total:.0%} > "
             f"{MAX_IDENTICAL_SHARE:.0%}); equal words teach no difference"
         )
+    found += [
+        f"the caption of {name} is too long to be trained with (at most {MAX_TEXT_TOKENS} tokens): {excess}"
+        for name, excess in figures["too long"].items()
+    ]
     for encoder, counts in figures["tokens"].items():
         if counts["over"]:
             effect = (
@@ -136,7 +167,7 @@ def format_caption_report(figures: dict, tags: int = 30) -> str:
     """The report as text, with the `tags` most frequent tags."""
     words, counts = figures["words"], figures["tags"]
     lines = [
-        f"{figures['pictures']} pictures, {figures['captioned']} with captions, {figures['with alternatives']} with "
+        f"{figures['pictures']} images, {figures['captioned']} with captions, {figures['with alternatives']} with "
         "alternatives",
         f"{figures['captions']} captions, {figures['different captions']} different",
     ]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from ..caption_variants import make_record_rng
+from ..caption_variants import fill_trigger, make_record_rng
 from ..records import ImageDataset, ImageRecord
 
 CountTokens = Callable[[str], Mapping[str, int]]  # text -> number of tokens by text encoder
@@ -398,6 +398,7 @@ def build_trigger_edit(argument):
                 if caption_tag_key(tags[0]) == caption_tag_key(word) and len(rest) == len(tags) - 1
                 else join_tags([word, *rest], caption)
             )
+        caption = fill_trigger(caption, word)
         return caption if mentions_phrase(caption, word) else join_tags(filter(None, (word, caption)), caption)
 
     return add_trigger
@@ -457,7 +458,9 @@ def build_underscores_edit(argument):
     return make_tag_edit(lambda tags, _: [replace_underscores(tag) for tag in tags])
 
 
-@register_operation("escape: parentheses", "( becomes \\(, so that text encoders do not read it as emphasis")
+@register_operation(
+    "escape: parentheses", "( becomes \\(, for captions that are used as prompts; training needs no escapes"
+)
 def build_escape_edit(argument):
     require_parentheses(argument, "escape")
     return lambda caption, _: re.sub(r"(?<!\\)([()])", r"\\\1", caption)

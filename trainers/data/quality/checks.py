@@ -436,6 +436,7 @@ def check_dataset_quality(
             findings[index].append(finding)
     if settings.captions:
         for index, record in enumerate(dataset):
+            options.check_interrupt()
             findings[index] += check_record_captions(record, settings, tokens)
     score, note = measure_dataset_diversity(measures, features)
     notes = [note] if note else []
