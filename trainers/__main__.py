@@ -14,7 +14,13 @@ from pathlib import Path
 
 from .adapters.adapters import Adapters, text_adapter_settings
 from .data.buckets import BucketSettings
-from .data.caption_variants import CAPTION_MODE_TEXT, CaptionSettings
+from .data.caption_variants import (
+    CAPTION_MODE_TEXT,
+    TRIGGER_PLACEHOLDER,
+    CaptionSettings,
+    fill_trigger,
+    has_trigger_placeholder,
+)
 from .data.encode import encode_dataset
 from .data.encoded import most_common_bucket
 from .data.images import tensor_to_image
@@ -213,6 +219,7 @@ class CommandLineJob:
     screen: ConsoleOutput
     stop: InterruptHandler
     records: dict = field(init=False)
+    sample_prompts: list[str] = field(init=False)
 
     def __post_init__(self):
         self.name = check_run_name(self.args.name)
@@ -222,6 +229,10 @@ class CommandLineJob:
             raise ValueError(
                 "batch is 0, which leaves it to the planner of the ComfyUI nodes. Give --batch 1 or more here."
             )
+        trigger = self.captions.trigger.strip()
+        if not trigger and any(map(has_trigger_placeholder, self.args.samples)):
+            raise ValueError(f"--samples says {TRIGGER_PLACEHOLDER}, and --trigger is empty. Give --trigger the word.")
+        self.sample_prompts = [fill_trigger(prompt, trigger) for prompt in self.args.samples]
         if self.args.out.exists() and not self.args.out.is_dir():
             raise ValueError(f"{self.args.out} is a file. Give --out a folder.")
 
@@ -244,7 +255,7 @@ class CommandLineJob:
         if done:
             self.screen.print_line("this very run is finished already; nothing was trained again")
         self.write_results(lora, losses)
-        if self.args.samples:
+        if self.sample_prompts:
             self.write_sample_sheet(engine, adapters, text, lora, data)
 
     def read_dataset(self):
@@ -364,17 +375,17 @@ class CommandLineJob:
             self.screen.update_line(f"sampling seed {seed + 1}/{len(seeds)}")
             self.stop.raise_if_requested()
             look = lambda s=seed: engine.sample(
-                self.args.samples, s, size, self.args.sample_steps, self.args.sample_cfg
+                self.sample_prompts, s, size, self.args.sample_steps, self.args.sample_cfg
             )
             before = look()
             with adapters.attached(), attach_trained_text(engine, text):
                 columns.append((before, look()))
         rows = [
             [tensor_to_image(column[with_lora][i], "sample") for column in columns]
-            for i in range(len(self.args.samples))
+            for i in range(len(self.sample_prompts))
             for with_lora in (0, 1)
         ]
-        labels = [f"{shorten_prompt(p)}{how}" for p in self.args.samples for how in ("", " + LoRA")]
+        labels = [f"{shorten_prompt(p)}{how}" for p in self.sample_prompts for how in ("", " + LoRA")]
         path = self.args.out / f"{self.name}-samples.png"
         draw_image_grid(rows, labels, [f"seed {s}" for s in seeds]).save(path)
         self.screen.print_line(f"{path}: without and with the LoRA")

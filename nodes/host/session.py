@@ -40,7 +40,7 @@ from .context import (
     use_differentiable_rope,
 )
 from .denoiser import ComfyDenoiser
-from .encoders import encode_caption
+from .encoders import CaptionTokenizer, encode_tokens
 from .families import ModelFamily, find_model_family
 from .frozen_casts import recast_frozen_weights
 from .lora_keys import clip_lora_keys, unet_lora_keys
@@ -59,7 +59,9 @@ class TrainingSession:
     adapters: Adapters
     family: ModelFamily
     text_adapters: Adapters | None = None
-    encode_captions: object = None  # (batch) -> conds with gradients
+    encode_captions: object = None  # (batch) -> conds with gradients, of captions that are read literally
+    encode_prompt: object = None  # (prompt) -> cond with gradients, of a text that is read with weights
+    text_patcher: object = None  # of the text encoder that is trained too
     layer_keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_layer_keys: dict = field(default_factory=dict)
     known_text_keys: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
@@ -110,7 +112,7 @@ def open_training_session(
         )
         if adapter.text_encoder:
             stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
-        stack.enter_context(load_with_adapters(patcher, adapters, memory))
+        stack.enter_context(load_with_adapters(patcher, adapters, memory, session.text_patcher))
         replace_inference_parameters(patcher.model)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
@@ -136,29 +138,28 @@ def clone_for_training(model):
     return patcher
 
 
-def get_non_dynamic_patcher(model):
+def get_non_dynamic_patcher(model, name="MODEL"):
     """A patcher whose weights stay where they are: dynamic VRAM may evict a weight that backward still needs."""
     try:
         return model.get_non_dynamic_delegate()
     except RuntimeError as error:
         raise RuntimeError(
-            f"This MODEL uses dynamic VRAM and its loader offers no other way ({error}). Load it with a core loader "
+            f"This {name} uses dynamic VRAM and its loader offers no other way ({error}). Load it with a core loader "
             "node, or start ComfyUI with --disable-dynamic-vram."
         ) from error
 
 
 @contextlib.contextmanager
-def load_with_adapters(patcher, adapters, memory):
-    """The host loads the model where it wants it, with the adapters as an injection of its patcher."""
+def load_with_adapters(patcher, adapters, memory, beside=None):
+    """The host loads the model where it wants it, with the adapters as an injection of its patcher. `beside`: the
+    patcher of another model that must stay loaded with it."""
     injection = comfy.patcher_extension.PatcherInjection(
         inject=lambda _: adapters.attach(), eject=lambda _: adapters.detach()
     )
     patcher.set_injections(INJECTION_KEY, [injection])
     try:
         mm.unload_model_and_clones(patcher)  # weights pinned for offloading must not be materialised
-        mm.load_models_gpu([patcher], memory_required=memory)
-        patcher.pre_run()
-        patcher.inject_model()
+        load_for_training(patcher, memory, beside)
         yield
     finally:
         patcher.eject_model()
@@ -168,10 +169,20 @@ def load_with_adapters(patcher, adapters, memory):
         mm.soft_empty_cache()
 
 
+def load_for_training(patcher, memory, beside=None):
+    """Loads the model, ready for the next step. `beside` is loaded in the same breath: asked for one after the other,
+    the second could push the first out."""
+    mm.load_models_gpu([patcher, *([] if beside is None else [beside])], memory_required=memory)
+    for loaded in filter(None, (beside, patcher)):
+        loaded.pre_run()
+        loaded.inject_model()
+        replace_inference_parameters(loaded.model)
+
+
 @contextlib.contextmanager
 def attach_text_adapters(clip, adapter, rng, session):
     """The text encoder with adapters: `session.encode_captions(batch)` carries gradients."""
-    clip = clip.clone()
+    clip = clone_clip_for_training(clip)
     network = clip.cond_stage_model
     session.text_adapters = Adapters(network, text_adapter_settings(adapter), rng).to(clip.patcher.load_device)
     session.text_layer_keys = clip_lora_keys(network, session.text_adapters.layers)
@@ -181,12 +192,25 @@ def attach_text_adapters(clip, adapter, rng, session):
         disable_inplace_updates(network),
         recast_frozen_weights(network),
     ):
-        replace_inference_parameters(network)
+        tokenize = CaptionTokenizer(clip)
         session.encode_captions = lambda batch: [
-            {**extract_size_conditioning(old), **encode_caption(clip, c)}
+            {**extract_size_conditioning(old), **encode_tokens(clip, tokenize(c))}
             for c, old in zip(batch.captions, batch.conds, strict=True)
         ]
+        session.encode_prompt = lambda prompt: encode_tokens(clip, clip.tokenize(prompt))
+        session.text_patcher = clip.patcher
         yield
+
+
+def clone_clip_for_training(clip):
+    """A clone that shares the weights and does not ask the host to load it at every encode, which might unload the
+    diffusion model in the middle of a step: the session keeps both loaded."""
+    clip = clip.clone()
+    if clip.patcher.is_dynamic():
+        clip.patcher = get_non_dynamic_patcher(clip.patcher, "CLIP")
+        clip.cond_stage_model = clip.patcher.model
+    clip.load_model = lambda *_, **__: clip.patcher
+    return clip
 
 
 def extract_size_conditioning(cond) -> dict:

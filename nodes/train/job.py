@@ -13,6 +13,7 @@ from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings, compute_fingerprint
 from .. import host
 from ..page import live
+from .previews import SamplePrompt
 from .validation import MonitorConfig
 
 if TYPE_CHECKING:
@@ -125,9 +126,8 @@ class TrainTask(Protocol):
         """Work of the text encoder, done before the model is loaded for training; the encoder is freed again."""
         return {}
 
-    def default_sample_prompts(self, job: TrainingJob, prompts):
-        """([(text, conditioning)], (text, conditioning) to avoid or None) that samples show when nobody asked for
-        others."""
+    def default_sample_prompts(self, job: TrainingJob, prompts) -> tuple[list[SamplePrompt], SamplePrompt | None]:
+        """What samples show when nobody asked for others, and what they avoid."""
         return first_distinct_captions(self.data) if self.data else ([], None)
 
     def gradient_check_inputs(self, job: TrainingJob, session: TrainingSession, prompts):
@@ -199,16 +199,20 @@ def dataset_gradient_check_inputs(data, session):
     return session.denoiser.model_space(batch.x0), batch.conds
 
 
-def first_distinct_captions(data, count: int = 2):
-    """([(text, conditioning)], (text, conditioning) of the empty caption or None): the first captions of a dataset that
-    differ."""
+def first_distinct_captions(data, count: int = 2) -> tuple[list[SamplePrompt], SamplePrompt | None]:
+    """The first captions of a dataset that differ, and the empty caption where it has one. Where only conditionings
+    were given, they have no caption to encode again."""
     plain, found = dataclasses.replace(data, dropout=0.0), {}
     for pick in range(min(len(data.items), 50)):
         batch = plain.make_batch([pick], make_generator(0))
-        found.setdefault(batch.captions[0] or f"caption {len(found) + 1}", batch.conds[0])
+        label = batch.captions[0] or f"caption {len(found) + 1}"
+        caption = batch.captions[0] if data.items[pick].path else None
+        found.setdefault(label, SamplePrompt(label, batch.conds[0], caption))
         if len(found) == count:
             break
     if data.empty_key is None:
-        return list(found.items()), None
-    sizes = host.session.extract_size_conditioning(next(iter(found.values())))
-    return list(found.items()), ("", {**data.store.load(data.empty_key), **sizes})
+        return list(found.values()), None
+    sizes = host.session.extract_size_conditioning(next(iter(found.values())).cond)
+    return list(found.values()), SamplePrompt(
+        "", {**data.store.load(data.empty_key), **sizes}, "" if data.items[0].path else None
+    )

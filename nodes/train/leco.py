@@ -31,6 +31,7 @@ from .job import (
     hash_clip,
     largest_latent_shape,
 )
+from .previews import SamplePrompt
 from .prompts import PromptRowsType
 from .widgets import (
     HIDDEN_INPUTS,
@@ -166,7 +167,7 @@ class PromptDifferenceTask(TrainTask):
     def default_sample_prompts(self, job, prompts):
         task = self.prompt_tasks(job)[0]
         shown, negative = task.rollout_prompt, task.negative_prompt
-        return [(shown or "without a prompt", prompts[shown])], (negative, prompts[negative])
+        return [SamplePrompt(shown or "without a prompt", prompts[shown])], SamplePrompt(negative, prompts[negative])
 
     def gradient_check_inputs(self, job, session, prompts):
         x0 = session.denoiser.model_space(host.checks.random_latent(self.prompt_tasks(job)[0].shapes[0]))

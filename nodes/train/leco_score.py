@@ -55,6 +55,7 @@ from .job import (
     largest_latent_shape,
     unwrap_list_input,
 )
+from .previews import SamplePrompt
 from .widgets import (
     HIDDEN_INPUTS,
     make_job,
@@ -367,7 +368,7 @@ class LecoScoreTask(TrainTask):
     def default_sample_prompts(self, job, prompts):
         prompt = self.preview_prompts()[0]
         negative = self.negative_prompts()[prompt]
-        return [(prompt or "without a prompt", prompts[prompt])], (negative, prompts[negative])
+        return [SamplePrompt(prompt or "without a prompt", prompts[prompt])], SamplePrompt(negative, prompts[negative])
 
     def gradient_check_inputs(self, job, session, prompts):
         x0 = session.denoiser.model_space(host.checks.random_latent(self.latent_shapes(job)[0]))

@@ -8,6 +8,7 @@ import contextlib
 import io
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import comfy.model_management as mm
 import numpy as np
@@ -30,10 +31,17 @@ def switch_to_sampling(session, memory: float):
             yield patcher
     finally:
         mm.in_training = before
-        mm.load_models_gpu([patcher], memory_required=memory)
-        patcher.pre_run()
-        patcher.inject_model()
-        host.context.replace_inference_parameters(patcher.model)
+        host.session.load_for_training(patcher, memory, session.text_patcher)
+
+
+class SamplePrompt(NamedTuple):
+    """What a sample shows. With a `caption` (read literally) or a `prompt` (read with weights) it is encoded again
+    while the text encoder is trained; a conditioning that the user brought stays as it is."""
+
+    label: str
+    cond: dict
+    caption: str | None = None
+    prompt: str | None = None
 
 
 def to_comfy_conditioning(cond: dict) -> list:
@@ -41,15 +49,14 @@ def to_comfy_conditioning(cond: dict) -> list:
 
 
 class PreviewRenderer:
-    """Samples of a run for its validation monitor. `prompts`: [(text, conditioning)]; `negative`: the same for the
-    negative prompt, None for guidance 1."""
+    """Samples of a run for its validation monitor. `negative`: what is avoided, None for guidance 1."""
 
     def __init__(
         self,
         session,
         settings: PreviewSettings,
-        prompts,
-        negative,
+        prompts: list[SamplePrompt],
+        negative: SamplePrompt | None,
         shape,
         folder: Path,
         *,
@@ -62,7 +69,7 @@ class PreviewRenderer:
         self.negative_prompt, self.shape = negative, shape
         self.folder, self.vae, self.sampler, self.scheduler, self.memory = Path(folder), vae, sampler, scheduler, memory
         self.sample_specs = [
-            (label, cond, settings.preview_seed + i) for label, cond in prompts for i in range(settings.pictures)
+            (prompt, settings.preview_seed + i) for prompt in prompts for i in range(settings.pictures)
         ]
 
     @property
@@ -76,8 +83,8 @@ class PreviewRenderer:
         now = self.render_images(self.settings.strength)
         titles = ["before training", f"step {step}"]
         rows = [
-            (f"{label}  ·  seed {seed}", pair)
-            for (label, _, seed), *pair in zip(self.sample_specs, base, now, strict=True)
+            (f"{prompt.label}  ·  seed {seed}", pair)
+            for (prompt, seed), *pair in zip(self.sample_specs, base, now, strict=True)
         ]
         file = self.folder / f"step{step:06d}.jpg"
         write_bytes_atomically(file, encode_jpeg(draw_samples_sheet(rows, titles)))
@@ -98,13 +105,17 @@ class PreviewRenderer:
             for adapters in (self.session.adapters, self.session.text_adapters):
                 if adapters is not None:
                     stack.enter_context(adapters.at_strength(strength))
-            latents = [self.sample_one_latent(patcher, label, cond, seed) for label, cond, seed in self.sample_specs]
+            # All texts first: the sampler may push the text encoder out.
+            conds = [self.refresh_conditioning(prompt) for prompt, _ in self.sample_specs]
+            negative = self.negative_prompt and self.refresh_conditioning(self.negative_prompt)
+            latents = [
+                self.sample_one_latent(patcher, cond, cond if negative is None else negative, seed)
+                for cond, (_, seed) in zip(conds, self.sample_specs, strict=True)
+            ]
             return [self.decode_latent(latent) for latent in latents]
 
-    def sample_one_latent(self, patcher, label, cond, seed):
+    def sample_one_latent(self, patcher, cond, negative, seed):
         host.progress.raise_if_interrupted()
-        cond = self.refresh_conditioning(label, cond)
-        negative = cond if self.negative_prompt is None else self.refresh_conditioning(*self.negative_prompt)
         return host.sampling.sample_latents(
             patcher,
             to_comfy_conditioning(cond),
@@ -117,11 +128,15 @@ class PreviewRenderer:
             scheduler=self.scheduler,
         )
 
-    def refresh_conditioning(self, text: str, cond: dict) -> dict:
-        """The conditioning to sample with: while the text encoder is trained, it is encoded again each time."""
-        if self.session.encode_captions is None:
-            return cond
-        return self.session.encode_captions(types.SimpleNamespace(captions=[text], conds=[cond]))[0]
+    def refresh_conditioning(self, shown: SamplePrompt) -> dict:
+        """The conditioning to sample with: while the text encoder is trained, texts are encoded again each time."""
+        session = self.session
+        if session.encode_captions is not None and shown.caption is not None:
+            batch = types.SimpleNamespace(captions=[shown.caption], conds=[shown.cond])
+            return session.encode_captions(batch)[0]
+        if session.encode_captions is not None and shown.prompt is not None:
+            return {**host.session.extract_size_conditioning(shown.cond), **session.encode_prompt(shown.prompt)}
+        return shown.cond
 
     def decode_latent(self, latent) -> Image.Image:
         return (

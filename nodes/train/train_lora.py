@@ -202,6 +202,18 @@ class LoraTask(TrainTask):
         host.checks.check_latent_channels(job.model, self.data.channels)
         if self.prior is not None and self.prior.data is not None:
             host.checks.check_latent_channels(job.model, self.prior.data.channels)
+        if job.adapter.text_encoder and job.clip is not None:
+            self.check_captions_known()
+
+    def check_captions_known(self):
+        """The text encoder reads captions in every step. Raises ValueError where only conditionings are there."""
+        prior = [] if self.prior is None or self.prior.data is None else self.prior.data.items
+        if not all(item.path for item in [*self.data.items, *prior]):
+            raise ValueError(
+                "text_encoder is on, and the images come as latents and conditioning, without the captions that a "
+                "text encoder is trained with. Connect encoded, from Encode Dataset, or switch text_encoder off in "
+                "Adapter Settings."
+            )
 
     def fingerprint_parts(self, job):
         start = () if self.start_from is None else ("start", tensor_hash(self.start_from))

@@ -6,12 +6,13 @@ import dataclasses
 
 from comfy_api.latest import io
 
+from ...trainers.data.caption_variants import TRIGGER_PLACEHOLDER, fill_trigger, has_trigger_placeholder
 from ...trainers.data.encoded import split_conditioning
 from ...trainers.monitor.previews import PreviewSettings
 from ...trainers.monitor.validation import ValidationMonitor, ValidationSettings
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
-from .previews import PreviewRenderer, preview_latent_shape
+from .previews import PreviewRenderer, SamplePrompt, preview_latent_shape
 
 ValidationSettingsType = io.Custom("TRAINYARD_VALIDATION")
 
@@ -30,21 +31,27 @@ class MonitorConfig:
     positive: list | None = None
     negative: list | None = None
 
-    def encode_prompts(self) -> tuple[list[tuple[str, dict]], tuple[str, dict] | None]:
-        """([(text, conditioning)], (text, conditioning) of what is avoided or None) of what the user asked for; empty
-        lists leave the choice to the run. Encodes texts, so it is to be called before the model is loaded."""
+    def encode_prompts(self, trigger: str = "") -> tuple[list[SamplePrompt], SamplePrompt | None]:
+        """(samples, what they avoid or None) that the user asked for; empty lists leave the choice to the run.
+        `trigger` stands for [trigger]. Encodes texts, so it is to be called before the model is loaded."""
         if not self.previews.preview_every:
             return [], None
-        prompts = [(f"positive {i + 1}", cond) for i, cond in enumerate(split_conditioning(self.positive or []))]
-        negative = ("", split_conditioning(self.negative)[0]) if self.negative else None
-        if lines := self.previews.lines():
-            conds = host.encoders.encode_prompts_once(self.clip, [*lines, self.previews.negative_prompt])
-            prompts = [(line, conds[line]) for line in lines] + prompts
-            negative = negative or (self.previews.negative_prompt, conds[self.previews.negative_prompt])
+        prompts = [
+            SamplePrompt(f"positive {i + 1}", cond) for i, cond in enumerate(split_conditioning(self.positive or []))
+        ]
+        negative = SamplePrompt("", split_conditioning(self.negative)[0]) if self.negative else None
+        if lines := self.previews.lines(trigger):
+            avoided = fill_trigger(self.previews.negative_prompt, trigger)
+            conds = host.encoders.encode_prompts_once(self.clip, list(dict.fromkeys([*lines, avoided])))
+            prompts = [SamplePrompt(line, conds[line], prompt=line) for line in lines] + prompts
+            negative = negative or SamplePrompt(avoided, conds[avoided], prompt=avoided)
         return prompts, negative
 
     def check_job(self, job):
-        """Raises ValueError when the held-out images cannot tell anything about this job."""
+        """Raises ValueError when the held-out images cannot tell anything about this job, and for prompts that cannot
+        be drawn."""
+        if self.previews.preview_every and self.previews.lines():
+            self.check_prompts(job.task.data.trigger if job.task.data else "")
         if self.held_out is None or not self.settings.every:
             return
         job.task.check_held_out(self.held_out)
@@ -56,6 +63,16 @@ class MonitorConfig:
                 f"{both[0]}: their loss would not show overfitting. Split the dataset with Split Dataset and encode "
                 "both halves."
             )
+
+    def check_prompts(self, trigger: str):
+        texts = [*self.previews.lines(), self.previews.negative_prompt]
+        if not trigger and any(map(has_trigger_placeholder, texts)):
+            raise ValueError(
+                f"The prompts of Validation and Previews say {TRIGGER_PLACEHOLDER}, and this run has no trigger. Write "
+                "the word into trigger of Encode Dataset, or write the prompts without it."
+            )
+        host.encoders.check_clip(self.clip)
+        host.checks.check_text_lengths(self.clip, [fill_trigger(text, trigger) for text in texts])
 
     def check_settings(self):
         """Raises ValueError for what cannot work, before any training."""

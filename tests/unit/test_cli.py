@@ -90,6 +90,14 @@ def test_the_sheet_shows_the_model_without_and_with_the_lora(files, tmp_path, mo
     assert base.tobytes() == cli.tensor_to_image(untouched, "sample").tobytes() != changed.tobytes()
 
 
+def test_the_placeholder_in_samples_is_the_trigger_and_without_one_it_is_refused(files, capsys):
+    samples = ["lora", *files, *FAST, "--samples", "a [trigger] star"]
+    assert cli.main(samples) == cli.EXIT_MISTAKE
+    assert "--samples says [trigger], and --trigger is empty" in capsys.readouterr().err
+    args = cli.make_argument_parser().parse_args([*samples, "--trigger", "sks"])
+    assert cli.CommandLineJob(args, cli.ConsoleOutput(), cli.InterruptHandler()).sample_prompts == ["a sks star"]
+
+
 def test_three_and_three_steps_are_six(files, tmp_path):
     once, twice = (with_value(files, "--out", tmp_path / name) for name in ("once", "twice"))
     assert cli.main(["lora", *once, *FAST]) == 0

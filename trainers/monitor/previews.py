@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.caption_variants import fill_trigger
 from ..settings import Settings, number_field, text_field
 from .plots import PLOT_BACKGROUND, PLOT_TEXT_COLOUR
 
@@ -23,8 +24,8 @@ class PreviewSettings(Settings):
     )
     prompts: str = text_field(
         "",
-        "One prompt per line. Needs CLIP connected; empty: the first captions of the dataset, or the conditioning"
-        " on positive.",
+        "One prompt per line; [trigger] stands for the trigger of Encode Dataset. Needs CLIP connected; empty: the "
+        "first captions of the dataset, or the conditioning on positive.",
         multiline=True,
     )
     negative_prompt: str = text_field("", "Negative prompt for the prompts of this node.")
@@ -60,8 +61,9 @@ class PreviewSettings(Settings):
         advanced=True,
     )
 
-    def lines(self) -> list[str]:
-        return [line.strip() for line in self.prompts.splitlines() if line.strip()]
+    def lines(self, trigger: str = "") -> list[str]:
+        """The prompts; a trigger stands where they say [trigger]."""
+        return [line.strip() for line in fill_trigger(self.prompts, trigger).splitlines() if line.strip()]
 
 
 def draw_samples_sheet(rows, titles, cell: int = 384) -> Image.Image:
