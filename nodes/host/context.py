@@ -33,17 +33,30 @@ def clone_inference_tensors(tree):
     return tree
 
 
+def share_as_normal_tensor(value):
+    """The same memory as a tensor that autograd takes. A clone would give back memory that the host has page-locked,
+    and the driver would go on reading it; and it would need the room of both."""
+    if hasattr(value, "__tensor_flatten__"):  # several tensors in one, as quantised weights are
+        names, about = value.__tensor_flatten__()
+        inner = {name: share_as_normal_tensor(getattr(value, name)) for name in names}
+        return type(value).__tensor_unflatten__(inner, about, value.shape, value.stride())
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return value.detach().clone()
+    return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+
+
 def replace_inference_parameters(network) -> int:
-    """Replace parameters and buffers that were made under inference mode; assigning to `.data` would not cure them."""
+    """Replace parameters and buffers that were made under inference mode by normal ones over the same memory; assigning
+    to `.data` would not cure them. Call inside `enable_gradients()`."""
     count = 0
     for module in network.modules():
         for name, value in module._parameters.items():
             if value is not None and value.is_inference():
-                module._parameters[name] = torch.nn.Parameter(value.detach().clone(), requires_grad=False)
+                module._parameters[name] = torch.nn.Parameter(share_as_normal_tensor(value), requires_grad=False)
                 count += 1
         for name, value in module._buffers.items():
             if value is not None and value.is_inference():
-                module._buffers[name] = value.clone()
+                module._buffers[name] = share_as_normal_tensor(value)
                 count += 1
     return count
 

@@ -48,10 +48,10 @@ class ComfyDenoiser:
         )
 
     def model_space(self, latent):
-        latent = latent.to(self.device, torch.float32)
+        latent = latent.to(torch.float32)
         if latent.ndim == 4 and self.model.latent_format.latent_dimensions == 3:
             latent = latent.unsqueeze(2)  # an image is a video of one frame
-        return self.model.process_latent_in(latent)
+        return self.model.process_latent_in(latent).to(self.device)  # in that order: some formats bring numbers along
 
     def noised(self, x0, noise, sigma):
         return self.sampling.noise_scaling(sigma, noise, x0)
@@ -77,13 +77,11 @@ class ComfyDenoiser:
         average.)"""
         rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = sigma.to(x.device)
-        parts = [
-            (group, self._apply_model(x[group], sigma[group], [rows[i] for i in group]))
-            for group in group_concatenable_conds(rows)
-        ]
-        order = [i for group, _ in parts for i in group]
-        out = torch.cat([part for _, part in parts])
-        return out if order == sorted(order) else out[torch.tensor(order, device=x.device).argsort()]
+        found = {}
+        for group in group_concatenable_conds(rows):
+            part = self._apply_model(take_rows(x, group), take_rows(sigma, group), [rows[i] for i in group])
+            found.update(zip(group, part.split(1), strict=True))
+        return torch.cat([found[i] for i in range(len(rows))])
 
     def _model_inputs(self, cond, x):
         """The host's own model inputs for one caption: extra_conds adds size conditioning, guidance, masks."""
@@ -99,6 +97,11 @@ class ComfyDenoiser:
         inputs = comfy.samplers.cond_cat(rows, x.device)
         options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
+
+
+def take_rows(x, group: list[int]):
+    """Rows of x, copied. `x[group]` would send the indices to the device first, and wait for it."""
+    return torch.cat([x[i : i + 1] for i in group])
 
 
 def is_discrete_schedule(ms) -> bool:

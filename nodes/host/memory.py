@@ -88,6 +88,15 @@ def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES):
     session.offloaded_bytes += patcher.partially_unload(patcher.offload_device, count)
 
 
+def offload_surplus_weights(session: TrainingSession, allowed: int):
+    """Weights beyond so many bytes on the device leave it again. The host's sampler loads what fits beside a sampling
+    step, which is less than what a training step needs."""
+    patcher = session.denoiser.patcher
+    surplus = patcher.loaded_size() - allowed
+    if surplus > 0:
+        patcher.partially_unload(patcher.offload_device, surplus)
+
+
 class PeakMemoryMeter:
     """How much a device takes from now on."""
 

@@ -158,7 +158,7 @@ def load_with_adapters(patcher, adapters, memory, beside=None):
     )
     patcher.set_injections(INJECTION_KEY, [injection])
     try:
-        mm.unload_model_and_clones(patcher)  # weights pinned for offloading must not be materialised
+        mm.unload_model_and_clones(patcher)  # to be loaded again beside the memory that a step needs
         load_for_training(patcher, memory, beside)
         yield
     finally:

@@ -23,8 +23,10 @@ from .. import host
 @contextlib.contextmanager
 def switch_to_sampling(session, memory: float):
     """The patcher of the training model, for the ordinary sampler. Sampling clears `current_patcher`, and a VAE may
-    push the model out: on every way out it is loaded and ready for the next step again."""
+    push the model out: on every way out it is loaded and ready for the next step again, with no more of its weights on
+    the device than before."""
     patcher = session.denoiser.patcher
+    resident = patcher.loaded_size()
     before, mm.in_training = mm.in_training, False
     try:
         with torch.no_grad():
@@ -32,6 +34,8 @@ def switch_to_sampling(session, memory: float):
     finally:
         mm.in_training = before
         host.session.load_for_training(patcher, memory, session.text_patcher)
+        host.memory.offload_surplus_weights(session, resident)
+        host.context.replace_inference_parameters(patcher.model)
 
 
 class SamplePrompt(NamedTuple):

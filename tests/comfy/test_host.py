@@ -412,6 +412,28 @@ def test_an_empty_lora_is_refused_with_the_reason():
         host.lora_keys.apply_lora(make("sd3", inference=True), None, LoraFile({}))
 
 
+def test_weights_that_a_loader_gave_stay_where_they_are_in_memory():
+    """The host page-locks the memory of weights that wait there, and copies would give it back under its hands."""
+    model = as_loader_gives("flux")
+    addresses = lambda: {name: value.data_ptr() for name, value in model.model.state_dict().items()}
+    before = addresses()
+    with torch.inference_mode(), host.session.open_training_session(model, RANK_4):
+        assert not any(p.is_inference() for p in model.model.parameters())
+        assert addresses() == before
+
+
+def test_a_quantised_weight_becomes_a_normal_tensor_over_the_same_memory():
+    from comfy.quant_ops import QuantizedTensor
+
+    with torch.inference_mode():
+        made = QuantizedTensor.from_float(torch.randn(32, 32, dtype=torch.bfloat16), "TensorCoreFP8E4M3Layout")
+    shared = host.context.share_as_normal_tensor(made)
+    assert made.is_inference() and not shared.is_inference()
+    assert not shared._qdata.is_inference()
+    assert shared._qdata.data_ptr() == made._qdata.data_ptr()
+    assert torch.equal(shared.dequantize(), made.dequantize())
+
+
 # -- frozen weights that are cast --------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from trainyard.tests.comfy.test_train_lora import data, job, result, run, state
 from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.loop import TrainingProgress
+from trainyard.trainers.memory.plan import PLAN_OFFLOADED
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.monitor.previews import PreviewSettings
 from trainyard.trainers.monitor.validation import RESTORE_BEST, ImageValidationLoss, ValidationSettings
@@ -477,3 +478,19 @@ def test_samples_are_as_large_as_asked_then_as_the_pictures_then_as_what_is_trai
     assert size({"width": 128, "height": 256}, side=64) == (32, 16)
     assert size({}, data("sd3"), side=1024) == data("sd3").items[0].shape[-2:]
     assert size({}, side=1024) == (128, 128) and size({}, side=job("sd3").task.default_resolution()) == (64, 64)
+
+
+def test_weights_that_wait_in_the_cpus_memory_wait_there_after_samples_too():
+    """The sampler loads the whole model, because it fits beside a sampling step."""
+    with (
+        torch.inference_mode(),
+        host.session.open_training_session(
+            make("sd3", inference=True), AdapterSettings(rank=4), checkpointing=PLAN_OFFLOADED
+        ) as session,
+    ):
+        patcher = session.denoiser.patcher
+        before = patcher.loaded_size()
+        with switch_to_sampling(session, 0.0):
+            mm.load_models_gpu([patcher])
+            assert patcher.loaded_size() > before
+        assert patcher.loaded_size() == before
