@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .loss_scale import LossScale
 from .optimizers import (
     EmaOptimizer,
     GroupRateOptimizer,
@@ -92,6 +93,7 @@ class TrainingState:
     skipped_in_a_row: int = 0  # of these, the last ones
     monitor: Monitor | None = None
     saved_monitor_state: dict | None = None  # of an earlier part of the run; kept when this part has no monitor
+    loss_scale: LossScale | None = None  # for models that compute in fp16
     is_consistent: bool = True  # False during the optimizer's step, when parameters of two steps are mixed
 
     def state(self) -> dict:
@@ -104,6 +106,7 @@ class TrainingState:
             "method": method_state(self.method),
             **({"skipped": [self.skipped, self.skipped_in_a_row]} if self.skipped else {}),
             **({"watch": monitor_state} if (monitor_state := self.monitor_state()) else {}),
+            **({"loss_scale": self.loss_scale.state()} if self.loss_scale else {}),
         }
 
     def monitor_state(self) -> dict | None:
@@ -127,6 +130,8 @@ class TrainingState:
         load_method_state(self.method, state["method"])
         self.step, self.losses = state["step"], state["losses"].tolist()
         self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
+        if self.loss_scale and "loss_scale" in state:
+            self.loss_scale.load_state(state["loss_scale"])
         self.saved_monitor_state = state.get("watch")
         if self.monitor and self.saved_monitor_state:
             self.monitor.load_state(self.saved_monitor_state)
@@ -183,12 +188,14 @@ def train(
     store: Store | None = None,
     interval: float = 0.4,
     monitor: Monitor | None = None,
+    loss_scale: LossScale | None = None,
 ) -> list[float]:
     """The losses of all steps, one number each. After the last step the parameters hold the weights to use.
 
     `report` is called at most every `interval` seconds and may raise to stop the run. `store` keeps the run: whatever
     stops it, its last complete step is saved first. `monitor` measures and samples between two steps, changes none of
-    them, and may end the run early; such a run is as finished as one that did all its steps. See protocols.py.
+    them, and may end the run early; such a run is as finished as one that did all its steps. `loss_scale` is for models
+    that compute in fp16. See protocols.py.
 
     A step whose gradient is not finite is skipped: its gradient counts as zero. Raises Diverged after
     MAX_SKIPPED_IN_A_ROW of them; the state that was saved last is the one that is kept."""
@@ -197,7 +204,12 @@ def train(
     groups = parameter_groups(method, {"model": run.learning_rate, "text encoder": te_rate})
     params = [p for g in groups for p in g["params"]]
     now = TrainingState(
-        method, make_optimizer(groups, optimizing), params, learning_rate=run.learning_rate, monitor=monitor
+        method,
+        make_optimizer(groups, optimizing),
+        params,
+        learning_rate=run.learning_rate,
+        monitor=monitor,
+        loss_scale=loss_scale,
     )
     rates = [g["lr"] for g in now.optimizer.param_groups]
     if (saved := store.load()) is not None:
@@ -223,10 +235,12 @@ def train(
             now.learning_rate = run.learning_rate * factor
             for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            loss, norm = accumulate_gradients(method, params, step_rng(run.seed, now.step), optimizing)
+            loss, norm = compute_step_gradients(now, run.seed, step_state, optimizing)
             now.is_consistent = False
             now.optimizer.step()
             now.optimizer.zero_grad(set_to_none=True)
+            if loss_scale:
+                loss_scale.count_step()
             pending.add(loss, norm)
             now.step, step_state, now.is_consistent = now.step + 1, method_state(method), True
             if clock.report_due(now.step):
@@ -237,27 +251,45 @@ def train(
         raise
 
 
-def accumulate_gradients(method: Method, params: list[Tensor], rng: torch.Generator, optimizing: OptimizerSettings):
-    """(loss, gradient norm), both still on the device: reading them here would wait for the GPU at every step. A norm
-    that is not finite leaves gradients of zero.
+def compute_step_gradients(now: TrainingState, seed: int, step_state: dict, optimizing: OptimizerSettings):
+    """(loss, gradient norm) of a step, both still on the device: reading them here would wait for the GPU at every
+    step. `step_state`: the method's state before it, for a second try under a smaller loss scale. A norm that is not
+    finite leaves gradients of zero."""
+
+    def accumulate(scale: float = 1.0):
+        return accumulate_gradients(now.method, now.params, step_rng(seed, now.step), optimizing.accumulate, scale)
+
+    def restart():
+        now.optimizer.zero_grad(set_to_none=True)
+        load_method_state(now.method, step_state)
+
+    loss = now.loss_scale.find_gradients(now.params, accumulate, restart) if now.loss_scale else accumulate()
+    norm = torch.nn.utils.clip_grad_norm_(now.params, optimizing.clip or math.inf)
+    zero_gradients_unless(torch.isfinite(norm), [p.grad for p in now.params if p.grad is not None])
+    return loss, norm
+
+
+def accumulate_gradients(
+    method: Method, params: list[Tensor], rng: torch.Generator, count: int, scale: float
+) -> Tensor:
+    """The mean loss of so many batches, on the device. Its gradients, times `scale`, are added to the parameters'.
 
     Every sample counts the same, in a short last batch too: a batch is weighted by its size relative to the first one,
     and the sum is brought to the number of samples that there were."""
     losses, counts = [], []
-    for _ in range(optimizing.accumulate):
+    for _ in range(count):
         per_sample = method.loss(rng)
         counts.append(per_sample.numel())
-        loss = per_sample.mean() / optimizing.accumulate
+        loss = per_sample.mean() / count
         loss = loss if counts[-1] == counts[0] else loss * (counts[-1] / counts[0])
-        loss.backward()
+        (loss if scale == 1.0 else loss * scale).backward()
         losses.append(loss.detach())
-    loss, grads = functools.reduce(torch.add, losses), [p.grad for p in params if p.grad is not None]
-    if (correction := optimizing.accumulate * counts[0] / sum(counts)) != 1:
-        loss = loss * correction
-        torch._foreach_mul_(grads, correction)  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.nn.utils.clip_grad_norm_(params, optimizing.clip or math.inf)
-    zero_gradients_unless(torch.isfinite(norm), grads)
-    return loss, norm
+    loss = functools.reduce(torch.add, losses)
+    if (correction := count * counts[0] / sum(counts)) == 1:
+        return loss
+    grads = [p.grad for p in params if p.grad is not None]
+    torch._foreach_mul_(grads, correction)  # pyright: ignore[reportPrivateImportUsage]
+    return loss * correction
 
 
 BIT_TYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> what its bits are read as

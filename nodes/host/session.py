@@ -24,6 +24,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 
 from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer, text_adapter_settings
 from ...trainers.data.encoded import split_conditioning
+from ...trainers.loss_scale import LossScale
 from ...trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
 from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
@@ -136,6 +137,12 @@ def clone_for_training(model):
     if patcher.model.get_dtype_inference() == torch.float16 and mm.should_use_bf16(patcher.load_device):
         patcher.set_model_compute_dtype(torch.bfloat16)
     return patcher
+
+
+def make_loss_scale(session: TrainingSession) -> LossScale | None:
+    """For a model that computes in fp16, whose gradients would be zero in part; None for others."""
+    computes_in = session.denoiser.model.get_dtype_inference()
+    return LossScale() if computes_in == torch.float16 else None
 
 
 def get_non_dynamic_patcher(model, name="MODEL"):

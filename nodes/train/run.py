@@ -157,7 +157,13 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
                 validation = make_validation_monitor(job, session, built, attempt, memory) if job.monitoring else None
                 monitor = built.make_monitor(validation)
                 losses = train(
-                    built.method, job.run, job.optimizing, report=display.report, store=folder, monitor=monitor
+                    built.method,
+                    job.run,
+                    job.optimizing,
+                    report=display.report,
+                    store=folder,
+                    monitor=monitor,
+                    loss_scale=host.session.make_loss_scale(session),
                 )
             return TrainingResult(
                 lora=exporter.last,

@@ -434,6 +434,31 @@ def test_a_quantised_weight_becomes_a_normal_tensor_over_the_same_memory():
     assert torch.equal(shared.dequantize(), made.dequantize())
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_model_in_fp16_has_the_gradients_of_fp32_under_a_loss_scale(accumulate):
+    def gradient(dtype, scaled):
+        model = as_loader_gives("sd3", dtype)
+        with torch.inference_mode(), host.session.open_training_session(model, RANK_4) as session:
+            shake(session.adapters)
+            scale = host.session.make_loss_scale(session)
+            assert (scale is not None) == (dtype == torch.float16)
+            params, problem = list(session.adapters.parameters()), Problem(session, "sd3")
+
+            def compute(scale):
+                for _ in range(accumulate):
+                    (problem.loss().mean() / accumulate * scale).backward()
+                return torch.zeros(())
+
+            scale.find_gradients(params, compute, lambda: None) if scaled else compute(1.0)
+            return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in params])
+
+    wanted = gradient(torch.float32, False)
+    cosine = lambda got: float(torch.nn.functional.cosine_similarity(got.double(), wanted.double(), dim=0))
+    plain, scaled = cosine(gradient(torch.float16, False)), cosine(gradient(torch.float16, True))
+    assert scaled > 0.9999, f"without a scale {plain:.4f}, with it {scaled:.6f}"
+    assert plain < scaled
+
+
 # -- frozen weights that are cast --------------------------------------------------------------------------------------
 
 
