@@ -82,13 +82,14 @@ SHAPES = {
 # -- models and data ---------------------------------------------------------------------------------------------------
 
 
-def base_model(shape: Shape, dtype, device):
-    """comfy.model_base.BaseModel with uninitialised weights on a device, "meta" included."""
+def base_model(shape: Shape, dtype, device, compute_dtype=None):
+    """comfy.model_base.BaseModel with uninitialised weights on a device, "meta" included. `compute_dtype`: where it is
+    another than that of the weights."""
     from comfy import supported_models
 
     config = getattr(supported_models, shape.family.supported)(dict(shape.family.config))
     config.unet_config.update(shape.family.overrides)
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, compute_dtype)
     return config.get_model(shape.family.hints, "", device=torch.device(device)).eval()
 
 

@@ -1,0 +1,243 @@
+"""A training run from top to bottom on the pretend card: opened, planned, validated, sampled, stepped, saved, unloaded.
+
+    python tests/card/rehearsal.py '{"family": "flux", "gib": 0.02, "plan": "off"}' '{...}'
+
+Prints one line of JSON for each: a Rehearsal. To be run in a process of its own, because torch cannot unlearn a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import pathlib
+import sys
+import traceback
+
+if "trainyard" not in sys.modules:
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+    import pack
+
+    pack.boot()
+
+import comfy.model_management as mm
+import torch
+from comfy.model_patcher import CoreModelPatcher
+from trainyard.benchmarks import published, shapes
+from trainyard.nodes import host
+from trainyard.nodes.train import planner, run
+from trainyard.nodes.train.job import TrainingJob
+from trainyard.nodes.train.train_lora import LoraTask
+from trainyard.nodes.train.validation import MonitorConfig
+from trainyard.tests.card import device
+from trainyard.tests.card.host import CARD_NAME, plug_in
+from trainyard.tests.comfy import families
+from trainyard.trainers import loop
+from trainyard.trainers.data.encoded import EncodedDataset
+from trainyard.trainers.memory.plan import PLAN_AUTO
+from trainyard.trainers.monitor.previews import PreviewSettings
+from trainyard.trainers.monitor.validation import ValidationSettings
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What is rehearsed."""
+
+    family: str
+    gib: float = 24  # memory of the card
+    room: float = 0  # where not 0: the card has room for so many times the weights, beside what ComfyUI keeps free
+    plan: str = PLAN_AUTO
+    dtype: str = "bfloat16"  # that the weights are stored in
+    size: str = "tiny"  # or "published"
+    batch: int = 1
+    steps: int = 2
+    accumulate: int = 1
+    bf16: bool = True  # whether the card computes in it
+    monitored: bool = True  # with a validation and samples before, between and after the steps
+    captions: str = "equal"  # or "of several lengths"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rehearsal:
+    """What happened. Bytes; those of a step are of the last one, the first makes the optimizer's numbers."""
+
+    scene: Scene
+    error: str = ""
+    plan: str = ""
+    batch: int = 0
+    weights: int = 0  # of the whole model
+    weights_on_card: int = 0  # when the first step began
+    weights_on_card_at_last: int = 0  # when the last step began
+    forecast: int = 0  # beside the weights, as it is counted before the run
+    peak: int = 0  # beside what lay on the card when the first step began
+    card_peak: int = 0  # of a step, in all
+    up: int = 0
+    down: int = 0
+    blocking_copies: int = 0
+    reads: list[str] = dataclasses.field(default_factory=list)  # within any step
+    implicit_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
+    down_copies: list[str] = dataclasses.field(default_factory=list)  # within the last step
+    page_locked: int = 0  # registrations of the whole run
+    freed_while_locked: int = 0
+    locked_afterwards: int = 0
+    left_on_card: int = 0  # when everything is unloaded
+    compute_dtype: str = ""
+
+
+def find_shape(scene: Scene) -> shapes.Shape:
+    if scene.size == "published":
+        return published.PUBLISHED[scene.family]
+    return shapes.Shape(families.TABLE[scene.family], rank=4, tokens=7, about="toy size")
+
+
+def make_model(scene: Scene):
+    """The MODEL as a loader gives it: made under inference mode, in the CPU's memory. At published size its memory is
+    never touched, so that it costs none."""
+    dtype = getattr(torch, scene.dtype)
+    compute = torch.bfloat16 if dtype.itemsize == 1 else None  # what ComfyUI casts fp8 weights to
+    if scene.size == "tiny" and compute is None:
+        return families.make(scene.family, dtype=dtype, inference=True)
+    with torch.inference_mode():
+        model = shapes.base_model(find_shape(scene), dtype, "cpu", compute)
+    return CoreModelPatcher(model, load_device=torch.device(CARD_NAME), offload_device=torch.device("cpu"))
+
+
+def make_dataset(scene: Scene, count: int = 3) -> EncodedDataset:
+    shape, rng = find_shape(scene), torch.Generator().manual_seed(5)
+    latents, captions = [], []
+    for number in range(count):
+        latents.append({"samples": torch.randn((1, *shape.family.latent), generator=rng)})
+        tokens = shape.tokens if scene.captions == "equal" else shape.tokens + 5 * number
+        captions.append([shapes.caption(dataclasses.replace(shape, tokens=tokens), rng)])
+        if scene.family == "anima":  # its text encoder also hands over T5 tokens, (T,) without a batch axis
+            ids = torch.randint(0, 32128, (tokens,), generator=rng)
+            captions[-1][0][1].update(t5xxl_ids=ids, t5xxl_weights=torch.ones(tokens))
+    return EncodedDataset.from_core(latents, captions)
+
+
+def make_job(scene: Scene, model, name: str) -> TrainingJob:
+    monitoring = MonitorConfig(
+        settings=ValidationSettings(every=1, images=1, levels=2, name_worst=0),
+        previews=PreviewSettings(preview_every=1, sampling_steps=1, guidance=1.0),
+    )
+    return TrainingJob(
+        task=LoraTask(data=make_dataset(scene)),
+        model=model,
+        run=RunSettings(steps=scene.steps, learning_rate=1e-4, batch=scene.batch, seed=1, save_every=0),
+        adapter=AdapterSettings(rank=find_shape(scene).rank),
+        optimizing=OptimizerSettings(accumulate=scene.accumulate),
+        noise=NoiseSettings(),
+        name=name,
+        checkpointing=scene.plan,
+        graph={},
+        node_id=None,
+        monitoring=monitoring if scene.monitored else None,
+    )
+
+
+class StepWatch:
+    """Where the steps of the loop begin and end, what they moved, and what lay on the card."""
+
+    def __init__(self, card, model, about: Rehearsal):
+        self.card, self.model, self.about = card, model, about
+        self.steps = []  # CardTraffic
+        self.live_before = 0
+
+    @contextlib.contextmanager
+    def attached(self):
+        rng, add, plan, threshold = loop.step_rng, loop.PendingLosses.add, planner.plan_run, planner.MIN_MEASURED_STEPS
+        check = host.checks.check_gradients
+
+        def begin_step(seed, step):
+            self.begin()
+            return rng(seed, step)
+
+        def end_step(pending, loss, norm):
+            add(pending, loss, norm)
+            self.steps.append(self.card.current)
+            self.card.begin_part()
+
+        def plan_run(session, *rest):
+            planned = plan(session, *rest)
+            self.about.plan, self.about.batch = session.blocks.plan, planned.job.run.batch
+            self.about.compute_dtype = str(session.denoiser.model.get_dtype_inference()).removeprefix("torch.")
+            self.about.forecast = planned.forecast.peak_bytes if planned.forecast else 0
+            return planned
+
+        try:
+            loop.step_rng, loop.PendingLosses.add = begin_step, end_step
+            planner.plan_run, planner.MIN_MEASURED_STEPS = plan_run, 0
+            host.checks.check_gradients = lambda *_: 0.0  # of an unknown family: it is about numbers
+            yield self
+        finally:
+            loop.step_rng, loop.PendingLosses.add = rng, add
+            planner.plan_run, planner.MIN_MEASURED_STEPS = plan, threshold
+            host.checks.check_gradients = check
+
+    def begin(self):
+        gc.collect()  # a real card's figures are read after a collection, too
+        self.card.begin_part()
+        on_card = sum(p.nbytes for p in self.model.model.parameters() if p.device.type == device.CARD_TYPE)
+        if not self.steps:
+            self.live_before, self.about.weights_on_card = self.card.live, on_card
+        self.about.weights_on_card_at_last = on_card
+
+    def report(self):
+        """Into the Rehearsal."""
+        about, last = self.about, self.steps[-1]
+        about.card_peak = max(step.peak for step in self.steps)
+        about.peak = about.card_peak - self.live_before
+        about.up, about.down, about.blocking_copies = last.up, last.down, last.blocking_copies
+        about.down_copies = last.down_copies
+        about.reads = [place for step in self.steps for place in step.reads]
+        about.implicit_copies = [place for step in self.steps for place in step.implicit_copies]
+
+
+def rehearse(scene: Scene, name: str) -> Rehearsal:
+    about = Rehearsal(scene=scene)
+    card = device.PretendCard(scene.gib * 2**30)
+    with plug_in(card, scene.bf16) as driver:
+        model = make_model(scene)
+        about.weights = model.model_size()
+        if scene.room:
+            card.total = int(mm.minimum_inference_memory() + scene.room * about.weights)
+        watch = StepWatch(card, model, about)
+        try:
+            with watch.attached(), torch.inference_mode():
+                run.run_training(make_job(scene, model, name))
+        except Exception as error:
+            about.error = describe_error(error)
+        if watch.steps:
+            watch.report()
+        about.page_locked = driver.total
+        mm.unload_all_models()
+        del model, watch
+        gc.collect()
+        mm.cleanup_models()
+        gc.collect()
+        about.left_on_card = card.live
+        about.freed_while_locked, about.locked_afterwards = driver.freed, len(driver.registered)
+    return about
+
+
+def describe_error(error: Exception) -> str:
+    """Type, message and the last places of it that are no torch code."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    frames = [f for f in traceback.extract_tb(root.__traceback__) if "site-packages" not in f.filename]
+    places = " < ".join(f"{pathlib.Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames[-6:]))
+    return f"{type(root).__name__}: {str(root)[:400]} at {places}"
+
+
+def main():
+    device.register_card()
+    for number, text in enumerate(sys.argv[1:]):
+        scene = Scene(**json.loads(text))
+        print(json.dumps(dataclasses.asdict(rehearse(scene, f"rehearsal {number}"))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Runs from top to bottom on a graphics card that is not there: what mixes devices, what waits, what is left behind.
+
+The runs are made in one process beside this one, because torch cannot unlearn a device. benchmarks/card.py does the same
+at published size."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from trainyard.tests.conftest import TESTS
+from trainyard.trainers.memory.plan import CHECKPOINTING_PLANS, PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK
+
+PARTIAL = 1.0  # room for the weights alone, and adapters come on top: some of them stay in the CPU's memory
+SCENES = {
+    **{f"flux, {plan}": dict(family="flux", plan=plan) for plan in CHECKPOINTING_PLANS},
+    "sd15, partly loaded": dict(family="sd15", plan=PLAN_PER_BLOCK, room=PARTIAL),
+    "sdxl, captions of several lengths": dict(family="sdxl", plan=PLAN_OFF, batch=2, captions="of several lengths"),
+    "wan": dict(family="wan", plan=PLAN_AUTO),
+    "sd3, fp16 without bf16": dict(family="sd3", plan=PLAN_OFF, dtype="float16", bf16=False),
+    "sd3, fp8": dict(family="sd3", plan=PLAN_OFFLOADED, dtype="float8_e4m3fn"),
+    "flux, accumulated": dict(family="flux", plan=PLAN_PER_BLOCK, accumulate=2, monitored=False),
+}
+LOADED_WHOLE = [name for name, scene in SCENES.items() if not scene.get("room") and scene["plan"] != PLAN_OFFLOADED]
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    """Name of a scene -> what happened (tests/card/rehearsal.py: Rehearsal)."""
+    command = [sys.executable, str(TESTS / "card" / "rehearsal.py"), *map(json.dumps, SCENES.values())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == len(SCENES), done.stderr[-3000:]
+    return dict(zip(SCENES, lines, strict=True))
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_run_reaches_its_end_on_a_card(rehearsed, name):
+    """An op that mixes devices, or reads what is not there, would have ended it."""
+    assert rehearsed[name]["error"] == ""
+    assert rehearsed[name]["plan"] == (SCENES[name]["plan"] if SCENES[name]["plan"] != PLAN_AUTO else PLAN_OFF)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_step_reads_no_value_of_the_card_and_copies_no_index_to_it(rehearsed, name):
+    """But one number in fp16, which decides whether the loss scale must be smaller."""
+    reads = [place for place in rehearsed[name]["reads"] if "loss_scale.py" not in place]
+    assert (reads, rehearsed[name]["implicit_copies"]) == ([], [])
+    scale_reads = len(rehearsed[name]["reads"]) - len(reads)
+    assert scale_reads == (2 if rehearsed[name]["compute_dtype"] == "float16" else 0), "one a step"
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_nothing_stays_on_the_card_or_page_locked(rehearsed, name):
+    run = rehearsed[name]
+    assert (run["left_on_card"], run["locked_afterwards"]) == (0, 0)
+
+
+def test_page_locked_weights_are_never_freed_before_they_are_unlocked(rehearsed):
+    locked = {name: run["page_locked"] for name, run in rehearsed.items() if run["page_locked"]}
+    assert {"sd15, partly loaded", f"flux, {PLAN_OFFLOADED}"} <= set(locked)
+    assert {name: run["freed_while_locked"] for name, run in rehearsed.items()} == dict.fromkeys(SCENES, 0)
+
+
+@pytest.mark.parametrize("name", LOADED_WHOLE)
+def test_weights_that_lie_on_the_card_do_not_cross_in_a_step(rehearsed, name):
+    """What goes up are a batch and its captions."""
+    assert rehearsed[name]["up"] < rehearsed[name]["weights"] / 10
+
+
+@pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene["plan"] == PLAN_OFFLOADED])
+def test_offloaded_weights_stay_off_the_card_also_after_samples(rehearsed, name):
+    run = rehearsed[name]
+    assert run["weights_on_card_at_last"] < run["weights"] / 20
+    assert run["up"] > 0.9 * run["weights"], "each is fetched in a step"
+
+
+@pytest.mark.parametrize("name", [name for name in SCENES if "accumulated" not in name])
+def test_the_forecast_is_not_below_what_a_step_takes(rehearsed, name):
+    """Only at toy size; how near it is at real size stands in benchmarks/README.md."""
+    run = rehearsed[name]
+    assert run["forecast"] >= 0.9 * run["peak"], f"{run['forecast']} forecast, {run['peak']} taken"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sd3, fp16 without bf16", "float16"), ("sd3, fp8", "bfloat16")])
+def test_a_card_computes_in_what_it_can(rehearsed, name, dtype):
+    assert rehearsed[name]["compute_dtype"] == dtype
