@@ -52,8 +52,7 @@ class LossScale:
 
 def divide_gradients(params: list[Tensor], scale: float) -> bool:
     """Divide the gradients in place; whether all of them are finite."""
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return True
-    torch._foreach_mul_(grads, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
-    return bool(torch.stack([torch.isfinite(g).all().to(grads[0].device) for g in grads]).all())
+    for p in params:
+        if p.grad is not None:
+            p.grad.div_(scale)
+    return math.isfinite(float(torch.nn.utils.clip_grad_norm_(params, math.inf)))  # which clips nothing

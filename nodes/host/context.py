@@ -61,6 +61,13 @@ def replace_inference_parameters(network) -> int:
     return count
 
 
+def move_noise_schedule(patcher):
+    """The schedule's numbers go where the model computes. A model that is loaded in part leaves them in the CPU's
+    memory, and each prediction would wait until its noise level has come down to be looked up. The host takes them
+    along when it unloads the model."""
+    patcher.model.model_sampling.to(patcher.load_device)
+
+
 @contextlib.contextmanager
 def set_training_flag():
     """Forward and backward use the host's kernels that autograd knows; must hold during backward (recomputation)

@@ -36,6 +36,7 @@ from .context import (
     enable_gradients,
     find_block_classes,
     make_block_compiler,
+    move_noise_schedule,
     replace_inference_parameters,
     set_training_flag,
     use_differentiable_rope,
@@ -114,6 +115,7 @@ def open_training_session(
         if adapter.text_encoder:
             stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
         stack.enter_context(load_with_adapters(patcher, adapters, memory, session.text_patcher))
+        move_noise_schedule(patcher)
         replace_inference_parameters(patcher.model)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
