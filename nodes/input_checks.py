@@ -15,6 +15,7 @@ from comfy_api.latest import io
 
 from ..trainers.data.metadata import format_raw_value
 from ..trainers.settings import check_number_value
+from .host.encoders import check_clip, check_vae
 from .paths import NamesOnDisk
 
 SOCKET_CLASSES = {  # io type -> what its values are; all others are objects of some class
@@ -28,6 +29,7 @@ SOCKET_CLASSES = {  # io type -> what its values are; all others are objects of 
     "TRAINYARD_SIGNED_PROMPTS": tuple,
     "TRAINYARD_SCORE_MIX": tuple,
 }
+CHECKPOINT_PARTS = {"CLIP": check_clip, "VAE": check_vae}  # a checkpoint may lack them; these say what to do
 PLAIN_CLASSES = (bool, int, float, complex, str, bytes, list, tuple, dict, torch.Tensor, np.ndarray, np.generic)
 MAX_SHOWN_OPTIONS = 20
 
@@ -97,6 +99,8 @@ def check_option(one: io.Combo.Input, value: str) -> None:
 def check_socket(one: io.Input, value) -> None:
     """Raises ValueError for a value of another kind than the input's."""
     kind = one.get_io_type()
+    if value is None and kind in CHECKPOINT_PARTS:
+        CHECKPOINT_PARTS[kind](value)
     expected = SOCKET_CLASSES.get(kind)
     fits = isinstance(value, expected) if expected else value is not None and not isinstance(value, PLAIN_CLASSES)
     if not fits:

@@ -131,6 +131,11 @@ def check_clip(clip):
         )
 
 
+def check_vae(vae):
+    if vae is None:
+        raise ValueError("VAE is empty: this checkpoint holds no VAE. Load one with the Load VAE node and connect it.")
+
+
 def encode_prompts_once(clip, prompts) -> dict[str, dict]:
     """{prompt: conditioning}, which autograd may use; the text encoder leaves the device afterwards."""
     return encode_texts_once(clip, prompts, TextEncoder.encode_prompts)
@@ -190,10 +195,7 @@ class VaeEncoder:
     """trainers.data's VAE door over a loaded VAE."""
 
     def __init__(self, vae):
-        if vae is None:
-            raise ValueError(
-                "VAE is empty: this checkpoint holds no VAE. Load one with the Load VAE node and connect it."
-            )
+        check_vae(vae)
         self.vae = vae
         self.identity = hash_patched_weights(vae.patcher)
         self.channels = vae.latent_channels

@@ -135,7 +135,7 @@ def test_an_unknown_option_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize(("kind", "value"), [
-    ("MODEL", "text"), ("MODEL", None), ("VAE", {}), ("TRAINYARD_DATASET", [1]), ("IMAGE", [1]), ("LATENT", torch.ones(1)),
+    ("MODEL", "text"), ("MODEL", None), ("VAE", {}), ("CLIP", "text"), ("TRAINYARD_DATASET", [1]), ("IMAGE", [1]), ("LATENT", torch.ones(1)),
     ("CONDITIONING", "text"), ("LORA_MODEL", [1]), ("TRAINYARD_PROMPTS", "text"),
 ])  # fmt: skip
 def test_a_value_of_another_kind_on_a_socket_is_refused(kind, value):
@@ -143,6 +143,12 @@ def test_a_value_of_another_kind_on_a_socket_is_refused(kind, value):
         check_value(io.Custom(kind).Input("one"), value)
     if value is None:
         assert check_value(io.Custom(kind).Input("one", optional=True), value) is None
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "VAE"])
+def test_what_a_checkpoint_lacks_is_said(kind):
+    with pytest.raises(ValueError, match=f"{kind} is empty: this checkpoint holds no"):
+        check_value(io.Custom(kind).Input("one"), None)
 
 
 def test_an_unknown_way_of_checkpointing_is_refused_before_anything_is_loaded(folders):
