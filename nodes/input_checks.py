@@ -40,7 +40,16 @@ def with_checked_inputs(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     def execute(cls, **values):
         return node.execute.__func__(cls, **check_inputs(cls.SCHEMA or cls.GET_SCHEMA(), values))
 
+    def fingerprint_inputs(cls, **values):
+        """NaN, which is never the same, while a link has not brought its value yet."""
+        widgets = {one.id for one in (cls.SCHEMA or cls.GET_SCHEMA()).inputs if isinstance(one, io.WidgetInput)}
+        if any(value is None or value in ([None], (None,)) for name, value in values.items() if name in widgets):
+            return math.nan
+        return node.fingerprint_inputs.__func__(cls, **values)
+
     members = {"execute": classmethod(execute), "__module__": node.__module__, "__qualname__": node.__qualname__}
+    if node.fingerprint_inputs.__func__ is not io.ComfyNode.fingerprint_inputs.__func__:
+        members["fingerprint_inputs"] = classmethod(fingerprint_inputs)
     return type(node.__name__, (node,), members)
 
 

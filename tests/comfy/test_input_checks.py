@@ -117,6 +117,28 @@ def test_the_page_may_send_every_default(folders):
                 check_value(one, proper_value(one))
 
 
+@pytest.mark.parametrize("name", [name for name, node in NODES.items() if "fingerprint_inputs" in vars(node)])
+def test_what_a_link_has_not_brought_yet_makes_a_node_run_anew(name, folders):
+    """The host asks for fingerprints with None, or with (None,), in the place of what is linked."""
+    node = NODES[name]
+    for one in inputs_of(node):
+        if isinstance(one, io.WidgetInput):
+            for missing in (None, (None,)):
+                fingerprint = node.fingerprint_inputs(
+                    **{other.id: None for other in inputs_of(node)} | {one.id: missing}
+                )
+                assert math.isnan(fingerprint)
+
+
+def test_a_fingerprint_is_that_of_the_node_where_nothing_is_linked(folders):
+    (folders / "input" / "a.txt").write_text("cat")
+    fingerprint = lambda: NODES["LoadPrompts"].fingerprint_inputs(file="input/a.txt", text="", format="auto")
+    before = fingerprint()
+    assert before == fingerprint()
+    (folders / "input" / "a.txt").write_text("cat and dog")
+    assert fingerprint() != before
+
+
 def test_numbers_come_as_pythons_own():
     whole, real = io.Int.Input("a", min=0, max=9), io.Float.Input("b", min=0.0, max=9.0)
     for one, value, kind in (
