@@ -28,6 +28,7 @@ SOCKET_CLASSES = {  # io type -> what its values are; all others are objects of 
     "TRAINYARD_PROMPTS": tuple,
     "TRAINYARD_SIGNED_PROMPTS": tuple,
     "TRAINYARD_SCORE_MIX": tuple,
+    "TRAINYARD_LECO_SCORE": tuple,
 }
 CHECKPOINT_PARTS = {"CLIP": check_clip, "VAE": check_vae}  # a checkpoint may lack them; these say what to do
 PLAIN_CLASSES = (bool, int, float, complex, str, bytes, list, tuple, dict, torch.Tensor, np.ndarray, np.generic)

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from trainyard import nodes as pack
 from trainyard.nodes.input_checks import check_value
 from trainyard.nodes.paths import NamesOnDisk
+from trainyard.nodes.train.leco_score import LecoScoreSettings, WatchSettings
 
 ROOT = pathlib.Path(pack.__file__).parents[1]
 NODES = {node.__name__: node for node in asyncio.run(pack.TrainyardExtension().get_node_list())}
@@ -45,6 +46,7 @@ CONNECTED = {
     "TRAINYARD_PROMPTS": (),
     "TRAINYARD_SIGNED_PROMPTS": (),
     "TRAINYARD_SCORE_MIX": (),
+    "TRAINYARD_LECO_SCORE": (LecoScoreSettings(), WatchSettings()),
 }
 
 
@@ -125,7 +127,7 @@ def test_what_a_link_has_not_brought_yet_makes_a_node_run_anew(name, folders):
         if isinstance(one, io.WidgetInput):
             for missing in (None, (None,)):
                 fingerprint = node.fingerprint_inputs(
-                    **{other.id: None for other in inputs_of(node)} | {one.id: missing}
+                    **{other.id: "x" for other in inputs_of(node)} | {one.id: missing}
                 )
                 assert math.isnan(fingerprint)
 
