@@ -105,6 +105,7 @@ class DiffusionFeatureExtractor:
         it is loaded already, and stays as it is."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(host.context.enable_gradients() if with_gradients else torch.no_grad())
+            stack.enter_context(host.context.disable_fp8_matmul())  # the same features with and without gradients
             model = self.patcher.model
             if not self.patcher.loaded_size():
                 mm.load_models_gpu([self.patcher])
@@ -129,7 +130,9 @@ class DiffusionFeatureExtractor:
         """ComfyUI's optimisations switched to forms that autograd can differentiate."""
         with (
             host.out_of_place.disable_inplace_updates(self.network),
+            host.frozen_casts.recast_frozen_weights(self.network),
             host.context.set_training_flag(),
+            host.context.disable_fp8_matmul(),
             host.context.disable_transfer_streams(),
             host.context.use_differentiable_rope(),
         ):
