@@ -151,8 +151,9 @@ def read_change_time(folder: Path) -> float:
 
 def list_run_records(root) -> list[dict]:
     """The record of every run below root, the newest first; damaged ones say so."""
-    records = [read_run_record(folder) for folder in list_run_folders(Path(root))]
-    return sorted(records, key=lambda about: -about["changed"])
+    records = [(folder, read_run_record(folder)) for folder in list_run_folders(Path(root))]
+    there = [about for folder, about in records if not about["damage"] or is_run_folder(folder)]  # not just deleted
+    return sorted(there, key=lambda about: -about["changed"])
 
 
 def list_run_folders(root: Path) -> list[Path]:
@@ -224,7 +225,11 @@ def lock_run_folder(root, name: str) -> Iterator[None]:
         ) from error
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS_HERE:
-            raise
+            raise OSError(
+                error.errno,
+                f"The lock of run {name!r} cannot be taken ({error.strerror}). Let ComfyUI write to {lock.lock_file}, "
+                "or delete that file while nothing trains.",
+            ) from error
         logging.warning("Trainyard: %s cannot be locked (%s); do not use it from two ComfyUIs at once.", root, error)
     try:
         yield

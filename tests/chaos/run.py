@@ -68,7 +68,7 @@ class Chaos:
     def prepare(self):
         self.server.start()
         self.dataset = make_dataset(self.server, "chaos")
-        whole = self.train()
+        whole = self.train(save_every=1)
         assert whole.ok, whole.why
         self.folder = next(self.runs.glob(f"{NAME}-*"))
         self.expected = self.digest(self.lora())

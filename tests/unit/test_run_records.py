@@ -1,5 +1,6 @@
 """The list of runs always comes: what is wrong with one run is said of that run, and it can be deleted."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import time
 
 import pytest
 from trainyard.tests.unit.test_runs import kept
+from trainyard.trainers import run_records
 from trainyard.trainers.run_records import (
     delete_run_folder,
     find_run_folder,
@@ -117,6 +119,34 @@ def test_what_is_no_run_is_neither_listed_nor_deleted(tmp_path):
     with pytest.raises(ValueError, match="There is no run in 'pictures'"):
         delete_run_folder(tmp_path, "pictures")
     assert (tmp_path / "pictures").is_dir()
+
+
+def test_a_run_that_is_deleted_while_the_list_is_made_is_not_called_damaged(tmp_path, monkeypatch):
+    _, store = kept(tmp_path, 2)
+    read = run_records.read_run_record
+
+    def delete_first(folder):
+        delete_run_folder(tmp_path, folder.name)
+        return read(folder)
+
+    monkeypatch.setattr(run_records, "read_run_record", delete_first)
+    assert list_run_records(tmp_path) == [] and not store.folder.exists()
+
+
+def test_a_lock_that_cannot_be_opened_says_which_file_to_free(tmp_path):
+    (tmp_path / ".locks" / "a.lock").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"The lock of run 'a' cannot be taken \(.*a\.lock, or delete that file"):
+        with run_records.lock_run_folder(tmp_path, "a"):
+            pass
+
+
+def test_a_disk_without_locks_is_said_and_does_not_stop_anybody(tmp_path, monkeypatch, caplog):
+    def refuse(lock):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_records.FileLock, "acquire", refuse)
+    with run_records.lock_run_folder(tmp_path, "a"):
+        assert "cannot be locked" in caplog.text
 
 
 def test_a_good_record_keeps_what_it_says(tmp_path):
