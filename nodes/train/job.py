@@ -102,6 +102,10 @@ class TrainTask(Protocol):
         """Settings records of the method's own, for the run folder."""
         return ()
 
+    def ending_rules(self) -> dict:
+        """What else decides at which step the run ends; a finished run counts as finished only under the same."""
+        return {}
+
     def metadata_fields(self) -> dict:
         """{"resolution": "WIDTHxHEIGHT", "dataset": {"images": ..., "dropout": ...}} for the file's metadata."""
         ...

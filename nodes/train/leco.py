@@ -18,6 +18,7 @@ from ...trainers.methods.rollouts import (
     count_planned_forwards,
 )
 from ...trainers.monitor import fixed_batches
+from ...trainers.monitor.reached import ReachedMonitor
 from ...trainers.monitor.strength_curve import diffusion_classifier_score, measure_strength_curve, row_slider_axis
 from ...trainers.monitor.validation import pick_validation_images
 from ...trainers.settings import PointSettings, Settings, choice_field, number_field, text_field
@@ -45,6 +46,8 @@ from .widgets import (
     make_training_outputs,
     run_difference_node,
 )
+
+REACHED_METADATA_KEY = "trainyard.reached"  # share of the way to the goal, 0 to 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,21 @@ class SliderWords(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EndSettings(Settings):
+    """When a run that learns from prompts has learnt enough."""
+
+    stop_at: float = number_field(
+        0.0,
+        0.0,
+        1.0,
+        "Ends the run as soon as the target has moved this share of the way to its goal, measured at points that were "
+        "not trained on. 0.95 is almost all of it. 0: train all steps; the share reached is reported anyway.",
+        step=0.05,
+        advanced=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptDifferenceTask(TrainTask):
     """LECO, replacement and text sliders: what is moved is told by prompts."""
 
@@ -98,6 +116,7 @@ class PromptDifferenceTask(TrainTask):
     points: PointSettings
     place: PlaceSettings
     data: EncodedDataset | None = None
+    end: EndSettings = EndSettings()
     version = "difference 1"
 
     def check(self, job):
@@ -139,7 +158,10 @@ class PromptDifferenceTask(TrainTask):
         return rows, self.slider, self.points, self.place, hash_clip(job.clip), images
 
     def settings_records(self):
-        return self.points, self.place
+        return self.points, self.place, self.end
+
+    def ending_rules(self):
+        return {"stop_at": self.end.stop_at} if self.end.stop_at else {}
 
     def metadata_fields(self):
         return dict(resolution="x".join([str(self.place.resolution)] * 2), dataset={"images": 0, "dropout": 0.0})
@@ -194,7 +216,16 @@ class BuiltPrompts(BuiltMethod):
     student: StudentTeacherModel
     guidance: float  # classifier-free, of rollouts and samples
     prompts: dict[str, dict]
+    reached_monitor: ReachedMonitor | None = None
     can_name_worst = False
+
+    def make_monitor(self, validation):
+        self.reached_monitor = ReachedMonitor(self.method.progress, self.job.task.end.stop_at, validation)
+        return self.reached_monitor
+
+    def extra_metadata(self, with_curve):
+        reached = self.reached_monitor and self.reached_monitor.reached
+        return {} if reached is None else {REACHED_METADATA_KEY: f"{reached:.3f}"}
 
     def planned_forwards(self):
         job, task = self.job, self.job.task
@@ -256,6 +287,7 @@ def make_prompt_node_schema(words, run_name: str, prompts_tip: str, **about):
             ),
             *make_settings_inputs(points=True),
             *make_appended_inputs(),
+            *settings_inputs(EndSettings, optional=True),
         ],
         outputs=make_training_outputs(),
         hidden=HIDDEN_INPUTS,
@@ -265,8 +297,14 @@ def make_prompt_node_schema(words, run_name: str, prompts_tip: str, **about):
 
 
 def run_prompt_node(cls, model, clip, rows, slider, widgets, *, encoded, points, **records):
-    place = settings_from_widgets(PlaceSettings, widgets)
-    task = PromptDifferenceTask(rows=rows, slider=slider, data=encoded, points=points or PointSettings(), place=place)
+    task = PromptDifferenceTask(
+        rows=rows,
+        slider=slider,
+        data=encoded,
+        points=points or PointSettings(),
+        place=settings_from_widgets(PlaceSettings, widgets),
+        end=settings_from_widgets(EndSettings, widgets),
+    )
     return run_difference_node(make_job(cls, task, model, widgets, clip=clip, **records))
 
 

@@ -87,7 +87,7 @@ def open_run_folder(job: TrainingJob) -> RunFolder:
         job.fingerprint(),
         job.run_record(),
         job.run.steps,
-        ending_rules=job.monitoring.settings.ending() if job.monitoring else {},
+        ending_rules={**job.task.ending_rules(), **(job.monitoring.settings.ending() if job.monitoring else {})},
         graph=job.graph,
     )
 

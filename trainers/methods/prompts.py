@@ -8,14 +8,38 @@ in x0, the noise, v and the velocity, so one formula serves every family.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..data.concept_prompts import PromptRow
 from ..diffusion import native_error, per_sample, slope
 from ..protocols import PointSource
 from .rollouts import LatentPoint, PromptTarget, PromptTask, StudentTeacherModel
+
+
+@dataclass
+class TargetProgress:
+    """How far the student has come from the frozen model's prediction to its goal, at the last points that it had not
+    been trained on: the moves along that way over its length, in the network's own terms. It costs no forward.
+
+    Noise levels at which the prompts hardly differ hardly count."""
+
+    window: int = 32  # predictions
+    recent: list[Tensor] = field(default_factory=list)  # (2,) each: along the way, and its squared length
+
+    def add(self, moved: Tensor, way: Tensor) -> None:
+        """Both (B, ...): what the student changed, and what it should."""
+        self.recent = [*self.recent, torch.stack([(moved * way).sum(), way.square().sum()]).float()][-self.window :]
+
+    @property
+    def reached(self) -> float | None:
+        """0 before training, 1 at the goal; None until half of the window is filled."""
+        if len(self.recent) < self.window // 2:
+            return None
+        along, length = torch.stack(self.recent).sum(0).tolist()
+        return along / max(length, 1e-12)
 
 
 @dataclass
@@ -26,28 +50,45 @@ class PromptDifferenceTraining:
     tasks: list[PromptTask]
     points: PointSource[LatentPoint]
     renormalise: bool = False
+    progress: TargetProgress = field(default_factory=TargetProgress)
 
     def parameters(self):
         return list(self.model.adapters.parameters())
 
     def state(self):
-        return self.points.state()
+        return {**self.points.state(), "progress": list(self.progress.recent)}
 
     def load_state(self, state):
         self.points.load_state(state)
+        self.progress.recent = [self.model.to_device(pair) for pair in state.get("progress", ())]
 
     def loss(self, rng):
         """(targets * B,) native error between the student and its goal."""
         point = self.points.draw(rng)
         with self.model.adapters.dropout_active(rng):
-            return torch.cat([self.target_loss(target, point) for target in self.tasks[point.task].targets])
+            return torch.cat([self.training_loss(target, point) for target in self.tasks[point.task].targets])
+
+    def training_loss(self, target: PromptTarget, point):
+        """`target_loss`, whose prediction also tells how far the student has come, where it was not trained before."""
+        goal, student = self.goal(target, point), self.predict_target(target, point)
+        if not (point.trained or target.is_preserved):
+            scale = per_sample(self.model.denoiser.native_scale(point.sigma), point.x)
+            before = point.answers[target.prompt]
+            self.progress.add((student.detach() - before) / scale, (goal - before) / scale)
+        return target.weight * native_error(self.model.denoiser, student, goal, point.sigma)
 
     def target_loss(self, target: PromptTarget, point):
+        student = self.predict_target(target, point)
+        return target.weight * native_error(self.model.denoiser, student, self.goal(target, point), point.sigma)
+
+    def predict_target(self, target: PromptTarget, point):
+        return self.model.predict_student(point.x, point.sigma, target.prompt, target.strength)
+
+    def goal(self, target: PromptTarget, point):
         goal = sum(weight * point.answers[prompt] for weight, prompt in target.weighted_prompts)
         if self.renormalise:
             goal = match_slope_statistics(point.answers[target.weighted_prompts[0][1]], goal, point)
-        student = self.model.predict_student(point.x, point.sigma, target.prompt, target.strength)
-        return target.weight * native_error(self.model.denoiser, student, goal, point.sigma)
+        return goal
 
 
 def match_slope_statistics(answer, goal, point):
@@ -177,11 +218,7 @@ def slider_targets_of_row(row: PromptRow, with_attribute) -> tuple[PromptTarget,
 
 
 def check_targets_change(targets, row):
-    if all(
-        dict((prompt, weight) for weight, prompt in target.weighted_prompts if abs(weight) > 1e-9)
-        == {target.prompt: 1.0}
-        for target in targets
-    ):
+    if all(target.is_preserved for target in targets):
         raise ValueError(
             f"{row.target!r}: with action {row.action}, positive {row.effective_positive!r}, neutral "
             f"{row.effective_neutral!r}, unconditional {row.unconditional!r} and guidance {row.guidance:g} the "

@@ -40,6 +40,12 @@ class PromptTarget:
     strength: float = 1.0
     weight: float = 1.0
 
+    @property
+    def is_preserved(self) -> bool:
+        """Whether the goal is what the frozen model predicts under this prompt already."""
+        weights = {prompt: weight for weight, prompt in self.weighted_prompts if abs(weight) > 1e-9}
+        return weights == {self.prompt: 1.0}
+
 
 @dataclass(frozen=True)
 class PromptTask:
@@ -55,8 +61,10 @@ class PromptTask:
 
     @property
     def teacher_prompts(self) -> tuple[str, ...]:
-        """The prompts of the frozen model's predictions, each once."""
-        return tuple(dict.fromkeys(prompt for target in self.targets for _, prompt in target.weighted_prompts))
+        """The prompts of the frozen model's predictions, each once: those of the goals, and the targets' own, from
+        which the way to the goal is measured."""
+        of_goals = (prompt for target in self.targets for _, prompt in target.weighted_prompts)
+        return tuple(dict.fromkeys((*of_goals, *(target.prompt for target in self.targets))))
 
     @property
     def all_prompts(self) -> tuple[str, ...]:
@@ -65,7 +73,6 @@ class PromptTask:
             dict.fromkeys(
                 (
                     *self.teacher_prompts,
-                    *(target.prompt for target in self.targets),
                     self.rollout_prompt,
                     self.negative_prompt,
                 )
@@ -133,9 +140,17 @@ class LatentPoint:
     sigma: Tensor
     answers: dict[str, Tensor] = field(default_factory=dict)
     after: Tensor | None = None  # (B,) the next noise level on the trajectory
+    trained: bool = False  # whether an update has used it
 
     def state(self) -> dict:
-        return {"task": self.task, "x": self.x, "sigma": self.sigma, "answers": dict(self.answers), "after": self.after}
+        return {
+            "task": self.task,
+            "x": self.x,
+            "sigma": self.sigma,
+            "answers": dict(self.answers),
+            "after": self.after,
+            "trained": self.trained,
+        }
 
 
 def add_teacher_predictions(model: StudentTeacherModel, point: LatentPoint, task: PromptTask) -> LatentPoint:
@@ -187,9 +202,8 @@ class RolloutPoints:
         step = int(torch.randint(len(self.rollouts[trajectory]), (1,), generator=rng))
         point = self.rollouts[trajectory][step]
         point = add_teacher_predictions(self.model, point, self.tasks[point.task])
-        self.rollouts = replace_element(
-            self.rollouts, trajectory, replace_element(self.rollouts[trajectory], step, point)
-        )
+        kept = replace_element(self.rollouts[trajectory], step, replace(point, trained=True))
+        self.rollouts = replace_element(self.rollouts, trajectory, kept)
         return point
 
     def rollout_sampled_task(self, rng) -> list[LatentPoint]:
