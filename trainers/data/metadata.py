@@ -10,11 +10,15 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .companions import CompanionFiles
 
 from .tables import parse_decimal, read_text_table
 
@@ -129,18 +133,23 @@ def split_captions(text: str, alternatives: bool) -> tuple[str, ...]:
 # -- the files of one image --------------------------------------------------------------------------------------------
 
 
-def read_sidecar_metadata(file: Path, extension: str, alternatives: bool) -> list[ImageMetadata]:
-    """The metadata in files of the image's own stem: the first of extension, .txt and .caption, then .json."""
+def read_sidecar_metadata(
+    file: Path, extension: str, alternatives: bool, companions: CompanionFiles
+) -> list[ImageMetadata]:
+    """The metadata in files that belong to the image: the first of extension, .txt and .caption, then .json."""
     found = []
-    for text_extension in dict.fromkeys((extension, ".txt", ".caption")):
-        sidecar = file.with_name(file.stem + text_extension)
-        if text_extension != ".json" and is_file_or_broken_link(sidecar):
-            found.append(ImageMetadata(captions=split_captions(read_text_file(sidecar), alternatives)))
-            break
-    json_file = file.with_name(file.stem + ".json")
-    if is_file_or_broken_link(json_file) and json_file.name not in METADATA_FILES:
+    if sidecar := companions.find(file, list_text_extensions(extension)):
+        found.append(ImageMetadata(captions=split_captions(read_text_file(sidecar), alternatives)))
+    # of the stem alone: downloaders write other things into cat.png.json
+    json_file = companions.find(file, (".json",), whole_name=False)
+    if json_file and json_file.name not in METADATA_FILES:
         found.append(read_json_sidecar(json_file, alternatives))
     return found
+
+
+def list_text_extensions(extension: str) -> tuple[str, ...]:
+    """The endings of caption files, in the order in which they are looked for."""
+    return tuple(ending for ending in dict.fromkeys((extension, ".txt", ".caption")) if ending != ".json")
 
 
 def is_file_or_broken_link(file: Path) -> bool:
@@ -340,12 +349,18 @@ def json_type_name(value) -> str:
 # -- tables: one file for many images ----------------------------------------------------------------------------------
 
 
-def read_metadata_table(file: Path, images: Sequence[Path], alternatives: bool = False) -> MetadataTable:
-    """The table's rows by image. ValueError when the file as a whole cannot be read."""
+def read_metadata_table(
+    file: Path,
+    images: Sequence[Path],
+    alternatives: bool = False,
+    locate: Callable[[Path, str], Path | None] = lambda folder, name: None,
+) -> MetadataTable:
+    """The table's rows by image. ValueError when the file as a whole cannot be read. locate(folder of the table, name)
+    finds an image that is not among these."""
     index, entries, unknown, repeated, problems = ImageNameIndex(images, file.parent), {}, [], [], []
     rows = read_metadata_rows(file, problems)
     for where, name, values in rows:
-        found = index.find(name)
+        found = index.find_path(name) or list(filter(None, [locate(file.parent, name)])) or index.find(name)
         if len(found) != 1:
             unknown.append(f"{name} (several)" if found else name)
         elif found[0] in entries:
@@ -409,17 +424,35 @@ class ImageNameIndex:
 
     def __init__(self, images: Sequence[Path], folder: Path):
         self.levels: list[dict[str, list[Path]]] = [{}, {}, {}, {}]  # the most precise name first
+        # the same with every accent in one character with its letter, which systems change when files are copied
+        self.composed: list[dict[str, list[Path]]] = [{}, {}, {}, {}]
         for image in images:
             path = (image.relative_to(folder) if image.is_relative_to(folder) else image).as_posix()
-            for level, name in zip(self.levels, (path, strip_extension(path), image.name, image.stem), strict=True):
+            names = path, strip_extension(path), image.name, image.stem
+            for level, composed, name in zip(self.levels, self.composed, names, strict=True):
                 level.setdefault(name, []).append(image)
+                if not name.isascii():
+                    composed.setdefault(unicodedata.normalize("NFC", name), []).append(image)
 
     def find(self, name: str) -> list[Path]:
         """The images of this name: none, one, or several where the name is ambiguous. Absolute paths of another machine
         are found by their last part."""
-        path = name.replace("\\", "/").removeprefix("./")
-        keys = (path, path, path.rsplit("/", 1)[-1], path.rsplit("/", 1)[-1])
-        return next((level[key] for level, key in zip(self.levels, keys, strict=True) if key in level), [])
+        path = plain_relative_path(name)
+        return self.find_in(self.levels, path) or self.find_in(self.composed, unicodedata.normalize("NFC", path))
+
+    def find_path(self, name: str) -> list[Path]:
+        """The images at this very path, with or without its extension."""
+        path = plain_relative_path(name)
+        return self.levels[0].get(path) or self.levels[1].get(path) or []
+
+    def find_in(self, levels: list[dict[str, list[Path]]], path: str) -> list[Path]:
+        last = path.rsplit("/", 1)[-1]
+        keys = (path, path, last, last)
+        return next((level[key] for level, key in zip(levels, keys, strict=True) if key in level), [])
+
+
+def plain_relative_path(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
 
 
 def strip_extension(path: str) -> str:

@@ -13,18 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..settings import Settings, choice_field, number_field, switch_field
+from .companions import CompanionFiles
+from .folder_plan import list_images, list_subfolders
 from .metadata import (
     ImageNameIndex,
     format_count,
     format_first_names,
-    is_file_or_broken_link,
     parse_finite_number,
     read_text_file,
     shorten_value,
 )
-from .readers import list_images, list_subfolders, make_printable, read_folder, require_folder
+from .readers import make_printable, read_folder, require_folder
 from .records import ImageDataset
 from .tables import first_filled_line, read_text_table
+from .unread_files import count_images_below, explain_nested_images
 
 RATINGS_IN_FILES, RATINGS_IN_FOLDER_NAMES = RATING_SOURCES = ("files", "folder names")
 RATED_FOLDER_NAME = re.compile(r"([+-]?\d+(?:\.\d+)?)_.*|([+-]?\d+(?:\.\d+)?)", re.DOTALL)
@@ -47,11 +49,11 @@ def read_rated_folder(folder, source: str = RATINGS_IN_FILES, progress=None) -> 
 
 def add_sidecar_scores(dataset: ImageDataset) -> ImageDataset:
     """The dataset with the ratings of .score files. A broken one takes its image out, with the reason."""
-    records, skipped = [], list(dataset.skipped)
+    records, skipped, companions = [], list(dataset.skipped), CompanionFiles()
     for record in dataset:
-        file = Path(record.path).with_suffix(".score")
+        file = companions.find(Path(record.path), (".score",))
         try:
-            records.append(replace(record, score=read_score_file(file)) if is_file_or_broken_link(file) else record)
+            records.append(replace(record, score=read_score_file(file)) if file else record)
         except ValueError as error:
             skipped.append((record.path, str(error)))
     return ImageDataset(tuple(records), tuple(skipped))
@@ -75,10 +77,17 @@ def read_folder_name_ratings(folder, progress=None) -> ImageDataset:
         )
     parts = [set_uniform_score(read_folder(sub, progress=progress), score) for sub, score in named]
     missed = [(str(sub), "its name does not begin with a rating such as 7.5_") for sub, match in rated if not match]
+    missed += list_nested_folders(root, [sub for sub, _ in rated])
     loose = [(str(file), "it lies in no folder that is called after a rating") for file in list_images(root)]
     return ImageDataset(
         tuple(r for part in parts for r in part), tuple([*(s for part in parts for s in part.skipped), *missed, *loose])
     )
+
+
+def list_nested_folders(root: Path, rated: list[Path]) -> list[tuple[str, str]]:
+    """(folder, reason) of folders that hold images only in folders of their own."""
+    counted = [(sub, count_images_below(sub, None, set())) for sub in list_subfolders(root) if sub not in rated]
+    return [(str(sub), explain_nested_images(sub, counts, root)) for sub, counts in counted if counts]
 
 
 def set_uniform_score(dataset: ImageDataset, score: float) -> ImageDataset:

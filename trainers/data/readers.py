@@ -12,27 +12,37 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from .colour_profiles import ColourProfile, read_colour_profile
+from .companions import CompanionFiles, compose_name
+from .file_endings import MASK_SUFFIXES, image_extensions, is_mask_name, strip_mask_suffix
 from .file_facts import FileFacts
-from .folder_listing import entry_is_file, entry_is_folder
+from .folder_plan import (
+    FolderImage,
+    FolderPlan,
+    NamedImages,
+    list_images,
+    list_subfolders,
+    list_unread_folders,
+    natural_sort_key,
+    plan_folders,
+    scan_folder,
+)
 from .image_files import one_large_image_at_a_time, open_image_bytes
 from .metadata import (
-    MAX_REPEATS,
     METADATA_FILES,
     ImageMetadata,
     format_count,
     format_first_names,
     is_file_or_broken_link,
+    list_text_extensions,
     merge_metadata,
     read_file_bytes,
     read_metadata_table,
@@ -47,9 +57,8 @@ from .records import (
     read_exif_orientation,
     sha1_hex,
 )
+from .unread_files import list_unread_files
 
-MASK_SUFFIX = ".mask.png"
-KOHYA_FOLDER_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)
 ONE_CAPTION, ALTERNATIVE_CAPTIONS = "one", "alternatives"
 CAPTION_LINE_MODES = (ONE_CAPTION, ALTERNATIVE_CAPTIONS)
 
@@ -63,15 +72,7 @@ class FolderReadOptions:
     alternatives: bool
     notes: dict[Path, list[ImageMetadata]]  # from metadata files, the nearest first
     masks: dict[Path, Path]  # from the folder of masks
-
-
-@dataclass(frozen=True)
-class FolderImage:
-    """An image that is to be read."""
-
-    file: Path
-    repeats: int  # of its folder
-    folder_caption: str | None  # the name of its folder, which serves as the caption of an image without one
+    companions: CompanionFiles
 
 
 @dataclass
@@ -89,6 +90,9 @@ class SkippedFiles:
     def note(self, path, reason) -> None:
         """What is no fault of a file that was asked for: told, also with strict."""
         self.entries.append((str(path), str(reason)))
+
+    def put_first(self, notes: Sequence[tuple[Path, str]]) -> None:
+        self.entries[:0] = [(str(path), reason) for path, reason in notes]
 
 
 def read_folder(
@@ -113,15 +117,18 @@ def read_folder(
     metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json."""
     if caption_lines not in CAPTION_LINE_MODES:
         raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINE_MODES)}.")
-    root, skipped = require_folder(path), SkippedFiles(strict)
+    root, skipped, companions = require_folder(path), SkippedFiles(strict), CompanionFiles()
     masks = None if masks is None else require_folder(masks)
-    files = list_folder_images(root, masks, skipped)
+    plan = plan_folders(root, masks)
+    files = [FolderImage(file, one.repeats, one.caption) for one in plan.read for file in list_images(one.folder)]
+    alternatives, named = caption_lines == ALTERNATIVE_CAPTIONS, NamedImages(plan, companions, not files)
+    notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped, named.locate)
+    files += named.list_new_images(files)
+    skipped.put_first(list_unread_folders(plan, {listed.file for listed in files}))
     if not files:
         raise ValueError(format_no_images_found(root, skipped.entries))
-    alternatives = caption_lines == ALTERNATIVE_CAPTIONS
-    notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped)
     layout = FolderReadOptions(
-        caption_extension, alpha_mask, alternatives, notes, match_masks(root, masks, files, skipped)
+        caption_extension, alpha_mask, alternatives, notes, match_masks(root, masks, files, skipped), companions
     )
     records = []
     for done, listed in enumerate(files, 1):
@@ -138,7 +145,19 @@ def read_folder(
         own = {str(listed.file) for listed in files}
         reasons = "; ".join([reason for path, reason in skipped.entries if path in own][:3])
         raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
+    note_unread_files(plan, layout, {listed.file for listed in files}, metadata, skipped)
     return ImageDataset(tuple(records), tuple(skipped.entries))
+
+
+def note_unread_files(plan: FolderPlan, layout: FolderReadOptions, images: set[Path], metadata, skipped) -> None:
+    """Tells what lies in the folders beside the images and is not read."""
+    used = images | {note.mask for notes in layout.notes.values() for note in notes if note.mask}
+    used |= {Path(metadata)} if metadata is not None else set()
+    for one in plan.read:
+        for path, reason in list_unread_files(
+            one.folder, list_text_extensions(layout.caption_extension), layout.companions, used
+        ):
+            skipped.note(path, reason)
 
 
 def hash_folder_state(path, masks=None) -> str:
@@ -182,97 +201,9 @@ def require_folder(path) -> Path:
     return root
 
 
-def list_folder_images(root: Path, masks: Path | None, skipped: SkippedFiles) -> list[FolderImage]:
-    """The images in natural order; folders that are not read go to skipped."""
-    files = [FolderImage(file, 1, None) for file in list_images(root)]
-    for folder in list_subfolders(root):
-        if masks is not None and folder.resolve() == masks.resolve():
-            continue
-        try:
-            files += list_kohya_images(folder, root)
-        except ValueError as error:
-            skipped.note(folder, error)
-    return files
-
-
-def list_kohya_images(folder: Path, root: Path) -> list[FolderImage]:
-    """The images of a subfolder called like 10_name. ValueError saying why it is not read."""
-    images, match = list_images(folder), KOHYA_FOLDER_NAME.fullmatch(folder.name)
-    if not match:
-        if images:
-            raise ValueError("its name does not begin with a number of repeats; name it 1_name to include its images")
-        return []
-    if int(match[1]) == 0:
-        raise ValueError("its name asks for 0 repeats")
-    if int(match[1]) > MAX_REPEATS:
-        raise ValueError(f"its name asks for {match[1]} repeats; at most {MAX_REPEATS} are taken")
-    if root.resolve().is_relative_to(folder.resolve()):
-        raise ValueError("it is a link that leads back to the folder it lies in")
-    return [FolderImage(file, int(match[1]), make_printable(match[2].strip())) for file in images]
-
-
 def make_printable(name: str) -> str:
     """A file name as text: bytes that are no UTF-8 become question marks."""
     return name.encode("utf-8", "replace").decode("utf-8")
-
-
-def list_subfolders(root: Path) -> list[Path]:
-    return sorted(
-        (
-            Path(root, entry.name)
-            for entry in scan_folder(root)
-            if entry_is_folder(entry) and not entry.name.startswith(".")
-        ),
-        key=natural_sort_key,
-    )
-
-
-def list_images(folder: Path) -> list[Path]:
-    images = (Path(folder, entry.name) for entry in scan_folder(folder) if is_image_file(entry))
-    return sorted(images, key=natural_sort_key)
-
-
-def scan_folder(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise ValueError(
-            f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions."
-        ) from error
-
-
-def is_image_file(entry: os.DirEntry) -> bool:
-    name = entry.name.lower()
-    return (
-        os.path.splitext(name)[1] in image_extensions()
-        and not name.endswith(MASK_SUFFIX)
-        and not name.startswith(".")
-        and (entry_is_file(entry) or is_file_or_broken_link(Path(entry)))
-    )
-
-
-@lru_cache(maxsize=1)
-def image_extensions() -> tuple[str, ...]:
-    """The file name endings that are read; .avif where this Pillow can decode it."""
-    usual = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-    return (*usual, ".avif") if can_decode_avif() else usual
-
-
-def can_decode_avif() -> bool:
-    """Asked of one of Pillow's decoders, because Image.registered_extensions imports all of them: a tenth of the time
-    that the pack takes to import."""
-    try:
-        from PIL import AvifImagePlugin
-    except ImportError:  # an older Pillow, where another package may have added it
-        return ".avif" in Image.EXTENSION
-    return AvifImagePlugin.SUPPORTED
-
-
-def natural_sort_key(file: Path):
-    """Sort key in which image 2 comes before image 10."""
-    parts = re.split(r"([0-9]+)", file.name.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
 
 
 def format_no_images_found(root: Path, skipped) -> str:
@@ -288,9 +219,9 @@ def format_no_images_found(root: Path, skipped) -> str:
 
 
 def read_metadata_notes(
-    root: Path, images: list[Path], metadata, alternatives: bool, skipped: SkippedFiles
+    root: Path, images: list[Path], metadata, alternatives: bool, skipped: SkippedFiles, locate
 ) -> dict[Path, list[ImageMetadata]]:
-    """What metadata files say about each image, the nearest file first."""
+    """What metadata files say about each image, the nearest file first. locate: as `read_metadata_table` takes it."""
     notes: dict[Path, list[ImageMetadata]] = {}
     by_folder: dict[Path, list[Path]] = {}
     for image in images:
@@ -298,7 +229,7 @@ def read_metadata_notes(
     for file in [require_metadata_file(metadata)] if metadata is not None else list_metadata_files(root, images):
         below = images if metadata is not None or file.parent == root else by_folder[file.parent]
         try:
-            table = read_metadata_table(file, below, alternatives)
+            table = read_metadata_table(file, below, alternatives, locate)
         except ValueError as error:
             if metadata is not None:
                 raise
@@ -327,6 +258,12 @@ def list_metadata_files(root: Path, images: list[Path]) -> list[Path]:
     return [folder / name for folder in folders for name in METADATA_FILES if is_file_or_broken_link(folder / name)]
 
 
+def list_mask_images(folder: Path) -> list[Path]:
+    """The images of a folder of masks, also those that are called as masks beside their images are; these come last."""
+    named = [Path(folder, entry.name) for entry in scan_folder(folder) if is_mask_name(entry.name)]
+    return list_images(folder) + sorted(filter(is_file_or_broken_link, named), key=natural_sort_key)
+
+
 def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skipped: SkippedFiles) -> dict[Path, Path]:
     """The mask of each image: of the same subfolder and stem inside the folder of masks, or else of the same stem."""
     if masks is None:
@@ -338,15 +275,15 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
         )
     known: dict[str, Path] = {}
     for folder in (masks, *list_subfolders(masks)):
-        for file in list_images(folder):
-            stem = (file.relative_to(masks).parent / file.stem).as_posix()
+        for file in list_mask_images(folder):
+            stem = compose_name((file.relative_to(masks).parent / strip_mask_suffix(file.name)).as_posix())
             if stem in known:
                 skipped.add(file, f"{known[stem].name} is the mask of the same name already; remove one of them")
             known.setdefault(stem, file)
     found = {}
     for listed in files:
-        stem = listed.file.relative_to(root).with_suffix("").as_posix()
-        if mask := known.get(stem) or known.get(listed.file.stem):
+        stem = compose_name(listed.file.relative_to(root).with_suffix("").as_posix())
+        if mask := known.get(stem) or known.get(compose_name(listed.file.stem)):
             found[listed.file] = mask
     if not found:
         raise ValueError(
@@ -369,14 +306,14 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     for as long as it stays the same."""
     file = listed.file
     probed, id = KNOWN_IMAGES.get(file)
-    notes = [*read_sidecar_metadata(file, layout.caption_extension, layout.alternatives), *layout.notes.get(file, ())]
-    note = merge_metadata(notes)
+    sidecars = read_sidecar_metadata(file, layout.caption_extension, layout.alternatives, layout.companions)
+    note = merge_metadata([*sidecars, *layout.notes.get(file, ())])
     if note.error:
         raise ValueError(note.error)
     repeats = listed.repeats if note.repeats is None else note.repeats
     if not repeats:
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
-    mask, mask_id = find_image_mask(file, probed.size, note.mask or layout.masks.get(file))
+    mask, mask_id = find_image_mask(file, probed.size, layout.companions, note.mask or layout.masks.get(file))
     if mask is None and probed.has_alpha and layout.alpha_mask:
         mask, mask_id = str(file), id
     record = ImageRecord(
@@ -403,7 +340,7 @@ def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:
         return note.captions
     if note.tags:
         return (", ".join(note.tags),)
-    return (name,) if name else ()
+    return (make_printable(name),) if name else ()
 
 
 @dataclass(frozen=True)
@@ -440,10 +377,10 @@ def probe_image(file: Path, data: bytes) -> ProbedImage:
         ) from error
 
 
-def find_image_mask(file: Path, size, named: Path | None) -> tuple[str | None, str | None]:
-    """(path, sha1) of `name.mask.png` beside the image, else of the one that metadata or a folder of masks names."""
-    beside = file.with_name(file.stem + MASK_SUFFIX)
-    mask = beside if is_file_or_broken_link(beside) else named
+def find_image_mask(file: Path, size, companions: CompanionFiles, named: Path | None) -> tuple[str | None, str | None]:
+    """(path, sha1) of `name.mask.png` or `name-masklabel.png` beside the image, else of the one that metadata or a
+    folder of masks names."""
+    mask = companions.find(file, MASK_SUFFIXES) or named
     if mask is None:
         return None, None
     probed, mask_id = KNOWN_IMAGES.get(mask)

@@ -23,9 +23,10 @@ from PIL import Image
 
 from ..files import new_part_path, remove_stale_parts
 from ..settings import Settings, choice_field, compute_fingerprint, number_field, text_field
+from .file_endings import CONDITION_SUFFIX, FORMAT_ENDINGS, JPEG_ENDINGS, MASK_SUFFIX, MASK_SUFFIXES, image_extensions
 from .metadata import format_count, format_first_names
 from .pixel_modes import convert_to_rgba, has_alpha
-from .readers import MASK_SUFFIX, image_extensions, make_printable
+from .readers import make_printable
 from .records import (
     ImageDataset,
     ImageRecord,
@@ -38,7 +39,7 @@ from .records import (
 TXT_LAYOUT, KOHYA_LAYOUT, JSONL_LAYOUT = "folder + txt", "kohya", "metadata.jsonl"
 SAVE_LAYOUTS = (TXT_LAYOUT, KOHYA_LAYOUT, JSONL_LAYOUT)
 KEEP_FORMAT = "keep"
-FORMAT_EXTENSIONS = {KEEP_FORMAT: image_extensions(), "png": (".png",), "webp": (".webp",), "jpg": (".jpg", ".jpeg")}
+FORMAT_EXTENSIONS = {KEEP_FORMAT: image_extensions(), "png": (".png",), "webp": (".webp",), "jpg": JPEG_ENDINGS}
 MANIFEST_FILE = ".trainyard.json"  # in each saved folder: the files that were put there
 MAX_STEM_BYTES = 180  # bytes; file systems take 255, and endings and numbers follow
 MAX_FORMAT_SIDE_PX = {".webp": 16383, ".jpg": 65500, ".png": 2**31 - 1}  # px that a format takes
@@ -248,12 +249,14 @@ def plan_destinations(dataset: ImageDataset, settings: SaveSettings) -> list[Rec
         ending = Path(make_printable(record.path)).suffix
         copied = record.crop is None and ending.lower() in FORMAT_EXTENSIONS[settings.image_format]
         stem = reserve_free_stem(safe_file_name(Path(record.path).stem) or "picture", taken.setdefault(folder, set()))
-        destinations.append(
-            RecordDestination(
-                record, folder, stem, ending if copied else FORMAT_EXTENSIONS[settings.image_format][0], copied
-            )
-        )
+        ending = common_ending(ending) if copied else FORMAT_EXTENSIONS[settings.image_format][0]
+        destinations.append(RecordDestination(record, folder, stem, ending, copied))
     return destinations
+
+
+def common_ending(ending: str) -> str:
+    """The ending that every trainer knows for a file of this one: a .jfif is a JPEG."""
+    return ".jpg" if ending.lower() in JPEG_ENDINGS and ending.lower() not in FORMAT_ENDINGS["JPEG"] else ending
 
 
 def reserve_free_stem(stem: str, taken: set[str]) -> str:
@@ -269,9 +272,8 @@ def safe_file_name(name: str) -> str:
     """The name as every file system takes it."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", make_printable(name)).strip(" ").lstrip(".").rstrip(". ")
     name = name.encode("utf-8")[:MAX_STEM_BYTES].decode("utf-8", "ignore")
-    return (
-        name + "_" if name.lower().endswith(Path(MASK_SUFFIX).stem) else name
-    )  # cat.mask.png would be the mask of cat
+    no_image = tuple(Path(suffix).stem for suffix in (*MASK_SUFFIXES, CONDITION_SUFFIX))
+    return name + "_" if name.lower().endswith(no_image) else name  # cat.mask.png would be the mask of cat
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

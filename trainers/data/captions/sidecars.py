@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ...files import write_bytes_atomically
+from ..companions import CompanionFiles
 from ..metadata import split_captions
 from ..records import ImageDataset, ImageRecord
 
@@ -38,12 +39,12 @@ def write_caption_files(
     and for two images that share a caption file but not the caption.
     """
     roots, closed = [Path(root).resolve() for root in roots], [Path(folder).resolve() for folder in closed]
-    ids = set(ids)
+    ids, companions = set(ids), CompanionFiles()
     for record in dataset:
         if record.id in ids:
-            check_caption_location(Path(record.path), roots, closed)
+            check_caption_location(Path(record.path), roots, closed, companions)
     stamp = f"{now or datetime.now():%Y%m%d-%H%M%S-%f}"
-    texts = collect_caption_texts(dataset, ids)
+    texts = collect_caption_texts(dataset, ids, companions)
     return [replace_caption_file(file, text, stamp) for file, text in texts.items() if caption_file_differs(file, text)]
 
 
@@ -55,9 +56,9 @@ def format_written_captions(written: list[WrittenCaption] | None) -> list[str]:
     return [f"{len(written)} caption files written", *lines] if written else ["no caption file needed a change"]
 
 
-def check_caption_location(image: Path, roots: list[Path], closed: list[Path]) -> None:
+def check_caption_location(image: Path, roots: list[Path], closed: list[Path], companions: CompanionFiles) -> None:
     """ValueError unless the caption file, and what it may be a link to, lies where writing is allowed."""
-    file = find_caption_file(image)
+    file = find_caption_file(image, companions)
     for real in (file.parent.resolve(), file.resolve()):
         if not any(real.is_relative_to(root) for root in roots):
             names = " or ".join(map(str, roots))
@@ -72,12 +73,12 @@ def check_caption_location(image: Path, roots: list[Path], closed: list[Path]) -
         )
 
 
-def collect_caption_texts(dataset: ImageDataset, ids: set[str]) -> dict[Path, str]:
+def collect_caption_texts(dataset: ImageDataset, ids: set[str], companions: CompanionFiles) -> dict[Path, str]:
     """Caption file -> text, for the images with these ids."""
     first_use: dict[Path, tuple[ImageRecord, str]] = {}
     texts = {}
     for record in dataset:
-        file, text = find_caption_file(Path(record.path)), format_sidecar_text(record)
+        file, text = find_caption_file(Path(record.path), companions), format_sidecar_text(record)
         other, other_text = first_use.setdefault(file, (record, text))
         if other_text != text and ids & {other.id, record.id}:
             raise ValueError(
@@ -96,10 +97,9 @@ def format_sidecar_text(record: ImageRecord) -> str:
     return "\n".join(" ".join(caption.split()) for caption in record.captions)
 
 
-def find_caption_file(image: Path) -> Path:
+def find_caption_file(image: Path, companions: CompanionFiles) -> Path:
     """The caption file of this image, or the one that would be made for it."""
-    files = [image.with_name(image.stem + extension) for extension in CAPTION_EXTENSIONS]
-    return next((file for file in files if file.is_file()), files[0])
+    return companions.find(image, CAPTION_EXTENSIONS) or image.with_name(image.stem + CAPTION_EXTENSIONS[0])
 
 
 def caption_file_differs(file: Path, text: str) -> bool:
