@@ -1,10 +1,11 @@
 """Images are seen in sRGB, whatever their colour profile; what was in sRGB stays bit for bit."""
 
+import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from trainyard.tests import profiles
 from trainyard.tests.fakes_data import FakeText, FakeVae, encoded
 from trainyard.trainers.captioners import CaptionResult
@@ -162,6 +163,30 @@ def test_a_profile_that_cannot_be_used_is_told_and_leaves_the_pixels(tmp_path, m
     (line,) = describe_left_out(dataset)
     assert line.startswith(f"note on {tmp_path / 'in' / 'a.tif'}: its colour profile cannot be used (")
     assert dataset[0].pixels_id == dataset[0].id and "icc_profile" not in open_image(dataset[0]).info
+
+
+def png_header(gamma=None, points=None):
+    info = PngImagePlugin.PngInfo()
+    if gamma is not None:
+        info.add(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
+    if points is not None:
+        info.add(b"cHRM", struct.pack(">8I", *(round(value * 100_000) for value in points)))
+    return info
+
+
+def test_colours_in_the_header_of_a_png_are_told_and_not_applied(tmp_path):
+    """what says sRGB there, as many programs write it, is nothing to tell"""
+    srgb, p3 = ((*profiles.D65, *np.ravel(points)) for points in (profiles.SRGB_PRIMARIES, profiles.P3_PRIMARIES))
+    saved(tmp_path / "a.png", noise(), pnginfo=png_header(0.45455, srgb))
+    saved(tmp_path / "b.png", noise(), pnginfo=png_header(1.0))
+    saved(tmp_path / "c.png", noise(), pnginfo=png_header(0.45455, p3))
+    saved(tmp_path / "d.png", noise(), SRGB_PROFILE, pnginfo=png_header(1.0))
+    dataset = read_folder(tmp_path)
+    assert {open_image(record).tobytes() for record in dataset} == {noise().tobytes()}
+    assert [(path[-5:], "not in sRGB (gamma 1)" in why, "primaries" in why) for path, why in dataset.skipped] == [
+        ("b.png", True, False),
+        ("c.png", False, True),
+    ]
 
 
 def test_a_profile_of_srgb_in_a_grey_image_is_no_fault(tmp_path):
