@@ -305,7 +305,9 @@ def zero_gradients_unless(keep: Tensor, grads: list[Tensor]) -> None:
         alike.setdefault((grad.device, grad.dtype), []).append(grad)
     for (device, dtype), some in alike.items():
         bits = BIT_TYPES[dtype.itemsize]
-        torch._foreach_mul_([grad.view(bits) for grad in some], keep.to(device, bits))  # pyright: ignore[reportPrivateImportUsage]
+        kept = keep.to(device, bits)
+        views = [grad.view(bits) for grad in some]
+        torch._foreach_mul_(views, kept)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def run_monitor_checks(monitor: Monitor, now: TrainingState, store: Store, steps: int) -> None:
