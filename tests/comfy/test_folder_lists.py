@@ -28,12 +28,13 @@ def test_texts_beside_an_image_of_any_kind_are_captions_and_no_prompt_files(fold
     assert paths.list_pair_files() == [paths.NO_PAIRS, "input/a.csv", "input/pairs.csv"]
 
 
-def test_folders_are_listed_to_a_depth_without_hidden_ones_and_links(folders):
+def test_folders_are_listed_to_a_depth_without_hidden_ones(folders):
     touch(folders / "input", "a/b/c/d/x.png", "a/.hidden/x.png", "3d/x.png", "top.png")
     touch(folders / "datasets", "set/x.png", "trainyard_cache/pictures/x.png")
     touch(folders / "output", "datasets/saved/x.png", "other/x.png")
     (folders / "input" / "link").symlink_to(folders / "datasets")
-    assert paths.list_dataset_folders() == ["input/a", "input/a/b", "input/a/b/c", "datasets/set", "output/saved"]
+    inside = ["input/a", "input/a/b", "input/a/b/c", "input/link", "input/link/set"]
+    assert paths.list_dataset_folders() == [*inside, "datasets/set", "output/saved"]
     assert paths.list_nested_folders(folders / "nowhere") == []
 
 
