@@ -5,6 +5,8 @@ spent, ours and the original's.
 .venv/bin/python benchmarks/differences.py erase "text slider"   # some of it; the file keeps what it has of the others
 .venv/bin/python benchmarks/differences.py curve                 # effect over forwards, against
 benchmarks/peers/leco_original.py
+.venv/bin/python benchmarks/differences.py --all                 # every colour and shape erased, three seeds each
+.venv/bin/python benchmarks/differences.py --all blue square --seeds 1 2    # some of them
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-differences.json"
 KINDS = ("erase", "enhance", "replace", "text slider", "image slider", "difference", "curve")
 LEVELS = (0.5, 0.8, 0.9)
 CURVES = ("ours", "original")
+ALL_RESULTS = ROOT / "benchmarks" / "results" / "2026-11-29-erased.json"
 
 
 # -- one kind ----------------------------------------------------------------------------------------------------------
@@ -104,6 +107,55 @@ def cost_of(rows, level) -> float | None:
     return None
 
 
+# -- every concept -----------------------------------------------------------------------------------------------------
+
+
+def erase_concept(toy, concept, seed) -> dict:
+    """Cost and marks of one concept erased from one seed, on 16 images of it and 16 others."""
+    from trainyard.tests.toy.differences import OTHERS_KEPT, erase_lesson, learn
+
+    lesson = erase_lesson(concept).but(seed=seed)
+    taught = learn(toy, lesson)
+    marks = lesson.exam(toy, taught.lora, count=16, steps=8)
+    return {
+        "erased": marks["erased"],
+        "of": marks["of"],
+        "others kept": marks[OTHERS_KEPT],
+        "steps": len(taught.losses),
+        "forwards": taught.snapshots[-1].forwards,
+        "reached": taught.reached and round(taught.reached, 3),
+    }
+
+
+def format_concepts(found) -> str:
+    """A table of {concept: {seed: what erase_concept gives}}: mean and worst over the seeds, and over all."""
+    line = lambda name, runs: (
+        f"| {name} | {len(runs)} | {spread(runs, 'erased')} | {spread(runs, 'others kept')} | "
+        f"{mean([run['forwards'] for run in runs]):.0f} | {mean([run['reached'] or 0 for run in runs]):.2f} |"
+    )
+    rows = {concept: list(runs.values()) for concept, runs in found.items()}
+    head = [
+        "| erased | runs | erased: mean, worst | others kept: mean, worst | forwards | reached |",
+        "|---|---|---|---|---|---|",
+    ]
+    every = [run for runs in rows.values() for run in runs]
+    return "\n".join([*head, *(line(*row) for row in rows.items()), line("all", every)])
+
+
+def spread(runs, name) -> str:
+    values = [run[name] for run in runs]
+    return f"{mean(values):.2f}, {min(values):.2f}"
+
+
+def erase_concepts(toy, concepts, seeds, path):
+    for concept in concepts:
+        for seed in seeds:
+            print(f"{concept}, seed {seed}: {(marks := erase_concept(toy, concept, seed))}", flush=True)
+            known = read_results(path)
+            keep(path, concept, {**known.get(concept, {}), str(seed): marks})
+    print(format_concepts(read_results(path)))
+
+
 # -- on the screen and in the file -------------------------------------------------------------------------------------
 
 
@@ -120,8 +172,10 @@ def shown(name, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help=f"some of: {', '.join(KINDS)}")
+    parser.add_argument("--all", nargs="*", metavar="CONCEPT", help="erase these colours and shapes, or every one")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3], help="of --all (default: %(default)s)")
     parser.add_argument(
-        "--json", type=pathlib.Path, default=RESULTS, help="where figures are kept (default: %(default)s)"
+        "--json", type=pathlib.Path, help=f"where figures are kept (default: {RESULTS.parent}, by date)"
     )
     asked = parser.parse_args()
     if unknown := [kind for kind in asked.kinds if kind not in KINDS]:
@@ -132,15 +186,23 @@ def main():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with torch.inference_mode():
         toy = pack.toy_world()
+        if asked.all is not None:
+            from trainyard.tests.toy.differences import COLOURS, SHAPES
+
+            concepts = asked.all or (*COLOURS, *SHAPES)
+            return erase_concepts(toy, concepts, asked.seeds, asked.json or ALL_RESULTS)
         for kind in asked.kinds or KINDS:
             found = curves(toy) if kind == "curve" else figures(toy, kind)
             shown(kind, found)
-            keep(asked.json, kind, found)
+            keep(asked.json or RESULTS, kind, found)
 
 
 def keep(path, kind, found):
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**before, kind: found}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**read_results(path), kind: found}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from trainyard.tests.toy import sampling, world
-from trainyard.tests.toy.differences import LESSONS, learn, quick_erase_exam, slider_exam
+from trainyard.tests.toy.differences import LESSONS, erase_lesson, learn, quick_erase_exam, slider_exam
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,14 @@ ENDS = functools.partial(slider_exam, count=10, strengths=(-1.0, 0.0, 1.0))
 
 
 def marks(toy, name, exam, **changes):
+    return marks_of_lesson(toy, name, LESSONS[name].but(**changes), exam)
+
+
+def marks_of_lesson(toy, name, lesson, exam):
     with torch.inference_mode():
-        taught = learn(toy, LESSONS[name].but(**changes))
+        taught = learn(toy, lesson)
         found = exam(toy, taught.lora)
-    print(f"{name}, {taught.seconds:.0f} s: {found}")
+    print(f"{name}, {taught.seconds:.0f} s, reached {taught.reached}: {found}")
     return found
 
 
@@ -34,9 +38,13 @@ def area(found):
     return [found["area by strength, px"][s] for s in (-1.0, 0.0, 1.0)]
 
 
-def test_leco_erases_red_and_leaves_the_other_colours(toy):
-    found = marks(toy, "erase", quick_erase_exam, steps=160, batch=1, schedule="constant")
-    assert found["erased"] >= 0.8, found
+@pytest.mark.parametrize(("colour", "seed"), [("red", 1), ("purple", 3)])
+def test_leco_erases_a_colour_and_leaves_the_others(toy, colour, seed):
+    """Purple from seed 3: with adapters on attention and MLP alone, 0.54 were erased."""
+    found = marks_of_lesson(
+        toy, colour, erase_lesson(colour).but(seed=seed), functools.partial(quick_erase_exam, colour=colour)
+    )
+    assert found["erased"] >= 0.85, found
     assert found["others kept"] >= 0.85, found
 
 

@@ -36,8 +36,11 @@ def clip_vision():
 
 
 def conditioning(clip, prompts):
-    """CONDITIONING of several prompts as one batch, in their order."""
-    known = {p: clip.encode_from_tokens_scheduled(clip.tokenize(p))[0] for p in dict.fromkeys(prompts)}
+    """CONDITIONING of several prompts as one batch, in their order. Each is encoded once in the life of `clip`."""
+    known = vars(clip).setdefault("toy_conditionings", {})
+    for p in dict.fromkeys(prompts):
+        if p not in known:
+            known[p] = clip.encode_from_tokens_scheduled(clip.tokenize(p))[0]
     return [
         [
             torch.cat([known[p][0] for p in prompts]),
