@@ -1,8 +1,7 @@
-"""How long a text may be: what no text encoder was trained to read is refused before the long work begins.
+"""How long a text may be: what makes every step slow is refused before the long work begins.
 
-CLIP reads chunks of 75 tokens and cost grows with each; a transformer's attention grows with the square. The longest
-texts that a family was trained with have 1024 tokens (Qwen-Image); twice that is the limit for all of them, 28 chunks
-of CLIP. Captions of vision-language models have 100 to 500.
+CLIP reads chunks of 75 tokens and cost grows with each; a transformer's attention grows with the square. Captions of
+vision-language models have 100 to 500 tokens; the limit is several times that, 28 chunks of CLIP.
 """
 
 from __future__ import annotations
@@ -36,6 +35,5 @@ def require_readable_length(text: str, owner: str, count_tokens: CountTokens | N
     """Raises ValueError for a text that is too long. `owner` names it: "The caption of a.png"."""
     if excess := describe_excess_length(text, count_tokens):
         raise ValueError(
-            f"{owner} is too long: {excess}. At most {MAX_TEXT_TOKENS} tokens, twice what any text encoder was trained "
-            f"with, are read. {remedy}"
+            f"{owner} is too long: {excess}. At most {MAX_TEXT_TOKENS} tokens of one encoder are read. {remedy}"
         )
