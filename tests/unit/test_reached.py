@@ -41,12 +41,12 @@ def test_the_share_of_the_way_by_hand(student, reached):
     assert method.progress.reached == pytest.approx(reached)
 
 
-def test_a_replacement_is_measured_from_its_own_prompt():
-    """Frozen 5, goal 1, student 2: three quarters."""
-    task = PromptTask(make_replacement_targets("t", "p"), "t", shapes=(SHAPE,))
-    method = said(2.0, task)
+def test_a_goal_that_does_not_name_the_target_costs_no_forward_more_and_is_said_not_to_be_measured():
+    method = said(2.0, PromptTask(make_replacement_targets("t", "p"), "t", shapes=(SHAPE,)))
     method.loss(rng())
-    assert method.progress.reached == pytest.approx(0.75)
+    assert method.model.forward_counts["frozen"] == 1 and method.progress.recent == []
+    assert "not measured" in ReachedMonitor(method.progress, 0.5).line()
+    assert ReachedMonitor(method.progress, 0.0).line() == ""
 
 
 def test_points_that_were_trained_on_and_prompts_that_stay_are_no_measure():

@@ -69,9 +69,10 @@ class PromptDifferenceTraining:
             return torch.cat([self.training_loss(target, point) for target in self.tasks[point.task].targets])
 
     def training_loss(self, target: PromptTarget, point):
-        """`target_loss`, whose prediction also tells how far the student has come, where it was not trained before."""
+        """`target_loss`, whose prediction also tells how far the student has come, where it was not trained before and
+        the goal needs the frozen model's prediction under the target itself, so that it costs no forward."""
         goal, student = self.goal(target, point), self.predict_target(target, point)
-        if not (point.trained or target.is_preserved):
+        if target.prompt in point.answers and not (point.trained or target.is_preserved):
             scale = per_sample(self.model.denoiser.native_scale(point.sigma), point.x)
             before = point.answers[target.prompt]
             self.progress.add((student.detach() - before) / scale, (goal - before) / scale)

@@ -61,10 +61,8 @@ class PromptTask:
 
     @property
     def teacher_prompts(self) -> tuple[str, ...]:
-        """The prompts of the frozen model's predictions, each once: those of the goals, and the targets' own, from
-        which the way to the goal is measured."""
-        of_goals = (prompt for target in self.targets for _, prompt in target.weighted_prompts)
-        return tuple(dict.fromkeys((*of_goals, *(target.prompt for target in self.targets))))
+        """The prompts of the frozen model's predictions, each once."""
+        return tuple(dict.fromkeys(prompt for target in self.targets for _, prompt in target.weighted_prompts))
 
     @property
     def all_prompts(self) -> tuple[str, ...]:
@@ -73,6 +71,7 @@ class PromptTask:
             dict.fromkeys(
                 (
                     *self.teacher_prompts,
+                    *(target.prompt for target in self.targets),
                     self.rollout_prompt,
                     self.negative_prompt,
                 )

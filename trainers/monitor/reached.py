@@ -62,6 +62,9 @@ class ReachedMonitor:
 
     def line(self) -> str:
         """For the end of the run."""
+        if self.reached is None and self.stop_at:
+            unknown = "how far it came was not measured (the goal does not name the target, or the run was too short)"
+            return "; ".join(filter(None, (unknown, getattr(self.validation, "line", str)())))
         missed = self.reached is not None and not self.has_reached and self.stop_at > 0
         more = f" of the way, not the {self.stop_at:.0%} of stop_at: raise steps" if missed else " of the way"
         text = self.format_reached() and self.format_reached() + more
