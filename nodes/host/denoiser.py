@@ -15,6 +15,7 @@ class ComfyDenoiser:
     def __init__(self, patcher, family: ModelFamily):
         self.patcher, self.model, self.family = patcher, patcher.model, family
         self.device = patcher.load_device
+        self.sigma_max = float(self.sampling.sigma_max)  # read once and here: a step would wait for it
         self.max_batch_numel = 0  # numbers in the largest batch so far
         self.transformer_options = self._make_transformer_options()
 
@@ -65,7 +66,7 @@ class ComfyDenoiser:
             index = (u * steps).floor().long().clamp(0, steps - 1)
             return ms.sigmas[index.to(ms.sigmas.device)].float()
         return torch.tensor([float(ms.percent_to_sigma(min(1 - float(v), 1 - 1e-6))) for v in u]).clamp(
-            max=float(ms.sigma_max)
+            max=self.sigma_max
         )
 
     def native_scale(self, sigma):

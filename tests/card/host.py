@@ -80,6 +80,9 @@ def plug_in(card: PretendCard, bf16: bool = True):
         should_use_bf16=lambda device=None, *_, **__: bf16 and is_card(device),
         should_use_fp16=lambda device=None, *_, **__: is_card(device),
         pin_memory=pin_memory,
+        pytorch_attention_flash_attention=lambda: True,  # on it the host's estimates of memory depend
+        MIN_WEIGHT_MEMORY_RATIO=0.0,  # as for NVIDIA, like the next
+        NUM_STREAMS=2,
         vram_state=mm.VRAMState.NORMAL_VRAM,
         MAX_PINNED_MEMORY=MAX_PAGE_LOCKED_BYTES,
     )

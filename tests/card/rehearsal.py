@@ -26,19 +26,23 @@ import torch
 from comfy.model_patcher import CoreModelPatcher
 from trainyard.benchmarks import published, shapes
 from trainyard.nodes import host
-from trainyard.nodes.train import planner, run
+from trainyard.nodes.train import leco, planner, run
+from trainyard.nodes.train.image_pairs import PairTask
 from trainyard.nodes.train.job import TrainingJob
 from trainyard.nodes.train.train_lora import LoraTask
 from trainyard.nodes.train.validation import MonitorConfig
+from trainyard.nodes.train.widgets import PlaceSettings
 from trainyard.tests.card import device
 from trainyard.tests.card.host import CARD_NAME, plug_in
 from trainyard.tests.comfy import families
 from trainyard.trainers import loop
+from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
 from trainyard.trainers.memory.plan import PLAN_AUTO
+from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.monitor.previews import PreviewSettings
 from trainyard.trainers.monitor.validation import ValidationSettings
-from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Scene:
     bf16: bool = True  # whether the card computes in it
     monitored: bool = True  # with a validation and samples before, between and after the steps
     captions: str = "equal"  # or "of several lengths"
+    method: str = "lora"  # or "image slider", "difference", "leco"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -104,17 +109,56 @@ def make_model(scene: Scene):
     return CoreModelPatcher(model, load_device=torch.device(CARD_NAME), offload_device=torch.device("cpu"))
 
 
-def make_dataset(scene: Scene, count: int = 3) -> EncodedDataset:
+def make_caption(scene: Scene, tokens: int, rng) -> list:
+    """[cross attention, extras] as a text encoder gives them."""
+    cross, extras = shapes.caption(dataclasses.replace(find_shape(scene), tokens=tokens), rng)
+    if scene.family == "anima":  # its text encoder also hands over T5 tokens, (T,) without a batch axis
+        extras |= {"t5xxl_ids": torch.randint(0, 32128, (tokens,), generator=rng), "t5xxl_weights": torch.ones(tokens)}
+    return [cross, extras]
+
+
+def make_dataset(scene: Scene, count: int = 4) -> EncodedDataset:
+    """Images that are pairs, too: two by two."""
     shape, rng = find_shape(scene), torch.Generator().manual_seed(5)
-    latents, captions = [], []
-    for number in range(count):
-        latents.append({"samples": torch.randn((1, *shape.family.latent), generator=rng)})
-        tokens = shape.tokens if scene.captions == "equal" else shape.tokens + 5 * number
-        captions.append([shapes.caption(dataclasses.replace(shape, tokens=tokens), rng)])
-        if scene.family == "anima":  # its text encoder also hands over T5 tokens, (T,) without a batch axis
-            ids = torch.randint(0, 32128, (tokens,), generator=rng)
-            captions[-1][0][1].update(t5xxl_ids=ids, t5xxl_weights=torch.ones(tokens))
-    return EncodedDataset.from_core(latents, captions)
+    latents = [{"samples": torch.randn((1, *shape.family.latent), generator=rng)} for _ in range(count)]
+    longer = 5 if scene.captions != "equal" else 0
+    data = EncodedDataset.from_core(
+        latents, [[make_caption(scene, shape.tokens + longer * n, rng)] for n in range(count)]
+    )
+    data.items = [
+        dataclasses.replace(item, pair=str(n // 2), strength=(1.0, -1.0)[n % 2]) for n, item in enumerate(data.items)
+    ]
+    return data
+
+
+class EncodedPromptTask(leco.PromptDifferenceTask):
+    """Train LECO with prompts that are encoded already."""
+
+    def check(self, job): ...
+
+    def fingerprint_parts(self, job):
+        return self.slider, self.points, self.place
+
+    def encode_prompts(self, job):
+        found = {}
+        for text in self.list_texts(job):
+            cross, extras = make_caption(self.scene, find_shape(self.scene).tokens, torch.Generator().manual_seed(3))
+            found[text] = {"cross_attn": cross, **extras}
+        return found
+
+
+def make_task(scene: Scene):
+    if scene.method == "leco":
+        row = PromptRow("cat", None, "", None, "erase", 1.0)
+        points = PointSettings(points="rollout", sampling_steps=4, ways=2)
+        pixels = 8 * find_shape(scene).family.latent[-1]
+        task = EncodedPromptTask(rows=(row,), slider=False, points=points, place=PlaceSettings(resolution=pixels))
+        object.__setattr__(task, "scene", scene)
+        return task
+    if scene.method == "lora":
+        return LoraTask(data=make_dataset(scene))
+    kinds = {"image slider": ImageSlider, "difference": AddiftTraining}
+    return PairTask(data=make_dataset(scene), method_class=kinds[scene.method])
 
 
 def make_job(scene: Scene, model, name: str) -> TrainingJob:
@@ -123,7 +167,7 @@ def make_job(scene: Scene, model, name: str) -> TrainingJob:
         previews=PreviewSettings(preview_every=1, sampling_steps=1, guidance=1.0),
     )
     return TrainingJob(
-        task=LoraTask(data=make_dataset(scene)),
+        task=make_task(scene),
         model=model,
         run=RunSettings(steps=scene.steps, learning_rate=1e-4, batch=scene.batch, seed=1, save_every=0),
         adapter=AdapterSettings(rank=find_shape(scene).rank),

@@ -19,6 +19,8 @@ SCENES = {
     "wan": dict(family="wan", plan=PLAN_AUTO),
     "sd3, fp16 without bf16": dict(family="sd3", plan=PLAN_OFF, dtype="float16", bf16=False),
     "sd3, fp8": dict(family="sd3", plan=PLAN_OFFLOADED, dtype="float8_e4m3fn"),
+    "flux, LECO": dict(family="flux", plan=PLAN_OFF, method="leco", monitored=False),
+    "flux, image slider": dict(family="flux", plan=PLAN_PER_BLOCK, method="image slider", monitored=False),
     "flux, accumulated": dict(family="flux", plan=PLAN_PER_BLOCK, accumulate=2, monitored=False),
 }
 LOADED_WHOLE = [name for name, scene in SCENES.items() if not scene.get("room") and scene["plan"] != PLAN_OFFLOADED]
@@ -50,6 +52,14 @@ def test_a_step_reads_no_value_of_the_card_and_copies_no_index_to_it(rehearsed, 
     assert scale_reads == (2 if rehearsed[name]["compute_dtype"] == "float16" else 0), "one a step"
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, scene in SCENES.items() if scene["plan"] in (PLAN_OFF, PLAN_PER_BLOCK)]
+)
+def test_a_step_waits_for_nothing_that_comes_back_to_the_cpu(rehearsed, name):
+    """Saved inputs do under the other plans."""
+    assert (rehearsed[name]["down"], rehearsed[name]["down_copies"]) == (0, [])
+
+
 @pytest.mark.parametrize("name", SCENES)
 def test_nothing_stays_on_the_card_or_page_locked(rehearsed, name):
     run = rehearsed[name]
@@ -75,7 +85,7 @@ def test_offloaded_weights_stay_off_the_card_also_after_samples(rehearsed, name)
     assert run["up"] > 0.9 * run["weights"], "each is fetched in a step"
 
 
-@pytest.mark.parametrize("name", [name for name in SCENES if "accumulated" not in name])
+@pytest.mark.parametrize("name", [name for name in SCENES if "accumulated" not in name and "LECO" not in name])
 def test_the_forecast_is_not_below_what_a_step_takes(rehearsed, name):
     """Only at toy size; how near it is at real size stands in benchmarks/README.md."""
     run = rehearsed[name]
