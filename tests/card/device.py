@@ -63,7 +63,7 @@ class PretendCard(TorchDispatchMode):
         self.sizes: dict[int, int] = {}  # storage -> bytes
         self.live = 0  # bytes
         self.current = CardTraffic()
-        self.parts = {}  # name of a part that is over -> its CardTraffic
+        self.out_of_memory = ""  # what is to be raised
 
     @property
     def free(self) -> int:
@@ -117,15 +117,22 @@ class PretendCard(TorchDispatchMode):
         key = storage._cdata
         if key not in self.sizes:
             size = -(-storage.nbytes() // ALLOCATION_STEP) * ALLOCATION_STEP
-            if self.live + size > self.total:
-                raise torch.OutOfMemoryError(
+            if self.live + size > self.total and not self.out_of_memory:
+                self.out_of_memory = (
                     f"The pretend card is out of memory: {size} bytes are asked for, {self.free} of {self.total} free."
                 )
             self.sizes[key] = size
             self.live += size
             self.current.peak = max(self.current.peak, self.live)
             weakref.finalize(storage, self.forget_storage, key)
+        self.raise_out_of_memory()
         return tensor
+
+    def raise_out_of_memory(self):
+        """Once a backward pass is over: torch's engine does not survive every error of a mode within it."""
+        if self.out_of_memory and torch._C._current_graph_task_id() == -1:
+            message, self.out_of_memory = self.out_of_memory, ""
+            raise torch.OutOfMemoryError(message)
 
     def forget_storage(self, key):
         self.live -= self.sizes.pop(key, 0)
