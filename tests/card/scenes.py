@@ -1,0 +1,21 @@
+"""Runs to rehearse on the pretend card, at toy size: name -> what rehearsal.py takes."""
+
+from trainyard.trainers.memory.plan import CHECKPOINTING_PLANS, PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK
+
+PARTIAL = 1.0  # room for the weights alone, and adapters come on top: some of them stay in the CPU's memory
+ALL = {
+    **{f"flux, {plan}": dict(family="flux", plan=plan) for plan in CHECKPOINTING_PLANS},
+    "sd15, partly loaded": dict(family="sd15", plan=PLAN_PER_BLOCK, room=PARTIAL),
+    "sdxl, captions of several lengths": dict(family="sdxl", plan=PLAN_OFF, batch=2, captions="of several lengths"),
+    "wan": dict(family="wan", plan=PLAN_AUTO),
+    "sd3, fp16 without bf16": dict(family="sd3", plan=PLAN_OFF, dtype="float16", bf16=False),
+    "sd3, fp8": dict(family="sd3", plan=PLAN_OFFLOADED, dtype="float8_e4m3fn"),
+    "flux, LECO": dict(family="flux", plan=PLAN_OFF, method="leco", monitored=False),
+    "flux, image slider": dict(family="flux", plan=PLAN_PER_BLOCK, method="image slider", monitored=False),
+    "flux, accumulated": dict(family="flux", plan=PLAN_PER_BLOCK, accumulate=2, monitored=False),
+}
+QUICK = {
+    name: ALL[name]
+    for name in (f"flux, {PLAN_OFFLOADED}", "sd15, partly loaded", "wan", "sd3, fp16 without bf16", "flux, LECO")
+}
+chosen = QUICK  # what tests/comfy/test_pretend_card.py takes; `make proofs` takes all
