@@ -6,9 +6,10 @@ const MOST = 4000; // points of the loss curve; a longer one is halved
 export const whole = told => ({ ...told, losses: told.losses ?? [], rates: told.rates ?? [], validation: told.validation ?? [],
                                 samples: told.samples ?? [], troubles: told.troubles ?? [] });
 
-/** Whether news go on where this run is; otherwise all of it has to be asked for. */
+/** Whether news go on where this run is; otherwise all of it has to be asked for. `before`: how many measurements, samples and troubles came before these. */
 export function fits(run, news) {
-  return !!run && run.run === news.run && (news.first === undefined || news.first <= run.step);
+  return !!run && run.run === news.run && (news.first === undefined || news.first <= run.step)
+    && Object.entries(news.before ?? {}).every(([list, count]) => run[list].length >= count);
 }
 
 /** The run with the news in it. */

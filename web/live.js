@@ -52,7 +52,7 @@ app.registerExtension({
       if (!trains(node) || (news.workflow && news.workflow !== workflowId())) return;
       const chart = charts.get(node);
       if (chart?.hear(news)) settle(node, chart);
-      else if (news.losses?.length || news.validation?.length) recall(node, news.node);
+      else if (chart?.run?.run === news.run || news.losses?.length || news.validation?.length) recall(node, news.node);
     });
   },
   afterConfigureGraph: () => eachNode((node, id) => trains(node) && recall(node, id)),

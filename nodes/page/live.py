@@ -120,6 +120,7 @@ class LiveRun:
             return
         news = {
             "first": self.sent_counts.get("losses", 0),
+            "before": {name: self.sent_counts.get(name, 0) for name in MONITOR_LISTS},
             **self.updates_since(self.sent_counts, MAX_CURVE_POINTS // 10),
         }
         self.sent_counts = {name: len(getattr(self, name)) for name in ("losses", "rates", *MONITOR_LISTS)}

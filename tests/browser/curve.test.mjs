@@ -18,6 +18,8 @@ test('news of another run, or with a gap before them, do not fit', () => {
   assert.ok(!fits(run, { run: 'a', first: 5 }));
   assert.ok(!fits(null, { run: 'a', first: 0 }));
   assert.ok(fits(run, { run: 'a' }), 'a text alone has no place');
+  assert.ok(!fits(run, { run: 'a', first: 2, before: { validation: 1 } }), 'a measurement was missed while the page was loading');
+  assert.ok(fits({ ...run, validation: [{ step: 2, loss: 1 }] }, { run: 'a', first: 2, before: { validation: 1, samples: 0 } }));
 });
 
 test('a very long curve is halved, and keeps its last point', () => {

@@ -285,6 +285,8 @@ def test_the_page_is_told_everything_once_and_not_too_often(monkeypatch):
         == [[i, 1.0 / i] for i in range(1, 101)]
     )
     assert [entry["step"] for news in told for entry in news["validation"]] == list(range(10, 101, 10))
+    counts = [len(news["validation"]) for news in told]
+    assert [news["before"]["validation"] for news in told] == [sum(counts[:i]) for i in range(len(counts))]
     assert (told[-1]["status"], told[-1]["text"]) == ("finished", "done")
     json.dumps(told, allow_nan=False)
 
