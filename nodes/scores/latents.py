@@ -22,6 +22,7 @@ class NoiseSchedule(host.denoiser.ComfyDenoiser):
 
     def __init__(self, model):
         self.patcher, self.model, self.device = model, model.model, model.load_device
+        self.sigma_max = float(self.sampling.sigma_max)
 
     @property
     def sampling(self):
