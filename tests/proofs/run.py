@@ -1,7 +1,7 @@
 """Runs the proofs of proofs.toml and prints their figures.
 
     python tests/proofs/run.py                           # all of them, or those named
-    python tests/proofs/run.py --changed --seconds 300   # those whose code changed, as many as 300 s of a core allow
+    python tests/proofs/run.py --changed --seconds 200   # those whose code changed, as many as 200 s of a core allow
 
 Changed is what differs from the commit where this branch left origin/main; on main itself, from the commit before. The
 variable PROOFS_SINCE names another one. Without git, or without such a commit, nothing counts as changed.
