@@ -83,13 +83,12 @@ def check_value(one: io.Input, value):
     if isinstance(one, (io.Int.Input, io.Float.Input)):
         limits = dict(lo=-math.inf if one.min is None else one.min, hi=math.inf if one.max is None else one.max)
         return check_number_value(one.id, value, int if isinstance(one, io.Int.Input) else float, limits)
-    shown = format_raw_value(value)
     if isinstance(one, io.Boolean.Input):
         if not isinstance(value, bool):
-            raise ValueError(f"{one.id} is {shown}; it must be true or false.")
+            raise ValueError(f"{one.id} is {format_raw_value(value)}; it must be true or false.")
     elif isinstance(one, (io.String.Input, io.Combo.Input)):
         if not isinstance(value, str):
-            raise ValueError(f"{one.id} is {shown}; it must be text.")
+            raise ValueError(f"{one.id} is {format_raw_value(value)}; it must be text.")
         if isinstance(one, io.Combo.Input):
             check_option(one, value)
     else:

@@ -380,10 +380,10 @@ def list_prompt_files() -> list[str]:
 def list_dataset_files(endings: Container[str], captions=True) -> list[str]:
     """input/name of the files with these endings below the dataset roots. captions: also those with an image of the
     same name beside them, which are captions of it."""
-    return list(find_below_roots(lambda root: list_files_below(root, endings, captions)))
+    return list(find_below_roots(lambda root: list_root_files(root, endings, captions)))
 
 
-def list_files_below(root: Path, endings: Container[str], captions: bool) -> list[str]:
+def list_root_files(root: Path, endings: Container[str], captions: bool) -> list[str]:
     """Relative paths of the files with these endings in root and its folders."""
     found = [
         f"{folder}/{file}" if folder else file

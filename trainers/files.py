@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import struct
 import time
 import uuid
@@ -122,6 +123,50 @@ def is_process_alive(process_id: int) -> bool:
     except OSError:
         return True
     return True
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, with the reason in words, for everything else."""
+    try:
+        text = read_regular_file(path).decode("utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.name} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no UTF-8 text") from error
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name} is cut off or is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return value
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The bytes of a file that is neither a named pipe, which would be waited for, nor too large for what it is.
+    Raises ValueError for such."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(f"{path.name} is no regular file")
+        if about.st_size > MAX_JSON_BYTES:
+            raise ValueError(
+                f"{path.name} has {about.st_size / 2**20:.0f} MiB, which is too much for what it should be"
+            )
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 # -- safetensors -------------------------------------------------------------------------------------------------------

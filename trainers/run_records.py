@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -16,6 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .data.metadata import format_raw_value
+from .files import read_json_object
+
 RECORD_FILE, STATE_FILE, PREVIOUS_STATE_FILE, NEXT_STATE_FILE = (
     "run.json",
     "resume.state",
@@ -23,7 +25,6 @@ RECORD_FILE, STATE_FILE, PREVIOUS_STATE_FILE, NEXT_STATE_FILE = (
     "resume.next.state",
 )
 RUN_FILES = (RECORD_FILE, STATE_FILE, PREVIOUS_STATE_FILE, NEXT_STATE_FILE)  # one of them makes a folder a run
-MAX_JSON_BYTES = 64 * 2**20
 MAX_STEP = 2**53  # a whole number that the page can still count
 DAMAGED = "damaged"  # what `why` says of a run whose record cannot be read
 
@@ -68,45 +69,6 @@ def read_run_record(folder: Path) -> dict:
     return {**about, "damage": "", **found}
 
 
-def read_json_object(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, with the reason in words, for everything else."""
-    try:
-        text = read_regular_file(path).decode("utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.name} is missing") from error
-    except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no UTF-8 text") from error
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{path.name} is cut off or is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return value
-
-
-def read_regular_file(path: Path) -> bytes:
-    """The bytes of a file that is neither a named pipe, which would be waited for, nor too large for what it is.
-    Raises ValueError for such."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError(f"{path.name} is no regular file")
-        if about.st_size > MAX_JSON_BYTES:
-            raise ValueError(
-                f"{path.name} has {about.st_size / 2**20:.0f} MiB, which is too much for what it should be"
-            )
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
-
-
 def check_fields(about: dict, fields: dict, where: str) -> None:
     """ValueError unless every field has one of its types, and whole numbers can be counted."""
     for name, (types, required) in fields.items():
@@ -117,11 +79,7 @@ def check_fields(about: dict, fields: dict, where: str) -> None:
         value = about[name]
         cannot_be_counted = type(value) is int and not 0 <= value <= MAX_STEP
         if type(value) not in types or cannot_be_counted:
-            raise ValueError(f"{where} says {name!r} is {shorten(repr(value))}, which cannot be")
-
-
-def shorten(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
+            raise ValueError(f"{where} says {name!r} is {format_raw_value(value)}, which cannot be")
 
 
 def measure_run_folder(folder: Path) -> tuple[int, str | None]:

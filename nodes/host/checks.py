@@ -26,12 +26,8 @@ def check_text_lengths(clip, texts, tokenize=None):
     not as prompts."""
     count_tokens = TokenCounter(clip, tokenize or clip.tokenize)
     for text in texts:
-        owner = f"The prompt {shorten(text, 60)!r}"
-        require_readable_length(text, owner, count_tokens, "Shorten it.")
-
-
-def shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+        shown = text if len(text) <= 60 else text[:59] + "…"
+        require_readable_length(text, f"The prompt {shown!r}", count_tokens, "Shorten it.")
 
 
 def check_caption_lengths(clip, captions):

@@ -87,8 +87,8 @@ def find_unloadable_layers(model, clip, lora) -> list[str]:
     known = comfy.lora.model_lora_keys_unet(model.model, {}) if model is not None else {}
     if clip is not None:
         known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
-    loaded = find_loaded_keys(comfy.lora_convert.convert_lora(dict(lora)), known)
-    return sorted(set(list_lora_layers(lora)) - set(map(layer_of_key, loaded)))
+    tensors = comfy.lora_convert.convert_lora(dict(lora))
+    return sorted({layer_of_key(key) for key in tensors} - set(map(layer_of_key, find_loaded_keys(tensors, known))))
 
 
 def find_loaded_keys(tensors: dict[str, torch.Tensor], known: dict) -> set[str]:

@@ -116,7 +116,6 @@ def open_training_session(
             stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
         stack.enter_context(load_with_adapters(patcher, adapters, memory, session.text_patcher))
         move_noise_schedule(patcher)
-        replace_inference_parameters(patcher.model)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
         for habit in (set_training_flag, disable_fp8_matmul, disable_transfer_streams, use_differentiable_rope):

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ...trainers import run_records
+from ...trainers.files import read_json_object
 from ...trainers.loop import mean_recent_loss
 from ...trainers.runs import to_finite_json
 from .. import paths
@@ -92,7 +93,7 @@ def read_run_graph(folder: str) -> dict:
     if not os.path.lexists(file):
         raise ValueError(f"Run {folder!r} was queued without its workflow, so there is none to open.")
     try:
-        return to_finite_json(run_records.read_json_object(file))
+        return to_finite_json(read_json_object(file))
     except RecursionError as error:
         raise ValueError("graph.json is nested too deeply") from error
     except ValueError as error:

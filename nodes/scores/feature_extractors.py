@@ -377,7 +377,7 @@ class DecodedFeatureExtractor:
     def __init__(
         self, vae, vision_encoder: DifferentiableClipVision, format_name: str, head: AestheticHead | None = None
     ):
-        check_vae(vae)
+        check_decoding_vae(vae)
         self.vae, self.vision_encoder, self.head = vae, vision_encoder, head
         self.patcher, self.format = static_patcher(vae.patcher), latent_format_by_name(format_name)
         self.output_affine = vae_output_affine(vae)
@@ -413,7 +413,7 @@ class DecodedFeatureExtractor:
         return squeeze_single_frame(pixels) * scale + shift
 
 
-def check_vae(vae) -> None:
+def check_decoding_vae(vae) -> None:
     """ValueError where no VAE is connected."""
     if vae is None:
         raise ValueError(

@@ -41,7 +41,7 @@ def find_trunk_factory(backbone, model=None, vae=None, clip_vision=None):
         feature_extractors.DiffusionFeatureExtractor(None)
     if backbone.backbone == DECODED_IMAGE:
         feature_extractors.DifferentiableClipVision(clip_vision)
-        feature_extractors.check_vae(vae)
+        feature_extractors.check_decoding_vae(vae)
     return feature_extractors.make_trunk_factory(model, vae, clip_vision)
 
 

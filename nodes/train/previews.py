@@ -136,10 +136,12 @@ class PreviewRenderer:
     def refresh_conditioning(self, shown: SamplePrompt) -> dict:
         """The conditioning to sample with: while the text encoder is trained, texts are encoded again each time."""
         session = self.session
-        if session.encode_captions is not None and shown.caption is not None:
+        if session.text_adapters is None:
+            return shown.cond
+        if shown.caption is not None:
             batch = types.SimpleNamespace(captions=[shown.caption], conds=[shown.cond])
             return session.encode_captions(batch)[0]
-        if session.encode_captions is not None and shown.prompt is not None:
+        if shown.prompt is not None:
             return {**host.session.extract_size_conditioning(shown.cond), **session.encode_prompt(shown.prompt)}
         return shown.cond
 

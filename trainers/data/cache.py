@@ -4,7 +4,7 @@ A changed image, setting or model gives another name, so nothing stale is ever r
 encode that was killed continues where it stopped. In memory only the last-used values stay, up to a budget.
 
 Files lie in folders named by the first two digits of their key, because many tools and file systems are slow with one
-folder of 100 000 files. What a tensor's values do not need is not written (see `pack_tensors`); it is there again, in
+folder of 100 000 files. What a tensor's values do not need is not written (see `pack_tensor`); it is there again, in
 every value, when the tensor is read.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_state_tree, remove_stale_parts, unpack_state_tree, write_state_tree
+from ..files import read_state_tree, remove_stale_parts_once, unpack_state_tree, write_state_tree
 
 MIB = 2**20
 SHARD_DIGITS = 2  # 256 folders
@@ -69,7 +69,7 @@ class DiskCache:
         self.reader: ThreadPoolExecutor | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, *self.folder.glob("[0-9a-f]" * SHARD_DIGITS)):
-            remove_stale_parts(folder)
+            remove_stale_parts_once(folder)
         self.move_unsharded_files()
 
     def path(self, key: str) -> Path:

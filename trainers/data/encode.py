@@ -158,7 +158,7 @@ def encode_dataset(
         plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground)
         for record, placement in place_records(dataset, buckets)
     ]
-    check_text_lengths(plans, captions.trigger, text, check_interrupt)
+    require_readable_texts(plans, captions.trigger, text, check_interrupt)
     cache = DiskCache(cache_dir)
     require_trained_pixels(plans, cache, check_interrupt)
     texts = {"": caption_key("", text)} | {c: k for p in plans for c, k in zip(p.captions, p.caption_keys, strict=True)}
@@ -233,7 +233,7 @@ def check_trigger_placeholders(dataset):
         )
 
 
-def check_text_lengths(plans: list[EncodingPlan], trigger: str, text: TextEncoderProtocol, check_interrupt) -> None:
+def require_readable_texts(plans: list[EncodingPlan], trigger: str, text: TextEncoderProtocol, check_interrupt) -> None:
     """ValueError for the trigger or the first caption that is too long to be trained with."""
     require_readable_length(
         trigger, "The trigger", text.count_tokens, "A trigger is a word or two; write what the image shows in captions."

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ...files import write_bytes_atomically
+from ...files import read_json_object, write_bytes_atomically
 from ...settings import compute_fingerprint
 from ..contact_sheet import NEUTRAL_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet, make_thumbnail
 from ..quality.bars import detect_bars
@@ -151,7 +151,9 @@ def analyse_sources(
     seen is kept."""
     if not settings.trim and settings.contrast == CONTRAST_OFF:
         return [CollageSource(record) for record in records], []
-    seen = read_json_object(file)
+    seen = {}
+    with suppress(ValueError):  # not there yet, or damaged: then all images are looked at again
+        seen = read_json_object(file)
     known = len(seen)
     sources, lost = [], []
     try:
@@ -586,10 +588,3 @@ def draw_collages_sheet(built: CollageResult, limit: int = MAX_SHEET_COLLAGES) -
         cell=256,
         title=f"{len(built.collages)} collages" + (f", {limit} shown" if len(built.collages) > limit else ""),
     )
-
-
-def read_json_object(file: Path) -> dict:
-    with suppress(OSError, ValueError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
