@@ -390,15 +390,15 @@ def note_unread_columns(rows: Iterable[Any]) -> list[str]:
     if not unread:
         return []
     near = [(key, difflib.get_close_matches(key.strip().lower(), IMAGE_KEYS, 1, 0.75)) for key in unread]
-    shown = [f"{make_text_printable(key)} ({match[0]}?)" if match else make_text_printable(key) for key, match in near]
+    shown = [f"{make_printable(key)} ({match[0]}?)" if match else make_printable(key) for key, match in near]
     return [
         f"{format_count(shown, 'column')} not read: {format_first_names(shown, 12)}. Read are the image's name and "
         f"{', '.join(IMAGE_KEYS)}"
     ]
 
 
-def make_text_printable(text: str) -> str:
-    """A text as it can be shown: what is no character becomes a question mark."""
+def make_printable(text: str) -> str:
+    """A text, such as a file name, as it can be shown and saved: bytes that are no UTF-8 become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

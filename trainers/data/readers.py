@@ -43,6 +43,7 @@ from .metadata import (
     format_first_names,
     is_file_or_broken_link,
     list_text_extensions,
+    make_printable,
     merge_metadata,
     read_file_bytes,
     read_metadata_table,
@@ -199,11 +200,6 @@ def require_folder(path) -> Path:
     if not root.is_dir():
         raise ValueError(f"{root} is a file. Give the folder that holds the images.")
     return root
-
-
-def make_printable(name: str) -> str:
-    """A file name as text: bytes that are no UTF-8 become question marks."""
-    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def format_no_images_found(root: Path, skipped) -> str:
