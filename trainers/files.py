@@ -271,20 +271,58 @@ def unpack_state_node(shape, tensors) -> Any:
     return {unpack_state_node(k, tensors): unpack_state_node(v, tensors) for k, v in value}
 
 
+# -- checksums of files that other tools read -------------------------------------------------------------------------
+
+HASH_KEY = "modelspec.hash_sha256"  # of the values
+METADATA_HASH_KEY, METADATA_HASH_MARK = "trainyard.metadata_hash", "sha256 of the metadata: "
+ALTERED_METADATA = (
+    f"the metadata is not what was saved ({METADATA_HASH_KEY} differs): the file is damaged, or another program "
+    "changed it"
+)
+
+
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and values: what modelspec.hash_sha256 holds."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def seal_metadata(metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The metadata with a checksum of it and of the tensors' types and shapes; HASH_KEY holds that of their values."""
+    return {**metadata, METADATA_HASH_KEY: hash_metadata(metadata, tensors)}
+
+
+def is_metadata_altered(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bool:
+    """Whether it is not what `seal_metadata` gave. False for files without the checksum, of other tools and of the
+    first releases. The checksum is known by its key and by its beginning, of which one flipped bit leaves one whole."""
+    sealed = any(key == METADATA_HASH_KEY or text.startswith(METADATA_HASH_MARK) for key, text in metadata.items())
+    return sealed and metadata.get(METADATA_HASH_KEY) != hash_metadata(metadata, tensors)
+
+
+def hash_metadata(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    rest = {key: text for key, text in metadata.items() if key != METADATA_HASH_KEY}
+    kinds = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in tensors.items()}
+    text = json.dumps([rest, kinds], sort_keys=True)
+    return f"{METADATA_HASH_MARK}{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 # -- LoRA files --------------------------------------------------------------------------------------------------------
 
 
 TRAINING_COMMENT = "trained by Trainyard"
-HASH_KEY = "modelspec.hash_sha256"
 
 
 class LoraFile(dict):
     """A LORA_MODEL: tensors by key, as ComfyUI's own nodes expect, with the metadata of its file and the steps it was
-    trained."""
+    trained. damage: what is to be told of a file whose metadata is not what was saved."""
 
-    def __init__(self, tensors, metadata=None, steps=0):
+    def __init__(self, tensors, metadata=None, steps=0, damage=""):
         super().__init__(require_tensors(tensors))
         self.metadata, self.steps = {str(k): as_metadata_text(v) for k, v in dict(metadata or {}).items()}, steps
+        self.damage = damage
 
 
 def as_lora_file(lora) -> LoraFile:
@@ -376,15 +414,6 @@ def kohya_network_args(adapter) -> dict:
     return conv | kinds.get(adapter.algorithm, {})
 
 
-def tensor_hash(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and values: what modelspec.hash_sha256 holds."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
     """Write a LORA_MODEL with its metadata. Raises ValueError rather than keep NaN, or a file that would change
     nothing."""
@@ -401,12 +430,13 @@ def write_lora(path, lora: LoraFile, extra: dict[str, str] | None = None):
             "learning rate."
         )
     metadata = {**lora.metadata, HASH_KEY: f"0x{tensor_hash(lora)}", **(extra or {})}
-    write_safetensors(path, lora, metadata)
+    write_safetensors(path, lora, seal_metadata(metadata, lora))
 
 
 def read_lora(path) -> LoraFile:
     """A LoRA file of any tool. Raises ValueError when it is no safetensors file, when it holds more tensors than any
-    LoRA, or when it is one of ours whose values are not those that were written."""
+    LoRA, or when it is one of ours whose values are not those that were written. Metadata that is not what was written
+    changes no picture, and programs that edit or resize LoRAs change it on purpose: it is told in `damage`."""
     tensors, metadata = read_safetensors(path, most=MAX_LORA_TENSORS)
     written = metadata.get(HASH_KEY)
     ours = metadata.get("ss_training_comment") == TRAINING_COMMENT  # others hash other things under that key
@@ -417,7 +447,8 @@ def read_lora(path) -> LoraFile:
             "metadata."
         )
     steps = metadata.get("ss_steps", "")
-    return LoraFile(tensors, metadata, int(steps) if steps.isdecimal() else 0)
+    damage = f"{path}: {ALTERED_METADATA}" if is_metadata_altered(metadata, tensors) else ""
+    return LoraFile(tensors, metadata, int(steps) if steps.isdecimal() else 0, damage)
 
 
 def rescale_lora(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFile:

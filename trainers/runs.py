@@ -257,7 +257,7 @@ class RunFolder:
             return None
         except ValueError:  # told by `load`, which can do something about it
             return None
-        if state["fingerprint"] != self.fingerprint or state["step"] != about["step"]:
+        if lora.damage or state["fingerprint"] != self.fingerprint or state["step"] != about["step"]:
             return None
         return LoraFile(lora, lora.metadata, state.get("delivered", state["step"])), state["losses"].tolist()
 

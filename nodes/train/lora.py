@@ -73,6 +73,12 @@ def file_matches_lora(path, lora) -> bool:
     return there.keys() == lora.keys() and all(torch.equal(there[k], lora[k].cpu()) for k in there)
 
 
+def tell_on_node(node, text: str) -> None:
+    """Show it on the node and in the log."""
+    host.progress.log_warning(text)
+    host.progress.show_node_text(text, node.hidden and node.hidden.unique_id)
+
+
 class LoadLora(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -89,6 +95,7 @@ class LoadLora(io.ComfyNode):
                 LoraModelType.Output("lora", display_name="lora", tooltip="For Apply LoRA and Save LoRA."),
                 io.String.Output("about", display_name="about", tooltip="The file's metadata, one entry per line."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -99,8 +106,10 @@ class LoadLora(io.ComfyNode):
     @classmethod
     def execute(cls, file):
         lora = read_lora(paths.lora_path(file))
-        about = "\n".join(f"{k}: {v}" for k, v in sorted(lora.metadata.items()) if k not in ("workflow", "prompt"))
-        return io.NodeOutput(lora, about)
+        if lora.damage:
+            tell_on_node(cls, lora.damage)
+        told = [f"{k}: {v}" for k, v in sorted(lora.metadata.items()) if k not in ("workflow", "prompt")]
+        return io.NodeOutput(lora, "\n".join([*filter(None, [lora.damage]), *told]))
 
 
 class ApplyLora(io.ComfyNode):
@@ -137,8 +146,7 @@ class ApplyLora(io.ComfyNode):
         patched = host.lora_keys.apply_lora(model, clip, lora, strength)
         left_out = host.lora_keys.describe_left_out_layers(model, clip, lora)
         if left_out:
-            host.progress.log_warning(left_out)
-            host.progress.show_node_text(left_out, cls.hidden and cls.hidden.unique_id)
+            tell_on_node(cls, left_out)
         return io.NodeOutput(*patched, ui=ui.PreviewText(left_out) if left_out else None)
 
 

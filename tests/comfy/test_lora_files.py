@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from trainyard.nodes import host
 from trainyard.nodes.train import lora as nodes
 from trainyard.tests.comfy.families import make
-from trainyard.trainers.files import LoraFile
+from trainyard.trainers.files import LoraFile, write_lora
 
 TEXT_LAYERS = [f"lora_te1_text_model_encoder_layers_{i}_mlp_fc1" for i in range(8)]
 
@@ -92,6 +92,17 @@ def test_a_file_whose_number_of_steps_is_a_word_loads(folders, comfy, monkeypatc
     monkeypatch.setattr(nodes.paths, "lora_path", lambda _: folders / "odd.safetensors")
     lora, about = nodes.LoadLora.execute("odd.safetensors").result
     assert lora.steps == 0 and about == "ss_steps: many"
+
+
+def test_a_file_whose_metadata_was_changed_loads_and_says_so(folders, comfy, monkeypatch, caplog):
+    write_lora(folders / "star.safetensors", LoraFile({"a": torch.ones(2)}, {"ss_steps": "3"}))
+    blob = (folders / "star.safetensors").read_bytes()
+    (folders / "star.safetensors").write_bytes(blob.replace(b'"ss_steps":"3"', b'"ss_steps":"7"'))
+    monkeypatch.setattr(nodes.paths, "lora_path", lambda _: folders / "star.safetensors")
+    with caplog.at_level(logging.WARNING):
+        lora, about = nodes.LoadLora.execute("star.safetensors").result
+    assert lora["a"].tolist() == [1, 1] and "the metadata is not what was saved" in about.splitlines()[0]
+    assert "the metadata is not what was saved" in caplog.text
 
 
 @pytest.mark.parametrize("losses", [None, {}, {"loss": None}, {"loss": ["a"]}, [1.0], {"loss": 3}])

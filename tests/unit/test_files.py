@@ -330,6 +330,7 @@ def test_a_lora_file_holds_its_tensors_its_metadata_and_a_hash_of_its_values(tmp
     tensors, told = read_safetensors(tmp_path / "star.safetensors")
     assert all(torch.equal(tensors[k], v) for k, v in made.items()) and tensors.keys() == made.keys()
     assert told.pop("prompt") == "{}"
+    assert told.pop("trainyard.metadata_hash").startswith("sha256 of the metadata: ")
     assert told.pop("modelspec.hash_sha256") == f"0x{tensor_hash(tensors)}"
     assert told == made.metadata
 
@@ -372,6 +373,43 @@ def test_a_damaged_lora_of_ours_is_told_by_its_hash(tmp_path):
         path.write_bytes(flipped(blob, bit))
         with pytest.raises(ValueError, match=r"star\.safetensors is damaged: its values are not those that were saved"):
             read_lora(path)
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_no_flipped_bit_in_the_header_of_a_lora_goes_unnoticed(start, tmp_path):
+    """Every 7th bit from each start, so each bit of lengths, names, types, shapes, metadata and checksums: an error, a
+    word on it, or the same content."""
+    path = tmp_path / "star.safetensors"
+    write_lora(path, LoraFile(lora(), {"ss_training_comment": files.TRAINING_COMMENT, "ss_steps": "300", "é": ""}))
+    blob, written = path.read_bytes(), read_safetensors(path)[1]
+    assert read_lora(path).damage == ""
+    for bit in range(start, 8 * (8 + int.from_bytes(blob[:8], "little")), 7):
+        path.write_bytes(flipped(blob, bit))
+        try:
+            back = read_lora(path)
+        except ValueError:
+            continue
+        same_content = back.metadata == written and all(same(back[key], value) for key, value in lora().items())
+        assert back.damage or (same_content and back.keys() == lora().keys()), bit
+
+
+def test_metadata_that_another_program_changed_is_told_and_the_lora_is_read(tmp_path):
+    """Also where it took our mark away, or kept the checksum while it changed all values, as kohya's resizing does."""
+    path = tmp_path / "star.safetensors"
+    write_lora(path, lora())
+    tensors, metadata = read_safetensors(path)
+    write_safetensors(path, tensors, {**metadata, "ss_output_name": "moon"})
+    assert "the metadata is not what was saved (trainyard.metadata_hash differs)" in read_lora(path).damage
+    resized = {key: value * 2 for key, value in tensors.items()}
+    write_safetensors(path, resized, {**metadata, "ss_training_comment": "resized; trained by Trainyard"})
+    assert read_lora(path).damage and read_lora(path)["lora_unet_attn_to_q.alpha"] == 4
+    write_lora(path, read_lora(path))
+    assert not read_lora(path).damage
+
+
+def test_a_lora_of_the_first_releases_has_no_checksum_of_its_metadata_and_is_read(tmp_path):
+    write_safetensors(tmp_path / "old", lora(), {**metadata(), "modelspec.hash_sha256": f"0x{tensor_hash(lora())}"})
+    assert read_lora(tmp_path / "old").damage == "" and read_lora(tmp_path / "old").steps == 300
 
 
 def test_a_lora_of_another_tool_is_read_whatever_its_hash_says(tmp_path):

@@ -371,6 +371,16 @@ def test_a_run_that_misses_a_file_is_not_taken_for_finished_and_can_be_finished_
     assert store.load_finished() is not None and store.lora_path(4).read_bytes() == before
 
 
+def test_a_finished_lora_with_a_flipped_bit_in_its_metadata_is_made_again(tmp_path):
+    _, store = kept(tmp_path, 4)
+    whole = store.lora_path(4).read_bytes()
+    at = whole.index(b"ss_steps")
+    store.lora_path(4).write_bytes(whole[:at] + b"r" + whole[at + 1 :])
+    assert store.load_finished() is None
+    kept(tmp_path, 4)
+    assert store.lora_path(4).read_bytes() == whole
+
+
 def test_a_longer_run_is_not_finished_by_the_lora_of_the_shorter_one(tmp_path, monkeypatch):
     """3 steps are done; the run goes on to 6 and dies between its state and its LoRA: `toy.safetensors` is still that
     of step 3."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from trainyard.tests.unit.toy import Denoiser, rng
-from trainyard.trainers.files import read_safetensors, write_safetensors
+from trainyard.trainers.files import METADATA_HASH_KEY, read_safetensors, write_safetensors
 from trainyard.trainers.scores.files import (
     check_score_latent_format,
     is_whole_score_model,
@@ -241,6 +241,7 @@ def test_what_a_newer_version_wrote_is_refused(tmp_path):
     file = tmp_path / "m.safetensors"
     write_score_model(file, model())
     tensors, metadata = read_safetensors(file)
+    metadata.pop(METADATA_HASH_KEY)
     about = json.loads(metadata["about"])
     write_safetensors(file, tensors, {**metadata, "about": json.dumps({**about, "mood": 3})})
     with pytest.raises(ValueError, match="made by a newer version: it says mood. Update Trainyard"):
@@ -261,6 +262,17 @@ def test_a_flipped_bit_in_a_score_model_is_told(tmp_path):
         read_score_model(file)
 
 
+def test_a_flipped_bit_in_what_a_score_model_says_of_itself_is_told(tmp_path):
+    """A mean of ratings of 5 that became 7 reads as well as before."""
+    file = tmp_path / "m.safetensors"
+    write_score_model(file, model(), {"note": "the mean is 5"})
+    blob = file.read_bytes()
+    file.write_bytes(blob.replace(b"the mean is 5", b"the mean is 7"))
+    assert not is_whole_score_model(file)
+    with pytest.raises(ValueError, match="m.safetensors: the metadata is not what was saved.*Save it again"):
+        read_score_model(file)
+
+
 def test_other_and_damaged_files_are_refused_in_words(tmp_path):
     file = tmp_path / "m.safetensors"
     write_safetensors(file, {"a": torch.zeros(1)}, {})
@@ -268,6 +280,7 @@ def test_other_and_damaged_files_are_refused_in_words(tmp_path):
         read_score_model(file)
     write_score_model(file, model())
     tensors, metadata = read_safetensors(file)
+    metadata.pop(METADATA_HASH_KEY)
     write_safetensors(file, dict(list(tensors.items())[:-1]), metadata)
     with pytest.raises(
         ValueError, match="m.safetensors does not hold the weights that it says it holds.*may be damaged"

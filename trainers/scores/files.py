@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..files import HASH_KEY, read_safetensors, tensor_hash, write_safetensors
+from ..files import (
+    ALTERED_METADATA,
+    HASH_KEY,
+    is_metadata_altered,
+    read_safetensors,
+    seal_metadata,
+    tensor_hash,
+    write_safetensors,
+)
 from .networks import ScoreModelInfo, ScorerEnsemble, build_scorer, call_with_seed
 
 SCORE_MODEL_KEY, SCORE_MODEL_VERSION = "trainyard.score_model", "1"
@@ -43,7 +51,8 @@ def write_score_model(path, model: ScorerEnsemble, extra: dict[str, str] | None 
         "modelspec.title": f"score model ({model.info.backbone}, {model.info.task})",
         HASH_KEY: f"0x{tensor_hash(tensors)}",
     }
-    write_safetensors(path, tensors, {SCORE_MODEL_KEY: SCORE_MODEL_VERSION, "about": info, **spec, **(extra or {})})
+    metadata = {SCORE_MODEL_KEY: SCORE_MODEL_VERSION, "about": info, **spec, **(extra or {})}
+    write_safetensors(path, tensors, seal_metadata(metadata, tensors))
 
 
 def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None = None) -> ScorerEnsemble:
@@ -52,6 +61,7 @@ def read_score_model(path, trunk: Callable[[ScoreModelInfo], nn.Module] | None =
     Raises ValueError for files of another kind or a newer version, and for weights that do not fit the file's own
     info."""
     tensors, metadata = read_safetensors(path)
+    check_score_model_metadata(tensors, metadata, path)
     info = parse_score_model_info(metadata, Path(path).name)
     networks = [call_with_seed(0, lambda: build_scorer(info, trunk and trunk(info))) for _ in range(info.members)]
     for number, network in enumerate(networks):
@@ -80,10 +90,17 @@ def check_score_model_hash(tensors, metadata: dict[str, str], path) -> None:
         )
 
 
+def check_score_model_metadata(tensors, metadata: dict[str, str], path) -> None:
+    """ValueError unless the metadata, which says what the weights mean, is what was saved."""
+    if is_metadata_altered(metadata, tensors):
+        raise ValueError(f"{path}: {ALTERED_METADATA}. Save it again, or fetch it again.")
+
+
 def is_whole_score_model(path, *keys: str) -> bool:
     """Whether the file is an undamaged score model that has these keys in its metadata."""
     try:
         tensors, metadata = read_safetensors(path)
+        check_score_model_metadata(tensors, metadata, path)
         parse_score_model_info(metadata, Path(path).name)
         check_score_model_hash(tensors, metadata, path)
     except (OSError, ValueError, KeyError, TypeError):
