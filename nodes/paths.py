@@ -11,7 +11,7 @@ from pathlib import Path
 import folder_paths
 
 from ..trainers.data.folder_listing import list_folder
-from ..trainers.file_names import find_name_problem
+from ..trainers.file_names import check_path_length, find_name_problem
 
 NO_DATASET_FOLDER = "(no folder yet)"
 NO_MASKS = "(none)"
@@ -468,6 +468,7 @@ def new_score_model_path(name: str, is_the_same) -> Path:
 
 def first_free_path(root: Path, plain: str, name: str, is_the_same) -> Path:
     path, count = resolve_inside_root(root, f"{plain}.safetensors", name), 2
+    check_path_length(root / f"{plain}{LONGEST_SUFFIX}")
     while path.exists() and not is_the_same(path):
         path = resolve_inside_root(root, f"{plain}_{count}.safetensors", name)
         count += 1

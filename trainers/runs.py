@@ -28,8 +28,16 @@ from pathlib import Path
 
 import torch
 
-from .file_names import MAX_NAME_BYTES, find_name_problem
-from .files import LoraFile, read_lora, read_state_tree, write_bytes_atomically, write_lora, write_state_tree
+from .file_names import MAX_NAME_BYTES, check_path_length, find_name_problem
+from .files import (
+    LoraFile,
+    new_part_path,
+    read_lora,
+    read_state_tree,
+    write_bytes_atomically,
+    write_lora,
+    write_state_tree,
+)
 from .loop import mean_recent_loss
 from .run_records import (
     NEXT_STATE_FILE,
@@ -122,6 +130,8 @@ class RunFolder:
                 f"write to {existing}, free some space there, or start it with another --output-directory.",
             ) from error
         self.check_file_names(existing)
+        for path in (self.lora_path(self.steps - 1), new_part_path(self.samples_folder)):  # the longest of all
+            check_path_length(path)
 
     def check_file_names(self, existing: Path):
         """ValueError for names that this very disk does not take, and for folders and pipes in the place of files."""

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from trainyard.nodes import host
 from trainyard.nodes.train import lora as nodes
 from trainyard.tests.comfy.families import make
+from trainyard.trainers import file_names
 from trainyard.trainers.files import LoraFile, write_lora
 
 TEXT_LAYERS = [f"lora_te1_text_model_encoder_layers_{i}_mlp_fc1" for i in range(8)]
@@ -109,3 +110,9 @@ def test_a_file_whose_metadata_was_changed_loads_and_says_so(folders, comfy, mon
 def test_what_is_no_list_of_losses_is_refused_in_words(losses):
     with pytest.raises(ValueError, match="losses holds no list of numbers named loss; connect the LOSS_MAP"):
         nodes.LossPlot.execute(losses)
+
+
+def test_a_lora_whose_path_windows_does_not_take_is_refused(folders, comfy, monkeypatch):
+    monkeypatch.setattr(file_names, "PLATFORM", "win32")
+    with pytest.raises(ValueError, match="Windows takes 259 while long paths are off"):
+        nodes.SaveLora.execute(LoraFile({"a": torch.ones(2)}), "/".join(["x" * 100] * 3))

@@ -9,6 +9,7 @@ when every file in it came from here: nothing that a person put there is lost.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..file_names import check_path_length
 from ..files import new_part_path, remove_stale_parts
 from ..settings import Settings, choice_field, compute_fingerprint, number_field, text_field
 from .file_endings import CONDITION_SUFFIX, FORMAT_ENDINGS, JPEG_ENDINGS, MASK_SUFFIX, MASK_SUFFIXES, image_extensions
@@ -119,6 +121,8 @@ def save_dataset(
     lines = any(len(record.captions) > 1 for record in dataset)
     remove_stale_parts(target.parent)
     part = new_part_path(target.parent)
+    for destination, root in itertools.product(destinations, (part, target)):
+        check_path_length(root / destination.folder / (destination.stem + MASK_SUFFIX))
     try:
         part.mkdir(parents=True)
         for done, destination in enumerate(destinations, 1):
