@@ -2,6 +2,7 @@
 
 .venv/bin/python benchmarks/large_datasets.py cache      bytes and reads of the cache of Encode Dataset
 .venv/bin/python benchmarks/large_datasets.py folders    schemas and Load Dataset with 20 000 images in input/
+.venv/bin/python benchmarks/large_datasets.py server     the same of a real server: its node list and Load Dataset, cold and warm
 .venv/bin/python benchmarks/large_datasets.py import     what the pack's import adds to the start of ComfyUI
 """
 
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import importlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -102,7 +104,7 @@ def measure_folders():
 
 def draw_images(folder: Path) -> None:
     """Small PNGs of different bytes, long since there, and a caption for each."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(IMAGES):
         file = folder / f"{number:05}.png"
         image = Image.new("RGB", (64, 64), (number % 256, number // 256, 7))
@@ -116,6 +118,45 @@ def print_seconds(name: str, call) -> None:
     start = time.process_time()
     call()
     print(f"{name:60} {time.process_time() - start:8.2f} CPU s", flush=True)
+
+
+# -- server ------------------------------------------------------------------------------------------------------------
+
+
+def measure_server():
+    """Wall seconds. The node list without and with the pack: the difference is the pack's share."""
+    from trainyard.tests.comfy.server import PACKS, Server
+
+    with tempfile.TemporaryDirectory() as base:
+        for place in ("input/many", "input"):
+            draw_images(Path(base) / place)
+            for packs in ({}, {"trainyard": PACKS["trainyard"]}):
+                with Server(base, packs=packs) as server:
+                    times = [time_call(server.get, "/object_info") for _ in range(6)]
+                words = f"images in {place}, {'with' if packs else 'without'} the pack"
+                print(f"node list, {words}: {times[0]:.2f} s, then {min(times[1:]):.2f} s", flush=True)
+            if place == "input/many":
+                measure_server_reading(base)
+                shutil.rmtree(Path(base) / place)
+
+
+def measure_server_reading(base: str) -> None:
+    """Load Dataset on a server that is started twice."""
+    from trainyard.tests.comfy.server import PACKS, Server
+
+    for start in ("first start", "second start"):
+        with Server(base, packs={"trainyard": PACKS["trainyard"]}) as server:
+            for repeats in (1, 2):  # another value, or the host would take the result that it has
+                inputs = {"folder": "input/many", "repeats": repeats, "alpha_mask": False}
+                prompt = {
+                    "1": {"class_type": "TrainyardLoadDataset", "inputs": inputs},
+                    "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
+                }
+                begin = time.perf_counter()
+                run = server.run(prompt)
+                if not run.ok:
+                    raise RuntimeError(run.why)
+                print(f"Load Dataset, {start}, run {repeats}: {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 # -- import ------------------------------------------------------------------------------------------------------------
@@ -132,7 +173,7 @@ def measure_import():
     print(f"{time.process_time() - start:.2f} CPU seconds, {len(new)} modules, {new.count('trainyard')} of them ours")
 
 
-COMMANDS = {"cache": measure_cache, "folders": measure_folders, "import": measure_import}
+COMMANDS = {"cache": measure_cache, "folders": measure_folders, "server": measure_server, "import": measure_import}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

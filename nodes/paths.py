@@ -217,6 +217,13 @@ def cache_folder() -> Path:
     return next((root / CACHE_NAME for root in ordered if (root / CACHE_NAME).is_dir()), ordered[0] / CACHE_NAME)
 
 
+def image_facts_file() -> Path:
+    """What was found out about the images of datasets: safe to delete."""
+    from ..trainers.data.fact_store import FACTS_FILE
+
+    return cache_folder() / FACTS_FILE
+
+
 def loras_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "loras"
 

@@ -23,6 +23,7 @@ from .data.caption_variants import (
 )
 from .data.encode import encode_dataset
 from .data.encoded import most_common_bucket
+from .data.fact_store import FACTS_FILE
 from .data.images import tensor_to_image
 from .data.readers import read_folder, require_captions
 from .data.records import describe_colour_profiles
@@ -264,7 +265,11 @@ class CommandLineJob:
             self.screen.update_line(f"reading {done}/{total} {name}")
 
         dataset = read_folder(
-            self.args.images, self.args.caption_extension, alpha_mask=self.args.alpha_mask, progress=progress
+            self.args.images,
+            self.args.caption_extension,
+            alpha_mask=self.args.alpha_mask,
+            progress=progress,
+            facts_file=self.args.out / ".cache" / FACTS_FILE,
         )
         self.screen.print_line(f"{len(dataset)} images in {self.args.images}")
         used = {record.path for record in dataset}

@@ -114,6 +114,7 @@ class LoadDataset(io.ComfyNode):
             caption_lines=caption_lines,
             masks=paths.resolve_mask_folder(masks),
             metadata=paths.resolve_file_in_folder(path, metadata),
+            facts_file=paths.image_facts_file(),
         )
         return io.NodeOutput(dataset, format_dataset_summary(dataset))
 

@@ -109,7 +109,9 @@ class LoadRatedPictures(io.ComfyNode):
     def execute(cls, folder, ratings=RATING_SOURCES[0]):
         from ...trainers.scores.reports import format_rating_summary
 
-        dataset = read_rated_folder(paths.resolve_dataset_folder(folder), ratings, make_cancellable_progress(cls))
+        dataset = read_rated_folder(
+            paths.resolve_dataset_folder(folder), ratings, make_cancellable_progress(cls), paths.image_facts_file()
+        )
         summary = "\n".join([format_rating_summary(dataset), format_dataset_summary(dataset)])
         host.progress.show_node_text(summary.splitlines()[0], cls.hidden.unique_id)
         return io.NodeOutput(dataset, summary)

@@ -9,7 +9,6 @@ from datetime import datetime
 import pytest
 from PIL import Image
 from trainyard.trainers.data.captions.sidecars import write_caption_files
-from trainyard.trainers.data.companions import FolderNames
 from trainyard.trainers.data.file_endings import UNREAD_IMAGE_ENDINGS, VIDEO_ENDINGS, image_extensions
 from trainyard.trainers.data.ratings import RATINGS_IN_FOLDER_NAMES, read_rated_folder
 from trainyard.trainers.data.readers import read_folder
@@ -292,13 +291,23 @@ def test_a_caption_is_written_to_the_file_that_it_was_read_from(tmp_path, captio
 def test_a_folder_is_listed_once_for_all_its_images(tmp_path, monkeypatch):
     for number in range(20):
         image(tmp_path / f"{number}.png")
-    listed = []
-    listing = FolderNames.of_folder.__func__
-    monkeypatch.setattr(
-        FolderNames, "of_folder", classmethod(lambda cls, folder: listed.append(folder) or listing(cls, folder))
-    )
+    text(tmp_path / "0.txt", "a caption")
+    (tmp_path / "sub").mkdir()
+    image(tmp_path / "sub" / "not read.png")
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
     read_folder(tmp_path)
-    assert listed == [str(tmp_path)]
+    assert listed == [str(tmp_path), str(tmp_path / "sub")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["pipe", "a.txt", "b.png", "a.mask.png"])
+def test_a_named_pipe_is_told_and_not_waited_for(tmp_path, name):
+    image(tmp_path / "a.png")
+    os.mkfifo(tmp_path / name)
+    (record,) = dataset = read_folder(tmp_path)
+    assert record.path == str(tmp_path / "a.png") and not record.captions and record.mask is None
+    assert any("1 other file not read" in line for line in describe_left_out(dataset)), dataset.skipped
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

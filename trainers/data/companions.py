@@ -1,4 +1,5 @@
-"""The files beside an image that carry its name: captions, masks, ratings.
+"""The files of a dataset's folders, each of which is listed once, and those beside an image that carry its name:
+captions, masks, ratings.
 
 cat.txt belongs to cat.png. So do cat.TXT and cat.png.txt, and accents may be written in one character or in two (NFC
 and NFD), because systems change that when files are copied. A file of exactly the image's stem and ending counts first.
@@ -7,13 +8,14 @@ and NFD), because systems change that when files are copied. A file of exactly t
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .file_endings import is_image_name
-from .folder_listing import entry_is_folder
+from .folder_listing import require_listing
 
 
 def compose_name(name: str) -> str:
@@ -23,22 +25,26 @@ def compose_name(name: str) -> str:
 
 @dataclass
 class FolderNames:
-    """The names of the files in one folder; links to nowhere count, so that they are reported."""
+    """The names in one folder. Links to nowhere count as files, so that they are reported."""
 
+    folders: tuple[str, ...] = ()
     files: set[str] = field(default_factory=set)
-    by_key: dict[str, list[str]] = field(default_factory=dict)  # composed and in small letters -> names
-    image_stems: set[str] = field(default_factory=set)  # composed, of what is read as an image
+    others: tuple[str, ...] = ()  # pipes and the like, which nobody opens
+    images: list[str] = field(default_factory=list)  # of what is read as an image
+    by_key: dict[str, list[str]] = field(default_factory=dict)  # files: composed and in small letters -> names
+    image_stems: set[str] = field(default_factory=set)  # composed
     image_names: set[str] = field(default_factory=set)  # the same with their endings
 
     @classmethod
     def of_folder(cls, folder) -> FolderNames:
-        found = cls()
-        with os.scandir(folder) as entries:
-            found.files.update(entry.name for entry in entries if not entry_is_folder(entry))
+        listing = require_listing(folder)
+        files = {name for names in (*listing.files.values(), listing.broken_links) for name in names}
+        found = cls(listing.folders, files, listing.others)
         for name in sorted(found.files):
             composed = compose_name(name)
             found.by_key.setdefault(composed.lower(), []).append(name)
             if is_image_name(name):
+                found.images.append(name)
                 found.image_stems.add(os.path.splitext(composed)[0])
                 found.image_names.add(composed)
         return found
@@ -61,16 +67,27 @@ class FolderNames:
 
 
 class CompanionFiles:
-    """Finds the files that belong to images. Each folder is listed once, at the first question."""
+    """Finds the files that belong to images, and the folders and images in a folder. Each folder is listed once, at the
+    first question."""
 
     def __init__(self):
-        self.folders: dict[str, FolderNames] = {}
+        self.known: dict[str, FolderNames] = {}
 
     def names_in(self, folder) -> FolderNames:
+        """Raises ValueError where the folder cannot be read."""
         folder = os.fspath(folder)
-        if folder not in self.folders:
-            self.folders[folder] = FolderNames.of_folder(folder)
-        return self.folders[folder]
+        if folder not in self.known:
+            self.known[folder] = FolderNames.of_folder(folder)
+        return self.known[folder]
+
+    def list_subfolders(self, folder: Path) -> list[Path]:
+        """The folders directly inside one, without hidden ones, in natural order."""
+        names = [name for name in self.names_in(folder).folders if not name.startswith(".")]
+        return [folder / name for name in sorted(names, key=natural_sort_key)]
+
+    def list_images(self, folder: Path) -> list[Path]:
+        """The images directly inside a folder, in natural order."""
+        return [folder / name for name in sorted(self.names_in(folder).images, key=natural_sort_key)]
 
     def find(self, image: Path, endings: Sequence[str], whole_name: bool = True) -> Path | None:
         """The file beside the image that is called after it and ends in the first possible of these. whole_name: also
@@ -78,3 +95,9 @@ class CompanionFiles:
         folder, name = os.path.split(image)
         found = self.names_in(folder or ".").find_companion(name, endings, whole_name)
         return None if found is None else image.with_name(found)
+
+
+def natural_sort_key(name: str):
+    """Sort key in which image 2 comes before image 10."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

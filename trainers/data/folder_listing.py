@@ -1,5 +1,5 @@
-"""What lies in a folder, read again only when the folder has changed: a page that is opened asks for the files of every
-folder many times over."""
+"""What lies in a folder: as it is now, or read again only when the folder has changed, since a page that is opened asks
+for the files of every folder many times over."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class FolderListing:
     folders: tuple[str, ...] = ()
     linked_folders: frozenset[str] = frozenset()  # those of them that are links
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by their ending, in small letters
+    broken_links: tuple[str, ...] = ()  # to nowhere, or in a circle
+    others: tuple[str, ...] = ()  # pipes and the like
 
     def files_ending_in(self, endings) -> list[str]:
         """The names of all files with one of these endings, sorted."""
@@ -38,21 +40,21 @@ def list_folder(folder) -> FolderListing:
         if known and known[0] == changed:
             return known[1]
         KNOWN_FOLDERS.pop(path, None)
-        listing, lasting = read_listing(path)
+        listing = read_listing(path)
     except OSError:
         KNOWN_FOLDERS.pop(path, None)
         return FolderListing()
-    if lasting and time.time_ns() - changed > SETTLED_NS:
+    # what a broken link leads to may come to be at any time
+    if not listing.broken_links and time.time_ns() - changed > SETTLED_NS:
         while len(KNOWN_FOLDERS) >= MAX_KNOWN_FOLDERS:
             KNOWN_FOLDERS.pop(next(iter(KNOWN_FOLDERS)), None)
         KNOWN_FOLDERS[path] = changed, listing
     return listing
 
 
-def read_listing(path: str) -> tuple[FolderListing, bool]:
-    """(the listing, whether it holds until the folder changes: what a broken link leads to may come to be at any
-    time)."""
-    folders, linked, files, lasting = [], set(), {}, True
+def read_listing(path) -> FolderListing:
+    """What lies in the folder. Raises OSError where it cannot be read."""
+    folders, linked, files, broken, others = [], set(), {}, [], []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry_is_folder(entry):
@@ -61,14 +63,24 @@ def read_listing(path: str) -> tuple[FolderListing, bool]:
                     linked.add(entry.name)
             elif entry_is_file(entry):
                 files.setdefault(os.path.splitext(entry.name)[1].lower(), []).append(entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry):
+                broken.append(entry.name)
             else:
-                lasting = False
-    return (
-        FolderListing(
-            tuple(sorted(folders)), frozenset(linked), {ending: tuple(sorted(names)) for ending, names in files.items()}
-        ),
-        lasting,
+                others.append(entry.name)
+    by_ending = {ending: tuple(sorted(names)) for ending, names in files.items()}
+    return FolderListing(
+        tuple(sorted(folders)), frozenset(linked), by_ending, tuple(sorted(broken)), tuple(sorted(others))
     )
+
+
+def require_listing(folder) -> FolderListing:
+    """What lies in the folder now. Raises ValueError where it cannot be read."""
+    try:
+        return read_listing(folder)
+    except OSError as error:
+        raise ValueError(
+            f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions."
+        ) from error
 
 
 def entry_is_folder(entry: os.DirEntry) -> bool:

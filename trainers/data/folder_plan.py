@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .companions import CompanionFiles, compose_name
-from .file_endings import is_image_file, is_image_name
-from .folder_listing import entry_is_file, entry_is_folder
-from .metadata import MAX_REPEATS, is_file_or_broken_link, plain_relative_path
+from .companions import CompanionFiles, compose_name, natural_sort_key
+from .file_endings import is_image_file
+from .metadata import MAX_REPEATS, plain_relative_path
 from .unread_files import count_images_below, explain_nested_images, is_same
 
 KOHYA_FOLDER_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)
@@ -47,10 +45,10 @@ class FolderImage:
     folder_caption: str | None  # the name of its folder, which serves as the caption of an image without one
 
 
-def plan_folders(root: Path, masks: Path | None) -> FolderPlan:
+def plan_folders(root: Path, masks: Path | None, companions: CompanionFiles) -> FolderPlan:
     """Which folders are read, in natural order."""
     read, refused = [ReadFolder(root, 1, None)], {}
-    for folder in list_subfolders(root):
+    for folder in companions.list_subfolders(root):
         if is_same(folder, masks):
             continue
         try:
@@ -77,16 +75,16 @@ def parse_kohya_folder(folder: Path, root: Path) -> ReadFolder:
     return ReadFolder(folder, int(match[1]), match[2].strip())
 
 
-def list_unread_folders(plan: FolderPlan, used: set[Path]) -> list[tuple[Path, str]]:
+def list_unread_folders(plan: FolderPlan, used: set[Path], companions: CompanionFiles) -> list[tuple[Path, str]]:
     """(folder, reason) of folders with images that are not read, and of numbered ones that cannot be."""
     found = []
-    for folder in list_subfolders(plan.root):
+    for folder in companions.list_subfolders(plan.root):
         if is_same(folder, plan.masks):
             continue
         if plan.root.resolve().is_relative_to(folder.resolve()):  # a link: what lies below it is the root again
-            counts = Counter({folder: len(list_images(folder))})
+            counts = Counter({folder: len(companions.list_images(folder))})
         else:
-            counts = count_images_below(folder, plan.masks, used)
+            counts = count_images_below(folder, plan.masks, used, companions)
         own = counts.pop(folder, 0)
         if folder in plan.refused and (own or KOHYA_FOLDER_NAME.fullmatch(folder.name)):
             found.append((folder, plan.refused[folder]))
@@ -148,44 +146,8 @@ class NamedImages:
         return [self.found[file] for file in sorted(self.found, key=self.sort_key) if file not in known]
 
     def sort_key(self, file: Path):
-        return [natural_sort_key(Path(part)) for part in file.relative_to(self.plan.root).parts]
+        return [natural_sort_key(part) for part in file.relative_to(self.plan.root).parts]
 
 
 def is_below(file: Path, folder: Path | None) -> bool:
     return folder is not None and file.resolve().is_relative_to(folder.resolve())
-
-
-def list_subfolders(root: Path) -> list[Path]:
-    return sorted(
-        (
-            Path(root, entry.name)
-            for entry in scan_folder(root)
-            if entry_is_folder(entry) and not entry.name.startswith(".")
-        ),
-        key=natural_sort_key,
-    )
-
-
-def list_images(folder: Path) -> list[Path]:
-    images = (Path(folder, entry.name) for entry in scan_folder(folder) if is_image_entry(entry))
-    return sorted(images, key=natural_sort_key)
-
-
-def is_image_entry(entry: os.DirEntry) -> bool:
-    return is_image_name(entry.name) and (entry_is_file(entry) or is_file_or_broken_link(Path(entry)))
-
-
-def scan_folder(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise ValueError(
-            f"The folder {folder} cannot be read ({error.strerror or error}). Check its permissions."
-        ) from error
-
-
-def natural_sort_key(file: Path):
-    """Sort key in which image 2 comes before image 10."""
-    parts = re.split(r"([0-9]+)", file.name.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ..settings import Settings, choice_field, number_field, switch_field
 from .companions import CompanionFiles
-from .folder_plan import list_images, list_subfolders
 from .metadata import (
     ImageNameIndex,
     format_count,
@@ -37,14 +36,14 @@ MIN_RATED_IMAGES = 20
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_rated_folder(folder, source: str = RATINGS_IN_FILES, progress=None) -> ImageDataset:
+def read_rated_folder(folder, source: str = RATINGS_IN_FILES, progress=None, facts_file=None) -> ImageDataset:
     """The images of a folder with their ratings. files: as `read_folder`, and .score files. folder names: of
     subfolders such as `7.5_name` or `7.5`; the number is the rating, and no image is repeated."""
     if source not in RATING_SOURCES:
         raise ValueError(f"The source of ratings is {source!r}; choose one of {', '.join(RATING_SOURCES)}.")
     if source == RATINGS_IN_FOLDER_NAMES:
-        return read_folder_name_ratings(folder, progress)
-    return add_sidecar_scores(read_folder(folder, progress=progress))
+        return read_folder_name_ratings(folder, progress, facts_file)
+    return add_sidecar_scores(read_folder(folder, progress=progress, facts_file=facts_file))
 
 
 def add_sidecar_scores(dataset: ImageDataset) -> ImageDataset:
@@ -67,26 +66,29 @@ def read_score_file(file: Path) -> float:
     return score
 
 
-def read_folder_name_ratings(folder, progress=None) -> ImageDataset:
-    root = require_folder(folder)
-    rated = [(sub, RATED_FOLDER_NAME.fullmatch(sub.name)) for sub in list_subfolders(root) if list_images(sub)]
+def read_folder_name_ratings(folder, progress=None, facts_file=None) -> ImageDataset:
+    root, companions = require_folder(folder), CompanionFiles()
+    with_images = [sub for sub in companions.list_subfolders(root) if companions.list_images(sub)]
+    rated = [(sub, RATED_FOLDER_NAME.fullmatch(sub.name)) for sub in with_images]
     named = [(sub, float(match[1] or match[2])) for sub, match in rated if match]
     if not named:
         raise ValueError(
             f"No folder in {root} is named after a rating. Name them 7.5_name or 7.5, with the images inside."
         )
-    parts = [set_uniform_score(read_folder(sub, progress=progress), score) for sub, score in named]
+    read = lambda sub: read_folder(sub, progress=progress, facts_file=facts_file)
+    parts = [set_uniform_score(read(sub), score) for sub, score in named]
     missed = [(str(sub), "its name does not begin with a rating such as 7.5_") for sub, match in rated if not match]
-    missed += list_nested_folders(root, [sub for sub, _ in rated])
-    loose = [(str(file), "it lies in no folder that is called after a rating") for file in list_images(root)]
+    missed += list_nested_folders(root, with_images, companions)
+    loose = [(str(file), "it lies in no folder that is called after a rating") for file in companions.list_images(root)]
     return ImageDataset(
         tuple(r for part in parts for r in part), tuple([*(s for part in parts for s in part.skipped), *missed, *loose])
     )
 
 
-def list_nested_folders(root: Path, rated: list[Path]) -> list[tuple[str, str]]:
+def list_nested_folders(root: Path, rated: list[Path], companions: CompanionFiles) -> list[tuple[str, str]]:
     """(folder, reason) of folders that hold images only in folders of their own."""
-    counted = [(sub, count_images_below(sub, None, set())) for sub in list_subfolders(root) if sub not in rated]
+    others = [sub for sub in companions.list_subfolders(root) if sub not in rated]
+    counted = [(sub, count_images_below(sub, None, set(), companions)) for sub in others]
     return [(str(sub), explain_nested_images(sub, counts, root)) for sub, counts in counted if counts]
 
 

@@ -11,29 +11,28 @@ no caption.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import UnidentifiedImageError
 
-from .colour_profiles import ColourProfile, read_colour_profile
-from .companions import CompanionFiles, compose_name
+from .colour_profiles import read_colour_profile
+from .companions import CompanionFiles, compose_name, natural_sort_key
 from .file_endings import MASK_SUFFIXES, image_extensions, is_mask_name, strip_mask_suffix
 from .file_facts import FileFacts
+from .folder_listing import require_listing
 from .folder_plan import (
     FolderImage,
     FolderPlan,
     NamedImages,
-    list_images,
-    list_subfolders,
     list_unread_folders,
-    natural_sort_key,
     plan_folders,
-    scan_folder,
 )
 from .image_files import one_large_image_at_a_time, open_image_bytes
 from .metadata import (
@@ -60,6 +59,9 @@ from .records import (
 )
 from .unread_files import list_unread_files
 
+if TYPE_CHECKING:
+    from .fact_store import FactStore
+
 ONE_CAPTION, ALTERNATIVE_CAPTIONS = "one", "alternatives"
 CAPTION_LINE_MODES = (ONE_CAPTION, ALTERNATIVE_CAPTIONS)
 
@@ -74,6 +76,7 @@ class FolderReadOptions:
     notes: dict[Path, list[ImageMetadata]]  # from metadata files, the nearest first
     masks: dict[Path, Path]  # from the folder of masks
     companions: CompanionFiles
+    facts: FactStore | None
 
 
 @dataclass
@@ -107,6 +110,7 @@ def read_folder(
     caption_lines: str = ONE_CAPTION,
     masks=None,
     metadata=None,
+    facts_file=None,
 ) -> ImageDataset:
     """The images of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of images
     without one).
@@ -115,22 +119,47 @@ def read_folder(
     progress(done, total, file name) is called after each file and may raise to stop.
     caption_lines: "alternatives" takes every line of a caption as a caption of its own. masks: a folder of masks of the
     same stems.
-    metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json."""
+    metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json.
+    facts_file: where to keep what was found out about each image, so that none is decoded again at the next start."""
     if caption_lines not in CAPTION_LINE_MODES:
         raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINE_MODES)}.")
     root, skipped, companions = require_folder(path), SkippedFiles(strict), CompanionFiles()
     masks = None if masks is None else require_folder(masks)
-    plan = plan_folders(root, masks)
-    files = [FolderImage(file, one.repeats, one.caption) for one in plan.read for file in list_images(one.folder)]
+    plan = plan_folders(root, masks, companions)
+    files = [
+        FolderImage(file, one.repeats, one.caption) for one in plan.read for file in companions.list_images(one.folder)
+    ]
     alternatives, named = caption_lines == ALTERNATIVE_CAPTIONS, NamedImages(plan, companions, not files)
     notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped, named.locate)
     files += named.list_new_images(files)
-    skipped.put_first(list_unread_folders(plan, {listed.file for listed in files}))
+    skipped.put_first(list_unread_folders(plan, {listed.file for listed in files}, companions))
     if not files:
         raise ValueError(format_no_images_found(root, skipped.entries))
-    layout = FolderReadOptions(
-        caption_extension, alpha_mask, alternatives, notes, match_masks(root, masks, files, skipped), companions
-    )
+    found_masks = match_masks(root, masks, files, skipped, companions)
+    with open_fact_store(facts_file) as facts:
+        layout = FolderReadOptions(caption_extension, alpha_mask, alternatives, notes, found_masks, companions, facts)
+        records = read_image_records(files, repeats, layout, skipped, progress)
+    if not records:
+        own = {str(listed.file) for listed in files}
+        reasons = "; ".join([reason for path, reason in skipped.entries if path in own][:3])
+        raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
+    note_unread_files(plan, layout, {listed.file for listed in files}, metadata, skipped)
+    return ImageDataset(tuple(records), tuple(skipped.entries))
+
+
+def open_fact_store(file) -> AbstractContextManager[FactStore | None]:
+    """The store in this file; None without one."""
+    if file is None:
+        return nullcontext()
+    from .fact_store import FactStore
+
+    return FactStore(file)
+
+
+def read_image_records(
+    files: Sequence[FolderImage], repeats: int, layout: FolderReadOptions, skipped: SkippedFiles, progress
+) -> list[ImageRecord]:
+    """The records of the images that can be read; the others go to `skipped`."""
     records = []
     for done, listed in enumerate(files, 1):
         try:
@@ -142,12 +171,7 @@ def read_folder(
             skipped.add(listed.file, error)
         if progress:
             progress(done, len(files), listed.file.name)
-    if not records:
-        own = {str(listed.file) for listed in files}
-        reasons = "; ".join([reason for path, reason in skipped.entries if path in own][:3])
-        raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
-    note_unread_files(plan, layout, {listed.file for listed in files}, metadata, skipped)
-    return ImageDataset(tuple(records), tuple(skipped.entries))
+    return records
 
 
 def note_unread_files(plan: FolderPlan, layout: FolderReadOptions, images: set[Path], metadata, skipped) -> None:
@@ -177,7 +201,7 @@ def hash_folder_state(path, masks=None) -> str:
 
 def list_files_below(folder: Path) -> list[str]:
     """All files, sorted; of folders that are links, those directly inside `folder` are entered, as the reader does."""
-    linked = [entry for entry in list_subfolders(folder) if entry.is_symlink()]
+    linked = [folder / name for name in require_listing(folder).linked_folders if not name.startswith(".")]
     trees = [os.walk(folder), *(os.walk(entry) for entry in linked)]
     return sorted({os.path.join(folder, name) for tree in trees for folder, _, names in tree for name in names})
 
@@ -254,13 +278,15 @@ def list_metadata_files(root: Path, images: list[Path]) -> list[Path]:
     return [folder / name for folder in folders for name in METADATA_FILES if is_file_or_broken_link(folder / name)]
 
 
-def list_mask_images(folder: Path) -> list[Path]:
+def list_mask_images(folder: Path, companions: CompanionFiles) -> list[Path]:
     """The images of a folder of masks, also those that are called as masks beside their images are; these come last."""
-    named = [Path(folder, entry.name) for entry in scan_folder(folder) if is_mask_name(entry.name)]
-    return list_images(folder) + sorted(filter(is_file_or_broken_link, named), key=natural_sort_key)
+    named = sorted(filter(is_mask_name, companions.names_in(folder).files), key=natural_sort_key)
+    return [*companions.list_images(folder), *(folder / name for name in named)]
 
 
-def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skipped: SkippedFiles) -> dict[Path, Path]:
+def match_masks(
+    root: Path, masks: Path | None, files: list[FolderImage], skipped: SkippedFiles, companions: CompanionFiles
+) -> dict[Path, Path]:
     """The mask of each image: of the same subfolder and stem inside the folder of masks, or else of the same stem."""
     if masks is None:
         return {}
@@ -270,8 +296,8 @@ def match_masks(root: Path, masks: Path | None, files: list[FolderImage], skippe
             "name.mask.png beside the images and choose no folder of masks."
         )
     known: dict[str, Path] = {}
-    for folder in (masks, *list_subfolders(masks)):
-        for file in list_mask_images(folder):
+    for folder in (masks, *companions.list_subfolders(masks)):
+        for file in list_mask_images(folder, companions):
             stem = compose_name((file.relative_to(masks).parent / strip_mask_suffix(file.name)).as_posix())
             if stem in known:
                 skipped.add(file, f"{known[stem].name} is the mask of the same name already; remove one of them")
@@ -301,7 +327,7 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     """(the record of one image file, what is to be noted on it). Its bytes are read once, for the hash and the size,
     for as long as it stays the same."""
     file = listed.file
-    probed, id = KNOWN_IMAGES.get(file)
+    probed = KNOWN_IMAGES.get(file, layout.facts)
     sidecars = read_sidecar_metadata(file, layout.caption_extension, layout.alternatives, layout.companions)
     note = merge_metadata([*sidecars, *layout.notes.get(file, ())])
     if note.error:
@@ -309,11 +335,11 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     repeats = listed.repeats if note.repeats is None else note.repeats
     if not repeats:
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
-    mask, mask_id = find_image_mask(file, probed.size, layout.companions, note.mask or layout.masks.get(file))
+    mask, mask_id = find_image_mask(file, probed.size, note.mask or layout.masks.get(file), layout)
     if mask is None and probed.has_alpha and layout.alpha_mask:
-        mask, mask_id = str(file), id
+        mask, mask_id = str(file), probed.id
     record = ImageRecord(
-        id=id,
+        id=probed.id,
         path=str(file),
         size=probed.size,
         captions=choose_captions(note, listed.folder_caption),
@@ -325,9 +351,9 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
         split=note.split or "train",
         pair=note.pair,
         strength=note.strength,
-        icc_profile=probed.profile.name,
+        icc_profile=probed.profile_name,
     )
-    return record, probed.profile.problem
+    return record, probed.profile_problem
 
 
 def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:
@@ -343,9 +369,19 @@ def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:
 class ProbedImage:
     """What an image file's content says."""
 
+    id: str  # sha1 of the bytes
     size: tuple[int, int]  # (width, height), upright
     has_alpha: bool
-    profile: ColourProfile
+    profile_name: str | None  # of a colour profile from which the pixels are converted
+    profile_problem: str | None  # why its colour profile cannot be used
+
+    @classmethod
+    def from_text(cls, text: str) -> ProbedImage:
+        values = json.loads(text)
+        return cls(**{**values, "size": tuple(values["size"])})
+
+    def to_text(self) -> str:
+        return json.dumps(vars(self))
 
 
 def probe_image(file: Path, data: bytes) -> ProbedImage:
@@ -360,7 +396,8 @@ def probe_image(file: Path, data: bytes) -> ProbedImage:
             # before the orientation is asked for, which would load a PNG and take its error for a damaged mark
             image.load()
             size = (height, width) if read_exif_orientation(image) in SIDEWAYS_ORIENTATIONS else (width, height)
-            return ProbedImage(size, has_alpha(image), read_colour_profile(image))
+            profile = read_colour_profile(image)
+            return ProbedImage(sha1_hex(data), size, has_alpha(image), profile.name, profile.problem)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -373,21 +410,20 @@ def probe_image(file: Path, data: bytes) -> ProbedImage:
         ) from error
 
 
-def find_image_mask(file: Path, size, companions: CompanionFiles, named: Path | None) -> tuple[str | None, str | None]:
+def find_image_mask(file: Path, size, named: Path | None, layout: FolderReadOptions) -> tuple[str | None, str | None]:
     """(path, sha1) of `name.mask.png` or `name-masklabel.png` beside the image, else of the one that metadata or a
     folder of masks names."""
-    mask = companions.find(file, MASK_SUFFIXES) or named
+    mask = layout.companions.find(file, MASK_SUFFIXES) or named
     if mask is None:
         return None, None
-    probed, mask_id = KNOWN_IMAGES.get(mask)
+    probed = KNOWN_IMAGES.get(mask, layout.facts)
     check_mask_size(mask, probed.size, size)
-    return str(mask), mask_id
+    return str(mask), probed.id
 
 
-def examine_image(file: Path) -> tuple[ProbedImage, str]:
-    """(what `probe_image` says, sha1 of the bytes)"""
-    data = read_file_bytes(file)
-    return probe_image(file, data), sha1_hex(data)
+def examine_image(file: Path) -> ProbedImage:
+    """What `probe_image` says of a file."""
+    return probe_image(file, read_file_bytes(file))
 
 
-KNOWN_IMAGES = FileFacts(examine_image)
+KNOWN_IMAGES = FileFacts(examine_image, ProbedImage.to_text, ProbedImage.from_text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ def list_unread_files(
     """(file or folder, reason) of what lies in a folder beside its images and is not read. used: files that are."""
     names = companions.names_in(folder)
     owners = Owners(names.image_stems, {name.lower() for name in names.image_names})
-    told: dict[str, list[str]] = {"mask": [], "condition": [], "caption": [], "table": [], "other": []}
+    told: dict[str, list[str]] = {"mask": [], "condition": [], "caption": [], "table": [], "other": list(names.others)}
     for name in sorted(name for found in names.by_key.values() for name in found):
         file = folder / name
         if is_image_name(name) or file in used or name.startswith(".") or name.lower() in SYSTEM_FILES:
@@ -93,14 +92,19 @@ def explain_names(told: dict[str, list[str]]) -> Iterator[str]:
         yield f"{format_count(told['other'], 'other file')} not read: {counts}{', ...' if len(endings) > 8 else ''}"
 
 
-def count_images_below(folder: Path, masks: Path | None, used: set[Path]) -> Counter[Path]:
-    """The number of images in a folder and in those inside it that are not used; hidden folders and that of the masks
-    are left out."""
+def count_images_below(folder: Path, masks: Path | None, used: set[Path], companions: CompanionFiles) -> Counter[Path]:
+    """The number of images in a folder and in those inside it that are not used; hidden folders, links and the folder
+    of the masks are left out."""
     found: Counter[Path] = Counter()
-    for top, folders, files in os.walk(folder):
-        here = Path(top)
-        folders[:] = [name for name in folders if not name.startswith(".") and not is_same(here / name, masks)]
-        count = sum(1 for name in files if looks_like_image(name) and here / name not in used)
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        try:
+            names = companions.names_in(here)
+        except ValueError:  # it cannot be read
+            continue
+        waiting += [sub for sub in companions.list_subfolders(here) if not sub.is_symlink() and not is_same(sub, masks)]
+        count = sum(1 for name in names.files if looks_like_image(name) and here / name not in used)
         if count:
             found[here] = count
     return found
