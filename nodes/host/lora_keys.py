@@ -60,13 +60,13 @@ def check_loadable_keys(keys, known, prefix):
     return keys
 
 
-def apply_lora(model, clip, lora, strength=1.0):
-    """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. Raises ValueError for keys that
-    do not fit."""
+def apply_lora(model, clip, lora, strength=1.0, left_out: list[str] | None = None):
+    """(MODEL, CLIP) with the LoRA as patches on clones; the inputs stay as they were. left_out: what
+    `find_unloadable_layers` found, if it was asked. Raises ValueError for keys that do not fit."""
     lora = as_lora_file(lora)
     if not lora:
         raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train it for more steps.")
-    misfits = find_unloadable_layers(model, clip, lora)
+    misfits = find_unloadable_layers(model, clip, lora) if left_out is None else left_out
     if len(misfits) == len(list_lora_layers(lora)):
         raise ValueError(
             f"This LoRA fits neither MODEL nor CLIP: none of its {len(misfits)} layers is known, for example "
@@ -107,9 +107,9 @@ def layer_of_key(key: str) -> str:
     return LAYER_SUFFIX.sub("", key)
 
 
-def describe_left_out_layers(model, clip, lora) -> str:
-    """How many layers of a LoRA the host's loader skips, and which; "" for none."""
-    left_out = find_unloadable_layers(model, clip, lora)
+def describe_left_out_layers(clip, lora, left_out: list[str]) -> str:
+    """How many layers of a LoRA the host's loader skips, and which, of what `find_unloadable_layers` found; "" for
+    none."""
     if not left_out:
         return ""
     total = len(list_lora_layers(lora))

@@ -143,11 +143,13 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora, strength, clip=None):
-        patched = host.lora_keys.apply_lora(model, clip, lora, strength)
-        left_out = host.lora_keys.describe_left_out_layers(model, clip, lora)
-        if left_out:
-            tell_on_node(cls, left_out)
-        return io.NodeOutput(*patched, ui=ui.PreviewText(left_out) if left_out else None)
+        lora = as_lora_file(lora)
+        left_out = host.lora_keys.find_unloadable_layers(model, clip, lora)
+        patched = host.lora_keys.apply_lora(model, clip, lora, strength, left_out)
+        told = host.lora_keys.describe_left_out_layers(clip, lora, left_out)
+        if told:
+            tell_on_node(cls, told)
+        return io.NodeOutput(*patched, ui=ui.PreviewText(told) if told else None)
 
 
 class LossPlot(io.ComfyNode):

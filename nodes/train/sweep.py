@@ -147,7 +147,7 @@ class StrengthSweep(io.ComfyNode):
                 curve.unit,
             )
         )
-        left_out = host.lora_keys.describe_left_out_layers(model, None, lora)
+        left_out = host.lora_keys.describe_left_out_layers(None, sweep.lora, sweep.left_out)
         lora, line = calibrate_lora(lora, curve, settings.asked_effect)
         line = "\n".join(filter(None, (line, left_out)))
         host.progress.show_node_text(line, cls.hidden.unique_id)
@@ -158,7 +158,8 @@ class StrengthSweepRun:
     """Latents at every strength, drawn once."""
 
     def __init__(self, model, lora, positive, negative, settings, sampler, scheduler, node_id):
-        self.model, self.lora, self.negative, self.settings = model, lora, negative, settings
+        self.model, self.lora, self.negative, self.settings = model, as_lora_file(lora), negative, settings
+        self.left_out = host.lora_keys.find_unloadable_layers(model, None, self.lora)
         self.conds = {"scene": positive}
         self.how = dict(steps=settings.steps, guidance=settings.guidance, sampler=sampler, scheduler=scheduler)
         self.shape = host.checks.square_latent_shapes(model, settings.resolution)[0]
@@ -166,13 +167,16 @@ class StrengthSweepRun:
         self.strengths, self.latents = settings.values(), {}
         self.report, self.done = host.progress.ItemProgressReporter(node_id), 0
 
+    def patch_model(self, strength):
+        if strength == 0:
+            return self.model
+        return host.lora_keys.apply_lora(self.model, None, self.lora, strength, self.left_out)[0]
+
     def draw(self, name, strength):
         """x0 in model space; the scene's latents are kept for the sheet, and drawn once."""
         if name != "scene" or strength not in self.latents:
             host.progress.raise_if_interrupted()
-            patched = (
-                self.model if strength == 0 else host.lora_keys.apply_lora(self.model, None, self.lora, strength)[0]
-            )
+            patched = self.patch_model(strength)
             latent = host.sampling.sample_latents(
                 patched, self.conds[name], self.negative, self.shape, self.seeds, **self.how
             )

@@ -48,9 +48,17 @@ def test_layers_without_effect_are_counted_and_named(model, layers, caplog):
     assert len(out.result[0].patches) == 2
 
 
+def test_layers_without_effect_are_looked_for_once(model, layers, monkeypatch):
+    asked, find = [], host.lora_keys.find_unloadable_layers
+    monkeypatch.setattr(host.lora_keys, "find_unloadable_layers", lambda *given: asked.append(given) or find(*given))
+    nodes.ApplyLora.execute(model, LoraFile(pairs({**layers, "lora_unet_elsewhere": (4, 4)})), 1.0)
+    assert len(asked) == 1
+
+
 def test_layers_of_the_text_encoder_ask_for_clip(model, layers):
     lora = LoraFile(pairs({**layers, **{name: (4, 4) for name in TEXT_LAYERS}}))
-    assert host.lora_keys.describe_left_out_layers(model, None, lora).endswith(
+    left_out = host.lora_keys.find_unloadable_layers(model, None, lora)
+    assert host.lora_keys.describe_left_out_layers(None, lora, left_out).endswith(
         "They belong to the text encoder: connect CLIP to use them."
     )
 
@@ -64,7 +72,7 @@ def test_layers_of_the_text_encoder_ask_for_clip(model, layers):
 ])  # fmt: skip
 def test_a_lora_that_fits_says_nothing_whatever_its_names(model, layers, down, up):
     lora = LoraFile(pairs(layers, down, up) | {f"{next(iter(layers))}.alpha": torch.tensor(1.0)})
-    assert host.lora_keys.describe_left_out_layers(model, None, lora) == ""
+    assert host.lora_keys.find_unloadable_layers(model, None, lora) == []
     assert nodes.ApplyLora.execute(model, lora, 1.0).ui is None
 
 
