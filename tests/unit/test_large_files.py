@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from trainyard.trainers import files
-from trainyard.trainers.data import contact_sheet, image_files, image_scan
+from trainyard.trainers.data import contact_sheet, image_files, image_scan, metadata
 from trainyard.trainers.data.captions import manual_edits
 from trainyard.trainers.data.contact_sheet import make_thumbnail
 from trainyard.trainers.data.image_scan import ScanOptions, scan_images
@@ -135,6 +135,39 @@ def test_a_lora_of_more_tensors_than_any_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="lora holds 4 tensors, and at most 3 are read"):
         as_lora_file(tensors)
     assert len(as_lora_file(LoraFile(tensors))) == 4, "what was trained here can be saved"
+
+
+TABLES = {
+    "metadata.csv": ("file_name,text\n", "a.png,x\n"),
+    "metadata.jsonl": ("", '{"file_name": "a.png", "text": "x"}\n'),
+}
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_a_table_of_more_rows_than_any_is_refused_in_words(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(metadata, "MAX_TABLE_ROWS", 10)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    first, row = TABLES[name]
+    (tmp_path / name).write_text(first + 20 * row)
+    with pytest.raises(ValueError, match=rf"{name} has 2[01] rows, and at most 10 are read. Write a table that holds"):
+        read_folder(tmp_path, metadata=tmp_path / name)
+    (told,) = read_folder(tmp_path).skipped
+    assert f"{name} has 2" in told[1] and "at most 10 are read" in told[1]
+
+
+def test_a_json_table_of_more_entries_than_any_is_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "MAX_TABLE_ROWS", 10)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.json").write_text("{" + ",".join(f'"{number}.png": "x"' for number in range(11)) + "}")
+    assert "has 11 rows, and at most 10 are read" in read_folder(tmp_path).skipped[0][1]
+
+
+@pytest.mark.parametrize("row", ["no JSON\n", '{"text": "names no image"}\n'])
+def test_thousands_of_faulty_rows_are_told_in_a_few_lines(tmp_path, row):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(5000 * row)
+    told = [reason for _, reason in read_folder(tmp_path).skipped]
+    assert len(told) == 21 and told[-1] == "4980 more rows of metadata.jsonl have such faults"
 
 
 def rescale_many():

@@ -119,10 +119,10 @@ class NamedImages:
         return self.found.setdefault(found[0], FolderImage(found[0], parent.repeats, parent.caption)).file
 
     def find_image(self, path: Path) -> Path | None:
-        if is_image_file(path):
-            return path
         if not path.parent.is_dir():
             return None
+        if is_image_file(path):
+            return path
         names = self.companions.names_in(path.parent)
         same = [name for name in names.image_names if compose_name(path.name) in (name, Path(name).stem)]
         return path.with_name(names.by_key[same[0].lower()][0]) if len(same) == 1 else None

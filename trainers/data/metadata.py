@@ -25,6 +25,8 @@ from .tables import parse_decimal, read_text_table
 BYTES_PER_MIB = 2**20
 # A larger file was put there by mistake.
 MAX_CAPTION_BYTES, MAX_SIDECAR_BYTES, MAX_TABLE_BYTES = 1 * BYTES_PER_MIB, 16 * BYTES_PER_MIB, 512 * BYTES_PER_MIB
+MAX_TABLE_ROWS = 500_000  # several seconds and half a GB
+MAX_TOLD_PROBLEMS = 20  # of the rows of one table
 MAX_REPEATS = 10_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.json")  # in order of precedence
 FILE_KEYS = ("file_name", "file", "image", "path")
@@ -359,6 +361,10 @@ def read_metadata_table(
     finds an image that is not among these."""
     index, entries, unknown, repeated, problems = ImageNameIndex(images, file.parent), {}, [], [], []
     rows = read_metadata_rows(file, problems)
+    if len(problems) > MAX_TOLD_PROBLEMS:
+        problems[MAX_TOLD_PROBLEMS:] = [
+            f"{len(problems) - MAX_TOLD_PROBLEMS} more rows of {file.name} have such faults"
+        ]
     for where, name, values in rows:
         found = index.find_path(name) or list(filter(None, [locate(file.parent, name)])) or index.find(name)
         if len(found) != 1:
@@ -467,8 +473,18 @@ def read_metadata_rows(file: Path, problems: list[str]):
     return readers[file.suffix.lower()](file, read_text_file(file, "metadata", MAX_TABLE_BYTES), problems)
 
 
+def check_row_count(count: int, file: Path) -> None:
+    """ValueError for a table that would take minutes."""
+    if count > MAX_TABLE_ROWS:
+        raise ValueError(
+            f"The metadata {file} has {count} rows, and at most {MAX_TABLE_ROWS} are read. Write a table that holds "
+            "the rows of these images alone, or divide the dataset."
+        )
+
+
 def parse_json_table(file, text, problems):
     values = parse_json_text(text, f"The metadata {file}")
+    check_row_count(len(values) if isinstance(values, (dict, list)) else 0, file)
     if isinstance(values, dict):
         return [(f"entry {check_plain_text(name, str(file))!r}", name, value) for name, value in values.items()]
     if isinstance(values, list):
@@ -481,6 +497,7 @@ def parse_json_table(file, text, problems):
 
 
 def parse_jsonl_table(file, text, problems):
+    check_row_count(text.count("\n"), file)
     lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = []
     for where, line in lines:
@@ -492,6 +509,7 @@ def parse_jsonl_table(file, text, problems):
 
 
 def parse_csv_table(file, text, problems):
+    check_row_count(text.count("\n"), file)
     table = read_text_table(text, "," if file.suffix.lower() == ".csv" else "\t")
     if table.columns:
         check_metadata_columns(list(table.columns), file)
