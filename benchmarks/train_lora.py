@@ -133,19 +133,26 @@ def machine(cuda) -> dict:
     import comfyui_version
     import torch
 
-    cpu = (
-        [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]
-        if os.path.exists("/proc/cpuinfo")
-        else [platform.processor()]
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return {
-        "date": datetime.date.today().isoformat(), "cpu": cpu[0], "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+        "date": datetime.date.today().isoformat(), "cpu": find_cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if cuda else None, "torch": torch.__version__, "comfyui": comfyui_version.__version__,
-        "python": platform.python_version(), "commit": commit,
+        "python": platform.python_version(), "commit": find_commit(),
     }  # fmt: skip
+
+
+def find_cpu_name() -> str:
+    about = pathlib.Path("/proc/cpuinfo")  # which names no model on ARM
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def find_commit() -> str:
+    """The short hash of the pack's commit; nothing where git or its history is not there."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------
