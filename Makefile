@@ -1,4 +1,4 @@
-# make demo | test | test-unit | proofs | chaos | check | refresh | bench | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
+# make demo | test | test-unit | proofs | chaos | check | refresh | bench | gpu | env        ComfyUI: COMFYUI_PATH, else the one this pack lies in, else ~/comfy/ComfyUI
 PYTHON ?= python3
 PY := .venv/bin/python
 # Models this small are many times slower on threads that wait for each other.
@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 # Processes that run tests, each with its own ComfyUI and server (about 4 GB). One of them mostly waits for the browser.
 JOBS ?= 3
 
-.PHONY: demo test test-unit proofs chaos check refresh bench env
+.PHONY: demo test test-unit proofs chaos check refresh bench gpu env
 
 demo: env  ## train a LoRA on drawn shapes and leave the file, the loss plot and a before/after sheet
 	@$(PY) tools/demo.py
@@ -35,6 +35,9 @@ refresh: env  ## everything derived from nodes and workflow sources, made again:
 
 bench: env  ## FLOPs, bytes and seconds a step against ComfyUI's own Train LoRA
 	@$(PY) benchmarks/train_lora.py $(ARGS)
+
+gpu: env  ## what a step costs on this machine's graphics card, as a page to share: ten minutes, two with ARGS=--quick
+	@env -u OMP_NUM_THREADS $(PY) benchmarks/gpu.py $(ARGS)
 
 env:  ## .venv, layered over ComfyUI's packages and never changing them
 	@$(PYTHON) tools/env.py

@@ -137,7 +137,7 @@ def core(plan: Plan, targets: str, depth: int | None, bypass: bool = False, mend
         if targets != EVERY_LAYER:
             layers = select_target_layers(model.model.diffusion_model, plan.adapter(targets))
             stack.enter_context(mock.patch.object(core_nodes, "_setup_lora_adapters", only(layers)))
-        laps = stack.enter_context(core_laps(plan))
+        laps = stack.enter_context(core_laps(Laps([], plan.timed, plan.device == "cuda", plan.clock)))
         result = core_nodes.TrainLoraNode.execute(
             **core_inputs(plan, model, latent, conditioning, laps.steps, depth, bypass)
         )
@@ -145,8 +145,8 @@ def core(plan: Plan, targets: str, depth: int | None, bypass: bool = False, mend
 
 
 def core_inputs(plan, model, latent, conditioning, steps, depth, bypass):
-    """The node's own defaults, but for rank and dtype."""
-    compute = {torch.float32: "fp32", torch.bfloat16: "bf16"}[plan.dtype]
+    """The node's own defaults, but for rank and dtype; a model that computes in fp16 goes on in it."""
+    compute = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "none"}[plan.dtype]
     one = dict(model=model, latents=latent, positive=conditioning, batch_size=plan.batch, steps=steps, grad_accumulation_steps=1,
                learning_rate=5e-4, rank=plan.shape.rank, optimizer="AdamW", loss_function="MSE", seed=0, training_dtype=compute,
                lora_dtype=plan.core_dtype, quantized_backward=False, algorithm="LoRA", gradient_checkpointing=depth is not None,
@@ -155,9 +155,8 @@ def core_inputs(plan, model, latent, conditioning, steps, depth, bypass):
 
 
 @contextlib.contextmanager
-def core_laps(plan):
+def core_laps(laps):
     """Laps over core's steps: its progress bar is made before the first step and told after each."""
-    laps = None
 
     class Bar:
         def __init__(self, total):
@@ -172,7 +171,6 @@ def core_laps(plan):
         laps.weights = list(model_wrap.inner_model.diffusion_model.parameters())
         return sample(sampler, model_wrap, *args, **kwargs)
 
-    laps = Laps([], plan.timed, plan.device == "cuda", plan.clock)
     with (
         mock.patch.object(core_nodes, "ProgressBar", Bar),
         mock.patch.object(core_nodes.TrainSampler, "sample", with_weights),

@@ -101,6 +101,30 @@ class Ledger(TorchDispatchMode):
         self.derived.discard(key)
 
 
+class Crossings(TorchDispatchMode):
+    """Bytes that are copied from the CPU's memory to a device (`up`) and back (`down`) while it is on, backward
+    included. An index that a kernel takes along by itself is not seen."""
+
+    COPIES = {ATEN.copy_.default, ATEN._to_copy.default}
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in self.COPIES:
+            source = args[1] if func is ATEN.copy_.default else args[0]
+            self.count(source, out)
+        return out
+
+    def count(self, source, target):
+        if source.device.type == "cpu" != target.device.type:
+            self.up += source.nbytes
+        elif target.device.type == "cpu" != source.device.type:
+            self.down += target.nbytes
+
+
 class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Bytes that autograd keeps for backward, each storage once, without those older than the ledger (weights,
     adapters).

@@ -140,8 +140,8 @@ def machine(cuda) -> dict:
     }  # fmt: skip
 
 
-def find_cpu_name() -> str:
-    about = pathlib.Path("/proc/cpuinfo")  # which names no model on ARM
+def find_cpu_name(about=pathlib.Path("/proc/cpuinfo")) -> str:
+    """The model; where that file is missing or names none, as on ARM, what Python calls it."""
     lines = about.read_text().splitlines() if about.exists() else []
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 

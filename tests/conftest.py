@@ -54,6 +54,7 @@ SECONDS = {
     "tests/browser": 400,
     "tests/workflows/test_workflows.py": 150,
     "tests/comfy/test_pretend_card.py": 50,
+    "tests/comfy/test_gpu_command.py": 45,
     "tests/comfy/test_trouble.py": 120,
     "tests/comfy/test_train_lora_server.py": 115,
     "tests/unit/test_methods.py": 112,
