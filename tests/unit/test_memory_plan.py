@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -269,6 +270,17 @@ def test_the_count_equals_what_autograd_keeps():
     assert [b.inputs for b in measured.blocks] == [2 * one, one, one], "the shift is given to all and counts once"
     assert measured.total == 4 * one
     assert measured.largest_tensor == one
+
+
+def test_blocks_inputs_leave_the_device_while_they_wait():
+    net, x = Net(), torch.randn(300, 256, requires_grad=True)
+    alive = []
+    for layer in net.blocks:
+        layer.register_forward_hook(lambda layer, args, out: alive.append(weakref.ref(out.untyped_storage())))
+    with checkpoint_blocks({Layer}, Strength(), CheckpointPolicy(PLAN_PER_BLOCK_CPU)):
+        loss = net(x).sin().sum()
+    assert [ref() is not None for ref in alive] == [False, False, True], "the last one is sin's, and no block's"
+    loss.backward()
 
 
 @pytest.mark.parametrize("first", [True, False])

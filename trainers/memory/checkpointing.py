@@ -72,12 +72,13 @@ def split_tensor_arguments(args, kwargs):
     values = [*args, *kwargs.values()]
     positions = [i for i, value in enumerate(values) if torch.is_tensor(value)]
     others = [dict(v) if isinstance(v, dict) else None if torch.is_tensor(v) else v for v in values]
+    count, names = len(args), tuple(kwargs)  # and not args and kwargs: `restored` lives until backward
 
     def restored(tensors):
         now = [dict(v) if isinstance(v, dict) else v for v in others]
         for position, tensor in zip(positions, tensors, strict=True):
             now[position] = tensor
-        return now[: len(args)], dict(zip(kwargs, now[len(args) :], strict=True))
+        return now[:count], dict(zip(names, now[count:], strict=True))
 
     return [values[i] for i in positions], restored
 
