@@ -35,6 +35,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 aten = torch.ops.aten
 CROSSING_OPS = {aten.copy_.default, aten._to_copy.default}
 READING_OPS = {aten._local_scalar_dense.default, aten.equal.default}
+# torch gives a device that has no kernel of its own for these the composite formula, which keeps fp32 copies and single
+# factors that CUDA's kernels never have in memory
+FUSED_OPS = ("silu_backward", "mish_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
 OPS_WITH_CPU_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -207,6 +210,8 @@ def register_card():
     library.impl("empty_strided", make_bare_tensor, "PrivateUse1")
     library.impl("empty.memory_format", make_bare_tensor, "PrivateUse1")
     library.impl("_copy_from", fill_bare_tensor, "PrivateUse1")
+    for name in FUSED_OPS:
+        library.impl(name, refuse_real_call, "PrivateUse1")
     sys.modules[__name__].library = library  # torch forgets the kernels with it
     torch.nn.Module._apply = move_module
     torch.nn.functional.scaled_dot_product_attention = choose_attention
@@ -227,6 +232,10 @@ def fill_bare_tensor(source, target, non_blocking=False):
     if PretendCard.plugged_in is not None:
         PretendCard.plugged_in.current.implicit_copies.append(find_caller())
     return target
+
+
+def refuse_real_call(*_, **__):
+    raise RuntimeError("the pretend card computes nothing: its tensors are fake")
 
 
 def move_module(self, fn, recurse=True):
