@@ -61,7 +61,7 @@ def rows_of(plan, meta):
 
 
 def counted(plan, meta):
-    """trainers.memory.plan.Measured of one step."""
+    """trainers.memory.plan.StepMemory of one step."""
     import torch
     from trainyard.benchmarks import contenders, shapes
     from trainyard.nodes import host
@@ -73,7 +73,7 @@ def counted(plan, meta):
     if meta:
         it = contenders.Meta(plan, to_input=False)
         adapters, blocks = contenders.Adapters(it.network, adapter).to("meta"), CheckpointPolicy()
-        blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
+        blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()], torch.device("meta"))
         with (
             host.out_of_place.disable_inplace_updates(it.network),
             checkpoint_blocks(host.context.find_block_classes(it.network), adapters, blocks),
@@ -90,7 +90,9 @@ def counted(plan, meta):
             density=session.family.density,
             batch=plan.batch,
         )
-        session.blocks.counter = tally = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
+        session.blocks.counter = tally = ActivationCounter(
+            [*session.denoiser.model.parameters(), *method.parameters()], session.denoiser.device
+        )
         with tally:
             method.loss(make_generator(0))
         return add_block_weights(

@@ -146,14 +146,15 @@ def refuse_on_meta(row):
 
 
 def counted(plan, row):
-    """trainers.memory.plan.Measured, from which the bytes of activations that wait in the CPU's memory are told."""
+    """trainers.memory.plan.StepMemory, from which the bytes of activations that wait in the CPU's memory are told."""
+    import torch
     from trainyard.benchmarks import contenders
     from trainyard.nodes import host
     from trainyard.trainers.memory.checkpointing import ActivationCounter, CheckpointPolicy, checkpoint_blocks
 
     it = contenders.Meta(plan, to_input=False)
     adapters, blocks = contenders.Adapters(it.network, adapter_of(row, plan.shape)).to("meta"), CheckpointPolicy()
-    blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()])
+    blocks.counter = ActivationCounter([*it.network.parameters(), *adapters.parameters()], torch.device("meta"))
     with (
         host.out_of_place.disable_inplace_updates(it.network),
         checkpoint_blocks(host.context.find_block_classes(it.network), adapters, blocks),

@@ -76,6 +76,7 @@ class ComfyDenoiser:
     def denoise(self, x, sigma, conds):
         """x0 for each row i under cond i. (The host's own list of conds would predict every row under all of them and
         average.)"""
+        self.max_batch_numel = max(self.max_batch_numel, x.numel())
         rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = sigma.to(x.device)
         found = {}
@@ -94,7 +95,6 @@ class ComfyDenoiser:
         }
 
     def _apply_model(self, x, sigma, rows):
-        self.max_batch_numel = max(self.max_batch_numel, x.numel())
         inputs = comfy.samplers.cond_cat(rows, x.device)
         options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import TYPE_CHECKING
 
@@ -42,21 +43,49 @@ class OutOfMemory(RuntimeError):
         self.plan, self.cheaper_plan = plan, next_cheaper_plan(plan)
 
 
+class StepDoesNotFit(OutOfMemory):
+    """A single step has no room, which is found before the run. `need`, `free`: bytes, beside the weights; 0 where the
+    need is not known."""
+
+    def __init__(self, run, plan: str, device, need: int, free: int):
+        super().__init__(run, plan, device)
+        takes = f"about {need / 2**30:.1f} GiB" if need else "more"
+        self.args = (
+            f"This training does not fit on {device}: a step takes {takes} beside the weights, "
+            f"and {free / 2**30:.1f} GiB are free, with checkpointing {plan!r} and batch {run.batch}. Nothing was "
+            f"trained. To need less: {'; '.join(list_memory_options(run, plan))}.",
+        )
+
+
 def format_memory_advice(run, plan: str, device) -> str:
     """What to say when memory ran out in the middle of a run on this device."""
     need = f"{measure_peak_memory(device) / 2**30:.1f} GiB were in use"
+    return (
+        f"Out of memory: {need} when the step failed, with checkpointing {plan!r}. The run is saved and continues "
+        f"after a change of memory settings. To need less: {'; '.join(list_memory_options(run, plan))}."
+    )
+
+
+def list_memory_options(run, plan: str) -> list[str]:
     further = next_cheaper_plan(plan)
-    options = [
+    return [
         f"set checkpointing to {further!r}" if further else "train at a smaller resolution (Encode Dataset)",
         f"lower batch from {run.batch} and raise accumulate instead"
         if run.batch > 1
         else "use an 8-bit optimizer (AdamW8bit)",
         "lower rank, or train attention layers only",
+        "close what else uses the device's memory",
     ]
-    return (
-        f"Out of memory: {need} when the step failed, with checkpointing {plan!r}. The run is saved and continues "
-        f"after a change of memory settings. To need less: {'; '.join(options)}."
-    )
+
+
+@contextlib.contextmanager
+def hold_bytes(device, count: int):
+    """So much of a device's memory is taken inside, but on the CPU, where what is not written to costs nothing."""
+    held = torch.empty(0 if device.type == "cpu" else count, dtype=torch.uint8, device=device)
+    try:
+        yield
+    finally:
+        del held
 
 
 def measure_peak_memory(device) -> int:
@@ -74,18 +103,20 @@ def available_device_memory(session: TrainingSession) -> int:
 
 
 def block_weight_bytes(network, device) -> tuple[int, int]:
-    """(bytes of the blocks' weights that lie on the device, all of the block that has most)."""
+    """(bytes of the blocks' weights that lie on the device, of the block that has most of them there)."""
     classes = tuple(find_block_classes(network))
-    blocks = [list(module.parameters()) for module in network.modules() if isinstance(module, classes)]
-    here = sum(p.nbytes for block in blocks for p in block if p.device == device)
-    return here, max((sum(p.nbytes for p in block) for block in blocks), default=0)
+    blocks = [module.parameters() for module in network.modules() if isinstance(module, classes)]
+    here = [sum(p.nbytes for p in block if p.device == device) for block in blocks]
+    return sum(here), max(here, default=0)
 
 
-def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES):
-    """At least so many bytes of the model's weights leave the device, or all of them. The host fetches each again when
-    its layer is called, and under checkpointing nothing keeps it longer than its block."""
+def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES) -> int:
+    """At least so many bytes of the model's weights leave the device, or all of them; how many did. The host fetches
+    each again when its layer is called, and under checkpointing nothing keeps it longer than its block."""
     patcher = session.denoiser.patcher
-    session.offloaded_bytes += patcher.partially_unload(patcher.offload_device, count)
+    left = patcher.partially_unload(patcher.offload_device, count)
+    session.offloaded_bytes += left
+    return left
 
 
 def offload_surplus_weights(session: TrainingSession, allowed: int):

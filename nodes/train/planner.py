@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ...trainers.loop import fork_rng_state, load_method_state, method_state, step_rng
+from ...trainers.memory.block_peak import allocated_bytes
 from ...trainers.memory.checkpointing import ActivationCounter
 from ...trainers.memory.plan import (
     CHECKPOINTING_PLANS,
@@ -130,18 +131,46 @@ def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str) -> 
     if not (checkpointing == PLAN_AUTO or sizing.is_open or job.run.steps >= MIN_MEASURED_STEPS):
         return RunPlan(job, built)
     probe = StepProbe(session, job, prompts, sizing, built)
-    with preserve_method_state(built.method):
-        measured = count_step_memory(session, built.method, job)
-    if measured is None:
-        return RunPlan(job, built)
+    measured = count_with_room(probe, checkpointing)
     plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else (checkpointing,)
+    if measured is None:
+        has_choice = next_cheaper_plan(session.blocks.plan, plans) is not None
+        return run_trial_step(probe, None, plans) if has_choice else RunPlan(job, built)
     free = host.memory.available_device_memory(session)
     plan = session.blocks.plan = choose_checkpointing_plan(measured, free, plans)
     batch = choose_batch_size(measured, free, plan, probe)
     probe, measured = rebuild_with_batch(probe, measured, batch)
     if plan == PLAN_OFFLOADED and checkpointing == PLAN_AUTO:
-        host.memory.offload_weights(session, measured.missing_bytes(plan, free))
+        measured = offload_missing_weights(probe, measured)
     return run_trial_step(probe, measured, plans)
+
+
+def count_with_room(probe: StepProbe, checkpointing: str) -> StepMemory | None:
+    """count_step_memory; where not even a single block has room beside the weights, once they have left."""
+    session = probe.session
+    try:
+        return count_step_memory(probe)
+    except Exception as error:
+        plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else ()
+        if PLAN_OFFLOADED not in plans or not host.memory.is_out_of_memory_error(error):
+            raise
+    host.memory.release_cached_memory()
+    host.memory.offload_weights(session)
+    return count_step_memory(probe)
+
+
+def offload_missing_weights(probe: StepProbe, measured: StepMemory) -> StepMemory:
+    """What a step takes once so many weights have left that it fits, or all of them. It is counted again, because
+    layers outside the blocks keep what they fetch until backward."""
+    session = probe.session
+    while missing := measured.missing_bytes(PLAN_OFFLOADED, host.memory.available_device_memory(session)):
+        if not host.memory.offload_weights(session, missing):
+            break
+        again = count_step_memory(probe)
+        if again is None:
+            break
+        measured = replace(again, largest_block_weights=0)  # those that are fetched are counted
+    return measured
 
 
 def rebuild_with_batch(probe: StepProbe, measured: StepMemory, batch: int):
@@ -184,15 +213,20 @@ def preserve_method_state(method):
             p.grad = None
 
 
-def count_step_memory(session, method, job) -> StepMemory | None:
-    """What a step of the largest images would keep, found without keeping it; None for losses that look back by
-    themselves."""
-    tally = session.blocks.counter = ActivationCounter([*session.denoiser.model.parameters(), *method.parameters()])
+def count_step_memory(probe: StepProbe) -> StepMemory | None:
+    """What a step of the largest images would keep and take at most, found without keeping it; None for losses that
+    look back by themselves. Raises what a device says that has no room for a single block."""
+    session, job, method = probe.session, probe.job, probe.built.method
+    tally = session.blocks.counter = ActivationCounter(
+        [*session.denoiser.model.parameters(), *method.parameters()], session.denoiser.device
+    )
     session.denoiser.max_batch_numel = 0
     try:
-        with tally:
+        with preserve_method_state(method), tally:
             method.loss(step_rng(job.run.seed, 0))
     except Exception as error:
+        if host.memory.is_out_of_memory_error(error):
+            raise
         logging.info(
             "Trainyard: the need for memory could not be counted (%s); training goes on without a forecast", error
         )
@@ -200,10 +234,15 @@ def count_step_memory(session, method, job) -> StepMemory | None:
     finally:
         session.blocks.counter = None
     asked = math.prod(job.task.largest_shape(job)) * job.run.batch
-    adapters = sum(p.numel() * p.element_size() for p in method.parameters())
-    measured = tally.step_memory(adapters).scaled(max(1.0, asked / max(1, session.denoiser.max_batch_numel)))
+    measured = tally.step_memory(count_adapter_bytes(method)).scaled(
+        max(1.0, asked / max(1, session.denoiser.max_batch_numel))
+    )
     measured = add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
     return replace(measured, has_accumulated_gradients=job.optimizing.accumulate > 1)
+
+
+def count_adapter_bytes(method) -> int:
+    return sum(allocated_bytes(p.nbytes) for p in method.parameters())
 
 
 def add_block_weights(measured, network, device) -> StepMemory:
@@ -212,27 +251,35 @@ def add_block_weights(measured, network, device) -> StepMemory:
     return replace(measured, weights=weights, largest_block_weights=heaviest)
 
 
-def run_trial_step(probe: StepProbe, measured: StepMemory, plans) -> RunPlan:
+def run_trial_step(probe: StepProbe, measured: StepMemory | None, plans) -> RunPlan:
     """The plan after a real step under it. When it does not fit after all: a batch that is the planner's own is halved,
-    else the next of these plans has to do."""
+    else the next of these plans has to do. `measured`: None where nothing could be counted."""
     session = probe.session
+    adapters = count_adapter_bytes(probe.built.method)
     while True:
         free, plan = host.memory.available_device_memory(session), session.blocks.plan
         job, built = probe.job, probe.built
         try:
-            with preserve_method_state(built.method):
+            with (
+                preserve_method_state(built.method),
+                host.memory.hold_bytes(session.denoiser.device, 2 * adapters),  # the optimizer's, later
+            ):
                 if session.blocks.compiler:
                     measure_step_cost(session, built.method, job)  # in which programs are made
                 seconds, peak = measure_step_cost(session, built.method, job)
-            # The optimizer has no numbers of its own yet.
-            extra = max(0, peak - (measured.peak_bytes(plan) - 2 * measured.adapter_bytes)) if peak else 0
+            if measured is None:
+                return RunPlan(job, built)
+            extra = max(0, peak - (measured.peak_bytes(plan) - 2 * adapters)) if peak else 0
             seconds *= job.optimizing.accumulate
             forecast = make_run_forecast(measured, plan, free, job.run.batch, seconds, extra, session.offloaded_bytes)
             return RunPlan(job, built, forecast)
         except Exception as error:
-            halved, further = probe.sizing.is_open and job.run.batch // 2, next_cheaper_plan(plan, plans)
-            if not (halved or further) or not host.memory.is_out_of_memory_error(error):
+            halved, further = measured and probe.sizing.is_open and job.run.batch // 2, next_cheaper_plan(plan, plans)
+            if not host.memory.is_out_of_memory_error(error):
                 raise
+            if not (halved or further):
+                need = measured.peak_bytes(plan) if measured else 0
+                raise host.memory.StepDoesNotFit(job.run, plan, session.denoiser.device, need, free) from error
         del built
         host.memory.release_cached_memory()
         if halved:

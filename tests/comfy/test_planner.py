@@ -14,7 +14,7 @@ from trainyard.tests.comfy.families import make
 from trainyard.tests.comfy.test_host import ADAPTERS, RANK_4, Problem, as_loader_gives, fingerprint, left_behind, shake
 from trainyard.tests.comfy.test_prompt_and_pair_nodes import pair_job
 from trainyard.tests.comfy.test_train_lora import data, fail_at, job, result, run, state
-from trainyard.trainers.memory.checkpointing import CpuOffloadHooks
+from trainyard.trainers.memory.checkpointing import ActivationCounter, CpuOffloadHooks
 from trainyard.trainers.memory.plan import (
     CHECKPOINTING_PLANS,
     PLAN_AUTO,
@@ -196,6 +196,22 @@ def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch,
         assert session.blocks.counter is None
 
 
+def test_where_nothing_can_be_counted_steps_are_tried_until_one_has_room(monkeypatch, folders):
+    tried, original = [], planner.measure_step_cost
+
+    def one_step(session, *about):
+        tried.append(session.blocks.plan)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(session, *about)
+
+    monkeypatch.setattr(planner, "measure_step_cost", one_step)
+    monkeypatch.setattr(planner, "count_step_memory", lambda probe: None)
+    assert planned(monkeypatch, 100 * GIB) == (None, PLAN_PER_BLOCK) and tried == [], "nothing to choose on the CPU"
+    assert planned(monkeypatch, 100 * GIB, device="cuda") == (None, PLAN_OFFLOADED)
+    assert tried == list(CHECKPOINTING_PLANS[1:])
+
+
 # -- weights that travel -----------------------------------------------------------------------------------------------
 
 
@@ -212,9 +228,7 @@ def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterward
         network = session.denoiser.model.diffusion_model
         weights, heaviest = host.memory.block_weight_bytes(network, session.denoiser.device)
         assert 0 < heaviest <= weights <= session.offloaded_bytes
-        assert host.memory.block_weight_bytes(network, torch.device("meta")) == (0, heaviest), (
-            "what is elsewhere comes back for its block all the same"
-        )
+        assert host.memory.block_weight_bytes(network, torch.device("meta")) == (0, 0), "what is elsewhere"
         layers = [
             m
             for block in network.modules()
@@ -236,6 +250,51 @@ def test_only_as_many_weights_leave_as_are_missing(monkeypatch, folders):
     assert (plan, forecast.plan) == (PLAN_OFFLOADED, PLAN_OFFLOADED)
     assert 999 <= forecast.offloaded_bytes < full.offloaded_bytes / 2
     assert "GiB of weights wait in the CPU's memory" in forecast.format_line(60)
+
+
+def test_weights_leave_first_where_not_even_one_block_has_room_beside_them(monkeypatch, folders):
+    asked, measure = [], ActivationCounter.measure_block
+
+    def measure_block(self, *about):
+        asked.append(1)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(self, *about)
+
+    monkeypatch.setattr(ActivationCounter, "measure_block", measure_block)
+    forecast, plan = planned(monkeypatch, 100 * GIB, device="cuda")
+    assert (plan, forecast.plan) == (PLAN_OFF, PLAN_OFF)
+    assert forecast.offloaded_bytes > 0
+    asked.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        planned(monkeypatch, 100 * GIB, checkpointing=PLAN_PER_BLOCK, device="cuda")
+
+
+def test_the_trial_step_leaves_room_for_the_optimizers_two_numbers(monkeypatch, folders):
+    held = []
+    original = host.memory.hold_bytes
+    monkeypatch.setattr(host.memory, "hold_bytes", lambda device, count: held.append(count) or original(device, count))
+    a_job = job(steps=60)
+    planned(monkeypatch, 100 * GIB)
+    with torch.inference_mode(), host.session.open_training_session(a_job.model, a_job.adapter) as session:
+        numbers = sum(p.numel() for p in session.adapters.parameters())
+    assert 2 * 4 * numbers <= held[0] < 2 * 4 * numbers + 2 * 512 * len(list(session.adapters.parameters()))
+
+
+def test_a_training_that_fits_under_no_plan_is_refused_with_figures_before_it_begins(monkeypatch, folders):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(planner, "measure_step_cost", no_room)
+    with pytest.raises(host.memory.StepDoesNotFit) as refused:
+        planned(monkeypatch, 3 * GIB, device="cuda")
+    words = str(refused.value)
+    assert "does not fit on cpu: a step takes about 0.0 GiB beside the weights, and 3.0 GiB are free" in words
+    assert (
+        f"checkpointing {PLAN_OFFLOADED!r}" in words
+        and "Nothing was trained" in words
+        and "smaller resolution" in words
+    )
 
 
 def test_a_lora_that_is_active_in_the_model_stays_in_force_while_the_weights_travel(folders):

@@ -13,6 +13,7 @@ from trainyard.tests.conftest import TESTS
 from trainyard.trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK
 
 SCENES = scenes.chosen
+TOY_BYTES = 256 * 1024  # latents and the like, which are as large as a toy's activations
 LOADED_WHOLE = [name for name, scene in SCENES.items() if not scene.get("room") and scene["plan"] != PLAN_OFFLOADED]
 
 
@@ -75,11 +76,12 @@ def test_offloaded_weights_stay_off_the_card_also_after_samples(rehearsed, name)
     assert run["up"] > 0.9 * run["weights"], "each is fetched in a step"
 
 
-@pytest.mark.parametrize("name", [name for name in SCENES if "accumulated" not in name and "LECO" not in name])
-def test_the_forecast_is_not_below_what_a_step_takes(rehearsed, name):
-    """Only at toy size; how near it is at real size stands in benchmarks/README.md."""
+@pytest.mark.parametrize("name", [name for name in SCENES if SCENES[name].get("method") != "leco-score"])
+def test_the_forecast_is_what_a_step_takes_and_never_less(rehearsed, name):
+    """Within a tenth, and within TOY_BYTES where a step takes less than that."""
     run = rehearsed[name]
-    assert run["forecast"] >= 0.9 * run["peak"], f"{run['forecast']} forecast, {run['peak']} taken"
+    most = 1.1 * run["peak"] + TOY_BYTES
+    assert run["peak"] <= run["forecast"] <= most, f"{run['forecast']} forecast, {run['peak']} taken"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .block_peak import LiveByteCounter, allocated_bytes, measure_block_peak, storage_key
 from .compile import BlockCompiler
 from .plan import PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, BlockMemory, StepMemory
 
@@ -45,8 +46,7 @@ def checkpoint_blocks(classes, adapters, blocks: CheckpointPolicy | None = None)
 def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
     def run(module, *args, **kwargs):
         if blocks.counter is not None and torch.is_grad_enabled():
-            with blocks.counter.count_block([t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]):
-                return forward(module, *args, **kwargs)
+            return count_block_call(blocks.counter, forward, module, args, kwargs)
         call = forward if blocks.compiler is None else blocks.compiler.bind_program(forward)
         if not torch.is_grad_enabled() or blocks.plan == PLAN_OFF:
             return call(module, *args, **kwargs)
@@ -62,6 +62,28 @@ def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
             return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     return run
+
+
+def count_block_call(counter: ActivationCounter, forward, module, args, kwargs):
+    """The block's output. The counter knows afterwards what it would keep and what it takes at most."""
+    tensors, restored = split_tensor_arguments(args, kwargs)
+
+    def call(tensors):
+        args, kwargs = restored(tensors)
+        return forward(module, *args, **kwargs)
+
+    with counter.count_block(module, tensors) as is_whole:
+        out = forward(module, *args, **kwargs)
+    if is_whole:
+        counter.measure_block(call, tensors, describe_block_call(module, tensors))
+    return out
+
+
+def describe_block_call(module, tensors) -> tuple:
+    """Equal for calls that cost the same."""
+    weights = [(p.shape, p.dtype, p.device) for p in module.parameters()]
+    given = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors]
+    return type(module), torch.is_autocast_enabled(), tuple(weights), tuple(given)
 
 
 def split_tensor_arguments(args, kwargs):
@@ -92,10 +114,6 @@ class LiveStorageDict(dict):
     def store(self, tensor, key, value):
         self[key] = value
         weakref.finalize(tensor.untyped_storage(), self.pop, key, None)
-
-
-def storage_key(tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 class CpuOffloadHooks(torch.autograd.graph.saved_tensors_hooks):
@@ -152,15 +170,19 @@ class BlockCall:
     outside_before: int = 0  # of what was kept outside, when the call began
     inputs: int = 0
     inside: int = 0
+    passing: int = 0
+    fetched: int = 0
     saved_storages: LiveStorageDict = field(default_factory=LiveStorageDict)
 
 
 class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
     """Counts what autograd would keep and keeps none of it: a forward pass under it needs no memory for activations,
-    whatever the model's size, and has no backward."""
+    whatever the model's size, and has no backward. Each block is run once more by itself, to see what it takes at
+    most."""
 
-    def __init__(self, weights):
+    def __init__(self, weights, device: torch.device):
         super().__init__(self.pack, self.unpack)
+        self.live = LiveByteCounter(device)  # of what is there although autograd does not keep it
         self.weights = {storage_key(w) for w in weights}
         self.saved_storages, self.block_inputs, self.outside_storages = (
             LiveStorageDict(),
@@ -169,19 +191,30 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
         )  # apart: kept by what is no block
         self.total = self.outside_blocks = self.largest_tensor = 0
         self.calls: list[BlockCall] = []
+        self.modules: set = set()  # blocks that were called
+        self.kept_at_block_end = 0  # bytes that are there after the last block and counted as kept
+        self.block_peaks: dict[tuple, int] = {}  # calls that cost the same -> bytes
         self.current_call: BlockCall | None = None
 
+    def __enter__(self):
+        super().__enter__()
+        self.live.__enter__()
+
+    def __exit__(self, *error):
+        self.live.__exit__(*error)
+        super().__exit__(*error)
+
     def pack(self, tensor):
-        key, size = storage_key(tensor), tensor.untyped_storage().nbytes()
+        key, size = storage_key(tensor), allocated_bytes(tensor.untyped_storage().nbytes())
         if key in self.weights:
             return None
         if key not in self.saved_storages:
             self.saved_storages.store(tensor, key, size)
             self.total += size
-            self.largest_tensor = max(self.largest_tensor, size)
         if self.current_call is None and key not in self.outside_storages:
             self.outside_storages.store(tensor, key, size)
             self.outside_blocks += size
+            self.largest_tensor = max(self.largest_tensor, size)
             if call := self.block_inputs.get(key):  # it stays, whether the block is given it or not
                 call.inputs -= size
         if (
@@ -199,26 +232,54 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
         raise CountedPassError("nothing was kept for a backward pass")
 
     @contextlib.contextmanager
-    def count_block(self, tensors):
-        if self.current_call is not None:  # a block within a block is part of it
-            yield
+    def count_block(self, module, tensors):
+        """Yields whether it is one by itself: a block within a block is part of it."""
+        if self.current_call is not None:
+            yield False
             return
         self.current_call = BlockCall(self.outside_blocks)
+        self.modules.add(module)
         for tensor in tensors:
             key = storage_key(tensor)
+            self.current_call.fetched += allocated_bytes(tensor.nbytes)
             if key not in self.block_inputs and key not in self.outside_storages and key not in self.weights:
                 self.block_inputs.store(tensor, key, self.current_call)
-                self.current_call.inputs += tensor.untyped_storage().nbytes()
+                self.current_call.inputs += allocated_bytes(tensor.untyped_storage().nbytes())
         self.calls.append(self.current_call)
         try:
-            yield
+            yield True
         finally:
             self.current_call = None
 
+    def measure_block(self, call, tensors, kind: tuple):
+        """The last block, run alone. `kind`: equal for those that need not be run again."""
+        counted = self.calls[-1]
+        if kind not in self.block_peaks:
+            self.current_call = counted  # blocks within it are not looked at
+            try:
+                self.block_peaks[kind] = measure_block_peak(call, tensors)
+            finally:
+                self.current_call = None
+        counted.passing = max(0, self.block_peaks[kind] - counted.inside)
+        self.live.peak = self.live.live  # from here on what comes after the block
+        self.kept_at_block_end = sum(size for key, size in self.live.sizes.items() if self.is_kept(key))
+
+    def is_kept(self, key: int) -> bool:
+        return key in self.saved_storages or key in self.block_inputs
+
     def step_memory(self, adapter_bytes: int) -> StepMemory:
+        """To be asked for when the pass is over."""
         before = [0, *(call.outside_before for call in self.calls)]
         blocks = tuple(
-            BlockMemory(call.inputs, call.inside, call.outside_before - b)
+            BlockMemory(call.inputs, call.inside, call.outside_before - b, call.passing, call.fetched)
             for b, call in zip(before[:-1], self.calls, strict=True)
         )
-        return StepMemory(self.total, self.outside_blocks, blocks, self.largest_tensor, adapter_bytes)
+        return StepMemory(
+            total=self.total,
+            outside_blocks=self.outside_blocks,
+            blocks=blocks,
+            ending=max(2 * self.largest_tensor, self.live.peak - self.kept_at_block_end),
+            held=self.live.live,
+            different_blocks=len(self.modules),
+            adapter_bytes=adapter_bytes,
+        )

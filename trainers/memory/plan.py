@@ -28,7 +28,9 @@ CHECKPOINTING_PLANS = (
     PLAN_PER_BLOCK_CPU,
     PLAN_OFFLOADED,
 )  # fastest first, each needing less of the device's memory than the one before
+CPU_PLANS = (PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED)  # under which blocks' inputs wait in the CPU's memory
 USABLE_MEMORY_SHARE = 0.9  # of the free memory may be planned with: kernels take workspaces, and allocators leave gaps
+SMALL_PIECES_BYTES = 32 * 1024  # noise levels, weights of losses, sums: at most 9 KiB were seen (tests/card/)
 MAX_AUTO_BATCH = 8  # images in a batch that is chosen; more is a decision about the training and not about memory
 
 
@@ -40,6 +42,8 @@ class BlockMemory:
     inputs: int  # those that nothing before it kept already
     inside: int
     outside_before: int = 0  # kept by what is no block, between the block before and this one
+    passing: int = 0  # beside these, at the worst moment of the block's own backward pass
+    fetched: int = 0  # all that it is given, which comes back for it where inputs wait in the CPU's memory
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,20 @@ class StepMemory:
     total: int  # each piece of memory once
     outside_blocks: int  # kept by what is no block, all through the pass
     blocks: tuple[BlockMemory, ...]
-    largest_tensor: int = 0  # the largest single piece: gradients of that size come and go
+    ending: int = 0  # what comes and goes after the last block
+    held: int = 0  # what the method keeps from one step to the next
+    different_blocks: int = 0  # where a step predicts several times, there are more calls than blocks
     adapter_bytes: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
     has_accumulated_gradients: bool = False  # gradients of the batch before are there all the time
     weights: int = 0  # bytes of the blocks' weights that lie on the device
-    largest_block_weights: int = 0  # bytes of the weights of the block that has most, wherever they lie
+    largest_block_weights: int = 0  # bytes of the weights that lie on the device, of the block that has most there
 
     def scaled(self, factor: float) -> StepMemory:
         """The same for a batch or an image that is `factor` times as large."""
         blocks = tuple(
-            BlockMemory(round(b.inputs * factor), round(b.inside * factor), round(b.outside_before * factor))
+            BlockMemory(
+                *(round(bytes * factor) for bytes in (b.inputs, b.inside, b.outside_before, b.passing, b.fetched))
+            )
             for b in self.blocks
         )
         return replace(
@@ -66,31 +74,30 @@ class StepMemory:
             total=round(self.total * factor),
             outside_blocks=round(self.outside_blocks * factor),
             blocks=blocks,
-            largest_tensor=round(self.largest_tensor * factor),
+            ending=round(self.ending * factor),
+            held=round(self.held * factor),
         )
 
     def backward_profile(self, plan: str) -> list[tuple[int, float]]:
-        """(bytes kept, share of the gradients that are there) in backward, which goes from the last block to the first:
-        what came after a block is free when its turn comes."""
-        if plan == PLAN_OFF or not self.blocks:
-            return [(self.total, 0.0), (0, 1.0)]
-        given, outside, found = 0, 0, []
+        """(bytes that are there, share of the gradients that are there) in backward, which goes from the last block to
+        the first, and last in the optimizer's step: what came after a block is free when its turn comes."""
+        given, outside, inside, found = 0, 0, 0, []
         for number, block in enumerate(self.blocks, 1):
-            given, outside = (
-                given + block.inputs if plan == PLAN_PER_BLOCK else block.inputs,
-                outside + block.outside_before,
-            )
-            found.append((min(self.total, outside + given + block.inside), 1 - number / len(self.blocks)))
-        return [(min(self.total, self.outside_blocks + given), 0.0), *found, (0, 1.0)]
+            given = block.fetched if plan in CPU_PLANS else given + block.inputs
+            inside = inside + block.inside if plan == PLAN_OFF else block.inside
+            outside += block.outside_before
+            kept = outside + given + inside
+            kept = min(self.total, kept) if plan == PLAN_OFF else kept
+            behind = min(1.0, (len(self.blocks) - number) / (self.different_blocks or len(self.blocks)))
+            found.append((kept + block.passing, behind))
+        kept = self.total if plan == PLAN_OFF or not self.blocks else self.outside_blocks + given
+        return [(kept + self.ending, 0.0), *found, (self.adapter_bytes, 1.0)]
 
     def peak_bytes(self, plan: str) -> int:
         """Bytes beside the weights at the worst moment of a step."""
         made = lambda share: self.adapter_bytes * (1 if self.has_accumulated_gradients else share)
-        return (
-            round(max(kept + made(share) for kept, share in self.backward_profile(plan)))
-            + 2 * self.largest_tensor
-            + self.constant_bytes(plan)
-        )
+        worst = max(there + made(share) for there, share in self.backward_profile(plan))
+        return round(worst) + self.held + self.constant_bytes(plan) + SMALL_PIECES_BYTES
 
     def constant_bytes(self, plan: str) -> int:
         """Those of them that are the same for every batch and moment: the optimizer's numbers, and the weights of a
