@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 ALLOCATION_STEP = 512  # bytes: kMinBlockSize of torch's CUDACachingAllocator
 
@@ -84,8 +85,9 @@ class GradientEnd(torch.autograd.Function):
 
 
 def measure_block_peak(call: Callable, inputs: list[Tensor]) -> int:
-    """Bytes beside its inputs that a block takes at most when it is computed and its gradient found. `call(inputs)`
-    computes it. Gradients are added to those of its parameters."""
+    """Bytes beside its inputs that a block takes at most when it is computed again and its gradient found, while the
+    gradient of what comes after it waits. `call(inputs)` computes it. Gradients are added to those of its
+    parameters."""
     with (
         torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: tensor, lambda tensor: tensor
@@ -93,7 +95,8 @@ def measure_block_peak(call: Callable, inputs: list[Tensor]) -> int:
         LiveByteCounter(inputs[0].device) as counter,
     ):
         alone = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
-        outputs = call([GradientEnd.apply(tensor) if tensor.requires_grad else tensor for tensor in alone])
+        given = [GradientEnd.apply(tensor) if tensor.requires_grad else tensor for tensor in alone]
+        outputs = checkpoint(lambda *given: call(list(given)), *given, use_reentrant=False, preserve_rng_state=False)
         outputs = [out for out in list_tensors(outputs) if out.requires_grad]
         if outputs:  # else nothing before it is trained
             source = GradientSource.apply(*outputs)
