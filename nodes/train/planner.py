@@ -148,15 +148,30 @@ def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str) -> 
 def count_with_room(probe: StepProbe, checkpointing: str) -> StepMemory | None:
     """count_step_memory; where not even a single block has room beside the weights, once they have left."""
     session = probe.session
+    plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else ()
+    free = host.memory.available_device_memory(session)
     try:
         return count_step_memory(probe)
     except Exception as error:
-        plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else ()
-        if PLAN_OFFLOADED not in plans or not host.memory.is_out_of_memory_error(error):
+        if not host.memory.is_out_of_memory_error(error):
             raise
+        if PLAN_OFFLOADED not in plans:
+            raise refuse_step(probe, session.blocks.plan, free) from error
     host.memory.release_cached_memory()
     host.memory.offload_weights(session)
-    return count_step_memory(probe)
+    free = host.memory.available_device_memory(session)
+    try:
+        return count_step_memory(probe)
+    except Exception as error:
+        if not host.memory.is_out_of_memory_error(error):
+            raise
+        raise refuse_step(probe, PLAN_OFFLOADED, free) from error
+
+
+def refuse_step(probe: StepProbe, plan: str, free: int, measured: StepMemory | None = None):
+    """The error for a step that has no room under the plan. `free`: bytes, before it."""
+    need = measured.peak_bytes(plan) if measured else 0
+    return host.memory.StepDoesNotFit(probe.job.run, plan, probe.session.denoiser.device, need, free)
 
 
 def offload_missing_weights(probe: StepProbe, measured: StepMemory) -> StepMemory:
@@ -278,8 +293,7 @@ def run_trial_step(probe: StepProbe, measured: StepMemory | None, plans) -> RunP
             if not host.memory.is_out_of_memory_error(error):
                 raise
             if not (halved or further):
-                need = measured.peak_bytes(plan) if measured else 0
-                raise host.memory.StepDoesNotFit(job.run, plan, session.denoiser.device, need, free) from error
+                raise refuse_step(probe, plan, free, measured) from error
         del built
         host.memory.release_cached_memory()
         if halved:

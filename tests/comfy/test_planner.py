@@ -266,7 +266,9 @@ def test_weights_leave_first_where_not_even_one_block_has_room_beside_them(monke
     assert (plan, forecast.plan) == (PLAN_OFF, PLAN_OFF)
     assert forecast.offloaded_bytes > 0
     asked.clear()
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        host.memory.StepDoesNotFit, match="takes more beside the weights.*with checkpointing 'per block'"
+    ):
         planned(monkeypatch, 100 * GIB, checkpointing=PLAN_PER_BLOCK, device="cuda")
 
 
