@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/card.py                                  # all rows: an hour or two of one core
     .venv/bin/python benchmarks/card.py --models sdxl flux --cards 12 24
-    .venv/bin/python benchmarks/card.py --show                           # the table of the rows that are there
+    .venv/bin/python benchmarks/card.py --show                           # the tables in both READMEs, of the rows that are there
 
 A LoRA of rank 16 on all layers of the defaults, batch 1, AdamW, weights in bf16, checkpointing auto unless --plan says
 another. Sizes, dtypes, placement and traffic are real, since ComfyUI's own loader and this pack's own run are at work;
@@ -17,57 +17,69 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
+
+from card_tables import CARDS, CONTEXT_GIB, LORA
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pretend-card.json"
-CARDS = (8, 12, 16, 24, 80)  # GiB
-CONTEXT_GIB = 0.5  # of a card are the driver's and the desktop's
 MODELS = ("sd15", "sdxl", "sd3", "flux", "chroma", "zimage", "lumina2", "qwen", "flux2", "klein4b", "klein9b", "auraflow", "anima",
-          "hunyuan_video", "wan_1.3b", "wan_14b", "wan_5b")  # fmt: skip
-GIB = 2**30
+          "hunyuan_video", "hunyuan_video_1.5", "sd35_medium", "sd35_large", "qwen_edit", "krea2", "ernie", "wan_1.3b", "wan_14b", "wan_5b")  # fmt: skip
+MONITORED_CARD = 24  # GiB: on it a run also measures validation and draws a sample before, between and after the steps
+METHODS = (LORA, "image slider", "difference", "leco", "leco-score", "score")
 
 
-def row_key(model, card, plan, dtype) -> str:
-    return f"{model}, {card} GiB, {plan}, {dtype}"
+def row_key(model, card, plan, dtype, method) -> str:
+    return ", ".join([model, f"{card} GiB", plan, dtype, *([method] if method != LORA else [])])
 
 
 def read_rows(path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def rehearse_row(model, card, plan, dtype) -> dict:
-    """tests/card/rehearsal.py: Rehearsal, of a process of its own."""
-    scene = dict(
-        family=model, gib=card - CONTEXT_GIB, plan=plan, dtype=dtype, size="published", monitored=False, steps=2
+def make_scene(model, card, plan, dtype, method) -> dict:
+    """tests/card/rehearsal.py: Scene."""
+    return dict(
+        family=model,
+        gib=card - CONTEXT_GIB,
+        plan=plan,
+        dtype=dtype,
+        size="published",
+        monitored=method == LORA and card == MONITORED_CARD,
+        steps=2,
+        method=method,
     )
-    command = [sys.executable, str(ROOT / "tests" / "card" / "rehearsal.py"), json.dumps(scene)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[0]) if lines else {"scene": scene, "error": f"the process died: {done.stderr[-1000:]}"}
 
 
-def format_table(rows: dict) -> str:
-    lines = [
-        "| model | weights, GiB | card, GiB | checkpointing | weights on it, GiB | peak, GiB | step beside the weights, GiB | forecast | up in a step, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(format_row(row) for row in rows.values())])
+def rehearse_scenes(scenes: list[dict]):
+    """tests/card/rehearsal.py: Rehearsal of each, as it is made, in one process. Where that dies, the last one has an
+    error and there are fewer."""
+    command = [sys.executable, str(ROOT / "tests" / "card" / "rehearsal.py"), *map(json.dumps, scenes)]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT) as run,
+    ):
+        count = 0
+        for line in run.stdout or ():
+            if line.startswith("{"):
+                count += 1
+                yield json.loads(line)
+        if count < len(scenes):
+            log.seek(0)
+            yield {"scene": scenes[count], "error": f"the process died: {log.read()[-1000:]}"}
 
 
-def format_row(row: dict) -> str:
+def write_tables(rows: dict):
+    import card_tables
+    import pack
+
+    pack.boot()
     from trainyard.benchmarks.published import PUBLISHED
 
-    scene = row["scene"]
-    head = (
-        f"| {PUBLISHED[scene['family']].about} | {row.get('weights', 0) / GIB:.1f} | {scene['gib'] + CONTEXT_GIB:.0f} |"
-    )
-    if row["error"]:
-        what = "does not fit" if "OutOfMemory" in row["error"] else "fails"
-        return f"{head} {what} | | | | | |"
-    return (
-        f"{head} {row['plan']} | {row['weights_on_card'] / GIB:.1f} | {row['card_peak'] / GIB:.1f} | {row['peak'] / GIB:.2f} | "
-        f"{row['forecast'] / max(1, row['peak']) - 1:+.0%} | {row['up'] / GIB:.2f} |"
-    )
+    names = {model: shape.about for model, shape in PUBLISHED.items()}
+    for path, text in card_tables.make_documents(rows, names).items():
+        path.write_text(text, encoding="utf-8")
+    print(card_tables.format_full_table(rows, names))
 
 
 def main():
@@ -76,23 +88,24 @@ def main():
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS), metavar="GIB")
     parser.add_argument("--plan", default="auto", help="a checkpointing mode")
     parser.add_argument("--dtype", default="bfloat16", help="that the weights are stored in")
+    parser.add_argument("--method", default=LORA, choices=METHODS)
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="file for the rows")
-    parser.add_argument("--show", action="store_true", help="print the table of the rows that are there")
+    parser.add_argument(
+        "--show", action="store_true", help="write the tables of the rows that are there into the READMEs"
+    )
     asked = parser.parse_args()
     rows = read_rows(asked.json)
     for model in asked.models if not asked.show else ():
-        for card in asked.cards:
-            key = row_key(model, card, asked.plan, asked.dtype)
-            if key in rows:
-                continue
-            rows[key] = rehearse_row(model, card, asked.plan, asked.dtype)
+        subjects = {
+            row_key(*(about := (model, card, asked.plan, asked.dtype, asked.method))): about for card in asked.cards
+        }
+        missing = {key: make_scene(*about) for key, about in subjects.items() if key not in rows}
+        for key, row in zip(missing, rehearse_scenes(list(missing.values())) if missing else (), strict=False):
+            rows[key] = row
             asked.json.write_text(json.dumps(rows, indent=1) + "\n")
-            print(f"{key}: {rows[key]['error'] or rows[key]['plan']}", flush=True)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import pack
-
-    pack.boot()
-    print(format_table(rows))
+            print(f"{key}: {row['error'] or row['plan']}", flush=True)
+    if asked.show:
+        write_tables(rows)
 
 
 if __name__ == "__main__":

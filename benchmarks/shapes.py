@@ -25,6 +25,7 @@ class Shape:
     rank: int
     tokens: int  # of the caption
     about: str
+    reference: tuple = ()  # the latent of an image that comes with the caption, of models that edit
 
     @property
     def has_guidance(self) -> bool:
@@ -131,6 +132,8 @@ def dataset(shape: Shape, count: int):
 def caption(shape: Shape, rng):
     cross = torch.randn(1, shape.tokens, shape.family.context, generator=rng)
     extras = {"pooled_output": torch.randn(1, shape.family.pooled, generator=rng)} if shape.family.pooled else {}
+    if shape.reference:
+        extras["reference_latents"] = [torch.randn(1, *shape.reference, generator=rng)]
     return [cross, extras]
 
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CARD_TYPE = "card"
 ALLOCATION_STEP = 512  # bytes: the caching allocator of CUDA rounds up to this
-MAX_ZEROED_BYTES = 2**20  # larger copies on the CPU stay untouched memory, which costs nothing
+MAX_ZEROED_BYTES = 2**23  # larger copies on the CPU stay untouched memory, which costs nothing; adapters are smaller
 PACK = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
 

@@ -26,7 +26,8 @@ import torch
 from comfy.model_patcher import CoreModelPatcher
 from trainyard.benchmarks import published, shapes
 from trainyard.nodes import host
-from trainyard.nodes.train import leco, planner, run
+from trainyard.nodes.scores import latents
+from trainyard.nodes.train import leco, leco_score, planner, run
 from trainyard.nodes.train.image_pairs import PairTask
 from trainyard.nodes.train.job import TrainingJob
 from trainyard.nodes.train.train_lora import LoraTask
@@ -38,11 +39,18 @@ from trainyard.tests.comfy import families
 from trainyard.trainers import loop
 from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
-from trainyard.trainers.memory.plan import PLAN_AUTO
+from trainyard.trainers.data.signed_prompts import SignedPrompt
+from trainyard.trainers.memory.plan import PLAN_AUTO, PLAN_OFF
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
+from trainyard.trainers.methods.leco_score import LecoScoreSettings
 from trainyard.trainers.monitor.previews import PreviewSettings
 from trainyard.trainers.monitor.validation import ValidationSettings
+from trainyard.trainers.scores.networks import LatentResNet, ScoreModelInfo, Scorer, ScorerEnsemble, ScorerSettings
+from trainyard.trainers.scores.objective import ScoreSettings
+from trainyard.trainers.scores.training import train_score_model
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
+
+MIN_SCORED_IMAGES = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Scene:
     bf16: bool = True  # whether the card computes in it
     monitored: bool = True  # with a validation and samples before, between and after the steps
     captions: str = "equal"  # or "of several lengths"
-    method: str = "lora"  # or "image slider", "difference", "leco"
+    method: str = "lora"  # or "image slider", "difference", "leco", "leco-score", "score"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,6 +120,7 @@ def make_model(scene: Scene):
 def make_caption(scene: Scene, tokens: int, rng) -> list:
     """[cross attention, extras] as a text encoder gives them."""
     cross, extras = shapes.caption(dataclasses.replace(find_shape(scene), tokens=tokens), rng)
+    extras.setdefault("pooled_output", None)  # as of ComfyUI's text encoders without one
     if scene.family == "anima":  # its text encoder also hands over T5 tokens, (T,) without a batch axis
         extras |= {"t5xxl_ids": torch.randint(0, 32128, (tokens,), generator=rng), "t5xxl_weights": torch.ones(tokens)}
     return [cross, extras]
@@ -120,15 +129,24 @@ def make_caption(scene: Scene, tokens: int, rng) -> list:
 def make_dataset(scene: Scene, count: int = 4) -> EncodedDataset:
     """Images that are pairs, too: two by two."""
     shape, rng = find_shape(scene), torch.Generator().manual_seed(5)
-    latents = [{"samples": torch.randn((1, *shape.family.latent), generator=rng)} for _ in range(count)]
+    samples = [{"samples": torch.randn((1, *shape.family.latent), generator=rng)} for _ in range(count)]
     longer = 5 if scene.captions != "equal" else 0
     data = EncodedDataset.from_core(
-        latents, [[make_caption(scene, shape.tokens + longer * n, rng)] for n in range(count)]
+        samples, [[make_caption(scene, shape.tokens + longer * n, rng)] for n in range(count)]
     )
     data.items = [
         dataclasses.replace(item, pair=str(n // 2), strength=(1.0, -1.0)[n % 2]) for n, item in enumerate(data.items)
     ]
     return data
+
+
+def encode_texts(scene: Scene, texts) -> dict[str, dict]:
+    """Text -> its conditioning, without a text encoder."""
+    found = {}
+    for text in texts:
+        cross, extras = make_caption(scene, find_shape(scene).tokens, torch.Generator().manual_seed(3))
+        found[text] = {"cross_attn": cross, **extras}
+    return found
 
 
 class EncodedPromptTask(leco.PromptDifferenceTask):
@@ -140,25 +158,61 @@ class EncodedPromptTask(leco.PromptDifferenceTask):
         return self.slider, self.points, self.place
 
     def encode_prompts(self, job):
-        found = {}
-        for text in self.list_texts(job):
-            cross, extras = make_caption(self.scene, find_shape(self.scene).tokens, torch.Generator().manual_seed(3))
-            found[text] = {"cross_attn": cross, **extras}
-        return found
+        return encode_texts(self.scene, self.list_texts(job))
+
+
+class EncodedScoreTask(leco_score.LecoScoreTask):
+    """Train LECO-Score with prompts that are encoded already."""
+
+    def check(self, job): ...
+
+    def fingerprint_parts(self, job):
+        return self.settings, self.place
+
+    def encode_prompts(self, job):
+        return encode_texts(self.scene, self.list_texts())
+
+
+def make_score_model(channels: int) -> ScorerEnsemble:
+    """Of the size that Train Score Model makes by default, in the CPU's memory."""
+    info = ScoreModelInfo(channels=channels)
+    return ScorerEnsemble([Scorer(LatentResNet(channels, info.width, info.depth), 1)], info)
 
 
 def make_task(scene: Scene):
+    """What is trained."""
+    pixels = 8 * find_shape(scene).family.latent[-1]
     if scene.method == "leco":
         row = PromptRow("cat", None, "", None, "erase", 1.0)
         points = PointSettings(points="rollout", sampling_steps=4, ways=2)
-        pixels = 8 * find_shape(scene).family.latent[-1]
         task = EncodedPromptTask(rows=(row,), slider=False, points=points, place=PlaceSettings(resolution=pixels))
+        object.__setattr__(task, "scene", scene)
+        return task
+    if scene.method == "leco-score":
+        task = EncodedScoreTask(
+            prompts=(SignedPrompt("a cat"), SignedPrompt("a dog", 0.0)),
+            scores=((make_score_model(find_shape(scene).family.latent[0]), 1.0),),
+            held_out=None,
+            settings=LecoScoreSettings(sampling_steps=4, ways=1),
+            monitor_settings=leco_score.WatchSettings(watch_every=1, patience=2),
+            place=leco_score.ScorePlace(resolution=pixels),
+        )
         object.__setattr__(task, "scene", scene)
         return task
     if scene.method == "lora":
         return LoraTask(data=make_dataset(scene))
     kinds = {"image slider": ImageSlider, "difference": AddiftTraining}
     return PairTask(data=make_dataset(scene), method_class=kinds[scene.method])
+
+
+def train_score(scene: Scene, model):
+    """Train Score Model with its default network on latents of this family."""
+    data = make_dataset(scene, count=MIN_SCORED_IMAGES)
+    data.items = [dataclasses.replace(item, score=float(n), pair=None) for n, item in enumerate(data.items)]
+    schedule = latents.NoiseSchedule(model)
+    settings = ScoreSettings(steps=scene.steps, members=2)
+    with host.context.enable_gradients():
+        train_score_model(data, schedule, ScorerSettings(), settings, device=schedule.device)
 
 
 def make_job(scene: Scene, model, name: str) -> TrainingJob:
@@ -192,7 +246,7 @@ class StepWatch:
     @contextlib.contextmanager
     def attached(self):
         rng, add, plan, threshold = loop.step_rng, loop.PendingLosses.add, planner.plan_run, planner.MIN_MEASURED_STEPS
-        check = host.checks.check_gradients
+        check, count = host.checks.check_gradients, planner.count_step_memory
 
         def begin_step(seed, step):
             self.begin()
@@ -214,11 +268,13 @@ class StepWatch:
             loop.step_rng, loop.PendingLosses.add = begin_step, end_step
             planner.plan_run, planner.MIN_MEASURED_STEPS = plan_run, 0
             host.checks.check_gradients = lambda *_: 0.0  # of an unknown family: it is about numbers
+            if self.about.scene.method == "leco-score":  # it looks back by itself and cannot be counted: torch's engine
+                planner.count_step_memory = lambda probe: None  # does not survive the error that says so on this card
             yield self
         finally:
             loop.step_rng, loop.PendingLosses.add = rng, add
             planner.plan_run, planner.MIN_MEASURED_STEPS = plan, threshold
-            host.checks.check_gradients = check
+            host.checks.check_gradients, planner.count_step_memory = check, count
 
     def begin(self):
         gc.collect()  # a real card's figures are read after a collection, too
@@ -250,7 +306,11 @@ def rehearse(scene: Scene, name: str) -> Rehearsal:
         watch = StepWatch(card, model, about)
         try:
             with watch.attached(), torch.inference_mode():
-                run.run_training(make_job(scene, model, name))
+                if scene.method == "score":
+                    about.plan = PLAN_OFF  # it has no other
+                    train_score(scene, model)
+                else:
+                    run.run_training(make_job(scene, model, name))
         except Exception as error:
             about.error = describe_error(error)
         if watch.steps:
@@ -267,13 +327,14 @@ def rehearse(scene: Scene, name: str) -> Rehearsal:
 
 
 def describe_error(error: Exception) -> str:
-    """Type, message and the last places of it that are no torch code."""
+    """Type and message, those of its first cause, and the last places of that which are no torch code."""
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
     frames = [f for f in traceback.extract_tb(root.__traceback__) if "site-packages" not in f.filename]
     places = " < ".join(f"{pathlib.Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames[-6:]))
-    return f"{type(root).__name__}: {str(root)[:400]} at {places}"
+    causes = [error] if root is error else [error, root]
+    return " < ".join(f"{type(cause).__name__}: {str(cause)[:400]}" for cause in causes) + f" at {places}"
 
 
 def main():

@@ -11,11 +11,20 @@ ALL = {
     "sd3, fp16 without bf16": dict(family="sd3", plan=PLAN_OFF, dtype="float16", bf16=False),
     "sd3, fp8": dict(family="sd3", plan=PLAN_OFFLOADED, dtype="float8_e4m3fn"),
     "flux, LECO": dict(family="flux", plan=PLAN_OFF, method="leco", monitored=False),
+    "sd15, score model": dict(family="sd15", plan=PLAN_AUTO, method="score", monitored=False),
+    "sd15, LECO-Score": dict(family="sd15", plan=PLAN_PER_BLOCK, method="leco-score", monitored=False),
     "flux, image slider": dict(family="flux", plan=PLAN_PER_BLOCK, method="image slider", monitored=False),
     "flux, accumulated": dict(family="flux", plan=PLAN_PER_BLOCK, accumulate=2, monitored=False),
 }
 QUICK = {
     name: ALL[name]
-    for name in (f"flux, {PLAN_OFFLOADED}", "sd15, partly loaded", "wan", "sd3, fp16 without bf16", "flux, LECO")
+    for name in (
+        f"flux, {PLAN_OFFLOADED}",
+        "sd15, partly loaded",
+        "wan",
+        "sd3, fp16 without bf16",
+        "flux, LECO",
+        "sd15, score model",
+    )
 }
 chosen = QUICK  # what tests/comfy/test_pretend_card.py takes; `make proofs` takes all
