@@ -91,6 +91,8 @@ class PretendCard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked several times for each op
         if not (touches_card(args) or touches_card(kwargs.values())):
             return func(*args, **kwargs)
         if func in READING_OPS:
@@ -172,6 +174,8 @@ def touches_card(values) -> bool:
 
 
 def is_on_card(leaf) -> bool:
+    if isinstance(leaf, FakeTensor):
+        return leaf.fake_device.type == CARD_TYPE
     if isinstance(leaf, torch.Tensor):
         return leaf.device.type == CARD_TYPE
     if isinstance(leaf, torch.device):

@@ -84,7 +84,7 @@ class Rehearsal:
     weights_on_card: int = 0  # when the first step began
     weights_on_card_at_last: int = 0  # when the last step began
     forecast: int = 0  # beside the weights, as it is counted before the run
-    peak: int = 0  # beside what lay on the card when the first step began
+    peak: int = 0  # of a step, beside the weights that lay on the card then, and beside the adapters
     card_peak: int = 0  # of a step, in all
     up: int = 0
     down: int = 0
@@ -241,7 +241,8 @@ class StepWatch:
     def __init__(self, card, model, about: Rehearsal):
         self.card, self.model, self.about = card, model, about
         self.steps = []  # CardTraffic
-        self.live_before = 0
+        self.weights_on_card = []  # bytes, when each step began
+        self.adapters = 0  # bytes of all else that lay on the card when the first step began
 
     @contextlib.contextmanager
     def attached(self):
@@ -281,14 +282,16 @@ class StepWatch:
         self.card.begin_part()
         on_card = sum(p.nbytes for p in self.model.model.parameters() if p.device.type == device.CARD_TYPE)
         if not self.steps:
-            self.live_before, self.about.weights_on_card = self.card.live, on_card
-        self.about.weights_on_card_at_last = on_card
+            self.adapters = self.card.live - on_card
+        self.weights_on_card[len(self.steps) :] = [on_card]  # a step may begin anew with a smaller loss scale
 
     def report(self):
         """Into the Rehearsal."""
         about, last = self.about, self.steps[-1]
         about.card_peak = max(step.peak for step in self.steps)
-        about.peak = about.card_peak - self.live_before
+        taken = (step.peak - weights for step, weights in zip(self.steps, self.weights_on_card, strict=False))
+        about.peak = max(taken) - self.adapters  # the same weights need not lie there in every step
+        about.weights_on_card, about.weights_on_card_at_last = self.weights_on_card[0], self.weights_on_card[-1]
         about.up, about.down, about.blocking_copies = last.up, last.down, last.blocking_copies
         about.down_copies = last.down_copies
         about.reads = [place for step in self.steps for place in step.reads]

@@ -13,7 +13,7 @@ from trainyard.tests.conftest import TESTS
 from trainyard.trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK
 
 SCENES = scenes.chosen
-TOY_BYTES = 256 * 1024  # latents and the like, which are as large as a toy's activations
+TOY_BYTES = 128 * 1024  # latents and the like, which are as large as a toy's activations
 LOADED_WHOLE = [name for name, scene in SCENES.items() if not scene.get("room") and scene["plan"] != PLAN_OFFLOADED]
 
 
@@ -78,10 +78,12 @@ def test_offloaded_weights_stay_off_the_card_also_after_samples(rehearsed, name)
 
 @pytest.mark.parametrize("name", [name for name in SCENES if SCENES[name].get("method") not in ("leco-score", "score")])
 def test_the_forecast_is_what_a_step_takes_and_never_less(rehearsed, name):
-    """Within a tenth, and within TOY_BYTES where a step takes less than that."""
+    """Within a tenth, and within TOY_BYTES where a step takes less than that. Weights that leave after a sample make
+    the room that they take when they are fetched."""
     run = rehearsed[name]
+    least = run["peak"] - (run["weights_on_card"] - run["weights_on_card_at_last"])
     most = 1.1 * run["peak"] + TOY_BYTES
-    assert run["peak"] <= run["forecast"] <= most, f"{run['forecast']} forecast, {run['peak']} taken"
+    assert least <= run["forecast"] <= most, f"{run['forecast']} forecast, {run['peak']} taken"
 
 
 @pytest.mark.parametrize(
