@@ -116,9 +116,18 @@ def format_short_table(rows: dict, names: dict) -> str:
         if method != LORA or all(row is None for row in found):
             continue
         weights = next(row["weights"] for row in found if row) / GIB
-        results = [SHORT_PLANS.get(result := describe_result(row), result) for row in found]
-        lines.append(f"| {name_subject(names, model, dtype, method)} | {weights:.1f} | {' | '.join(results)} |")
+        results = " | ".join(map(describe_shortly, found))
+        lines.append(f"| {name_subject(names, model, dtype, method)} | {weights:.1f} | {results} |")
     return "\n".join(lines)
+
+
+def describe_shortly(row: dict | None) -> str:
+    """The plan in a word or two, and the GiB of weights that wait in main memory."""
+    result = describe_result(row)
+    if result not in SHORT_PLANS:
+        return result
+    away = (row["weights"] - row["weights_on_card"]) / GIB
+    return SHORT_PLANS[result] + (f", {away:.1f} away" if away > 0.01 * row["weights"] / GIB else "")
 
 
 def replace_between_marks(text: str, name: str, table: str) -> str:

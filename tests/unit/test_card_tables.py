@@ -25,7 +25,7 @@ def row(model, card, plan="per block", error="", on_card=4, dtype="bfloat16", me
 
 ROWS = {
     "a": row("one", 8, error="OutOfMemoryError: no room"),
-    "b": row("one", 12),
+    "b": row("one", 12, on_card=2.5),
     "c": row("one", 16, plan="off"),
     "d": row("one", 12, dtype="float8_e4m3fn", plan="off"),
     "e": row("two", 24, error="ValueError: odd"),
@@ -35,7 +35,7 @@ NAMES = {"one": "One at 512 px", "two": "Two"}
 
 def test_the_short_table_says_what_each_card_takes_and_what_was_not_rehearsed():
     one, fp8, two = tables.format_short_table(ROWS, NAMES).splitlines()[2:]
-    assert one == "| One at 512 px | 4.0 | does not fit | per block | all kept | all kept | all kept |"
+    assert one == "| One at 512 px | 4.0 | does not fit | per block, 1.5 away | all kept | all kept | all kept |"
     assert fp8 == "| One at 512 px, fp8 | 4.0 | ? | all kept | all kept | all kept | all kept |"
     assert two == "| Two | 4.0 | ? | ? | ? | fails | ? |"
 
@@ -53,7 +53,7 @@ def test_the_smallest_card_is_the_first_that_ends_well():
 
 def test_the_full_table_has_the_figures_of_every_row():
     lines = tables.format_full_table(ROWS, NAMES).splitlines()
-    assert "| One at 512 px | 4.0 | 12 | per block | 4.0 | 6.0 | 2.00 | +5.0% | 0.00 | 0.00 | 12 |" in lines
+    assert "| One at 512 px | 4.0 | 12 | per block | 2.5 | 6.0 | 2.00 | +5.0% | 0.00 | 0.00 | 12 |" in lines
     assert "| One at 512 px | 4.0 | 8 | does not fit | | | | | | | 12 |" in lines
     assert len(lines) == 2 + len(ROWS)
 
