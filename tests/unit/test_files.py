@@ -407,6 +407,16 @@ def test_metadata_that_another_program_changed_is_told_and_the_lora_is_read(tmp_
     assert not read_lora(path).damage
 
 
+def test_types_and_shapes_that_were_changed_are_told(tmp_path):
+    """The checksum of the values is of their bytes, which are the same."""
+    path = tmp_path / "star.safetensors"
+    write_lora(path, lora())
+    tensors, metadata = read_safetensors(path)
+    for change in (lambda value: value.view(torch.int32), lambda value: value.reshape(-1)):
+        write_safetensors(path, {key: change(value) for key, value in tensors.items()}, metadata)
+        assert read_lora(path).damage
+
+
 def test_a_lora_of_the_first_releases_has_no_checksum_of_its_metadata_and_is_read(tmp_path):
     write_safetensors(tmp_path / "old", lora(), {**metadata(), "modelspec.hash_sha256": f"0x{tensor_hash(lora())}"})
     assert read_lora(tmp_path / "old").damage == "" and read_lora(tmp_path / "old").steps == 300
