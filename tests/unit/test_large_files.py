@@ -1,5 +1,6 @@
 """Files of a size that nobody meant: refused, read in turn, or read in time that grows as they do."""
 
+import json
 import struct
 import threading
 import time
@@ -160,6 +161,19 @@ def test_a_json_table_of_more_entries_than_any_is_refused_in_words(tmp_path, mon
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.json").write_text("{" + ",".join(f'"{number}.png": "x"' for number in range(11)) + "}")
     assert "has 11 rows, and at most 10 are read" in read_folder(tmp_path).skipped[0][1]
+
+
+def test_a_json_table_too_large_to_be_parsed_is_refused_in_words(tmp_path, monkeypatch):
+    """A metadata.jsonl of the same size is read: its rows are counted before they are parsed."""
+    monkeypatch.setattr(metadata, "MAX_JSON_TABLE_BYTES", metadata.BYTES_PER_MIB)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = json.dumps({"file_name": "a.png", "text": "x", "note": "y" * metadata.BYTES_PER_MIB})
+    (tmp_path / "metadata.json").write_text(f"[{row}]")
+    (told,) = read_folder(tmp_path).skipped
+    assert "metadata.json is larger than 1 MiB. Write it as metadata.jsonl, a row in each line" in told[1]
+    (tmp_path / "metadata.json").rename(tmp_path / "metadata.jsonl")
+    (tmp_path / "metadata.jsonl").write_text(row)
+    assert read_folder(tmp_path)[0].captions == ("x",)
 
 
 @pytest.mark.parametrize("row", ["no JSON\n", '{"text": "names no image"}\n'])

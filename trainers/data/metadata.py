@@ -25,6 +25,7 @@ from .tables import parse_decimal, read_text_table
 BYTES_PER_MIB = 2**20
 # A larger file was put there by mistake.
 MAX_CAPTION_BYTES, MAX_SIDECAR_BYTES, MAX_TABLE_BYTES = 1 * BYTES_PER_MIB, 16 * BYTES_PER_MIB, 512 * BYTES_PER_MIB
+MAX_JSON_TABLE_BYTES = 64 * BYTES_PER_MIB  # which is parsed before its entries can be counted
 MAX_TABLE_ROWS = 500_000  # several seconds and half a GB
 MAX_TOLD_PROBLEMS = 20  # of the rows of one table
 MAX_REPEATS = 10_000
@@ -90,14 +91,17 @@ def merge_metadata(sources: Iterable[ImageMetadata]) -> ImageMetadata:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def read_text_file(file: Path, what: str = "caption", limit: int = MAX_CAPTION_BYTES) -> str:
+def read_text_file(
+    file: Path,
+    what: str = "caption",
+    limit: int = MAX_CAPTION_BYTES,
+    advice: str = "Is it the right file? Repair or remove it.",
+) -> str:
     """The file's text: UTF-8 with or without a byte order mark, or UTF-16 where the mark says so. ValueError for a file
-    that is too large, unreadable or no text."""
+    that is too large, with advice on it, unreadable or no text."""
     data = read_file_bytes(file, limit + 1)
     if len(data) > limit:
-        raise ValueError(
-            f"The {what} {file} is larger than {limit // BYTES_PER_MIB} MiB. Is it the right file? Repair or remove it."
-        )
+        raise ValueError(f"The {what} {file} is larger than {limit // BYTES_PER_MIB} MiB. {advice}")
     try:
         return check_plain_text(
             data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"), f"The {what} {file}"
@@ -470,7 +474,14 @@ def read_metadata_rows(file: Path, problems: list[str]):
     readers = {".json": parse_json_table, ".jsonl": parse_jsonl_table, ".csv": parse_csv_table, ".tsv": parse_csv_table}
     if file.suffix.lower() not in readers:
         raise ValueError(f"The metadata {file} is not a .json, .jsonl, .csv or .tsv file.")
-    return readers[file.suffix.lower()](file, read_text_file(file, "metadata", MAX_TABLE_BYTES), problems)
+    return readers[file.suffix.lower()](file, read_table_text(file), problems)
+
+
+def read_table_text(file: Path) -> str:
+    if file.suffix.lower() != ".json":
+        return read_text_file(file, "metadata", MAX_TABLE_BYTES)
+    advice = "Write it as metadata.jsonl, a row in each line, or with the images of this folder alone."
+    return read_text_file(file, "metadata", MAX_JSON_TABLE_BYTES, advice)
 
 
 def check_row_count(count: int, file: Path) -> None:
