@@ -1,4 +1,5 @@
-"""Colours as sRGB: what an image's embedded colour profile (ICC) says of its numbers, and their conversion.
+"""Colours as sRGB: what an image's colour profile (ICC) says of its numbers, and their conversion. The profile is the
+embedded one, or one made of what the file tells otherwise (`told_colours`).
 
 An image without a profile, or with one that says sRGB, keeps its pixels bit for bit; so does one whose profile cannot
 be used, which is told. Conversion is relative colorimetric with black point compensation, by LittleCMS.
@@ -14,15 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-from .pixel_modes import convert_to_8bit, convert_to_rgba, has_alpha
+from .pixel_modes import convert_to_8bit, convert_to_rgba, has_alpha, is_grey_mode
+from .told_colours import COLOUR_PROBLEM
 
 SRGB_TOLERANCE = 2  # levels of 255: profiles that mean sRGB differ by that much, gamma 2.2 differs by 9
 PROBE_STEPS = 9  # colours along each channel that a profile is compared with sRGB at
-SRGB_PNG_GAMMA, PNG_GAMMA_TOLERANCE = 1 / 2.2, 0.05  # a PNG says sRGB's curve as 0.45455
-SRGB_CHROMATICITIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x, y of white, red, green, blue
-CHROMATICITY_TOLERANCE = 0.01
 GREY, RGB, CMYK = "GRAY", "RGB", "CMYK"  # as profiles name the colour space of an image
-GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 RGB_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr", "HSV")
 PIXEL_MODES = {GREY: "L", RGB: "RGB", CMYK: "CMYK"}  # in Pillow, of what is converted
 
@@ -41,33 +39,14 @@ def read_colour_profile(image: Image.Image) -> ColourProfile:
     """What the profile embedded in the image is good for."""
     data = image.info.get("icc_profile")
     if not data:
-        return ColourProfile(problem=explain_header_colours(image))
+        return ColourProfile(problem=image.info.get(COLOUR_PROBLEM))
     space = name_colour_space(image.mode)
     return examine_profile(bytes(data), space, name_pixel_mode(image.mode, space))
 
 
-def explain_header_colours(image: Image.Image) -> str | None:
-    """What is to be told of a PNG whose header gives other colours than sRGB without a profile: few programs follow
-    these numbers and many write wrong ones, so they are not applied."""
-    if image.format != "PNG" or "srgb" in image.info:
-        return None
-    gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
-    found = []
-    if gamma and abs(gamma / SRGB_PNG_GAMMA - 1) > PNG_GAMMA_TOLERANCE:
-        found.append(f"gamma {gamma:g}")
-    if points and max(abs(a - b) for a, b in zip(points, SRGB_CHROMATICITIES, strict=True)) > CHROMATICITY_TOLERANCE:
-        found.append("other primaries or another white")
-    if not found:
-        return None
-    return (
-        f"its PNG header says that it is not in sRGB ({' and '.join(found)}), and it has no colour profile; its "
-        "colours are taken as they are, for sRGB"
-    )
-
-
 def name_colour_space(mode: str) -> str:
     """The colour space of a profile that fits images of this mode of Pillow."""
-    if mode in GREY_MODES or mode.startswith("I;16"):
+    if is_grey_mode(mode):
         return GREY
     return RGB if mode in RGB_MODES else mode
 

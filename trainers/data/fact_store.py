@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-FACTS_VERSION = 1  # raise it when the same file would give other facts
+FACTS_VERSION = 2  # raise it when the same file would give other facts
 FACTS_FILE = "image_facts.sqlite3"
 MAX_STORED_FACTS = 500_000  # some 100 MB; those that were written first go first
 FACTS_PER_WRITE = 1000  # of those that came last a killed process loses as many

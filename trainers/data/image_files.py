@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 import threading
 
 from PIL import Image
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from .png_chunks import list_png_chunks
+from .told_colours import apply_told_colours
+
 PNG_PIXEL_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
 MAX_PNG_NOTES = 2000  # an image has two or three; each may cost milliseconds
 LARGE_PIXELS = 2**25  # 100 MB in RGB, and as much again in every step from one form to another
@@ -17,18 +18,19 @@ LARGE_IMAGE_LOCK = threading.RLock()
 
 
 def open_image_bytes(data: bytes) -> Image.Image:
-    """The first frame of an image file, not decoded yet. ValueError for a PNG with so many notes that reading them
-    would take minutes; Pillow's own errors for what it cannot read."""
+    """The first frame of an image file, not decoded yet, with the colour profile that counts: see `told_colours`.
+    ValueError for a PNG with so many notes that reading them would take minutes; Pillow's own errors for what it cannot
+    read."""
     check_png_notes(data)
-    return Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data))
+    apply_told_colours(image, data)
+    return image
 
 
 def check_png_notes(data: bytes) -> None:
     """ValueError for a PNG with too many chunks that are no pixels, such as texts."""
-    place, notes = len(PNG_SIGNATURE), 0
-    while data.startswith(PNG_SIGNATURE) and place + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        place += length + 12
+    notes = 0
+    for kind, _ in list_png_chunks(data):
         notes += kind not in PNG_PIXEL_CHUNKS
         if notes > MAX_PNG_NOTES:
             raise ValueError(f"it holds more than {MAX_PNG_NOTES} texts or other notes. Save it anew without metadata")

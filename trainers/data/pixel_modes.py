@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+
 
 def check_colour_mode(mode: str) -> None:
     """ValueError for images that cannot be shown in RGB."""
@@ -45,6 +47,10 @@ def flatten_alpha(image: Image.Image, ground) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image = convert_to_rgba(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image).convert("RGB")
+
+
+def is_grey_mode(mode: str) -> bool:
+    return mode in GREY_MODES or mode.startswith("I;16")
 
 
 def has_alpha(image: Image.Image) -> bool:
