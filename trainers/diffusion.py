@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory.transfer import copy_like, copy_to_device
 from .protocols import Denoiser
 from .settings import MSE, SCHEDULED_HUBER, NoiseSettings
 
@@ -39,13 +40,13 @@ def masked_mean(error, mask=None):
     """(B, ...) -> (B,), over what the mask lets through."""
     if mask is None:
         return error.flatten(1).mean(1)
-    mask = mask.to(error).expand_as(error)
+    mask = copy_like(mask, error).expand_as(error)
     return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-6)
 
 
 def cpu_randn_like(x, rng):
     """Normal noise drawn on the CPU from rng, so that every device sees the same numbers."""
-    return torch.randn(x.shape, generator=rng).to(x.device)
+    return copy_to_device(torch.randn(x.shape, generator=rng), x.device)
 
 
 def sample_training_noise(x0, rng, settings: NoiseSettings):
@@ -67,7 +68,7 @@ def add_pyramid_noise(noise, rng, levels: int, discount: float):
     for level in range(1, levels + 1):
         shrink *= 2 + 2 * float(torch.rand(1, generator=rng))
         size = max(1, int(height / shrink)), max(1, int(width / shrink))
-        coarse = torch.randn(noise.shape[:-2].numel(), 1, *size, generator=rng).to(noise)
+        coarse = copy_like(torch.randn(noise.shape[:-2].numel(), 1, *size, generator=rng), noise)
         total = total + discount**level * F.interpolate(coarse, (height, width), mode="bilinear").view_as(noise)
         if size == (1, 1):
             break
@@ -190,7 +191,7 @@ def sigmas_at_quantiles(
         *ends
     )  # in a far tail first and last are the same number
     sigma = denoiser.sigma_at(t) if scheduled else shift_noise_level(t, shift).clamp(min=1e-4)
-    return sigma.to(x0.device, torch.float32)
+    return copy_to_device(sigma, x0.device, torch.float32)
 
 
 # -- how wrong ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ blocks."""
 from __future__ import annotations
 
 import contextlib
+import functools
 
+import comfy.ldm.aura.mmdit
+import comfy.ldm.wan.model
 import comfy.model_management as mm
 import comfy.ops
 import comfy_kitchen
@@ -104,6 +107,39 @@ def disable_transfer_streams():
         yield
     finally:
         mm.NUM_STREAMS = before
+
+
+# Of the host, called once in a forward: each makes a table of numbers on the CPU and copies it to the device, which
+# waits for it.
+CPU_TABLE_FUNCTIONS = (
+    (comfy.ldm.wan.model, "sinusoidal_embedding_1d"),
+    (comfy.ldm.aura.mmdit.TimestepEmbedder, "timestep_embedding"),
+)
+
+
+@contextlib.contextmanager
+def make_tables_on_device():
+    """The tables of CPU_TABLE_FUNCTIONS are made where they are used."""
+    before = [(owner, name, vars(owner)[name]) for owner, name in CPU_TABLE_FUNCTIONS if name in vars(owner)]
+    try:
+        for owner, name, _ in before:
+            function = make_tensors_beside_arguments(getattr(owner, name))
+            setattr(owner, name, staticmethod(function) if isinstance(owner, type) else function)
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
+def make_tensors_beside_arguments(function):
+    """The function, with its first tensor's device as torch's default."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)).device:
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.lora
 import torch
 
+from ...trainers.memory.transfer import copy_to_device
 from .context import clone_inference_tensors
 from .families import ModelFamily
 
@@ -52,7 +53,8 @@ class ComfyDenoiser:
         latent = latent.to(torch.float32)
         if latent.ndim == 4 and self.model.latent_format.latent_dimensions == 3:
             latent = latent.unsqueeze(2)  # an image is a video of one frame
-        return self.model.process_latent_in(latent).to(self.device)  # in that order: some formats bring numbers along
+        latent = self.model.process_latent_in(latent)  # on the CPU: some formats bring numbers along
+        return copy_to_device(latent, self.device)
 
     def noised(self, x0, noise, sigma):
         return self.sampling.noise_scaling(sigma, noise, x0)
@@ -64,7 +66,7 @@ class ComfyDenoiser:
         if is_discrete_schedule(ms):
             steps = len(ms.sigmas)
             index = (u * steps).floor().long().clamp(0, steps - 1)
-            return ms.sigmas[index.to(ms.sigmas.device)].float()
+            return ms.sigmas[copy_to_device(index, ms.sigmas.device)].float()
         return torch.tensor([float(ms.percent_to_sigma(min(1 - float(v), 1 - 1e-6))) for v in u]).clamp(
             max=self.sigma_max
         )
@@ -78,7 +80,7 @@ class ComfyDenoiser:
         average.)"""
         self.max_batch_numel = max(self.max_batch_numel, x.numel())
         rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
-        sigma = sigma.to(x.device)
+        sigma = copy_to_device(sigma, x.device)
         found = {}
         for group in group_concatenable_conds(rows):
             part = self._apply_model(take_rows(x, group), take_rows(sigma, group), [rows[i] for i in group])
@@ -95,7 +97,10 @@ class ComfyDenoiser:
         }
 
     def _apply_model(self, x, sigma, rows):
-        inputs = comfy.samplers.cond_cat(rows, x.device)
+        inputs = {
+            name: copy_to_device(value, x.device) if torch.is_tensor(value) else value
+            for name, value in comfy.samplers.cond_cat(rows).items()
+        }
         options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
 

@@ -36,6 +36,7 @@ from .context import (
     enable_gradients,
     find_block_classes,
     make_block_compiler,
+    make_tables_on_device,
     move_noise_schedule,
     replace_inference_parameters,
     set_training_flag,
@@ -118,7 +119,13 @@ def open_training_session(
         move_noise_schedule(patcher)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
-        for habit in (set_training_flag, disable_fp8_matmul, disable_transfer_streams, use_differentiable_rope):
+        for habit in (
+            set_training_flag,
+            disable_fp8_matmul,
+            disable_transfer_streams,
+            make_tables_on_device,
+            use_differentiable_rope,
+        ):
             stack.enter_context(habit())
         session.blocks.plan = PLAN_PER_BLOCK if checkpointing == PLAN_AUTO else checkpointing  # until a plan is chosen
         if compiling:

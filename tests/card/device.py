@@ -7,8 +7,9 @@
 
 `card` is a PrivateUse1 device over torch's FakeTensorMode. As on CUDA, an op that mixes tensors of the card and of the
 CPU raises, and so does one that no longer fits. Counted are the bytes that lie on the card, those that cross, and
-whatever makes the CPU wait: values that are read, and copies that nobody wrote down, such as that of the index in
-`x[[0, 1]]`. What is copied to the CPU is zeros, and a number that is read is 1.
+whatever makes the CPU or the card wait: values that are read, copies that block or come from memory that is not
+page-locked, and copies that nobody wrote down, such as that of the index in `x[[0, 1]]`. What is copied to the CPU is
+zeros, and a number that is read is 1.
 
 What a kernel takes as workspace, gaps between the allocator's pieces, and seconds are a real card's alone to tell.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import pathlib
 import sys
-import traceback
 import weakref
 from dataclasses import dataclass, field
 
@@ -38,6 +38,7 @@ READING_OPS = {aten._local_scalar_dense.default, aten.equal.default}
 # torch gives a device that has no kernel of its own for these the composite formula, which keeps fp32 copies and single
 # factors that CUDA's kernels never have in memory
 FUSED_OPS = ("silu_backward", "mish_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
+PAGE_LOCKING_OPS = {aten._pin_memory.default, aten.is_pinned.default}
 OPS_WITH_CPU_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -47,7 +48,7 @@ class CardTraffic:
 
     up: int = 0  # bytes, to the card
     down: int = 0  # bytes, to the CPU
-    blocking_copies: int = 0  # written down, but without non_blocking
+    waiting_copies: list[str] = field(default_factory=list)  # where those were asked for that something waits for
     down_copies: list[str] = field(default_factory=list)  # where those to the CPU were asked for
     reads: list[str] = field(default_factory=list)  # where values of the card were read
     implicit_copies: list[str] = field(default_factory=list)  # where an index or a list of numbers went to the card
@@ -65,6 +66,8 @@ class PretendCard(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.sizes: dict[int, int] = {}  # storage -> bytes
         self.live = 0  # bytes
+        self.page_locked: set[int] = set()  # addresses of memory that torch page-locked
+        self.registered: dict[int, int] = {}  # address -> bytes, that somebody else page-locked
         self.current = CardTraffic()
         self.out_of_memory = ""  # what is to be raised
 
@@ -93,6 +96,8 @@ class PretendCard(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked several times for each op
+        if func in PAGE_LOCKING_OPS or kwargs.get("pin_memory"):
+            return self.page_lock(func, args, kwargs)
         if not (touches_card(args) or touches_card(kwargs.values())):
             return func(*args, **kwargs)
         if func in READING_OPS:
@@ -149,24 +154,42 @@ class PretendCard(TorchDispatchMode):
         return 1.0 if tensor.is_floating_point() else 1
 
     def copy_to_cpu(self, target, source, non_blocking=False):
-        self.current.down += target.numel() * target.element_size()
-        self.current.down_copies.append(find_caller())
-        self.current.blocking_copies += not non_blocking
+        self.count_copy(source, target, non_blocking)
         if target.nbytes <= MAX_ZEROED_BYTES:
             target.zero_()
         return target
 
     def count_crossing(self, args, kwargs, out):
         source = args[1] if len(args) > 1 and torch.is_tensor(args[1]) else args[0]
-        if is_on_card(source) == is_on_card(out):
-            return
-        moved = source.numel() * source.element_size() if is_on_card(out) else out.numel() * out.element_size()
-        if is_on_card(out):
-            self.current.up += moved
+        if is_on_card(source) != is_on_card(out):
+            self.count_copy(source, out, kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
+
+    def count_copy(self, source, target, non_blocking):
+        place = find_caller()
+        if is_on_card(target):
+            self.current.up += source.numel() * source.element_size()
         else:
-            self.current.down += moved
-            self.current.down_copies.append(find_caller())
-        self.current.blocking_copies += not (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
+            self.current.down += target.numel() * target.element_size()
+            self.current.down_copies.append(place)
+        if not non_blocking:
+            self.current.waiting_copies.append(f"{place}: blocks")
+        elif not self.is_page_locked(source if is_on_card(target) else target):
+            self.current.waiting_copies.append(f"{place}: memory that is not page-locked")
+
+    # -- page-locked memory --------------------------------------------------------------------------------------------
+
+    def page_lock(self, func, args, kwargs):
+        """What torch would do with a driver: this one page-locks nothing and keeps the addresses."""
+        if func is aten.is_pinned.default:
+            return self.is_page_locked(args[0])
+        locked = args[0].clone() if func is aten._pin_memory.default else func(*args, **{**kwargs, "pin_memory": False})
+        address = locked.untyped_storage().data_ptr()
+        self.page_locked.add(address)
+        weakref.finalize(locked.untyped_storage(), self.page_locked.discard, address)
+        return locked
+
+    def is_page_locked(self, tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.page_locked or tensor.data_ptr() in self.registered
 
 
 def touches_card(values) -> bool:
@@ -191,11 +214,13 @@ def make_cpu_tensor(tensor: FakeTensor) -> torch.Tensor:
 
 def find_caller() -> str:
     """file:line function of the code that is neither torch nor this file."""
-    for frame in reversed(traceback.extract_stack()):
-        path = pathlib.Path(frame.filename)
-        if "site-packages" not in frame.filename and path.parent != HERE and not frame.filename.startswith("<"):
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = pathlib.Path(frame.f_code.co_filename)
+        if "site-packages" not in path.parts and path.parent != HERE and not path.name.startswith("<"):
             name = path.relative_to(PACK) if path.is_relative_to(PACK) else pathlib.Path(*path.parts[-3:])
-            return f"{name}:{frame.lineno} {frame.name}"
+            return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
     return "?"
 
 

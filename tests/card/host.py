@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import comfy.model_management as mm
 import torch
+from trainyard.trainers.memory import transfer
 
 from .device import CARD_TYPE, PretendCard
 
@@ -55,6 +56,7 @@ def plug_in(card: PretendCard, bf16: bool = True):
     """The host believes in the card, while it is open. Yields the PageLockDriver. `bf16`: whether the card computes in
     it; Turing and older do not."""
     driver, before = PageLockDriver(), {}
+    card.registered = driver.registered
     free, total, pin = mm.get_free_memory, mm.get_total_memory, mm.pin_memory
 
     def pin_memory(tensor):
@@ -92,9 +94,11 @@ def plug_in(card: PretendCard, bf16: bool = True):
             setattr(mm, name, value)
         cudart, torch.cuda.cudart = torch.cuda.cudart, lambda: driver
         stack.enter_context(card)
+        transfer.ASYNC_DEVICE_TYPES.add(CARD_TYPE)
         try:
             yield driver
         finally:
+            transfer.ASYNC_DEVICE_TYPES.discard(CARD_TYPE)
             torch.cuda.cudart = cudart
             for name, value in before.items():
                 setattr(mm, name, value)

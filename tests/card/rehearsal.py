@@ -88,7 +88,7 @@ class Rehearsal:
     card_peak: int = 0  # of a step, in all
     up: int = 0
     down: int = 0
-    blocking_copies: int = 0
+    waiting_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
     reads: list[str] = dataclasses.field(default_factory=list)  # within any step
     implicit_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
     down_copies: list[str] = dataclasses.field(default_factory=list)  # within the last step
@@ -292,9 +292,10 @@ class StepWatch:
         taken = (step.peak - weights for step, weights in zip(self.steps, self.weights_on_card, strict=False))
         about.peak = max(taken) - self.adapters  # the same weights need not lie there in every step
         about.weights_on_card, about.weights_on_card_at_last = self.weights_on_card[0], self.weights_on_card[-1]
-        about.up, about.down, about.blocking_copies = last.up, last.down, last.blocking_copies
+        about.up, about.down = last.up, last.down
         about.down_copies = last.down_copies
         about.reads = [place for step in self.steps for place in step.reads]
+        about.waiting_copies = [place for step in self.steps for place in step.waiting_copies]
         about.implicit_copies = [place for step in self.steps for place in step.implicit_copies]
 
 

@@ -8,6 +8,7 @@ ALL = {
     "sd15, partly loaded": dict(family="sd15", plan=PLAN_PER_BLOCK, room=PARTIAL),
     "sdxl, captions of several lengths": dict(family="sdxl", plan=PLAN_OFF, batch=2, captions="of several lengths"),
     "wan": dict(family="wan", plan=PLAN_AUTO),
+    "auraflow": dict(family="auraflow", plan=PLAN_OFF, monitored=False),
     "sd3, fp16 without bf16": dict(family="sd3", plan=PLAN_OFF, dtype="float16", bf16=False),
     "sd3, fp8": dict(family="sd3", plan=PLAN_OFFLOADED, dtype="float8_e4m3fn"),
     "flux, LECO": dict(family="flux", plan=PLAN_OFF, method="leco", monitored=False),

@@ -43,6 +43,12 @@ def test_a_step_reads_no_value_of_the_card_and_copies_no_index_to_it(rehearsed, 
     assert scale_reads == (2 if rehearsed[name]["compute_dtype"] == "float16" else 0), "one a step"
 
 
+@pytest.mark.parametrize("name", SCENES)
+def test_no_copy_of_a_step_is_waited_for(rehearsed, name):
+    """Neither one that blocks, nor one from memory that is not page-locked."""
+    assert rehearsed[name]["waiting_copies"] == []
+
+
 @pytest.mark.parametrize(
     "name", [name for name, scene in SCENES.items() if scene["plan"] in (PLAN_OFF, PLAN_PER_BLOCK)]
 )

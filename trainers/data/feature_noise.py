@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..memory.transfer import copy_like
 from ..settings import Settings, number_field
 
 
@@ -39,6 +40,6 @@ def perturb_embedding(embedding: Tensor, alpha: float, rng: torch.Generator) -> 
     """(..., D) as long as before: unit embedding + alpha * unit noise, renormalised."""
     if not alpha:
         return embedding
-    noise = torch.randn(embedding.shape, generator=rng).to(embedding)
+    noise = copy_like(torch.randn(embedding.shape, generator=rng), embedding)
     mixed = F.normalize(embedding, dim=-1) + alpha * F.normalize(noise, dim=-1)
     return F.normalize(mixed, dim=-1) * embedding.norm(dim=-1, keepdim=True)

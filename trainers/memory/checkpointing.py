@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .block_peak import LiveByteCounter, allocated_bytes, measure_block_peak, storage_key
 from .compile import BlockCompiler
 from .plan import PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, BlockMemory, StepMemory
+from .transfer import supports_async_copies
 
 MIN_OFFLOAD_BYTES = 64 * 1024  # bytes; less is not worth a trip
 
@@ -150,12 +151,14 @@ class OffloadedTensor:
     """A tensor's copy in the CPU's memory, page-locked where the device can fetch it faster so."""
 
     def __init__(self, tensor):
-        self.device, fast = tensor.device, tensor.is_cuda
+        self.device, fast = tensor.device, supports_async_copies(tensor.device)
         self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=fast)
         self.copy.copy_(tensor, non_blocking=fast)  # in the stream's order: before the device's memory is used again
 
     def fetch(self):
-        return self.copy.to(self.device, non_blocking=self.device.type == "cuda", copy=self.device.type == "cpu")
+        return self.copy.to(
+            self.device, non_blocking=supports_async_copies(self.device), copy=self.device.type == "cpu"
+        )
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..diffusion import (
     sample_sigmas,
     sample_training_noise,
 )
+from ..memory.transfer import copy_like
 from ..settings import NoiseSettings
 from .rollouts import sample_element
 
@@ -97,7 +98,7 @@ class ImagePairTraining:
             return self.denoiser.denoise(x, sigma, batch.conds)
 
     def weighted_error(self, x0_hat, goal, sigma, batch):
-        mask = None if batch.mask is None else batch.mask.to(goal)
+        mask = None if batch.mask is None else copy_like(batch.mask, goal)
         return loss_weight(self.denoiser, sigma, self.noise) * native_error(
             self.denoiser, x0_hat, goal, sigma, mask, self.noise
         )

@@ -26,6 +26,7 @@ from ..diffusion import (
     slope,
     sum_tensors,
 )
+from ..memory.transfer import copy_like
 from ..protocols import PointSource
 from ..scores.networks import ScorerEnsemble, level_to_sigma, sigma_to_level, to_scorer_input
 from ..scores.objective import MAX_SCORE_NOISE
@@ -303,11 +304,10 @@ class SingleRolloutStates:
             self.settings.sampling_steps, task.batch, *graded_noise_levels(self.settings), rng
         )
         last = sample_element([number for number, good in enumerate(wanted) if good], rng)
-        sigmas = sigmas_at_levels(self.model.denoiser, levels[: last + 1]).to(noise)
+        sigmas = copy_like(sigmas_at_levels(self.model.denoiser, levels[: last + 1]), noise)
         x, sigma = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)[-1]
-        after = sigmas_at_levels(
-            self.model.denoiser, (levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)
-        ).to(noise)
+        next_levels = (levels[last] - 1 / self.settings.sampling_steps).clamp(min=0)
+        after = copy_like(sigmas_at_levels(self.model.denoiser, next_levels), noise)
         base = (
             self.model.predict_teacher(x, sigma, task.teacher_prompts)[task.rollout_prompt]
             if task.teacher_prompts
@@ -352,7 +352,7 @@ class NoisedImageStates:
         low, high = graded_noise_levels(self.settings)
         levels = low + (high - low) * torch.rand(len(x0), generator=rng)
         sigma, after = (
-            self.model.denoiser.sigma_at(u.clamp(min=0)).to(x0)
+            copy_like(self.model.denoiser.sigma_at(u.clamp(min=0)), x0)
             for u in (levels, levels - 1 / self.settings.sampling_steps)
         )
         noise = cpu_randn_like(x0, rng)
@@ -399,7 +399,7 @@ def renoised_inputs(method, state, x0, rng):
     model has seen blurs under little noise (fixed levels of 0.1 to 0.5 fooled it: benchmarks/README.md)."""
     s, level = method.settings, sigma_to_level(method.denoiser, state.sigma)
     shares = (
-        s.renoise_low + (s.renoise_high - s.renoise_low) * torch.rand(len(x0), generator=rng).to(x0)
+        s.renoise_low + (s.renoise_high - s.renoise_low) * copy_like(torch.rand(len(x0), generator=rng), x0)
         for _ in range(s.draws)
     )
     sigmas = [level_to_sigma(method.denoiser, (share * level).clamp(max=MAX_SCORE_NOISE)) for share in shares]

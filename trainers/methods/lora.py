@@ -17,6 +17,7 @@ from ..diffusion import (
     sample_sigmas,
     sample_training_noise,
 )
+from ..memory.transfer import copy_like
 from ..settings import NoiseSettings
 from .prior import PriorData, PriorLoss
 
@@ -67,7 +68,7 @@ class LoraTraining:
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode_batch(batch) if self.encode_batch else batch.conds
         sigma = sample_sigmas(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
-        mask = None if batch.mask is None else batch.mask.to(x0)
+        mask = None if batch.mask is None else copy_like(batch.mask, x0)
         noise = sample_training_noise(x0, rng, self.noise)
         extra = self.noise.perturbation * cpu_randn_like(x0, rng) if self.noise.perturbation else None
         with self.adapters.dropout_active(rng):

@@ -27,6 +27,7 @@ from ..diffusion import (
     sample_sigmas,
     sigmas_at_levels,
 )
+from ..memory.transfer import copy_like, copy_to_device
 from ..settings import NoiseSettings, PointSettings
 
 
@@ -97,7 +98,7 @@ class StudentTeacherModel:
     forward_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("rollout", "frozen", "student"), 0))
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(next(self.adapters.parameters()).device)
+        return copy_to_device(tensor, next(self.adapters.parameters()).device)
 
     def predict_teacher(self, x, sigma, prompts) -> dict[str, Tensor]:
         """prompt -> x0 (B, ...) without the adapters: all prompts in one call."""
@@ -222,7 +223,7 @@ class RolloutPoints:
         task = self.tasks[number]
         levels, wanted = sample_rollout_levels(self.settings.sampling_steps, len(noise), self.low, self.high, rng)
         sigmas, after = (
-            sigmas_at_levels(self.model.denoiser, u).to(noise)
+            copy_like(sigmas_at_levels(self.model.denoiser, u), noise)
             for u in (levels, (levels - 1 / self.settings.sampling_steps).clamp(min=0))
         )
         trajectory = self.model.rollout_student(noise, sigmas, task, strength, self.guidance)
@@ -352,7 +353,7 @@ class NoisePoints:
         noise = sample_latent_noise((task.batch, *sample_element(task.shapes, rng)), self.model.denoiser, rng)
         low, high = self.noise.min_time, self.noise.max_time
         levels = low + (high - low) * torch.rand(task.batch, generator=rng)
-        sigma = self.model.denoiser.sigma_at(levels).to(noise)
+        sigma = copy_like(self.model.denoiser.sigma_at(levels), noise)
         return add_teacher_predictions(
             self.model,
             LatentPoint(number, self.model.denoiser.noised(torch.zeros_like(noise), noise, sigma), sigma),

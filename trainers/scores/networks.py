@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion import Denoiser, noising_coefficients, per_sample
+from ..memory.transfer import copy_to_device
 from ..settings import Settings, choice_field, number_field, switch_field
 
 BACKBONES = ("latent ResNet", "latent ViT", "model features", "decode + image scorer")
@@ -76,7 +77,7 @@ def sigma_to_level(denoiser: Denoiser, sigma: Tensor) -> Tensor:
 def to_scorer_input(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """(x of about unit variance, noise level in [0, 1]) of noised latents of any family: for x = a * x0 + b * noise
     these are x / sqrt(a^2 + b^2) and b / (a + b)."""
-    a, b = noising_coefficients(denoiser, sigma.to(x.device))
+    a, b = noising_coefficients(denoiser, copy_to_device(sigma, x.device))
     return x / per_sample((a.square() + b.square()).sqrt(), x), b / (a + b)
 
 

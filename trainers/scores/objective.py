@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..data.encoded import BucketBatchSampler, EncodedDataset
 from ..diffusion import Denoiser, cpu_randn_like
+from ..memory.transfer import copy_to_device
 from ..optimizers import ema_decay
 from ..settings import Settings, choice_field, number_field, switch_field
 from .networks import NUM_RATING_BINS, SCORE_TASKS, ScoreModelInfo, Scorer, to_scorer_input
@@ -226,7 +227,7 @@ class ScoreTraining:
         if self.info.task == "pairwise":
             return bradley_terry_loss(*outputs[:, 0].view(-1, 2).T)
         assert self.targets is not None  # only the pairwise task goes without
-        return self.sample_losses(outputs, self.targets[index].to(outputs.device))
+        return self.sample_losses(outputs, copy_to_device(self.targets[index], outputs.device))
 
     def sample_losses(self, outputs, targets):
         """(B,) the loss of the task for the network's outputs."""
@@ -262,7 +263,7 @@ class ScoreTraining:
             for positions in by_shape.values()
         ]
         order = torch.tensor([position for positions in by_shape.values() for position in positions]).argsort()
-        return torch.cat(outputs)[order.to(outputs[0].device)]
+        return torch.cat(outputs)[copy_to_device(order, outputs[0].device)]
 
     def scorer_input(self, items, flips, u, rng) -> tuple[Tensor, Tensor]:
         """(x, level) for the network, of items of one latent shape: clean where u is 0."""
@@ -277,7 +278,7 @@ class ScoreTraining:
         if not self.dropout:
             return None
         kept = torch.rand(count, self.network.feature_size, generator=rng) >= self.dropout
-        return (kept.float() / (1 - self.dropout)).to(next(self.network.head.parameters()).device)
+        return copy_to_device(kept.float() / (1 - self.dropout), next(self.network.head.parameters()).device)
 
     # -- EMA of the weights --------------------------------------------------------------------------------------------
 
@@ -299,7 +300,7 @@ class ScoreTraining:
 def noised_scorer_input(denoiser, x0, sigma, noisy, rng) -> tuple[Tensor, Tensor]:
     """`to_scorer_input` of x0 noised to sigma (B,); rows where `noisy` (B,) is False stay clean at level 0. Noise is
     drawn for every row, so that the generator advances alike."""
-    sigma = sigma.to(x0.device, torch.float32)
+    sigma = copy_to_device(sigma, x0.device, torch.float32)
     x, level = to_scorer_input(denoiser, denoiser.noised(x0, cpu_randn_like(x0, rng), sigma), sigma)
-    noisy = noisy.to(x0.device)
+    noisy = copy_to_device(noisy, x0.device)
     return torch.where(noisy.view(-1, *[1] * (x0.ndim - 1)), x, x0), torch.where(noisy, level, 0.0)

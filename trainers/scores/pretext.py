@@ -28,6 +28,7 @@ from ..data.views import (
     ViewDataset,
 )
 from ..diffusion import Denoiser
+from ..memory.transfer import copy_to_device
 from ..settings import Settings, choice_field, number_field
 from .networks import LATENT_BACKBONES, squeeze_single_frame
 from .objective import EqualBatchElements, noised_scorer_input
@@ -257,7 +258,7 @@ class PretextTraining:
         """(B,) error of the clean latent's masked cells, reconstructed from the rest of the noised latent."""
         target = self.clean_latents(self.sample_views(picks, CROP_VIEW, rng))
         x, level = self.noised_views(target, rng)
-        mask = sample_block_mask(target.shape, rng).to(target.device)
+        mask = copy_to_device(sample_block_mask(target.shape, rng), target.device)
         prediction = self.reconstruct_latents("inpaint", squeeze_single_frame(x) * (1 - mask), level)
         return masked_mse(prediction, squeeze_single_frame(target), mask)
 
