@@ -49,6 +49,7 @@ from .frozen_casts import recast_frozen_weights
 from .lora_keys import clip_lora_keys, unet_lora_keys
 from .memory import offload_weights
 from .out_of_place import disable_inplace_updates
+from .prefetch import prefetch_offloaded
 
 INJECTION_KEY = "trainyard"
 CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)
@@ -119,6 +120,7 @@ def open_training_session(
         move_noise_schedule(patcher)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
+        session.blocks.prefetcher = stack.enter_context(prefetch_offloaded(network, patcher.load_device))
         for habit in (
             set_training_flag,
             disable_fp8_matmul,

@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import streams
+
 CARD_TYPE = "card"
 ALLOCATION_STEP = 512  # bytes: the caching allocator of CUDA rounds up to this
 MAX_ZEROED_BYTES = 2**23  # larger copies on the CPU stay untouched memory, which costs nothing; adapters are smaller
@@ -39,6 +41,7 @@ READING_OPS = {aten._local_scalar_dense.default, aten.equal.default}
 # factors that CUDA's kernels never have in memory
 FUSED_OPS = ("silu_backward", "mish_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
 PAGE_LOCKING_OPS = {aten._pin_memory.default, aten.is_pinned.default}
+OPS_WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"}
 OPS_WITH_CPU_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -47,11 +50,13 @@ class CardTraffic:
     """What crossed between card and CPU, and what made the CPU wait, in one part of a run."""
 
     up: int = 0  # bytes, to the card
+    up_beside: int = 0  # of these, on a stream beside the computing one
     down: int = 0  # bytes, to the CPU
     waiting_copies: list[str] = field(default_factory=list)  # where those were asked for that something waits for
     down_copies: list[str] = field(default_factory=list)  # where those to the CPU were asked for
     reads: list[str] = field(default_factory=list)  # where values of the card were read
     implicit_copies: list[str] = field(default_factory=list)  # where an index or a list of numbers went to the card
+    races: list[str] = field(default_factory=list)  # accesses that another stream may be in the midst of
     peak: int = 0  # bytes on the card at most
 
 
@@ -65,6 +70,7 @@ class PretendCard(TorchDispatchMode):
         self.total = int(total)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.sizes: dict[int, int] = {}  # storage -> bytes
+        self.uses: dict[int, streams.MemoryUse] = {}  # storage -> who touched it; of the CPU, those that were copied
         self.live = 0  # bytes
         self.page_locked: set[int] = set()  # addresses of memory that torch page-locked
         self.registered: dict[int, int] = {}  # address -> bytes, that somebody else page-locked
@@ -105,12 +111,37 @@ class PretendCard(TorchDispatchMode):
         if func in OPS_WITH_CPU_INDEX and any(index is not None and not is_on_card(index) for index in args[1]):
             self.current.implicit_copies.append(find_caller())
         if func is aten.copy_.default and not is_on_card(args[0]):
+            self.note_accesses(func, args, kwargs, ())
             return self.copy_to_cpu(*args, **kwargs)
         with self.fake:
             out = func(*args, **kwargs)
         if func in CROSSING_OPS:
             self.count_crossing(args, kwargs, out)
-        return self.keep_account(func, out)
+        out = self.keep_account(func, out)
+        self.note_accesses(func, args, kwargs, out)
+        return out
+
+    def note_accesses(self, func, args, kwargs, out):
+        """One tick of the current stream, with what it reads and writes: of the CPU's memory, what is copied."""
+        is_crossing = func in CROSSING_OPS
+        kind, name = func._schema.name.split("::")
+        if not is_crossing and (func.is_view or kind == "prim" or name in OPS_WITHOUT_KERNEL):
+            return
+        access, values = streams.CardStream.current.tick(), (*args, *kwargs.values())
+        changed = [value for spec, value in zip(func._schema.arguments, values, strict=False) if spec.is_write]
+        reads, writes = list_storages(values), list_storages((*changed, out))
+        for key in {**reads, **writes}:
+            tensor = writes.get(key, reads.get(key))
+            if is_on_card(tensor) or is_crossing:
+                self.note_access(key, tensor, access, is_write=key in writes)
+
+    def note_access(self, key, tensor, access, is_write):
+        stream = streams.CardStream.current
+        if key not in self.uses:  # of the CPU
+            self.uses[key] = streams.MemoryUse(stream, access)
+            weakref.finalize(tensor.untyped_storage(), self.uses.pop, key, None)
+        if race := self.uses[key].find_race(access, stream, is_write):
+            self.current.races.append(f"{find_caller()}: {race}")
 
     def keep_account(self, func, out):
         """The op's result, with what lies on the card counted and what lies on the CPU made real."""
@@ -132,6 +163,7 @@ class PretendCard(TorchDispatchMode):
                     f"The pretend card is out of memory: {size} bytes are asked for, {self.free} of {self.total} free."
                 )
             self.sizes[key] = size
+            self.uses[key] = streams.MemoryUse.of_new_memory(streams.CardStream.current)
             self.live += size
             self.current.peak = max(self.current.peak, self.live)
             weakref.finalize(storage, self.forget_storage, key)
@@ -146,6 +178,9 @@ class PretendCard(TorchDispatchMode):
 
     def forget_storage(self, key):
         self.live -= self.sizes.pop(key, 0)
+        use = self.uses.pop(key, None)
+        if use is not None and use.is_free_too_early():
+            self.current.races.append("memory was given back while another stream was at it")
 
     def read_value(self, func, tensor):
         self.current.reads.append(find_caller())
@@ -168,6 +203,8 @@ class PretendCard(TorchDispatchMode):
         place = find_caller()
         if is_on_card(target):
             self.current.up += source.numel() * source.element_size()
+            if streams.CardStream.current is not streams.COMPUTING:
+                self.current.up_beside += source.numel() * source.element_size()
         else:
             self.current.down += target.numel() * target.element_size()
             self.current.down_copies.append(place)
@@ -190,6 +227,17 @@ class PretendCard(TorchDispatchMode):
 
     def is_page_locked(self, tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.page_locked or tensor.data_ptr() in self.registered
+
+
+def list_storages(values) -> dict[int, torch.Tensor]:
+    """Storage -> one of the tensors in it."""
+    found = {}
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            found |= list_storages(value)
+        elif torch.is_tensor(value):
+            found[value.untyped_storage()._cdata] = value
+    return found
 
 
 def touches_card(values) -> bool:
@@ -228,6 +276,12 @@ def find_caller() -> str:
 
 
 class CardModule(backend_registration._DummyBackendModule):
+    Stream, current_stream, stream = (
+        streams.CardStream,
+        staticmethod(streams.current_stream),
+        staticmethod(streams.stream),
+    )
+
     def get_amp_supported_dtype(self):  # torch.utils.checkpoint asks for it in backward
         return [torch.float16, torch.bfloat16]
 

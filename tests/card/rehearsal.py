@@ -87,10 +87,12 @@ class Rehearsal:
     peak: int = 0  # of a step, beside the weights that lay on the card then, and beside the adapters
     card_peak: int = 0  # of a step, in all
     up: int = 0
+    up_beside: int = 0  # of these, while the card computes
     down: int = 0
     waiting_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
     reads: list[str] = dataclasses.field(default_factory=list)  # within any step
     implicit_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
+    races: list[str] = dataclasses.field(default_factory=list)  # within any step
     down_copies: list[str] = dataclasses.field(default_factory=list)  # within the last step
     page_locked: int = 0  # registrations of the whole run
     freed_while_locked: int = 0
@@ -292,10 +294,11 @@ class StepWatch:
         taken = (step.peak - weights for step, weights in zip(self.steps, self.weights_on_card, strict=False))
         about.peak = max(taken) - self.adapters  # the same weights need not lie there in every step
         about.weights_on_card, about.weights_on_card_at_last = self.weights_on_card[0], self.weights_on_card[-1]
-        about.up, about.down = last.up, last.down
+        about.up, about.up_beside, about.down = last.up, last.up_beside, last.down
         about.down_copies = last.down_copies
         about.reads = [place for step in self.steps for place in step.reads]
         about.waiting_copies = [place for step in self.steps for place in step.waiting_copies]
+        about.races = [place for step in self.steps for place in step.races]
         about.implicit_copies = [place for step in self.steps for place in step.implicit_copies]
 
 

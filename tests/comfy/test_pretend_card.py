@@ -14,6 +14,7 @@ from trainyard.trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, 
 
 SCENES = scenes.chosen
 TOY_BYTES = 128 * 1024  # latents and the like, which are as large as a toy's activations
+EARLY = "memory was given back while another stream was at it"
 LOADED_WHOLE = [name for name, scene in SCENES.items() if not scene.get("room") and scene["plan"] != PLAN_OFFLOADED]
 
 
@@ -73,6 +74,40 @@ def test_page_locked_weights_are_never_freed_before_they_are_unlocked(rehearsed)
 def test_weights_that_lie_on_the_card_do_not_cross_in_a_step(rehearsed, name):
     """What goes up are a batch and its captions."""
     assert rehearsed[name]["up"] < rehearsed[name]["weights"] / 10
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_no_stream_touches_what_another_may_be_at(rehearsed, name):
+    assert rehearsed[name]["races"] == []
+
+
+def test_wrong_orders_of_two_streams_are_seen():
+    """What the test above would miss otherwise."""
+    done = subprocess.run([sys.executable, str(TESTS / "card" / "orders.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == {
+        "fetch_and_receive": [],
+        "fetch_and_drop": [],
+        "fetch_what_came_down": [],
+        "fetch_without_receiving": ["reads what is still being written", EARLY],
+        "fetch_before_the_memory_is_free": ["overwrites what is still being written"],
+        "fetch_and_lose": [EARLY],
+        "fetch_what_is_still_coming_down": ["reads what is still being written"],
+        "overwrite_what_is_being_read": ["overwrites what is still being read"],
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene["plan"] == PLAN_OFFLOADED])
+def test_a_weight_comes_up_at_most_once_in_forward_and_once_in_recomputation(rehearsed, name):
+    assert rehearsed[name]["up"] < 2.1 * rehearsed[name]["weights"]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, scene in SCENES.items() if scene["plan"] == PLAN_OFFLOADED or scene.get("room")]
+)
+def test_offloaded_weights_come_up_while_the_block_before_them_is_computed(rehearsed, name):
+    """But those of the first block in each direction, and of layers that are in no block: much of a toy model."""
+    assert rehearsed[name]["up_beside"] > 0.4 * rehearsed[name]["up"]
 
 
 @pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene["plan"] == PLAN_OFFLOADED])

@@ -7,6 +7,7 @@ two steps."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .block_peak import LiveByteCounter, allocated_bytes, measure_block_peak, storage_key
 from .compile import BlockCompiler
 from .plan import PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, BlockMemory, StepMemory
+from .prefetch import FORWARD, RECOMPUTATION, Arrival, BlockPrefetcher, TransferStream
 from .transfer import supports_async_copies
 
 MIN_OFFLOAD_BYTES = 64 * 1024  # bytes; less is not worth a trip
@@ -28,6 +30,22 @@ class CheckpointPolicy:
     plan: str = PLAN_PER_BLOCK
     counter: ActivationCounter | None = None  # counts in place of keeping
     compiler: BlockCompiler | None = None  # calls the blocks, where they are to be compiled
+    prefetcher: BlockPrefetcher | None = None  # fetches what waits in the CPU's memory before it is asked for
+
+    def calling_block(self, module, phase: str):
+        """A compiled block reads its weights in a way of its own."""
+        if self.prefetcher is None or self.compiler is not None:
+            return contextlib.nullcontext()
+        return self.prefetcher.calling_block(module, phase)
+
+    def saving_inputs(self):
+        """Around a checkpoint: what becomes of its inputs."""
+        if self.plan not in (PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED):
+            return contextlib.nullcontext()
+        if self.prefetcher is None:
+            return CpuOffloadHooks()
+        self.prefetcher.last_saved = CpuOffloadHooks(self.prefetcher.stream, self.prefetcher.last_saved)
+        return self.prefetcher.last_saved
 
 
 @contextlib.contextmanager
@@ -50,16 +68,18 @@ def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
             return count_block_call(blocks.counter, forward, module, args, kwargs)
         call = forward if blocks.compiler is None else blocks.compiler.bind_program(forward)
         if not torch.is_grad_enabled() or blocks.plan == PLAN_OFF:
-            return call(module, *args, **kwargs)
+            with blocks.calling_block(module, FORWARD):
+                return call(module, *args, **kwargs)
         tensors, restored = split_tensor_arguments(args, kwargs)
         again = adapters.capture_context()  # backward comes when another strength may be set, and another dropout
+        phases = itertools.chain([FORWARD], itertools.repeat(RECOMPUTATION))
 
         def block(*tensors):
             args, kwargs = restored(tensors)
-            with again():
+            with again(), blocks.calling_block(module, next(phases)):
                 return call(module, *args, **kwargs)
 
-        with CpuOffloadHooks() if blocks.plan in (PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED) else contextlib.nullcontext():
+        with blocks.saving_inputs():
             return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     return run
@@ -118,12 +138,15 @@ class LiveStorageDict(dict):
 
 
 class CpuOffloadHooks(torch.autograd.graph.saved_tensors_hooks):
-    """What is saved under it waits in the CPU's memory. One that several blocks are given makes one trip."""
+    """What is saved under it waits in the CPU's memory. One that several blocks are given makes one trip. With a
+    `stream`, what was saved under `before` is fetched as soon as this is: its backward comes next."""
 
     copies = LiveStorageDict()  # (storage, place in it, version) -> weak reference to its copy
 
-    def __init__(self):
+    def __init__(self, stream: TransferStream | None = None, before: CpuOffloadHooks | None = None):
         super().__init__(self.pack, self.unpack)
+        self.stream, self.before = stream, before
+        self.saved: weakref.WeakSet[OffloadedTensor] = weakref.WeakSet()
 
     def pack(self, tensor):
         if tensor.numel() * tensor.element_size() < MIN_OFFLOAD_BYTES or isinstance(tensor, torch.nn.Parameter):
@@ -140,11 +163,18 @@ class CpuOffloadHooks(torch.autograd.graph.saved_tensors_hooks):
         if known is None or (waiting := known()) is None:
             waiting = OffloadedTensor(tensor)
             self.copies.store(tensor, key, weakref.ref(waiting))
+        self.saved.add(waiting)
         return waiting
 
-    @staticmethod
-    def unpack(saved):
-        return saved.fetch() if isinstance(saved, OffloadedTensor) else saved
+    def unpack(self, saved):
+        if not isinstance(saved, OffloadedTensor):
+            return saved
+        tensor = saved.fetch(self.stream)
+        if self.stream is not None and self.before is not None:
+            for waiting in self.before.saved:
+                waiting.prefetch(self.stream)
+            self.before = None
+        return tensor
 
 
 class OffloadedTensor:
@@ -154,8 +184,15 @@ class OffloadedTensor:
         self.device, fast = tensor.device, supports_async_copies(tensor.device)
         self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=fast)
         self.copy.copy_(tensor, non_blocking=fast)  # in the stream's order: before the device's memory is used again
+        self.arrival: Arrival | None = None
 
-    def fetch(self):
+    def prefetch(self, stream: TransferStream):
+        self.arrival = stream.fetch([self.copy])
+
+    def fetch(self, stream: TransferStream | None):
+        arrival, self.arrival = self.arrival, None
+        if stream is not None and arrival in stream.arrivals:
+            return stream.receive(arrival)[0]
         return self.copy.to(
             self.device, non_blocking=supports_async_copies(self.device), copy=self.device.type == "cpu"
         )

@@ -101,8 +101,8 @@ class StepMemory:
 
     def constant_bytes(self, plan: str) -> int:
         """Those of them that are the same for every batch and moment: the optimizer's numbers, and the weights of a
-        block that were away."""
-        return 2 * self.adapter_bytes + (self.largest_block_weights if plan == PLAN_OFFLOADED else 0)
+        block that were away and of the next one, which is fetched meanwhile."""
+        return 2 * self.adapter_bytes + (2 * self.largest_block_weights if plan == PLAN_OFFLOADED else 0)
 
     def missing_bytes(self, plan: str, free: int) -> int:
         """Bytes that must become free beside those that are, before the plan fits."""
