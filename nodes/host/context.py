@@ -86,8 +86,7 @@ def set_training_flag():
 def disable_fp8_matmul():
     """Under `--fast fp8_matrix_mult` the host multiplies in fp8 wherever no gradient is asked for, and falls back to
     the compute dtype where one is: the frozen model's predictions would differ by percents from those of untrained
-    adapters. While training, both sides cast the stored weights. Per-layer quantised weights need nothing: the host
-    multiplies them alike on both sides."""
+    adapters. While training, both sides cast the stored weights."""
     if not hasattr(comfy.ops, "fp8_linear"):
         yield
         return
@@ -96,6 +95,21 @@ def disable_fp8_matmul():
         yield
     finally:
         comfy.ops.fp8_linear = before
+
+
+@contextlib.contextmanager
+def cast_quantised_layers(network):
+    """Layers with a quantised weight (fp8, mxfp8, nvfp4, int8 …) cast it, as on devices that cannot multiply in its
+    format. Where they can, the host rounds each layer's input to 4 or 8 bits, so that the loss moves in steps
+    and its gradient is another function's, by 10 % and more; and some formats have no backward."""
+    layers = [module for module in network.modules() if getattr(module, "_full_precision_mm", None) is False]
+    try:
+        for layer in layers:
+            layer._full_precision_mm = True
+        yield
+    finally:
+        for layer in layers:
+            layer._full_precision_mm = False
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import functools
 
 import comfy.ops
 import torch
+from comfy.quant_ops import QuantizedTensor
 
 from ...trainers.memory.frozen_layers import apply_frozen_convolution, apply_frozen_linear
 
@@ -19,8 +20,8 @@ CAST_METHOD = "forward_comfy_cast_weights"
 
 @contextlib.contextmanager
 def recast_frozen_weights(network):
-    """Layers of the network's classes keep no cast copy of a frozen weight for backward. Weights that wait on another
-    device are kept as before: they would have to make their way twice."""
+    """Layers of the network's classes keep no cast copy of a frozen weight for backward, and cast quantised weights in
+    every pass. Weights that wait on another device are kept as they came: they would have to make their way twice."""
     before = []
     try:
         for cls in {type(m) for m in network.modules()}:
@@ -54,6 +55,8 @@ def wrap_cast_method(original, apply):
             out = apply(layer, x, *args, **kwargs)
             if out is not None:
                 return out
+        if apply is call_linear and isinstance(layer.weight, QuantizedTensor):
+            return call_dequantised(layer, x)
         return original(layer, x, *args, **kwargs)
 
     return forward
@@ -83,6 +86,20 @@ def call_linear(layer, x, compute_dtype=None, want_requant=False, weight_only_qu
     return apply_frozen_linear(x, make_cast(layer, x, more))
 
 
+def call_dequantised(layer, x):
+    """The output of a layer whose quantised weight waits on another device, or that has no gradient. The host would
+    multiply in the weight's format wherever its kind has such a product, also on the CPU."""
+    weight, bias, _ = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    cast = lambda: (dequantise(weight), bias)
+    if torch.is_grad_enabled() and x.requires_grad and x.ndim >= 2 and not torch.compiler.is_compiling():
+        return apply_frozen_linear(x, cast)
+    return torch.nn.functional.linear(x, *cast())
+
+
+def dequantise(weight):
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
 def call_convolution(layer, x, autopad=None):
     """The layer's output, or None where it takes its weight in another way."""
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or autopad is not None:
@@ -101,6 +118,6 @@ def make_cast(layer, x, more: dict):
         weight, bias, _ = comfy.ops.cast_bias_weight(
             layer, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True, **more
         )
-        return weight, bias
+        return dequantise(weight), bias
 
     return cast

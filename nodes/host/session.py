@@ -31,6 +31,7 @@ from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
 from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings
 from .context import (
+    cast_quantised_layers,
     disable_fp8_matmul,
     disable_transfer_streams,
     enable_gradients,
@@ -120,6 +121,7 @@ def open_training_session(
         move_noise_schedule(patcher)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
+        stack.enter_context(cast_quantised_layers(network))
         session.blocks.prefetcher = stack.enter_context(prefetch_offloaded(network, patcher.load_device))
         for habit in (
             set_training_flag,
@@ -208,6 +210,7 @@ def attach_text_adapters(clip, adapter, rng, session):
         load_with_adapters(clip.patcher, session.text_adapters, 0.0),
         disable_inplace_updates(network),
         recast_frozen_weights(network),
+        cast_quantised_layers(network),
     ):
         tokenize = CaptionTokenizer(clip)
         session.encode_captions = lambda batch: [
