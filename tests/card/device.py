@@ -56,6 +56,7 @@ class CardTraffic:
     down_copies: list[str] = field(default_factory=list)  # where those to the CPU were asked for
     reads: list[str] = field(default_factory=list)  # where values of the card were read
     implicit_copies: list[str] = field(default_factory=list)  # where an index or a list of numbers went to the card
+    float64: list[str] = field(default_factory=list)  # where such a tensor was made: there is none on MPS and Intel
     races: list[str] = field(default_factory=list)  # accesses that another stream may be in the midst of
     peak: int = 0  # bytes on the card at most
 
@@ -156,6 +157,8 @@ class PretendCard(TorchDispatchMode):
             return make_cpu_tensor(tensor)
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if tensor.dtype in (torch.float64, torch.complex128):
+            self.current.float64.append(find_caller())
         if key not in self.sizes:
             size = -(-storage.nbytes() // ALLOCATION_STEP) * ALLOCATION_STEP
             if self.live + size > self.total and not self.out_of_memory:

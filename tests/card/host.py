@@ -52,9 +52,9 @@ class PageLockDriver:
 
 
 @contextlib.contextmanager
-def plug_in(card: PretendCard, bf16: bool = True):
+def plug_in(card: PretendCard, bf16: bool = True, fp64: bool = True, vram: str = "NORMAL_VRAM"):
     """The host believes in the card, while it is open. Yields the PageLockDriver. `bf16`: whether the card computes in
-    it; Turing and older do not."""
+    it; Turing and older do not. `fp64`: whether it knows float64; Apple's and Intel's do not. `vram`: of mm.VRAMState, as --lowvram, --novram and --gpu-only set it."""
     driver, before = PageLockDriver(), {}
     card.registered = driver.registered
     free, total, pin = mm.get_free_memory, mm.get_total_memory, mm.pin_memory
@@ -76,7 +76,7 @@ def plug_in(card: PretendCard, bf16: bool = True):
 
     believed = dict(
         get_torch_device=lambda: torch.device(CARD_NAME),
-        unet_offload_device=lambda: torch.device("cpu"),
+        unet_offload_device=lambda: torch.device(CARD_NAME if vram == "HIGH_VRAM" else "cpu"),
         get_free_memory=get_free_memory,
         get_total_memory=get_total_memory,
         should_use_bf16=lambda device=None, *_, **__: bf16 and is_card(device),
@@ -85,7 +85,8 @@ def plug_in(card: PretendCard, bf16: bool = True):
         pytorch_attention_flash_attention=lambda: True,  # on it the host's estimates of memory depend
         MIN_WEIGHT_MEMORY_RATIO=0.0,  # as for NVIDIA, like the next
         NUM_STREAMS=2,
-        vram_state=mm.VRAMState.NORMAL_VRAM,
+        supports_fp64=lambda device=None: fp64,
+        vram_state=mm.VRAMState[vram],
         MAX_PINNED_MEMORY=MAX_PAGE_LOCKED_BYTES,
     )
     with contextlib.ExitStack() as stack:

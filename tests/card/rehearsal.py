@@ -24,6 +24,7 @@ if "trainyard" not in sys.modules:
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import CoreModelPatcher
+from comfy.weight_adapter.lora import LoRAAdapter
 from trainyard.benchmarks import published, shapes
 from trainyard.nodes import host
 from trainyard.nodes.scores import latents
@@ -67,6 +68,9 @@ class Scene:
     steps: int = 2
     accumulate: int = 1
     bf16: bool = True  # whether the card computes in it
+    fp64: bool = True  # whether the card knows float64
+    vram: str = "NORMAL_VRAM"  # or HIGH_VRAM: what ComfyUI was started with
+    patched: bool = False  # whether a LoRA is active in the MODEL
     monitored: bool = True  # with a validation and samples before, between and after the steps
     captions: str = "equal"  # or "of several lengths"
     method: str = "lora"  # or "image slider", "difference", "leco", "leco-score", "score"
@@ -92,6 +96,7 @@ class Rehearsal:
     waiting_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
     reads: list[str] = dataclasses.field(default_factory=list)  # within any step
     implicit_copies: list[str] = dataclasses.field(default_factory=list)  # within any step
+    float64: list[str] = dataclasses.field(default_factory=list)  # within any step
     races: list[str] = dataclasses.field(default_factory=list)  # within any step
     down_copies: list[str] = dataclasses.field(default_factory=list)  # within the last step
     page_locked: int = 0  # registrations of the whole run
@@ -117,6 +122,14 @@ def make_model(scene: Scene):
     with torch.inference_mode():
         model = shapes.base_model(find_shape(scene), dtype, "cpu", compute)
     return CoreModelPatcher(model, load_device=torch.device(CARD_NAME), offload_device=torch.device("cpu"))
+
+
+def patch_matrices(model):
+    """As Load LoRA does, with rank 2 on each matrix of the network."""
+    weights = {name: value for name, value in model.model.state_dict().items() if value.ndim == 2}
+    low_rank = lambda out, inner: (torch.ones(out, 2), torch.ones(2, inner), 2.0, None, None, None)
+    patches = {name: LoRAAdapter(set(), low_rank(*value.shape)) for name, value in weights.items()}
+    assert model.add_patches(patches)
 
 
 def make_caption(scene: Scene, tokens: int, rng) -> list:
@@ -298,6 +311,7 @@ class StepWatch:
         about.down_copies = last.down_copies
         about.reads = [place for step in self.steps for place in step.reads]
         about.waiting_copies = [place for step in self.steps for place in step.waiting_copies]
+        about.float64 = [place for step in self.steps for place in step.float64]
         about.races = [place for step in self.steps for place in step.races]
         about.implicit_copies = [place for step in self.steps for place in step.implicit_copies]
 
@@ -305,8 +319,10 @@ class StepWatch:
 def rehearse(scene: Scene, name: str) -> Rehearsal:
     about = Rehearsal(scene=scene)
     card = device.PretendCard(scene.gib * 2**30)
-    with plug_in(card, scene.bf16) as driver:
+    with plug_in(card, scene.bf16, scene.fp64, scene.vram) as driver:
         model = make_model(scene)
+        if scene.patched:
+            patch_matrices(model)
         about.weights = model.model_size()
         if scene.room:
             card.total = int(mm.minimum_inference_memory() + scene.room * about.weights)

@@ -16,6 +16,11 @@ ALL = {
     "sd15, LECO-Score": dict(family="sd15", plan=PLAN_PER_BLOCK, method="leco-score", monitored=False),
     "flux, image slider": dict(family="flux", plan=PLAN_PER_BLOCK, method="image slider", monitored=False),
     "flux, accumulated": dict(family="flux", plan=PLAN_PER_BLOCK, accumulate=2, monitored=False),
+    "sd15, partly loaded with a LoRA on it": dict(
+        family="sd15", plan=PLAN_PER_BLOCK, room=PARTIAL, patched=True, monitored=False
+    ),
+    "flux, without float64": dict(family="flux", plan=PLAN_OFF, fp64=False, monitored=False),
+    "flux, --gpu-only": dict(family="flux", plan=PLAN_OFFLOADED, vram="HIGH_VRAM", monitored=False),
 }
 QUICK = {
     name: ALL[name]
@@ -26,6 +31,7 @@ QUICK = {
         "sd3, fp16 without bf16",
         "flux, LECO",
         "sd15, score model",
+        "flux, --gpu-only",
     )
 }
 chosen = QUICK  # what tests/comfy/test_pretend_card.py takes; `make proofs` takes all
