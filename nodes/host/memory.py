@@ -111,9 +111,9 @@ def block_weight_bytes(network, device) -> tuple[int, int]:
 
 
 def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES) -> int:
-    """At least so many bytes of the model's weights leave the device for the CPU's memory, or all of them; how many did.
-    (The host's own offload device is the card itself under --gpu-only and --highvram.) The host fetches each again when
-    its layer is called, and under checkpointing nothing keeps it longer than its block."""
+    """At least so many bytes of the model's weights leave the device for the CPU's memory, or all of them; returns how
+    many did. (The host's own offload device is the card itself under --gpu-only and --highvram.) The host fetches each
+    again when its layer is called, and under checkpointing nothing keeps it longer than its block."""
     left = session.denoiser.patcher.partially_unload(torch.device("cpu"), count)
     session.offloaded_bytes += left
     return left

@@ -65,7 +65,7 @@ def checkpoint_blocks(classes, adapters, blocks: CheckpointPolicy | None = None)
 def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
     def run(module, *args, **kwargs):
         if blocks.counter is not None and torch.is_grad_enabled():
-            return count_block_call(blocks.counter, forward, module, args, kwargs)
+            return count_block_call(blocks.counter, blocks.prefetcher, forward, module, args, kwargs)
         call = forward if blocks.compiler is None else blocks.compiler.bind_program(forward)
         if not torch.is_grad_enabled() or blocks.plan == PLAN_OFF:
             with blocks.calling_block(module, FORWARD):
@@ -85,18 +85,23 @@ def wrap_block_forward(forward, adapters, blocks: CheckpointPolicy):
     return run
 
 
-def count_block_call(counter: ActivationCounter, forward, module, args, kwargs):
+def count_block_call(counter: ActivationCounter, prefetcher: BlockPrefetcher | None, forward, module, args, kwargs):
     """The block's output. The counter knows afterwards what it would keep and what it takes at most."""
     tensors, restored = split_tensor_arguments(args, kwargs)
 
     def call(tensors):
         args, kwargs = restored(tensors)
-        return forward(module, *args, **kwargs)
+        with prefetcher.holding_weights(module) if prefetcher else contextlib.nullcontext():
+            return forward(module, *args, **kwargs)
 
     with counter.count_block(module, tensors) as is_whole:
         out = forward(module, *args, **kwargs)
     if is_whole:
         counter.measure_block(call, tensors, describe_block_call(module, tensors))
+        if prefetcher:
+            waiting = sum(allocated_bytes(weight.nbytes) for weight in prefetcher.list_weights(module))
+            counter.calls[-1].waiting_weights = waiting
+            counter.has_prefetch = True
     return out
 
 
@@ -212,6 +217,7 @@ class BlockCall:
     inside: int = 0
     passing: int = 0
     fetched: int = 0
+    waiting_weights: int = 0
     saved_storages: LiveStorageDict = field(default_factory=LiveStorageDict)
 
 
@@ -235,6 +241,7 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
         self.kept_at_block_end = 0  # bytes that are there after the last block and counted as kept
         self.block_peaks: dict[tuple, int] = {}  # calls that cost the same -> bytes
         self.current_call: BlockCall | None = None
+        self.has_prefetch = False
 
     def __enter__(self):
         super().__enter__()
@@ -311,7 +318,9 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
         """To be asked for when the pass is over."""
         before = [0, *(call.outside_before for call in self.calls)]
         blocks = tuple(
-            BlockMemory(call.inputs, call.inside, call.outside_before - b, call.passing, call.fetched)
+            BlockMemory(
+                call.inputs, call.inside, call.outside_before - b, call.passing, call.fetched, call.waiting_weights
+            )
             for b, call in zip(before[:-1], self.calls, strict=True)
         )
         return StepMemory(
@@ -322,4 +331,5 @@ class ActivationCounter(torch.autograd.graph.saved_tensors_hooks):
             held=self.live.live,
             different_blocks=len(self.modules),
             adapter_bytes=adapter_bytes,
+            has_prefetch=self.has_prefetch,
         )

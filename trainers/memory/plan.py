@@ -44,6 +44,11 @@ class BlockMemory:
     outside_before: int = 0  # kept by what is no block, between the block before and this one
     passing: int = 0  # beside these, at the worst moment of the block's own backward pass
     fetched: int = 0  # all that it is given, which comes back for it where inputs wait in the CPU's memory
+    waiting_weights: int = 0  # of its own, which are fetched while the block whose backward comes before is at work
+
+    def scaled(self, factor: float) -> BlockMemory:
+        sizes = (self.inputs, self.inside, self.outside_before, self.passing, self.fetched)
+        return BlockMemory(*(round(size * factor) for size in sizes), self.waiting_weights)
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,17 @@ class StepMemory:
     different_blocks: int = 0  # where a step predicts several times, there are more calls than blocks
     adapter_bytes: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
     has_accumulated_gradients: bool = False  # gradients of the batch before are there all the time
+    has_prefetch: bool = False  # what the next block needs from the CPU's memory comes while one is at work
     weights: int = 0  # bytes of the blocks' weights that lie on the device
     largest_block_weights: int = 0  # bytes of the weights that lie on the device, of the block that has most there
 
     def scaled(self, factor: float) -> StepMemory:
         """The same for a batch or an image that is `factor` times as large."""
-        blocks = tuple(
-            BlockMemory(
-                *(round(bytes * factor) for bytes in (b.inputs, b.inside, b.outside_before, b.passing, b.fetched))
-            )
-            for b in self.blocks
-        )
         return replace(
             self,
             total=round(self.total * factor),
             outside_blocks=round(self.outside_blocks * factor),
-            blocks=blocks,
+            blocks=tuple(block.scaled(factor) for block in self.blocks),
             ending=round(self.ending * factor),
             held=round(self.held * factor),
         )
@@ -82,16 +82,22 @@ class StepMemory:
         """(bytes that are there, share of the gradients that are there) in backward, which goes from the last block to
         the first, and last in the optimizer's step: what came after a block is free when its turn comes."""
         given, outside, inside, found = 0, 0, 0, []
-        for number, block in enumerate(self.blocks, 1):
+        for number, (before, block) in enumerate(zip((None, *self.blocks), self.blocks, strict=False), 1):
             given = block.fetched if plan in CPU_PLANS else given + block.inputs
             inside = inside + block.inside if plan == PLAN_OFF else block.inside
             outside += block.outside_before
             kept = outside + given + inside
             kept = min(self.total, kept) if plan == PLAN_OFF else kept
             behind = min(1.0, (len(self.blocks) - number) / (self.different_blocks or len(self.blocks)))
-            found.append((kept + block.passing, behind))
+            found.append((kept + block.passing + self.prefetched_bytes(before, plan), behind))
         kept = self.total if plan == PLAN_OFF or not self.blocks else self.outside_blocks + given
         return [(kept + self.ending, 0.0), *found, (self.adapter_bytes, 1.0)]
+
+    def prefetched_bytes(self, block: BlockMemory | None, plan: str) -> int:
+        """What has come for this block, whose backward is next."""
+        if block is None or not self.has_prefetch:
+            return 0
+        return block.waiting_weights + (block.fetched if plan in CPU_PLANS else 0)
 
     def peak_bytes(self, plan: str) -> int:
         """Bytes beside the weights at the worst moment of a step."""

@@ -97,6 +97,18 @@ class BlockPrefetcher:
         finally:
             self.is_inside, self.weights = False, {}
 
+    @contextlib.contextmanager
+    def holding_weights(self, block: nn.Module):
+        """Inside, the block's weights are there as in `calling_block`, without those of a next one: to measure it."""
+        sources = self.list_weights(block)
+        copies = self.stream.receive(self.stream.fetch(sources))
+        self.weights = {id(source): copy for source, copy in zip(sources, copies, strict=True)}
+        del copies
+        try:
+            yield
+        finally:
+            self.weights = {}
+
     def learn_order(self, block: nn.Module, phase: str) -> None:
         if self.previous is not None and self.previous[0] == phase:
             self.next_blocks[self.previous] = block
