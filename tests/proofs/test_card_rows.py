@@ -8,7 +8,7 @@ import sys
 import pytest
 from trainyard.benchmarks import card_tables as tables
 
-ROWS = [("sdxl", 8, "per block"), ("flux", 24, "per block + CPU"), ("qwen", 12, "offloaded blocks")]
+ROWS = [("sdxl", 8, "per block"), ("flux", 24, "per block + CPU"), ("wan_14b", 12, "offloaded blocks")]
 
 
 @pytest.mark.parametrize(("model", "card", "plan"), ROWS)
