@@ -13,6 +13,7 @@ CONTEXT_GIB of each card are left to the driver. Rows are kept in the file as th
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import pathlib
 import subprocess
@@ -69,6 +70,12 @@ def rehearse_scenes(scenes: list[dict]):
             yield {"scene": scenes[count], "error": f"the process died: {log.read()[-1000:]}"}
 
 
+def describe_making() -> dict[str, str]:
+    """When a row was made, and on which commit."""
+    commit = subprocess.check_output(["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, text=True).strip()
+    return {"date": datetime.date.today().isoformat(), "commit": commit}
+
+
 def write_tables(rows: dict):
     import card_tables
     import pack
@@ -101,7 +108,7 @@ def main():
         }
         missing = {key: make_scene(*about) for key, about in subjects.items() if key not in rows}
         for key, row in zip(missing, rehearse_scenes(list(missing.values())) if missing else (), strict=False):
-            rows[key] = row
+            rows[key] = row | describe_making()
             asked.json.write_text(json.dumps(rows, indent=1) + "\n")
             print(f"{key}: {row['error'] or row['plan']}", flush=True)
     if asked.show:
