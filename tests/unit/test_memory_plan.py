@@ -111,10 +111,35 @@ def test_what_is_kept_behind_a_block_is_free_when_its_turn_comes():
     assert kept(small, PLAN_PER_BLOCK) == 910, "before the first block's turn all of it is there"
 
 
+@pytest.mark.parametrize(
+    ("plan", "has_prefetch", "second", "first"),
+    [
+        (PLAN_PER_BLOCK, False, 10 + 12 + 60 + 5, 10 + 100),
+        (PLAN_PER_BLOCK, True, 10 + 12 + 60 + 5 + 30, 10 + 100),
+        (PLAN_PER_BLOCK_CPU, False, 15 + 60 + 5, 11 + 100),
+        (PLAN_PER_BLOCK_CPU, True, 15 + 60 + 5 + 30 + 11, 11 + 100),
+    ],
+)
+def test_what_has_come_for_the_block_before_lies_beside_a_block(plan, has_prefetch, second, first):
+    """Its 30 of weights, and its 11 of inputs where these wait in the CPU's memory. Nothing comes before the first."""
+    measured = StepMemory(
+        total=10**9,
+        outside_blocks=0,
+        blocks=(
+            BlockMemory(10, 100, fetched=11, waiting_weights=30),
+            BlockMemory(12, 60, passing=5, fetched=15, waiting_weights=40),
+        ),
+        has_prefetch=has_prefetch,
+    )
+    assert measured.backward_profile(plan)[1:3] == [(first, 0.5), (second, 0.0)]
+    assert measured.peak_bytes(plan) == max(first, second) + SMALL_PIECES_BYTES
+
+
 def test_twice_the_batch_needs_twice_the_activations_and_the_same_adapters():
     twice = FOUR.scaled(2)
     assert kept(twice, PLAN_PER_BLOCK) == 2 * kept(FOUR, PLAN_PER_BLOCK)
     assert twice.adapter_bytes == FOUR.adapter_bytes
+    assert BlockMemory(1, 2, 3, 4, 5, waiting_weights=6).scaled(2) == BlockMemory(2, 4, 6, 8, 10, waiting_weights=6)
 
 
 @pytest.mark.parametrize(

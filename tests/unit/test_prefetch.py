@@ -4,7 +4,7 @@ tested on the pretend card (tests/comfy/test_pretend_card.py)."""
 import pytest
 import torch
 from torch import nn
-from trainyard.trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
+from trainyard.trainers.memory.checkpointing import ActivationCounter, CheckpointPolicy, checkpoint_blocks
 from trainyard.trainers.memory.plan import CHECKPOINTING_PLANS
 from trainyard.trainers.memory.prefetch import FORWARD, RECOMPUTATION, Arrival, BlockPrefetcher
 
@@ -125,6 +125,46 @@ def test_an_error_within_a_block_leaves_nothing_behind(blocks, prefetcher):
     prefetcher.begin_pass()
     assert prefetcher.stream.arrivals == []
     assert call_pass(prefetcher, blocks) == [False, True, True, True]
+
+
+def test_a_block_that_is_measured_holds_its_own_weights_and_no_others(blocks, prefetcher):
+    """Also where the next block is known."""
+    call_pass(prefetcher, blocks)
+    prefetcher.begin_pass()
+    prefetcher.stream.fetched.clear()
+    first = blocks[0]
+    with prefetcher.holding_weights(first):
+        assert torch.equal(prefetcher.take_weight(first.weight), first.weight)
+        assert prefetcher.take_weight(blocks[1].weight) is None
+    assert prefetcher.stream.fetched == [[(8, 8)]]
+    with pytest.raises(KeyboardInterrupt), prefetcher.holding_weights(first):
+        raise KeyboardInterrupt
+    assert (prefetcher.weights, prefetcher.stream.arrivals) == ({}, [])
+    assert call_pass(prefetcher, blocks) == [False, True, True, True], "the order is still known"
+
+
+def count_blocks(blocks, prefetcher):
+    """What a counted pass says of the blocks."""
+    x = torch.ones(3, 8, requires_grad=True)
+    counter = ActivationCounter([block.weight for block in blocks], x.device)
+    with checkpoint_blocks([Block], Adapters(), CheckpointPolicy(counter=counter, prefetcher=prefetcher)), counter:
+        out = x
+        for block in blocks:
+            out = block(out)
+    return counter.step_memory(adapter_bytes=0)
+
+
+def test_a_counted_pass_says_what_is_fetched_for_each_block(blocks, prefetcher):
+    """A weight of 256 bytes, for which an allocator gives 512."""
+    ahead = count_blocks(blocks, prefetcher)
+    for block in blocks:
+        block.prefetcher = None
+    alone = count_blocks(blocks, None)
+    assert (ahead.has_prefetch, alone.has_prefetch) == (True, False)
+    assert [block.waiting_weights for block in ahead.blocks] == [512] * 4
+    assert [block.waiting_weights for block in alone.blocks] == [0] * 4
+    more = [there.passing - away.passing for there, away in zip(ahead.blocks, alone.blocks, strict=True)]
+    assert more == [512] * 4, "beside the block's own values lies its fetched weight"
 
 
 def run_steps(blocks, x, plan, prefetcher, steps=3):
