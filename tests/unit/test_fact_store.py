@@ -146,7 +146,7 @@ module.FACTS_PER_WRITE = 5
 def notify(text):
     raise SystemExit(text)
 with module.FactStore(sys.argv[2], notify) as store:
-    for number in range(200):
+    for number in range(60):
         store.write(f"{sys.argv[3]} {number}", "1", sys.argv[3])
         assert store.read(f"{sys.argv[3]} {number - 5}", "1") in (None, sys.argv[3])
 """
@@ -157,8 +157,27 @@ def test_processes_write_one_file_at_once(tmp_path):
     writers = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in ("one", "two")]
     assert [(writer.communicate()[1], writer.returncode) for writer in writers] == [("", 0)] * 2
     with FactStore(tmp_path / "facts") as store:
-        names = [f"{name} {number}" for name in ("one", "two") for number in range(200)]
-        assert [store.read(name, "1") for name in names] == ["one"] * 200 + ["two"] * 200
+        names = [f"{name} {number}" for name in ("one", "two") for number in range(60)]
+        assert [store.read(name, "1") for name in names] == ["one"] * 60 + ["two"] * 60
+
+
+def test_facts_that_another_process_wrote_while_the_file_was_opened_stay(tmp_path, monkeypatch):
+    """Both find a new file without a table; the second to make it must not drop what the first has written."""
+    read_version, asked = fact_store.read_version, []
+
+    def read_late(connection):
+        version = read_version(connection)
+        if not asked:
+            asked.append(version)
+            with FactStore(tmp_path / "facts") as other:
+                other.write("one", "1", "first")
+        return version
+
+    monkeypatch.setattr(fact_store, "read_version", read_late)
+    with FactStore(tmp_path / "facts") as store:
+        store.write("two", "1", "second")
+    with FactStore(tmp_path / "facts") as store:
+        assert (asked, store.read("one", "1"), store.read("two", "1")) == ([0], "first", "second")
 
 
 def test_facts_of_another_version_are_forgotten(tmp_path, monkeypatch):

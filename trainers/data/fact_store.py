@@ -18,7 +18,7 @@ SECONDS_FOR_OTHERS = 10.0  # that another process may take for its write
 
 PLACE_ERRORS = ("locked", "readonly", "full", "unable to open", "I/O")  # in SQLite's words; others are damage
 
-CREATE_TABLE = "CREATE TABLE IF NOT EXISTS facts (name BLOB PRIMARY KEY, stamp TEXT, fact TEXT, checksum INTEGER)"
+CREATE_TABLE = "CREATE TABLE facts (name BLOB PRIMARY KEY, stamp TEXT, fact TEXT, checksum INTEGER)"
 READ_FACT = "SELECT fact, checksum FROM facts WHERE name = ? AND stamp = ?"
 WRITE_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)"  # a replaced row counts as new
 DROP_OLD_FACTS = "DELETE FROM facts WHERE rowid <= (SELECT max(rowid) FROM facts) - ?"
@@ -66,13 +66,18 @@ class FactStore:
         if self.connection is None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.connection = sqlite3.connect(self.file, SECONDS_FOR_OTHERS)
-            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
-            with self.connection:
-                if version != FACTS_VERSION:
-                    self.connection.execute("DROP TABLE IF EXISTS facts")
-                    self.connection.execute(f"PRAGMA user_version = {FACTS_VERSION}")
-                self.connection.execute(CREATE_TABLE)
+            if read_version(self.connection) != FACTS_VERSION:
+                self.make_table(self.connection)
         return self.connection
+
+    def make_table(self, connection: sqlite3.Connection) -> None:
+        """The table is made anew, unless another process did so meanwhile and has written to it."""
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if read_version(connection) != FACTS_VERSION:
+                connection.execute("DROP TABLE IF EXISTS facts")
+                connection.execute(CREATE_TABLE)
+                connection.execute(f"PRAGMA user_version = {FACTS_VERSION}")
 
     def read_row(self, name: str, stamp: str) -> str | None:
         row = self.connect().execute(READ_FACT, (os.fsencode(name), stamp)).fetchone()
@@ -119,6 +124,10 @@ class FactStore:
         if self.connection is not None:
             self.connection.close()
             self.connection = None
+
+
+def read_version(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
 def compute_row_checksum(name: str, stamp: str, fact: str) -> int:
