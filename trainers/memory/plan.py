@@ -47,8 +47,14 @@ class BlockMemory:
     waiting_weights: int = 0  # of its own, which are fetched while the block whose backward comes before is at work
 
     def scaled(self, factor: float) -> BlockMemory:
-        sizes = (self.inputs, self.inside, self.outside_before, self.passing, self.fetched)
-        return BlockMemory(*(round(size * factor) for size in sizes), self.waiting_weights)
+        return replace(
+            self,
+            inputs=round(self.inputs * factor),
+            inside=round(self.inside * factor),
+            outside_before=round(self.outside_before * factor),
+            passing=round(self.passing * factor),
+            fetched=round(self.fetched * factor),
+        )
 
 
 @dataclass(frozen=True)
