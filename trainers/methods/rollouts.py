@@ -222,13 +222,15 @@ class RolloutPoints:
 
     def next_task_index(self, rng) -> int:
         """Tasks by weight, dealt evenly: a run has few trajectories, and drawn at random some runs would see a third
-        of them on what matters. Steps of the golden ratio through the cumulated weights, from a random start (an
-        additive recurrence; Kronecker sequence)."""
+        of them on what matters. Steps of the golden ratio through the cumulated weights, from a random start
+        within the first task (an additive recurrence; Kronecker sequence)."""
+        if len(self.tasks) == 1:
+            return sample_task_index(self.tasks, rng)
+        edges = torch.tensor([task.weight for task in self.tasks], dtype=torch.float64).cumsum(0)
         if self.task_position is None:
-            self.task_position = float(torch.rand((), generator=rng, dtype=torch.float64))
+            self.task_position = float(torch.rand((), generator=rng, dtype=torch.float64) * edges[0] / edges[-1])
         else:
             self.task_position = (self.task_position + GOLDEN_RATIO) % 1
-        edges = torch.tensor([task.weight for task in self.tasks], dtype=torch.float64).cumsum(0)
         place = torch.tensor(self.task_position, dtype=torch.float64) * edges[-1]
         return min(int(torch.searchsorted(edges, place, right=True)), len(self.tasks) - 1)
 
