@@ -171,7 +171,6 @@ def sample_element(values, rng):
 
 
 INITIAL_ROLLOUTS = 2
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class RolloutPoints:
@@ -191,7 +190,6 @@ class RolloutPoints:
         self.low, self.high = noise.min_time, noise.max_time
         self.rollouts: list[list[LatentPoint]] = []
         self.updates = 0
-        self.task_position: float | None = None  # in [0, 1), of the last trajectory's task among all by weight
 
     def draw(self, rng) -> LatentPoint:
         """A random point with every prediction that its task needs."""
@@ -210,7 +208,7 @@ class RolloutPoints:
 
     def rollout_sampled_task(self, rng) -> list[LatentPoint]:
         """The points of a new trajectory whose noise levels are trained."""
-        number = self.next_task_index(rng)
+        number = sample_task_index(self.tasks, rng)
         task = self.tasks[number]
         strength = sample_element(sorted({target.strength for target in task.targets}), rng)
         return self.rollout_from_noise(
@@ -219,20 +217,6 @@ class RolloutPoints:
             strength,
             rng,
         )
-
-    def next_task_index(self, rng) -> int:
-        """Tasks by weight, dealt evenly: a run has few trajectories, and drawn at random some runs would see a third
-        of them on what matters. Steps of the golden ratio through the cumulated weights, from a random start
-        within the first task (an additive recurrence; Kronecker sequence)."""
-        if len(self.tasks) == 1:
-            return sample_task_index(self.tasks, rng)
-        edges = torch.tensor([task.weight for task in self.tasks], dtype=torch.float64).cumsum(0)
-        if self.task_position is None:
-            self.task_position = float(torch.rand((), generator=rng, dtype=torch.float64) * edges[0] / edges[-1])
-        else:
-            self.task_position = (self.task_position + GOLDEN_RATIO) % 1
-        place = torch.tensor(self.task_position, dtype=torch.float64) * edges[-1]
-        return min(int(torch.searchsorted(edges, place, right=True)), len(self.tasks) - 1)
 
     def rollout_from_noise(self, number: int, noise: Tensor, strength: float, rng) -> list[LatentPoint]:
         """The same from given noise (B, ...), for one task; rng draws the noise levels."""
@@ -252,14 +236,12 @@ class RolloutPoints:
     def state(self) -> dict:
         return {
             "updates": self.updates,
-            "task_position": self.task_position,
             "ways": [[point.state() for point in trajectory] for trajectory in self.rollouts],
             "spent": dict(self.model.forward_counts),
         }
 
     def load_state(self, state: dict) -> None:
         self.updates, self.model.forward_counts = state["updates"], dict(state["spent"])
-        self.task_position = state.get("task_position")
         self.rollouts = [
             [LatentPoint(**map_tensors(point, self.model.to_device)) for point in trajectory]
             for trajectory in state["ways"]
