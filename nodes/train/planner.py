@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ...trainers.loop import fork_rng_state, load_method_state, method_state, step_rng
-from ...trainers.memory.block_peak import allocated_bytes
-from ...trainers.memory.checkpointing import ActivationCounter
 from ...trainers.memory.plan import (
     CHECKPOINTING_PLANS,
     PLAN_AUTO,
@@ -149,23 +147,25 @@ def count_with_room(probe: StepProbe, checkpointing: str) -> StepMemory | None:
     """count_step_memory; where not even a single block has room beside the weights, once they have left."""
     session = probe.session
     plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else ()
-    free = host.memory.available_device_memory(session)
     try:
-        return count_step_memory(probe)
-    except Exception as error:
-        if not host.memory.is_out_of_memory_error(error):
-            raise
+        return count_or_refuse(probe, session.blocks.plan)
+    except host.memory.StepDoesNotFit:
         if PLAN_OFFLOADED not in plans:
-            raise refuse_step(probe, session.blocks.plan, free) from error
+            raise
     host.memory.release_cached_memory()
     host.memory.offload_weights(session)
-    free = host.memory.available_device_memory(session)
+    return count_or_refuse(probe, PLAN_OFFLOADED)
+
+
+def count_or_refuse(probe: StepProbe, plan: str) -> StepMemory | None:
+    """count_step_memory; raises StepDoesNotFit, which names this plan, where it has no room."""
+    free = host.memory.available_device_memory(probe.session)
     try:
         return count_step_memory(probe)
     except Exception as error:
         if not host.memory.is_out_of_memory_error(error):
             raise
-        raise refuse_step(probe, PLAN_OFFLOADED, free) from error
+        raise refuse_step(probe, plan, free) from error
 
 
 def refuse_step(probe: StepProbe, plan: str, free: int, measured: StepMemory | None = None):
@@ -231,6 +231,8 @@ def preserve_method_state(method):
 def count_step_memory(probe: StepProbe) -> StepMemory | None:
     """What a step of the largest images would keep and take at most, found without keeping it; None for losses that
     look back by themselves. Raises what a device says that has no room for a single block."""
+    from ...trainers.memory.checkpointing import ActivationCounter
+
     session, job, method = probe.session, probe.job, probe.built.method
     tally = session.blocks.counter = ActivationCounter(
         [*session.denoiser.model.parameters(), *method.parameters()], session.denoiser.device
@@ -257,6 +259,8 @@ def count_step_memory(probe: StepProbe) -> StepMemory | None:
 
 
 def count_adapter_bytes(method) -> int:
+    from ...trainers.memory.block_peak import allocated_bytes
+
     return sum(allocated_bytes(p.nbytes) for p in method.parameters())
 
 

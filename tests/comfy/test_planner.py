@@ -134,19 +134,24 @@ def test_the_forecast_is_of_the_largest_pictures_and_the_whole_batch(monkeypatch
     assert one.peak_bytes < two.peak_bytes < 2 * one.peak_bytes
 
 
-def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, folders):
-    calls = []
-    original = planner.measure_step_cost
+def refuse_trial_steps(monkeypatch, count):
+    """The plans that are tried; the first steps, so many, run out of memory."""
+    tried, original = [], planner.measure_step_cost
 
-    def one_step(session, *args):
-        calls.append(session.blocks.plan)
-        if len(calls) < 3:
+    def one_step(session, *about):
+        tried.append(session.blocks.plan)
+        if len(tried) <= count:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(session, *args)
+        return original(session, *about)
 
     monkeypatch.setattr(planner, "measure_step_cost", one_step)
+    return tried
+
+
+def test_a_plan_that_does_not_fit_after_all_gives_way_to_the_next(monkeypatch, folders):
+    tried = refuse_trial_steps(monkeypatch, 2)
     assert planned(monkeypatch, 100 * GIB, device="cuda")[1] == PLAN_PER_BLOCK_CPU
-    assert calls == list(CHECKPOINTING_PLANS[:3])
+    assert tried == list(CHECKPOINTING_PLANS[:3])
 
 
 def test_a_run_that_was_measured_first_is_the_same_run(folders, monkeypatch):
@@ -197,15 +202,7 @@ def test_a_loss_that_looks_back_by_itself_trains_without_a_forecast(monkeypatch,
 
 
 def test_where_nothing_can_be_counted_steps_are_tried_until_one_has_room(monkeypatch, folders):
-    tried, original = [], planner.measure_step_cost
-
-    def one_step(session, *about):
-        tried.append(session.blocks.plan)
-        if len(tried) < 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(session, *about)
-
-    monkeypatch.setattr(planner, "measure_step_cost", one_step)
+    tried = refuse_trial_steps(monkeypatch, 2)
     monkeypatch.setattr(planner, "count_step_memory", lambda probe: None)
     assert planned(monkeypatch, 100 * GIB) == (None, PLAN_PER_BLOCK) and tried == [], "nothing to choose on the CPU"
     assert planned(monkeypatch, 100 * GIB, device="cuda") == (None, PLAN_OFFLOADED)
