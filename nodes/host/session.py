@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import comfy.lora
 import comfy.model_management as mm
@@ -25,7 +26,6 @@ from comfy.ldm.modules.attention import attention_pytorch
 from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer, text_adapter_settings
 from ...trainers.data.encoded import split_conditioning
 from ...trainers.loss_scale import LossScale
-from ...trainers.memory.checkpointing import CheckpointPolicy, checkpoint_blocks
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
 from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
 from ...trainers.rng import make_generator
@@ -50,10 +50,18 @@ from .frozen_casts import recast_frozen_weights
 from .lora_keys import clip_lora_keys, unet_lora_keys
 from .memory import offload_weights
 from .out_of_place import disable_inplace_updates
-from .prefetch import prefetch_offloaded
+
+if TYPE_CHECKING:
+    from ...trainers.memory.checkpointing import CheckpointPolicy
 
 INJECTION_KEY = "trainyard"
 CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)
+
+
+def make_checkpoint_policy() -> CheckpointPolicy:
+    from ...trainers.memory.checkpointing import CheckpointPolicy
+
+    return CheckpointPolicy()
 
 
 @dataclass
@@ -70,9 +78,8 @@ class TrainingSession:
     layer_keys: dict = field(default_factory=dict)  # layer path -> name in the file
     text_layer_keys: dict = field(default_factory=dict)
     known_text_keys: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
-    blocks: CheckpointPolicy = field(
-        default_factory=CheckpointPolicy
-    )  # how the model's blocks keep what backward needs; may change between two steps
+    # how the model's blocks keep what backward needs; may change between two steps
+    blocks: CheckpointPolicy = field(default_factory=make_checkpoint_policy)
     offloaded_bytes: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
 
     def tensors(self):
@@ -99,6 +106,9 @@ def open_training_session(
     `compiling(text)`: its blocks run compiled, and it is told when they cannot be.
 
     Raises ValueError when the adapter fits no layer, or when the text encoder is wanted and no CLIP is given."""
+    from ...trainers.memory.checkpointing import checkpoint_blocks
+    from .prefetch import prefetch_offloaded
+
     if adapter.text_encoder and clip is None:
         raise ValueError(
             "text_encoder is on, but no CLIP is connected. Connect CLIP to the Train node, or switch text_encoder off."

@@ -7,7 +7,7 @@ import sys
 import pytest
 from trainyard.tools import env
 
-OWN_MODULES = 155  # 153 were there when this was written
+OWN_MODULES = 145  # 137 were there when this was written
 # Part of no schema: what these do is done in a run.
 IMPORTED_IN_A_RUN = (
     "trainers.captioners.taggers",

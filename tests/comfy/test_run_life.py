@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 
@@ -148,6 +149,16 @@ def test_the_list_comes_whatever_lies_in_one_run(folders):
     assert [run["folder"] for run in run_routes.list_all_runs()] == ["good"]
 
 
+@pytest.fixture
+def default_recursion_limit():
+    """torch.compile raises Python's limit for good, and then a deeper graph can be read."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("default_recursion_limit")
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"workflow": ' + "[" * 900 + "]" * 900 + "}"])
 def test_a_graph_that_cannot_be_read_is_told_in_words(folders, text):
     make_run("odd", run="{}", graph=text)

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from .pixel_modes import convert_to_8bit, convert_to_rgba, has_alpha, is_grey_mode
-from .told_colours import COLOUR_PROBLEM
 
+COLOUR_PROBLEM = "colour_problem"  # in Image.info: why colours that the file tells are not applied
 SRGB_TOLERANCE = 2  # levels of 255: profiles that mean sRGB differ by that much, gamma 2.2 differs by 9
 PROBE_STEPS = 9  # colours along each channel that a profile is compared with sRGB at
 GREY, RGB, CMYK = "GRAY", "RGB", "CMYK"  # as profiles name the colour space of an image

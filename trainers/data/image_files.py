@@ -8,9 +8,6 @@ import threading
 
 from PIL import Image
 
-from .png_chunks import list_png_chunks
-from .told_colours import apply_told_colours
-
 PNG_PIXEL_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
 MAX_PNG_NOTES = 2000  # an image has two or three; each may cost milliseconds
 LARGE_PIXELS = 2**25  # 100 MB in RGB, and as much again in every step from one form to another
@@ -21,6 +18,8 @@ def open_image_bytes(data: bytes) -> Image.Image:
     """The first frame of an image file, not decoded yet, with the colour profile that counts: see `told_colours`.
     ValueError for a PNG with so many notes that reading them would take minutes; Pillow's own errors for what it cannot
     read."""
+    from .told_colours import apply_told_colours
+
     check_png_notes(data)
     image = Image.open(io.BytesIO(data))
     apply_told_colours(image, data)
@@ -29,6 +28,8 @@ def open_image_bytes(data: bytes) -> Image.Image:
 
 def check_png_notes(data: bytes) -> None:
     """ValueError for a PNG with too many chunks that are no pixels, such as texts."""
+    from .png_chunks import list_png_chunks
+
     notes = 0
     for kind, _ in list_png_chunks(data):
         notes += kind not in PNG_PIXEL_CHUNKS

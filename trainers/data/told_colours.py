@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from .avif_boxes import read_avif_nclx
+from .colour_profiles import COLOUR_PROBLEM
 from .matrix_profiles import ADOBE_RGB, D65, SRGB_PRIMARIES, MatrixColours, build_matrix_profile
 from .pixel_modes import is_grey_mode
 from .png_chunks import list_png_chunks
 
-COLOUR_PROBLEM = "colour_problem"  # in Image.info: why colours that the file tells are not applied
 ADOBE_RGB_MARK = "R03"  # interoperability index of EXIF; with "uncalibrated" as the colour space
 EXIF_POINTER, INTEROP_POINTER, COLOUR_SPACE_TAG, INTEROP_INDEX_TAG, UNCALIBRATED = 0x8769, 0xA005, 0xA001, 1, 65535
 UNSPECIFIED, FULL_RANGE, RGB_MATRIX = 2, 1, 0
