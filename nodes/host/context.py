@@ -71,6 +71,17 @@ def move_noise_schedule(patcher):
     patcher.model.model_sampling.to(patcher.load_device)
 
 
+def move_bare_parameters(patcher):
+    """Parameters of modules that have layers below them (Wan's modulations) lie on the device, as under the host's
+    dynamic VRAM. Its partial loading leaves them in memory that is not page-locked, and each block would wait for its
+    own. They are small: 2.4 MB of Wan 14B's 27 GB. The host takes them along when it unloads the model."""
+    for module in patcher.model.diffusion_model.modules():
+        if any(True for child in module.children() for _ in child.parameters()):
+            for name, value in module.named_parameters(recurse=False):
+                if value.device != patcher.load_device:
+                    module._parameters[name] = torch.nn.Parameter(value.to(patcher.load_device), requires_grad=False)
+
+
 @contextlib.contextmanager
 def set_training_flag():
     """Forward and backward use the host's kernels that autograd knows; must hold during backward (recomputation)

@@ -38,6 +38,7 @@ from .context import (
     find_block_classes,
     make_block_compiler,
     make_tables_on_device,
+    move_bare_parameters,
     move_noise_schedule,
     replace_inference_parameters,
     set_training_flag,
@@ -128,7 +129,6 @@ def open_training_session(
         if adapter.text_encoder:
             stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
         stack.enter_context(load_with_adapters(patcher, adapters, memory, session.text_patcher))
-        move_noise_schedule(patcher)
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
         stack.enter_context(cast_quantised_layers(network))
@@ -206,6 +206,8 @@ def load_for_training(patcher, memory, beside=None):
         loaded.pre_run()
         loaded.inject_model()
         replace_inference_parameters(loaded.model)
+    move_noise_schedule(patcher)
+    move_bare_parameters(patcher)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,6 @@ def switch_to_sampling(session, memory: float):
         mm.in_training = before
         host.session.load_for_training(patcher, memory, session.text_patcher)
         host.memory.offload_surplus_weights(session, resident)
-        host.context.move_noise_schedule(patcher)
         host.context.replace_inference_parameters(patcher.model)
 
 
