@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-differences.json"
 KINDS = ("erase", "enhance", "replace", "text slider", "image slider", "difference", "curve")
 LEVELS = (0.5, 0.8, 0.9)
 CURVES = ("ours", "original")
-ALL_RESULTS = ROOT / "benchmarks" / "results" / "2026-11-29-erased.json"
+ALL_RESULTS = ROOT / "benchmarks" / "results" / "2026-11-30-erased.json"
 
 
 # -- one kind ----------------------------------------------------------------------------------------------------------

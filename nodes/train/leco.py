@@ -203,7 +203,7 @@ class PromptDifferenceTask(TrainTask):
         elif self.points.points == "noise":
             source = NoisePoints(student, tasks, job.noise)
         else:
-            source = RolloutPoints(student, tasks, self.points, job.noise, guidance)
+            source = RolloutPoints(student, tasks, self.points, job.noise, guidance, dealt=True)
         method = PromptDifferenceTraining(student, tasks, source, self.points.renormalise)
         return BuiltPrompts(job, session, method, student, guidance, prompts)
 

@@ -26,6 +26,7 @@ import torch
 from ...nodes import host
 from ...trainers.data.buckets import BucketSettings
 from ...trainers.data.caption_variants import CaptionSettings
+from ...trainers.data.concept_prompts import PromptRow
 from ...trainers.data.encode import encode_dataset
 from ...trainers.data.pairs import pair_datasets
 from ...trainers.data.readers import read_folder
@@ -34,6 +35,7 @@ from ...trainers.loop import NoStore, train
 from ...trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from ...trainers.methods.prompts import (
     PromptDifferenceTraining,
+    build_prompt_tasks,
     make_leco_targets,
     make_preserve_targets,
     make_replacement_targets,
@@ -144,19 +146,26 @@ def from_prompts(tasks, original=None):
     def make(toy, session, lesson):
         mine = [dataclasses.replace(task, shapes=(LATENT,), batch=lesson.run.batch) for task in tasks]
         texts = list(dict.fromkeys(text for task in mine for text in task.all_prompts))
-        model = StudentTeacherModel(
-            session.denoiser,
-            session.adapters,
-            dict(zip(texts, host.encoders.TextEncoder(toy.clip).encode(texts), strict=True)),
-        )
+        model = StudentTeacherModel(session.denoiser, session.adapters, encoded_prompts(toy, texts))
         if original:
             return original(model, mine)
         guidance = host.session.rollout_guidance(session, lesson.points.guidance_scale)
         return PromptDifferenceTraining(
-            model, mine, RolloutPoints(model, mine, lesson.points, lesson.noise, guidance), lesson.points.renormalise
+            model,
+            mine,
+            RolloutPoints(model, mine, lesson.points, lesson.noise, guidance, dealt=True),
+            lesson.points.renormalise,
         )
 
     return make
+
+
+def encoded_prompts(toy, texts) -> dict:
+    """Prompt -> conditioning; each is encoded once in the life of `toy`."""
+    known = vars(toy).setdefault("prompts_of_lessons", {})
+    missing = [text for text in texts if text not in known]
+    known.update(zip(missing, host.encoders.TextEncoder(toy.clip).encode(missing), strict=True))
+    return {text: known[text] for text in texts}
 
 
 def from_pairs(kind, pairs, **settings):
@@ -365,40 +374,44 @@ def prompt_run(**changes):
     return RunSettings(**{"steps": 300, "learning_rate": 1e-3, "batch": 4, "seed": 1, "save_every": 0, **changes})
 
 
-def name_context(number, row):
-    """The row of this number with a size, with a ground, or with neither."""
-    named = ({}, {"size": SIZES[number // 3 % 2]}, {"ground": GROUNDS[number // 3 % 3]})
-    return {**row, **named[number % 3]}
+NAMED_CONTEXTS = ({}, {}, {}, *({"size": size} for size in SIZES), *({"ground": ground} for ground in GROUNDS))
 
 
-def erase_tasks(concept="red", guidance=1.0, preserve=True, with_context=name_context):
-    """A colour or a shape. Those of the exam name a size and a ground, so none of them is among these. What is kept is
-    said as long as what is erased. `with_context(number, row)`: the row, with more in its prompt or not."""
-    if attribute_of(concept) == "colour":
-        names, bare = [dict(shape=s, colour=concept) for s in SHAPES * 2], dict(colour=None)
-        others = [dict(shape=s, colour=c) for s, c in zip(SHAPES * 2, without(concept), strict=False)]
-    else:
-        names, bare = [dict(shape=concept, colour=c) for c in COLOURS], dict(shape="shape")
-        others = [dict(shape=s, colour=c) for s, c in zip(without(concept) * 2, COLOURS, strict=True)]
-    named = map(with_context, range(len(names)), names)
-    rows = list(dict.fromkeys((said(**row), said(**{**row, **bare})) for row in named))
-    erased = [
-        PromptTask(make_leco_targets(target, target, rest, rest, "erase", guidance), target) for target, rest in rows
+def erase_rows(concept="red", guidance=1.0, contexts=NAMED_CONTEXTS):
+    """A colour or a shape, in prompts that name a size, a ground or neither; those of the exam name both. Each row
+    preserves itself in every other colour, or shape."""
+    name = attribute_of(concept)
+    values = (
+        [dict(colour=concept, shape=s) for s in SHAPES]
+        if name == "colour"
+        else [dict(shape=concept, colour=c) for c in COLOURS]
+    )
+    bare = dict(colour=None) if name == "colour" else dict(shape="shape")
+    named = [{**value, **context} for value in values for context in contexts]
+    return [
+        PromptRow(
+            said(**row),
+            unconditional=said(**{**row, **bare}),
+            guidance=guidance,
+            preserve=tuple(said(**{**row, name: other}) for other in without(concept)),
+        )
+        for row in named
     ]
-    kept_prompts = [said(**row) for row in map(with_context, range(len(others)), others)] if preserve else []
-    return erased + [
-        PromptTask(make_preserve_targets(prompt), prompt, weight=len(rows) / len(kept_prompts))
-        for prompt in kept_prompts
-    ]
+
+
+def erase_tasks(concept="red", guidance=1.0, preserve=True, contexts=NAMED_CONTEXTS):
+    rows = erase_rows(concept, guidance, contexts)
+    rows = rows if preserve else [dataclasses.replace(row, preserve=()) for row in rows]
+    return build_prompt_tasks(rows, lambda row: (LATENT,))
 
 
 def erase_lesson(concept="red") -> Lesson:
     """A colour or a shape erased. Adapters on every linear layer: with attention and MLP alone the lesson hardly carries
     over to longer prompts, probably because prompts reach this world by the modulation too. LOG.md has the figures."""
     return Lesson(
-        from_prompts(erase_tasks(concept, guidance=1.5)),
+        from_prompts(erase_tasks(concept, guidance=2.0)),
         functools.partial(erase_exam, concept=concept),
-        prompt_run(learning_rate=3e-3, steps=300, batch=1),
+        prompt_run(learning_rate=2e-3, steps=300, batch=1),
         rank=16,
         targets="all linear",
         points=PointSettings(sampling_steps=8, refresh=12),
@@ -485,7 +498,7 @@ def curve_lesson(original=None) -> Lesson:
     trains."""
     run = prompt_run(steps=105, save_every=15, batch=1, learning_rate=3e-3)
     return Lesson(
-        from_prompts(erase_tasks(preserve=False, with_context=lambda number, row: row), original),
+        from_prompts(erase_tasks(preserve=False, contexts=({},)), original),
         quick_erase_exam,
         run,
         schedule="constant",

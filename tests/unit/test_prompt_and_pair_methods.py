@@ -188,6 +188,7 @@ def rollouts(m, tasks=None, noise=None, **settings):
         PointSettings(**{"sampling_steps": 5, "ways": 3, "refresh": 4, **settings}),
         noise or NoiseSettings(),
         3.0,
+        dealt=True,
     )
 
 
@@ -249,12 +250,15 @@ def test_saved_points_go_on_as_if_nothing_had_happened():
     def draws(points, first, last):
         return [points.draw(rng(step)) for step in range(first, last)]
 
-    whole, part = rollouts(model()), rollouts(model())
+    erase = rollouts(model()).tasks[0]
+    tasks = [erase, *(dataclasses.replace(erase, weight=weight) for weight in (3.0, 0.5))]
+    whole, part = rollouts(model(), tasks), rollouts(model(), tasks)
     draws(whole, 0, 5), draws(part, 0, 5)
-    other = rollouts(model())
+    other = rollouts(model(), tasks)
     other.load_state(part.state())
     for a, b in zip(draws(whole, 5, 12), draws(other, 5, 12), strict=True):
         assert torch.equal(a.x, b.x) and all(torch.equal(a.answers[p], b.answers[p]) for p in a.answers)
+        assert a.task == b.task
     assert other.model.forward_counts == whole.model.forward_counts
 
 
@@ -288,6 +292,28 @@ def test_tasks_are_drawn_by_weight():
     )
     drawn = [NoisePoints(model(), [light, heavy], NoiseSettings()).draw(rng(seed)).task for seed in range(200)]
     assert 160 < sum(drawn) < 198
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_trajectories_are_dealt_evenly_over_the_tasks_by_weight(seed):
+    """Of 19, half are of what is erased, give or take one; drawn at random, one run in three would miss by three."""
+    erase = rollouts(model()).tasks[0]
+    kept = [
+        PromptTask(make_preserve_targets(prompt), prompt, shapes=(SHAPE,), weight=0.25)
+        for prompt in ("cat", "dog", "old", "young")
+    ]
+    points = rollouts(model(), [erase, *kept])
+    dealt = [points.deal_task_index(rng(100 * seed + step)) for step in range(190)]
+    for first in range(0, 171):
+        assert abs(dealt[first : first + 19].count(0) - 9.5) <= 1.5
+    assert all(abs(dealt.count(number) - 190 / 8) <= 3 for number in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_first_update_is_of_a_row_and_not_of_what_is_preserved(seed):
+    row = rollouts(model()).tasks[0]
+    kept = PromptTask(make_preserve_targets("dog"), "dog", shapes=(SHAPE,), weight=9.0)
+    assert rollouts(model(), [row, kept]).draw(rng(seed)).task == 0
 
 
 # -- pairs of images -------------------------------------------------------------------------------------------------

@@ -171,12 +171,15 @@ def sample_element(values, rng):
 
 
 INITIAL_ROLLOUTS = 2
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class RolloutPoints:
     """Points on trajectories that the student samples from noise. It begins with two; every `refresh` updates one more
     is sampled, and of more than `ways` the oldest goes. (All at once at the beginning would cost as much as forty
-    updates, and soon be off-policy.)"""
+    updates, and soon be off-policy.)
+
+    `dealt`: tasks come evenly by weight, the first update is of the first one; otherwise each is drawn at random."""
 
     def __init__(
         self,
@@ -185,11 +188,14 @@ class RolloutPoints:
         settings: PointSettings,
         noise: NoiseSettings,
         guidance: float,
+        dealt: bool = False,
     ):
         self.model, self.tasks, self.settings, self.guidance = model, tasks, settings, guidance
+        self.dealt = dealt and len(tasks) > 1
         self.low, self.high = noise.min_time, noise.max_time
         self.rollouts: list[list[LatentPoint]] = []
         self.updates = 0
+        self.task_position: float | None = None  # in [0, 1), of the last trajectory's task among all by weight
 
     def draw(self, rng) -> LatentPoint:
         """A random point with every prediction that its task needs."""
@@ -199,6 +205,8 @@ class RolloutPoints:
             self.rollouts = [*self.rollouts, self.rollout_sampled_task(rng)][-self.settings.ways :]
         self.updates += 1
         trajectory = int(torch.randint(len(self.rollouts), (1,), generator=rng))
+        if self.dealt and self.updates == 1:
+            trajectory = 0  # of the first row: on a preserved prompt an adapter that is still zero learns nothing
         step = int(torch.randint(len(self.rollouts[trajectory]), (1,), generator=rng))
         point = self.rollouts[trajectory][step]
         point = add_teacher_predictions(self.model, point, self.tasks[point.task])
@@ -208,7 +216,7 @@ class RolloutPoints:
 
     def rollout_sampled_task(self, rng) -> list[LatentPoint]:
         """The points of a new trajectory whose noise levels are trained."""
-        number = sample_task_index(self.tasks, rng)
+        number = self.deal_task_index(rng) if self.dealt else sample_task_index(self.tasks, rng)
         task = self.tasks[number]
         strength = sample_element(sorted({target.strength for target in task.targets}), rng)
         return self.rollout_from_noise(
@@ -217,6 +225,18 @@ class RolloutPoints:
             strength,
             rng,
         )
+
+    def deal_task_index(self, rng) -> int:
+        """Tasks by weight, dealt evenly: a run has few trajectories, and drawn at random some runs would see a third
+        of them on what matters. Steps of the golden ratio through the cumulated weights, from a random start
+        within the first task (an additive recurrence; Kronecker sequence)."""
+        edges = torch.tensor([task.weight for task in self.tasks], dtype=torch.float64).cumsum(0)
+        if self.task_position is None:
+            self.task_position = float(torch.rand((), generator=rng, dtype=torch.float64) * edges[0] / edges[-1])
+        else:
+            self.task_position = (self.task_position + GOLDEN_RATIO) % 1
+        place = torch.tensor(self.task_position, dtype=torch.float64) * edges[-1]
+        return min(int(torch.searchsorted(edges, place, right=True)), len(self.tasks) - 1)
 
     def rollout_from_noise(self, number: int, noise: Tensor, strength: float, rng) -> list[LatentPoint]:
         """The same from given noise (B, ...), for one task; rng draws the noise levels."""
@@ -236,12 +256,14 @@ class RolloutPoints:
     def state(self) -> dict:
         return {
             "updates": self.updates,
+            "task_position": self.task_position,
             "ways": [[point.state() for point in trajectory] for trajectory in self.rollouts],
             "spent": dict(self.model.forward_counts),
         }
 
     def load_state(self, state: dict) -> None:
         self.updates, self.model.forward_counts = state["updates"], dict(state["spent"])
+        self.task_position = state.get("task_position")
         self.rollouts = [
             [LatentPoint(**map_tensors(point, self.model.to_device)) for point in trajectory]
             for trajectory in state["ways"]
