@@ -1,10 +1,11 @@
 """LECO, sliders, replacement and ADDifT measured in pixels on the toy world, and the effect of LECO over forwards
-spent, ours and the original's.
+spent, ours and the original's, each over several concepts or pairs, and seeds.
 
-.venv/bin/python benchmarks/differences.py                       # everything, about 20 minutes on one quiet core
-.venv/bin/python benchmarks/differences.py erase "text slider"   # some of it; the file keeps what it has of the others
+.venv/bin/python benchmarks/differences.py                       # every kind but erase, about an hour on one quiet core
+.venv/bin/python benchmarks/differences.py "text slider"         # some; the file keeps what it has of the others
 .venv/bin/python benchmarks/differences.py curve                 # effect over forwards, against
 benchmarks/peers/leco_original.py
+.venv/bin/python benchmarks/differences.py --show                # the tables of what is in the file
 .venv/bin/python benchmarks/differences.py --all                 # every colour and shape erased, three seeds each
 .venv/bin/python benchmarks/differences.py --all blue square --seeds 1 2    # some of them
 """
@@ -16,27 +17,63 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import time
 
 import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "2026-11-21-differences.json"
-KINDS = ("erase", "enhance", "replace", "text slider", "image slider", "difference", "curve")
+RESULTS = ROOT / "benchmarks" / "results" / "2026-11-30-differences.json"
+ALL_RESULTS = ROOT / "benchmarks" / "results" / "2026-11-30-erased.json"
+CASES = {
+    "enhance": (("red", 1), ("green", 2), ("purple", 3)),
+    "replace": (("square", "circle", 1), ("triangle", "cross", 2), ("circle", "square", 3)),
+    "text slider": ((1,), (2,), (3,)),
+    "image slider": ((0, 1), (5, 2), (10, 3)),
+    "difference": ((0, 1), (5, 2), (10, 3)),
+    "curve": (("red", 1), ("blue", 2), ("purple", 3)),
+}  # kind -> what `make_lesson` takes, and the seed, of each run
+MARKS = {
+    "enhance": (
+        "of the colour, base",
+        "of the colour, after",
+        "shape and size kept",
+        "named colours unchanged in shape, size and colour",
+    ),
+    "replace": (
+        "new shape, base, when asked",
+        "new shape, after",
+        "old shape, after",
+        "colour and size kept",
+        "others unchanged in shape, size and colour",
+    ),
+    **dict.fromkeys(("text slider", "image slider", "difference"), ("Spearman of mean area", "colour and shape kept")),
+}  # what the table shows
+LOWER_IS_BETTER = ("old shape, after",)
 LEVELS = (0.5, 0.8, 0.9)
 CURVES = ("ours", "original")
-ALL_RESULTS = ROOT / "benchmarks" / "results" / "2026-11-30-erased.json"
 
 
-# -- one kind ----------------------------------------------------------------------------------------------------------
+# -- one run of a kind -------------------------------------------------------------------------------------------------
 
 
-def figures(toy, name) -> dict:
+def make_lesson(kind, *about):
+    from trainyard.tests.toy import differences
+
+    makers = {
+        "enhance": differences.enhance_lesson,
+        "replace": differences.replace_lesson,
+        "text slider": lambda: differences.LESSONS["text slider"],
+        "image slider": differences.image_slider_lesson,
+        "difference": differences.difference_lesson,
+    }
+    return makers[kind](*about)
+
+
+def figures(toy, kind, *about, seed) -> dict:
     """Settings, cost and marks of one lesson."""
-    from trainyard.tests.toy.differences import LESSONS, learn
+    from trainyard.tests.toy.differences import learn
 
-    lesson = LESSONS[name]
+    lesson = make_lesson(kind, *about).but(seed=seed)
     taught = learn(toy, lesson)
     start = time.process_time()
     marks = lesson.exam(toy, taught.lora)
@@ -46,9 +83,9 @@ def figures(toy, name) -> dict:
         "settings": settings_of(lesson),
         "seconds of one core": round(taught.seconds, 1),
         "seconds of the exam": round(time.process_time() - start, 1),
-        "forwards per update": {kind: round(count / steps, 2) for kind, count in spent.items()}
+        "forwards per update": {key: round(count / steps, 2) for key, count in spent.items()}
         | {"all": round(sum(spent.values()) / steps, 2)},
-        "planned": taught.planned and {kind: round(count / steps, 2) for kind, count in taught.planned.items()},
+        "planned": taught.planned and {key: round(count / steps, 2) for key, count in taught.planned.items()},
         "loss, first and last tenth": [
             round(mean(taught.losses[: steps // 10]), 4),
             round(mean(taught.losses[-steps // 10 :]), 4),
@@ -69,9 +106,9 @@ def mean(values) -> float:
 # -- effect over forwards ----------------------------------------------------------------------------------------------
 
 
-def curves(toy) -> dict:
+def curves(toy, concept, seed) -> dict:
     """Erasing with ours and with the original loop: the same prompts, learning rate, rank, batch and schedule."""
-    found = {name: curve(toy, name) for name in CURVES}
+    found = {name: curve(toy, name, concept, seed) for name in CURVES}
     ratios = {}
     for level in LEVELS:
         costs = {name: cost_of(points, level) for name, points in found.items()}
@@ -83,12 +120,12 @@ def curves(toy) -> dict:
     return {"curves": found, "forwards at effect": ratios}
 
 
-def curve(toy, name) -> list[dict]:
+def curve(toy, name, concept, seed) -> list[dict]:
     """[{updates, forwards, seconds, erased, others kept}]"""
     from trainyard.benchmarks.peers.leco_original import Original
     from trainyard.tests.toy import differences
 
-    lesson = differences.curve_lesson(Original if name == "original" else None)
+    lesson = differences.curve_lesson(Original if name == "original" else None, concept).but(seed=seed)
     taught = differences.learn(toy, lesson)
     rows = [dict(updates=0, forwards=0, **lesson.exam(toy, None))]
     for snapshot in taught.snapshots:
@@ -156,30 +193,72 @@ def erase_concepts(toy, concepts, seeds, path):
     print(format_concepts(read_results(path)))
 
 
-# -- on the screen and in the file -------------------------------------------------------------------------------------
+# -- tables and the file -----------------------------------------------------------------------------------------------
 
 
-def shown(name, found):
-    print(f"\n{name}")
-    for key, value in found.items():
-        if key == "marks":
-            print("".join(f"    {what}: {mark}\n" for what, mark in value.items()), end="")
-        elif key != "curves":
-            print(f"  {key}: {value}")
-    sys.stdout.flush()
+def format_kinds(found) -> str:
+    """A table of {kind: {run: what `figures` gives}}: mean and worst of each mark over the runs."""
+    lines = ["| kind | runs | mark | mean | worst | seconds | forwards |", "|---|---|---|---|---|---|---|"]
+    for kind, runs in found.items():
+        for number, name in enumerate(MARKS.get(kind, ())):
+            values = [run["marks"][name] for run in runs.values()]
+            worst = max(values) if name in LOWER_IS_BETTER else min(values)
+            cost = [mean([run["seconds of one core"] for run in runs.values()]),
+                    mean([run["forwards per update"]["all"] for run in runs.values()])]  # fmt: skip
+            head = (kind, str(len(runs)), f"{cost[0]:.0f}", f"{cost[1]:.1f}") if not number else ("", "", "", "")
+            lines.append(
+                f"| {head[0]} | {head[1]} | {name} | {mean(values):.2f} | {worst:.2f} | {head[2]} | {head[3]} |"
+            )
+    return "\n".join(lines)
+
+
+def format_curves(runs) -> str:
+    """A table of {run: what `curves` gives}. A level that a run never reached is a dash."""
+    show = lambda value: "-" if value is None else f"{value:g}"
+    lines = ["| run | share erased | original | ours | original / ours |", "|---|---|---|---|---|"]
+    for about, run in runs.items():
+        for level, costs in run["forwards at effect"].items():
+            cells = [show(costs[name]) for name in ("original", "ours", "original / ours")]
+            lines.append(f"| {about} | {level} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show_tables(path):
+    found = read_results(path)
+    print(format_kinds({kind: runs for kind, runs in found.items() if kind in MARKS}))
+    if "curve" in found:
+        print("\n" + format_curves(found["curve"]))
+
+
+def name_run(about) -> str:
+    *what, seed = about
+    return ", ".join([*map(str, what), f"seed {seed}"])
+
+
+def run_kinds(toy, kinds, path):
+    for kind in kinds:
+        for about in CASES[kind]:
+            *what, seed = about
+            found = curves(toy, *what, seed) if kind == "curve" else figures(toy, kind, *what, seed=seed)
+            print(f"{kind}, {name_run(about)}: {found.get('marks') or found['forwards at effect']}", flush=True)
+            keep(path, kind, {**read_results(path).get(kind, {}), name_run(about): found})
+    show_tables(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help=f"some of: {', '.join(KINDS)}")
+    parser.add_argument("kinds", nargs="*", help=f"some of: {', '.join(CASES)}")
     parser.add_argument("--all", nargs="*", metavar="CONCEPT", help="erase these colours and shapes, or every one")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3], help="of --all (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[4, 5, 6], help="of --all (default: %(default)s)")
+    parser.add_argument("--show", action="store_true", help="only the tables of what is in the file")
     parser.add_argument(
         "--json", type=pathlib.Path, help=f"where figures are kept (default: {RESULTS.parent}, by date)"
     )
     asked = parser.parse_args()
-    if unknown := [kind for kind in asked.kinds if kind not in KINDS]:
-        parser.error(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    if unknown := [kind for kind in asked.kinds if kind not in CASES]:
+        parser.error(f"there is no kind {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if asked.show:
+        return show_tables(asked.json or RESULTS)
     pack.boot()
     import torch
 
@@ -191,10 +270,7 @@ def main():
 
             concepts = asked.all or (*COLOURS, *SHAPES)
             return erase_concepts(toy, concepts, asked.seeds, asked.json or ALL_RESULTS)
-        for kind in asked.kinds or KINDS:
-            found = curves(toy) if kind == "curve" else figures(toy, kind)
-            shown(kind, found)
-            keep(asked.json or RESULTS, kind, found)
+        run_kinds(toy, asked.kinds or CASES, asked.json or RESULTS)
 
 
 def keep(path, kind, found):

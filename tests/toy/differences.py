@@ -320,12 +320,12 @@ def replace_exam(toy, lora, old="square", new="circle", count=16):
         look(toy, lora, others, first_seed=FIRST_SEED + 1000),
     )
     return {
-        f"{old}, base": share(s.shape == old for s in before),
-        f"{new}, base, when asked": share(
+        "old shape, base": share(s.shape == old for s in before),
+        "new shape, base, when asked": share(
             s.shape == new for s, w in zip(rest, others, strict=True) if w["shape"] == new
         ),
-        f"{new}, after": share(s.shape == new for s in after),
-        f"{old}, after": share(s.shape == old for s in after),
+        "new shape, after": share(s.shape == new for s in after),
+        "old shape, after": share(s.shape == old for s in after),
         "colour and size kept": kept(after, before, "colour", "size"),
         "others unchanged in shape, size and colour": kept(now, rest, "shape", "size", "colour"),
     }
@@ -461,45 +461,63 @@ def slider_tasks(guidance=1.0):
     ]
 
 
-def drawn_pairs(count=5, centre=None):
-    """[(caption without a size, small, large)]: the same shape, colour, ground and place."""
-    rows = [(SHAPES[i % len(SHAPES)], COLOURS[i % len(COLOURS)], GROUNDS[i % len(GROUNDS)]) for i in range(count)]
+def drawn_pairs(count=5, first=0):
+    """[(caption without a size, small, large)]: the same shape, colour, ground and place, from the row of number `first`
+    on."""
+    numbers = range(first, first + count)
+    rows = [(SHAPES[i % len(SHAPES)], COLOURS[i % len(COLOURS)], GROUNDS[i % len(GROUNDS)]) for i in numbers]
     return [
         (said(shape=s, colour=c, ground=g), shapes.draw(s, c, "small", g), shapes.draw(s, c, "large", g))
         for s, c, g in rows
     ]
 
 
-# What a prompt says of a shape reaches this small world by the modulation too, so replacing one needs adapters on every
-# linear layer: with "attention+mlp" 0 to 4 of 12 squares became circles after 200 to 450 steps.
-LESSONS = {
-    "erase": erase_lesson(),
-    "enhance": Lesson(
-        from_prompts(enhance_tasks(guidance=2.0)),
-        enhance_exam,
+def enhance_lesson(colour="red") -> Lesson:
+    return Lesson(
+        from_prompts(enhance_tasks(colour, guidance=2.0)),
+        functools.partial(enhance_exam, colour=colour),
         prompt_run(learning_rate=4e-3, steps=240),
         targets="all linear",
-    ),
-    "replace": Lesson(
-        from_prompts(replace_tasks()),
-        replace_exam,
+    )
+
+
+def replace_lesson(old="square", new="circle") -> Lesson:
+    """What a prompt says of a shape reaches this small world by the modulation too, so replacing one needs adapters on
+    every linear layer: with "attention+mlp" 0 to 4 of 12 squares became circles after 200 to 450 steps."""
+    return Lesson(
+        from_prompts(replace_tasks(old, new)),
+        functools.partial(replace_exam, old=old, new=new),
         prompt_run(learning_rate=4e-3, steps=720),
         rank=16,
         targets="all linear",
-    ),
+    )
+
+
+def image_slider_lesson(first=0) -> Lesson:
+    return Lesson(from_pairs(ImageSlider, drawn_pairs(5, first)), slider_exam, prompt_run())
+
+
+def difference_lesson(first=0) -> Lesson:
+    return Lesson(from_pairs(AddiftTraining, drawn_pairs(1, first)), slider_exam, prompt_run(steps=100, batch=1))
+
+
+LESSONS = {
+    "erase": erase_lesson(),
+    "enhance": enhance_lesson(),
+    "replace": replace_lesson(),
     "text slider": Lesson(from_prompts(slider_tasks()), slider_exam, prompt_run()),
-    "image slider": Lesson(from_pairs(ImageSlider, drawn_pairs()), slider_exam, prompt_run()),
-    "difference": Lesson(from_pairs(AddiftTraining, drawn_pairs(1)), slider_exam, prompt_run(steps=100, batch=1)),
+    "image slider": image_slider_lesson(),
+    "difference": difference_lesson(),
 }
 
 
-def curve_lesson(original=None) -> Lesson:
-    """Erasing red for the curve over forwards: batch 1 and a steady learning rate, nothing preserved, as the original
-    trains."""
+def curve_lesson(original=None, concept="red") -> Lesson:
+    """Erasing a colour for the curve over forwards: batch 1 and a steady learning rate, nothing preserved, as the
+    original trains."""
     run = prompt_run(steps=105, save_every=15, batch=1, learning_rate=3e-3)
     return Lesson(
-        from_prompts(erase_tasks(preserve=False, contexts=({},)), original),
-        quick_erase_exam,
+        from_prompts(erase_tasks(concept, preserve=False, contexts=({},)), original),
+        functools.partial(quick_erase_exam, colour=concept),
         run,
         schedule="constant",
     )
