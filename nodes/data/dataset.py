@@ -14,7 +14,7 @@ from ...trainers.data.join_split import (
 )
 from ...trainers.data.quality.duplicates import group_near_duplicates
 from ...trainers.data.readers import CAPTION_LINE_MODES, hash_folder_state, make_printable, read_folder
-from ...trainers.data.records import describe_colour_profiles, describe_left_out
+from ...trainers.data.records import describe_colour_profiles, describe_controls, describe_left_out
 from ...trainers.data.writers import SaveSettings, format_save_summary, save_dataset
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, settings_from_widgets, settings_inputs
@@ -85,6 +85,15 @@ class LoadDataset(io.ComfyNode):
                     tooltip="Name of a .csv, .json or .jsonl file in the folder, instead of metadata.jsonl, "
                     "metadata.csv and metadata.json.",
                 ),
+                io.Combo.Input(
+                    "controls",
+                    options=paths.list_mask_folders(),
+                    default=paths.NO_MASKS,
+                    optional=True,
+                    tooltip="For edit models: a folder of control images, from which the model learns to make the "
+                    "images. cat.png belongs to cat.jpg; several are cat_1.png, cat_2.png. They may also lie beside "
+                    "the images as cat.control.png.",
+                ),
             ],
             outputs=[
                 DatasetType.Output(
@@ -98,12 +107,20 @@ class LoadDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, masks=paths.NO_MASKS, **_):
-        return hash_folder_state(paths.resolve_dataset_folder(folder), paths.resolve_mask_folder(masks))
+    def fingerprint_inputs(cls, folder, masks=paths.NO_MASKS, controls=paths.NO_MASKS, **_):
+        beside = paths.resolve_mask_folder(masks), paths.resolve_mask_folder(controls)
+        return hash_folder_state(paths.resolve_dataset_folder(folder), *beside)
 
     @classmethod
     def execute(
-        cls, folder, repeats, alpha_mask=False, caption_lines=CAPTION_LINE_MODES[0], masks=paths.NO_MASKS, metadata=""
+        cls,
+        folder,
+        repeats,
+        alpha_mask=False,
+        caption_lines=CAPTION_LINE_MODES[0],
+        masks=paths.NO_MASKS,
+        metadata="",
+        controls=paths.NO_MASKS,
     ):
         path = paths.resolve_dataset_folder(folder)
         dataset = read_folder(
@@ -113,6 +130,7 @@ class LoadDataset(io.ComfyNode):
             progress=make_cancellable_progress(cls),
             caption_lines=caption_lines,
             masks=paths.resolve_mask_folder(masks),
+            controls=paths.resolve_mask_folder(controls),
             metadata=paths.resolve_file_in_folder(path, metadata),
             facts_file=paths.image_facts_file(),
         )
@@ -444,7 +462,7 @@ def format_dataset_summary(dataset) -> str:
     masked = sum(1 for r in dataset if r.mask)
     masks = f", {masked} with masks" if masked else ""
     lines = [f"{len(dataset)} images, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"]
-    lines += describe_colour_profiles(dataset)
+    lines += describe_controls(dataset.records) + describe_colour_profiles(dataset)
     return make_printable("\n".join(lines + describe_left_out(dataset)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.lora
 import torch
 
+from ...trainers.data.encoded import REFERENCE_LATENTS
 from ...trainers.memory.transfer import copy_to_device
 from .context import clone_inference_tensors
 from .families import ModelFamily
@@ -90,6 +91,7 @@ class ComfyDenoiser:
     def _model_inputs(self, cond, x):
         """The host's own model inputs for one caption: extra_conds adds size conditioning, guidance, masks."""
         cond = {"guidance": self.family.guidance, **cond} if self.family.guidance is not None else cond
+        cond = place_references(self.model, cond)
         about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
         about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
         return {
@@ -103,6 +105,32 @@ class ComfyDenoiser:
         }
         options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
+
+
+def place_references(model, cond: dict) -> dict:
+    """The conditioning with the latents of control images where this model looks for them: InstructPix2Pix and its like
+    see the first one joined to the noise, channel by channel; others see all of them as tokens of their own."""
+    if REFERENCE_LATENTS not in cond or not joins_references_to_noise(model):
+        return cond
+    rest = {name: value for name, value in cond.items() if name != REFERENCE_LATENTS}
+    return {**rest, "concat_latent_image": cond[REFERENCE_LATENTS][0]}
+
+
+def joins_references_to_noise(model) -> bool:
+    return isinstance(model, comfy.model_base.IP2P) or "concat_image" in model.concat_keys
+
+
+def takes_references(model, cond: dict, shape) -> bool:
+    """Whether control images make a difference to this model. `cond`: a conditioning that has some; `shape`: (C, ...,
+    h, w) of a latent."""
+    if joins_references_to_noise(model):
+        return True
+    x = torch.zeros(1, *shape)
+    x = x.unsqueeze(2) if x.ndim == 4 and model.latent_format.latent_dimensions == 3 else x
+    about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
+    about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
+    without = {name: value for name, value in cond.items() if name != REFERENCE_LATENTS}
+    return model.extra_conds(**{**about, **cond}).keys() != model.extra_conds(**{**about, **without}).keys()
 
 
 def take_rows(x, group: list[int]):

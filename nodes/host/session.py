@@ -24,7 +24,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
 from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer, text_adapter_settings
-from ...trainers.data.encoded import split_conditioning
+from ...trainers.data.encoded import REFERENCE_LATENTS, split_conditioning
 from ...trainers.loss_scale import LossScale
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
 from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from ...trainers.memory.checkpointing import CheckpointPolicy
 
 INJECTION_KEY = "trainyard"
+SIZE_CONDITIONING = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
+IMAGE_CONDITIONING = (*SIZE_CONDITIONING, REFERENCE_LATENTS)
 CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)
 
 
@@ -226,7 +228,7 @@ def attach_text_adapters(clip, adapter, rng, session):
     ):
         tokenize = CaptionTokenizer(clip)
         session.encode_captions = lambda batch: [
-            {**extract_size_conditioning(old), **encode_tokens(clip, tokenize(c))}
+            {**extract_image_conditioning(old), **encode_tokens(clip, tokenize(c))}
             for c, old in zip(batch.captions, batch.conds, strict=True)
         ]
         session.encode_prompt = lambda prompt: encode_tokens(clip, clip.tokenize(prompt))
@@ -245,11 +247,9 @@ def clone_clip_for_training(clip):
     return clip
 
 
-def extract_size_conditioning(cond) -> dict:
-    """The size conditioning of an image, which does not come from its text."""
-    return {
-        k: v for k, v in cond.items() if k in ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
-    }
+def extract_image_conditioning(cond) -> dict:
+    """The size conditioning of an image and its reference latents, which do not come from its text."""
+    return {k: v for k, v in cond.items() if k in IMAGE_CONDITIONING}
 
 
 def load_lora_into_session(session: TrainingSession, lora):

@@ -216,7 +216,7 @@ def first_distinct_captions(data, count: int = 2) -> tuple[list[SamplePrompt], S
             break
     if data.empty_key is None:
         return list(found.values()), None
-    sizes = host.session.extract_size_conditioning(next(iter(found.values())).cond)
+    sizes = host.session.extract_image_conditioning(next(iter(found.values())).cond)
     return list(found.values()), SamplePrompt(
         "", {**data.store.load(data.empty_key), **sizes}, "" if data.items[0].path else None
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...trainers.data.encoded import REFERENCE_LATENTS
 from ...trainers.files import write_bytes_atomically
 from ...trainers.monitor.previews import PreviewSettings, draw_samples_sheet
 from .. import host
@@ -48,7 +49,8 @@ class SamplePrompt(NamedTuple):
     prompt: str | None = None
 
 
-def to_comfy_conditioning(cond: dict) -> list:
+def to_comfy_conditioning(model, cond: dict) -> list:
+    cond = host.denoiser.place_references(model, cond)
     return [[cond["cross_attn"], {k: v for k, v in cond.items() if k != "cross_attn"}]]
 
 
@@ -120,10 +122,11 @@ class PreviewRenderer:
 
     def sample_one_latent(self, patcher, cond, negative, seed):
         host.progress.raise_if_interrupted()
+        references = {k: v for k, v in cond.items() if k == REFERENCE_LATENTS}  # what is avoided is shown the same
         return host.sampling.sample_latents(
             patcher,
-            to_comfy_conditioning(cond),
-            to_comfy_conditioning(negative),
+            to_comfy_conditioning(patcher.model, cond),
+            to_comfy_conditioning(patcher.model, {**negative, **references}),
             self.shape,
             [seed],
             steps=self.settings.sampling_steps,
@@ -141,7 +144,7 @@ class PreviewRenderer:
             batch = types.SimpleNamespace(captions=[shown.caption], conds=[shown.cond])
             return session.encode_captions(batch)[0]
         if shown.prompt is not None:
-            return {**host.session.extract_size_conditioning(shown.cond), **session.encode_prompt(shown.prompt)}
+            return {**host.session.extract_image_conditioning(shown.cond), **session.encode_prompt(shown.prompt)}
         return shown.cond
 
     def decode_latent(self, latent) -> Image.Image:
@@ -150,6 +153,16 @@ class PreviewRenderer:
             if self.vae is not None
             else decode_latent_roughly(self.session.denoiser.patcher.model, latent)
         )
+
+
+def show_references(prompts: list[SamplePrompt], data) -> list[SamplePrompt]:
+    """The prompts of an edit model with the control images of a dataset, one image after the other, where they have
+    none of their own."""
+    items = [item for item in data.items if item.controls] if data else []
+    if not items:
+        return prompts
+    shown = [data.load_controls(items[number % len(items)]) for number in range(len(prompts))]
+    return [prompt._replace(cond={**more, **prompt.cond}) for prompt, more in zip(prompts, shown, strict=True)]
 
 
 def decode_latent_with_vae(vae, latent) -> Image.Image:

@@ -9,6 +9,7 @@ from ...trainers.files import LoraFile, as_lora_file, tensor_hash
 from ...trainers.methods.lora import LoraTraining
 from ...trainers.methods.prior import PriorData
 from ...trainers.monitor.validation import ImageValidationLoss, pick_validation_images
+from ...trainers.rng import make_generator
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
 from .. import host
 from ..fields import (
@@ -188,6 +189,20 @@ def select_training_data(encoded, latents, conditioning) -> EncodedDataset:
     return EncodedDataset.from_core(latents, conditioning)
 
 
+def check_references(model, data: EncodedDataset) -> None:
+    """ValueError for control images that this model would not look at."""
+    number = next((number for number, item in enumerate(data.items) if item.controls), None)
+    if number is None:
+        return
+    batch = dataclasses.replace(data, dropout=0.0).make_batch([number], make_generator(0))
+    if not host.denoiser.takes_references(model.model, batch.conds[0], batch.x0.shape[1:]):
+        raise ValueError(
+            f"The dataset has control images, and {type(model.model.model_config).__name__} takes none: it is no edit "
+            "model, and would be trained as if they were not there. Load an edit model (Flux Kontext, Flux.2, "
+            "Qwen-Image-Edit, InstructPix2Pix ...), or load the dataset without them."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraTask(TrainTask):
     """Train LoRA: images with captions."""
@@ -202,6 +217,7 @@ class LoraTask(TrainTask):
         host.checks.check_latent_channels(job.model, self.data.channels)
         if self.prior is not None and self.prior.data is not None:
             host.checks.check_latent_channels(job.model, self.prior.data.channels)
+        check_references(job.model, self.data)
         if job.adapter.text_encoder and job.clip is not None:
             self.check_captions_known()
 

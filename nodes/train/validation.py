@@ -12,7 +12,7 @@ from ...trainers.monitor.previews import PreviewSettings
 from ...trainers.monitor.validation import ValidationMonitor, ValidationSettings
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
-from .previews import PreviewRenderer, SamplePrompt, preview_latent_shape
+from .previews import PreviewRenderer, SamplePrompt, preview_latent_shape, show_references
 
 ValidationSettingsType = io.Custom("TRAINYARD_VALIDATION")
 
@@ -205,7 +205,7 @@ def make_preview_renderer(job, session, attempt, memory: float) -> PreviewRender
     return PreviewRenderer(
         session,
         config.previews,
-        [*prompts, *own],
+        show_references([*prompts, *own], job.task.data),
         negative or own_negative,
         preview_latent_shape(job.model, config.previews, job.task.data, job.task.default_resolution()),
         attempt.folder.samples_folder,

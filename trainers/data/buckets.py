@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..settings import Settings, choice_field, number_field, switch_field
-from .records import ImageRecord
+from .records import ControlImage, ImageRecord
 
 MIN_BUCKET_STEP = 8
 TIGHT_RULES, KOHYA_RULES = BUCKET_RULES = ("tight", "kohya")
@@ -312,3 +312,17 @@ def resize_and_crop(image: Image.Image, placement: BucketPlacement) -> Image.Ima
         image = image.resize(placement.scaled, Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC)
     left, top = placement.crop
     return image.crop((left, top, left + placement.bucket[0], top + placement.bucket[1]))
+
+
+def place_control(control: ControlImage, record: ImageRecord, placement: BucketPlacement, step: int) -> BucketPlacement:
+    """How a control image is resized. One aligned with its image goes the way of its image, crop and all, so that both
+    stay aligned. Another keeps its shape, at most at the area of the bucket and never enlarged, with sides that are
+    multiples of `step` pixels; what is over is cut off evenly."""
+    if record.is_aligned(control):
+        return placement
+    width, height = control.size
+    scale = min(1.0, math.sqrt(placement.bucket[0] * placement.bucket[1] / (width * height)))
+    wide, high = (max(step, int(side * scale + 1e-6) // step * step) for side in (width, height))
+    cover = max(wide / width, high / height)
+    scaled = max(wide, round(width * cover)), max(high, round(height * cover))
+    return BucketPlacement((wide, high), scaled, ((scaled[0] - wide) // 2, (scaled[1] - high) // 2))

@@ -23,6 +23,17 @@ def compose_name(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+CONTROL_STEM = re.compile(r"(?P<image>.+)(?:\.control|_control|_source)(?P<number>\d*)", re.IGNORECASE | re.DOTALL)
+
+
+def find_control_owner(name: str, stems: set[str]) -> tuple[str, int] | None:
+    """(stem of the image, number) where a file of this name is the control image of one of these; None otherwise."""
+    match = CONTROL_STEM.fullmatch(compose_name(Path(name).stem))
+    if match is None or match["image"] not in stems:
+        return None
+    return match["image"], int(match["number"] or 0)
+
+
 @dataclass
 class FolderNames:
     """The names in one folder. Links to nowhere count as files, so that they are reported."""
@@ -34,6 +45,7 @@ class FolderNames:
     by_key: dict[str, list[str]] = field(default_factory=dict)  # files: composed and in small letters -> names
     image_stems: set[str] = field(default_factory=set)  # composed
     image_names: set[str] = field(default_factory=set)  # the same with their endings
+    controls: dict[str, list[str]] = field(default_factory=dict)  # composed stem of an image -> its control images
 
     @classmethod
     def of_folder(cls, folder) -> FolderNames:
@@ -47,7 +59,17 @@ class FolderNames:
                 found.images.append(name)
                 found.image_stems.add(os.path.splitext(composed)[0])
                 found.image_names.add(composed)
+        found.set_controls_apart()
         return found
+
+    def set_controls_apart(self) -> None:
+        """Control images that lie beside their image are no images to be learnt."""
+        owners = {name: owner for name in self.images if (owner := find_control_owner(name, self.image_stems))}
+        for name in sorted(owners, key=lambda name: (owners[name], natural_sort_key(name))):
+            self.controls.setdefault(owners[name][0], []).append(name)
+            self.image_names.discard(compose_name(name))
+        self.images = [name for name in self.images if name not in owners]
+        self.image_stems = {os.path.splitext(compose_name(name))[0] for name in self.images}
 
     def find_stem_and_rest(self, stem: str, rest: str) -> str | None:
         """The file of this composed stem and whatever case of the rest."""
@@ -88,6 +110,11 @@ class CompanionFiles:
     def list_images(self, folder: Path) -> list[Path]:
         """The images directly inside a folder, in natural order."""
         return [folder / name for name in sorted(self.names_in(folder).images, key=natural_sort_key)]
+
+    def find_controls(self, image: Path) -> tuple[Path, ...]:
+        """The control images beside an image, in the order of their numbers."""
+        names = self.names_in(image.parent).controls.get(compose_name(image.stem), ())
+        return tuple(image.with_name(name) for name in names)
 
     def find(self, image: Path, endings: Sequence[str], whole_name: bool = True) -> Path | None:
         """The file beside the image that is called after it and ends in the first possible of these. whole_name: also

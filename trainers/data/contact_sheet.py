@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .image_files import one_large_image_at_a_time
+from .metadata import format_count
 from .readers import make_printable
 from .records import WHITE, ImageRecord, open_image
 
@@ -110,6 +111,7 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
         f"{width}x{height}",
         *([f"x{record.repeats}"] if record.repeats != 1 else []),
         *(["mask"] if record.mask else []),
+        *([format_count(record.controls, "control image")] if record.controls else []),
         *([f"score {record.score:g}"] if record.score is not None else []),
         *([record.split] if record.split != "train" else []),
     ]

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..settings import compute_fingerprint
-from .buckets import BucketPlacement, BucketSettings, place_records, resize_and_crop
+from .buckets import BucketPlacement, BucketSettings, place_control, place_records, resize_and_crop
 from .cache import DiskCache, map_tensors
 from .caption_variants import (
     CAPTION_MODE_EMPTY,
@@ -42,6 +42,7 @@ from .readers import require_captions
 from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask
 
 ENCODING_VERSION = 1  # in every key: raise it when the same inputs would give other tensors
+CONTROL_STEP_CELLS = 2  # latent cells: networks take them two by two (patches)
 PREFETCH_IMAGES = 2  # images that are opened while the VAE works on another
 TaskResultT = TypeVar("TaskResultT")
 
@@ -97,7 +98,7 @@ def round_token_embeddings(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What is to be encoded for one record."""
+    """What is to be encoded for one record, or for one of its control images."""
 
     record: ImageRecord
     placement: BucketPlacement
@@ -105,6 +106,7 @@ class EncodingPlan:
     latent: str
     flipped: str | None
     caption_keys: tuple[str, ...]
+    controls: tuple[EncodingPlan, ...] = ()
 
 
 @dataclass
@@ -281,7 +283,17 @@ def plan_record_encoding(record, captions, placement, flip, vae, text, seed, gro
 
 def plan_image_encoding(record, placement, flip, vae, ground) -> EncodingPlan:
     keys = [latent_key(record, placement, mirrored, vae, ground) for mirrored in (False, True)]
-    return EncodingPlan(record, placement, (), keys[0], keys[1] if flip else None, ())
+    controls = tuple(
+        plan_image_encoding(
+            record.control_record(control),
+            place_control(control, record, placement, CONTROL_STEP_CELLS * vae.factor),
+            flip,
+            vae,
+            ground,
+        )
+        for control in record.controls
+    )
+    return EncodingPlan(record, placement, (), keys[0], keys[1] if flip else None, (), controls)
 
 
 def latent_key(record, placement, mirrored, vae, ground) -> str:
@@ -378,11 +390,23 @@ def encode_record(
         image = image or open_bucketed_image(p, ground)
         cache.write(key, encode_posterior(ImageOps.mirror(image) if mirrored else image, vae, name))
     shape = require_latent_shape(cache, p.latent)
+    for control in p.controls:
+        write_control_latents(control, vae, cache, work, ground)
     mask = mask_key(p.record, p.placement, shape[-2:])
     if mask and cache.read_shapes(mask) is None and (opened := open_mask(p.record)) is not None:
         cache.write(mask, {"mask": encode_latent_mask(opened, p, shape)})
     work.advance(1, name)
     return make_encoded_item(p, shape, mask)
+
+
+def write_control_latents(p: EncodingPlan, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground) -> None:
+    """Those of a control image that are not on disk."""
+    name, image = Path(p.record.path).name, None
+    for key, mirrored in list_missing_latents(p, cache):
+        work.advance(0, name)
+        work.raise_if_interrupted()
+        image = image or open_bucketed_image(p, ground)
+        cache.write(key, encode_posterior(ImageOps.mirror(image) if mirrored else image, vae, name))
 
 
 def open_bucketed_image(p: EncodingPlan, ground) -> Image.Image:
@@ -445,6 +469,8 @@ def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:
         p.record.pair,
         p.record.strength,
         p.record.score,
+        tuple(control.latent for control in p.controls),
+        tuple(control.flipped for control in p.controls if control.flipped),
     )
 
 

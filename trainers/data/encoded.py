@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from ..protocols import BatchElements, ReadingAhead, TensorTreeStore
 from .cache import MemoryStore, map_tensors
 
+REFERENCE_LATENTS = "reference_latents"  # key of a conditioning: latents of images that an edit model is shown
+
 
 @dataclass(frozen=True)
 class EncodedItem:
@@ -41,11 +43,14 @@ class EncodedItem:
     pair: str | None = None  # see pairs.py
     strength: float | None = None
     score: float | None = None  # the user's rating
+    controls: tuple[str, ...] = ()  # latents of the control images
+    flipped_controls: tuple[str, ...] = ()  # the same of the mirrored ones
 
     def keys_to_read(self) -> list[str]:
         """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions
         is not."""
-        known = [self.latent, self.flipped, self.mask, *(self.caption_keys if len(self.caption_keys) == 1 else ())]
+        captions = self.caption_keys if len(self.caption_keys) == 1 else ()
+        known = [self.latent, self.flipped, self.mask, *captions, *self.controls, *self.flipped_controls]
         return [key for key in known if key is not None]
 
 
@@ -90,7 +95,11 @@ class EncodedDataset:
         sizes = [
             self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)
         ]
-        conds = [{**self.store.load(key), **size} for (key, _), size in zip(captions, sizes, strict=True)]
+        controls = [self.load_controls(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)]
+        conds = [
+            {**self.store.load(key), **size, **control}
+            for (key, _), size, control in zip(captions, sizes, controls, strict=True)
+        ]
         return Batch(x0, conds, [caption for _, caption in captions], self.stack_masks(picks, flips, x0), list(picks))
 
     def read_ahead(self, picks: Sequence[int]) -> None:
@@ -122,6 +131,12 @@ class EncodedDataset:
         if posterior["std"] is None:
             return mean
         return mean + posterior["std"].float() * torch.randn(mean.shape, generator=rng)
+
+    def load_controls(self, item: EncodedItem, flip: bool = False) -> dict[str, list[Tensor]]:
+        """{"reference_latents": [(1, C, ..., h, w)]} of an item's control images, as the host's nodes write them into a
+        conditioning; empty without control images."""
+        keys = item.flipped_controls if flip else item.controls
+        return {REFERENCE_LATENTS: [self.store.load(key)["mean"].float()[None] for key in keys]} if keys else {}
 
     def stack_masks(self, picks, flips, x0: Tensor) -> Tensor | None:
         if all(self.items[i].mask is None for i in picks):

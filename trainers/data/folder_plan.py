@@ -11,7 +11,7 @@ from pathlib import Path
 from .companions import CompanionFiles, compose_name, natural_sort_key
 from .file_endings import is_image_file
 from .metadata import MAX_REPEATS, plain_relative_path
-from .unread_files import count_images_below, explain_nested_images, is_same
+from .unread_files import count_images_below, explain_nested_images, is_one_of
 
 KOHYA_FOLDER_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)
 ZERO_REPEATS = "its name asks for 0 repeats"
@@ -33,7 +33,7 @@ class FolderPlan:
     root: Path
     read: tuple[ReadFolder, ...]
     refused: dict[Path, str]  # the other folders directly inside the root, with the reason
-    masks: Path | None
+    beside: tuple[Path, ...]  # folders of masks and of control images
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class FolderImage:
     folder_caption: str | None  # the name of its folder, which serves as the caption of an image without one
 
 
-def plan_folders(root: Path, masks: Path | None, companions: CompanionFiles) -> FolderPlan:
-    """Which folders are read, in natural order."""
+def plan_folders(root: Path, beside: tuple[Path, ...], companions: CompanionFiles) -> FolderPlan:
+    """Which folders are read, in natural order. beside: folders of masks and of control images, which are not."""
     read, refused = [ReadFolder(root, 1, None)], {}
     for folder in companions.list_subfolders(root):
-        if is_same(folder, masks):
+        if is_one_of(folder, beside):
             continue
         try:
             read.append(parse_kohya_folder(folder, root))
         except ValueError as error:
             refused[folder] = str(error)
-    return FolderPlan(root, tuple(read), refused, masks)
+    return FolderPlan(root, tuple(read), refused, beside)
 
 
 def parse_kohya_folder(folder: Path, root: Path) -> ReadFolder:
@@ -79,12 +79,12 @@ def list_unread_folders(plan: FolderPlan, used: set[Path], companions: Companion
     """(folder, reason) of folders with images that are not read, and of numbered ones that cannot be."""
     found = []
     for folder in companions.list_subfolders(plan.root):
-        if is_same(folder, plan.masks):
+        if is_one_of(folder, plan.beside):
             continue
         if plan.root.resolve().is_relative_to(folder.resolve()):  # a link: what lies below it is the root again
             counts = Counter({folder: len(companions.list_images(folder))})
         else:
-            counts = count_images_below(folder, plan.masks, used, companions)
+            counts = count_images_below(folder, plan.beside, used, companions)
         own = counts.pop(folder, 0)
         if folder in plan.refused and (own or KOHYA_FOLDER_NAME.fullmatch(folder.name)):
             found.append((folder, plan.refused[folder]))
@@ -128,12 +128,15 @@ class NamedImages:
         return path.with_name(names.by_key[same[0].lower()][0]) if len(same) == 1 else None
 
     def may_read(self, file: Path) -> bool:
-        """Whether it lies inside the root, and neither in a folder that asks for 0 repeats nor in that of the masks."""
+        """Whether it lies inside the root, and neither in a folder that asks for 0 repeats nor in one of masks or
+        control images."""
         root = self.plan.root
         if not (file.is_relative_to(root) and file.resolve().is_relative_to(root.resolve())):
             return False
         top = root / file.relative_to(root).parts[0]
-        return self.plan.refused.get(top) != ZERO_REPEATS and not is_below(file, self.plan.masks)
+        return self.plan.refused.get(top) != ZERO_REPEATS and not any(
+            is_below(file, folder) for folder in self.plan.beside
+        )
 
     def find_read_folder(self, file: Path) -> ReadFolder:
         """The folder whose repeats and caption count for the image."""
@@ -149,5 +152,5 @@ class NamedImages:
         return [natural_sort_key(part) for part in file.relative_to(self.plan.root).parts]
 
 
-def is_below(file: Path, folder: Path | None) -> bool:
-    return folder is not None and file.resolve().is_relative_to(folder.resolve())
+def is_below(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())

@@ -36,11 +36,13 @@ CAPTION_KEYS = ("captions", "caption", "text")
 PROMPT_KEY, DESCRIPTION_KEY = "prompt", "description"  # captions too, where they are text and nothing above is there
 TAGS_KEY, TAG_STRING_KEY = "tags", "tag_string"  # the latter as boorus write it: spaces between the tags
 MASK_KEYS = ("mask", "mask_file")
+CONTROL_KEYS = ("control", "controls", "source")
+CONTROL_KEY_ALIASES = ("control_image", "control_images", "source_image", "edit_image", "conditioning_image")
 OTHER_KEYS = ("score", "repeats", "split", "pair", "strength")
 IGNORED_KEYS = ("train_resolution",)  # kohya's; the sizes are set when images are encoded
 IMAGE_KEYS = (
     *(*CAPTION_KEYS, PROMPT_KEY, DESCRIPTION_KEY, TAGS_KEY, TAG_STRING_KEY),
-    *(*OTHER_KEYS, *MASK_KEYS),
+    *(*OTHER_KEYS, *MASK_KEYS, CONTROL_KEYS[0]),
 )
 EXTRA_CELLS_KEY = None  # key of a row's cells beyond the header, as in Python's csv.DictReader
 SPLIT_ALIASES = {
@@ -63,6 +65,7 @@ class ImageMetadata:
     repeats: int | None = None
     split: str | None = None
     mask: Path | None = None
+    controls: tuple[Path, ...] | None = None
     pair: str | None = None
     strength: float | None = None
     error: str | None = None  # why the image cannot be used
@@ -195,6 +198,7 @@ def parse_image_metadata(values: dict, where: str, folder: Path, alternatives: b
         repeats=parse_repeats_value(values, where),
         split=parse_split_value(values, where),
         mask=parse_mask_value(values, where, folder),
+        controls=parse_controls_value(values, where, folder),
         pair=parse_text_value("pair", values, where),
         strength=parse_number_value("strength", values, where),
     )
@@ -317,19 +321,30 @@ def parse_split_value(values, where) -> str | None:
 def parse_mask_value(values, where, folder: Path) -> Path | None:
     """The path of the mask, which must lie inside the folder of the file that names it."""
     key, value = first_given_value(values, MASK_KEYS)
+    return None if key is None else parse_path_value(value, f"{where}: {key}", folder, "mask")
+
+
+def parse_controls_value(values, where, folder: Path) -> tuple[Path, ...] | None:
+    """The paths of the control images: a path, or a list of them."""
+    key, value = first_given_value(values, (*CONTROL_KEYS, *CONTROL_KEY_ALIASES))
     if key is None:
         return None
+    paths = value if isinstance(value, list) else [value]
+    return tuple(parse_path_value(path, f"{where}: {key}", folder, "control image") for path in paths)
+
+
+def parse_path_value(value, where, folder: Path, what: str) -> Path:
+    """The path of an image inside the folder of the file that names it."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} is {format_raw_value(value)}; it must be the path of an image.")
-    path = folder / check_plain_text(value, f"{where}: {key}").replace("\\", "/")
+        raise ValueError(f"{where} is {format_raw_value(value)}; it must be the path of an image.")
+    path = folder / check_plain_text(value, where).replace("\\", "/")
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a circle of links
         inside = False
     if not inside:
         raise ValueError(
-            f"{where}: {key} is {format_raw_value(value)}, which leads out of {folder}. Put the mask inside that "
-            "folder."
+            f"{where} is {format_raw_value(value)}, which leads out of {folder}. Put the {what} inside that folder."
         )
     return path
 
@@ -391,7 +406,7 @@ def read_metadata_table(
 
 def note_unread_columns(rows: Iterable[Any]) -> list[str]:
     """One line on the columns that say something and are not understood, none where there are no such columns."""
-    known = {*FILE_KEYS, *FILE_KEY_ALIASES, *IMAGE_KEYS, *IGNORED_KEYS}
+    known = {*FILE_KEYS, *FILE_KEY_ALIASES, *IMAGE_KEYS, *CONTROL_KEYS, *CONTROL_KEY_ALIASES, *IGNORED_KEYS}
     unread: dict[str, None] = {}
     for row in rows:
         if isinstance(row, dict):

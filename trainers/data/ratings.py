@@ -88,7 +88,7 @@ def read_folder_name_ratings(folder, progress=None, facts_file=None) -> ImageDat
 def list_nested_folders(root: Path, rated: list[Path], companions: CompanionFiles) -> list[tuple[str, str]]:
     """(folder, reason) of folders that hold images only in folders of their own."""
     others = [sub for sub in companions.list_subfolders(root) if sub not in rated]
-    counted = [(sub, count_images_below(sub, None, set(), companions)) for sub in others]
+    counted = [(sub, count_images_below(sub, (), set(), companions)) for sub in others]
     return [(str(sub), explain_nested_images(sub, counts, root)) for sub, counts in counted if counts]
 
 

@@ -51,6 +51,7 @@ from .metadata import (
 from .pixel_modes import check_colour_mode, has_alpha
 from .records import (
     SIDEWAYS_ORIENTATIONS,
+    ControlImage,
     ImageDataset,
     ImageRecord,
     check_mask_size,
@@ -75,6 +76,7 @@ class FolderReadOptions:
     alternatives: bool
     notes: dict[Path, list[ImageMetadata]]  # from metadata files, the nearest first
     masks: dict[Path, Path]  # from the folder of masks
+    controls: dict[Path, tuple[Path, ...]]  # from the folder of control images
     companions: CompanionFiles
     facts: FactStore | None
 
@@ -111,6 +113,7 @@ def read_folder(
     masks=None,
     metadata=None,
     facts_file=None,
+    controls=None,
 ) -> ImageDataset:
     """The images of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of images
     without one).
@@ -118,26 +121,34 @@ def read_folder(
     alpha_mask: images with transparency and no other mask use their alpha as the loss mask.
     progress(done, total, file name) is called after each file and may raise to stop.
     caption_lines: "alternatives" takes every line of a caption as a caption of its own. masks: a folder of masks of the
-    same stems.
+    same stems. controls: a folder of control images of the same stems, for edit models.
     metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json.
     facts_file: where to keep what was found out about each image, so that none is decoded again at the next start."""
     if caption_lines not in CAPTION_LINE_MODES:
         raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINE_MODES)}.")
     root, skipped, companions = require_folder(path), SkippedFiles(strict), CompanionFiles()
-    masks = None if masks is None else require_folder(masks)
-    plan = plan_folders(root, masks, companions)
+    masks, controls = (None if folder is None else require_folder(folder) for folder in (masks, controls))
+    plan = plan_folders(root, tuple(folder for folder in (masks, controls) if folder), companions)
     files = [
         FolderImage(file, one.repeats, one.caption) for one in plan.read for file in companions.list_images(one.folder)
     ]
     alternatives, named = caption_lines == ALTERNATIVE_CAPTIONS, NamedImages(plan, companions, not files)
     notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped, named.locate)
     files += named.list_new_images(files)
+    files = leave_out_controls(files, notes)
     skipped.put_first(list_unread_folders(plan, {listed.file for listed in files}, companions))
     if not files:
         raise ValueError(format_no_images_found(root, skipped.entries))
     found_masks = match_masks(root, masks, files, skipped, companions)
+    found_controls = {}
+    if controls is not None:
+        from .controls import match_control_folder
+
+        found_controls = match_control_folder(root, controls, [one.file for one in files], skipped, companions)
     with open_fact_store(facts_file) as facts:
-        layout = FolderReadOptions(caption_extension, alpha_mask, alternatives, notes, found_masks, companions, facts)
+        layout = FolderReadOptions(
+            caption_extension, alpha_mask, alternatives, notes, found_masks, found_controls, companions, facts
+        )
         records = read_image_records(files, repeats, layout, skipped, progress)
     if not records:
         own = {str(listed.file) for listed in files}
@@ -145,6 +156,12 @@ def read_folder(
         raise ValueError(f"None of the {len(files)} images in {root} can be used: {reasons}")
     note_unread_files(plan, layout, {listed.file for listed in files}, metadata, skipped)
     return ImageDataset(tuple(records), tuple(skipped.entries))
+
+
+def leave_out_controls(files: list[FolderImage], notes: dict[Path, list[ImageMetadata]]) -> list[FolderImage]:
+    """Without what a table names as a control image and says nothing else of."""
+    named = {path.resolve() for found in notes.values() for note in found for path in note.controls or ()}
+    return [one for one in files if one.file in notes or not named or one.file.resolve() not in named]
 
 
 def open_fact_store(file) -> AbstractContextManager[FactStore | None]:
@@ -176,7 +193,8 @@ def read_image_records(
 
 def note_unread_files(plan: FolderPlan, layout: FolderReadOptions, images: set[Path], metadata, skipped) -> None:
     """Tells what lies in the folders beside the images and is not read."""
-    used = images | {note.mask for notes in layout.notes.values() for note in notes if note.mask}
+    told = [note for notes in layout.notes.values() for note in notes]
+    used = images | {note.mask for note in told if note.mask} | {path for note in told for path in note.controls or ()}
     used |= {Path(metadata)} if metadata is not None else set()
     for one in plan.read:
         for path, reason in list_unread_files(
@@ -185,11 +203,11 @@ def note_unread_files(plan: FolderPlan, layout: FolderReadOptions, images: set[P
             skipped.note(path, reason)
 
 
-def hash_folder_state(path, masks=None) -> str:
-    """A hash of every name, size and time below the folder and below the folder of masks: cheap to ask whether to read
-    them again."""
+def hash_folder_state(path, *others) -> str:
+    """A hash of every name, size and time below the folder and below others, such as that of the masks (None: there is
+    none): cheap to ask whether to read them again."""
     digest = hashlib.blake2b(digest_size=16)
-    for folder in [require_folder(path)] + ([require_folder(masks)] if masks is not None else []):
+    for folder in [require_folder(path), *(require_folder(other) for other in others if other is not None)]:
         for file in list_files_below(folder):
             with suppress(OSError):  # a link to nowhere, or gone in the meantime
                 stat = os.stat(file)
@@ -352,8 +370,17 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
         pair=note.pair,
         strength=note.strength,
         icc_profile=probed.profile_name,
+        controls=read_control_images(file, note, layout),
     )
     return record, probed.profile_problem
+
+
+def read_control_images(file: Path, note: ImageMetadata, layout: FolderReadOptions) -> tuple[ControlImage, ...]:
+    """The control images beside the image, else those that its metadata names, else those of the folder of them.
+    ValueError for one that cannot be read."""
+    paths = layout.companions.find_controls(file) or note.controls or layout.controls.get(file, ())
+    probed = [(path, KNOWN_IMAGES.get(path, layout.facts)) for path in paths]
+    return tuple(ControlImage(one.id, str(path), one.size, one.profile_name) for path, one in probed)
 
 
 def choose_captions(note: ImageMetadata, name: str | None) -> tuple[str, ...]:

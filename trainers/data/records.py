@@ -20,11 +20,13 @@ from PIL import Image
 from .colour_profiles import convert_to_srgb
 from .file_facts import forget_file
 from .image_files import open_image_bytes
+from .metadata import format_count, format_first_names
 from .pixel_modes import convert_to_8bit, convert_to_rgba, flatten_alpha
 
 WHITE = (255, 255, 255)
 SRGB_VERSION = "srgb1"  # in the cache keys of images whose colours are converted: raise it when that gives other pixels
 SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+ALIGNED_ASPECT_TOLERANCE = 0.01  # relative; 1024 x 683 and 512 x 341 are one shape
 PIL_TRANSPOSE = Image.Transpose
 ORIENTATION_TRANSPOSES = dict(
     zip(
@@ -41,6 +43,20 @@ ORIENTATION_TRANSPOSES = dict(
         strict=True,
     )
 )
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """An image that an edit model is shown, so that it learns the way from there to the image."""
+
+    id: str  # sha1 of the file's bytes, hex
+    path: str
+    size: tuple[int, int]  # (width, height) in pixels, upright
+    icc_profile: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ControlImage:
+        return cls(**{**values, "size": tuple(values["size"])})
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class ImageRecord:
     pair: str | None = None  # the scene that this image shows at `strength`: see pairs.py
     strength: float | None = None
     icc_profile: str | None = None  # name of the one that its pixels are converted from; None: they stay as they are
+    controls: tuple[ControlImage, ...] = ()
 
     @property
     def pixels_id(self) -> str:
@@ -83,7 +100,20 @@ class ImageRecord:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"A record has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
         found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        if "controls" in found:
+            found["controls"] = tuple(ControlImage.from_dict(control) for control in found["controls"])
         return cls(**found)
+
+    def is_aligned(self, control: ControlImage) -> bool:
+        """Whether both have the same aspect ratio, up to rounding, so that one may be laid over the other."""
+        (width, height), (own_width, own_height) = control.size, self.size
+        return abs(width * own_height / (height * own_width) - 1) <= ALIGNED_ASPECT_TOLERANCE
+
+    def control_record(self, control: ControlImage) -> ImageRecord:
+        """One of the control images as a record; cropped as the image is, where both are aligned."""
+        is_cropped = self.crop is not None and self.is_aligned(control)
+        crop = scale_crop(self.crop, self.size, control.size) if is_cropped else None
+        return ImageRecord(control.id, control.path, control.size, crop, icc_profile=control.icc_profile)
 
 
 @dataclass(frozen=True)
@@ -120,11 +150,12 @@ class ImageDataset(Sequence[ImageRecord]):
     def fingerprint(self) -> str:
         """32 hex digits over everything that training can see; where the files lie does not count."""
         unseen, later = (
-            ("path", "mask"),
+            ("path", "mask", "controls"),
             ("bucket", "pair", "strength", "icc_profile"),
         )  # later: not in the hash while they are not set
         content = [
             {k: v for k, v in asdict(r).items() if k not in unseen and not (v is None and k in later)}
+            | ({"controls": [[c.id, c.icc_profile] for c in r.controls]} if r.controls else {})
             for r in self.records
         ]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -198,6 +229,17 @@ def describe_colour_profiles(dataset: ImageDataset) -> list[str]:
     if not names:
         return []
     return [f"colours converted to sRGB: {', '.join(f'{count} from {name}' for name, count in names.most_common())}"]
+
+
+def describe_controls(records: Sequence[ImageRecord]) -> list[str]:
+    """A line on the control images of a dataset; none where there are none."""
+    with_controls = [record for record in records if record.controls]
+    if not with_controls:
+        return []
+    total = sum(len(record.controls) for record in with_controls)
+    line = f"{format_count(range(total), 'control image')} of {format_count(with_controls, 'image')}"
+    bare = [Path(record.path).name for record in records if not record.controls]
+    return [line + (f"; {format_count(bare, 'image')} without: {format_first_names(bare)}" if bare else "")]
 
 
 def describe_left_out(dataset: ImageDataset) -> list[str]:

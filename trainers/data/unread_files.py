@@ -92,9 +92,11 @@ def explain_names(told: dict[str, list[str]]) -> Iterator[str]:
         yield f"{format_count(told['other'], 'other file')} not read: {counts}{', ...' if len(endings) > 8 else ''}"
 
 
-def count_images_below(folder: Path, masks: Path | None, used: set[Path], companions: CompanionFiles) -> Counter[Path]:
-    """The number of images in a folder and in those inside it that are not used; hidden folders, links and the folder
-    of the masks are left out."""
+def count_images_below(
+    folder: Path, beside: Sequence[Path], used: set[Path], companions: CompanionFiles
+) -> Counter[Path]:
+    """The number of images in a folder and in those inside it that are not used; hidden folders, links and the folders
+    of masks and control images are left out."""
     found: Counter[Path] = Counter()
     waiting = [folder]
     while waiting:
@@ -103,7 +105,9 @@ def count_images_below(folder: Path, masks: Path | None, used: set[Path], compan
             names = companions.names_in(here)
         except ValueError:  # it cannot be read
             continue
-        waiting += [sub for sub in companions.list_subfolders(here) if not sub.is_symlink() and not is_same(sub, masks)]
+        waiting += [
+            sub for sub in companions.list_subfolders(here) if not sub.is_symlink() and not is_one_of(sub, beside)
+        ]
         count = sum(1 for name in names.files if looks_like_image(name) and here / name not in used)
         if count:
             found[here] = count
@@ -114,8 +118,8 @@ def looks_like_image(name: str) -> bool:
     return is_image_name(name) or (not name.startswith(".") and Path(name.lower()).suffix in UNREAD_IMAGE_ENDINGS)
 
 
-def is_same(folder: Path, other: Path | None) -> bool:
-    return other is not None and folder.resolve() == other.resolve()
+def is_one_of(folder: Path, others: Sequence[Path]) -> bool:
+    return any(folder.resolve() == other.resolve() for other in others)
 
 
 def explain_nested_images(folder: Path, counts: Counter[Path], root: Path) -> str:

@@ -25,11 +25,13 @@ from PIL import Image
 from ..file_names import check_path_length
 from ..files import new_part_path, remove_stale_parts
 from ..settings import Settings, choice_field, compute_fingerprint, number_field, text_field
+from .companions import compose_name, find_control_owner
 from .file_endings import CONDITION_SUFFIX, FORMAT_ENDINGS, JPEG_ENDINGS, MASK_SUFFIX, MASK_SUFFIXES, image_extensions
 from .metadata import format_count, format_first_names
 from .pixel_modes import convert_to_rgba, has_alpha
 from .readers import make_printable
 from .records import (
+    ControlImage,
     ImageDataset,
     ImageRecord,
     open_image,
@@ -176,7 +178,7 @@ def check_save_folder(target: Path, dataset: ImageDataset, overwrite: bool) -> N
     own = [
         path
         for record in dataset
-        for path in (record.path, record.mask)
+        for path in (record.path, record.mask, *(control.path for control in record.controls))
         if path and Path(path).resolve().is_relative_to(target)
     ]
     if own:
@@ -243,6 +245,7 @@ def plan_destinations(dataset: ImageDataset, settings: SaveSettings) -> list[Rec
     """A destination for every record. Stems differ within a folder, also where case does not count, because a.png and
     a.jpg would share a.txt."""
     taken: dict[str, set[str]] = {}
+    stems = {compose_name(Path(record.path).stem) for record in dataset}
     destinations = []
     for record in dataset:
         folder = (
@@ -252,7 +255,10 @@ def plan_destinations(dataset: ImageDataset, settings: SaveSettings) -> list[Rec
         )
         ending = Path(make_printable(record.path)).suffix
         copied = record.crop is None and ending.lower() in FORMAT_EXTENSIONS[settings.image_format]
-        stem = reserve_free_stem(safe_file_name(Path(record.path).stem) or "picture", taken.setdefault(folder, set()))
+        name = safe_file_name(Path(record.path).stem) or "picture"
+        if find_control_owner(Path(record.path).name, stems):
+            name += "_"  # cat_source.png would be a control image of cat
+        stem = reserve_free_stem(name, taken.setdefault(folder, set()))
         ending = common_ending(ending) if copied else FORMAT_EXTENSIONS[settings.image_format][0]
         destinations.append(RecordDestination(record, folder, stem, ending, copied))
     return destinations
@@ -284,7 +290,7 @@ def safe_file_name(name: str) -> str:
 
 
 def write_record_files(root: Path, destination: RecordDestination, settings: SaveSettings, lines: bool) -> None:
-    """The image, its mask and its text file."""
+    """The image, its mask, its control images and its text file."""
     folder, record = root / destination.folder, destination.record
     folder.mkdir(exist_ok=True)
     write_saved_file(
@@ -295,10 +301,32 @@ def write_record_files(root: Path, destination: RecordDestination, settings: Sav
     )
     if record.mask is not None:
         write_saved_file(folder / (destination.stem + MASK_SUFFIX), encode_saved_mask(record.mask, record))
+    for number, control in enumerate(record.controls, 1):
+        write_saved_file(
+            folder / control_file_name(destination.stem, number, control, record),
+            encode_saved_control(control, record, settings),
+        )
     if settings.layout != JSONL_LAYOUT and (record.captions or record.tags or settings.layout == KOHYA_LAYOUT):
         write_saved_file(
             folder / f"{destination.stem}.txt", (format_caption_file(record, lines) or "\n").encode("utf-8")
         )
+
+
+def control_file_name(stem: str, number: int, control: ControlImage, record: ImageRecord) -> str:
+    """cat.control.png, then cat.control2.png ..."""
+    ending = common_ending(Path(make_printable(control.path)).suffix) if is_copied_control(control, record) else ".png"
+    return f"{stem}.control{number if number > 1 else ''}{ending}"
+
+
+def is_copied_control(control: ControlImage, record: ImageRecord) -> bool:
+    """Whether a control image is saved byte for byte: it is not cropped."""
+    return record.control_record(control).crop is None
+
+
+def encode_saved_control(control: ControlImage, record: ImageRecord, settings: SaveSettings) -> bytes:
+    if is_copied_control(control, record):
+        return read_unchanged_bytes(control.path, control.id)
+    return encode_saved_image(record.control_record(control), ".png", settings)
 
 
 def format_caption_file(record: ImageRecord, lines: bool) -> str:
