@@ -39,10 +39,16 @@ class FakeText:
 
     def __init__(self, identity="text", **extras):
         self.identity, self.extras, self.seen = identity, extras, []
+        self.image_reader, self.images = "", []
 
     def encode(self, texts):
         self.seen += texts
         return [self.cond(float(len(text))) for text in texts]
+
+    def encode_with_images(self, text, images):
+        self.seen.append(text)
+        self.images.append(images)
+        return self.cond(float(len(text)) + float(images[0].mean()))
 
     def count_tokens(self, text):
         return {"l": len(text.split())}

@@ -124,6 +124,16 @@ class EncodeDataset(io.ComfyNode):
                     tooltip="The colour under transparent images, as #rrggbb or a name such as grey.",
                 ),
                 *settings_inputs(CaptionSettings, only=APPENDED_CAPTION_FIELDS),
+                io.Combo.Input(
+                    "image_reader",
+                    options=list(host.encoders.IMAGE_READERS),
+                    default=host.encoders.AUTO_IMAGE_READER,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For edit models whose text encoder sees the control images: the ComfyUI node that you "
+                    "will also use for your prompts. auto: TextEncodeQwenImageEditPlus (Qwen-Image-Edit-2509 and "
+                    "later) for Qwen-Image's text encoder; others read the caption alone.",
+                ),
             ],
             outputs=[
                 EncodedType.Output(
@@ -138,12 +148,22 @@ class EncodeDataset(io.ComfyNode):
         return cache.lost_files  # so that Run encodes again what a Train node missed
 
     @classmethod
-    def execute(cls, dataset, vae, clip=None, flip=False, seed=0, ground="#ffffff", **widgets):
+    def execute(
+        cls,
+        dataset,
+        vae,
+        clip=None,
+        flip=False,
+        seed=0,
+        ground="#ffffff",
+        image_reader=host.encoders.AUTO_IMAGE_READER,
+        **widgets,
+    ):
         captions, buckets = (
             settings_from_widgets(CaptionSettings, widgets),
             settings_from_widgets(BucketSettings, widgets),
         )
-        images, text = host.encoders.VaeEncoder(vae), make_text_encoder(clip, captions)
+        images, text = host.encoders.VaeEncoder(vae), make_text_encoder(clip, captions, image_reader)
         with (
             contextlib.ExitStack() as borrowed,
             host.context.enable_gradients(),
@@ -179,10 +199,11 @@ def parse_colour(name: str) -> tuple[int, int, int]:
         raise ValueError(f"ground is {name!r}; write a colour such as #ffffff or grey.") from None
 
 
-def make_text_encoder(clip, captions):
+def make_text_encoder(clip, captions, image_reader):
     """None where nothing is connected and nothing is to be said: an Encoded for score models. Train nodes that need
     more say so."""
-    return None if clip is None and captions.caption_mode == CAPTION_MODE_EMPTY else host.encoders.TextEncoder(clip)
+    is_without = clip is None and captions.caption_mode == CAPTION_MODE_EMPTY
+    return None if is_without else host.encoders.TextEncoder(clip, image_reader)
 
 
 NODES = [BucketDataset, EncodeDataset]

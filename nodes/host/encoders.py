@@ -155,13 +155,51 @@ def encode_texts_once(clip, texts, encode) -> dict[str, dict]:
         encoder.unload()
 
 
-class TextEncoder:
-    """trainers.data's text door over a loaded CLIP. Raises the host's interrupt between two texts."""
+AUTO_IMAGE_READER, NO_IMAGE_READER = "auto", ""
+ONE_IMAGE_READER, SEVERAL_IMAGES_READER = "TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus"
+IMAGE_READERS = (AUTO_IMAGE_READER, ONE_IMAGE_READER, SEVERAL_IMAGES_READER)  # ids of the host's nodes
 
-    def __init__(self, clip):
+
+def resolve_image_reader(clip, choice: str) -> str:
+    """The host's node that reads caption and control images together for this CLIP; empty where it reads captions
+    alone. Raises ValueError for a node that is not made for it."""
+    from comfy.text_encoders.qwen_image import QwenImageTokenizer
+
+    reads_images = isinstance(getattr(clip, "tokenizer", None), QwenImageTokenizer)
+    if choice == AUTO_IMAGE_READER:
+        return SEVERAL_IMAGES_READER if reads_images else NO_IMAGE_READER
+    if choice and not reads_images:
+        raise ValueError(
+            f"{choice} reads control images with the text encoder of Qwen-Image, and CLIP is "
+            f"{type(getattr(clip, 'tokenizer', None)).__name__}. Choose {AUTO_IMAGE_READER}, or load the text encoder "
+            "of Qwen-Image-Edit."
+        )
+    return choice
+
+
+def run_image_reader(reader: str, clip, text: str, images: list[torch.Tensor]) -> list:
+    """CONDITIONING of a text and images, without reference latents: those are kept apart."""
+    from comfy_extras import nodes_qwen
+
+    most = 1 if reader == ONE_IMAGE_READER else 3
+    if len(images) > most:
+        raise ValueError(
+            f"{reader} reads at most {most} control image{'s'[: most != 1]} and an image has {len(images)}."
+        )
+    node = getattr(nodes_qwen, reader)
+    names = ["image"] if reader == ONE_IMAGE_READER else [f"image{number}" for number in range(1, len(images) + 1)]
+    return node.execute(clip, text, **dict(zip(names, images, strict=True))).args[0]
+
+
+class TextEncoder:
+    """trainers.data's text door over a loaded CLIP. Raises the host's interrupt between two texts. `image_reader`: one
+    of IMAGE_READERS, for encoders that see control images beside the text."""
+
+    def __init__(self, clip, image_reader: str = NO_IMAGE_READER):
         check_clip(clip)
         self.clip, self.tokenize = clip, CaptionTokenizer(clip)
         self.identity = hash_patched_weights(clip.patcher, clip.layer_idx)
+        self.image_reader = resolve_image_reader(clip, image_reader)
 
     @cached_property
     def count_tokens(self) -> TokenCounter:
@@ -174,6 +212,13 @@ class TextEncoder:
     def encode_prompts(self, prompts: list[str]) -> list[dict]:
         """Conditionings of prompts, as the host's own encode node gives them."""
         return self.encode_each(prompts, self.clip.tokenize)
+
+    def encode_with_images(self, text: str, images: list[torch.Tensor]) -> dict:
+        """The conditioning of a caption and of images (1, H, W, 3) in 0..1, as the host's own node for it gives it."""
+        raise_if_interrupted()
+        with torch.no_grad(), read_embeddings_as_words(self.clip):
+            ((tensor, extras),) = run_image_reader(self.image_reader, self.clip, text, images)
+        return {"cross_attn": tensor, **extras}
 
     def encode_each(self, texts, tokenize) -> list[dict]:
         found = []

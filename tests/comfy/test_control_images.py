@@ -1,5 +1,8 @@
 """Edit models see control images while they are trained as the host shows them when it samples."""
 
+import dataclasses
+import types
+
 import comfy.sampler_helpers
 import comfy.samplers
 import pytest
@@ -7,6 +10,7 @@ import torch
 from trainyard.nodes import host
 from trainyard.nodes.train.previews import SamplePrompt, show_references, to_comfy_conditioning
 from trainyard.nodes.train.train_lora import check_references
+from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import SD1, TABLE, Family, cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4
 from trainyard.tests.fakes_data import encoded, image
@@ -103,3 +107,73 @@ def test_samples_of_prompts_are_edits_of_the_datasets_control_images(tmp_path):
     shown = [prompt.cond[REFERENCE_LATENTS][0] for prompt in show_references(prompts, data)]
     controls = [data.load_controls(item)[REFERENCE_LATENTS][0] for item in data.items]
     assert torch.equal(shown[0], controls[0]) and shown[1] is own and torch.equal(shown[2], controls[0])
+
+
+# -- read by the text encoder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def qwen_image_clip():
+    """ComfyUI's real text encoder of Qwen-Image: loader, tokenizer and vision tower, with every width small."""
+    import comfy.ops
+    import comfy.sd
+    import comfy.text_encoders.llama as llama
+    import comfy.text_encoders.qwen_vl as qwen_vl
+
+    @dataclasses.dataclass
+    class Small(llama.Qwen25_7BVLI_Config):
+        hidden_size: int = 128
+        intermediate_size: int = 64
+        num_hidden_layers: int = 2
+        num_attention_heads: int = 1
+        num_key_value_heads: int = 1
+
+    class SmallEyes(qwen_vl.Qwen2VLVisionTransformer):
+        def __init__(self, **about):
+            super().__init__(**{**about, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_layers": 2})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama, "Qwen25_7BVLI_Config", Small)
+        patch.setattr(qwen_vl, "Qwen2VLVisionTransformer", SmallEyes)
+        patch.setattr(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.QWEN25_7B)  # told by width otherwise
+        shape = llama.Qwen25_7BVLI({}, torch.float32, "meta", comfy.ops.disable_weight_init)
+        weights = tiny.weights(shape, 3, torch.float32)
+        with torch.inference_mode():
+            yield comfy.sd.load_text_encoder_state_dicts([weights], clip_type=comfy.sd.CLIPType.QWEN_IMAGE)
+
+
+def shown_images(count):
+    return [torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("reader", "count"),
+    [("TextEncodeQwenImageEdit", 1), ("TextEncodeQwenImageEditPlus", 1), ("TextEncodeQwenImageEditPlus", 2)],
+)
+def test_captions_are_read_with_their_images_as_the_hosts_node_reads_them(qwen_image_clip, reader, count):
+    from comfy_extras import nodes_qwen
+
+    images = shown_images(count)
+    names = ["image"] if reader == "TextEncodeQwenImageEdit" else ["image1", "image2"]
+    ours = host.encoders.TextEncoder(qwen_image_clip, reader).encode_with_images("make it red", images)
+    node = getattr(nodes_qwen, reader)
+    ((wanted, extras),) = node.execute(qwen_image_clip, "make it red", **dict(zip(names, images, strict=False))).args[0]
+    assert torch.equal(ours["cross_attn"], wanted) and set(ours) == {"cross_attn", *extras}
+    other = host.encoders.TextEncoder(qwen_image_clip, reader).encode_with_images(
+        "make it red", [1 - image for image in images]
+    )
+    assert not torch.allclose(ours["cross_attn"], other["cross_attn"])
+
+
+def test_the_reader_is_chosen_by_the_text_encoder(qwen_image_clip):
+    assert host.encoders.TextEncoder(qwen_image_clip, "auto").image_reader == "TextEncodeQwenImageEditPlus"
+    other = types.SimpleNamespace(tokenizer=object())
+    assert host.encoders.resolve_image_reader(other, "auto") == ""
+    with pytest.raises(ValueError, match="text encoder of Qwen-Image"):
+        host.encoders.resolve_image_reader(other, "TextEncodeQwenImageEdit")
+
+
+@pytest.mark.parametrize(("reader", "count"), [("TextEncodeQwenImageEdit", 2), ("TextEncodeQwenImageEditPlus", 4)])
+def test_more_images_than_the_node_reads_are_refused(qwen_image_clip, reader, count):
+    with pytest.raises(ValueError, match="reads at most"):
+        host.encoders.TextEncoder(qwen_image_clip, reader).encode_with_images("a", shown_images(count))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainyard.tests.fakes_data import FakeVae, encoded, image
+from trainyard.tests.fakes_data import FakeText, FakeVae, encoded, image
 from trainyard.trainers.data.buckets import BucketSettings, place_control, place_records
 from trainyard.trainers.data.caption_variants import CaptionSettings
 from trainyard.trainers.data.encoded import REFERENCE_LATENTS
@@ -222,3 +222,47 @@ def test_an_image_is_not_saved_under_the_name_of_a_control_image(tmp_path):
     dataset = ImageDataset((*read_folder(tmp_path / "one"), *read_folder(tmp_path / "two")))
     save_dataset(dataset, tmp_path / "out", SaveSettings())
     assert len(read_folder(tmp_path / "out")) == 2
+
+
+# -- seen by the text encoder ------------------------------------------------------------------------------------------
+
+
+def reading_text():
+    text = FakeText()
+    text.image_reader = "reader"
+    return text
+
+
+def test_captions_are_read_beside_the_images_own_control_image_and_the_empty_one_too(tmp_path):
+    for number in range(2):
+        image(tmp_path / "in" / f"{number}.png", (32, 32), seed=number)
+        image(tmp_path / "in" / f"{number}.control.png", (32, 32), seed=9 + number)
+        (tmp_path / "in" / f"{number}.txt").write_text("make it red")
+    text = reading_text()
+    data = encoded(tmp_path, buckets=SMALL, text=text, captions=CaptionSettings(dropout=0.5))
+    assert sorted(text.seen) == ["", "", "", "make it red", "make it red"], "one caption, read beside two images"
+    assert all(len(images) == 1 and images[0].shape == (1, 32, 32, 3) for images in text.images)
+    keys = [(*item.caption_keys, item.empty_key) for item in data.items]
+    assert len({data.empty_key, *keys[0], *keys[1]}) == 5
+    told = {data.make_batch([0], make_generator(seed)).captions[0] for seed in range(20)}
+    assert told == {"", "make it red"}
+    for seed in range(20):
+        batch = data.make_batch([1], make_generator(seed))
+        own = keys[1][0] if batch.captions[0] else keys[1][1]
+        assert torch.equal(batch.conds[0]["cross_attn"], data.store.load(own)["cross_attn"])
+
+
+def test_a_text_encoder_that_does_not_see_them_reads_each_caption_once(tmp_path):
+    text = FakeText()
+    pair(tmp_path, text=text)
+    assert text.seen == ["", "make it red"] and text.images == []
+
+
+def test_the_way_of_reading_is_part_of_the_dataset(tmp_path):
+    plain, seeing = pair(tmp_path), pair(tmp_path, text=reading_text())
+    assert plain.fingerprint != seeing.fingerprint and plain.items[0].caption_keys != seeing.items[0].caption_keys
+
+
+def test_mirrored_images_are_refused_where_the_text_encoder_would_see_them_unmirrored(tmp_path):
+    with pytest.raises(ValueError, match="flip is on"):
+        pair(tmp_path, text=reading_text(), flip=True)

@@ -65,6 +65,16 @@ class TextEncoderProtocol(Protocol):
         wants."""
         ...
 
+    def encode_with_images(self, text: str, images: list[Tensor]) -> dict:
+        """The cond of a text whose encoder also sees images (1, H, W, 3) in 0..1; asked only where `image_reader` says
+        how."""
+        ...
+
+    @property
+    def image_reader(self) -> str:
+        """How the encoder reads control images beside the text; empty where it does not."""
+        ...
+
     def count_tokens(self, text: str) -> Mapping[str, int]:
         """Encoder -> tokens of the text, without start, end and padding."""
         ...
@@ -80,9 +90,13 @@ class RoundingTextEncoder:
 
     def __init__(self, encoder: TextEncoderProtocol):
         self.encoder, self.identity = encoder, compute_fingerprint(PRECISION_BF16, encoder.identity)
+        self.image_reader = encoder.image_reader
 
     def encode(self, texts: list[str]) -> list[dict]:
         return [map_tensors(cond, round_token_embeddings) for cond in self.encoder.encode(texts)]
+
+    def encode_with_images(self, text: str, images: list[Tensor]) -> dict:
+        return map_tensors(self.encoder.encode_with_images(text, images), round_token_embeddings)
 
     def count_tokens(self, text: str) -> Mapping[str, int]:
         return self.encoder.count_tokens(text)
@@ -107,6 +121,12 @@ class EncodingPlan:
     flipped: str | None
     caption_keys: tuple[str, ...]
     controls: tuple[EncodingPlan, ...] = ()
+    empty_key: str | None = None  # of the empty caption, where the text encoder sees the control images beside it
+
+    def list_texts(self) -> list[tuple[str, str]]:
+        """[(key, text)] of all that the text encoder reads for this record."""
+        own = zip(self.caption_keys, self.captions, strict=True)
+        return [*own, *([(self.empty_key, "")] if self.empty_key else [])]
 
 
 @dataclass
@@ -163,9 +183,13 @@ def encode_dataset(
     require_readable_texts(plans, captions.trigger, text, check_interrupt)
     cache = DiskCache(cache_dir)
     require_trained_pixels(plans, cache, check_interrupt)
-    texts = {"": caption_key("", text)} | {c: k for p in plans for c, k in zip(p.captions, p.caption_keys, strict=True)}
+    require_unmirrored_texts(plans, text)
+    empty_key = caption_key("", text)
+    texts: dict[str, tuple[str, EncodingPlan | None]] = {empty_key: ("", None)}
+    for p in plans:
+        texts |= {key: (caption, p if text.image_reader and p.controls else None) for key, caption in p.list_texts()}
     work = EncodingProgress(len(texts) + len(plans), report, check_interrupt)
-    encode_texts(texts, text, cache, work)
+    encode_texts(texts, text, cache, work, ground)
     items = encode_images(plans, vae, cache, work, ground)
     print_ = compute_fingerprint(
         ENCODING_VERSION,
@@ -177,10 +201,11 @@ def encode_dataset(
         text.identity,
         seed,
         list(ground),
-        *list_reading_changes(dataset, texts),
+        *list_reading_changes(dataset, [caption for caption, _ in texts.values()]),
+        *([text.image_reader] if text.image_reader and any(p.controls for p in plans) else []),
     )
     return EncodedDataset(
-        items, cache, count_latent_channels(items), print_, texts[""], captions.dropout, captions.trigger.strip()
+        items, cache, count_latent_channels(items), print_, empty_key, captions.dropout, captions.trigger.strip()
     )
 
 
@@ -248,6 +273,15 @@ def require_readable_texts(plans: list[EncodingPlan], trigger: str, text: TextEn
             require_readable_length(caption, f"The caption of {Path(plan.record.path).name}", text.count_tokens, remedy)
 
 
+def require_unmirrored_texts(plans: list[EncodingPlan], text: TextEncoderProtocol) -> None:
+    """ValueError where mirrored images would be learnt under texts that were read beside the unmirrored ones."""
+    if text.image_reader and any(p.flipped and p.controls for p in plans):
+        raise ValueError(
+            f"flip is on, and this text encoder sees the control images ({text.image_reader}): it would see them "
+            "unmirrored. Turn flip off, or add mirrored copies to the dataset."
+        )
+
+
 def require_trained_pixels(plans: list[EncodingPlan], cache: DiskCache, check_interrupt=None) -> None:
     """ValueError that names the images whose mask leaves nothing of them: a step on one would teach nothing."""
     black = []
@@ -277,8 +311,16 @@ def is_mask_black(p: EncodingPlan, cache: DiskCache) -> bool:
 
 def plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground) -> EncodingPlan:
     told = caption_variants(record, captions, make_record_rng(record, seed))
-    keys = tuple(caption_key(caption, text) for caption in told)
-    return replace(plan_image_encoding(record, placement, flip, vae, ground), captions=told, caption_keys=keys)
+    plan = plan_image_encoding(record, placement, flip, vae, ground)
+    seen = describe_seen_images(plan, ground) if text.image_reader else ()
+    keys = tuple(caption_key(caption, text, seen) for caption in told)
+    empty = caption_key("", text, seen) if seen and captions.dropout else None
+    return replace(plan, captions=told, caption_keys=keys, empty_key=empty)
+
+
+def describe_seen_images(plan: EncodingPlan, ground) -> list:
+    """What makes the control images of a record what they are, for the keys of texts that are read beside them."""
+    return [[p.record.pixels_id, p.record.crop, vars(p.placement), list(ground)] for p in plan.controls]
 
 
 def plan_image_encoding(record, placement, flip, vae, ground) -> EncodingPlan:
@@ -302,8 +344,12 @@ def latent_key(record, placement, mirrored, vae, ground) -> str:
     )
 
 
-def caption_key(caption, text) -> str:
-    return compute_fingerprint("caption", ENCODING_VERSION, caption, text.identity, *list_literal_marks([caption]))
+def caption_key(caption, text, seen=()) -> str:
+    """`seen`: see `describe_seen_images`."""
+    beside = [text.image_reader, list(seen)] if seen else []
+    return compute_fingerprint(
+        "caption", ENCODING_VERSION, caption, text.identity, *list_literal_marks([caption]), *beside
+    )
 
 
 def list_literal_marks(texts: Iterable[str]) -> list[str]:
@@ -326,16 +372,27 @@ def mask_key(record, placement, cells) -> str | None:
     )
 
 
-def encode_texts(texts: dict[str, str], text: TextEncoderProtocol, cache: DiskCache, work: EncodingProgress) -> None:
+def encode_texts(
+    texts: dict[str, tuple[str, EncodingPlan | None]],
+    text: TextEncoderProtocol,
+    cache: DiskCache,
+    work: EncodingProgress,
+    ground,
+) -> None:
     """Writes the conditioning of every caption that is not on disk, one by one: each can be the last before an
-    interrupt."""
-    missing = [caption for caption, key in texts.items() if cache.read_shapes(key) is None]
+    interrupt. texts: key -> (caption, the record whose control images the encoder sees beside it)."""
+    missing = [key for key in texts if cache.read_shapes(key) is None]
     work.advance(len(texts) - len(missing), "captions")
     with text.on_device() if missing else nullcontext():
-        for caption in missing:
+        for key in missing:
             work.raise_if_interrupted()
-            (cond,) = text.encode([caption])
-            write_conditioning(cache, texts[caption], cond)
+            caption, seen = texts[key]
+            if seen is None:
+                (cond,) = text.encode([caption])
+            else:
+                images = [image_to_batch_tensor(open_bucketed_image(control, ground)) for control in seen.controls]
+                cond = text.encode_with_images(caption, images)
+            write_conditioning(cache, key, cond)
             work.advance(1, "captions")
 
 
@@ -471,6 +528,7 @@ def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:
         p.record.score,
         tuple(control.latent for control in p.controls),
         tuple(control.flipped for control in p.controls if control.flipped),
+        p.empty_key,
     )
 
 

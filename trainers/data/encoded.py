@@ -45,6 +45,7 @@ class EncodedItem:
     score: float | None = None  # the user's rating
     controls: tuple[str, ...] = ()  # latents of the control images
     flipped_controls: tuple[str, ...] = ()  # the same of the mirrored ones
+    empty_key: str | None = None  # of the empty caption, where its conditioning is the image's own
 
     def keys_to_read(self) -> list[str]:
         """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions
@@ -112,7 +113,7 @@ class EncodedDataset:
         if not item.caption_keys:
             self.require_conditionings()
         if self.empty_key is not None and drop < self.dropout:  # without that key dropout is 0
-            return self.empty_key, ""
+            return item.empty_key or self.empty_key, ""
         index = int(which * len(item.caption_keys))
         return item.caption_keys[index], item.captions[index]
 

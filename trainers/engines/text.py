@@ -163,6 +163,10 @@ class TextEncoders:
     join_states: Callable[[dict], dict]  # one of JOIN_IDENTITIES
     device: torch.device = torch.device("cpu")
     _identity: str = field(default="", init=False)
+    image_reader = ""  # none of these encoders sees images
+
+    def encode_with_images(self, text: str, images) -> dict:
+        raise ValueError("This text encoder reads captions alone, and no control images beside them.")
 
     @property
     def identity(self) -> str:
