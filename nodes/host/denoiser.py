@@ -18,7 +18,7 @@ class ComfyDenoiser:
         self.patcher, self.model, self.family = patcher, patcher.model, family
         self.device = patcher.load_device
         self.sigma_max = float(self.sampling.sigma_max)  # read once and here: a step would wait for it
-        self.max_batch_numel = 0  # numbers in the largest batch so far
+        self.max_batch_numel = 0  # numbers in the largest batch so far, latents and control images
         self.transformer_options = self._make_transformer_options()
 
     def _make_transformer_options(self):
@@ -79,7 +79,8 @@ class ComfyDenoiser:
     def denoise(self, x, sigma, conds):
         """x0 for each row i under cond i. (The host's own list of conds would predict every row under all of them and
         average.)"""
-        self.max_batch_numel = max(self.max_batch_numel, x.numel())
+        shown = sum(latent.numel() for cond in conds for latent in cond.get(REFERENCE_LATENTS, ()))
+        self.max_batch_numel = max(self.max_batch_numel, x.numel() + shown)
         rows = [self._model_inputs(cond, x[i : i + 1]) for i, cond in enumerate(clone_inference_tensors(conds))]
         sigma = copy_to_device(sigma, x.device)
         found = {}

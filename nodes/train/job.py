@@ -114,6 +114,11 @@ class TrainTask(Protocol):
         """The largest latent (C, ..., h, w) of a step."""
         ...
 
+    def largest_numel(self, job: TrainingJob) -> int:
+        """Numbers that the network sees at most of one image: its latent, and control images beside it."""
+        controls = max((item.control_numel for item in self.data.items), default=0) if self.data else 0
+        return math.prod(self.largest_shape(job)) + controls
+
     def extra_memory(self, job: TrainingJob) -> float:
         """Bytes that other models need beside this one while it trains."""
         return 0.0

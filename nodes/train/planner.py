@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -250,7 +249,7 @@ def count_step_memory(probe: StepProbe) -> StepMemory | None:
         return None
     finally:
         session.blocks.counter = None
-    asked = math.prod(job.task.largest_shape(job)) * job.run.batch
+    asked = job.task.largest_numel(job) * job.run.batch
     measured = tally.step_memory(count_adapter_bytes(method)).scaled(
         max(1.0, asked / max(1, session.denoiser.max_batch_numel))
     )

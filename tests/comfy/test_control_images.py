@@ -70,6 +70,8 @@ def test_control_images_of_two_sizes_go_in_one_batch_and_gradients_are_right(fam
             both = session.denoiser.denoise(x0, sigma, conds)
             alone = [session.denoiser.denoise(x0[i : i + 1], sigma[i : i + 1], conds[i : i + 1]) for i in range(2)]
         assert torch.allclose(both, torch.cat(alone), atol=1e-5)
+        shown = sum(cond[REFERENCE_LATENTS][0].numel() for cond in conds)
+        assert session.denoiser.max_batch_numel == x0.numel() + shown, "the forecast of memory knows them"
         assert host.checks.check_gradients(session, x0, conds) < 1e-3
 
 

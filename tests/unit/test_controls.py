@@ -10,9 +10,10 @@ from PIL import Image
 from trainyard.tests.fakes_data import FakeText, FakeVae, encoded, image
 from trainyard.trainers.data.buckets import BucketSettings, place_control, place_records
 from trainyard.trainers.data.caption_variants import CaptionSettings
+from trainyard.trainers.data.contact_sheet import make_dataset_tile
 from trainyard.trainers.data.encoded import REFERENCE_LATENTS
 from trainyard.trainers.data.readers import hash_folder_state, read_folder
-from trainyard.trainers.data.records import ControlImage, ImageDataset, ImageRecord
+from trainyard.trainers.data.records import ControlImage, ImageDataset, ImageRecord, describe_controls
 from trainyard.trainers.data.writers import KOHYA_LAYOUT, SAVE_LAYOUTS, SaveSettings, save_dataset
 from trainyard.trainers.rng import make_generator
 
@@ -140,11 +141,13 @@ def pair(root, size=(32, 32), control=(32, 32), **more):
 
 
 def test_a_batch_shows_the_control_image_as_the_hosts_nodes_do(tmp_path):
-    batch = pair(tmp_path).make_batch([0], make_generator(0))
+    data = pair(tmp_path)
+    batch = data.make_batch([0], make_generator(0))
     (reference,) = batch.conds[0][REFERENCE_LATENTS]
     wanted, _ = FakeVae().encode(
         torch.from_numpy(np.asarray(Image.open(tmp_path / "in" / "a.control.png")) / 255.0)[None]
     )
+    assert data.items[0].control_numel == 48
     assert reference.shape == (1, 3, 4, 4) and torch.allclose(reference, wanted.float(), atol=1e-6)
 
 
@@ -266,3 +269,22 @@ def test_the_way_of_reading_is_part_of_the_dataset(tmp_path):
 def test_mirrored_images_are_refused_where_the_text_encoder_would_see_them_unmirrored(tmp_path):
     with pytest.raises(ValueError, match="flip is on"):
         pair(tmp_path, text=reading_text(), flip=True)
+
+
+# -- shown -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_of_the_dataset_shows_control_image_and_image_side_by_side(tmp_path):
+    for name, colour in (("a.png", "blue"), ("a.control.png", "red")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    tile = make_dataset_tile(read_folder(tmp_path)[0], 192)
+    assert tile.image.getpixel((40, 96)) == (255, 0, 0) and tile.image.getpixel((150, 96)) == (0, 0, 255)
+    assert "1 control image" in tile.lines[1]
+
+
+def test_what_was_found_is_told(tmp_path):
+    for name, seed in (("a.png", 1), ("a.control.png", 1), ("b.png", 2), ("b.control.png", 3), ("c.png", 4)):
+        image(tmp_path / name, seed=seed)
+    assert describe_controls(read_folder(tmp_path).records) == [
+        "2 control images of 2 images; 1 image without: c.png; the image itself, which teaches to change nothing: a.png"
+    ]

@@ -118,7 +118,7 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
     more = f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""
     caption = (record.captions[0] if record.captions else "(no caption)") + more
     try:
-        image = make_thumbnail(record, cell)
+        image = join_controls(make_thumbnail(record, cell), record, cell)
     except (ValueError, OSError) as error:
         return SheetTile(
             Image.new("RGB", (cell, cell), BAD_COLOUR), (name, *wrap_tile_text(str(error), cell, 4)), BAD_COLOUR
@@ -128,6 +128,19 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
         (name, " ".join(facts), *wrap_tile_text(caption, cell, 2), *record.flags[:2]),
         WARN_COLOUR if record.flags else NEUTRAL_COLOUR,
     )
+
+
+def join_controls(image: Image.Image, record: ImageRecord, cell: int) -> Image.Image:
+    """The image with its control images before it, side by side in a cell."""
+    if not record.controls:
+        return image
+    shown = [make_thumbnail(record.control_record(control), cell) for control in record.controls] + [image]
+    width = (cell - SHEET_GAP_PX * (len(shown) - 1)) // len(shown)
+    row = Image.new("RGB", (cell, cell), SHEET_BACKGROUND)
+    for number, one in enumerate(shown):
+        one.thumbnail((width, cell), Image.Resampling.LANCZOS)
+        row.paste(one, (number * (width + SHEET_GAP_PX) + (width - one.width) // 2, (cell - one.height) // 2))
+    return row
 
 
 def wrap_tile_text(text: str, width: int, lines: int) -> list[str]:

@@ -8,6 +8,7 @@ would round otherwise, and what is in the cache would depend on its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -453,7 +454,7 @@ def encode_record(
     if mask and cache.read_shapes(mask) is None and (opened := open_mask(p.record)) is not None:
         cache.write(mask, {"mask": encode_latent_mask(opened, p, shape)})
     work.advance(1, name)
-    return make_encoded_item(p, shape, mask)
+    return make_encoded_item(p, shape, mask, cache)
 
 
 def write_control_latents(p: EncodingPlan, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground) -> None:
@@ -504,7 +505,7 @@ def encode_latent_mask(mask: Image.Image, p: EncodingPlan, shape) -> Tensor:
     return mask_to_latent_grid(image_to_batch_tensor(resize_and_crop(mask, p.placement)), *shape[-2:])
 
 
-def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:
+def make_encoded_item(p: EncodingPlan, shape, mask, cache: DiskCache) -> EncodedItem:
     left, top = p.placement.crop
     right = (
         p.placement.scaled[0] - p.placement.bucket[0] - left
@@ -529,6 +530,7 @@ def make_encoded_item(p: EncodingPlan, shape, mask) -> EncodedItem:
         tuple(control.latent for control in p.controls),
         tuple(control.flipped for control in p.controls if control.flipped),
         p.empty_key,
+        sum(math.prod(require_latent_shape(cache, control.latent)) for control in p.controls),
     )
 
 

@@ -46,6 +46,7 @@ class EncodedItem:
     controls: tuple[str, ...] = ()  # latents of the control images
     flipped_controls: tuple[str, ...] = ()  # the same of the mirrored ones
     empty_key: str | None = None  # of the empty caption, where its conditioning is the image's own
+    control_numel: int = 0  # numbers in the latents of all control images
 
     def keys_to_read(self) -> list[str]:
         """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions

@@ -239,7 +239,9 @@ def describe_controls(records: Sequence[ImageRecord]) -> list[str]:
     total = sum(len(record.controls) for record in with_controls)
     line = f"{format_count(range(total), 'control image')} of {format_count(with_controls, 'image')}"
     bare = [Path(record.path).name for record in records if not record.controls]
-    return [line + (f"; {format_count(bare, 'image')} without: {format_first_names(bare)}" if bare else "")]
+    same = [Path(r.path).name for r in with_controls if any(control.id == r.id for control in r.controls)]
+    line += f"; {format_count(bare, 'image')} without: {format_first_names(bare)}" if bare else ""
+    return [line + (f"; the image itself, which teaches to change nothing: {format_first_names(same)}" if same else "")]
 
 
 def describe_left_out(dataset: ImageDataset) -> list[str]:
