@@ -160,6 +160,37 @@ def followed():
     return score_card.followed()
 
 
+def edited():
+    """Drawings that no training saw, and what the toy world's edit model makes of them after 600 steps on pairs."""
+    import torch
+    from trainyard.tests.comfy import boot
+
+    boot.boot()
+    from trainyard.nodes import host
+    from trainyard.tests.toy import edits, sampling, world
+
+    page, draw = card("an edit it did not know, from pairs")
+    rng = torch.Generator().manual_seed(77)
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        toy = edits.load(sampling.load(world.cached()))
+        lora = edits.learn(toy, folder, "black", seed=1)
+        about = edits.questions(rng, "black", 4)
+        before = torch.stack([edits.pixels(edits.draw_pair(rng, *one, "black")[0]) for one in about])
+        latents, told = toy.vae.encode(before).float().cpu(), [edits.caption("black")] * len(about)
+        model = host.lora_keys.apply_lora(toy.model, None, lora)[0]
+        rows = [before, edits.edit(toy, model, latents, told, 500)]
+    for row, (images, label) in enumerate(zip(rows, ("shown", "made of it"), strict=True)):
+        top = 200 + row * 232
+        draw.text((32, top + 90), label, fill=DIM, font=font(17))
+        for column, image in enumerate(images):
+            tile = Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()).resize(
+                (136, 136), Image.Resampling.LANCZOS
+            )
+            page.paste(tile, (176 + column * 146, top + 30))
+    draw.text((32, 108), f'told: "{told[0]}"', fill=INK, font=font(18))
+    return page
+
+
 def first_lora():
     from . import first_lora_card
 
@@ -292,6 +323,7 @@ MAKERS = {
     "10_leco_score": followed,
     "11_pretrain_on_my_art": pretraining,
     "12_score_and_filter": lambda: rated(keep=True),
+    "13_edit_pairs": edited,
 }
 
 

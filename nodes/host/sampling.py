@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import comfy.lora
+import comfy.sample
+import comfy.samplers
 import torch
 
 from ...trainers.rng import make_generator

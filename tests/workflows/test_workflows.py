@@ -70,6 +70,7 @@ MADE = {  # nodes that must have shown something; of workflows that are not name
     "10_leco_score": {"TrainyardTrainLecoScore", "TrainyardSaveLora", "TrainyardStrengthSweep"},
     "11_pretrain_on_my_art": {"TrainyardPretrainScoreBackbone", "TrainyardTrainScoreModel"},
     "12_score_and_filter": {"TrainyardScoreImages", "TrainyardRankAndFilter"},
+    "13_edit_pairs": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
 }
 
 
@@ -145,11 +146,13 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
         if node["class_type"] == "CheckpointLoaderSimple":
             node["inputs"]["ckpt_name"] = server.install("sd15")
         if node["class_type"] == "TrainyardLoadDataset":
-            images(server, node["inputs"]["folder"])
+            for folder in {node["inputs"]["folder"], node["inputs"]["controls"]} - {"(none)"}:
+                images(server, folder)
         if node["class_type"] == "TrainyardLoadRatedPictures":
             rated_pictures(server, node["inputs"]["folder"])
         if node["class_type"] == "TrainyardLoadScoreModel":
             score_model(server, node["inputs"]["file"])
+    use_small_parts(prompt, server)
     run = server.run(prompt)
     assert run.ok, run.why
     produced = {prompt[node]["class_type"] for node in run.outputs}
@@ -160,6 +163,26 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
     if len(saved) == 2:
         first, second = (Image.open(sorted(server.output().glob(f"{prefix}_*.png"))[-1]).tobytes() for prefix in saved)
         assert first != second, "with and without the LoRA the picture is the same"
+
+
+def use_small_parts(prompt, server):
+    """Files of a model that comes in parts: a small Flux with CLIP-L alone, and the VAE of another checkpoint."""
+    for number, node in prompt.items():
+        if node["class_type"] == "UNETLoader":
+            node["inputs"]["unet_name"] = server.install("flux")
+        if node["class_type"] == "DualCLIPLoader":
+            node["class_type"] = "CLIPLoader"
+            node["inputs"] = {"clip_name": server.install("clip_l"), "type": "stable_diffusion"}
+        if node["class_type"] == "VAELoader":
+            node["class_type"], node["inputs"] = "CheckpointLoaderSimple", {"ckpt_name": server.install("sd3_noclip")}
+            for other in prompt.values():
+                links = [name for name, value in other["inputs"].items() if value == [number, 0]]
+                other["inputs"] |= {name: [number, 2] for name in links}
+        if node["class_type"] == "LoadImage":
+            shapes.draw("circle", "blue").save(server.base / "input" / node["inputs"]["image"])
+        if node["class_type"] == "FluxKontextImageScale":  # to a megapixel
+            node["class_type"] = "ImageScale"
+            node["inputs"] |= {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
 
 
 def images(server, name):
