@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import (
         checks,
+        conditions,
         context,
         denoiser,
         encoders,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checks",
+    "conditions",
     "context",
     "denoiser",
     "encoders",

@@ -14,6 +14,7 @@ import comfy_kitchen
 import torch
 from comfy_kitchen.backends.eager import rope as eager_rope
 
+from ...trainers.data.cache import TensorRecord, as_tensor_record
 from ...trainers.memory.compile import BlockCompiler
 
 
@@ -29,8 +30,9 @@ def clone_inference_tensors(tree):
     `enable_gradients()`."""
     if torch.is_tensor(tree):
         return tree.clone() if tree.is_inference() else tree
-    if isinstance(tree, dict):
-        return {k: clone_inference_tensors(v) for k, v in tree.items()}
+    if isinstance(tree := as_tensor_record(tree), dict):
+        kind = TensorRecord if isinstance(tree, TensorRecord) else dict
+        return kind({k: clone_inference_tensors(v) for k, v in tree.items()})
     if isinstance(tree, (list, tuple)):
         return type(tree)(clone_inference_tensors(v) for v in tree)
     return tree

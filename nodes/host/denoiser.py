@@ -93,7 +93,8 @@ class ComfyDenoiser:
         """The host's own model inputs for one caption: extra_conds adds size conditioning, guidance, masks."""
         cond = {"guidance": self.family.guidance, **cond} if self.family.guidance is not None else cond
         cond = place_references(self.model, cond)
-        about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
+        empty = torch.zeros_like(x)  # the latent that is drawn on; some models take it for their first frame
+        about = dict(device=x.device, noise=x, latent_image=empty, seed=0, prompt_type="positive")
         about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
         return {
             k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()

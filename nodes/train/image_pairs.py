@@ -91,6 +91,9 @@ class PairTask(TrainTask):
         check_unused_noise_settings(job.noise, "both sides of a pair are shown the same noise", idle=("perturbation",))
         check_pairs_differ(collect_image_pairs(self.data), self.data)
 
+    def check_conditions(self, job):
+        host.conditions.check_conditions(job.model, self.data.named_conds())
+
     def fingerprint_parts(self, job):
         return self.data.fingerprint, self.strength
 

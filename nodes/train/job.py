@@ -44,9 +44,11 @@ class TrainingJob:
 
     def check(self):
         """Raises ValueError for what can be known before the long work."""
+        host.conditions.check_trainable(self.model)
         self.task.check(self)
         if self.monitoring:
             self.monitoring.check_job(self)
+        self.task.check_conditions(self)
 
     def fingerprint(self) -> str:
         """Of all that changes the result. The number of steps is not part of it, so that a run can be continued to
@@ -93,6 +95,11 @@ class TrainTask(Protocol):
 
     def check(self, job: TrainingJob):
         """Raises ValueError for what can be known before the long work."""
+
+    def check_conditions(self, job: TrainingJob):
+        """Raises ValueError where the MODEL needs more than the texts or conditionings that it would be trained
+        with."""
+        host.conditions.check_text_is_enough(job.model)
 
     def fingerprint_parts(self, job: TrainingJob) -> tuple:
         """What the result depends on beside the job's own records: fingerprints, settings records, JSON values."""

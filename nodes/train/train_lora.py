@@ -221,6 +221,14 @@ class LoraTask(TrainTask):
         if job.adapter.text_encoder and job.clip is not None:
             self.check_captions_known()
 
+    def check_conditions(self, job):
+        held_out = job.monitoring.held_out if job.monitoring and job.monitoring.settings.every else None
+        if self.prior is not None and self.prior.conds:
+            host.conditions.check_text_is_enough(job.model)
+        for data in (self.data, self.prior and self.prior.data, held_out):
+            if data is not None:
+                host.conditions.check_conditions(job.model, data.named_conds())
+
     def check_captions_known(self):
         """The text encoder reads captions in every step. Raises ValueError where only conditionings are there."""
         prior = [] if self.prior is None or self.prior.data is None else self.prior.data.items

@@ -179,3 +179,11 @@ def test_the_reader_is_chosen_by_the_text_encoder(qwen_image_clip):
 def test_more_images_than_the_node_reads_are_refused(qwen_image_clip, reader, count):
     with pytest.raises(ValueError, match="reads at most"):
         host.encoders.TextEncoder(qwen_image_clip, reader).encode_with_images("a", shown_images(count))
+
+
+def test_a_model_that_needs_an_image_is_content_with_control_images_and_names_what_has_none():
+    model, data = make("ip2p"), dataset_with_controls("ip2p")
+    data.items = data.items[1:]
+    host.conditions.check_conditions(model, data.named_conds())
+    with pytest.raises(ValueError, match=r"plain.png has no concat_latent_image.*Give every image a control image"):
+        host.conditions.check_conditions(model, dataset_with_controls("ip2p").named_conds())

@@ -150,12 +150,33 @@ class MemoryStore(dict):
         return self[key]
 
 
+class TensorRecord(dict):
+    """A dict whose values are attributes, too. It stands for an object of another package that only holds tensors, such
+    as what CLIP vision gives, and unlike it can be hashed by its content."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def as_tensor_record(value) -> Any:
+    """A TensorRecord of an object whose attributes are tensors and plain values; anything else as it is."""
+    held = getattr(value, "__dict__", None)
+    if not isinstance(held, dict) or not any(isinstance(each, Tensor) for each in held.values()):
+        return value
+    plain = all(each is None or isinstance(each, (Tensor, int, float, str, list, tuple)) for each in held.values())
+    return TensorRecord(held) if plain else value
+
+
 def map_tensors(tree, change) -> Any:
-    """The tree with change(tensor) in place of every tensor."""
+    """The tree with change(tensor) in place of every tensor. Objects that hold tensors come back as TensorRecords."""
     if isinstance(tree, Tensor):
         return change(tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
+    if isinstance(tree := as_tensor_record(tree), dict):
+        kind = TensorRecord if isinstance(tree, TensorRecord) else dict
+        return kind({key: map_tensors(value, change) for key, value in tree.items()})
     return type(tree)(map_tensors(value, change) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 

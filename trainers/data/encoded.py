@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,6 +117,19 @@ class EncodedDataset:
             return item.empty_key or self.empty_key, ""
         index = int(which * len(item.caption_keys))
         return item.caption_keys[index], item.captions[index]
+
+    def named_conds(self) -> Iterator[tuple[str, dict]]:
+        """(where it is from, for a person; conditioning) of all that a batch may hold. Each is loaded when it is asked
+        for, once."""
+        seen: set[tuple[str, bool]] = set()
+        empty = [self.empty_key] if self.empty_key is not None and self.dropout else []
+        for number, item in enumerate(self.items, 1):
+            for key in (*item.caption_keys, *empty):
+                if (about := (key, bool(item.controls))) in seen:
+                    continue
+                seen.add(about)
+                name = "the empty caption" if key == self.empty_key else item.path or f"latent {number}"
+                yield f"the conditioning of {name}", {**self.store.load(key), **self.load_controls(item)}
 
     def require_conditionings(self) -> None:
         """ValueError where the images were encoded without a text encoder."""
