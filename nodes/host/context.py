@@ -51,18 +51,24 @@ def share_as_normal_tensor(value):
 
 
 def replace_inference_parameters(network) -> int:
-    """Replace parameters and buffers that were made under inference mode by normal ones over the same memory; assigning
-    to `.data` would not cure them. Call inside `enable_gradients()`."""
+    """Replace parameters, buffers and tensors that are plain attributes, where they were made under inference mode, by
+    normal ones over the same memory; assigning to `.data` would not cure them. Call inside `enable_gradients()`."""
     count = 0
     for module in network.modules():
         for name, value in module._parameters.items():
             if value is not None and value.is_inference():
                 module._parameters[name] = torch.nn.Parameter(share_as_normal_tensor(value), requires_grad=False)
                 count += 1
-        for name, value in module._buffers.items():
-            if value is not None and value.is_inference():
-                module._buffers[name] = share_as_normal_tensor(value)
-                count += 1
+        for held in (module._buffers, vars(module)):
+            for name, value in held.items():
+                if torch.is_tensor(value) and value.is_inference():
+                    held[name] = share_as_normal_tensor(value)
+                    count += 1
+                elif isinstance(value, (list, tuple)) and any(torch.is_tensor(v) and v.is_inference() for v in value):
+                    held[name] = type(value)(
+                        share_as_normal_tensor(v) if torch.is_tensor(v) and v.is_inference() else v for v in value
+                    )
+                    count += 1
     return count
 
 

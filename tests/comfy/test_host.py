@@ -467,6 +467,24 @@ def test_a_quantised_weight_becomes_a_normal_tensor_over_the_same_memory():
     assert torch.equal(shared.dequantize(), made.dequantize())
 
 
+def test_a_table_that_is_a_plain_attribute_becomes_a_normal_tensor_over_the_same_memory():
+    """ACE-Step's positions of lyrics: a layer that is trained reads them, and autograd keeps what it reads."""
+    from comfy.ldm.ace.lyric_encoder import EspnetRelPositionalEncoding
+
+    with torch.inference_mode():
+        encoding = EspnetRelPositionalEncoding(8, 0.0, max_len=16)
+        encoding.of_layers = [encoding.pe * 2, None]
+    network, address, values = torch.nn.Sequential(encoding), encoding.pe.data_ptr(), encoding.pe.clone()
+    with host.context.enable_gradients():
+        assert host.context.replace_inference_parameters(network) == 2
+        _, positions = encoding(torch.zeros(1, 5, 8))
+        trained = torch.nn.Linear(8, 8)
+        trained(positions + encoding.of_layers[0][:, :9]).sum().backward()
+    assert encoding.pe.data_ptr() == address and torch.equal(encoding.pe, values)
+    assert trained.weight.grad is not None and encoding.of_layers[1] is None
+    assert host.context.replace_inference_parameters(network) == 0
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_model_in_fp16_has_the_gradients_of_fp32_under_a_loss_scale(accumulate):
     def gradient(dtype, scaled):
