@@ -7,8 +7,9 @@ eps models and the velocity of flow models (Karras et al. 2022, eq. 4), so one l
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -91,37 +92,71 @@ def snr(denoiser, sigma):
 
 
 @dataclass(frozen=True)
+class TokenShift:
+    """The shift exp(mu) with mu linear in the latent's tokens, through two points (tokens, mu). The values are those
+    Flux was trained with (Black Forest Labs)."""
+
+    patch: int = 2  # latent cells per token, along height and along width
+    low: tuple[int, float] = (256, 0.5)
+    high: tuple[int, float] = (4096, 1.15)
+    max_mu: float = math.inf
+    frames: bool = False  # count the tokens of every frame
+    logarithmic: bool = False  # mu is linear in the logarithm of the tokens: the shift is a power of them
+
+    def count_tokens(self, x0) -> int:
+        """Tokens of latents (B, C, ..., H, W)."""
+        height, width = (side // self.patch for side in x0.shape[-2:])
+        return height * width * (math.prod(x0.shape[2:-2]) if self.frames else 1)
+
+    def shift_at(self, tokens: int) -> float:
+        (first, low), (last, high) = self.low, self.high
+        scale = math.log if self.logarithmic else float
+        way = (scale(tokens) - scale(first)) / (scale(last) - scale(first))
+        return math.exp(min(low + (high - low) * way, self.max_mu))
+
+
+@dataclass(frozen=True)
 class NoiseLevelDensity:
     """How often each noise level is drawn. `shift` moves flow levels up; 'resolution' derives it from the latent's
-    size."""
+    size by `tokens`; 'model' is the shift that the host samples the loaded model with, put in by the host's side."""
 
     kind: str = "uniform"  # uniform | logit-normal | host schedule
     mean: float = 0.0
     std: float = 1.0
     shift: float | str = 1.0
+    tokens: TokenShift = TokenShift()
+
+    def fingerprint(self) -> list:
+        """JSON-able values that change with what is drawn."""
+        values = [self.kind, self.mean, self.std, self.shift]
+        return values if self.tokens == TokenShift() else [*values, str(self.tokens)]
 
 
 def resolve_noise_density(settings: NoiseSettings, default: NoiseLevelDensity) -> NoiseLevelDensity:
     """The density the settings ask for, with the family's default where they leave it open."""
     if settings.density == "model default":
-        return (
-            default
-            if not settings.shift
-            else NoiseLevelDensity(default.kind, default.mean, default.std, settings.shift)
-        )
-    return NoiseLevelDensity(settings.density, settings.mean, settings.std, settings.shift or default.shift)
+        return replace(default, shift=settings.shift or default.shift)
+    return replace(
+        default, kind=settings.density, mean=settings.mean, std=settings.std, shift=settings.shift or default.shift
+    )
 
 
 def resolution_shift(tokens: int) -> float:
     """exp(mu), mu linear in image tokens from 0.5 at 256 to 1.15 at 4096: the shift Flux was trained with (Black Forest
     Labs)."""
-    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-    return float(torch.tensor(mu).exp())
+    return TokenShift().shift_at(tokens)
 
 
 def image_tokens(x0) -> int:
     """Tokens of a patch-2 transformer for latents (B, C, ..., H, W)."""
-    return (x0.shape[-2] // 2) * (x0.shape[-1] // 2)
+    return TokenShift().count_tokens(x0)
+
+
+def shift_for_latents(density: NoiseLevelDensity, x0) -> float:
+    """The factor by which the noise levels of these latents (B, C, ..., H, W) are shifted."""
+    if density.shift == "resolution":
+        return density.tokens.shift_at(density.tokens.count_tokens(x0))
+    return float(density.shift)
 
 
 def density_quantile(density: NoiseLevelDensity, q: Tensor) -> Tensor:
@@ -177,13 +212,7 @@ def sigmas_at_quantiles(
 ) -> Tensor:
     """(N,) the noise levels below which these shares (N,) of the density between `low` and `high` lie."""
     scheduled = not denoiser.flow or density.kind == "host schedule"
-    shift = (
-        1.0
-        if scheduled
-        else resolution_shift(image_tokens(x0))
-        if density.shift == "resolution"
-        else float(density.shift)
-    )
+    shift = 1.0 if scheduled else shift_for_latents(density, x0)
     ends = [unshift_noise_level(level, shift) for level in (low, high)]
     first, last = (density_cdf(density, t) for t in ends)
     q = share * (last - first) + first

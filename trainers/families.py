@@ -1,14 +1,17 @@
 """What a model family needs on top of what a loaded model says of itself: one record each.
 
-Sources: sigma densities and guidance from kohya-ss sd-scripts' and musubi-tuner's training docs, Esser et al. 2024
-(SD3) and Black Forest Labs' shift for Flux; the key styles are those that kohya's, ComfyUI's and Forge's loaders share.
+Sources: sigma densities and guidance from kohya-ss sd-scripts' and musubi-tuner's training docs (as of 2026-06), Esser
+et al. 2024 (SD3) and Black Forest Labs' shift for Flux, or as said at a row; the key styles are those that kohya's,
+ComfyUI's and Forge's loaders share. Base versions and architectures are those that these trainers write, where they
+write one. Where no recipe is known, noise levels are logit-normal with the shift that the host samples with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
-from .diffusion import NoiseLevelDensity
+from .diffusion import NoiseLevelDensity, TokenShift
 
 UNIFORM_DENSITY = NoiseLevelDensity("uniform")
 LOGIT_NORMAL_DENSITY = NoiseLevelDensity("logit-normal", 0.0, 1.0, 1.0)
@@ -30,8 +33,23 @@ class ModelFamily:
     known: bool = True  # False: the adapters' gradients are checked before the run
 
 
-def shifted_logit_normal(shift: float | str) -> NoiseLevelDensity:
-    return NoiseLevelDensity("logit-normal", 0.0, 1.0, shift)
+def shifted_logit_normal(shift: float | str, tokens: TokenShift = TokenShift(), std: float = 1.0) -> NoiseLevelDensity:  # noqa: B008
+    return NoiseLevelDensity("logit-normal", 0.0, std, shift, tokens)
+
+
+HOST_SHIFT = shifted_logit_normal("model")
+# FLUX.2's latents are one token per cell (Black Forest Labs; musubi-tuner's flux2_shift).
+FLUX_2 = shifted_logit_normal("resolution", TokenShift(patch=1))
+# Krea 2 samples with mu from 0.5 at 256 px to 1.15 at 1280 px (musubi-tuner's krea2_shift): 2.5 at 1024 px.
+KREA_2 = shifted_logit_normal("resolution", TokenShift(high=(6400, 1.15)))
+# LTX-Video's scheduler: mu from 0.95 at 1024 tokens to 2.05 at 4096, every frame counted (Lightricks; ComfyUI's own
+# ModelSamplingLTXV). Capped at 2.37, with which ComfyUI samples any length.
+LTX = shifted_logit_normal("resolution", TokenShift(1, (1024, 0.95), (4096, 2.05), 2.37, frames=True))
+# Ideogram 4: logit-normal of width 1.5 whose mean is half the logarithm of the pixels over 512 x 512 (musubi-tuner's
+# ideogram4_shift); its tokens are 16 px, 1024 of them at 512 px, and a mean of mu is a shift of exp(mu).
+IDEOGRAM_4 = shifted_logit_normal(
+    "resolution", TokenShift(1, (1024, 0.0), (4096, 0.6931471805599453), logarithmic=True), std=1.5
+)
 
 
 MODEL_FAMILIES = {
@@ -98,5 +116,106 @@ MODEL_FAMILIES = {
         guidance_distilled=True,
     ),
     "wan": ModelFamily(label="Wan", base_version="wan", architecture="wan", density=shifted_logit_normal(3.0)),
+    # sd-scripts: sigmoid without a shift
+    "anima": ModelFamily(label="Anima", base_version="anima", architecture="anima", sampling_guidance=4.0),
+    "flux2": ModelFamily(
+        label="Flux.2",
+        base_version="flux_2_dev",
+        architecture="Flux.2-dev",
+        density=FLUX_2,
+        guidance=1.0,
+        guidance_distilled=True,
+    ),
+    # The base models draw with guidance 4. The distilled ones look the same from inside: a preview's guidance is then
+    # set to 1 by hand.
+    "flux2_klein_4b": ModelFamily(
+        label="Flux.2 Klein 4B", base_version="flux_2_klein_4b", architecture="Flux.2-klein-4b", density=FLUX_2
+    ),
+    "flux2_klein_9b": ModelFamily(
+        label="Flux.2 Klein 9B", base_version="flux_2_klein_9b", architecture="Flux.2-klein-9b", density=FLUX_2
+    ),
+    "krea2": ModelFamily(label="Krea 2", base_version="krea2", architecture="Krea-2", density=KREA_2),
+    "hunyuan_video_15": ModelFamily(
+        label="HunyuanVideo 1.5",
+        base_version="hunyuan_video_1_5",
+        architecture="hunyuan-video-1.5",
+        density=shifted_logit_normal(2.0),
+        guidance=1.0,
+        guidance_distilled=True,
+    ),
+    "hunyuan_image": ModelFamily(
+        label="HunyuanImage 2.1",
+        base_version="hunyuan-image-2.1",
+        architecture="hunyuan-image-2.1",
+        density=shifted_logit_normal(5.0),
+        guidance=1.0,
+        guidance_distilled=True,
+    ),
+    "hunyuan_image_refiner": ModelFamily(
+        label="HunyuanImage 2.1 refiner",
+        base_version="hunyuan-image-2.1-refiner",
+        architecture="hunyuan-image-2.1-refiner",
+        density=HOST_SHIFT,
+        guidance=1.0,
+        guidance_distilled=True,
+    ),
+    "kandinsky5": ModelFamily(
+        label="Kandinsky 5", base_version="kandinsky5", architecture="Kandinsky-5", density=shifted_logit_normal(5.0)
+    ),
+    # musubi-tuner's recipe is for the video models; this one has another shift in the host
+    "kandinsky5_image": ModelFamily(
+        label="Kandinsky 5 Image", base_version="kandinsky5", architecture="Kandinsky-5", density=HOST_SHIFT
+    ),
+    "ltxv": ModelFamily(label="LTX-Video", base_version="ltxv", architecture="ltx-video", density=LTX),
+    "ltxav": ModelFamily(label="LTX-2", base_version="ltx2", architecture="ltx-2", density=LTX),
+    "ideogram4": ModelFamily(
+        label="Ideogram 4", base_version="ideogram4", architecture="Ideogram-4", density=IDEOGRAM_4
+    ),
+    # musubi-tuner, after HiDream's paper: uniform
+    "hidream_o1": ModelFamily(
+        label="HiDream-O1",
+        base_version="hidream_o1_image",
+        architecture="HiDream-O1-Image",
+        density=UNIFORM_DENSITY,
+    ),
+    # HiDream-I1-Full's own scheduler; the host samples it without a shift
+    "hidream": ModelFamily(
+        label="HiDream-I1", base_version="hidream_i1", architecture="hidream-i1", density=shifted_logit_normal(3.0)
+    ),
+    # ln(sigma) is normal (NVIDIA 2025, Cosmos), and so t = sigma / (1 + sigma) logit-normal
+    "cosmos_predict2": ModelFamily(
+        label="Cosmos Predict2", base_version="cosmos_predict2", architecture="cosmos-predict2"
+    ),
+    # trained on 1000 discrete timesteps, evenly (Chen et al. 2023, Li et al. 2024, Yang et al. 2024)
+    "pixart_alpha": ModelFamily(
+        label="PixArt-alpha", base_version="pixart_alpha", architecture="pixart-alpha", density=UNIFORM_DENSITY
+    ),
+    "pixart_sigma": ModelFamily(
+        label="PixArt-sigma", base_version="pixart_sigma", architecture="pixart-sigma", density=UNIFORM_DENSITY
+    ),
+    "hunyuan_dit": ModelFamily(
+        label="HunyuanDiT", base_version="hunyuan_dit", architecture="hunyuan-dit", density=UNIFORM_DENSITY
+    ),
+    "cogvideox": ModelFamily(
+        label="CogVideoX", base_version="cogvideox", architecture="cogvideox", density=UNIFORM_DENSITY
+    ),
 }
-UNKNOWN_FAMILY = ModelFamily(label="unknown family", base_version="unknown", architecture="unknown", known=False)
+MODEL_FAMILIES |= {  # SDXL's recipe, with fewer layers
+    key: replace(MODEL_FAMILIES["sdxl"], label=label, base_version=name.replace("-", "_"), architecture=name)
+    for key, label, name in (
+        ("ssd_1b", "SSD-1B", "ssd-1b"),
+        ("segmind_vega", "Segmind Vega", "segmind-vega"),
+        ("koala_700m", "KOALA 700M", "koala-700m"),
+        ("koala_1b", "KOALA 1B", "koala-1b"),
+    )
+}
+
+
+def unlisted_family(class_name: str, flow: bool = True) -> ModelFamily:
+    """A family without a row, named after the host's class: the host's own shift for flow models, even noise levels
+    otherwise."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name).replace("_", "-").lower()
+    density = HOST_SHIFT if flow else UNIFORM_DENSITY
+    return ModelFamily(
+        label=class_name, base_version=name.replace("-", "_"), architecture=name, density=density, known=False
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.lora
 import torch
 
@@ -62,12 +64,15 @@ class ComfyDenoiser:
 
     def sigma_at(self, u):
         """Discrete schedules train on their own integer timesteps: the network never saw a sigma between two of
-        them."""
+        them. A flow that is written as sigma = t / (1 - t), and a v model on the angle, are trained in t and not in the
+        logarithm of sigma, in which the host samples."""
         ms = self.sampling
         if is_discrete_schedule(ms):
             steps = len(ms.sigmas)
             index = (u * steps).floor().long().clamp(0, steps - 1)
             return ms.sigmas[copy_to_device(index, ms.sigmas.device)].float()
+        if (sigmas := sigmas_of_training_time(ms, u)) is not None:
+            return sigmas.clamp(float(ms.sigma_min), self.sigma_max)
         return torch.tensor([float(ms.percent_to_sigma(min(1 - float(v), 1 - 1e-6))) for v in u]).clamp(
             max=self.sigma_max
         )
@@ -145,6 +150,16 @@ def is_discrete_schedule(ms) -> bool:
     return isinstance(ms, kinds.ModelSamplingDiscrete) and not isinstance(
         ms, (kinds.ModelSamplingDiscreteEDM, kinds.StableCascadeSampling)
     )
+
+
+def sigmas_of_training_time(ms, u):
+    """(B,) -> (B,) sigmas for training times u, or None where these are the schedule's own."""
+    u = u.float().clamp(0, 1 - 1e-6)
+    if isinstance(ms, comfy.model_sampling.COSMOS_RFLOW):
+        return u / (1 - u)
+    if isinstance(ms, comfy.model_sampling.ModelSamplingContinuousV):
+        return (u * math.pi / 2).tan()
+    return None
 
 
 def group_concatenable_conds(rows) -> list[list[int]]:

@@ -46,7 +46,7 @@ from .context import (
 )
 from .denoiser import ComfyDenoiser
 from .encoders import CaptionTokenizer, encode_tokens
-from .families import ModelFamily, find_model_family
+from .families import ModelFamily, find_patcher_family
 from .frozen_casts import recast_frozen_weights
 from .lora_keys import clip_lora_keys, unet_lora_keys
 from .memory import offload_weights
@@ -125,7 +125,7 @@ def open_training_session(
         session = TrainingSession(
             None,
             adapters,
-            find_model_family(patcher.model.model_config),
+            find_patcher_family(patcher),
             layer_keys=unet_lora_keys(patcher.model, adapters.layers),
         )
         if adapter.text_encoder:
@@ -278,9 +278,7 @@ def open_frozen_model(model, conds: dict):
     patcher.pre_run()
     try:
         rows = {name: split_conditioning(cond)[0] for name, cond in conds.items()}
-        yield StudentTeacherModel(
-            ComfyDenoiser(patcher, find_model_family(patcher.model.model_config)), NoAdapters(), rows
-        )
+        yield StudentTeacherModel(ComfyDenoiser(patcher, find_patcher_family(patcher)), NoAdapters(), rows)
     finally:
         patcher.cleanup()
 

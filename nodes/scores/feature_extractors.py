@@ -40,7 +40,7 @@ from ...trainers.scores.networks import (
 )
 from ...trainers.settings import AdapterSettings, compute_fingerprint
 from .. import host
-from ..host.families import find_model_family
+from ..host.families import find_patcher_family
 from . import latents
 
 BLOCK_DEPTHS = (1 / 3, 1 / 2)  # of a transformer's blocks (DiNa-LRM's choice, HKUST-C4G/diffusion-rm)
@@ -76,7 +76,7 @@ class DiffusionFeatureExtractor:
         self.patcher = host.session.clone_for_training(model)
         self.network = self.patcher.model.diffusion_model
         self.blocks = select_feature_blocks(self.network)
-        self.denoiser = host.denoiser.ComfyDenoiser(self.patcher, find_model_family(self.patcher.model.model_config))
+        self.denoiser = host.denoiser.ComfyDenoiser(self.patcher, find_patcher_family(self.patcher))
         self.cond = zero_conditioning(self.network)
 
     def __call__(self, x: Tensor, level: Tensor, adapters: Adapters | None = None) -> Tensor:

@@ -50,14 +50,13 @@ class PairValidationLoss:
     @property
     def key(self) -> str:
         m = self.method
-        density = [m.density.kind, m.density.mean, m.density.std, m.density.shift]
         return compute_fingerprint(
             m.fingerprint_name,
             m.data.fingerprint,
             self.picks,
             self.levels,
             m.noise,
-            density,
+            m.density.fingerprint(),
             getattr(m, "strength", 0.0),
         )
 

@@ -123,7 +123,7 @@ class ImageValidationLoss:
             self.picks,
             self.levels,
             self.noise,
-            [self.density.kind, self.density.mean, self.density.std, self.density.shift],
+            self.density.fingerprint(),
         )
 
     @torch.no_grad()
