@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 from trainyard.tests.unit.toy import Net, Stop, rng
-from trainyard.trainers.adapters.adapters import Adapters, find_adaptable_layers, kohya_lora_key, select_target_layers
+from trainyard.trainers.adapters.adapters import (
+    Adapters,
+    find_adaptable_layers,
+    kohya_lora_key,
+    make_layer_filter,
+    select_target_layers,
+)
 from trainyard.trainers.adapters.layers import adapter_scale
 from trainyard.trainers.settings import AdapterSettings
 
@@ -498,3 +504,18 @@ def test_an_adapter_starts_with_kaimings_uniform_bound():
     down = Adapters(nn.Sequential(nn.Linear(64, 64)), settings(rank=64), rng()).adapter_for("0").down.detach()
     assert 0.12 < down.abs().max() <= 0.125
     assert float(down.std()) == pytest.approx(0.125 / math.sqrt(3), rel=0.05)
+
+
+@pytest.mark.parametrize("targets, names", [
+    ("attention", ["blocks.3.q", "blocks.3.attn_out", "audio_injector.injector.0.k", "face_adapter.fuser_blocks.1.linear1_kv"]),
+    ("attention+mlp", ["blocks.3.ff_proj", "blocks.3.ff_out", "patch_blocks.0.mlp_x.w12", "blocks.0.mlp_y.w1",
+                       "double_stream_layers.2.img_feed_forward.linear_1", "double_stream_blocks.0.block.ff_i.experts.1.w2",
+                       "double_stream_blocks.0.block.ff_t.w1", "language_model.layers.0.mlp.up_proj"]),
+])  # fmt: skip
+def test_the_layer_names_of_rarer_families_are_targets(targets, names):
+    """CogVideoX, Wan S2V and Animate, PixelDiT and Mochi, Boogu, HiDream and HiDream-O1."""
+    wanted = make_layer_filter(AdapterSettings(targets=targets))
+    assert [name for name in names if not wanted(name)] == []
+    others = ["blocks.3.norm1.linear", "blocks.0.mod_x", "visual.blocks.0.attn.qkv", "time_embedding.linear_1", "img_emb.proj.1",
+              "visual.blocks.0.mlp.linear_fc1", "patch_blocks.0.adaLN_modulation_img.0"]  # fmt: skip
+    assert [name for name in others if wanted(name)] == []

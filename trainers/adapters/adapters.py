@@ -24,11 +24,18 @@ from .layers import ADAPTER_LAYERS, LoraLayer, is_linear, layer_features
 # layer: neither makes a layer attention.
 ATTENTION_PATTERN = re.compile(
     r"(^|\.)\w*(attn|[aA]ttention(?!s\.))\w*\.|\.(proj_in|proj_out)$|(^|\.)single_blocks\.\d+\.linear[12]$"
+    r"|(^|\.)blocks\.\d+\.(q|k|v|attn_out)$"  # CogVideoX
+    r"|(^|\.)(audio|music)_injector\.injector\.\d+\.[qkvo]$"  # Wan's relatives
+    r"|\bface_adapter\.fuser_blocks\.\d+\.linear"
 )
-MLP_PATTERN = re.compile(r"(^|\.)(ff|ff_context|ffn|feed_forward|DenseReluDense|\w*mlp[CX]?)\.|\.proj_mlp$")
-# Modulation, time and guidance embedders steer the whole network.
+MLP_PATTERN = re.compile(
+    r"(^|\.)(ff|ff_context|ffn|ff_[it]|\w*feed_forward|DenseReluDense|\w*mlp([CX]|_[xy])?)\.|\.proj_mlp$"
+    r"|(^|\.)blocks\.\d+\.ff_(proj|out)$"  # CogVideoX
+)
+# Modulation, time and guidance embedders steer the whole network. HiDream-O1's `visual` reads reference images.
 MODULATION_PATTERN = re.compile(
-    r"mod(ulation)?s?\b|adaLN|embed|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b", re.IGNORECASE
+    r"mod(ulation)?s?\b|adaLN|embed|time_|(^|\.)norm|(^|\.)\w*norm\w*\.|\bllm_adapter\b|^visual\.blocks\.",
+    re.IGNORECASE,
 )
 NEVER_ADAPTED = "distilled_guidance"  # Chroma's distilled modulation breaks when it is trained
 # The first and last convolution of a UNet (four channels on one side) and a transformer's patch embedding.
