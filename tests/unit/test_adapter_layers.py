@@ -467,3 +467,24 @@ def test_half_precision_keeps_a_gain_that_is_nearly_1():
     x = torch.full((1, 1), 100.0, dtype=torch.bfloat16)
     change = adapters.adapter_for("0").output_change(network[0], x, network(x), 1.0)
     assert change.item() == pytest.approx(0.4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "algorithm, more, message",
+    [
+        ("LoRA", {"dora_scale": torch.ones(16, 1)}, "its dora_scale would be lost: .*Choose DoRA"),
+        ("LoHa", {"dora_scale": torch.ones(16, 1)}, "its dora_scale would be lost: .*apply the file to model"),
+        ("LoRA", {"diff_b": torch.ones(16)}, "its diff_b would be lost: no adapter here changes a bias; apply the"),
+        ("DoRA", {"diff": torch.ones(16, 16)}, "its diff would be lost: no adapter here adds a whole matrix; apply"),
+        ("LoRA", {"reshape_weight": torch.tensor([16, 16])}, "its reshape_weight would be lost: apply the file"),
+        ("DoRA", {"dora_scale": torch.ones(1, 16)}, r"its dora_scale is \(1, 16\), and 16 numbers, .*A scale of the in"),
+    ],
+)
+def test_parts_of_a_file_that_would_be_lost_are_refused(algorithm, more, message):
+    """The layer is square, so that a scale of its inputs has as many numbers as one of its outputs."""
+    network = nn.Sequential(nn.Linear(16, 16))
+    adapters = shaken(network, algorithm=algorithm, rank=2)
+    with torch.no_grad():
+        parts = {k.removeprefix("lora_unet_0."): v for k, v in adapters.export_tensors()[0].items()}
+    with pytest.raises(ValueError, match=f"start_from does not fit at layer 0: {message}"):
+        adapters.load({"0": parts | more})

@@ -56,6 +56,15 @@ def apply_low_rank(
     return apply_weight(inner if factor == 1 else inner * factor, up, None if geometry is None else {})
 
 
+APPLY_INSTEAD = "apply the file to model instead, and train a second LoRA on top"
+LOST_PART_REMEDIES = {
+    "dora_scale": "only DoRA of LoRA matrices is trained here. Choose DoRA if the file has lora_down.weight, otherwise "
+    + APPLY_INSTEAD,
+    "diff_b": f"no adapter here changes a bias; {APPLY_INSTEAD}",
+    "diff": f"no adapter here adds a whole matrix; {APPLY_INSTEAD}",
+}
+
+
 class LoraLayer(nn.Module):
     """One LoRA (Linear, 1x1) or LoCon (k x k) adapter; `up` starts at zero, so that attaching changes nothing."""
 
@@ -64,6 +73,7 @@ class LoraLayer(nn.Module):
         "lora_up.weight": "up",
     }  # file suffix -> tensor here; the last one starts at zero
     fast_parts = ("up",)  # what LoRA+ teaches faster
+    further_suffixes: tuple[str, ...] = ()  # what else `load` takes over
 
     def __init__(self, layer, rank: int, alpha: float, rslora: bool = False, rng: torch.Generator | None = None):
         super().__init__()
@@ -111,6 +121,7 @@ class LoraLayer(nn.Module):
             raise ValueError(
                 f"it has no {missing[0]}, but {', '.join(sorted(tensors))}; choose the algorithm of the file"
             )
+        self.check_nothing_lost(tensors)
         for suffix, name in self.file_suffixes.items():
             own, given = getattr(self, name), tensors[suffix]
             if own.numel() != given.numel() or len(own) != len(given):
@@ -121,6 +132,12 @@ class LoraLayer(nn.Module):
             own.copy_(given.reshape(own.shape))
         if self.scale is not None and abs((factor := lora_file_scale(tensors, self.rank) / self.scale) - 1) > 1e-6:
             self.zero_initialized.mul_(factor)
+
+    def check_nothing_lost(self, tensors: dict[str, Tensor]):
+        """Raises ValueError for parts of a file's layer that these adapters have no place for."""
+        if lost := sorted(tensors.keys() - self.file_suffixes.keys() - {"alpha", *self.further_suffixes}):
+            remedy = LOST_PART_REMEDIES.get(lost[0], APPLY_INSTEAD)
+            raise ValueError(f"its {', '.join(lost)} would be lost: {remedy}")
 
     def size_remedy(self, tensors) -> str:
         """What to do about a size that does not fit."""
@@ -134,6 +151,8 @@ class DoraLayer(LoraLayer):
 
     The norms of W are read once; those of W + s B A come from W A^T, as cheap as `rank` more tokens, and are taken as
     constants by the gradient (section 4.3 of the paper)."""
+
+    further_suffixes = ("dora_scale",)
 
     def __init__(self, layer, rank, alpha, rslora=False, rng=None):
         super().__init__(layer, rank, alpha, rslora, rng)
@@ -188,6 +207,12 @@ class DoraLayer(LoraLayer):
     def load(self, layer, tensors):
         if "dora_scale" not in tensors:
             raise ValueError("it has no dora_scale, so it is a LoRA and no DoRA; choose the algorithm of the file")
+        rows, shape = layer_features(layer)[1], tuple(tensors["dora_scale"].shape)
+        if not shape or shape[0] != rows:  # what decides in ComfyUI's loader too
+            raise ValueError(
+                f"its dora_scale is {shape}, and {rows} numbers, one for each output, are expected here. A scale of "
+                f"the inputs cannot be trained further here; {APPLY_INSTEAD}"
+            )
         super().load(layer, tensors)
         squares, shrinkage = self.compare_row_norms(layer)
         norms = squares.sqrt() + torch.finfo(torch.float32).eps
