@@ -9,6 +9,7 @@ import comfy.lora_convert
 import torch
 
 from ...trainers.adapters.adapters import kohya_lora_key
+from ...trainers.adapters.slices import merge_lora_slices
 from ...trainers.data.metadata import format_first_names
 from ...trainers.files import LoraFile, as_lora_file
 from .context import clone_inference_tensors
@@ -20,6 +21,9 @@ LAYER_SUFFIX = re.compile(
     r"\.lora_linear_layer\.(up|down)\.weight|\.(hada_\w+|lokr_\w+|oft_blocks|rescale|alpha|dora_scale)|"
     r"\.(diff(_b)?|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight))$"
 )
+# The spellings of one matrix -> ours, for the part of a key that LAYER_SUFFIX finds.
+LORA_MATRIX = re.compile(r"^(lora[._](?P<kohya>up|down|mid)|lora_linear_layer\.(?P<old>up|down)|lora_(?P<peft>[AB]))\b")
+PEFT_MATRICES = {"A": "down", "B": "up"}
 TEXT_ENCODER_LAYER = re.compile(r"(lora_te\d?_|lora_prior_te_|text_encoder|text_model|te\d?_)")
 
 
@@ -105,6 +109,48 @@ def find_loaded_keys(tensors: dict[str, torch.Tensor], known: dict) -> set[str]:
 
 def layer_of_key(key: str) -> str:
     return LAYER_SUFFIX.sub("", key)
+
+
+def kohya_suffix(suffix: str) -> str:
+    """What follows a layer's name in kohya's files: lora_down.weight for peft's lora_A.default.weight."""
+    found = LORA_MATRIX.match(suffix)
+    if found is None:
+        return suffix
+    matrix = found["kohya"] or found["old"] or PEFT_MATRICES[found["peft"]]
+    return f"lora_{matrix}.weight"
+
+
+def group_lora_by_target(lora, known: dict, outputs: dict[str, int]) -> tuple[dict[str, dict[str, torch.Tensor]], bool]:
+    """({weight of the host's model: tensors by kohya suffix}, whether a layer was put together of several).
+
+    `outputs`: those of the layers that are trained, by weight. Takes every spelling that the host's loader takes.
+    Layers that are parts of a fused one here (q, k and v of diffusers) become one LoRA of it. Layers that `known` (of
+    comfy.lora) lacks keep their name in the file. Raises ValueError for parts that cannot be put together."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in comfy.lora_convert.convert_lora(dict(lora)).items():
+        base = layer_of_key(key)
+        suffix = kohya_suffix(key[len(base) + 1 :])
+        if suffix in layers.setdefault(base, {}):
+            raise ValueError(f"start_from holds {suffix} of {base} twice, in two spellings; one would be lost.")
+        layers[base][suffix] = value
+    whole: dict[str, dict[str, torch.Tensor]] = {}
+    parts: dict[str, list] = {}
+    for base, tensors in layers.items():
+        target = known.get(base, base)
+        name = str(target[0] if isinstance(target, tuple) else target)
+        rows, change = (*target[1:], None)[:2] if isinstance(target, tuple) else (None, None)
+        if rows is None and change is None and name not in whole:
+            whole[name] = tensors
+        else:
+            parts.setdefault(name, []).append((base, rows, change, tensors))
+    for name, slices in parts.items():
+        if name in whole or len({rows for _, rows, _, _ in slices}) < len(slices):
+            raise ValueError(f"start_from holds {name} twice, once as {slices[0][0]}; one would be lost.")
+        if name not in outputs:  # a layer that is not trained: refused by its name
+            whole[name] = slices[0][3]
+            continue
+        whole[name] = merge_lora_slices(slices, outputs[name])
+    return whole, bool(parts)
 
 
 def describe_left_out_layers(clip, lora, left_out: list[str]) -> str:

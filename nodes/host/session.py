@@ -23,7 +23,8 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from ...trainers.adapters.adapters import Adapters, group_tensors_by_layer, text_adapter_settings
+from ...trainers.adapters.adapters import Adapters, text_adapter_settings
+from ...trainers.adapters.layers import layer_features
 from ...trainers.data.encoded import REFERENCE_LATENTS, split_conditioning
 from ...trainers.loss_scale import LossScale
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
@@ -48,7 +49,7 @@ from .denoiser import ComfyDenoiser
 from .encoders import CaptionTokenizer, encode_tokens
 from .families import ModelFamily, find_patcher_family
 from .frozen_casts import recast_frozen_weights
-from .lora_keys import clip_lora_keys, unet_lora_keys
+from .lora_keys import clip_lora_keys, group_lora_by_target, unet_lora_keys
 from .memory import offload_weights
 from .out_of_place import disable_inplace_updates
 
@@ -255,19 +256,20 @@ def extract_image_conditioning(cond) -> dict:
 def load_lora_into_session(session: TrainingSession, lora):
     """The adapters of a session take over a file, whatever naming it uses. Raises ValueError when something in it would
     be lost."""
-    names = {f"diffusion_model.{name}.weight": ("model", name) for name in session.adapters.layers}
+    layers = {f"diffusion_model.{name}.weight": ("model", name, m) for name, m in session.adapters.layers.items()}
     known = comfy.lora.model_lora_keys_unet(session.denoiser.model, {})
     if session.text_adapters is not None:
-        names |= {f"{name}.weight": ("text", name) for name in session.text_adapters.layers}
+        layers |= {f"{name}.weight": ("text", name, m) for name, m in session.text_adapters.layers.items()}
         known = known | session.known_text_keys
+    outputs = {target: layer_features(m)[1] for target, (_, _, m) in layers.items()}
+    by_target, joined = group_lora_by_target(lora, known, outputs)
     found: dict[str, dict] = {"model": {}, "text": {}}
-    for base, tensors in group_tensors_by_layer(lora).items():
-        target = known.get(base, base)
-        part, name = names.get(target[0] if isinstance(target, tuple) else target, ("model", base))
+    for target, tensors in by_target.items():
+        part, name, _ = layers.get(target, ("model", target, None))
         found[part][name] = tensors
-    session.adapters.load(found["model"])
+    session.adapters.load(found["model"], pad_ranks=joined)
     if session.text_adapters is not None:
-        session.text_adapters.load(found["text"])
+        session.text_adapters.load(found["text"], pad_ranks=joined)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ already on the model."""
 
 import types
 
+import comfy.lora
 import pytest
 import torch
 from trainyard.nodes import host
@@ -121,6 +122,72 @@ def test_a_file_that_is_started_from_comes_out_as_it_went_in(family, algorithm):
             names = {key: f"diffusion_model.{name}" for name, key in session.layer_keys.items()}
         renamed = LoraFile({k.replace(k.split(".")[0], names[k.split(".")[0]]): v for k, v in first.items()})
         assert trained_file(model, family, algorithm, seed=1, start=renamed).keys() == first.keys()
+
+
+def diffusers_file(model, session, rank=2, up=".lora_B.weight", down=".lora_A.weight"):
+    """A LoRA in the names of diffusers that the host's loader knows, q, k and v apart, of the layers of a session."""
+    draw, tensors, names = make_generator(3), {}, {}
+    layers = {f"diffusion_model.{name}.weight": layer for name, layer in session.adapters.layers.items()}
+    for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        name, rows = target[:2] if isinstance(target, tuple) else (target, None)
+        if key.startswith("transformer.") and name in layers:
+            names.setdefault(name, {})[rows] = key
+    for name, keys in names.items():
+        for rows, key in keys.items():
+            if rows is None and len(keys) > 1:  # Flux.2's name for the whole of what Flux splits
+                continue
+            outputs = rows[2] if rows else layers[name].out_features
+            tensors[f"{key}{up}"] = torch.randn(outputs, rank, generator=draw) * 0.02
+            tensors[f"{key}{down}"] = torch.randn(rank, layers[name].in_features, generator=draw) * 0.1
+    return LoraFile(tensors)
+
+
+@pytest.mark.parametrize("suffix", ["weight", "default.weight"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "zimage"])
+def test_q_k_and_v_of_diffusers_start_a_fused_layer_exactly(family, suffix, tmp_path):
+    """Against the host's loader, which adds each part to its rows of the weight. Joined, the rank is 3 * 2, and 8 is
+    asked for: the other layers and ranks are filled up."""
+    model = as_loader_gives(family)
+    with torch.inference_mode(), host.session.open_training_session(model, settings(family, "LoRA", rank=8)) as session:
+        start = diffusers_file(model, session, up=f".lora_B.{suffix}", down=f".lora_A.{suffix}")
+        assert any("to_k.lora_A" in key for key in start)
+        host.session.load_lora_into_session(session, start)
+        problem = Problem(session, family)
+        said = answers(session, problem, (0.0, 1.0))
+    write_lora(tmp_path / "split.safetensors", start)
+    wanted = loaded_output(model, tmp_path / "split.safetensors", 1.0, problem)
+    error, effect = (float((said[s] - wanted).abs().max() / wanted.abs().max()) for s in (1.0, 0.0))
+    assert error <= 2e-6 and effect > 1e-3, f"{family}: {error:.1e} of {effect:.1e}"
+
+
+def test_a_rank_too_small_for_q_k_and_v_together_says_the_rank():
+    model = as_loader_gives("flux")
+    with torch.inference_mode(), host.session.open_training_session(model, settings("flux", "LoRA")) as session:
+        start = diffusers_file(model, session)
+        with pytest.raises(ValueError, match=r"the file has rank \d+, so set rank to that"):
+            host.session.load_lora_into_session(session, start)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [(".lora_A.default.weight", ".lora_B.default.weight"), ("_lora.down.weight", "_lora.up.weight"),
+     (".lora.down.weight", ".lora.up.weight"), (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")],
+)  # fmt: skip
+def test_every_spelling_of_the_host_is_started_from(down, up):
+    model = as_loader_gives("flux")
+    first = trained_file(model, "flux")
+    start = LoraFile({k.replace(".lora_down.weight", down).replace(".lora_up.weight", up): v for k, v in first.items()})
+    second = trained_file(model, "flux", seed=1, start=start)
+    assert first.keys() == second.keys() and all(torch.allclose(first[k], second[k]) for k in first)
+
+
+def test_two_spellings_of_one_layer_are_refused():
+    model = as_loader_gives("flux")
+    first = trained_file(model, "flux")
+    name = next(k for k in first if k.endswith("single_blocks_0_linear2.lora_up.weight")).split(".")[0]
+    twin = {k.replace(name, "diffusion_model.single_blocks.0.linear2"): v for k, v in first.items() if name in k}
+    with pytest.raises(ValueError, match=r"start_from holds .*linear2.weight twice"):
+        trained_file(model, "flux", start=LoraFile(first | twin))
 
 
 def test_a_file_of_another_model_is_refused_with_its_layer():

@@ -477,7 +477,11 @@ def test_half_precision_keeps_a_gain_that_is_nearly_1():
         ("LoRA", {"diff_b": torch.ones(16)}, "its diff_b would be lost: no adapter here changes a bias; apply the"),
         ("DoRA", {"diff": torch.ones(16, 16)}, "its diff would be lost: no adapter here adds a whole matrix; apply"),
         ("LoRA", {"reshape_weight": torch.tensor([16, 16])}, "its reshape_weight would be lost: apply the file"),
-        ("DoRA", {"dora_scale": torch.ones(1, 16)}, r"its dora_scale is \(1, 16\), and 16 numbers, .*A scale of the in"),
+        (
+            "DoRA",
+            {"dora_scale": torch.ones(1, 16)},
+            r"its dora_scale is \(1, 16\), and 16 numbers, .*A scale of the in",
+        ),
     ],
 )
 def test_parts_of_a_file_that_would_be_lost_are_refused(algorithm, more, message):

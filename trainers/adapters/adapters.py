@@ -316,8 +316,9 @@ class Adapters(nn.Module):
             del self.lows[name.replace(".", "/")]
         return self
 
-    def load(self, by_layer: dict[str, dict[str, Tensor]]):
+    def load(self, by_layer: dict[str, dict[str, Tensor]], pad_ranks=False):
         """Start from the tensors of a file, by layer path and suffix. Layers that the file lacks start at no change.
+        pad_ranks: layers of a lower rank than here get further ranks that change nothing yet.
         Raises ValueError when something in the file would be lost."""
         if lost := [name for name in by_layer if name not in self.layers]:
             raise ValueError(
@@ -325,10 +326,10 @@ class Adapters(nn.Module):
                 "lost. Choose targets (and conv, text_encoder, blocks) that cover them."
             )
         for name, tensors in by_layer.items():
+            tensors = {PEFT_SUFFIXES.get(suffix, suffix): value for suffix, value in tensors.items()}
+            low = self.adapter_for(name)
             try:
-                self.adapter_for(name).load(
-                    self.layers[name], {PEFT_SUFFIXES.get(suffix, suffix): value for suffix, value in tensors.items()}
-                )
+                low.load(self.layers[name], low.pad_rank(tensors) if pad_ranks else tensors)
             except ValueError as error:
                 raise ValueError(f"start_from does not fit at layer {name}: {error}.") from None
 

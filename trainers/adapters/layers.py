@@ -133,6 +133,20 @@ class LoraLayer(nn.Module):
         if self.scale is not None and abs((factor := lora_file_scale(tensors, self.rank) / self.scale) - 1) > 1e-6:
             self.zero_initialized.mul_(factor)
 
+    def pad_rank(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's LoRA of a lower rank at the rank of here, with the same effect: the further rows of A are those of
+        here, and those of B are zero, so that they can learn. Anything else as it is."""
+        down, up = tensors.get("lora_down.weight"), tensors.get("lora_up.weight")
+        own = self._parameters.get("down")
+        if down is None or up is None or own is None or len(down) >= self.rank:
+            return tensors
+        more = own.detach()[len(down) :].to(down)
+        return tensors | {
+            "lora_down.weight": torch.cat([down, more.reshape(len(more), *down.shape[1:])]),
+            "lora_up.weight": torch.cat([up, up.new_zeros(len(up), len(more), *up.shape[2:])], dim=1),
+            "alpha": torch.tensor(lora_file_scale(tensors, len(down)) * self.rank),
+        }
+
     def check_nothing_lost(self, tensors: dict[str, Tensor]):
         """Raises ValueError for parts of a file's layer that these adapters have no place for."""
         if lost := sorted(tensors.keys() - self.file_suffixes.keys() - {"alpha", *self.further_suffixes}):
