@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ...trainers.data.captions.caption_lengths import require_readable_length
 from ...trainers.rng import make_generator
 from .encoders import CaptionTokenizer, TokenCounter
-from .session import TrainingSession
+from .gradient_check import central_difference, check_gradients, find_right_plans, gradient_norm_and_direction
+
+__all__ = [
+    "central_difference",
+    "check_caption_lengths",
+    "check_gradients",
+    "check_latent_channels",
+    "check_prompt_lengths",
+    "check_text_lengths",
+    "find_right_plans",
+    "gradient_norm_and_direction",
+    "random_latent",
+    "square_latent_shapes",
+]
 
 
 def check_latent_channels(model, channels: int):
@@ -65,76 +76,3 @@ def square_latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple
 
 def random_latent(shape):
     return torch.randn((1, *shape), generator=make_generator(0))
-
-
-def check_gradients(session: TrainingSession, x0, conds, tolerance=None):
-    """Two tiny steps against finite differences, on adapters shaken off zero; they are put back. For families that no
-    test covers.
-
-    Raises RuntimeError when the model's gradients cannot be had or are wrong: training would run and learn nonsense."""
-    denoiser, adapters = session.denoiser, session.adapters
-    params = list(adapters.parameters())
-    before = [p.detach().clone() for p in params]
-    rng = make_generator(0)
-    low_precision = denoiser.model.get_dtype_inference() in (torch.float16, torch.bfloat16)
-    tolerance = tolerance or (0.2 if low_precision else 0.03)
-    x0, conds = x0[:1], conds[:1]
-    noise = torch.randn(x0.shape, generator=rng).to(x0)
-    sigma = denoiser.sigma_at(torch.tensor([0.5])).to(x0)
-    x = denoiser.noised(x0, noise, sigma)
-
-    def loss():
-        return (denoiser.denoise(x, sigma, conds) - x0).square().mean()
-
-    try:
-        with torch.no_grad():
-            for p in params:
-                p.add_(torch.randn(p.shape, generator=rng).to(p) * 0.02)
-        autograd, direction = gradient_norm_and_direction(loss, params)
-        errors = [abs(central_difference(loss, params, direction, step) / autograd - 1) for step in (3e-2, 1e-2, 3e-3)]
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{format_failed_gradient_check(denoiser)}: its forward pass cannot be differentiated ({error}). It is not "
-            "trained."
-        ) from error
-    finally:
-        with torch.no_grad():
-            for p, value in zip(params, before, strict=True):
-                p.copy_(value)
-                p.grad = None
-    if not min(errors) <= tolerance:
-        raise RuntimeError(
-            f"{format_failed_gradient_check(denoiser)}: its gradients are off by {min(errors):.0%} against finite "
-            f"differences (at most {tolerance:.0%} is allowed). Training would go wrong, so it is refused."
-        )
-    return min(errors)
-
-
-def format_failed_gradient_check(denoiser):
-    return (
-        f"Trainyard does not know {type(denoiser.model.model_config).__name__}, so its gradients were checked first, "
-        "and the check failed"
-    )
-
-
-def gradient_norm_and_direction(loss, params):
-    """(norm, unit direction) of the loss gradient over all params."""
-    loss().backward()
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in params]
-    norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
-    if not math.isfinite(norm) or norm == 0:
-        raise RuntimeError(f"the gradient norm is {norm}")
-    return norm, [g / norm for g in grads]
-
-
-@torch.no_grad()
-def central_difference(loss, params, direction, step):
-    """Central difference of the loss along a direction."""
-    values = []
-    for sign in (+1, -1):
-        for p, d in zip(params, direction, strict=True):
-            p.add_(d, alpha=sign * step)
-        values.append(float(loss()))
-        for p, d in zip(params, direction, strict=True):
-            p.add_(d, alpha=-sign * step)
-    return (values[0] - values[1]) / (2 * step)

@@ -121,15 +121,21 @@ class StepProbe:
         return replace(self, job=job, built=job.task.build(job, self.session, self.prompts))
 
 
-def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str) -> RunPlan:
-    """The plan is chosen where that is left open, and the batch, where it is left open or fits under no plan. Nothing
-    else that the run depends on is changed: parameters, draw order and the RNG state of others are as before."""
+def list_plans(session, checkpointing: str) -> tuple[str, ...]:
+    """Plans that the run may have, as it was asked for."""
+    return device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else (checkpointing,)
+
+
+def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str, plans: tuple[str, ...] = ()) -> RunPlan:
+    """The plan is chosen of `plans` (all where none are given) where that is left open, and the batch, where it is left
+    open or fits under no plan. Nothing else that the run depends on is changed: parameters, draw order and the RNG
+    state of others are as before."""
     built = job.task.build(job, session, prompts)
     if not (checkpointing == PLAN_AUTO or sizing.is_open or job.run.steps >= MIN_MEASURED_STEPS):
         return RunPlan(job, built)
     probe = StepProbe(session, job, prompts, sizing, built)
-    measured = count_with_room(probe, checkpointing)
-    plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else (checkpointing,)
+    plans = plans or list_plans(session, checkpointing)
+    measured = count_with_room(probe, plans if checkpointing == PLAN_AUTO else ())
     if measured is None:
         has_choice = next_cheaper_plan(session.blocks.plan, plans) is not None
         return run_trial_step(probe, None, plans) if has_choice else RunPlan(job, built)
@@ -142,10 +148,10 @@ def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str) -> 
     return run_trial_step(probe, measured, plans)
 
 
-def count_with_room(probe: StepProbe, checkpointing: str) -> StepMemory | None:
-    """count_step_memory; where not even a single block has room beside the weights, once they have left."""
+def count_with_room(probe: StepProbe, plans: tuple[str, ...]) -> StepMemory | None:
+    """count_step_memory; where not even a single block has room beside the weights, once they have left, if that is one
+    of the plans to choose from."""
     session = probe.session
-    plans = device_checkpointing_plans(session.denoiser.device) if checkpointing == PLAN_AUTO else ()
     try:
         return count_or_refuse(probe, session.blocks.plan)
     except host.memory.StepDoesNotFit:

@@ -145,9 +145,11 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             memory=memory,
             compiling=display.show_note if job.compile_blocks else None,
         ) as session:
+            plans = planner.list_plans(session, checkpointing)
             if not session.family.known:
-                host.checks.check_gradients(session, *job.task.gradient_check_inputs(job, session, attempt.prompts))
-            planned = planner.plan_run(session, job, attempt.prompts, attempt.sizing, checkpointing)
+                inputs = job.task.gradient_check_inputs(job, session, attempt.prompts)
+                plans = host.checks.find_right_plans(session, *inputs, plans, host.checks.check_gradients)
+            planned = planner.plan_run(session, job, attempt.prompts, attempt.sizing, checkpointing, plans)
             job, built, plan = planned.job, planned.built, session.blocks.plan
             display.show_forecast(planned.forecast, built.planned_forwards(), folder)
             folder.batch_sizes = {"batch": job.run.batch, "accumulate": job.optimizing.accumulate}
