@@ -9,7 +9,6 @@ import comfy.lora_convert
 import torch
 
 from ...trainers.adapters.adapters import kohya_lora_key
-from ...trainers.adapters.slices import merge_lora_slices
 from ...trainers.data.metadata import format_first_names
 from ...trainers.files import LoraFile, as_lora_file
 from .context import clone_inference_tensors
@@ -126,6 +125,8 @@ def group_lora_by_target(lora, known: dict, outputs: dict[str, int]) -> tuple[di
     `outputs`: those of the layers that are trained, by weight. Takes every spelling that the host's loader takes.
     Layers that are parts of a fused one here (q, k and v of diffusers) become one LoRA of it. Layers that `known` (of
     comfy.lora) lacks keep their name in the file. Raises ValueError for parts that cannot be put together."""
+    from ...trainers.adapters.slices import merge_lora_slices
+
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in comfy.lora_convert.convert_lora(dict(lora)).items():
         base = layer_of_key(key)
