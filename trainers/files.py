@@ -459,10 +459,14 @@ def rescale_lora(lora: LoraFile, factor: float, notes: dict[str, str]) -> LoraFi
         raise ValueError(f"A LoRA cannot be rescaled by {factor}.")
     if odd := sorted(key for key in lora if key.endswith((".dora_scale", ".diff", ".w_norm", ".b_norm"))):
         raise ValueError(f"{odd[0]} is not proportional to strength; only LoRA, LoHa and LoKr files can be rescaled.")
-    bases = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")}
+    whole = {key.removesuffix(".lokr_w2") for key in lora if key.endswith(".lokr_w2")} & {
+        key.removesuffix(".lokr_w1") for key in lora if key.endswith(".lokr_w1")
+    }  # loaders read no alpha of these
+    bases = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")} - whole
     up = ("lora_up.weight", "lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
     has_alpha = lambda key: any(key[:dot] in bases for dot, letter in enumerate(key) if letter == ".")
-    scales = lambda key: key.endswith(".alpha") or (key.endswith(up) and not has_alpha(key))
+    is_read = lambda key: key.endswith(".alpha") and key.removesuffix(".alpha") not in whole
+    scales = lambda key: is_read(key) or (key.endswith(up) and not has_alpha(key))
     return LoraFile(
         {k: v * factor if scales(k) else v for k, v in lora.items()},
         {**getattr(lora, "metadata", {}), **notes},

@@ -12,6 +12,7 @@ from trainyard.tests.unit.test_adapters import ConvNet, seeded, settings
 from trainyard.tests.unit.toy import Net, rng
 from trainyard.trainers.adapters.adapters import Adapters, group_tensors_by_layer
 from trainyard.trainers.adapters.layers import LohaLayer, LoraLayer, factorize_dimension
+from trainyard.trainers.files import LoraFile, rescale_lora
 from trainyard.trainers.loop import parameter_groups
 from trainyard.trainers.optimizers import make_optimizer
 from trainyard.trainers.settings import ADAPTER_ALGORITHMS, AdapterSettings, OptimizerSettings, parse_block_rules
@@ -133,6 +134,18 @@ def test_lokr_by_hand():
     low = adapters.adapter_for("0")
     low.w1.data, low.w2.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert low(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[10.0, 7.0, 22.0, 15.0]]
+
+
+def test_a_lokr_of_whole_matrices_has_an_alpha_and_is_rescaled_without_it():
+    """LyCORIS converts alpha to a number whatever the matrices are; no loader uses it where both are whole."""
+    network = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        lora = LoraFile(shaken(network, algorithm="LoKr", rank=2, factor=2, alpha=3.0).export_tensors()[0])
+    assert sorted(key.split(".")[1] for key in lora) == ["alpha", "lokr_w1", "lokr_w2"]
+    parts, half = ({k.split(".")[1]: v for k, v in f.items()} for f in (lora, rescale_lora(lora, 0.5, {})))
+    weight = network[0].weight
+    assert float(parts["alpha"]) == float(half["alpha"]) == 1
+    assert torch.allclose(change(half, weight), 0.5 * change(parts, weight))
 
 
 @pytest.mark.parametrize(

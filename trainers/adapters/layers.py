@@ -110,8 +110,9 @@ class LoraLayer(nn.Module):
     def export_tensors(self, layer) -> dict[str, Tensor]:
         """By file suffix. alpha is what a loader divides by the rank, rsLoRA's scale included, so every loader
         agrees."""
-        alpha = {} if self.scale is None else {"alpha": torch.tensor(self.scale * self.rank, dtype=torch.float32)}
-        return {suffix: getattr(self, name) for suffix, name in self.file_suffixes.items()} | alpha
+        alpha = 1.0 if self.scale is None else self.scale * self.rank  # unread then, but LyCORIS fails without one
+        tensors = {suffix: getattr(self, name) for suffix, name in self.file_suffixes.items()}
+        return tensors | {"alpha": torch.tensor(alpha, dtype=torch.float32)}
 
     @torch.no_grad()
     def load(self, layer, tensors: dict[str, Tensor]):
