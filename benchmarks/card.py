@@ -19,6 +19,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 
 from card_tables import CARDS, CONTEXT_GIB, LORA
 
@@ -70,6 +71,13 @@ def rehearse_scenes(scenes: list[dict]):
             yield {"scene": scenes[count], "error": f"the process died: {log.read()[-1000:]}"}
 
 
+def count_places(row: dict) -> dict:
+    """The row with each of its lists of places in the code as "place x times", in place of one entry for each time."""
+    places = {name: Counter(value) for name, value in row.items() if isinstance(value, list)}
+    counted = {name: [f"{place} x {times}" for place, times in found.items()] for name, found in places.items()}
+    return {**row, **counted}
+
+
 def describe_making() -> dict[str, str]:
     """When a row was made, and on which commit."""
     commit = subprocess.check_output(["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, text=True).strip()
@@ -108,7 +116,7 @@ def main():
         }
         missing = {key: make_scene(*about) for key, about in subjects.items() if key not in rows}
         for key, row in zip(missing, rehearse_scenes(list(missing.values())) if missing else (), strict=False):
-            rows[key] = row | describe_making()
+            rows[key] = count_places(row) | describe_making()
             asked.json.write_text(json.dumps(rows, indent=1) + "\n")
             print(f"{key}: {row['error'] or row['plan']}", flush=True)
     if asked.show:

@@ -87,12 +87,17 @@ def test_a_row_of_published_size_ended_and_its_forecast_is_what_a_step_took_and_
     assert found["freed_while_locked"] == 0
 
 
+# Bytes of SD3's tables of positions (side ** 2 x width, bf16), which wait in main memory; the part that an image needs
+# is cut out there and goes up.
+POSITION_TABLES = {"sd3": 192**2 * 1536 * 2, "sd35_medium": 384**2 * 1536 * 2, "sd35_large": 192**2 * 2432 * 2}
+
+
 @pytest.mark.parametrize("name", [name for name, found in PUBLISHED_ROWS.items() if not found["error"]])
 def test_weights_that_are_away_come_up_twice_in_a_step_and_nothing_else_of_size_does(name):
     """Once for forward, once for backward. Of a LoRA; other methods predict more than once. What went down comes up
     again, and what all blocks share comes up for each."""
     found = PUBLISHED_ROWS[name]
-    away = found["weights"] - found["weights_on_card_at_last"]
+    away = found["weights"] - found["weights_on_card_at_last"] - POSITION_TABLES.get(found["scene"]["family"], 0)
     if found["scene"].get("method", tables.LORA) == tables.LORA:
         assert 1.95 * away <= found["up"] <= 2 * away + 2 * found["down"] + 0.05 * GIB
     assert found["down"] == 0 or found["plan"] in ("per block + CPU", "offloaded blocks")
