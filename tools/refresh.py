@@ -6,7 +6,7 @@
     make refresh ARGS="--layout 06_leco"      # lay a described workflow out again, as its description has it
 
 Writes tests/workflows/nodes.json (the snapshot of schemas), locales/en/nodeDefs.json (and takes translations of changed
-texts out of the other languages), missing rows of README.md, workflows/*.json where their description says something
+texts out of the other languages), missing rows of README.md, MODELS.md, workflows/*.json where their description says something
 else, workflows/api/*.json, and cards (workflows/*.jpg) that are missing. The schemas are those of a real ComfyUI server.
 """
 
@@ -56,6 +56,19 @@ def refresh_snapshot(schemas: dict, accept: bool) -> list[pathlib.Path]:
     return snapshot.write_promises(dict(sorted(found.items())))
 
 
+def refresh_models() -> list[pathlib.Path]:
+    """[MODELS.md] when it changed: asked of ComfyUI's classes in this process."""
+    from trainyard.tests.comfy.boot import boot
+
+    boot()
+    from trainyard.tools import model_table
+
+    changed = model_table.write_table()
+    for path in changed:
+        print(path.relative_to(ROOT))
+    return changed
+
+
 def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     import trainyard_plugin  # noqa: F401 - makes this pack the package `trainyard`
@@ -77,7 +90,7 @@ def main() -> int:
         if errors := server.import_errors():
             print("ComfyUI could not load the pack. Nothing was changed.", *errors, server.tail(), sep="\n")
             return 1
-        changed = refresh(server.object_info(), chosen.accept, tuple(chosen.layout))
+        changed = refresh(server.object_info(), chosen.accept, tuple(chosen.layout)) + refresh_models()
         drawn = cards.draw_cards(chosen.card or cards.missing_cards(), server)
     print(f"{len(changed) + len(drawn)} files changed." if changed or drawn else "Everything was up to date.")
     return 0

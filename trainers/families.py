@@ -8,7 +8,6 @@ write one. Where no recipe is known, noise levels are logit-normal with the shif
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from .diffusion import NoiseLevelDensity, TokenShift
@@ -214,7 +213,7 @@ MODEL_FAMILIES |= {  # SDXL's recipe, with fewer layers
 def unlisted_family(class_name: str, flow: bool = True) -> ModelFamily:
     """A family without a row, named after the host's class: the host's own shift for flow models, even noise levels
     otherwise."""
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name).replace("_", "-").lower()
+    name = class_name.replace("_", "-").lower()
     density = HOST_SHIFT if flow else UNIFORM_DENSITY
     return ModelFamily(
         label=class_name, base_version=name.replace("-", "_"), architecture=name, density=density, known=False

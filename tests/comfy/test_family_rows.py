@@ -131,7 +131,7 @@ def test_only_a_model_that_takes_guidance_as_an_input_draws_without_classifier_f
     ("SSD1B", SD, "ssd_1b", "ssd-1b"),
     ("PixArtSigma", {}, "pixart_sigma", "pixart-sigma"),
     ("WAN21_Vace", {}, "wan", "wan"),
-    ("LongCatImage", {}, "long_cat_image", "long-cat-image"),
+    ("LongCatImage", {}, "longcatimage", "longcatimage"),
     ("Omnigen2", {}, "omnigen2", "omnigen2"),
 ])  # fmt: skip
 def test_a_file_is_labelled_with_the_model_it_was_trained_on(supported, config, base, architecture):
