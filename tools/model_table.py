@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pathlib
+import warnings
 
 import torch
 
@@ -104,7 +105,9 @@ def format_table() -> str:
     import comfy.supported_models
     import comfyui_version
 
-    rows = [format_row(supported) for supported in comfy.supported_models.models]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the host's own, of numpy and torch
+        rows = [format_row(supported) for supported in comfy.supported_models.models]
     return HEAD.format(version=comfyui_version.__version__) + "".join(rows)
 
 
