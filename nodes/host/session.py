@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import comfy.lora
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
@@ -209,8 +210,9 @@ def load_for_training(patcher, memory, beside=None):
         loaded.pre_run()
         loaded.inject_model()
         replace_inference_parameters(loaded.model)
-    move_noise_schedule(patcher)
-    move_bare_parameters(patcher)
+    if isinstance(patcher.model, comfy.model_base.BaseModel):  # and no text encoder
+        move_noise_schedule(patcher)
+        move_bare_parameters(patcher)
 
 
 @contextlib.contextmanager
