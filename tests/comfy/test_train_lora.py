@@ -148,6 +148,14 @@ def test_a_full_disk_leaves_the_older_file_whole_and_says_what_is_missing(folder
     assert result(job(steps=6))[0].steps == 6
 
 
+@pytest.fixture
+def anima_unknown(monkeypatch):
+    """Anima as a family that no test covers."""
+    find = host.session.find_patcher_family
+    monkeypatch.setattr(host.session, "find_patcher_family", lambda *a: dataclasses.replace(find(*a), known=False))
+
+
+@pytest.mark.usefixtures("anima_unknown")
 def test_an_unknown_family_is_checked_first_and_then_trained(folders, monkeypatch):
     checked = []
     original = host.checks.check_gradients
@@ -157,6 +165,7 @@ def test_an_unknown_family_is_checked_first_and_then_trained(folders, monkeypatc
     assert lora
 
 
+@pytest.mark.usefixtures("anima_unknown")
 def test_a_failed_self_check_trains_nothing(folders, monkeypatch):
     def refuse(*_):
         raise RuntimeError("its gradients are off by 40%")

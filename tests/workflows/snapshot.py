@@ -8,7 +8,15 @@ import json
 import pathlib
 
 FILE = pathlib.Path(__file__).with_name("nodes.json")
-READ_FROM_DISK = ("folder", "file", "masks", "model", "pooler", "labels")  # their options are what the machine holds
+READ_FROM_DISK = (
+    "folder",
+    "file",
+    "masks",
+    "controls",
+    "model",
+    "pooler",
+    "labels",
+)  # their options are what the machine holds
 AS_IN_KSAMPLER = ("sampler", "scheduler")  # theirs are ComfyUI's own, and known from there
 FACTS = ("default", "min", "max", "step", "options", "multiline", "advanced", "control_after_generate")
 
