@@ -259,8 +259,8 @@ def count_step_memory(probe: StepProbe) -> StepMemory | None:
     measured = tally.step_memory(count_adapter_bytes(method)).scaled(
         max(1.0, asked / max(1, session.denoiser.max_batch_numel))
     )
-    measured = add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
-    return replace(measured, has_accumulated_gradients=job.optimizing.accumulate > 1)
+    measured = replace(measured, has_accumulated_gradients=job.optimizing.accumulate > 1).with_uncounted_tables()
+    return add_block_weights(measured, session.denoiser.model.diffusion_model, session.denoiser.device)
 
 
 def count_adapter_bytes(method) -> int:

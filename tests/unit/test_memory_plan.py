@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import math
 import weakref
 from dataclasses import replace
 
@@ -24,7 +23,6 @@ from trainyard.trainers.memory.plan import (
     PLAN_PER_BLOCK,
     PLAN_PER_BLOCK_CPU,
     SMALL_PIECES_BYTES,
-    UNCOUNTED_SHARE,
     BlockMemory,
     RunForecast,
     StepMemory,
@@ -207,8 +205,7 @@ def test_the_room_for_a_larger_batch_is_what_the_forecast_says_fits():
 
 
 def test_what_a_real_step_took_beyond_the_count_is_part_of_the_forecast():
-    counted = math.ceil(FOUR.peak_bytes(PLAN_OFF) * UNCOUNTED_SHARE)
-    assert make_run_forecast(FOUR, PLAN_OFF, MIB, extra=7).peak_bytes == counted + 7
+    assert make_run_forecast(FOUR, PLAN_OFF, MIB, extra=7).peak_bytes == FOUR.peak_bytes(PLAN_OFF) + 7
 
 
 def test_the_line_says_memory_time_and_finish():

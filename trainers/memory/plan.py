@@ -30,7 +30,7 @@ CHECKPOINTING_PLANS = (
 )  # fastest first, each needing less of the device's memory than the one before
 CPU_PLANS = (PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED)  # under which blocks' inputs wait in the CPU's memory
 USABLE_MEMORY_SHARE = 0.9  # of the free memory may be planned with: kernels take workspaces, and allocators leave gaps
-UNCOUNTED_SHARE = 1.001  # tables that a network makes in a step: up to 0.07 % of it (benchmarks/card.py, Chroma)
+UNCOUNTED_SHARE = 0.001  # tables that a network makes in a step: up to 0.07 % of it (benchmarks/card.py, Chroma)
 SMALL_PIECES_BYTES = 32 * 1024  # noise levels, weights of losses, sums: at most 9 KiB were seen (tests/card/)
 MAX_AUTO_BATCH = 8  # images in a batch that is chosen; more is a decision about the training and not about memory
 
@@ -66,7 +66,7 @@ class StepMemory:
     outside_blocks: int  # kept by what is no block, all through the pass
     blocks: tuple[BlockMemory, ...]
     ending: int = 0  # what comes and goes after the last block
-    held: int = 0  # what the method keeps from one step to the next
+    held: int = 0  # what the method keeps from one step to the next, and tables that nobody counts
     different_blocks: int = 0  # where a step predicts several times, there are more calls than blocks
     adapter_bytes: int = 0  # bytes of the trained numbers; their gradients and the optimizer's two numbers come on top
     has_accumulated_gradients: bool = False  # gradients of the batch before are there all the time
@@ -111,6 +111,10 @@ class StepMemory:
         made = lambda share: self.adapter_bytes * (1 if self.has_accumulated_gradients else share)
         worst = max(there + made(share) for there, share in self.backward_profile(plan))
         return round(worst) + self.held + self.constant_bytes(plan) + SMALL_PIECES_BYTES
+
+    def with_uncounted_tables(self) -> StepMemory:
+        """With room for what no block keeps and nobody counts."""
+        return replace(self, held=self.held + math.ceil(UNCOUNTED_SHARE * self.peak_bytes(PLAN_PER_BLOCK)))
 
     def constant_bytes(self, plan: str) -> int:
         """Those of them that are the same for every batch and moment: the optimizer's numbers, and the weights of a
@@ -198,5 +202,4 @@ def make_run_forecast(
     that left before."""
     each = max(1, measured.scaled(1 / batch).peak_bytes(plan) - measured.constant_bytes(plan))
     room = (USABLE_MEMORY_SHARE * free - extra - measured.constant_bytes(plan)) / each
-    peak = math.ceil(measured.peak_bytes(plan) * UNCOUNTED_SHARE) + extra
-    return RunForecast(plan, peak, free, seconds, max(0, int(room)), batch, away)
+    return RunForecast(plan, measured.peak_bytes(plan) + extra, free, seconds, max(0, int(room)), batch, away)
