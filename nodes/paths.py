@@ -14,7 +14,7 @@ from ..trainers.data.folder_listing import list_folder
 from ..trainers.file_names import check_path_length, find_name_problem
 
 NO_DATASET_FOLDER = "(no folder yet)"
-NO_MASKS = "(none)"
+NO_FOLDER = "(none)"
 MAX_FOLDER_DEPTH = 3
 NON_IMAGE_FOLDERS = ("3d", "trainyard_cache")  # the host's folder of meshes, our own of latents
 LONGEST_SUFFIX = "_1000.safetensors"  # of a file that gets a name of the user's
@@ -153,13 +153,13 @@ def resolve_file_in_folder(folder: Path, name: str) -> Path | None:
     return file
 
 
-def list_mask_folders() -> list[str]:
-    return NamesOnDisk([NO_MASKS, *(name for name in list_dataset_folders() if name != NO_DATASET_FOLDER)])
+def list_optional_folders() -> list[str]:
+    return NamesOnDisk([NO_FOLDER, *(name for name in list_dataset_folders() if name != NO_DATASET_FOLDER)])
 
 
-def resolve_mask_folder(choice: str) -> Path | None:
-    """The folder behind a choice of `list_mask_folders`; None for no masks."""
-    return None if choice == NO_MASKS else resolve_dataset_folder(choice)
+def resolve_optional_folder(choice: str) -> Path | None:
+    """The folder behind a choice of `list_optional_folders`; None for none."""
+    return None if choice == NO_FOLDER else resolve_dataset_folder(choice)
 
 
 def image_cache_folder() -> Path:

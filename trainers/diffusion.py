@@ -141,17 +141,6 @@ def resolve_noise_density(settings: NoiseSettings, default: NoiseLevelDensity) -
     )
 
 
-def resolution_shift(tokens: int) -> float:
-    """exp(mu), mu linear in image tokens from 0.5 at 256 to 1.15 at 4096: the shift Flux was trained with (Black Forest
-    Labs)."""
-    return TokenShift().shift_at(tokens)
-
-
-def image_tokens(x0) -> int:
-    """Tokens of a patch-2 transformer for latents (B, C, ..., H, W)."""
-    return TokenShift().count_tokens(x0)
-
-
 def shift_for_latents(density: NoiseLevelDensity, x0) -> float:
     """The factor by which the noise levels of these latents (B, C, ..., H, W) are shifted."""
     if density.shift == "resolution":

@@ -72,8 +72,8 @@ class LoadDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "masks",
-                    options=paths.list_mask_folders(),
-                    default=paths.NO_MASKS,
+                    options=paths.list_optional_folders(),
+                    default=paths.NO_FOLDER,
                     optional=True,
                     tooltip="A folder of masks with the names of the images; white is trained, black is not.",
                 ),
@@ -87,8 +87,8 @@ class LoadDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "controls",
-                    options=paths.list_mask_folders(),
-                    default=paths.NO_MASKS,
+                    options=paths.list_optional_folders(),
+                    default=paths.NO_FOLDER,
                     optional=True,
                     tooltip="For edit models: a folder of control images, from which the model learns to make the "
                     "images. cat.png belongs to cat.jpg; several are cat_1.png, cat_2.png. They may also lie beside "
@@ -107,8 +107,8 @@ class LoadDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, masks=paths.NO_MASKS, controls=paths.NO_MASKS, **_):
-        beside = paths.resolve_mask_folder(masks), paths.resolve_mask_folder(controls)
+    def fingerprint_inputs(cls, folder, masks=paths.NO_FOLDER, controls=paths.NO_FOLDER, **_):
+        beside = paths.resolve_optional_folder(masks), paths.resolve_optional_folder(controls)
         return hash_folder_state(paths.resolve_dataset_folder(folder), *beside)
 
     @classmethod
@@ -118,9 +118,9 @@ class LoadDataset(io.ComfyNode):
         repeats,
         alpha_mask=False,
         caption_lines=CAPTION_LINE_MODES[0],
-        masks=paths.NO_MASKS,
+        masks=paths.NO_FOLDER,
         metadata="",
-        controls=paths.NO_MASKS,
+        controls=paths.NO_FOLDER,
     ):
         path = paths.resolve_dataset_folder(folder)
         dataset = read_folder(
@@ -129,8 +129,8 @@ class LoadDataset(io.ComfyNode):
             alpha_mask=alpha_mask,
             progress=make_cancellable_progress(cls),
             caption_lines=caption_lines,
-            masks=paths.resolve_mask_folder(masks),
-            controls=paths.resolve_mask_folder(controls),
+            masks=paths.resolve_optional_folder(masks),
+            controls=paths.resolve_optional_folder(controls),
             metadata=paths.resolve_file_in_folder(path, metadata),
             facts_file=paths.image_facts_file(),
         )

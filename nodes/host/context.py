@@ -14,7 +14,7 @@ import comfy_kitchen
 import torch
 from comfy_kitchen.backends.eager import rope as eager_rope
 
-from ...trainers.data.cache import TensorRecord, as_tensor_record
+from ...trainers.data.cache import map_tensors
 from ...trainers.memory.compile import BlockCompiler
 
 
@@ -26,16 +26,9 @@ def enable_gradients():
 
 
 def clone_inference_tensors(tree):
-    """The same nested value with inference tensors replaced by clones, which autograd can save. Call inside
+    """The tree with its inference tensors replaced by clones that autograd may use. Call inside
     `enable_gradients()`."""
-    if torch.is_tensor(tree):
-        return tree.clone() if tree.is_inference() else tree
-    if isinstance(tree := as_tensor_record(tree), dict):
-        kind = TensorRecord if isinstance(tree, TensorRecord) else dict
-        return kind({k: clone_inference_tensors(v) for k, v in tree.items()})
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(clone_inference_tensors(v) for v in tree)
-    return tree
+    return map_tensors(tree, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def share_as_normal_tensor(value):

@@ -98,12 +98,8 @@ class ComfyDenoiser:
         """The host's own model inputs for one caption: extra_conds adds size conditioning, guidance, masks."""
         cond = {"guidance": self.family.guidance, **cond} if self.family.guidance is not None else cond
         cond = place_references(self.model, cond)
-        empty = torch.zeros_like(x)  # the latent that is drawn on; some models take it for their first frame
-        about = dict(device=x.device, noise=x, latent_image=empty, seed=0, prompt_type="positive")
-        about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
-        return {
-            k: v.process_cond(batch_size=1, area=None) for k, v in self.model.extra_conds(**{**about, **cond}).items()
-        }
+        inputs = self.model.extra_conds(**{**describe_sampling(x), **cond})
+        return {k: v.process_cond(batch_size=1, area=None) for k, v in inputs.items()}
 
     def _apply_model(self, x, sigma, rows):
         inputs = {
@@ -112,6 +108,13 @@ class ComfyDenoiser:
         }
         options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
+
+
+def describe_sampling(x) -> dict:
+    """What the host's `extra_conds` is told of a latent that is sampled, beside the conditioning."""
+    empty = torch.zeros_like(x)  # the latent that is drawn on; some models take it for their first frame
+    about = dict(device=x.device, noise=x, latent_image=empty, seed=0, prompt_type="positive")
+    return about | dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
 
 
 def place_references(model, cond: dict) -> dict:
@@ -134,8 +137,7 @@ def takes_references(model, cond: dict, shape) -> bool:
         return True
     x = torch.zeros(1, *shape)
     x = x.unsqueeze(2) if x.ndim == 4 and model.latent_format.latent_dimensions == 3 else x
-    about = dict(device=x.device, noise=x, latent_image=x, seed=0, prompt_type="positive")
-    about |= dict(width=x.shape[-1] * 8, height=x.shape[-2] * 8)
+    about = describe_sampling(x)
     without = {name: value for name, value in cond.items() if name != REFERENCE_LATENTS}
     return model.extra_conds(**{**about, **cond}).keys() != model.extra_conds(**{**about, **without}).keys()
 

@@ -7,15 +7,14 @@ import torch
 from trainyard.tests.unit.toy import Denoiser, Perfect, rng
 from trainyard.trainers.diffusion import (
     NoiseLevelDensity,
+    TokenShift,
     cpu_randn_like,
     denoising_loss,
     density_cdf,
     density_quantile,
-    image_tokens,
     loss_weight,
     native_error,
     per_sample_mse,
-    resolution_shift,
     resolve_noise_density,
     sample_euler,
     sample_sigmas,
@@ -167,9 +166,12 @@ def test_without_a_weighting_every_noise_level_counts_the_same():
 
 
 def test_the_resolution_shift_is_e_to_the_half_at_256_tokens_and_e_to_1_15_at_4096():
-    assert resolution_shift(256) == pytest.approx(math.exp(0.5), rel=1e-6)
-    assert resolution_shift(4096) == pytest.approx(math.exp(1.15), rel=1e-6)
-    assert image_tokens(latents(1, 128)) == 4096 and image_tokens(torch.zeros(1, 16, 5, 32, 32)) == 256
+    assert TokenShift().shift_at(256) == pytest.approx(math.exp(0.5), rel=1e-6)
+    assert TokenShift().shift_at(4096) == pytest.approx(math.exp(1.15), rel=1e-6)
+    assert (
+        TokenShift().count_tokens(latents(1, 128)) == 4096
+        and TokenShift().count_tokens(torch.zeros(1, 16, 5, 32, 32)) == 256
+    )
 
 
 def test_shifts_by_hand_and_back():

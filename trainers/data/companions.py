@@ -65,6 +65,8 @@ class FolderNames:
     def set_controls_apart(self) -> None:
         """Control images that lie beside their image are no images to be learnt."""
         owners = {name: owner for name in self.images if (owner := find_control_owner(name, self.image_stems))}
+        if not owners:
+            return
         for name in sorted(owners, key=lambda name: (owners[name], natural_sort_key(name))):
             self.controls.setdefault(owners[name][0], []).append(name)
             self.image_names.discard(compose_name(name))

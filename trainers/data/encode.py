@@ -440,26 +440,23 @@ def encode_record(
     p: EncodingPlan, image: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
 ) -> EncodedItem:
     """image: None where nothing was missing when it would have been opened."""
-    name = Path(p.record.path).name
     work.raise_if_interrupted()
-    for key, mirrored in list_missing_latents(p, cache):
-        work.advance(0, name)
-        work.raise_if_interrupted()
-        image = image or open_bucketed_image(p, ground)
-        cache.write(key, encode_posterior(ImageOps.mirror(image) if mirrored else image, vae, name))
-    shape = require_latent_shape(cache, p.latent)
+    write_missing_latents(p, image, vae, cache, work, ground)
     for control in p.controls:
-        write_control_latents(control, vae, cache, work, ground)
+        write_missing_latents(control, None, vae, cache, work, ground)
+    shape = require_latent_shape(cache, p.latent)
     mask = mask_key(p.record, p.placement, shape[-2:])
     if mask and cache.read_shapes(mask) is None and (opened := open_mask(p.record)) is not None:
         cache.write(mask, {"mask": encode_latent_mask(opened, p, shape)})
-    work.advance(1, name)
+    work.advance(1, Path(p.record.path).name)
     return make_encoded_item(p, shape, mask, cache)
 
 
-def write_control_latents(p: EncodingPlan, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground) -> None:
-    """Those of a control image that are not on disk."""
-    name, image = Path(p.record.path).name, None
+def write_missing_latents(
+    p: EncodingPlan, image: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
+) -> None:
+    """Those of an image, or of a control image, that are not on disk. image: it, where it was opened before."""
+    name = Path(p.record.path).name
     for key, mirrored in list_missing_latents(p, cache):
         work.advance(0, name)
         work.raise_if_interrupted()
