@@ -1,6 +1,6 @@
 """An edit model of the toy world learns an edit that it does not know from pairs: each ground from three seeds.
 
-.venv/bin/python benchmarks/edits.py                   # about five minutes on one quiet core
+.venv/bin/python benchmarks/edits.py                   # about twenty minutes of one core
 .venv/bin/python benchmarks/edits.py black --seeds 1   # some of it; the file keeps what it has of the others
 """
 

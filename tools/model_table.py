@@ -27,7 +27,8 @@ again, and a test checks that it is current.
   gradients of the full-size model first.
 - **not tried**: no test trains it. Each run checks the gradients first and refuses a model that fails. That a model needs
   another input, such as an image or a mask, is not checked by this table.
-- **makes no images**: its latents have no height and width, or it has none.
+- **refused**: Trainyard says why before a run, as here (nodes/host/conditions.py).
+- **makes no images**: its latents have no height and width.
 
 Nobody has trained a good LoRA on a full-size model for this table. Guidance: what the model is told
 while it is trained, if it takes guidance as an input. Noise levels: *shift* moves them towards noise by
@@ -36,7 +37,6 @@ s*t / (1 + (s - 1)*t); "by size" counts the tokens of a latent.
 | class | base model in the file | noise levels | guidance | tests |
 |---|---|---|---|---|
 """
-NO_LATENTS = ("SAM3", "SAM31", "RT_DETR_v4", "DepthAnything3")  # detectors and a depth model: they denoise nothing
 
 
 def describe_noise(density, flow: bool) -> str:
@@ -51,29 +51,33 @@ def describe_noise(density, flow: bool) -> str:
     return f"logit-normal{width}" + (f", shift {density.shift:.3g}" if flow and density.shift != 1 else "")
 
 
-def describe_tests(name: str, dimensions: int) -> str:
+def describe_tests(name: str, dimensions: int, refusal: str) -> str:
     from trainyard.nodes.host.families import TESTED_CLASSES
     from trainyard.tests.comfy.more_families import MORE, PER_BLOCK, WITHOUT_IMAGE
 
     found = {row.supported: key for key, row in MORE.items()}
+    if refusal:
+        return f"refused: {refusal}"
     if name in TESTED_CLASSES:
         return "tested"
     if found.get(name) in WITHOUT_IMAGE:
         return "trains, tried without its image or mask"
     if name in found:
         return "trains, checkpointed per block" if found[name] in PER_BLOCK else "trains"
-    return "makes no images" if dimensions == 1 or name in NO_LATENTS else "not tried"
+    return "makes no images" if dimensions == 1 else "not tried"
 
 
-def make_schedule(config):
-    """The host's noise schedule for a class, without building the network; None where that needs more than the
-    class."""
+def examine_class(config):
+    """(the host's noise schedule for a class, why it is refused or ""), without building the network; None and "" where
+    that needs more than the class."""
     import comfy.model_base
+    from trainyard.nodes.host.conditions import REFUSED_CLASSES, host_class
 
-    made, original = [], comfy.model_base.model_sampling
+    refusal, made, original = "", [], comfy.model_base.model_sampling
     comfy.model_base.model_sampling = lambda *about: made.append(original(*about)) or made[-1]
     try:
-        config.get_model({"cc_projection.weight": torch.zeros(1, 1), "cc_projection.bias": torch.zeros(1)})
+        model = config.get_model({"cc_projection.weight": torch.zeros(1, 1), "cc_projection.bias": torch.zeros(1)})
+        refusal = REFUSED_CLASSES.get(host_class(model).__name__, "")
     except (
         AttributeError,
         KeyError,
@@ -83,7 +87,7 @@ def make_schedule(config):
         pass
     finally:
         comfy.model_base.model_sampling = original
-    return made[0] if made else None
+    return (made[0] if made else None), refusal
 
 
 def format_row(supported) -> str:
@@ -91,13 +95,13 @@ def format_row(supported) -> str:
 
     config = supported({"in_channels": 4, "hidden_size": 0, **supported.unet_config})
     config.unet_config["disable_unet_model_creation"] = True
-    sampling = make_schedule(config)
+    sampling, refusal = examine_class(config)
     family = find_model_family(config, sampling)
     latent = config.latent_format() if inspect.isclass(config.latent_format) else config.latent_format
     flow = sampling is None or is_flow(sampling)
-    noise = describe_noise(family.density, flow) if supported.__name__ not in NO_LATENTS else ""
-    guidance = "" if family.guidance is None or supported.__name__ in NO_LATENTS else f"{family.guidance:g}"
-    tests = describe_tests(supported.__name__, latent.latent_dimensions)
+    noise = "" if refusal else describe_noise(family.density, flow)
+    guidance = "" if refusal or family.guidance is None else f"{family.guidance:g}"
+    tests = describe_tests(supported.__name__, latent.latent_dimensions, refusal)
     return f"| {supported.__name__} | {family.base_version} | {noise} | {guidance} | {tests} |\n"
 
 

@@ -58,13 +58,20 @@ def add_comparison(workflow, title, left, top, model, trained, prompt="my_word, 
     sampler = lambda source: {"model": source, "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING",
                               "latent_image": "size.LATENT", "seed": "seed.INT"}  # fmt: skip
     steps = {"steps": 25, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
-    name = workflow.name.split("_", 1)[1]
     workflow.add_group(title, VIOLET, left, top,
         (300, [("positive", "CLIPTextEncode", 130, {"text": prompt}, {"clip": f"{model}.CLIP"}),
                ("negative", "CLIPTextEncode", 110, {"text": ""}, {"clip": f"{model}.CLIP"}, "Negative")]),
         (275, [("size", "EmptyLatentImage", 120, {"width": 512, "height": 512}), ("seed", "PrimitiveInt", 90, {"value": 7}, {}, "Seed of both pictures")]),
-        (300, [("without", "KSampler", 270, steps, sampler(f"{model}.MODEL"), "Without"), ("with", "KSampler", 270, steps, sampler(trained), "With")]),
-        (225, [("decode_without", "VAEDecode", 60, {}, {"samples": "without.LATENT", "vae": f"{model}.VAE"}),
-               ("decode_with", "VAEDecode", 60, {}, {"samples": "with.LATENT", "vae": f"{model}.VAE"})]),
+        *without_and_with(workflow, steps, sampler, f"{model}.MODEL", trained, f"{model}.VAE"))  # fmt: skip
+
+
+def without_and_with(workflow, steps, sampler, model, trained, vae):
+    """Columns of add_group: the same samples of two models, decoded and saved. `steps`: widgets of KSampler;
+    `sampler(model)`: its links."""
+    name = workflow.name.split("_", 1)[1]
+    return (
+        (300, [("without", "KSampler", 270, steps, sampler(model), "Without"), ("with", "KSampler", 270, steps, sampler(trained), "With")]),
+        (225, [("decode_without", "VAEDecode", 60, {}, {"samples": "without.LATENT", "vae": vae}),
+               ("decode_with", "VAEDecode", 60, {}, {"samples": "with.LATENT", "vae": vae})]),
         (300, [("save_without", "SaveImage", 300, {"filename_prefix": f"{name}_without"}, {"images": "decode_without.IMAGE"}, "Without"),
                ("save_with", "SaveImage", 300, {"filename_prefix": f"{name}_with"}, {"images": "decode_with.IMAGE"}, "With")]))  # fmt: skip

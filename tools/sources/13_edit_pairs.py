@@ -1,6 +1,6 @@
 # ruff: noqa: E501 - notes are prose, a paragraph a line
 from ..workflow_builder import BLUE, GREEN, VIOLET
-from ..workflow_parts import RUN_AGAIN, loss_plot
+from ..workflow_parts import RUN_AGAIN, loss_plot, save_lora, without_and_with
 
 RESULT = "teaches an edit model one edit, from before and after"
 NOTE = (
@@ -27,16 +27,16 @@ VAE = "ae.safetensors"
 VAE_URL = f"{HUGGING_FACE}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/{VAE}"
 
 
-def download(directory, **urls):
-    return {"models": [{"name": url.rsplit("/", 1)[1], "directory": directory, "url": url} for url in urls.values()]}
+def download(directory, *urls):
+    return {"models": [{"name": url.rsplit("/", 1)[1], "directory": directory, "url": url} for url in urls]}
 
 
 def build(workflow):
     workflow.add_group("1 · Model and pairs of pictures", BLUE, 450, -80,
-        (340, [("model", "UNETLoader", 90, {"unet_name": UNET, "weight_dtype": "default"}, {}, None, download("diffusion_models", unet=UNET_URL)),
+        (340, [("model", "UNETLoader", 90, {"unet_name": UNET, "weight_dtype": "default"}, {}, None, download("diffusion_models", UNET_URL)),
                ("clip", "DualCLIPLoader", 130, {"clip_name1": CLIP_L, "clip_name2": T5, "type": "flux", "device": "default"}, {}, None,
-                download("text_encoders", clip=f"{TEXT_URL}/{CLIP_L}", t5=f"{TEXT_URL}/{T5}")),
-               ("vae", "VAELoader", 60, {"vae_name": VAE}, {}, None, download("vae", vae=VAE_URL)),
+                download("text_encoders", f"{TEXT_URL}/{CLIP_L}", f"{TEXT_URL}/{T5}")),
+               ("vae", "VAELoader", 60, {"vae_name": VAE}, {}, None, download("vae", VAE_URL)),
                ("load", "TrainyardLoadDataset", 280, {"folder": "input/my_edits/after", "controls": "input/my_edits/before"}),
                ("found", "PreviewAny", 140, {}, {"source": "load.about"}, "What was found")]),
         (340, [("encode", "TrainyardEncodeDataset", 520, {"resolution": 1024, "dropout": 0.05},
@@ -45,8 +45,7 @@ def build(workflow):
         (380, [("watch", "TrainyardValidation", 720, {}, {"vae": "vae.VAE"})]),
         (420, [("train", "TrainyardTrainLora", 1120, {"run_name": "my_edit", "steps": 1000},
                 {"model": "model.MODEL", "encoded": "encode.encoded", "validation": "watch.validation"})]),
-        (360, [("save", "TrainyardSaveLora", 150, {"name": "my_edit"}, {"lora": "train.lora", "model": "model.MODEL"}),
-               loss_plot()]))  # fmt: skip
+        (360, [save_lora("my_edit"), loss_plot()]))  # fmt: skip
     sampler = lambda source: {
         "model": source,
         "positive": "guided.CONDITIONING",
@@ -64,8 +63,4 @@ def build(workflow):
                ("shown", "ReferenceLatent", 60, {}, {"conditioning": "told.CONDITIONING", "latent": "latent.LATENT"}),
                ("guided", "FluxGuidance", 60, {"guidance": 2.5}, {"conditioning": "shown.CONDITIONING"}),
                ("nothing", "ConditioningZeroOut", 40, {}, {"conditioning": "told.CONDITIONING"})]),
-        (300, [("without", "KSampler", 270, steps, sampler("model.MODEL"), "Without"), ("with", "KSampler", 270, steps, sampler("train.model"), "With")]),
-        (225, [("decode_without", "VAEDecode", 60, {}, {"samples": "without.LATENT", "vae": "vae.VAE"}),
-               ("decode_with", "VAEDecode", 60, {}, {"samples": "with.LATENT", "vae": "vae.VAE"})]),
-        (300, [("save_without", "SaveImage", 300, {"filename_prefix": "edit_pairs_without"}, {"images": "decode_without.IMAGE"}, "Without"),
-               ("save_with", "SaveImage", 300, {"filename_prefix": "edit_pairs_with"}, {"images": "decode_with.IMAGE"}, "With")]))  # fmt: skip
+        *without_and_with(workflow, steps, sampler, "model.MODEL", "train.model", "vae.VAE"))  # fmt: skip
