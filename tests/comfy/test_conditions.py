@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 
@@ -209,10 +210,20 @@ def test_every_configuration_of_the_host_makes_a_class_of_the_tables():
         assert made <= set(HOST_CLASSES), config.__name__
 
 
+@functools.cache
+def class_trees():
+    """Name -> syntax tree of each class of comfy.model_base; inspect would read the whole file for every one."""
+    nodes = ast.parse(inspect.getsource(comfy.model_base)).body
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+
+
 def keys_read(cls):
     """Keys that the methods of a class ask their conditioning for."""
-    tree = ast.parse(inspect.getsource(cls))
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute))
+    calls = (
+        n
+        for n in ast.walk(class_trees()[cls.__name__])
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    )
     return {
         n.args[0].value
         for n in calls
