@@ -54,7 +54,7 @@ def build(workflow):
         "seed": "seed.INT",
     }
     steps = {"steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    workflow.add_group("3 · Look: without and with", VIOLET, 2510, -80,
+    workflow.add_group("3 · Look: without and with", VIOLET, 2550, -80,
         (320, [("picture", "LoadImage", 320, {"image": "example.png"}, {}, "A picture to edit"),
                ("scaled", "FluxKontextImageScale", 40, {}, {"image": "picture.IMAGE"}),
                ("latent", "VAEEncode", 60, {}, {"pixels": "scaled.IMAGE", "vae": "vae.VAE"}),
