@@ -3,17 +3,19 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from trainyard.tests.fakes_data import FakeVae, captioned, encoded, image
+from trainyard.trainers.data import encode
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import MemoryStore, count_tensor_bytes
 from trainyard.trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from trainyard.trainers.data.encoded import BucketBatchSampler, EncodedDataset, EncodedItem
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import ImageDataset
+from trainyard.trainers.data.records import ImageDataset, open_mask
 
 
 def rng(seed=0):
@@ -231,6 +233,20 @@ NO_LATENTS = [
 def test_what_is_no_latent_is_refused(bad, message):
     with pytest.raises(ValueError, match=f"Latent 0 {message}"):
         EncodedDataset.from_core([bad], conditioning(1))
+
+
+@pytest.mark.parametrize("has_frames", [False, True])
+def test_a_mask_is_opened_once(tmp_path, monkeypatch, has_frames):
+    captioned(tmp_path / "in", 2)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 12, 16))
+    mask.save(tmp_path / "in" / "0.mask.png")
+    opened = []
+    monkeypatch.setattr(encode, "open_mask", lambda record: opened.append(record.mask) or open_mask(record))
+    for _ in range(2):
+        data = encoded(tmp_path, vae=FakeVae(frames=has_frames))
+    assert [Path(path).name for path in opened if path] == ["0.mask.png"]
+    assert data.make_batch([0], rng()).mask.flatten(1).tolist() == [[1, 0.5, 1, 0.5]]
 
 
 def test_a_mask_that_is_black_in_all_that_is_trained_is_refused_before_anything_is_encoded(tmp_path):

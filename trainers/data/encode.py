@@ -183,7 +183,7 @@ def encode_dataset(
     ]
     require_readable_texts(plans, captions.trigger, text, check_interrupt)
     cache = DiskCache(cache_dir)
-    require_trained_pixels(plans, cache, check_interrupt)
+    require_trained_pixels(plans, vae.factor, cache, check_interrupt)
     require_unmirrored_texts(plans, text)
     empty_key = caption_key("", text)
     texts: dict[str, tuple[str, EncodingPlan | None]] = {empty_key: ("", None)}
@@ -222,7 +222,7 @@ def encode_without_text(
         plan_image_encoding(record, placement, flip, vae, ground)
         for record, placement in place_records(dataset, buckets)
     ]
-    require_trained_pixels(plans, cache, check_interrupt)
+    require_trained_pixels(plans, vae.factor, cache, check_interrupt)
     items = encode_images(plans, vae, cache, EncodingProgress(len(plans), report, check_interrupt), ground)
     print_ = compute_fingerprint(
         ENCODING_VERSION, "without text", dataset.fingerprint(), buckets, bool(flip), vae.identity, list(ground)
@@ -283,13 +283,14 @@ def require_unmirrored_texts(plans: list[EncodingPlan], text: TextEncoderProtoco
         )
 
 
-def require_trained_pixels(plans: list[EncodingPlan], cache: DiskCache, check_interrupt=None) -> None:
-    """ValueError that names the images whose mask leaves nothing of them: a step on one would teach nothing."""
+def require_trained_pixels(plans: list[EncodingPlan], factor: int, cache: DiskCache, check_interrupt=None) -> None:
+    """ValueError that names the images whose mask leaves nothing of them: a step on one would teach nothing. The other
+    masks are in the cache afterwards. factor: pixels of a latent cell."""
     black = []
     for p in plans:
         if check_interrupt:
             check_interrupt()
-        if p.record.mask is not None and is_mask_black(p, cache):
+        if p.record.mask is not None and is_mask_black(p, factor, cache):
             black.append(Path(p.record.path).name)
     if black:
         raise ValueError(
@@ -300,14 +301,23 @@ def require_trained_pixels(plans: list[EncodingPlan], cache: DiskCache, check_in
         )
 
 
-def is_mask_black(p: EncodingPlan, cache: DiskCache) -> bool:
-    """Whether the mask is 0 in all of the bucket; a mask that is on disk already is not opened again."""
-    shape = cached_latent_shape(cache, p.latent)
-    key = mask_key(p.record, p.placement, shape[-2:]) if shape else None
-    if key and cache.read_shapes(key) is not None:
+def is_mask_black(p: EncodingPlan, factor: int, cache: DiskCache) -> bool:
+    """Whether the mask is 0 in all of the bucket. One that is not goes into the cache, under the cells that the latent
+    has or is expected to have, so that it is opened once."""
+    width, height = p.placement.bucket
+    cells = (cached_latent_shape(cache, p.latent) or (height // factor, width // factor))[-2:]
+    key = mask_key(p.record, p.placement, cells)
+    if key is None:
+        return False
+    if cache.read_shapes(key) is not None:
         return not cache.load(key)["mask"].any()
-    opened = open_mask(p.record)
-    return opened is not None and resize_and_crop(opened, p.placement).getbbox() is None
+    if (opened := open_mask(p.record)) is None:
+        return False
+    mask = encode_latent_mask(opened, p, cells)
+    if not mask.any():
+        return True
+    cache.write(key, {"mask": mask})
+    return False
 
 
 def plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground) -> EncodingPlan:
