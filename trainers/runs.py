@@ -22,7 +22,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,9 +116,9 @@ class RunFolder:
     def samples_folder(self) -> Path:
         return self.folder / "samples"
 
-    def check_writable(self):
+    def check_writable(self, others: Sequence[Path] = ()):
         """Raises OSError when nothing could be saved here, and ValueError when only some of it: better known before the
-        long work than after it. Leaves nothing behind."""
+        long work than after it. Leaves nothing behind. others: files in it that something else will write."""
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         try:
             with tempfile.TemporaryFile(dir=existing) as probe:
@@ -130,7 +130,7 @@ class RunFolder:
                 f"write to {existing}, free some space there, or start it with another --output-directory.",
             ) from error
         self.check_file_names(existing)
-        for path in (self.lora_path(self.steps - 1), new_part_path(self.samples_folder)):  # the longest of all
+        for path in (self.lora_path(self.steps - 1), new_part_path(self.samples_folder), *others):  # the longest of all
             check_path_length(path)
 
     def check_file_names(self, existing: Path):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from ...trainers.files import LoraFile, lora_metadata
 from ...trainers.loop import format_skipped_steps, mean_recent_loss, train
@@ -59,7 +60,7 @@ def read_finished_run(job: TrainingJob, folder: RunFolder, live_run: live.LiveRu
 
 def train_in_folder(job: TrainingJob, folder: RunFolder, live_run: live.LiveRun) -> TrainingResult:
     """Train, or go on. Nobody else is at work in the folder meanwhile."""
-    folder.check_writable()
+    folder.check_writable(list_tensorboard_files(job, folder))
     display = RunDisplay(job, live_run)
     folder.notify = display.show_note
     with folder.hold():
@@ -78,6 +79,15 @@ def train_in_folder(job: TrainingJob, folder: RunFolder, live_run: live.LiveRun)
     host.lora_keys.check_lora_loads(job.model, job.clip, result.lora)
     live_run.set_ended(live.FINISHED, result.line)
     return result
+
+
+def list_tensorboard_files(job: TrainingJob, folder: RunFolder) -> list[Path]:
+    """The longest path that TensorBoard will write, if it is asked for."""
+    if not (job.monitoring and job.monitoring.settings.tensorboard):
+        return []
+    from ...trainers.monitor.tensorboard import FOLDER_NAME, longest_event_path
+
+    return [longest_event_path(folder.folder / FOLDER_NAME)]
 
 
 def open_run_folder(job: TrainingJob) -> RunFolder:
@@ -292,10 +302,10 @@ class RunDisplay:
         if not (self.job.monitoring and self.job.monitoring.settings.tensorboard):
             yield
             return
-        from ...trainers.monitor.tensorboard import create_tensorboard_log
+        from ...trainers.monitor.tensorboard import FOLDER_NAME, create_tensorboard_log
 
         done = len(state["losses"]) if (state := folder.load()) else 0
-        self.tensorboard = create_tensorboard_log(folder.folder / "tensorboard", done)
+        self.tensorboard = create_tensorboard_log(folder.folder / FOLDER_NAME, done)
         try:
             yield
         finally:

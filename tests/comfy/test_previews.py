@@ -30,7 +30,7 @@ from trainyard.trainers.memory.plan import PLAN_OFFLOADED
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.monitor.previews import PreviewSettings
 from trainyard.trainers.monitor.validation import RESTORE_BEST, ImageValidationLoss, ValidationSettings
-from trainyard.trainers.runs import to_finite_json
+from trainyard.trainers.runs import RunFolder, to_finite_json
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 SMALL = dict(preview_every=2, sampling_steps=2, width=128, height=128, guidance=2.0)
@@ -236,6 +236,20 @@ def test_tensorboard_asked_for_and_missing_is_told_before_any_training(folders, 
     with pytest.raises(RuntimeError, match="Run: pip install tensorboard"):
         result(seen_job(look=looking(tensorboard=True)))
     assert last_live_run().losses == []
+
+
+def test_the_paths_of_tensorboards_files_are_checked_before_any_training(folders, monkeypatch):
+    asked = []
+
+    def check(self, others=()):
+        asked.append([path.parent.name for path in others])
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(RunFolder, "check_writable", check)
+    for on in (True, False):
+        with pytest.raises(ValueError, match="seen enough"):
+            result(seen_job(look=looking(tensorboard=on)))
+    assert asked == [["tensorboard"], []]
 
 
 def test_two_runs_in_one_graph_and_one_node_in_two_workflows_do_not_mix():

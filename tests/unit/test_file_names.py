@@ -11,6 +11,7 @@ from trainyard.trainers import file_names
 from trainyard.trainers.data.readers import read_folder
 from trainyard.trainers.data.writers import SaveSettings, save_dataset
 from trainyard.trainers.file_names import check_path_length
+from trainyard.trainers.monitor.tensorboard import longest_event_path
 
 TOO_LONG = r"would have \d+ characters, and Windows takes 259 while long paths are off. Choose a shorter name, move"
 
@@ -78,6 +79,16 @@ def test_the_longest_file_of_a_run_is_checked_before_any_training(windows, tmp_p
         for length in range(1, 200):
             folder(tmp_path / ("r" * length), None, 3, name=name).check_writable()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_files_of_tensorboard_are_checked_too(windows, tmp_path):
+    """Where everything else of the run would fit."""
+    board = lambda run: [longest_event_path(run.folder / "tensorboard")]
+    runs = [folder(tmp_path / ("r" * length), None, 3, name="x") for length in range(1, 200)]
+    run = next(run for run in runs if len(str(board(run)[0])) > 259)
+    run.check_writable()
+    with pytest.raises(ValueError, match=r"events\.out\.tfevents\..* would have 260 characters"):
+        run.check_writable(board(run))
 
 
 def test_a_dataset_is_checked_before_anything_is_written(windows, tmp_path):

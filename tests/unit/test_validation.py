@@ -10,7 +10,7 @@ from trainyard.trainers.diffusion import NoiseLevelDensity, sample_sigmas, strat
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import TrainingProgress, train
 from trainyard.trainers.methods.lora import LoraTraining
-from trainyard.trainers.monitor.tensorboard import TensorBoardLog, create_tensorboard_log
+from trainyard.trainers.monitor.tensorboard import TensorBoardLog, create_tensorboard_log, longest_event_path
 from trainyard.trainers.monitor.validation import (
     RESTORE_BEST,
     ImageValidationLoss,
@@ -472,6 +472,8 @@ def test_event_files_are_what_tensorboard_reads(tmp_path):
     board = create_tensorboard_log(tmp_path, 0)
     board.report(TrainingProgress(2, 2, [1.0, 0.5], 1e-4, 0.0))
     board.close()
+    (file,) = tmp_path.iterdir()
+    assert len(str(file)) <= len(str(longest_event_path(tmp_path))) <= len(str(file)) + 12
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path))

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import math
+import socket
+from pathlib import Path
+
+FOLDER_NAME = "tensorboard"  # in the run's folder
+
+
+def longest_event_path(folder) -> Path:
+    """The longest path that TensorBoard may write in this folder: time, computer, process (up to 10 digits on Windows)
+    and number are in the name, as its EventFileWriter composes them."""
+    return Path(folder) / f"events.out.tfevents.{'0' * 10}.{socket.gethostname()}.{'0' * 10}.000"
 
 
 def create_tensorboard_log(folder, first_step: int):
