@@ -1,6 +1,7 @@
 """Files of a size that nobody meant: refused, read in turn, or read in time that grows as they do."""
 
 import json
+import re
 import struct
 import threading
 import time
@@ -16,18 +17,18 @@ from trainyard.trainers.data.captions import manual_edits
 from trainyard.trainers.data.contact_sheet import make_thumbnail
 from trainyard.trainers.data.image_scan import ScanOptions, scan_images
 from trainyard.trainers.data.readers import read_folder
-from trainyard.trainers.data.records import ImageRecord, open_image, scale_crop
+from trainyard.trainers.data.records import ImageRecord, open_image, scale_crop, sha1_hex
 from trainyard.trainers.data.similarity.clusters import relabel_by_size
 from trainyard.trainers.data.tables import read_text_table
 from trainyard.trainers.files import LoraFile, as_lora_file, read_lora, rescale_lora, write_safetensors
 from trainyard.trainers.scores.pretraining import index_class_labels
 
 
-def png_with_notes(file, count):
+def png_with_notes(file, count, kind=b"zTXt", head=b"note\0\0", size=2**20 - 1, pack=zlib.compress):
     """A PNG with this many texts, which hold 1 MiB each when they are unpacked."""
     Image.new("RGB", (4, 3), (9, 8, 7)).save(file)
-    packed = b"note\0\0" + zlib.compress(bytes(2**20 - 1), 9)
-    chunk = struct.pack(">I", len(packed)) + b"zTXt" + packed + struct.pack(">I", zlib.crc32(b"zTXt" + packed))
+    packed = head + pack(bytes(size))
+    chunk = struct.pack(">I", len(packed)) + kind + packed + struct.pack(">I", zlib.crc32(kind + packed))
     blob = file.read_bytes()
     file.write_bytes(blob[:33] + chunk * count + blob[33:])  # after the signature and IHDR
 
@@ -40,6 +41,29 @@ def test_a_png_with_thousands_of_notes_is_refused_before_they_are_read(tmp_path)
     assert time.perf_counter() - start < 5
     assert [record.path for record in data] == [str(tmp_path / "fine.png")]
     assert "holds more than 2000 texts or other notes. Save it anew without metadata" in data.skipped[0][1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "count", "size", "told"),
+    [
+        (b"zTXt", b"note\0\0", 1, 2**24, r"its text \(zTXt, 16\d+ bytes\) unpacks to more than 1 MiB"),
+        (b"iTXt", b"note\0\1\0en\0note\0", 1, 2**24, r"its text \(iTXt, 16\d+ bytes\) unpacks to more than 1 MiB"),
+        (b"iCCP", b"name\0\0", 1, 2**24, r"its colour profile \(iCCP, 16\d+ bytes\) unpacks to more than 1 MiB"),
+        (b"zTXt", b"note\0\0", 70, 2**20 - 1, r"its texts hold more than 64 MiB"),
+        (b"tEXt", b"note\0", 2, 2**25, r"its texts hold more than 64 MiB"),
+    ],
+)
+def test_notes_that_unpack_to_more_than_is_read_are_refused_in_words(tmp_path, kind, head, count, size, told):
+    png_with_notes(tmp_path / "bomb.png", count, kind, head, size, bytes if kind == b"tEXt" else zlib.compress)
+    png_with_notes(tmp_path / "fine.png", 1, kind, head, 2**19, bytes if kind == b"tEXt" else zlib.compress)
+    data = read_folder(tmp_path)
+    assert [record.path for record in data] == [str(tmp_path / "fine.png")]
+    assert re.search(f"{told}. Save it anew without metadata", data.skipped[0][1]), data.skipped
+
+
+def test_a_text_as_large_as_a_workflow_is_read(tmp_path):
+    png_with_notes(tmp_path / "fine.png", 1, b"tEXt", b"workflow\0", 2**22, bytes)
+    assert len(read_folder(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,6 +139,21 @@ def test_a_jpeg_is_decoded_small_for_a_thumbnail_and_looks_the_same(tmp_path):
             for record in (jpeg, png)
         )
         assert small.shape == full.shape and np.abs(small - full).mean() < 3, (small.shape, full.shape)
+
+
+def test_a_large_webp_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    for name, width in (("a", 1200), ("b", 1000)):
+        Image.new("RGB", (width, 1000)).save(tmp_path / f"{name}.webp", quality=10)
+    Image.new("RGB", (1200, 1000)).save(tmp_path / "c.png")
+    monkeypatch.setattr(image_files, "MAX_WEBP_PIXELS", 1_000_000)
+    data = read_folder(tmp_path)
+    assert [record.path for record in data] == [str(tmp_path / "b.webp"), str(tmp_path / "c.png")]
+    assert "it has 1.2 megapixels, and a WebP is read up to 1 megapixels, for it takes" in data.skipped[0][1]
+    large = tmp_path / "a.webp"
+    card = manual_edits.build_caption_card(
+        ImageRecord(sha1_hex(large.read_bytes()), str(large), (1200, 1000)), tmp_path
+    )
+    assert card.thumb is None and "it has 1.2 megapixels" in card.why
 
 
 def test_a_crop_of_a_reduced_image_is_never_empty():
