@@ -154,6 +154,35 @@ def test_adobe_rgb_told_by_exif_becomes_srgb(tmp_path, ending, options):
     assert describe_colour_profiles(read_folder(tmp_path)) == ["colours converted to sRGB: 1 from Adobe RGB (1998)"]
 
 
+def adobe_tiff(file, **marks):
+    """A TIFF of 8 x 8 pixels, written from its specification: the pixels, then the directories of `adobe_exif` moved
+    behind the image's own entries."""
+    entry = lambda tag, kind, value: struct.pack("<HHII", tag, kind, 1, value)
+    exif = adobe_exif(**marks)[32:]  # without the first directory, which lies at 8 to 26
+    pixels = bytes(COLOUR) * 64 + struct.pack("<3H", 8, 8, 8)
+    own = [(256, 3, 8), (257, 3, 8), (259, 3, 1), (262, 3, 2), (273, 4, 8), (277, 3, 3), (278, 3, 8), (279, 4, 192)]
+    place = 8 + len(pixels)
+    behind = place + 2 + 12 * (len(own) + 2) + 4
+    exif = exif.replace(struct.pack("<HHII", 0xA005, 4, 1, 56), struct.pack("<HHII", 0xA005, 4, 1, behind + 30))
+    bits = struct.pack("<HHII", 258, 3, 3, 8 + 192)
+    entries = b"".join(
+        [*(entry(*row) for row in own[:2]), bits, *(entry(*row) for row in [*own[2:], (0x8769, 4, behind)])]
+    )
+    head = b"II*\0" + struct.pack("<I", place)
+    file.write_bytes(head + pixels + struct.pack("<H", len(own) + 2) + entries + bytes(4) + exif)
+    return file
+
+
+def test_adobe_rgb_told_by_the_exif_of_a_tiff_becomes_srgb(tmp_path):
+    adobe_tiff(tmp_path / "a.tif")
+    adobe_tiff(tmp_path / "b.tif", space=1)
+    adobe_tiff(tmp_path / "c.tif", index=b"R98\0")
+    expected = expected_srgb(COLOUR, profiles.ADOBE_PRIMARIES, lambda values: values ** (563 / 256))
+    assert np.abs(colours(tmp_path) - expected).max() <= 1
+    assert [tuple(colours(tmp_path, index)) for index in (1, 2)] == [COLOUR, COLOUR]
+    assert describe_colour_profiles(read_folder(tmp_path)) == ["colours converted to sRGB: 1 from Adobe RGB (1998)"]
+
+
 @pytest.mark.parametrize(
     ("exif", "profile"),
     [

@@ -24,7 +24,7 @@ from .metadata import format_count, format_first_names
 from .pixel_modes import convert_to_8bit, convert_to_rgba, flatten_alpha
 
 WHITE = (255, 255, 255)
-SRGB_VERSION = "srgb1"  # in the cache keys of images whose colours are converted: raise it when that gives other pixels
+SRGB_VERSION = "srgb2"  # in the cache keys of images whose colours are converted: raise it when that gives other pixels
 SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 ALIGNED_ASPECT_TOLERANCE = 0.01  # relative; 1024 x 683 and 512 x 341 are one shape
 PIL_TRANSPOSE = Image.Transpose

@@ -120,8 +120,8 @@ def format_code_problem(codes: str) -> str:
 
 def is_adobe_rgb_by_exif(image: Image.Image) -> bool:
     """Whether EXIF marks the image as Adobe RGB, as cameras do (DCF 2.0)."""
-    if ADOBE_RGB_MARK.encode() not in image.info.get("exif", b""):
-        return False
+    if image.format != "TIFF" and ADOBE_RGB_MARK.encode() not in image.info.get("exif", b""):
+        return False  # a TIFF's marks are its own directories
     try:
         marks = image.getexif()
         space = marks.get_ifd(EXIF_POINTER).get(COLOUR_SPACE_TAG)
