@@ -23,6 +23,7 @@ LAYER_SUFFIX = re.compile(
 # The spellings of one matrix -> ours, for the part of a key that LAYER_SUFFIX finds.
 LORA_MATRIX = re.compile(r"^(lora[._](?P<kohya>up|down|mid)|lora_linear_layer\.(?P<old>up|down)|lora_(?P<peft>[AB]))\b")
 PEFT_MATRICES = {"A": "down", "B": "up"}
+BIAS_CHANGE = ".diff_b"
 TEXT_ENCODER_LAYER = re.compile(r"(lora_te\d?_|lora_prior_te_|text_encoder|text_model|te\d?_)")
 
 
@@ -77,7 +78,48 @@ def apply_lora(model, clip, lora, strength=1.0, left_out: list[str] | None = Non
         )
     with torch.inference_mode(False):
         tensors = {k: clone_inference_tensors(v) for k, v in lora.items()}
-        return comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength)
+        patched = comfy.sd.load_lora_for_models(model, clip, tensors, strength, strength)
+        if patched[0] is not None:
+            patched[0].add_patches(find_split_bias_patches(model, tensors), strength)
+        return patched
+
+
+def find_bias_targets(lora, known: dict) -> dict[str, tuple]:
+    """Key of a bias change -> the bias in the host's model, (name, slice (axis, start, length) and function, if any).
+    `lora` in the host's own spelling."""
+    found = {}
+    for key in lora:
+        target = known.get(key.removesuffix(BIAS_CHANGE)) if key.endswith(BIAS_CHANGE) else None
+        if target is not None:
+            name, *part = target if isinstance(target, tuple) else (target,)
+            found[key] = (name.removesuffix(".weight") + ".bias", *part)
+    return found
+
+
+def find_split_bias_patches(model, lora) -> dict:
+    """The host's patches for the biases of layers that are parts of a fused one here (q, k and v of diffusers): its
+    loader reads them and gives them to no layer."""
+    tensors = comfy.lora_convert.convert_lora(dict(lora))
+    targets = find_bias_targets(tensors, comfy.lora.model_lora_keys_unet(model.model, {}))
+    return {target: ("diff", (tensors[key],)) for key, target in targets.items() if len(target) > 1}
+
+
+def describe_lost_biases(model, clip, lora) -> str:
+    """Which bias changes of a LoRA have no effect, because the layers here have no bias; "" for none."""
+    known, there = {}, set()
+    if model is not None:
+        known, there = comfy.lora.model_lora_keys_unet(model.model, known), set(model.model.state_dict())
+    if clip is not None:
+        known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
+        there |= set(clip.cond_stage_model.state_dict())
+    targets = find_bias_targets(comfy.lora_convert.convert_lora(dict(lora)), known)
+    lost = sorted(layer_of_key(key) for key, (name, *_) in targets.items() if name not in there)
+    if not lost:
+        return ""
+    return (
+        f"{len(lost)} of {len(targets)} bias changes in this LoRA have no effect, because these layers have no bias "
+        f"here: {format_first_names(lost, 10)}."
+    )
 
 
 def list_lora_layers(lora) -> list[str]:
@@ -95,9 +137,10 @@ def find_unloadable_layers(model, clip, lora) -> list[str]:
 
 
 def find_loaded_keys(tensors: dict[str, torch.Tensor], known: dict) -> set[str]:
-    """The keys that the host's loader reads, given the layers it knows."""
+    """The keys that the host's loader reads, given the layers it knows, and those that `find_split_bias_patches`
+    adds."""
     names = {id(value): key for key, value in tensors.items()}
-    loaded: set[str] = set()
+    loaded = {key for key, target in find_bias_targets(tensors, known).items() if len(target) > 1}
     for patch in comfy.lora.load_lora(tensors, known, log_missing=False).values():
         if isinstance(patch, tuple):  # ("diff", (tensor,)) or ("set", (tensor,))
             loaded.update(names[id(value)] for value in patch[1] if id(value) in names)

@@ -2,6 +2,7 @@
 
 import logging
 
+import comfy.lora
 import numpy as np
 import pytest
 import torch
@@ -53,6 +54,39 @@ def test_layers_without_effect_are_looked_for_once(model, layers, monkeypatch):
     monkeypatch.setattr(host.lora_keys, "find_unloadable_layers", lambda *given: asked.append(given) or find(*given))
     nodes.ApplyLora.execute(model, LoraFile(pairs({**layers, "lora_unet_elsewhere": (4, 4)})), 1.0)
     assert len(asked) == 1
+
+
+def split_biases(model):
+    """{bias change of q, k or v in a diffusers file: (length, bias of the model, first row of it)}"""
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    weight = "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+    names = {name: target for name, target in known.items() if isinstance(target, tuple) and target[0] == weight}
+    parts = {f"{name}.diff_b": target for name, target in names.items() if name.startswith("transformer.")}
+    return {key: (length, name[:-6] + "bias", first) for key, (name, (_, first, length), *_) in parts.items()}
+
+
+def test_the_biases_of_q_k_and_v_in_a_diffusers_file_are_applied(model):
+    """ComfyUI's own loader reads them and changes nothing."""
+    parts = split_biases(model)
+    assert len(parts) == 3
+    lora = {key: torch.full((length,), 1.0 + number) for number, (key, (length, _, _)) in enumerate(parts.items())}
+    out = nodes.ApplyLora.execute(model, LoraFile(lora), 0.5)
+    assert out.ui is None
+    (name,) = {name for _, name, _ in parts.values()}
+    before = torch.zeros(sum(length for length, _, _ in parts.values()))
+    after = comfy.lora.calculate_weight(out.result[0].patches[name], before.clone(), name)
+    for key, (length, _, first) in parts.items():
+        assert torch.equal(after[first : first + length], 0.5 * lora[key]), key
+
+
+def test_bias_changes_of_layers_without_a_bias_are_said(model, layers, monkeypatch):
+    lora = pairs(layers) | {f"{name}.diff_b": torch.ones(outputs) for name, (_, outputs) in layers.items()}
+    assert host.lora_keys.describe_lost_biases(model, None, lora) == ""
+    state = {name: value for name, value in model.model.state_dict().items() if not name.endswith(".bias")}
+    monkeypatch.setattr(model.model, "state_dict", lambda: state)
+    told = host.lora_keys.describe_lost_biases(model, None, lora)
+    assert told.startswith("2 of 2 bias changes in this LoRA have no effect, because these layers have no bias here: ")
+    assert all(name in told for name in layers)
 
 
 def test_layers_of_the_text_encoder_ask_for_clip(model, layers):
