@@ -141,6 +141,16 @@ def encode_prompts_once(clip, prompts) -> dict[str, dict]:
     return encode_texts_once(clip, prompts, TextEncoder.encode_prompts)
 
 
+def encode_prompts_with_images(clip, reader: str, prompts) -> list[dict]:
+    """Conditionings of (prompt, images); see `encode_prompts_once`."""
+    encoder = TextEncoder(clip, reader)
+    try:
+        with enable_gradients():
+            return [encoder.encode_prompt_with_images(prompt, images) for prompt, images in prompts]
+    finally:
+        encoder.unload()
+
+
 def encode_captions_once(clip, captions) -> dict[str, dict]:
     """The same of captions, read literally."""
     return encode_texts_once(clip, captions, TextEncoder.encode)
@@ -215,9 +225,14 @@ class TextEncoder:
 
     def encode_with_images(self, text: str, images: list[torch.Tensor]) -> dict:
         """The conditioning of a caption and of images (1, H, W, 3) in 0..1, as the host's own node for it gives it."""
+        with read_embeddings_as_words(self.clip):
+            return self.encode_prompt_with_images(text, images)
+
+    def encode_prompt_with_images(self, prompt: str, images: list[torch.Tensor]) -> dict:
+        """The same of a prompt."""
         raise_if_interrupted()
-        with torch.no_grad(), read_embeddings_as_words(self.clip):
-            ((tensor, extras),) = run_image_reader(self.image_reader, self.clip, text, images)
+        with torch.no_grad():
+            ((tensor, extras),) = run_image_reader(self.image_reader, self.clip, prompt, images)
         return {"cross_attn": tensor, **extras}
 
     def encode_each(self, texts, tokenize) -> list[dict]:

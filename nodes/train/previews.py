@@ -47,6 +47,7 @@ class SamplePrompt(NamedTuple):
     cond: dict
     caption: str | None = None
     prompt: str | None = None
+    avoided: dict | None = None  # its own negative conditioning, where that is not the one of all samples
 
 
 def to_comfy_conditioning(model, cond: dict) -> list:
@@ -81,7 +82,8 @@ class PreviewRenderer:
     @property
     def guidance(self) -> float:
         asked = self.settings.guidance or (1.0 if self.session.family.guidance_distilled else 5.0)
-        return asked if self.negative_prompt is not None else 1.0
+        has_negative = self.negative_prompt is not None or any(prompt.avoided for prompt in self.prompts)
+        return asked if has_negative else 1.0
 
     def write_sample_sheet(self, step: int) -> dict:
         """Draws and writes samples/step000100.jpg; {"step", "file"} of it."""
@@ -115,8 +117,8 @@ class PreviewRenderer:
             conds = [self.refresh_conditioning(prompt) for prompt, _ in self.sample_specs]
             negative = self.negative_prompt and self.refresh_conditioning(self.negative_prompt)
             latents = [
-                self.sample_one_latent(patcher, cond, cond if negative is None else negative, seed)
-                for cond, (_, seed) in zip(conds, self.sample_specs, strict=True)
+                self.sample_one_latent(patcher, cond, negative or prompt.avoided or cond, seed)
+                for cond, (prompt, seed) in zip(conds, self.sample_specs, strict=True)
             ]
             return [self.decode_latent(latent) for latent in latents]
 

@@ -67,8 +67,7 @@ def train_in_folder(job: TrainingJob, folder: RunFolder, live_run: live.LiveRun)
         folder.load()  # what is wrong with it is said before the long work
         job, sizing = planner.resolve_batch_size(job, folder)
         prompts = job.task.encode_prompts(job)
-        trigger = job.task.data.trigger if job.task.data else ""
-        samples = job.monitoring.encode_prompts(trigger) if job.monitoring else None
+        samples = job.monitoring.encode_prompts(job.task.data) if job.monitoring else None
         try:
             result = train_with_fallback(RunAttempt(job, sizing, prompts, samples, folder, display))
         except BaseException:

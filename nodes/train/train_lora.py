@@ -220,6 +220,7 @@ class LoraTask(TrainTask):
         check_references(job.model, self.data)
         if job.adapter.text_encoder and job.clip is not None:
             self.check_captions_known()
+            self.check_captions_alone()
 
     def check_conditions(self, job):
         held_out = job.monitoring.held_out if job.monitoring and job.monitoring.settings.every else None
@@ -238,6 +239,16 @@ class LoraTask(TrainTask):
                 "text encoder is trained with. Connect encoded, from Encode Dataset, or switch text_encoder off in "
                 "Adapter Settings."
             )
+
+    def check_captions_alone(self):
+        """Raises ValueError where captions were read beside images, which a text encoder in training is not shown."""
+        for data in (self.data, self.prior and self.prior.data):
+            if data and data.image_reader:
+                raise ValueError(
+                    f"text_encoder is on, and the captions were encoded beside control images ({data.image_reader}). "
+                    "While a text encoder is trained, it reads captions alone. Switch text_encoder off in Adapter "
+                    "Settings."
+                )
 
     def fingerprint_parts(self, job):
         start = () if self.start_from is None else ("start", tensor_hash(self.start_from))

@@ -31,21 +31,39 @@ class MonitorConfig:
     positive: list | None = None
     negative: list | None = None
 
-    def encode_prompts(self, trigger: str = "") -> tuple[list[SamplePrompt], SamplePrompt | None]:
+    def encode_prompts(self, data=None) -> tuple[list[SamplePrompt], SamplePrompt | None]:
         """(samples, what they avoid or None) that the user asked for; empty lists leave the choice to the run.
-        `trigger` stands for [trigger]. Encodes texts, so it is to be called before the model is loaded."""
+        `data`: the dataset whose trigger stands for [trigger], and whose control images are shown. Encodes texts, so it
+        is to be called before the model is loaded."""
         if not self.previews.preview_every:
             return [], None
         prompts = [
             SamplePrompt(f"positive {i + 1}", cond) for i, cond in enumerate(split_conditioning(self.positive or []))
         ]
         negative = SamplePrompt("", split_conditioning(self.negative)[0]) if self.negative else None
+        trigger = data.trigger if data else ""
         if lines := self.previews.lines(trigger):
             avoided = fill_trigger(self.previews.negative_prompt, trigger)
+            if data and data.image_reader:
+                return [*self.encode_beside_images(lines, avoided, data), *prompts], negative
             conds = host.encoders.encode_prompts_once(self.clip, list(dict.fromkeys([*lines, avoided])))
             prompts = [SamplePrompt(line, conds[line], prompt=line) for line in lines] + prompts
             negative = negative or SamplePrompt(avoided, conds[avoided], prompt=avoided)
         return prompts, negative
+
+    def encode_beside_images(self, lines: list[str], avoided: str, data) -> list[SamplePrompt]:
+        """Samples of prompts that the text encoder reads beside control images, as it read the captions; the images are
+        those that `show_references` gives to the same samples."""
+        items = [item for item in data.items if item.controls]
+        shown = [items[number % len(items)].open_controls() for number in range(len(lines))]
+        texts = [
+            pair for line, images in zip(lines, shown, strict=True) for pair in ((line, images), (avoided, images))
+        ]
+        conds = host.encoders.encode_prompts_with_images(self.clip, data.image_reader, texts)
+        return [
+            SamplePrompt(line, cond, prompt=line, avoided=other)
+            for line, cond, other in zip(lines, conds[::2], conds[1::2], strict=True)
+        ]
 
     def check_job(self, job):
         """Raises ValueError when the held-out images cannot tell anything about this job, and for prompts that cannot

@@ -10,6 +10,7 @@ import torch
 from trainyard.nodes import host
 from trainyard.nodes.train.previews import SamplePrompt, show_references, to_comfy_conditioning
 from trainyard.nodes.train.train_lora import check_references
+from trainyard.nodes.train.validation import MonitorConfig
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import SD1, TABLE, Family, cond, latent_shape, make
 from trainyard.tests.comfy.test_host import RANK_4
@@ -17,6 +18,7 @@ from trainyard.tests.fakes_data import encoded, image
 from trainyard.trainers.data.buckets import BucketSettings
 from trainyard.trainers.data.cache import MemoryStore
 from trainyard.trainers.data.encoded import REFERENCE_LATENTS, EncodedDataset, EncodedItem
+from trainyard.trainers.monitor.previews import PreviewSettings
 
 IP2P = Family(
     "SD15_instructpix2pix", SD1 | {"in_channels": 8}, 64, latent=(4, 16, 16),
@@ -165,6 +167,27 @@ def test_captions_are_read_with_their_images_as_the_hosts_node_reads_them(qwen_i
         "make it red", [1 - image for image in images]
     )
     assert not torch.allclose(ours["cross_attn"], other["cross_attn"])
+
+
+def test_prompts_of_samples_are_read_beside_the_control_images_that_they_show(qwen_image_clip, tmp_path):
+    from comfy_extras import nodes_qwen
+
+    for number in range(2):
+        image(tmp_path / "in" / f"{number}.png", seed=number)
+        image(tmp_path / "in" / f"{number}.control.png", seed=9 + number)
+        (tmp_path / "in" / f"{number}.txt").write_text("make it red")
+    data = encoded(tmp_path, buckets=BucketSettings(resolution=16, step=8))
+    data.image_reader = "TextEncodeQwenImageEditPlus"
+    previews = PreviewSettings(preview_every=1, prompts="make it blue\nmake it big\nturn it", negative_prompt="grey")
+    samples, negative = MonitorConfig(previews=previews, clip=qwen_image_clip).encode_prompts(data)
+    shown = [data.items[number % 2].open_controls()[0] for number in range(3)]
+    node = nodes_qwen.TextEncodeQwenImageEditPlus
+    assert negative is None and [sample.label for sample in samples] == ["make it blue", "make it big", "turn it"]
+    for sample, image_ in zip(samples, shown, strict=True):
+        for known, text in ((sample.cond, sample.prompt), (sample.avoided, "grey")):
+            with torch.inference_mode():
+                wanted = node.execute(qwen_image_clip, text, image1=image_).args[0][0][0]
+            assert torch.equal(known["cross_attn"], wanted), text
 
 
 def test_the_reader_is_chosen_by_the_text_encoder(qwen_image_clip):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import comfy.sd
 import comfy.sd1_clip
+import nodes as comfy_nodes
 import pytest
 import torch
 from comfy import supported_models
@@ -181,6 +182,33 @@ def test_a_caption_conditions_as_the_prompt_that_people_type_for_it(clip, captio
     (encoded,) = host.encoders.TextEncoder(clip).encode([caption])
     (once,) = host.encoders.encode_captions_once(clip, [caption]).values()
     assert torch.equal(encoded["cross_attn"], wanted) and torch.equal(once["cross_attn"], wanted)
+
+
+@pytest.mark.parametrize("last_layer", [None, -2])
+def test_long_texts_and_clip_skip_are_read_as_the_hosts_node_reads_them(clip, last_layer):
+    """More words than the encoder takes at once, and its last layers left out (CLIP Set Last Layer)."""
+    text = ", ".join(f"a red ball number {number}" for number in range(30))
+    chosen = clip.clone()
+    if last_layer:
+        chosen.clip_layer(last_layer)
+    ((wanted, extras),) = comfy_nodes.CLIPTextEncode().encode(chosen, text)[0]
+    assert wanted.shape[1] > 2 * 77 and torch.equal(wanted, conditioning(clip, text)) == (last_layer is None)
+    encoder = host.encoders.TextEncoder(chosen)
+    for encode in (encoder.encode, encoder.encode_prompts):
+        (ours,) = encode([text])
+        assert ours.keys() == {"cross_attn", *extras} and torch.equal(ours["cross_attn"], wanted)
+        assert torch.equal(ours["pooled_output"], extras["pooled_output"])
+
+
+def test_the_mask_of_a_text_encoder_is_part_of_the_conditioning():
+    mask = torch.tensor([[1, 1, 0]])
+
+    class Masked:
+        def encode_from_tokens_scheduled(self, tokens, show_pbar):
+            return [[torch.zeros(1, 3, 8), {"attention_mask": mask, "pooled_output": None}]]
+
+    cond = host.encoders.encode_tokens(Masked(), {})
+    assert cond["attention_mask"] is mask and cond.keys() == {"cross_attn", "attention_mask", "pooled_output"}
 
 
 def test_a_typed_prompt_keeps_its_weights(clip):

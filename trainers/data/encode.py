@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -206,7 +207,14 @@ def encode_dataset(
         *([text.image_reader] if text.image_reader and any(p.controls for p in plans) else []),
     )
     return EncodedDataset(
-        items, cache, count_latent_channels(items), print_, empty_key, captions.dropout, captions.trigger.strip()
+        items,
+        cache,
+        count_latent_channels(items),
+        print_,
+        empty_key,
+        captions.dropout,
+        captions.trigger.strip(),
+        text.image_reader if any(p.controls for p in plans) else "",
     )
 
 
@@ -401,8 +409,7 @@ def encode_texts(
             if seen is None:
                 (cond,) = text.encode([caption])
             else:
-                images = [image_to_batch_tensor(open_bucketed_image(control, ground)) for control in seen.controls]
-                cond = text.encode_with_images(caption, images)
+                cond = text.encode_with_images(caption, open_control_images(seen, ground))
             write_conditioning(cache, key, cond)
             work.advance(1, "captions")
 
@@ -424,7 +431,9 @@ def encode_images(
     """Writes every latent and mask that is not on disk."""
     opening = (lambda p=p: open_bucketed_image(p, ground) if list_missing_latents(p, cache) else None for p in plans)
     with closing(prefetch_results(opening)) as images:
-        return [encode_record(p, image, vae, cache, work, ground) for p, image in zip(plans, images, strict=True)]
+        items = [encode_record(p, image, vae, cache, work, ground) for p, image in zip(plans, images, strict=True)]
+    opening = [partial(open_control_images, p, ground) if p.controls else None for p in plans]
+    return [replace(item, open_controls=opened) for item, opened in zip(items, opening, strict=True)]
 
 
 def prefetch_results(
@@ -477,6 +486,11 @@ def write_missing_latents(
 def open_bucketed_image(p: EncodingPlan, ground) -> Image.Image:
     """The image as its bucket shows it."""
     return resize_and_crop(open_image(p.record, ground), p.placement)
+
+
+def open_control_images(p: EncodingPlan, ground) -> list[Tensor]:
+    """[(1, H, W, 3)] in 0..1, as their buckets show them."""
+    return [image_to_batch_tensor(open_bucketed_image(control, ground)) for control in p.controls]
 
 
 def list_missing_latents(p: EncodingPlan, cache: DiskCache) -> list[tuple[str, bool]]:

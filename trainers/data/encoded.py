@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,8 @@ class EncodedItem:
     flipped_controls: tuple[str, ...] = ()  # the same of the mirrored ones
     empty_key: str | None = None  # of the empty caption, where its conditioning is the image's own
     control_numel: int = 0  # numbers in the latents of all control images
+    # the control images, (1, H, W, 3) in 0..1
+    open_controls: Callable[[], list[Tensor]] | None = field(default=None, compare=False)
 
     def keys_to_read(self) -> list[str]:
         """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions
@@ -78,6 +80,7 @@ class EncodedDataset:
     empty_key: str | None = None  # key of the empty caption's conditioning
     dropout: float = 0.0
     trigger: str = ""  # the word that stands for [trigger] in captions and sample prompts
+    image_reader: str = ""  # how the text encoder read control images beside the captions; "" where it did not
 
     def __post_init__(self):
         if self.dropout and self.empty_key is None:
