@@ -29,6 +29,7 @@ from .data.readers import read_folder, require_captions
 from .data.records import describe_colour_profiles
 from .files import LoraFile, lora_metadata, write_lora
 from .loop import mean_recent_loss, train
+from .methods.few_step import plan_few_steps
 from .methods.lora import LoraTraining
 from .monitor.plots import draw_image_grid, draw_loss_plot
 from .rng import make_generator
@@ -326,7 +327,15 @@ class CommandLineJob:
     def train_adapters(self, engine, adapters, text, data, folder):
         encode_text = engine.encode_batch if text is not None else None
         method = LoraTraining(
-            engine.denoiser, adapters, data, self.noise, engine.family.density, self.run.batch, text, encode_text
+            engine.denoiser,
+            adapters,
+            data,
+            self.noise,
+            engine.family.density,
+            self.run.batch,
+            text,
+            encode_text,
+            few_step=plan_few_steps(self.noise, engine.family.few_steps),
         )
         with adapters.attached(), attach_trained_text(engine, text):
             losses = train(method, self.run, self.optimizing, report=self.report_progress, store=folder)

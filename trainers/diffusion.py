@@ -261,15 +261,25 @@ def huber_width(denoiser, sigma, settings):
 
 
 def denoising_loss(
-    denoiser, x0, noise, sigma, conds, mask=None, settings: NoiseSettings = DEFAULT_NOISE_SETTINGS, extra=None
+    denoiser,
+    x0,
+    noise,
+    sigma,
+    conds,
+    mask=None,
+    settings: NoiseSettings = DEFAULT_NOISE_SETTINGS,
+    extra=None,
+    retarget=None,
 ):
     """(B,) native loss of one prediction. `extra`: noise that the model is shown beyond that of its target (input
     perturbation, Ning et al. 2023): the network's target stays that of `noise`, and with it x0 moves by c_skip =
-    (native_scale / sigma)^2 of what is added."""
+    (native_scale / sigma)^2 of what is added. `retarget(x, x0)`: another x0 in the place of the image's own."""
     x = plain = denoiser.noised(x0, noise, sigma)
     if extra is not None:
         x = denoiser.noised(x0, noise + extra, sigma)
         x0 = x0 + per_sample((denoiser.native_scale(sigma) / sigma).square(), x0) * (x - plain)
+    if retarget is not None:
+        x0 = retarget(x, x0)
     return native_error(denoiser, denoiser.denoise(x, sigma, conds), x0, sigma, mask, settings)
 
 

@@ -27,6 +27,7 @@ class ModelFamily:
     guidance: float | None = None  # what the model is told while it is trained, where it takes guidance as an input
     sampling_guidance: float = 1.0  # classifier-free guidance of the command line's samples; 1 is none
     guidance_distilled: bool = False  # guidance is part of the weights: it draws at guidance 1
+    few_steps: int = 0  # sampling steps that it is distilled to; 0 for models that draw in many
     key_style: str = "original"  # 'diffusers' writes lora_unet_down_blocks_..., 'original' the model's own module paths
     is_unet: bool = False
     known: bool = True  # False: the adapters' gradients are checked before the run
@@ -87,6 +88,7 @@ MODEL_FAMILIES = {
         architecture="flux-1-schnell",
         sampling_guidance=1.0,
         guidance_distilled=True,
+        few_steps=4,
     ),
     "flux": ModelFamily(
         label="Flux",

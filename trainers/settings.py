@@ -358,6 +358,13 @@ class OptimizerSettings(Settings):
 
 NOISE_DENSITIES = ("model default", "uniform", "logit-normal", "host schedule")
 LOSS_WEIGHTINGS = ("none", "min-SNR", "soft-min-SNR", "debiased", "P2")
+DISTILLED_MODES = FAMILY_DEFAULT, PLAIN_TARGET, CONTRASTIVE, DRIFT, CONTRASTIVE_DRIFT = (
+    "model default",
+    "plain",
+    "contrastive",
+    "drift",
+    "contrastive and drift",
+)
 LOSS_TYPES = MSE, HUBER, SCHEDULED_HUBER = ("MSE", "Huber", "scheduled Huber")
 
 
@@ -460,6 +467,41 @@ class NoiseSettings(Settings):
         advanced=True,
         later=True,
     )
+    distilled: str = choice_field(
+        FAMILY_DEFAULT,
+        DISTILLED_MODES,
+        "Train LoRA on a few-step model (Turbo, schnell, Lightning, distilled Klein) without making it need more "
+        "steps. contrastive: the target is pushed away from the empty caption, as guidance would. drift: at its own "
+        "few steps the model is held to what it predicts without the LoRA. 'model default' trains plainly.",
+        later=True,
+    )
+    contrast: float = number_field(
+        2.5,
+        1.0,
+        30.0,
+        "contrastive: the guidance scale that is built into the model. 1 is the plain target.",
+        step=0.25,
+        advanced=True,
+        later=True,
+    )
+    drift_weight: float = number_field(
+        1.0,
+        0.0,
+        1000.0,
+        "drift: weight of its loss relative to the training loss.",
+        step=0.25,
+        advanced=True,
+        later=True,
+    )
+    few_steps: int = number_field(
+        0,
+        0,
+        100,
+        "drift: sampling steps that the model is distilled to. 0 means the family's own, or 4.",
+        unit="steps",
+        advanced=True,
+        later=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -541,4 +583,45 @@ class PointSettings(Settings):
         "Scale each target to the magnitude of the model's own prediction, so that high guidance does not "
         "oversaturate.",
         advanced=True,
+    )
+
+
+TRAJECTORIES = SOURCE_TRAJECTORY, TARGET_TRAJECTORY = ("source with LoRA", "target")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings(Settings):
+    """Where the change that a LoRA makes is measured, and how."""
+
+    trajectory: str = choice_field(
+        SOURCE_TRAJECTORY,
+        TRAJECTORIES,
+        "Which model samples the latents that are learnt at. The source with its LoRA shows what the LoRA draws; the "
+        "target shows where it samples.",
+        advanced=True,
+    )
+    trajectories: int = number_field(
+        32, 1, 100_000, "Number of trajectories sampled before the training, dealt to the prompts in turn."
+    )
+    few_steps: int = number_field(
+        0,
+        0,
+        100,
+        "Sampling steps that the target is distilled to (4 or 8 for most Turbo, Lightning and schnell models): it is "
+        "trained at exactly these noise levels. 0: an ordinary model, trained at all levels.",
+        unit="steps",
+    )
+    sampling_steps: int = number_field(
+        8, 2, 1000, "Sampling steps of a trajectory for an ordinary target; every step is learnt at.", advanced=True
+    )
+    resolution: int = number_field(
+        512, 16, 8192, "The size of the latents that are learnt at.", unit="px", step=8, advanced=True
+    )
+    source_guidance: float = number_field(
+        1.0,
+        1.0,
+        30.0,
+        "Classifier-free guidance under which the change in the source is measured. 1 is the change itself; for a "
+        "target whose guidance is built in, the guidance that the source is used with.",
+        step=0.25,
     )

@@ -122,6 +122,16 @@ def describe_lost_biases(model, clip, lora) -> str:
     )
 
 
+def check_assistant(model, assistant) -> None:
+    """ValueError for an assistant that is not for this model, or not in whole."""
+    if left_out := find_unloadable_layers(model, None, assistant):
+        raise ValueError(
+            f"The assistant of Noise and Loss Settings does not fit the MODEL: {len(left_out)} of its "
+            f"{len(list_lora_layers(assistant))} layers are not in it, such as {left_out[0]}. Load the training "
+            "adapter that was made for this very model."
+        )
+
+
 def list_lora_layers(lora) -> list[str]:
     """The layers in a LoRA, as the host's loader names them."""
     return sorted({layer_of_key(key) for key in comfy.lora_convert.convert_lora(dict(lora))})

@@ -26,7 +26,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 
 from ...trainers.adapters.adapters import Adapters, text_adapter_settings
 from ...trainers.adapters.layers import layer_features
-from ...trainers.data.encoded import REFERENCE_LATENTS, split_conditioning
+from ...trainers.data.encoded import image_conditioning, split_conditioning
 from ...trainers.loss_scale import LossScale
 from ...trainers.memory.plan import PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU
 from ...trainers.methods.rollouts import NoAdapters, StudentTeacherModel
@@ -50,7 +50,7 @@ from .denoiser import ComfyDenoiser
 from .encoders import CaptionTokenizer, encode_tokens
 from .families import ModelFamily, find_patcher_family
 from .frozen_casts import recast_frozen_weights
-from .lora_keys import clip_lora_keys, group_lora_by_target, unet_lora_keys
+from .lora_keys import apply_lora, clip_lora_keys, group_lora_by_target, unet_lora_keys
 from .memory import offload_weights
 from .out_of_place import disable_inplace_updates
 
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
     from ...trainers.memory.checkpointing import CheckpointPolicy
 
 INJECTION_KEY = "trainyard"
-SIZE_CONDITIONING = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
-IMAGE_CONDITIONING = (*SIZE_CONDITIONING, REFERENCE_LATENTS)
 CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)
 
 
@@ -85,6 +83,7 @@ class TrainingSession:
     known_text_keys: dict = field(default_factory=dict)  # name in a file -> weight of the text encoder
     # how the model's blocks keep what backward needs; may change between two steps
     blocks: CheckpointPolicy = field(default_factory=make_checkpoint_policy)
+    plain_patcher: object = None  # the model without the assistant, where there is one
     offloaded_bytes: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
 
     def tensors(self):
@@ -106,9 +105,11 @@ def open_training_session(
     checkpointing: str = "off",
     memory: float = 0.0,
     compiling=None,
+    assistant=None,
 ):
     """A TrainingSession over a loaded MODEL. `memory`: bytes that the training needs beside the weights.
-    `compiling(text)`: its blocks run compiled, and it is told when they cannot be.
+    `compiling(text)`: its blocks run compiled, and it is told when they cannot be. `assistant`: a LoRA that the host
+    adds to the weights for as long as the session is open, after the MODEL's own patches.
 
     Raises ValueError when the adapter fits no layer, or when the text encoder is wanted and no CLIP is given."""
     from ...trainers.memory.checkpointing import checkpoint_blocks
@@ -120,7 +121,9 @@ def open_training_session(
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(enable_gradients())
-        patcher = clone_for_training(model)
+        plain = patcher = clone_for_training(model)
+        if assistant is not None:
+            patcher, _ = apply_lora(plain, None, assistant)
         rng = make_generator(seed)
         network = patcher.model.diffusion_model
         adapters = Adapters(network, adapter, rng).to(patcher.load_device)
@@ -129,9 +132,13 @@ def open_training_session(
             adapters,
             find_patcher_family(patcher),
             layer_keys=unet_lora_keys(patcher.model, adapters.layers),
+            plain_patcher=None if assistant is None else plain,
         )
         if adapter.text_encoder:
             stack.enter_context(attach_text_adapters(clip, adapter, rng, session))
+        if assistant is not None:
+            stack.callback(mm.unload_model_and_clones, patcher)  # the host takes the assistant off the shared weights
+            stack.enter_context(with_adapters_injected(plain, adapters))
         stack.enter_context(load_with_adapters(patcher, adapters, memory, session.text_patcher))
         stack.enter_context(disable_inplace_updates(network))
         stack.enter_context(recast_frozen_weights(network))
@@ -183,22 +190,31 @@ def get_non_dynamic_patcher(model, name="MODEL"):
 
 
 @contextlib.contextmanager
-def load_with_adapters(patcher, adapters, memory, beside=None):
-    """The host loads the model where it wants it, with the adapters as an injection of its patcher. `beside`: the
-    patcher of another model that must stay loaded with it."""
+def with_adapters_injected(patcher, adapters):
+    """Whenever the host loads this patcher inside, the adapters are attached to it."""
     injection = comfy.patcher_extension.PatcherInjection(
         inject=lambda _: adapters.attach(), eject=lambda _: adapters.detach()
     )
     patcher.set_injections(INJECTION_KEY, [injection])
     try:
-        mm.unload_model_and_clones(patcher)  # to be loaded again beside the memory that a step needs
-        load_for_training(patcher, memory, beside)
         yield
     finally:
         patcher.eject_model()
         adapters.detach()
         patcher.remove_injections(INJECTION_KEY)
         patcher.cleanup()
+
+
+@contextlib.contextmanager
+def load_with_adapters(patcher, adapters, memory, beside=None):
+    """The host loads the model where it wants it, with the adapters as an injection of its patcher. `beside`: the
+    patcher of another model that must stay loaded with it."""
+    try:
+        with with_adapters_injected(patcher, adapters):
+            mm.unload_model_and_clones(patcher)  # to be loaded again beside the memory that a step needs
+            load_for_training(patcher, memory, beside)
+            yield
+    finally:
         mm.soft_empty_cache()
 
 
@@ -231,7 +247,7 @@ def attach_text_adapters(clip, adapter, rng, session):
     ):
         tokenize = CaptionTokenizer(clip)
         session.encode_captions = lambda batch: [
-            {**extract_image_conditioning(old), **encode_tokens(clip, tokenize(c))}
+            {**image_conditioning(old), **encode_tokens(clip, tokenize(c))}
             for c, old in zip(batch.captions, batch.conds, strict=True)
         ]
         session.encode_prompt = lambda prompt: encode_tokens(clip, clip.tokenize(prompt))
@@ -248,11 +264,6 @@ def clone_clip_for_training(clip):
         clip.cond_stage_model = clip.patcher.model
     clip.load_model = lambda *_, **__: clip.patcher
     return clip
-
-
-def extract_image_conditioning(cond) -> dict:
-    """The size conditioning of an image and its reference latents, which do not come from its text."""
-    return {k: v for k, v in cond.items() if k in IMAGE_CONDITIONING}
 
 
 def load_lora_into_session(session: TrainingSession, lora):
@@ -276,15 +287,20 @@ def load_lora_into_session(session: TrainingSession, lora):
 
 @contextlib.contextmanager
 def open_frozen_model(model, conds: dict):
-    """The model as it is, to be asked and not to be trained. `conds`: name -> CONDITIONING."""
+    """The model as it is, to be asked and not to be trained. `conds`: name -> CONDITIONING, or one row of it."""
     patcher = get_non_dynamic_patcher(model) if model.is_dynamic() else model.clone()
     mm.load_models_gpu([patcher])
     patcher.pre_run()
     try:
-        rows = {name: split_conditioning(cond)[0] for name, cond in conds.items()}
+        rows = {name: cond if isinstance(cond, dict) else split_conditioning(cond)[0] for name, cond in conds.items()}
         yield StudentTeacherModel(ComfyDenoiser(patcher, find_patcher_family(patcher)), NoAdapters(), rows)
     finally:
         patcher.cleanup()
+
+
+def read_schedule(model) -> ComfyDenoiser:
+    """The noise levels of a MODEL; it is not loaded for them, and must not be asked for predictions."""
+    return ComfyDenoiser(model, find_patcher_family(model))
 
 
 def rollout_guidance(session: TrainingSession, asked: float) -> float:

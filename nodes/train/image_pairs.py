@@ -89,6 +89,7 @@ class PairTask(TrainTask):
     def check(self, job):
         host.checks.check_latent_channels(job.model, self.data.channels)
         check_unused_noise_settings(job.noise, "both sides of a pair are shown the same noise", idle=("perturbation",))
+        check_unused_noise_settings(job.noise, "only Train LoRA looks at it", idle=("distilled",))
         check_pairs_differ(collect_image_pairs(self.data), self.data)
 
     def check_conditions(self, job):

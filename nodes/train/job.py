@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from ...trainers.data.encoded import EncodedDataset, most_common_bucket
+from ...trainers.data.encoded import EncodedDataset, image_conditioning, most_common_bucket
+from ...trainers.files import LoraFile, tensor_hash
 from ...trainers.monitor.strength_curve import StrengthCurve
 from ...trainers.protocols import Method, Monitor, ValidationLoss
 from ...trainers.rng import make_generator
@@ -20,6 +22,21 @@ if TYPE_CHECKING:
     from ..host.session import TrainingSession
 
 CALIBRATE_AFTER, CALIBRATE_EVERY, CALIBRATE_OFF = CALIBRATE_MODES = ("after training", "at every save", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseWithAssistant:
+    """What Noise and Loss Settings gives with an assistant connected."""
+
+    noise: NoiseSettings
+    assistant: LoraFile
+
+
+def split_assistant(given: NoiseSettings | NoiseWithAssistant | None) -> tuple[NoiseSettings, LoraFile | None]:
+    """(settings, assistant or None) of a node's noise input."""
+    if isinstance(given, NoiseWithAssistant):
+        return given.noise, given.assistant
+    return given or NoiseSettings(), None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +58,13 @@ class TrainingJob:
     monitoring: MonitorConfig | None = None  # Validation and Previews
     retry_cheaper: bool = False  # when memory runs out
     compile_blocks: bool = False
+    assistant: LoraFile | None = None  # at work while the adapter is trained, and no part of it
 
     def check(self):
         """Raises ValueError for what can be known before the long work."""
         host.conditions.check_trainable(self.model)
+        if self.assistant is not None:
+            host.lora_keys.check_assistant(self.model, self.assistant)
         self.task.check(self)
         if self.monitoring:
             self.monitoring.check_job(self)
@@ -64,6 +84,7 @@ class TrainingJob:
             self.optimizing,
             self.noise,
             run,
+            *([] if self.assistant is None else ["assistant", tensor_hash(self.assistant)]),
         )
 
     def run_record(self) -> dict:
@@ -142,6 +163,11 @@ class TrainTask(Protocol):
         """Work of the text encoder, done before the model is loaded for training; the encoder is freed again."""
         return {}
 
+    def prepare(self, job: TrainingJob, prompts: dict[str, dict], folder, show: Callable[[str], None]) -> TrainTask:
+        """This task with what other models must be asked for before the run, done before the model is loaded for
+        training. `folder`: pathlib.Path where it may be kept; `show(text)` may raise the host's interrupt."""
+        return self
+
     def default_sample_prompts(self, job: TrainingJob, prompts) -> tuple[list[SamplePrompt], SamplePrompt | None]:
         """What samples show when nobody asked for others, and what they avoid."""
         return first_distinct_captions(self.data) if self.data else ([], None)
@@ -161,6 +187,10 @@ class BuiltMethod(Protocol):
     method: Method
     student: object  # counts its forwards (`forward_counts`), or None
     can_name_worst: bool = True  # whether what is trained on has names
+
+    def notes(self) -> list[str]:
+        """What the person should know of the recipe at the end."""
+        return []
 
     def planned_forwards(self) -> dict[str, float]:
         """Forwards that a step is expected to cost, by kind, for methods whose steps ask the model several times."""
@@ -228,7 +258,7 @@ def first_distinct_captions(data, count: int = 2) -> tuple[list[SamplePrompt], S
             break
     if data.empty_key is None:
         return list(found.values()), None
-    sizes = host.session.extract_image_conditioning(next(iter(found.values())).cond)
+    sizes = image_conditioning(next(iter(found.values())).cond)
     return list(found.values()), SamplePrompt(
         "", {**data.store.load(data.empty_key), **sizes}, "" if data.items[0].path else None
     )

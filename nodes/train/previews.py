@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...trainers.data.encoded import REFERENCE_LATENTS
+from ...trainers.data.encoded import REFERENCE_LATENTS, image_conditioning
 from ...trainers.files import write_bytes_atomically
 from ...trainers.monitor.previews import PreviewSettings, draw_samples_sheet
 from .. import host
@@ -23,7 +23,8 @@ from .. import host
 
 @contextlib.contextmanager
 def switch_to_sampling(session, memory: float):
-    """The patcher of the training model, for the ordinary sampler. Sampling clears `current_patcher`, and a VAE may
+    """The patcher of the training model, for the ordinary sampler: without the assistant, as the result will be used.
+    Sampling clears `current_patcher`, and a VAE may
     push the model out: on every way out it is loaded and ready for the next step again, with no more of its weights on
     the device than before."""
     patcher = session.denoiser.patcher
@@ -31,7 +32,7 @@ def switch_to_sampling(session, memory: float):
     before, mm.in_training = mm.in_training, False
     try:
         with torch.no_grad():
-            yield patcher
+            yield session.plain_patcher or patcher
     finally:
         mm.in_training = before
         host.session.load_for_training(patcher, memory, session.text_patcher)
@@ -146,7 +147,7 @@ class PreviewRenderer:
             batch = types.SimpleNamespace(captions=[shown.caption], conds=[shown.cond])
             return session.encode_captions(batch)[0]
         if shown.prompt is not None:
-            return {**host.session.extract_image_conditioning(shown.cond), **session.encode_prompt(shown.prompt)}
+            return {**image_conditioning(shown.cond), **session.encode_prompt(shown.prompt)}
         return shown.cond
 
     def decode_latent(self, latent) -> Image.Image:

@@ -68,6 +68,8 @@ def train_in_folder(job: TrainingJob, folder: RunFolder, live_run: live.LiveRun)
         job, sizing = planner.resolve_batch_size(job, folder)
         prompts = job.task.encode_prompts(job)
         samples = job.monitoring.encode_prompts(job.task.data) if job.monitoring else None
+        task = job.task.prepare(job, prompts, folder.folder, display.show_status)
+        job = dataclasses.replace(job, task=task)
         try:
             result = train_with_fallback(RunAttempt(job, sizing, prompts, samples, folder, display))
         except BaseException:
@@ -153,6 +155,7 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             checkpointing=checkpointing,
             memory=memory,
             compiling=display.show_note if job.compile_blocks else None,
+            assistant=job.assistant,
         ) as session:
             plans = planner.list_plans(session, checkpointing)
             if not session.family.known:
@@ -179,7 +182,9 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             return TrainingResult(
                 lora=exporter.last,
                 losses=losses,
-                line=format_result(job, losses, exporter.last, folder, monitor, display.closing_notes()),
+                line=format_result(
+                    job, losses, exporter.last, folder, monitor, [*built.notes(), *display.closing_notes()]
+                ),
                 folder=folder,
                 live_run=display.live_run,
                 built=built,

@@ -2,8 +2,10 @@
 
 from comfy_api.latest import io
 
+from ...trainers.files import as_lora_file
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
-from ..fields import CATEGORY, settings_from_widgets, settings_inputs
+from ..fields import CATEGORY, LoraModelType, settings_from_widgets, settings_inputs
+from .job import NoiseWithAssistant
 
 AdapterSettingsType = io.Custom("TRAINYARD_ADAPTER")
 OptimizerSettingsType = io.Custom("TRAINYARD_OPTIMIZER")
@@ -103,16 +105,32 @@ class NoiseAndLoss(io.ComfyNode):
                 "debiased",
                 "p2",
                 "input perturbation",
+                "distilled",
+                "turbo",
+                "schnell",
+                "lightning",
+                "training adapter",
+                "assistant lora",
+                "few steps",
             ],
-            inputs=settings_inputs(NoiseSettings),
+            inputs=[
+                *settings_inputs(NoiseSettings),
+                LoraModelType.Input(
+                    "assistant",
+                    optional=True,
+                    tooltip="Train LoRA on a few-step model: a LoRA (training adapter, de-distillation LoRA) that is "
+                    "at work while yours is trained. Your file does not contain it, and samples are drawn without it.",
+                ),
+            ],
             outputs=[
                 NoiseSettingsType.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")
             ],
         )
 
     @classmethod
-    def execute(cls, **widgets):
-        return io.NodeOutput(settings_from_widgets(NoiseSettings, widgets))
+    def execute(cls, assistant=None, **widgets):
+        noise = settings_from_widgets(NoiseSettings, widgets)
+        return io.NodeOutput(noise if assistant is None else NoiseWithAssistant(noise, as_lora_file(assistant)))
 
 
 class Points(io.ComfyNode):

@@ -1,16 +1,18 @@
 """The Train LoRA node."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
 from ...trainers.data.encoded import EncodedDataset
 from ...trainers.files import LoraFile, as_lora_file, tensor_hash
-from ...trainers.methods.lora import LoraTraining
 from ...trainers.methods.prior import PriorData
 from ...trainers.monitor.validation import ImageValidationLoss, pick_validation_images
 from ...trainers.rng import make_generator
-from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, RunSettings
+from ...trainers.settings import AdapterSettings, OptimizerSettings, RunSettings
 from .. import host
 from ..fields import (
     CATEGORY,
@@ -28,11 +30,16 @@ from .job import (
     TrainTask,
     dataset_metadata_fields,
     largest_latent_shape,
+    split_assistant,
     unwrap_list_input,
 )
 from .prior import PriorType
 from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType
 from .validation import ValidationSettingsType
+
+if TYPE_CHECKING:
+    from ...trainers.methods.few_step import FewStepPlan
+    from ...trainers.methods.lora import LoraTraining
 
 
 class TrainLora(io.ComfyNode):
@@ -146,6 +153,7 @@ class TrainLora(io.ComfyNode):
         from .run import run_training
 
         values = {k: v[0] for k, v in widgets.items()}
+        noise, assistant = split_assistant(unwrap_list_input(noise))
         job = TrainingJob(
             task=LoraTask(
                 data=select_training_data(encoded, latents, conditioning),
@@ -157,7 +165,8 @@ class TrainLora(io.ComfyNode):
             run=settings_from_widgets(RunSettings, values),
             adapter=dataclasses.replace(unwrap_list_input(adapter) or AdapterSettings(), rank=values["rank"]),
             optimizing=unwrap_list_input(optimizer) or OptimizerSettings(),
-            noise=unwrap_list_input(noise) or NoiseSettings(),
+            noise=noise,
+            assistant=assistant,
             name=check_run_name(run_name[0]),
             checkpointing=checkpointing[0],
             retry_cheaper=unwrap_list_input(retry_cheaper),
@@ -218,9 +227,34 @@ class LoraTask(TrainTask):
         if self.prior is not None and self.prior.data is not None:
             host.checks.check_latent_channels(job.model, self.prior.data.channels)
         check_references(job.model, self.data)
+        self.check_few_steps(job)
         if job.adapter.text_encoder and job.clip is not None:
             self.check_captions_known()
             self.check_captions_alone()
+
+    def few_step_plan(self, job) -> FewStepPlan:
+        """What the settings ask for. Their default gives way to an assistant, which does the same another way, and
+        where nobody encoded the empty caption."""
+        from ...trainers.methods.few_step import FewStepPlan, plan_few_steps
+
+        plan = plan_few_steps(job.noise, host.families.find_patcher_family(job.model).few_steps)
+        idle = job.assistant is not None or self.data.empty_key is None
+        return FewStepPlan() if plan.by_family and idle else plan
+
+    def check_few_steps(self, job):
+        from ...trainers.methods.few_step import check_empty_caption
+
+        plan = self.few_step_plan(job)
+        if plan.drift and job.assistant is not None:
+            raise ValueError(
+                f"distilled is {job.noise.distilled!r}, and an assistant is connected to Noise and Loss Settings: with "
+                "it the model has no few-step trajectories of its own to hold on to. Disconnect it, or set distilled "
+                "to plain."
+            )
+        if not plan.is_plain:
+            check_empty_caption(self.data)
+            if self.prior is not None and self.prior.data is not None:
+                check_empty_caption(self.prior.data)
 
     def check_conditions(self, job):
         held_out = job.monitoring.held_out if job.monitoring and job.monitoring.settings.every else None
@@ -253,7 +287,9 @@ class LoraTask(TrainTask):
     def fingerprint_parts(self, job):
         start = () if self.start_from is None else ("start", tensor_hash(self.start_from))
         prior = () if self.prior is None else ("prior", *self.prior.fingerprint_parts())
-        return (self.data.fingerprint, *start, *prior)
+        plan = self.few_step_plan(job)
+        few_step = (dataclasses.astuple(plan),) if plan.by_family else ()  # others are told apart by the settings
+        return (self.data.fingerprint, *start, *prior, *few_step)
 
     def metadata_fields(self):
         return dataset_metadata_fields(self.data)
@@ -262,6 +298,8 @@ class LoraTask(TrainTask):
         return largest_latent_shape(self.data)
 
     def build(self, job, session, prompts):
+        from ...trainers.methods.lora import LoraTraining
+
         if self.start_from is not None:
             host.session.load_lora_into_session(session, self.start_from)
         return BuiltLora(
@@ -277,6 +315,7 @@ class LoraTask(TrainTask):
                 session.text_adapters,
                 session.encode_captions,
                 self.prior,
+                self.few_step_plan(job),
             ),
         )
 
@@ -288,7 +327,15 @@ class BuiltLora(BuiltMethod):
     method: LoraTraining
     student = None
 
+    def notes(self):
+        assisted = [] if self.job.assistant is None else ["trained with an assistant, which the file does not contain"]
+        return [self.method.few_step.describe(), *assisted]
+
     def validation_loss(self, data, count):
+        from ...trainers.methods.few_step import check_empty_caption
+
+        if self.method.few_step.contrast != 1:
+            check_empty_caption(data)
         return ImageValidationLoss(
             self.session.denoiser,
             data,
@@ -298,6 +345,7 @@ class BuiltLora(BuiltMethod):
             self.job.monitoring.settings.levels,
             self.job.run.batch,
             self.session.encode_captions,
+            self.method,
         )
 
 

@@ -21,7 +21,7 @@ from ...trainers.settings import (
 from .. import host
 from ..fields import LoraModelType, LossMapType, graph_metadata, settings_from_widgets, settings_inputs
 from . import planner
-from .job import CALIBRATE_AFTER, CALIBRATE_MODES, TrainingJob
+from .job import CALIBRATE_AFTER, CALIBRATE_MODES, TrainingJob, split_assistant
 from .settings_nodes import AdapterSettingsType, NoiseSettingsType, OptimizerSettingsType, PointSettingsType
 from .validation import ValidationSettingsType
 
@@ -126,6 +126,12 @@ def make_job(cls, task, model, widgets, adapter, optimizer, noise, validation=No
     below 0."""
     from ...trainers.runs import check_run_name
 
+    noise, assistant = split_assistant(noise)
+    if assistant is not None:
+        raise ValueError(
+            "assistant is connected to Noise and Loss Settings, and only Train LoRA can use one: this node learns from "
+            "the model's own predictions, which an assistant would change. Disconnect it."
+        )
     adapter = dataclasses.replace(adapter or AdapterSettings(), rank=widgets["rank"])
     return TrainingJob(
         task=task,
@@ -134,7 +140,7 @@ def make_job(cls, task, model, widgets, adapter, optimizer, noise, validation=No
         run=settings_from_widgets(RunSettings, widgets),
         adapter=check_difference_adapter(adapter, both_ways),
         optimizing=optimizer or OptimizerSettings(),
-        noise=noise or NoiseSettings(),
+        noise=noise,
         name=check_run_name(widgets["run_name"]),
         checkpointing=widgets["checkpointing"],
         retry_cheaper=widgets.get("retry_cheaper", False),
@@ -163,7 +169,7 @@ def check_difference_adapter(adapter: AdapterSettings, both_ways: bool = True) -
 
 
 def check_unused_noise_settings(
-    noise: NoiseSettings, why, idle=("weighting", "loss", "noise_offset", "pyramid_levels", "perturbation")
+    noise: NoiseSettings, why, idle=("weighting", "loss", "noise_offset", "pyramid_levels", "perturbation", "distilled")
 ):
     """ValueError for noise settings that would do nothing here."""
     for f in dataclasses.fields(noise):

@@ -30,6 +30,7 @@ from trainyard.tests.unit.toy import (
     pairs,
     prompts,
     rng,
+    shaken,
 )
 from trainyard.trainers.adapters.adapters import Adapters, group_tensors_by_layer
 from trainyard.trainers.data.cache import MemoryStore
@@ -38,6 +39,7 @@ from trainyard.trainers.data.views import CROP_VIEW, GREY_VIEW, ROTATED_VIEW, SH
 from trainyard.trainers.diffusion import NoiseLevelDensity, denoising_loss
 from trainyard.trainers.files import read_safetensors
 from trainyard.trainers.loop import step_rng, train
+from trainyard.trainers.methods.few_step import plan_few_steps
 from trainyard.trainers.methods.image_pairs import AddiftTraining, ImageSlider
 from trainyard.trainers.methods.leco_score import (
     LecoScoreSettings,
@@ -55,7 +57,21 @@ from trainyard.trainers.methods.prompts import (
     make_replacement_targets,
     make_slider_targets,
 )
-from trainyard.trainers.methods.rollouts import ImagePoints, NoisePoints, PromptTask, RolloutPoints, StudentTeacherModel
+from trainyard.trainers.methods.rollouts import (
+    ImagePoints,
+    NoAdapters,
+    NoisePoints,
+    PromptTask,
+    RolloutPoints,
+    StudentTeacherModel,
+)
+from trainyard.trainers.methods.transfer import (
+    TransferPoints,
+    make_transfer_tasks,
+    predict_at_points,
+    sample_transfer_points,
+    with_goals,
+)
 from trainyard.trainers.scores.networks import (
     LatentResNet,
     ScoreModelInfo,
@@ -67,7 +83,14 @@ from trainyard.trainers.scores.networks import (
 )
 from trainyard.trainers.scores.objective import ScoreSettings, ScoreTraining, score_targets
 from trainyard.trainers.scores.pretext import PretextSettings, PretextTraining, build_pretext_heads
-from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
+from trainyard.trainers.settings import (
+    AdapterSettings,
+    NoiseSettings,
+    OptimizerSettings,
+    PointSettings,
+    RunSettings,
+    TransferSettings,
+)
 
 TESTS = Path(__file__).resolve().parents[1]
 RATE = 0.01
@@ -95,11 +118,18 @@ def fixed_inputs():
 
 
 def make_lora(prediction="flow", seed=0, prior=None, adapter=None, **settings):
-    network, data = Net(), dataset()
+    network, data = Net(), dataset(dropout=0.2 if "distilled" in settings else None)
     added = adapters(network, seed, **{"alpha": 2.0, **(adapter or {})})
     noise = NoiseSettings(**settings)
     method = LoraTraining(
-        Denoiser(network, prediction), added, data, noise, NoiseLevelDensity("logit-normal"), batch=2, prior=prior
+        Denoiser(network, prediction),
+        added,
+        data,
+        noise,
+        NoiseLevelDensity("logit-normal"),
+        batch=2,
+        prior=prior,
+        few_step=plan_few_steps(noise),
     )
     latents = [data.store.load(item.latent)["mean"] for item in data.items]
     return Made(
@@ -136,6 +166,22 @@ def make_difference(pulls, batch=1, prediction="flow", points="rollout", seed=0,
         "noise": lambda: NoisePoints(model, tasks, noise),
     }[points]()
     return made_of(PromptDifferenceTraining(model, tasks, source, **rest), network, added)
+
+
+def make_transfer(prediction="flow", seed=0):
+    """A source of other weights and a random LoRA of it; goals are made before."""
+    source, changed, network = Net(seed=4), Net(seed=4), Net()
+    shaken(changed)
+    frozen = lambda net: StudentTeacherModel(Denoiser(net, prediction), NoAdapters(), prompts())
+    settings, tasks = TransferSettings(trajectories=4, sampling_steps=3), make_transfer_tasks(["cat", "dog"], SHAPE, 2)
+    points = sample_transfer_points(frozen(changed), Denoiser(None, prediction), tasks, settings, 1.0, 0, lambda: None)
+    before, after, target = (
+        predict_at_points(frozen(net), points, tasks, 1.0, lambda: None) for net in (source, changed, network)
+    )
+    added = adapters(network, seed, alpha=2.0)
+    student = StudentTeacherModel(Denoiser(network, prediction), added, prompts())
+    places = TransferPoints(student, with_goals(points, tasks, before, after, target))
+    return made_of(PromptDifferenceTraining(student, tasks, places), network, added)
 
 
 def make_on_adapters(build, prediction="flow", seed=0):
@@ -320,6 +366,16 @@ METHODS = {
         "flow",
         adapter={"dropout": 0.2, "up_rate": 4.0},
         curve=[5.99861, 7.10434, 5.90477, 5.46487, 3.01984, 4.60093, 2.65345, 3.78374],
+    ),
+    "lora, contrastive and drift": method_row(
+        make_lora,
+        "flow",
+        distilled="contrastive and drift",
+        few_steps=3,
+        curve=[17.2545, 29.9653, 38.5208, 6.66164, 30.8306, 23.351, 29.3165, 27.6199],
+    ),
+    "transfer": method_row(
+        make_transfer, curve=[0.152423, 0.22117, 0.213355, 0.193829, 0.108628, 0.114802, 0.101701, 0.117052]
     ),
     "lora, prior by prompts and images": method_row(
         lambda seed=0: make_lora(

@@ -107,14 +107,16 @@ class Perfect(Denoiser):
         return self.predict_x0.expand_as(x)
 
 
-def dataset(count=4, seed=5, masks=False):
-    """`count` random latents, each under a caption of its own."""
+def dataset(count=4, seed=5, masks=False, dropout=None):
+    """`count` random latents, each under a caption of its own. `dropout`: there is an empty caption too."""
     draw = rng(seed)
     latents = [{"samples": torch.randn(1, CHANNELS, SIDE, SIDE, generator=draw)} for _ in range(count)]
     if masks:
         for latent in latents:
             latent["noise_mask"] = (torch.rand(1, SIDE, SIDE, generator=draw) > 0.5).float()
-    return EncodedDataset.from_core(latents, [[[torch.randn(1, 1, WORDS, generator=draw), {}]] for _ in range(count)])
+    captions = [[[torch.randn(1, 1, WORDS, generator=draw), {}]] for _ in range(count)]
+    empty = None if dropout is None else [[torch.zeros(1, 1, WORDS), {}]]
+    return EncodedDataset.from_core(latents, captions, empty, dropout or 0.0)
 
 
 def prompts(seed=3):

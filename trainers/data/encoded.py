@@ -20,6 +20,13 @@ from ..protocols import BatchElements, ReadingAhead, TensorTreeStore
 from .cache import MemoryStore, map_tensors
 
 REFERENCE_LATENTS = "reference_latents"  # key of a conditioning: latents of images that an edit model is shown
+SIZE_CONDITIONING = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
+IMAGE_CONDITIONING = (*SIZE_CONDITIONING, REFERENCE_LATENTS)
+
+
+def image_conditioning(cond: dict) -> dict:
+    """The size conditioning of an image and its reference latents, which do not come from its text."""
+    return {k: v for k, v in cond.items() if k in IMAGE_CONDITIONING}
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Batch:
     captions: list[str]
     mask: Tensor | None  # (B, 1, ..., h, w), 1 = counts
     index: list[int]
+    dropped: list[bool] = field(default_factory=list)  # whether the caption gave way to the empty one
 
 
 @dataclass
@@ -105,7 +113,21 @@ class EncodedDataset:
             {**self.store.load(key), **size, **control}
             for (key, _), size, control in zip(captions, sizes, controls, strict=True)
         ]
-        return Batch(x0, conds, [caption for _, caption in captions], self.stack_masks(picks, flips, x0), list(picks))
+        empty = [key == self.empty_key_of(self.items[i]) for i, (key, _) in zip(picks, captions, strict=True)]
+        texts = [caption for _, caption in captions]
+        return Batch(x0, conds, texts, self.stack_masks(picks, flips, x0), list(picks), empty)
+
+    def empty_key_of(self, item: EncodedItem) -> str | None:
+        """The empty caption's conditioning for this image."""
+        return item.empty_key or self.empty_key
+
+    def empty_conds(self, batch: Batch) -> list[dict]:
+        """The conditionings of a batch with the empty caption in place of its own. There must be one."""
+        keys = [self.empty_key_of(self.items[i]) for i in batch.index]
+        return [
+            {**self.store.load(str(key)), **image_conditioning(cond)}
+            for key, cond in zip(keys, batch.conds, strict=True)
+        ]
 
     def read_ahead(self, picks: Sequence[int]) -> None:
         """Begins to read what the items at these indices need, where the store can: they come next."""
@@ -117,7 +139,7 @@ class EncodedDataset:
         if not item.caption_keys:
             self.require_conditionings()
         if self.empty_key is not None and drop < self.dropout:  # without that key dropout is 0
-            return item.empty_key or self.empty_key, ""
+            return str(self.empty_key_of(item)), ""
         index = int(which * len(item.caption_keys))
         return item.caption_keys[index], item.captions[index]
 

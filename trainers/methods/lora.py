@@ -19,13 +19,14 @@ from ..diffusion import (
 )
 from ..memory.transfer import copy_like
 from ..settings import NoiseSettings
+from .few_step import FewStepPlan, check_empty_caption, drift_loss, make_retarget
 from .prior import PriorData, PriorLoss
 
 
 @dataclass
 class LoraTraining:
     """The denoising loss of adapters on encoded images. `encode_batch` encodes captions with gradients, when the text
-    encoder is trained too. `prior`: what the model must not forget."""
+    encoder is trained too. `prior`: what the model must not forget. `few_step`: how a distilled model stays one."""
 
     denoiser: Denoiser
     adapters: Adapters
@@ -36,12 +37,16 @@ class LoraTraining:
     text_adapters: Adapters | None = None
     encode_batch: Callable[[Batch], list[dict]] | None = None  # -> one conditioning per sample
     prior: PriorData | None = None
+    few_step: FewStepPlan = FewStepPlan()
     deck: BucketBatchSampler = field(init=False)
 
     def __post_init__(self):
         self.deck = BucketBatchSampler(self.data, self.batch)
         self.density = resolve_noise_density(self.noise, self.density)
         self.prior_loss = None if self.prior is None else PriorLoss(self.prior, self.batch)
+        if not self.few_step.is_plain:
+            for data in filter(None, (self.data, self.prior and self.prior.data)):
+                check_empty_caption(data)
 
     def groups(self):
         named = {"model": list(self.adapters.parameters())}
@@ -60,17 +65,23 @@ class LoraTraining:
 
     def loss(self, rng):
         """(B,) native loss of one batch, weighted; what is to be kept adds the same to each."""
-        loss, x, sigma = self.denoise_batch(self.data.make_batch(self.deck.next_batch(rng), rng), rng)
+        batch = self.data.make_batch(self.deck.next_batch(rng), rng)
+        loss, x, sigma = self.denoise_batch(batch, rng)
+        if self.few_step.drift:
+            loss = loss + self.few_step.drift * drift_loss(self, x, batch, self.few_step, rng)
         return loss if self.prior_loss is None else loss + self.prior_loss.loss(self, x, sigma, rng)
 
-    def denoise_batch(self, batch: Batch, rng):
-        """((B,) weighted loss, x, sigma) of these images, freshly noised."""
+    def denoise_batch(self, batch: Batch, rng, data: EncodedDataset | None = None):
+        """((B,) weighted loss, x, sigma) of these images, freshly noised. `data`: where they are from, if not from what
+        is learnt."""
         x0 = self.denoiser.model_space(batch.x0)
         conds = self.encode_batch(batch) if self.encode_batch else batch.conds
         sigma = sample_sigmas(self.denoiser, self.density, x0, rng, self.noise.min_time, self.noise.max_time)
         mask = None if batch.mask is None else copy_like(batch.mask, x0)
         noise = sample_training_noise(x0, rng, self.noise)
         extra = self.noise.perturbation * cpu_randn_like(x0, rng) if self.noise.perturbation else None
+        empty = (data or self.data).empty_conds(batch) if self.few_step.contrast != 1 else []
+        retarget = make_retarget(self, sigma, empty, batch.dropped)
         with self.adapters.dropout_active(rng):
-            error = denoising_loss(self.denoiser, x0, noise, sigma, conds, mask, self.noise, extra)
+            error = denoising_loss(self.denoiser, x0, noise, sigma, conds, mask, self.noise, extra, retarget)
         return loss_weight(self.denoiser, sigma, self.noise) * error, self.denoiser.noised(x0, noise, sigma), sigma

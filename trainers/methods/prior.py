@@ -98,9 +98,8 @@ class PriorLoss:
         """A number: weight times the mean error on class images, plus that against the frozen model at x (B, ...)."""
         total = torch.zeros((), device=x.device)
         if self.deck is not None and self.prior.data is not None:
-            total = (
-                total + method.denoise_batch(self.prior.data.make_batch(self.deck.next_batch(rng), rng), rng)[0].mean()
-            )
+            batch = self.prior.data.make_batch(self.deck.next_batch(rng), rng)
+            total = total + method.denoise_batch(batch, rng, self.prior.data)[0].mean()
         if self.prompts:
             total = total + self.teacher_error(method, x, sigma, rng).mean()
         return self.prior.settings.weight * total

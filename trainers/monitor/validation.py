@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ..diffusion import Denoiser, NoiseLevelDensity, cpu_randn_like, native_erro
 from ..protocols import NamedValidationLoss, ValidationLoss
 from ..rng import derive_generator
 from ..settings import NoiseSettings, Settings, choice_field, compute_fingerprint, number_field, switch_field
+
+if TYPE_CHECKING:
+    from ..methods.lora import LoraTraining
 
 BEST_CHOICES = KEEP_BEST_FILE, RESTORE_BEST, BEST_OFF = ("keep a file", "restore at the end", "off")
 
@@ -110,6 +114,7 @@ class ImageValidationLoss:
     encode: Callable[[Batch], list[dict]] | None = (
         None  # -> one conditioning per sample, when the text encoder learns too
     )
+    method: LoraTraining | None = None  # whose target is measured; None for the images' own
     noun, where = "pictures", "on fixed training pictures"  # for people
 
     def __post_init__(self):
@@ -124,6 +129,7 @@ class ImageValidationLoss:
             self.levels,
             self.noise,
             self.density.fingerprint(),
+            *([self.method.few_step.contrast] if self.method and self.method.few_step.contrast != 1 else []),
         )
 
     @torch.no_grad()
@@ -146,13 +152,24 @@ class ImageValidationLoss:
             tick()
             many = x0.expand(len(at), *x0.shape[1:])
             sigma, chosen = sigmas[at.to(sigmas.device)], noise[at.to(noise.device)]
-            answer = self.denoiser.denoise(self.denoiser.noised(many, chosen, sigma), sigma, conds * len(at))
+            x = self.denoiser.noised(many, chosen, sigma)
+            answer = self.denoiser.denoise(x, sigma, conds * len(at))
+            goal = self.goal(x, many, sigma, batch)
             parts.append(
                 native_error(
-                    self.denoiser, answer, many, sigma, None if mask is None else mask.expand(len(at), *mask.shape[1:])
+                    self.denoiser, answer, goal, sigma, None if mask is None else mask.expand(len(at), *mask.shape[1:])
                 )
             )
         return torch.cat(parts).float().cpu()
+
+    def goal(self, x, x0, sigma, batch: Batch) -> Tensor:
+        """What the prediction at x (N, ...) of one image is compared with."""
+        if self.method is None or self.method.few_step.contrast == 1:
+            return x0
+        from ..methods.few_step import contrastive_target
+
+        empty, dropped = self.data.empty_conds(batch) * len(x), batch.dropped * len(x)
+        return contrastive_target(self.method, x, x0, sigma, empty, dropped)
 
     def describe_sample(self, pick: int) -> dict:
         """What a person knows the image by."""
