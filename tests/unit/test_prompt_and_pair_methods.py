@@ -309,6 +309,22 @@ def test_trajectories_are_dealt_evenly_over_the_tasks_by_weight(seed):
     assert all(abs(dealt.count(number) - 190 / 8) <= 3 for number in (1, 2, 3, 4))
 
 
+@pytest.mark.parametrize(("count", "preserved"), [(48, 3), (32, 5), (21, 2), (8, 4)])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_preserved_value_of_a_table_gets_its_share_of_the_trajectories(count, preserved, seed):
+    """Each row of a table preserves itself in every other value: a red circle, a red square ... Of 30 trajectories half
+    are of rows, and each value has as many as any other. In the order of the table, 48 rows with three values met one of
+    the three alone."""
+    erase = rollouts(model()).tasks[0]
+    keep = PromptTask(make_preserve_targets("dog"), "dog", shapes=(SHAPE,), weight=1 / preserved)
+    points = rollouts(model(), [task for _ in range(count) for task in (erase, *[keep] * preserved)])
+    dealt = [points.deal_task_index(rng(100 * seed + step)) for step in range(30)]
+    kinds = [number % (preserved + 1) for number in dealt]
+    assert dealt[0] == 0 and abs(kinds.count(0) - 15) <= 1
+    assert all(abs(kinds.count(value) - 15 / preserved) <= 1.5 for value in range(1, preserved + 1)), kinds
+    assert len({number for number in dealt if number % (preserved + 1) == 0}) >= min(count, 10)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_first_update_is_of_a_row_and_not_of_what_is_preserved(seed):
     row = rollouts(model()).tasks[0]
