@@ -51,6 +51,21 @@ def test_memory_is_measured_before_a_run_unless_somebody_says_otherwise():
     assert len(in_templates) == 9 and set(in_templates.values()) == {"auto"}, in_templates
 
 
+def test_help_promises_equal_bytes_where_a_seed_gives_them():
+    """On the CPU: kernels of graphics cards may add in another order from run to run."""
+    said = {path.parent.name: path.read_text(encoding="utf-8") for path in (ROOT / "web" / "docs").glob("*/en.md")}
+    seeds = {name: line for name, text in said.items() for line in text.splitlines() if line.startswith("- **`seed`**")}
+    trains = [name for name in seeds if re.match("Trainyard(Train|Distill|Pretrain)", name)]
+    vague = [name for name in trains if "bit for bit on the CPU, nearly so on a GPU" not in seeds[name]]
+    assert len(trains) == 9 and not vague, vague
+
+
+def test_help_says_how_texts_are_surely_read_as_they_were_written():
+    """Short texts in GBK may be valid UTF-8 by chance, and nothing in the file tells."""
+    text = (ROOT / "web" / "docs" / "TrainyardLoadDataset" / "en.md").read_text(encoding="utf-8")
+    assert re.search(r"GBK can be valid UTF-8 by chance.*save tables and captions as \*UTF-8 with BOM\*", text)
+
+
 def every_input(schema):
     for group in ("required", "optional"):
         for name, (kind, *about) in schema["input"].get(group, {}).items():
