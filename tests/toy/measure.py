@@ -12,6 +12,7 @@ MIN_CONTRAST = 40  # levels between ground and shape, below which nothing is see
 MIN_AREA = 60  # px of 64 x 64; the smallest drawn shape has 201
 LARGE = 520  # px; small shapes end at 346, large ones begin at 804
 SPOKES = 72  # directions in which the outline is measured
+ROUND = 0.075  # strongest wave of a circle: half of a square's. The base's small circles have up to 0.045, squares 0.12
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def shape_name(waves, solid, hole):
         return "other"
     if hole > 0.12:
         return "ring"
-    if strongest < 0.05:
+    if strongest < ROUND:
         return "circle" if solid > 0.93 else "other"
     if strongest == three and three > 0.12:
         return "triangle" if solid > 0.85 else "other"

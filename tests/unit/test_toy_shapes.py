@@ -1,10 +1,12 @@
 """The toy world's ruler: what is drawn is read back in pixels, also through noise and blur as a small VAE leaves
 them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from trainyard.tests.toy import shapes, world
 from trainyard.tests.toy.measure import measure
 
@@ -56,6 +58,19 @@ def test_nothing_is_seen_where_nothing_is():
     speckled = measure(spoilt(Image.new("RGB", (64, 64), (128, 128, 128)), 0, 0.03, torch.Generator().manual_seed(1)))
     assert (flat.shape, flat.colour, flat.ground) == ("other", None, "grey")
     assert speckled.shape == "other" and speckled.area < 60
+
+
+@pytest.mark.parametrize("radius", [9, 17])
+@pytest.mark.parametrize(("exponent", "name"), [(2, "circle"), (3, "circle"), (5, "square"), (20, "square")])
+def test_a_rounded_square_is_called_after_the_shape_that_is_nearer(radius, exponent, name):
+    """Superellipses: 2 is the circle. A square's outline has waves of 0.15, that of exponent 3 has 0.06."""
+    image, fine = Image.new("RGB", (256, 256), (243, 243, 243)), 4
+    half = radius * math.sqrt(math.pi) / (2 * math.gamma(1 + 1 / exponent)) * math.sqrt(math.gamma(1 + 2 / exponent))
+    power = lambda value: math.copysign(abs(value) ** (2 / exponent), value)
+    angles = [math.radians(degree) for degree in range(360)]
+    points = [(fine * (32 + half * power(math.cos(a))), fine * (32 + half * power(math.sin(a)))) for a in angles]
+    ImageDraw.Draw(image).polygon(points, fill=(40, 160, 60))
+    assert measure(image.resize((64, 64), Image.Resampling.BOX)).shape == name
 
 
 def test_what_is_between_two_shapes_has_no_name():
