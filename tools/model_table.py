@@ -26,7 +26,8 @@ again, and a test checks that it is current.
   every layer of the file ([tests/comfy/test_more_families.py](tests/comfy/test_more_families.py)). Each run checks the
   gradients of the full-size model first.
 - **not tried**: no test trains it. Each run checks the gradients first and refuses a model that fails. That a model needs
-  another input, such as an image or a mask, is not checked by this table.
+  another input, such as an image or a mask, is not checked by this table. Inpainting models of images are tried with
+  theirs ([tests/comfy/test_inpaint.py](tests/comfy/test_inpaint.py)).
 - **refused**: Trainyard says why before a run, as here (nodes/host/conditions.py).
 - **makes no images**: its latents have no height and width.
 
@@ -53,13 +54,13 @@ def describe_noise(density, flow: bool) -> str:
 
 def describe_tests(name: str, dimensions: int, refusal: str) -> str:
     from trainyard.nodes.host.families import TESTED_CLASSES
-    from trainyard.tests.comfy.more_families import MORE, PER_BLOCK, WITHOUT_IMAGE
+    from trainyard.tests.comfy.more_families import INPAINTING, MORE, PER_BLOCK, WITHOUT_IMAGE
 
     found = {row.supported: key for key, row in MORE.items()}
     if refusal:
         return f"refused: {refusal}"
     if name in TESTED_CLASSES:
-        return "tested"
+        return "tested" + ("; its inpainting model trains" if found.get(name) in INPAINTING else "")
     if found.get(name) in WITHOUT_IMAGE:
         return "trains, tried without its image or mask"
     if name in found:

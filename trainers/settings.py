@@ -625,3 +625,58 @@ class TransferSettings(Settings):
         "target whose guidance is built in, the guidance that the source is used with.",
         step=0.25,
     )
+
+
+INPAINT_NONE, MASK_BOXES, MASK_STROKES, MASK_OF_DATASET = "none", "boxes", "strokes", "from the dataset"
+BOXES_AND_STROKES, MIXED_MASKS = "boxes and strokes", "boxes, strokes and dataset"
+LOSS_OF_INPAINT = "inpaint masks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintSettings(Settings):
+    """Which part of an image an inpainting model does not see and learns to fill, and where its loss counts."""
+
+    inpaint_masks: str = choice_field(
+        INPAINT_NONE,
+        (INPAINT_NONE, MASK_BOXES, MASK_STROKES, BOXES_AND_STROKES, MASK_OF_DATASET, MIXED_MASKS),
+        "For inpainting models (Flux Fill, SD and SDXL inpainting): the holes that it learns to fill. from the "
+        "dataset: the white part of each image's mask.",
+        advanced=True,
+        later=True,
+    )
+    masks_per_image: int = number_field(
+        4,
+        1,
+        64,
+        "How many boxes or strokes are drawn for each image; a step takes one of them. Each is one more run of the "
+        "VAE.",
+        unit="masks",
+        advanced=True,
+        later=True,
+    )
+    full_masks: float = number_field(
+        0.25,
+        0.0,
+        1.0,
+        "Share of steps in which the whole image is the hole. Stable Diffusion's inpainting was trained with 0.25.",
+        step=0.05,
+        advanced=True,
+        later=True,
+    )
+    loss_masks: str = choice_field(
+        MASK_OF_DATASET,
+        (MASK_OF_DATASET, LOSS_OF_INPAINT, INPAINT_NONE),
+        "Where the loss counts. from the dataset: in the white part of each image's mask, everywhere without one. "
+        "inpaint masks: in the hole. none: everywhere.",
+        advanced=True,
+        later=True,
+    )
+
+    def mask_kinds(self) -> tuple[str, ...]:
+        """The kinds of masks that the holes are made of."""
+        several = {
+            INPAINT_NONE: (),
+            BOXES_AND_STROKES: (MASK_BOXES, MASK_STROKES),
+            MIXED_MASKS: (MASK_BOXES, MASK_STROKES, MASK_OF_DATASET),
+        }
+        return several.get(self.inpaint_masks, (self.inpaint_masks,))

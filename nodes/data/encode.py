@@ -12,6 +12,7 @@ from ...trainers.data import cache
 from ...trainers.data.buckets import BucketSettings
 from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from ...trainers.data.encode import encode_dataset
+from ...trainers.settings import InpaintSettings
 from .. import host, paths
 from ..fields import CATEGORY, DatasetType, EncodedType, settings_from_widgets, settings_inputs
 
@@ -87,6 +88,10 @@ class EncodeDataset(io.ComfyNode):
                 "tag dropout",
                 "wildcards",
                 "keep tokens",
+                "inpainting",
+                "fill",
+                "outpainting",
+                "random mask",
             ],
             inputs=[
                 DatasetType.Input("dataset", tooltip="From Load Dataset. Sizes assigned by Bucket Dataset are kept."),
@@ -113,7 +118,7 @@ class EncodeDataset(io.ComfyNode):
                     advanced=True,
                     # the page would draw a new one, and train anew, at every Run
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip=f"Determines the order of shuffled captions. (0 to {2**63 - 1})",
+                    tooltip=f"Determines the order of shuffled captions, and the inpaint masks. (0 to {2**63 - 1})",
                 ),
                 *settings_inputs(BucketSettings, only=APPENDED_BUCKET_FIELDS, optional=True),
                 io.String.Input(
@@ -134,6 +139,7 @@ class EncodeDataset(io.ComfyNode):
                     "will also use for your prompts. auto: TextEncodeQwenImageEditPlus (Qwen-Image-Edit-2509 and "
                     "later) for Qwen-Image's text encoder; others read the caption alone.",
                 ),
+                *settings_inputs(InpaintSettings),
             ],
             outputs=[
                 EncodedType.Output(
@@ -159,9 +165,8 @@ class EncodeDataset(io.ComfyNode):
         image_reader=host.encoders.AUTO_IMAGE_READER,
         **widgets,
     ):
-        captions, buckets = (
-            settings_from_widgets(CaptionSettings, widgets),
-            settings_from_widgets(BucketSettings, widgets),
+        captions, buckets, inpaint = (
+            settings_from_widgets(record, widgets) for record in (CaptionSettings, BucketSettings, InpaintSettings)
         )
         images, text = host.encoders.VaeEncoder(vae), make_text_encoder(clip, captions, image_reader)
         with (
@@ -183,10 +188,13 @@ class EncodeDataset(io.ComfyNode):
                 report=host.progress.ItemProgressReporter(cls.hidden.unique_id),
                 check_interrupt=host.progress.raise_if_interrupted,
                 ground=parse_colour(ground),
+                inpaint=inpaint,
             )
         sizes = len({item.bucket for item in encoded.items})
+        holes = sum(len(item.holes) for item in encoded.items)
+        told = f", with {holes} inpaint mask{'s'[: holes > 1]}" if holes else ""
         host.progress.show_node_text(
-            f"{len(encoded)} images in {sizes} bucket{'s'[: sizes > 1]}, encoded", cls.hidden.unique_id
+            f"{len(encoded)} images in {sizes} bucket{'s'[: sizes > 1]}, encoded{told}", cls.hidden.unique_id
         )
         return io.NodeOutput(encoded)
 

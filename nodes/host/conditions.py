@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import comfy.model_base
 import torch
 
+from ...trainers.data.encoded import CONCAT_IMAGE as IMAGE
+from ...trainers.data.encoded import CONCAT_MASK as MASK
 from .denoiser import joins_references_to_noise, place_references
-
-IMAGE, MASK = "concat_latent_image", "concat_mask"
 
 # Key of a conditioning -> what it is, for a person. The keys are the host's own.
 CONDITION_NAMES = {
@@ -123,6 +123,23 @@ def required_conditions(model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
+def fills_holes(model) -> bool:
+    """Whether this BaseModel paints the white part of a mask, as the host's InpaintModelConditioning tells it. (The
+    masks of models that make videos say which frames are given.)"""
+    is_of_images = model.latent_format.latent_dimensions == 2
+    return is_of_images and set(required_conditions(model)) == {IMAGE, MASK}
+
+
+def check_holes(model, data):
+    """Raises ValueError for an EncodedDataset with inpaint masks where the MODEL has no use for them."""
+    if any(item.holes for item in data.items) and not fills_holes(model.model):
+        raise ValueError(
+            f"The dataset was encoded with inpaint masks, and {model_name(model.model)} takes none: it would be "
+            "trained as if they were not there. Load an inpainting model (Flux Fill, SD or SDXL inpainting), or set "
+            "inpaint_masks of Encode Dataset to none."
+        )
+
+
 def refusal(model) -> str:
     """Why a BaseModel cannot be trained, or ''."""
     name = host_class(model).__name__
@@ -163,8 +180,11 @@ def check_conditions(model, named_conds: Iterable[tuple[str, dict]]):
     needed = required_conditions(model.model)
     if not needed:
         return
-    takes_controls = needed == (IMAGE,) and joins_references_to_noise(model.model)
-    advice = "Give every image a control image in Load Dataset; or connect" if takes_controls else "Connect"
+    advice = "Connect"
+    if needed == (IMAGE,) and joins_references_to_noise(model.model):
+        advice = "Give every image a control image in Load Dataset; or connect"
+    elif fills_holes(model.model):
+        advice = "Choose inpaint_masks in Encode Dataset; or connect"
     for name, cond in named_conds:
         cond = place_references(model.model, cond)
         if missing := [key for key in needed if cond.get(key) is None]:

@@ -7,7 +7,7 @@ import math
 import comfy.lora
 import torch
 
-from ...trainers.data.encoded import REFERENCE_LATENTS
+from ...trainers.data.encoded import CONCAT_IMAGE, REFERENCE_LATENTS
 from ...trainers.memory.transfer import copy_to_device
 from .context import clone_inference_tensors
 from .families import ModelFamily
@@ -123,7 +123,7 @@ def place_references(model, cond: dict) -> dict:
     if REFERENCE_LATENTS not in cond or not joins_references_to_noise(model):
         return cond
     rest = {name: value for name, value in cond.items() if name != REFERENCE_LATENTS}
-    return {**rest, "concat_latent_image": cond[REFERENCE_LATENTS][0]}
+    return {**rest, CONCAT_IMAGE: cond[REFERENCE_LATENTS][0]}
 
 
 def joins_references_to_noise(model) -> bool:

@@ -93,6 +93,11 @@ class PairTask(TrainTask):
         check_pairs_differ(collect_image_pairs(self.data), self.data)
 
     def check_conditions(self, job):
+        if any(item.holes for item in self.data.items):
+            raise ValueError(
+                "The pairs were encoded with inpaint masks, which differ between the two sides of a pair: the masks "
+                "would be learnt with the images. Set inpaint_masks of Encode Dataset to none."
+            )
         host.conditions.check_conditions(job.model, self.data.named_conds())
 
     def fingerprint_parts(self, job):

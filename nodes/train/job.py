@@ -121,6 +121,8 @@ class TrainTask(Protocol):
         """Raises ValueError where the MODEL needs more than the texts or conditionings that it would be trained
         with."""
         host.conditions.check_text_is_enough(job.model)
+        if self.data is not None:
+            host.conditions.check_holes(job.model, self.data)
 
     def fingerprint_parts(self, job: TrainingJob) -> tuple:
         """What the result depends on beside the job's own records: fingerprints, settings records, JSON values."""
@@ -248,7 +250,7 @@ def dataset_gradient_check_inputs(data, session):
 def first_distinct_captions(data, count: int = 2) -> tuple[list[SamplePrompt], SamplePrompt | None]:
     """The first captions of a dataset that differ, and the empty caption where it has one. Where only conditionings
     were given, they have no caption to encode again."""
-    plain, found = dataclasses.replace(data, dropout=0.0), {}
+    plain, found = dataclasses.replace(data, dropout=0.0, full_masks=0.0), {}
     for pick in range(min(len(data.items), 50)):
         batch = plain.make_batch([pick], make_generator(0))
         label = batch.captions[0] or f"caption {len(found) + 1}"

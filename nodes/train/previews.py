@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...trainers.data.encoded import REFERENCE_LATENTS, image_conditioning
+from ...trainers.data.encoded import CONCAT_IMAGE, CONCAT_MASK, REFERENCE_LATENTS, image_conditioning
 from ...trainers.files import write_bytes_atomically
 from ...trainers.monitor.previews import PreviewSettings, draw_samples_sheet
 from .. import host
@@ -88,26 +88,39 @@ class PreviewRenderer:
 
     def write_sample_sheet(self, step: int) -> dict:
         """Draws and writes samples/step000100.jpg; {"step", "file"} of it."""
-        base = self.load_base_images()
-        now = self.render_images(self.settings.strength)
-        titles = ["before training", f"step {step}"]
+        columns = {
+            "shown": self.load_once("shown", self.decode_shown_images) if self.shows_images else None,
+            "before training": self.load_once("base", lambda: self.render_images(0.0)),
+            f"step {step}": self.render_images(self.settings.strength),
+        }
+        titles, columns = zip(*((title, images) for title, images in columns.items() if images), strict=True)
         rows = [
-            (f"{prompt.label}  ·  seed {seed}", pair)
-            for (prompt, seed), *pair in zip(self.sample_specs, base, now, strict=True)
+            (f"{prompt.label}  ·  seed {seed}", images)
+            for (prompt, seed), *images in zip(self.sample_specs, *columns, strict=True)
         ]
         file = self.folder / f"step{step:06d}.jpg"
         write_bytes_atomically(file, encode_jpeg(draw_samples_sheet(rows, titles)))
         return {"step": step, "file": f"{self.folder.name}/{file.name}"}
 
-    def load_base_images(self) -> list[Image.Image]:
-        """What the model draws without the adapter: drawn once, read from the run's folder afterwards."""
-        files = [self.folder / f"base_{i:02d}.png" for i in range(len(self.sample_specs))]
+    @property
+    def shows_images(self) -> bool:
+        return all(is_image_with_mask(prompt.cond, self.shape) for prompt in self.prompts)
+
+    def load_once(self, name: str, make) -> list[Image.Image]:
+        """Images that no step changes, such as what the model draws without the adapter: made once, read from the run's
+        folder afterwards."""
+        files = [self.folder / f"{name}_{i:02d}.png" for i in range(len(self.sample_specs))]
         if not all(file.exists() for file in files):
-            for file, image in zip(files, self.render_images(0.0), strict=True):
+            for file, image in zip(files, make(), strict=True):
                 buffer = io.BytesIO()
                 image.save(buffer, "PNG")
                 write_bytes_atomically(file, buffer.getvalue())
         return [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in files]
+
+    def decode_shown_images(self) -> list[Image.Image]:
+        """The images that the samples are made from: with their hole in grey, or a first frame."""
+        with switch_to_sampling(self.session, self.memory):
+            return [self.decode_latent(prompt.cond[CONCAT_IMAGE]) for prompt, _ in self.sample_specs]
 
     def render_images(self, strength: float) -> list[Image.Image]:
         with switch_to_sampling(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
@@ -125,11 +138,12 @@ class PreviewRenderer:
 
     def sample_one_latent(self, patcher, cond, negative, seed):
         host.progress.raise_if_interrupted()
-        references = {k: v for k, v in cond.items() if k == REFERENCE_LATENTS}  # what is avoided is shown the same
+        images = (REFERENCE_LATENTS, *host.conditions.required_conditions(patcher.model))
+        shown = {k: v for k, v in cond.items() if k in images}  # what is avoided is shown the same
         return host.sampling.sample_latents(
             patcher,
             to_comfy_conditioning(patcher.model, cond),
-            to_comfy_conditioning(patcher.model, {**negative, **references}),
+            to_comfy_conditioning(patcher.model, {**negative, **shown}),
             self.shape,
             [seed],
             steps=self.settings.sampling_steps,
@@ -158,14 +172,25 @@ class PreviewRenderer:
         )
 
 
-def show_references(prompts: list[SamplePrompt], data) -> list[SamplePrompt]:
-    """The prompts of an edit model with the control images of a dataset, one image after the other, where they have
-    none of their own."""
-    items = [item for item in data.items if item.controls] if data else []
+def show_images(prompts: list[SamplePrompt], data, model, shape=None) -> list[SamplePrompt]:
+    """The prompts with what this BaseModel needs beside a text, where they have none of their own: control images, an
+    image with a hole, a first frame. One image of the dataset after the other, those of latents of `shape` first."""
+    keys = (REFERENCE_LATENTS, *host.conditions.required_conditions(model))
+    items = sorted(data.items, key=lambda item: item.shape != shape) if data else []
+    items = [item for item in items if item.caption_keys and (len(keys) > 1 or item.controls)]
     if not items:
         return prompts
-    shown = [data.load_controls(items[number % len(items)]) for number in range(len(prompts))]
-    return [prompt._replace(cond={**more, **prompt.cond}) for prompt, more in zip(prompts, shown, strict=True)]
+    shown = [data.load_shown(items[number % len(items)]) for number in range(len(prompts))]
+    return [
+        prompt._replace(cond={**{key: more[key] for key in keys if key in more}, **prompt.cond})
+        for prompt, more in zip(prompts, shown, strict=True)
+    ]
+
+
+def is_image_with_mask(cond: dict, shape) -> bool:
+    """Whether a conditioning has a mask, and one image that a VAE of latents of this shape (C, ..., h, w) gave."""
+    image = cond.get(CONCAT_IMAGE)
+    return image is not None and CONCAT_MASK in cond and image.shape[1] == shape[0]
 
 
 def decode_latent_with_vae(vae, latent) -> Image.Image:

@@ -262,6 +262,7 @@ class LoraTask(TrainTask):
             host.conditions.check_text_is_enough(job.model)
         for data in (self.data, self.prior and self.prior.data, held_out):
             if data is not None:
+                host.conditions.check_holes(job.model, data)
                 host.conditions.check_conditions(job.model, data.named_conds())
 
     def check_captions_known(self):

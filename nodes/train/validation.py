@@ -12,7 +12,7 @@ from ...trainers.monitor.previews import PreviewSettings
 from ...trainers.monitor.validation import ValidationMonitor, ValidationSettings
 from .. import host
 from ..fields import CATEGORY, EncodedType, settings_from_widgets, settings_inputs
-from .previews import PreviewRenderer, SamplePrompt, preview_latent_shape, show_references
+from .previews import PreviewRenderer, SamplePrompt, preview_latent_shape, show_images
 
 ValidationSettingsType = io.Custom("TRAINYARD_VALIDATION")
 
@@ -220,12 +220,13 @@ def make_preview_renderer(job, session, attempt, memory: float) -> PreviewRender
     own, own_negative = ([], None) if prompts else job.task.default_sample_prompts(job, attempt.prompts)
     if not (prompts or own):
         return None
+    shape = preview_latent_shape(job.model, config.previews, job.task.data, job.task.default_resolution())
     return PreviewRenderer(
         session,
         config.previews,
-        show_references([*prompts, *own], job.task.data),
+        show_images([*prompts, *own], job.task.data, job.model.model, shape),
         negative or own_negative,
-        preview_latent_shape(job.model, config.previews, job.task.data, job.task.default_resolution()),
+        shape,
         attempt.folder.samples_folder,
         vae=config.vae,
         sampler=config.sampler,

@@ -27,6 +27,8 @@ MORE = {
     "klein": Family("Flux2", flux2(guidance_embed=False), 64, latent=(128, 8, 8)),
     "longcat": Family("LongCatImage", flux(guidance_embed=False, vec_in_dim=None, txt_ids_dims=[1, 2]), 64),
     "fill": changed("flux", "FluxInpaint", in_channels=96),
+    "sd15_inpaint": changed("sd15", "SD15", in_channels=9),
+    "sdxl_inpaint": changed("sdxl", "SDXL", in_channels=9),
     "krea2": Family("Krea2", dict(image_model="krea2", features=128, tdim=32, txtdim=64, heads=2, kvheads=1, layers=2, txtlayers=2,
                                   txtheads=2, txtkvheads=2), 128, latent=(16, 1, 16, 16)),
     "hunyuan_video_15": changed(
@@ -72,5 +74,16 @@ MORE = {
 
 MASK = {"attention_mask": torch.ones(1, 7, dtype=torch.long)}  # as their text encoders give it
 PER_BLOCK = {"ltxv"}  # the host overwrites a tensor between its blocks: it trains only with checkpointing per block
-WITHOUT_IMAGE = {"fill", "wan_i2v"}  # tried without the image or mask that they take: zeros in its place
-ASKED_FOR = {"ltxv": MASK, "omnigen2": MASK}  # what the conditioning of a family holds beside the text
+WITHOUT_IMAGE = {"wan_i2v"}  # tried without the image or mask that they take: zeros in its place
+INPAINTING = ("fill", "sd15_inpaint", "sdxl_inpaint")
+
+
+def hole(name, seed=0):
+    """An image with a hole and its mask, for the conditioning of an inpainting family."""
+    rng, (channels, height, width) = torch.Generator().manual_seed(seed), MORE[name].latent
+    mask = (torch.rand(1, 1, 8 * height, 8 * width, generator=rng) > 0.5).float()
+    return {"concat_latent_image": torch.randn(1, channels, height, width, generator=rng), "concat_mask": mask}
+
+
+# What the conditioning of a family holds beside the text.
+ASKED_FOR = {"ltxv": MASK, "omnigen2": MASK, **{name: hole(name) for name in INPAINTING}}

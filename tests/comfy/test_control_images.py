@@ -8,7 +8,7 @@ import comfy.samplers
 import pytest
 import torch
 from trainyard.nodes import host
-from trainyard.nodes.train.previews import SamplePrompt, show_references, to_comfy_conditioning
+from trainyard.nodes.train.previews import SamplePrompt, show_images, to_comfy_conditioning
 from trainyard.nodes.train.train_lora import check_references
 from trainyard.nodes.train.validation import MonitorConfig
 from trainyard.tests.comfy import tiny
@@ -108,7 +108,7 @@ def test_samples_of_prompts_are_edits_of_the_datasets_control_images(tmp_path):
     data = encoded(tmp_path, buckets=BucketSettings(resolution=16, step=8))
     own = torch.ones(1)
     prompts = [SamplePrompt("a", {}), SamplePrompt("b", {REFERENCE_LATENTS: [own]}), SamplePrompt("c", {})]
-    shown = [prompt.cond[REFERENCE_LATENTS][0] for prompt in show_references(prompts, data)]
+    shown = [prompt.cond[REFERENCE_LATENTS][0] for prompt in show_images(prompts, data, make("flux").model)]
     controls = [data.load_controls(item)[REFERENCE_LATENTS][0] for item in data.items]
     assert torch.equal(shown[0], controls[0]) and shown[1] is own and torch.equal(shown[2], controls[0])
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..settings import compute_fingerprint
+from ..settings import LOSS_OF_INPAINT, InpaintSettings, compute_fingerprint
 from .buckets import BucketPlacement, BucketSettings, place_control, place_records, resize_and_crop
 from .cache import DiskCache, map_tensors
 from .caption_variants import (
@@ -113,6 +113,17 @@ def round_token_embeddings(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class HolePlan:
+    """An image with one of its holes, see inpaint.py."""
+
+    kind: str  # of InpaintSettings.mask_kinds
+    number: int  # among the holes of its image
+    seed: int
+    key: str
+    flipped: str | None  # of the mirrored image, whose hole is mirrored too
+
+
+@dataclass(frozen=True)
 class EncodingPlan:
     """What is to be encoded for one record, or for one of its control images."""
 
@@ -124,6 +135,9 @@ class EncodingPlan:
     caption_keys: tuple[str, ...]
     controls: tuple[EncodingPlan, ...] = ()
     empty_key: str | None = None  # of the empty caption, where the text encoder sees the control images beside it
+    holes: tuple[HolePlan, ...] = ()
+    full_hole: str | None = None
+    has_loss_mask: bool = True  # where the record has a mask
 
     def list_texts(self) -> list[tuple[str, str]]:
         """[(key, text)] of all that the text encoder reads for this record."""
@@ -163,15 +177,23 @@ def encode_dataset(
     *,
     seed: int = 0,
     ground=WHITE,
+    inpaint: InpaintSettings | None = None,
 ) -> EncodedDataset:
     """The dataset as latents and conditionings, kept in cache_dir.
 
     flip: the mirrored images are encoded too. report(done, total, text); check_interrupt() raises to stop, losing
     nothing.
-    seed: of the shuffled captions. ground: the colour (red, green, blue) beneath transparent images.
+    seed: of the shuffled captions and the inpaint masks. ground: the colour (red, green, blue) beneath transparent
+    images. inpaint: None for no holes.
     text: None for images without any conditioning, as score models need them; the caption mode must be the empty
     one."""
     check_encoding_inputs(dataset, captions, buckets, vae)
+    inpaint = inpaint or InpaintSettings()
+    is_inpainting = bool(inpaint.mask_kinds()) or inpaint.loss_masks != InpaintSettings().loss_masks
+    if is_inpainting:
+        from .inpaint import check_inpaint_inputs, plan_holes, require_holes
+
+        check_inpaint_inputs(dataset, inpaint, text)
     if text is None:
         return encode_without_text(
             dataset, captions, buckets, flip, vae, DiskCache(cache_dir), report, check_interrupt, ground
@@ -184,6 +206,9 @@ def encode_dataset(
     ]
     require_readable_texts(plans, captions.trigger, text, check_interrupt)
     cache = DiskCache(cache_dir)
+    if is_inpainting:
+        plans = [plan_holes(p, inpaint, vae, seed) for p in plans]
+        require_holes(plans, cache, check_interrupt)
     require_trained_pixels(plans, vae.factor, cache, check_interrupt)
     require_unmirrored_texts(plans, text)
     empty_key = caption_key("", text)
@@ -205,6 +230,7 @@ def encode_dataset(
         list(ground),
         *list_reading_changes(dataset, [caption for caption, _ in texts.values()]),
         *([text.image_reader] if text.image_reader and any(p.controls for p in plans) else []),
+        *([inpaint] if is_inpainting else []),
     )
     return EncodedDataset(
         items,
@@ -215,6 +241,8 @@ def encode_dataset(
         captions.dropout,
         captions.trigger.strip(),
         text.image_reader if any(p.controls for p in plans) else "",
+        inpaint.full_masks,
+        inpaint.loss_masks == LOSS_OF_INPAINT,
     )
 
 
@@ -298,7 +326,7 @@ def require_trained_pixels(plans: list[EncodingPlan], factor: int, cache: DiskCa
     for p in plans:
         if check_interrupt:
             check_interrupt()
-        if p.record.mask is not None and is_mask_black(p, factor, cache):
+        if p.has_loss_mask and p.record.mask is not None and is_mask_black(p, factor, cache):
             black.append(Path(p.record.path).name)
     if black:
         raise ValueError(
@@ -429,11 +457,22 @@ def encode_images(
     plans: list[EncodingPlan], vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
 ) -> list[EncodedItem]:
     """Writes every latent and mask that is not on disk."""
-    opening = (lambda p=p: open_bucketed_image(p, ground) if list_missing_latents(p, cache) else None for p in plans)
+    opening = (lambda p=p: open_bucketed_image(p, ground) if is_incomplete(p, cache) else None for p in plans)
     with closing(prefetch_results(opening)) as images:
         items = [encode_record(p, image, vae, cache, work, ground) for p, image in zip(plans, images, strict=True)]
     opening = [partial(open_control_images, p, ground) if p.controls else None for p in plans]
     return [replace(item, open_controls=opened) for item, opened in zip(items, opening, strict=True)]
+
+
+def is_incomplete(p: EncodingPlan, cache: DiskCache) -> bool:
+    """Whether the image is to be seen by the VAE, whole or with a hole."""
+    if list_missing_latents(p, cache):
+        return True
+    if not p.holes:
+        return False
+    from .inpaint import list_missing_holes
+
+    return bool(list_missing_holes(p, cache))
 
 
 def prefetch_results(
@@ -463,8 +502,12 @@ def encode_record(
     write_missing_latents(p, image, vae, cache, work, ground)
     for control in p.controls:
         write_missing_latents(control, None, vae, cache, work, ground)
+    if p.holes:
+        from .inpaint import write_missing_holes
+
+        write_missing_holes(p, image, vae, cache, work, ground)
     shape = require_latent_shape(cache, p.latent)
-    mask = mask_key(p.record, p.placement, shape[-2:])
+    mask = mask_key(p.record, p.placement, shape[-2:]) if p.has_loss_mask else None
     if mask and cache.read_shapes(mask) is None and (opened := open_mask(p.record)) is not None:
         cache.write(mask, {"mask": encode_latent_mask(opened, p, shape)})
     work.advance(1, Path(p.record.path).name)
@@ -513,7 +556,12 @@ def require_latent_shape(cache: DiskCache, key: str) -> tuple[int, ...]:
 
 def encode_posterior(image: Image.Image, vae: VaeProtocol, name: str) -> dict:
     """{"mean": (C, ..., h, w), "std": the same or None}"""
-    mean, std = vae.encode(image_to_batch_tensor(image))
+    return encode_latent(image_to_batch_tensor(image), vae, name)
+
+
+def encode_latent(image: Tensor, vae: VaeProtocol, name: str) -> dict:
+    """The same of (1, H, W, 3) in 0..1."""
+    mean, std = vae.encode(image)
     if not torch.isfinite(mean).all() or (std is not None and not torch.isfinite(std).all()):
         raise ValueError(
             f"The VAE turned {name} into NaN or infinity. Run it at higher precision: start ComfyUI with --fp32-vae."
@@ -552,6 +600,9 @@ def make_encoded_item(p: EncodingPlan, shape, mask, cache: DiskCache) -> Encoded
         tuple(control.flipped for control in p.controls if control.flipped),
         p.empty_key,
         sum(math.prod(require_latent_shape(cache, control.latent)) for control in p.controls),
+        tuple(hole.key for hole in p.holes),
+        tuple(hole.flipped for hole in p.holes if hole.flipped),
+        p.full_hole,
     )
 
 

@@ -19,13 +19,15 @@ from torch.nn import functional as F
 from ..protocols import BatchElements, ReadingAhead, TensorTreeStore
 from .cache import MemoryStore, map_tensors
 
-REFERENCE_LATENTS = "reference_latents"  # key of a conditioning: latents of images that an edit model is shown
+# Keys of a conditioning, in the words of ComfyUI.
+REFERENCE_LATENTS = "reference_latents"  # latents of images that an edit model is shown
+CONCAT_IMAGE, CONCAT_MASK = "concat_latent_image", "concat_mask"  # what stands beside the noise, channel by channel
 SIZE_CONDITIONING = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
-IMAGE_CONDITIONING = (*SIZE_CONDITIONING, REFERENCE_LATENTS)
+IMAGE_CONDITIONING = (*SIZE_CONDITIONING, REFERENCE_LATENTS, CONCAT_IMAGE, CONCAT_MASK)
 
 
 def image_conditioning(cond: dict) -> dict:
-    """The size conditioning of an image and its reference latents, which do not come from its text."""
+    """What of a conditioning comes from an image and not from its text: size, reference latents, image and mask."""
     return {k: v for k, v in cond.items() if k in IMAGE_CONDITIONING}
 
 
@@ -56,12 +58,15 @@ class EncodedItem:
     control_numel: int = 0  # numbers in the latents of all control images
     # the control images, (1, H, W, 3) in 0..1
     open_controls: Callable[[], list[Tensor]] | None = field(default=None, compare=False)
+    holes: tuple[str, ...] = ()  # keys of {"image": (C, ..., h, w) with a hole, "mask": packed, "width": pixels of it}
+    flipped_holes: tuple[str, ...] = ()  # the same of the mirrored image
+    full_hole: str | None = None  # the same where the hole is all of the image
 
     def keys_to_read(self) -> list[str]:
         """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions
-        is not."""
-        captions = self.caption_keys if len(self.caption_keys) == 1 else ()
-        known = [self.latent, self.flipped, self.mask, *captions, *self.controls, *self.flipped_controls]
+        or holes is not."""
+        captions, holes = (keys if len(keys) == 1 else () for keys in (self.caption_keys, self.holes))
+        known = [self.latent, self.flipped, self.mask, *captions, *self.controls, *self.flipped_controls, *holes]
         return [key for key in known if key is not None]
 
 
@@ -89,6 +94,8 @@ class EncodedDataset:
     dropout: float = 0.0
     trigger: str = ""  # the word that stands for [trigger] in captions and sample prompts
     image_reader: str = ""  # how the text encoder read control images beside the captions; "" where it did not
+    full_masks: float = 0.0  # share of draws in which an image with holes is all hole
+    loss_in_holes: bool = False  # the loss counts in the hole that was drawn, and no image has a mask of its own for it
 
     def __post_init__(self):
         if self.dropout and self.empty_key is None:
@@ -109,13 +116,14 @@ class EncodedDataset:
             self.items[i].flipped_size if flip else self.items[i].size for i, flip in zip(picks, flips, strict=True)
         ]
         controls = [self.load_controls(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)]
+        holes = [self.load_hole(self.choose_hole(self.items[i], f, rng)) for i, f in zip(picks, flips, strict=True)]
         conds = [
-            {**self.store.load(key), **size, **control}
-            for (key, _), size, control in zip(captions, sizes, controls, strict=True)
+            {**self.store.load(key), **size, **control, **hole}
+            for (key, _), size, control, hole in zip(captions, sizes, controls, holes, strict=True)
         ]
+        mask = self.stack_masks(picks, flips, holes, x0)
         empty = [key == self.empty_key_of(self.items[i]) for i, (key, _) in zip(picks, captions, strict=True)]
-        texts = [caption for _, caption in captions]
-        return Batch(x0, conds, texts, self.stack_masks(picks, flips, x0), list(picks), empty)
+        return Batch(x0, conds, [caption for _, caption in captions], mask, list(picks), empty)
 
     def empty_key_of(self, item: EncodedItem) -> str | None:
         """The empty caption's conditioning for this image."""
@@ -146,15 +154,15 @@ class EncodedDataset:
     def named_conds(self) -> Iterator[tuple[str, dict]]:
         """(where it is from, for a person; conditioning) of all that a batch may hold. Each is loaded when it is asked
         for, once."""
-        seen: set[tuple[str, bool]] = set()
+        seen: set[tuple[str, bool, bool]] = set()
         empty = [self.empty_key] if self.empty_key is not None and self.dropout else []
         for number, item in enumerate(self.items, 1):
             for key in (*item.caption_keys, *empty):
-                if (about := (key, bool(item.controls))) in seen:
+                if (about := (key, bool(item.controls), bool(item.holes))) in seen:
                     continue
                 seen.add(about)
                 name = "the empty caption" if key == self.empty_key else item.path or f"latent {number}"
-                yield f"the conditioning of {name}", {**self.store.load(key), **self.load_controls(item)}
+                yield f"the conditioning of {name}", {**self.store.load(key), **self.load_images(item)}
 
     def require_conditionings(self) -> None:
         """ValueError where the images were encoded without a text encoder."""
@@ -178,10 +186,41 @@ class EncodedDataset:
         keys = item.flipped_controls if flip else item.controls
         return {REFERENCE_LATENTS: [self.store.load(key)["mean"].float()[None] for key in keys]} if keys else {}
 
-    def stack_masks(self, picks, flips, x0: Tensor) -> Tensor | None:
-        if all(self.items[i].mask is None for i in picks):
+    def choose_hole(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> str | None:
+        """The key of one of the item's holes; None where it has none, and then nothing is drawn."""
+        if not item.holes:
             return None
-        stacked = torch.stack([self.load_mask(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)])
+        which, full = torch.rand(2, generator=rng).tolist()
+        keys = item.flipped_holes if flip else item.holes
+        return item.full_hole if item.full_hole and full < self.full_masks else keys[int(which * len(keys))]
+
+    def load_hole(self, key: str | None) -> dict[str, Tensor]:
+        """{"concat_latent_image": (1, C, ..., h, w), "concat_mask": (1, 1, H, W)} as the host's
+        InpaintModelConditioning writes them into a conditioning; empty without a key."""
+        if key is None:
+            return {}
+        from .inpaint_masks import unpack_mask
+
+        hole = self.store.load(key)
+        return {CONCAT_IMAGE: hole["image"].float()[None], CONCAT_MASK: unpack_mask(hole["mask"], hole["width"])}
+
+    def load_shown(self, item: EncodedItem) -> dict:
+        """The conditioning of an item's first caption, with what a model is shown beside it: control images, or the
+        image with its first hole."""
+        return {**self.store.load(item.caption_keys[0]), **self.load_images(item)}
+
+    def load_images(self, item: EncodedItem) -> dict:
+        return {**self.load_controls(item), **self.load_hole(next(iter(item.holes), None))}
+
+    def stack_masks(self, picks, flips, holes, x0: Tensor) -> Tensor | None:
+        """(B, 1, ..., h, w): where the loss counts, which is not what the model is told; None: everywhere."""
+        if self.loss_in_holes:
+            found = [mask_to_latent_grid(hole[CONCAT_MASK][0], *x0.shape[-2:]) for hole in holes]
+        elif all(self.items[i].mask is None for i in picks):
+            return None
+        else:
+            found = [self.load_mask(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)]
+        stacked = torch.stack(found)
         return stacked.view(len(picks), *[1] * (x0.ndim - 3), *stacked.shape[-2:])
 
     def load_mask(self, item: EncodedItem, flip: bool) -> Tensor:
