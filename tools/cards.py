@@ -191,6 +191,30 @@ def edited():
     return page
 
 
+def clips():
+    """Videos as Cut Clips cuts them and Preview Dataset shows them."""
+    from trainyard.tests.toy import shapes
+    from trainyard.tests.videos import write_video
+    from trainyard.trainers.data.clips import ClipSettings, cut_clips
+    from trainyard.trainers.data.contact_sheet import draw_dataset_sheet
+    from trainyard.trainers.data.readers import read_folder
+
+    page, draw = card("videos, cut into clips")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (way, step) in enumerate((("right", (3, 0)), ("down", (0, 3)), ("left", (-3, 0)), ("up", (0, -3)))):
+            shape, colour = SHAPES[number], COLOURS[number]
+            drawn = lambda frame, size, shape=shape, colour=colour, step=step: shapes.draw(
+                shape, colour, px=size[0], radius=11, centre=tuple(32 + side * (frame / 6 - 4) for side in step)
+            )
+            write_video(pathlib.Path(folder) / f"{way}.mkv", 49, 16, (192, 192), draw=drawn)
+            (pathlib.Path(folder) / f"{way}.txt").write_text(f"a {colour} {shape} moves {way}")
+        dataset = cut_clips(read_folder(folder), ClipSettings(frames=33))
+        sheet = draw_dataset_sheet(dataset, cell=260)
+    sheet.thumbnail((SIDE - 40, SIDE - 130))
+    page.paste(sheet, ((SIDE - sheet.width) // 2, 108))
+    return page
+
+
 def first_lora():
     from . import first_lora_card
 
@@ -324,6 +348,7 @@ MAKERS = {
     "11_pretrain_on_my_art": pretraining,
     "12_score_and_filter": lambda: rated(keep=True),
     "13_edit_pairs": edited,
+    "14_video_lora": clips,
 }
 
 

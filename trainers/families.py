@@ -52,6 +52,18 @@ IDEOGRAM_4 = shifted_logit_normal(
 )
 
 
+# Noise levels of which each of two experts draws: Wan 2.2's A14B models hand over at a level of 0.875 (text to video)
+# and 0.9 (image to video), as Wan-Video's wan/configs (boundary) say. Each is trained on its own side.
+WHOLE_RANGE = "whole range"
+EXPERT_RANGES = {
+    WHOLE_RANGE: (0.0, 1.0),
+    "Wan 2.2 text to video, high noise": (0.875, 1.0),
+    "Wan 2.2 text to video, low noise": (0.0, 0.875),
+    "Wan 2.2 image to video, high noise": (0.9, 1.0),
+    "Wan 2.2 image to video, low noise": (0.0, 0.9),
+}
+
+
 MODEL_FAMILIES = {
     "sd15": ModelFamily(
         label="Stable Diffusion 1.5",

@@ -29,8 +29,8 @@ class LoadDataset(io.ComfyNode):
             node_id="TrainyardLoadDataset",
             display_name="Load Dataset",
             category=CATEGORY,
-            description="Loads images from a folder with their captions (.txt, .caption, .json), metadata.jsonl, "
-            ".csv or .json, kohya folders such as 10_name (10 repeats), and masks as name.mask.png or"
+            description="Loads images and videos from a folder with their captions (.txt, .caption, .json), "
+            "metadata.jsonl, .csv or .json, kohya folders such as 10_name (10 repeats), and masks as name.mask.png or"
             " in their own folder.",
             search_aliases=[
                 "image folder",
@@ -41,6 +41,8 @@ class LoadDataset(io.ComfyNode):
                 "metadata",
                 "csv",
                 "masks",
+                "videos",
+                "mp4",
             ],
             inputs=[
                 io.Combo.Input(
@@ -461,9 +463,27 @@ def format_dataset_summary(dataset) -> str:
     captioned = sum(1 for r in dataset if r.captions)
     masked = sum(1 for r in dataset if r.mask)
     masks = f", {masked} with masks" if masked else ""
-    lines = [f"{len(dataset)} images, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"]
-    lines += describe_controls(dataset.records) + describe_colour_profiles(dataset)
+    lines = [
+        f"{count_kinds(dataset.records)}, {captioned} with captions{masks}, {sum(r.repeats for r in dataset)} per epoch"
+    ]
+    lines += describe_clips(dataset.records) + describe_controls(dataset.records) + describe_colour_profiles(dataset)
     return make_printable("\n".join(lines + describe_left_out(dataset)))
+
+
+def count_kinds(records) -> str:
+    """Such as 12 images, or 3 clips and 1 image."""
+    videos, clips = (sum(1 for r in records if r.video and bool(r.clip) == cut) for cut in (False, True))
+    counts = [(clips, "clip"), (videos, "video"), (len(records) - clips - videos, "image")]
+    found = [f"{count} {kind}{'s'[: count != 1]}" for count, kind in counts if count]
+    return " and ".join(found) if clips or videos else f"{len(records)} images"
+
+
+def describe_clips(records) -> list[str]:
+    if not any(record.video for record in records):
+        return []
+    from ...trainers.data.clips import describe_videos
+
+    return describe_videos(records)
 
 
 NODES = [

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from PIL import ImageColor
 
 from ...trainers.data import cache
-from ...trainers.data.buckets import BucketSettings
+from ...trainers.data.buckets import BucketSettings, ClipSettings
 from ...trainers.data.caption_variants import CAPTION_MODE_EMPTY, CaptionSettings
 from ...trainers.data.encode import encode_dataset
 from ...trainers.settings import InpaintSettings
@@ -70,6 +70,38 @@ class BucketDataset(io.ComfyNode):
         return io.NodeOutput(result.dataset, sheet, words, ui=ui.PreviewImage(sheet, cls=cls))
 
 
+class CutClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardCutClips",
+            display_name="Cut Clips",
+            category=CATEGORY,
+            description="Cuts videos, animations and folders of frames into clips of one length and frame rate, for "
+            "video models. Images stay as they are.",
+            search_aliases=["video dataset", "frames", "fps", "split video", "frame extraction", "gif"],
+            inputs=[
+                DatasetType.Input("dataset", tooltip="From Load Dataset, with videos in it."),
+                *settings_inputs(ClipSettings),
+            ],
+            outputs=[
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="The clips and images, for captions or Encode Dataset."
+                ),
+                io.String.Output("about", display_name="about", tooltip="The clips, and videos that were left out."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, dataset, **widgets):
+        from ...trainers.data.clips import cut_clips
+        from .dataset import format_dataset_summary, make_cancellable_progress
+
+        clips = cut_clips(dataset, settings_from_widgets(ClipSettings, widgets), make_cancellable_progress(cls))
+        return io.NodeOutput(clips, format_dataset_summary(clips))
+
+
 class EncodeDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -77,8 +109,8 @@ class EncodeDataset(io.ComfyNode):
             node_id="TrainyardEncodeDataset",
             display_name="Encode Dataset",
             category=CATEGORY,
-            description="Sorts images into buckets, encodes images and captions once, and caches them on disk. "
-            "CLIP and VAE leave the GPU afterwards.",
+            description="Sorts images and clips into buckets, encodes them and their captions once, and caches them on "
+            "disk. CLIP and VAE leave the GPU afterwards.",
             search_aliases=[
                 "bucket",
                 "latent cache",
@@ -140,6 +172,20 @@ class EncodeDataset(io.ComfyNode):
                     "later) for Qwen-Image's text encoder; others read the caption alone.",
                 ),
                 *settings_inputs(InpaintSettings),
+                io.Combo.Input(
+                    "first_frame",
+                    options=list(host.encoders.FIRST_FRAME_NODES),
+                    default=host.encoders.NO_FIRST_FRAME,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For image-to-video models: the ComfyUI node that you draw with. It is given the first "
+                    "frame of each clip. SkyReels: HunyuanImageToVideo. none: the model makes clips from text.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="For Wan 2.1 image-to-video, which also sees the first frame through CLIP_VISION.",
+                ),
             ],
             outputs=[
                 EncodedType.Output(
@@ -163,8 +209,12 @@ class EncodeDataset(io.ComfyNode):
         seed=0,
         ground="#ffffff",
         image_reader=host.encoders.AUTO_IMAGE_READER,
+        first_frame=host.encoders.NO_FIRST_FRAME,
+        clip_vision=None,
         **widgets,
     ):
+        from ..host.first_frames import make_first_frames, unloaded_afterwards
+
         captions, buckets, inpaint = (
             settings_from_widgets(record, widgets) for record in (CaptionSettings, BucketSettings, InpaintSettings)
         )
@@ -174,6 +224,7 @@ class EncodeDataset(io.ComfyNode):
             host.context.enable_gradients(),
         ):  # tensors made here must be ordinary ones
             borrowed.callback(images.unload)
+            borrowed.enter_context(unloaded_afterwards(clip_vision))
             if text is not None:
                 borrowed.callback(text.unload)
             encoded = encode_dataset(
@@ -189,14 +240,23 @@ class EncodeDataset(io.ComfyNode):
                 check_interrupt=host.progress.raise_if_interrupted,
                 ground=parse_colour(ground),
                 inpaint=inpaint,
+                first_frame=make_first_frames(first_frame, vae, clip_vision),
             )
-        sizes = len({item.bucket for item in encoded.items})
+        sizes = len({(item.bucket, item.frames) for item in encoded.items})
         holes = sum(len(item.holes) for item in encoded.items)
         told = f", with {holes} inpaint mask{'s'[: holes > 1]}" if holes else ""
         host.progress.show_node_text(
-            f"{len(encoded)} images in {sizes} bucket{'s'[: sizes > 1]}, encoded{told}", cls.hidden.unique_id
+            f"{format_count_of_kinds(encoded.items)} in {sizes} bucket{'s'[: sizes > 1]}, encoded{told}",
+            cls.hidden.unique_id,
         )
         return io.NodeOutput(encoded)
+
+
+def format_count_of_kinds(items) -> str:
+    """Such as 12 images and 3 clips."""
+    clips = sum(item.frames > 1 for item in items)
+    counts = [(len(items) - clips, "image"), (clips, "clip")]
+    return " and ".join(f"{count} {kind}{'s'[: count != 1]}" for count, kind in counts if count) or "0 images"
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:
@@ -214,4 +274,4 @@ def make_text_encoder(clip, captions, image_reader):
     return None if is_without else host.encoders.TextEncoder(clip, image_reader)
 
 
-NODES = [BucketDataset, EncodeDataset]
+NODES = [BucketDataset, EncodeDataset, CutClips]

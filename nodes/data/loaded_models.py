@@ -48,6 +48,7 @@ class ManagedCaptioner:
 
     def __init__(self, captioner):
         self.captioner, self.identity = captioner, captioner.identity
+        self.follows_instructions = getattr(captioner, "follows_instructions", False)
         self.patcher = comfy.model_patcher.ModelPatcher(
             NetworkWrapper(captioner.module),
             load_device=mm.get_torch_device(),

@@ -7,7 +7,8 @@ import math
 import comfy.lora
 import torch
 
-from ...trainers.data.encoded import CONCAT_IMAGE, REFERENCE_LATENTS
+from ...trainers.data.cache import TensorRecord
+from ...trainers.data.encoded import CLIP_VISION_OUTPUT, CONCAT_IMAGE, REFERENCE_LATENTS
 from ...trainers.memory.transfer import copy_to_device
 from .context import clone_inference_tensors
 from .families import ModelFamily
@@ -118,8 +119,10 @@ def describe_sampling(x) -> dict:
 
 
 def place_references(model, cond: dict) -> dict:
-    """The conditioning with the latents of control images where this model looks for them: InstructPix2Pix and its like
-    see the first one joined to the noise, channel by channel; others see all of them as tokens of their own."""
+    """The conditioning with images as this model looks for them. InstructPix2Pix and its like see the latent of the
+    first control image joined to the noise, channel by channel; others see all of them as tokens of their own."""
+    if isinstance(cond.get(CLIP_VISION_OUTPUT), dict):  # as the cache keeps it
+        cond = {**cond, CLIP_VISION_OUTPUT: TensorRecord(cond[CLIP_VISION_OUTPUT])}
     if REFERENCE_LATENTS not in cond or not joins_references_to_noise(model):
         return cond
     rest = {name: value for name, value in cond.items() if name != REFERENCE_LATENTS}
@@ -140,6 +143,13 @@ def takes_references(model, cond: dict, shape) -> bool:
     about = describe_sampling(x)
     without = {name: value for name, value in cond.items() if name != REFERENCE_LATENTS}
     return model.extra_conds(**{**about, **cond}).keys() != model.extra_conds(**{**about, **without}).keys()
+
+
+def joins_first_frame(model, cond: dict, shape) -> bool:
+    """Whether this model looks at the first frame in a conditioning. `shape`: (C, ..., h, w) of a latent."""
+    return "c_concat" in model.extra_conds(
+        **{**describe_sampling(torch.zeros(1, *shape)), **place_references(model, cond)}
+    )
 
 
 def take_rows(x, group: list[int]):

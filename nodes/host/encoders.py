@@ -167,6 +167,8 @@ def encode_texts_once(clip, texts, encode) -> dict[str, dict]:
 
 AUTO_IMAGE_READER, NO_IMAGE_READER = "auto", ""
 ONE_IMAGE_READER, SEVERAL_IMAGES_READER = "TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus"
+NO_FIRST_FRAME = "none"
+FIRST_FRAME_NODES = (NO_FIRST_FRAME, "WanImageToVideo", "HunyuanImageToVideo", "HunyuanVideo15ImageToVideo")
 IMAGE_READERS = (AUTO_IMAGE_READER, ONE_IMAGE_READER, SEVERAL_IMAGES_READER)  # ids of the host's nodes
 
 
@@ -260,6 +262,14 @@ class VaeEncoder:
         self.identity = hash_patched_weights(vae.patcher)
         self.channels = vae.latent_channels
         self.factor = int(vae.spacial_compression_encode())
+
+    def fit_frames(self, frames: int) -> int:
+        """The largest number of frames up to this one that the latents can hold: what the decoder would give back. 1
+        for a VAE of single images."""
+        vae = self.vae
+        if vae.latent_dim != 3 or vae.not_video or vae.temporal_compression_decode() is None:
+            return 1
+        return max(1, int(vae.upscale_ratio[0](vae.downscale_ratio[0](frames))))
 
     def encode(self, images):
         """(mean, std or None), unscaled; images (B, H, W, 3) in 0..1. A VAE with a Gaussian posterior shows its

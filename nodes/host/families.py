@@ -52,6 +52,8 @@ FAMILY_KEYS = {
 TESTED_CLASSES = frozenset(
     "SD15 SD20 SDXL SD3 Flux FluxSchnell Chroma Lumina2 ZImage QwenImage AuraFlow HunyuanVideo WAN21_T2V Anima".split()
 )
+# Of those with a time axis in their latents, these make single images.
+IMAGE_CLASSES = frozenset("QwenImage Anima Krea2 CosmosT2IPredict2 JoyImage HunyuanImage21Refiner".split())
 KLEIN_SIZES = {3072: "flux2_klein_4b", 4096: "flux2_klein_9b"}  # hidden width -> row
 
 
@@ -69,6 +71,12 @@ def find_model_family(model_config, sampling=None) -> ModelFamily:
     if sampling is not None and family.density.shift == "model":
         family = replace(family, density=replace(family.density, shift=host_shift(sampling)))
     return replace(family, known=name in TESTED_CLASSES)
+
+
+def makes_video(patcher) -> bool:
+    """Whether a MODEL makes clips: its latents have a time axis, which single images of some families have too."""
+    names = {cls.__name__ for cls in type(patcher.model.model_config).__mro__}
+    return patcher.model.latent_format.latent_dimensions == 3 and not names & IMAGE_CLASSES
 
 
 def find_patcher_family(patcher) -> ModelFamily:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...trainers.data.encoded import CONCAT_IMAGE, CONCAT_MASK, REFERENCE_LATENTS, image_conditioning
+from ...trainers.data.encoded import CONCAT_IMAGE, CONCAT_MASK, IMAGE_KEYS, image_conditioning
 from ...trainers.files import write_bytes_atomically
 from ...trainers.monitor.previews import PreviewSettings, draw_samples_sheet
 from .. import host
@@ -138,7 +138,7 @@ class PreviewRenderer:
 
     def sample_one_latent(self, patcher, cond, negative, seed):
         host.progress.raise_if_interrupted()
-        images = (REFERENCE_LATENTS, *host.conditions.required_conditions(patcher.model))
+        images = (*IMAGE_KEYS, *host.conditions.required_conditions(patcher.model))
         shown = {k: v for k, v in cond.items() if k in images}  # what is avoided is shown the same
         return host.sampling.sample_latents(
             patcher,
@@ -173,11 +173,14 @@ class PreviewRenderer:
 
 
 def show_images(prompts: list[SamplePrompt], data, model, shape=None) -> list[SamplePrompt]:
-    """The prompts with what this BaseModel needs beside a text, where they have none of their own: control images, an
-    image with a hole, a first frame. One image of the dataset after the other, those of latents of `shape` first."""
-    keys = (REFERENCE_LATENTS, *host.conditions.required_conditions(model))
+    """The prompts with what this BaseModel is shown beside a text, where they have none of their own: control images,
+    an image with a hole, a first frame. One image of the dataset after the other, those of latents of `shape` (C, ...,
+    h, w) first; of clips only those of its length."""
+    required = host.conditions.required_conditions(model)
+    keys = (*IMAGE_KEYS, *required)
     items = sorted(data.items, key=lambda item: item.shape != shape) if data else []
-    items = [item for item in items if item.caption_keys and (len(keys) > 1 or item.controls)]
+    items = [item for item in items if item.caption_keys and (required or item.controls or item.first)]
+    items = [item for item in items if shape is None or item.shape[:-2] == shape[:-2]]
     if not items:
         return prompts
     shown = [data.load_shown(items[number % len(items)]) for number in range(len(prompts))]
@@ -194,9 +197,15 @@ def is_image_with_mask(cond: dict, shape) -> bool:
 
 
 def decode_latent_with_vae(vae, latent) -> Image.Image:
+    """The image; of a clip its first, middle and last frame side by side."""
     pixels = vae.decode(latent)
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0]  # the first frame, where there are several
-    return Image.fromarray((pixels[..., :3].float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
+    frames = pixels.reshape(-1, *pixels.shape[-3:])
+    strip = torch.cat([frames[number] for number in pick_shown_frames(len(frames))], dim=1)
+    return Image.fromarray((strip[..., :3].float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8))
+
+
+def pick_shown_frames(count: int) -> list[int]:
+    return sorted({0, count // 2, count - 1})
 
 
 def decode_latent_roughly(model, latent) -> Image.Image:
@@ -212,7 +221,10 @@ def decode_latent_roughly(model, latent) -> Image.Image:
     previewer = latent_preview.Latent2RGBPreviewer(
         shape.latent_rgb_factors, shape.latent_rgb_factors_bias, shape.latent_rgb_factors_reshape
     )
-    image = previewer.decode_latent_to_preview(model.process_latent_in(latent))
+    latent = model.process_latent_in(latent)
+    parts = [latent] if latent.ndim < 5 else [latent[:, :, n : n + 1] for n in pick_shown_frames(latent.shape[2])]
+    images = [np.asarray(previewer.decode_latent_to_preview(part)) for part in parts]
+    image = Image.fromarray(np.concatenate(images, axis=1))
     return image.resize((image.width * 8, image.height * 8), Image.Resampling.BICUBIC)
 
 
@@ -224,9 +236,9 @@ def encode_jpeg(image: Image.Image) -> bytes:
 
 def preview_latent_shape(model, settings: PreviewSettings, data, side: int) -> tuple[int, ...]:
     """(C, ..., h, w) of the samples: the size that is asked, else the dataset's commonest, else `side` px."""
+    usual = most_common_shape(data.items) if data else ()
     if not settings.width and not settings.height:
-        shapes = collections.Counter(item.shape for item in data.items) if data else {}
-        return shapes.most_common(1)[0][0] if shapes else host.checks.square_latent_shapes(model, side)[0]
+        return usual or host.checks.square_latent_shapes(model, side)[0]
     (shape,) = host.checks.square_latent_shapes(model, 512)
     cells = [
         max(
@@ -238,4 +250,10 @@ def preview_latent_shape(model, settings: PreviewSettings, data, side: int) -> t
         )
         for pixels in (settings.height, settings.width)
     ]
-    return (*shape[:-2], *cells)
+    return (*shape[:-2], *usual[1:-2], *cells)  # of a clip as many frames as those that are trained on
+
+
+def most_common_shape(items) -> tuple[int, ...]:
+    """Empty without items."""
+    shapes = collections.Counter(item.shape for item in items)
+    return shapes.most_common(1)[0][0] if shapes else ()

@@ -1,7 +1,10 @@
 """Optional settings nodes: what the Train nodes leave out."""
 
+import dataclasses
+
 from comfy_api.latest import io
 
+from ...trainers.families import EXPERT_RANGES, WHOLE_RANGE
 from ...trainers.files import as_lora_file
 from ...trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings
 from ..fields import CATEGORY, LoraModelType, settings_from_widgets, settings_inputs
@@ -112,6 +115,8 @@ class NoiseAndLoss(io.ComfyNode):
                 "training adapter",
                 "assistant lora",
                 "few steps",
+                "wan 2.2 experts",
+                "high noise low noise",
             ],
             inputs=[
                 *settings_inputs(NoiseSettings),
@@ -121,6 +126,14 @@ class NoiseAndLoss(io.ComfyNode):
                     tooltip="Train LoRA on a few-step model: a LoRA (training adapter, de-distillation LoRA) that is "
                     "at work while yours is trained. Your file does not contain it, and samples are drawn without it.",
                 ),
+                io.Combo.Input(
+                    "expert",
+                    options=list(EXPERT_RANGES),
+                    default=WHOLE_RANGE,
+                    optional=True,
+                    tooltip="For models of two experts, such as Wan 2.2 14B: trains only the noise levels that this "
+                    "one draws, in place of min_time and max_time. Each expert gets a LoRA of its own.",
+                ),
             ],
             outputs=[
                 NoiseSettingsType.Output("noise", display_name="noise", tooltip="For the noise input of a Train node.")
@@ -128,9 +141,24 @@ class NoiseAndLoss(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, assistant=None, **widgets):
-        noise = settings_from_widgets(NoiseSettings, widgets)
+    def execute(cls, assistant=None, expert=WHOLE_RANGE, **widgets):
+        noise = keep_to_expert(settings_from_widgets(NoiseSettings, widgets), expert)
         return io.NodeOutput(noise if assistant is None else NoiseWithAssistant(noise, as_lora_file(assistant)))
+
+
+def keep_to_expert(settings: NoiseSettings, expert: str) -> NoiseSettings:
+    """The settings with the range of noise levels of one expert."""
+    if expert == WHOLE_RANGE:
+        return settings
+    if expert not in EXPERT_RANGES:
+        raise ValueError(f"expert is {expert!r}; choose one of {', '.join(EXPERT_RANGES)}.")
+    if (settings.min_time, settings.max_time) != EXPERT_RANGES[WHOLE_RANGE]:
+        raise ValueError(
+            f"expert is {expert!r}, and the range is also set by hand: min_time {settings.min_time:g}, max_time "
+            f"{settings.max_time:g}. Put these back to 0 and 1, or choose {WHOLE_RANGE!r}."
+        )
+    low, high = EXPERT_RANGES[expert]
+    return dataclasses.replace(settings, min_time=low, max_time=high)
 
 
 class Points(io.ComfyNode):

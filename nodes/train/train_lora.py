@@ -212,6 +212,26 @@ def check_references(model, data: EncodedDataset) -> None:
         )
 
 
+def check_clips(model, data: EncodedDataset) -> None:
+    """ValueError for clips that this model does not make, and for first frames that it would not look at."""
+    name = type(model.model.model_config).__name__
+    clips = [item for item in data.items if len(item.shape) == 4 and item.shape[1] > 1]
+    if clips and not host.families.makes_video(model):
+        raise ValueError(
+            f"The dataset has {len(clips)} clips, and {name} makes single images. Load a video model with its VAE, or "
+            "set frames to 1 in Cut Clips."
+        )
+    number = next((number for number, item in enumerate(data.items) if item.first), None)
+    if number is None:
+        return
+    batch = dataclasses.replace(data, dropout=0.0).make_batch([number], make_generator(0))
+    if not host.denoiser.joins_first_frame(model.model, batch.conds[0], batch.x0.shape[1:]):
+        raise ValueError(
+            f"The dataset has first frames, and {name} takes none: it makes clips from text, and would be trained as "
+            "if they were not there. Load an image-to-video model, or set first_frame to 'none' in Encode Dataset."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraTask(TrainTask):
     """Train LoRA: images with captions."""
@@ -228,6 +248,7 @@ class LoraTask(TrainTask):
             host.checks.check_latent_channels(job.model, self.prior.data.channels)
         check_references(job.model, self.data)
         self.check_few_steps(job)
+        check_clips(job.model, self.data)
         if job.adapter.text_encoder and job.clip is not None:
             self.check_captions_known()
             self.check_captions_alone()

@@ -53,7 +53,7 @@ class MonitorConfig:
 
     def encode_beside_images(self, lines: list[str], avoided: str, data) -> list[SamplePrompt]:
         """Samples of prompts that the text encoder reads beside control images, as it read the captions; the images are
-        those that `show_references` gives to the same samples."""
+        those that `show_images` gives to the same samples."""
         items = [item for item in data.items if item.controls]
         shown = [items[number % len(items)].open_controls() for number in range(len(lines))]
         texts = [

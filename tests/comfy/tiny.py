@@ -81,6 +81,27 @@ def transformer_flux(dtype):
     return weights(module, 2, dtype)
 
 
+def transformer_wan(dtype):
+    """Two blocks of one head; the width of its texts is fixed in the host's detection."""
+    from comfy.ldm.wan.model import WanModel
+
+    return weights(
+        on_meta(WanModel, model_type="t2v", dim=128, num_heads=1, ffn_dim=256, num_layers=2, in_dim=16, out_dim=16),
+        6,
+        dtype,
+    )
+
+
+def vae_wan(dtype):
+    """Wan 2.1's VAE with 8 channels in place of 96."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    with torch.device("meta"):
+        module = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+                        temperal_downsample=[False, True, True], dropout=0.0)  # fmt: skip
+    return weights(module, 7, dtype)
+
+
 def text_encoder_clip_l(dtype):
     """CLIP-L as ComfyUI names it: 123 M parameters, the smallest text encoder whose size the host lets nobody
     change."""
@@ -123,6 +144,14 @@ def flux(dtype=torch.bfloat16):
     return transformer_flux(dtype)
 
 
+def wan(dtype=torch.float32):
+    return transformer_wan(dtype)
+
+
+def wan_vae(dtype=torch.float32):
+    return vae_wan(dtype)
+
+
 def clip_l(dtype=torch.float16):
     prefix = "clip_l.transformer."
     found = {
@@ -136,6 +165,8 @@ FILES = {  # name -> (folder below models/, what makes the tensors)
     "sd15_noclip": ("checkpoints", sd15_noclip),
     "sd3_noclip": ("checkpoints", sd3_noclip),
     "flux": ("diffusion_models", flux),
+    "wan": ("diffusion_models", wan),
+    "wan_vae": ("vae", wan_vae),
     "clip_l": ("text_encoders", clip_l),
 }
 

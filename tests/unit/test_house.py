@@ -30,7 +30,7 @@ HEAVY = {
     "accelerate",
 }
 BROUGHT = set(
-    "torch torchvision torchaudio numpy safetensors transformers pillow einops scipy tqdm psutil aiohttp".split()
+    "av torch torchvision torchaudio numpy safetensors transformers pillow einops scipy tqdm psutil aiohttp".split()
 )
 # For training; for models that look at images; for score models that look through a loaded one; for samples drawn while
 # a model trains.

@@ -161,10 +161,10 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path):
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a.mp3").write_bytes(b"x")
     image(tmp_path / "cats", "a.png")
     with pytest.raises(
-        ValueError, match=r"it holds 1 \.mp4\. Not read: cats .*name it 1_name.*Images end in \.png, \.jpg"
+        ValueError, match=r"it holds 1 \.mp3\. Not read: cats .*name it 1_name.*Images end in \.png, \.jpg"
     ):
         read_folder(tmp_path)
 

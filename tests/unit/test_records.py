@@ -136,7 +136,7 @@ def test_a_dataset_is_equal_after_json():
 
 
 def test_a_record_from_elsewhere_with_an_unknown_field_is_refused():
-    with pytest.raises(ValueError, match="no field colour; it knows bucket, captions, controls, crop"):
+    with pytest.raises(ValueError, match="no field colour; it knows bucket, captions, clip, controls, crop"):
         ImageRecord.from_dict({"id": "a", "path": "b", "size": [1, 1], "colour": 1})
 
 

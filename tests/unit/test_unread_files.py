@@ -63,8 +63,7 @@ def test_images_that_cannot_be_read_are_named_with_the_reason(tmp_path):
     image(tmp_path / "a.png")
     for name in ("phone.HEIC", "new.jxl", "layers.psd", "raw.CR2", "drawing.svg"):
         (tmp_path / name).write_bytes(b"content")
-    (tmp_path / "clip.mp4").write_bytes(b"content")
-    text(tmp_path / "clip.txt", "the caption of a video has no image")
+    text(tmp_path / "clip.txt", "a caption has no image")
     image(tmp_path / "noending", "PNG")
     image(tmp_path / "a.jpg_large", "JPEG")
     (tmp_path / "notes").write_bytes(b"no image")
@@ -73,7 +72,6 @@ def test_images_that_cannot_be_read_are_named_with_the_reason(tmp_path):
     assert captions(dataset) == {"a.png": ()}
     assert reasons["phone.HEIC"] == "images ending in .heic are not read; save it as PNG, JPEG or WebP"
     assert {"new.jxl", "layers.psd", "raw.CR2", "drawing.svg"} <= set(reasons)
-    assert "it is a video" in reasons["clip.mp4"]
     assert (".", "no image for 1 text file: clip.txt") in told(dataset, tmp_path)
     assert "no ending, and it holds an image (PNG)" in reasons["noending"]
     assert "ends in .jpg_large, and it holds an image (JPEG)" in reasons["a.jpg_large"]

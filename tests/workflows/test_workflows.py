@@ -6,6 +6,7 @@ import pathlib
 import pytest
 from PIL import Image
 from trainyard.tests.toy import shapes
+from trainyard.tests.videos import write_video
 from trainyard.tests.workflows.convert import DRAWN, to_api
 from trainyard.trainers.scores.files import write_score_model
 from trainyard.trainers.scores.networks import ScoreModelInfo, ScorerEnsemble, build_scorer
@@ -44,6 +45,9 @@ SMALL = {  # what makes a workflow run in seconds on a small checkpoint and draw
     "TrainyardTrainLecoScore": {"steps": 2, "resolution": 64, "calibrate": "off"},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2, "cfg": 1.0},
+    "KSamplerAdvanced": {"steps": 2, "cfg": 1.0},
+    "EmptyHunyuanLatentVideo": {"width": 64, "height": 64, "length": 5},
+    "TrainyardCutClips": {"frames": 5, "fps": 8.0},
 }
 SLIDER = {"TrainyardSaveLora", "TrainyardLossPlot", "TrainyardStrengthSweep", "SaveImage", "PreviewAny"}
 MADE = {  # nodes that must have shown something; of workflows that are not named: Train nodes and those of SLIDER
@@ -71,6 +75,7 @@ MADE = {  # nodes that must have shown something; of workflows that are not name
     "11_pretrain_on_my_art": {"TrainyardPretrainScoreBackbone", "TrainyardTrainScoreModel"},
     "12_score_and_filter": {"TrainyardScoreImages", "TrainyardRankAndFilter"},
     "13_edit_pairs": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
+    "14_video_lora": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardPreviewDataset", "SaveAnimatedWEBP"},
 }
 
 
@@ -147,7 +152,7 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
             node["inputs"]["ckpt_name"] = server.install("sd15")
         if node["class_type"] == "TrainyardLoadDataset":
             for folder in {node["inputs"]["folder"], node["inputs"]["controls"]} - {"(none)"}:
-                images(server, folder)
+                (videos if "clips" in folder else images)(server, folder)
         if node["class_type"] == "TrainyardLoadRatedPictures":
             rated_pictures(server, node["inputs"]["folder"])
         if node["class_type"] == "TrainyardLoadScoreModel":
@@ -166,14 +171,20 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
 
 
 def use_small_parts(prompt, server):
-    """Files of a model that comes in parts: a small Flux with CLIP-L alone, and the VAE of another checkpoint."""
+    """Files of a model that comes in parts: a small Flux with CLIP-L alone, and the VAE of another checkpoint; for Wan
+    a small one with its own VAE, and CLIP-L as wide as SD3 reads it, which is what Wan reads."""
+    is_wan = any(node["inputs"].get("vae_name") == "wan_2.1_vae.safetensors" for node in prompt.values())
     for number, node in prompt.items():
         if node["class_type"] == "UNETLoader":
-            node["inputs"]["unet_name"] = server.install("flux")
+            node["inputs"]["unet_name"] = server.install("wan" if is_wan else "flux")
+        if node["class_type"] == "CLIPLoader":
+            node["inputs"] = {"clip_name": server.install("clip_l"), "type": "sd3"}
         if node["class_type"] == "DualCLIPLoader":
             node["class_type"] = "CLIPLoader"
             node["inputs"] = {"clip_name": server.install("clip_l"), "type": "stable_diffusion"}
-        if node["class_type"] == "VAELoader":
+        if is_wan and node["class_type"] == "VAELoader":
+            node["inputs"]["vae_name"] = server.install("wan_vae")
+        elif node["class_type"] == "VAELoader":
             node["class_type"], node["inputs"] = "CheckpointLoaderSimple", {"ckpt_name": server.install("sd3_noclip")}
             for other in prompt.values():
                 links = [name for name, value in other["inputs"].items() if value == [number, 0]]
@@ -193,6 +204,15 @@ def images(server, name):
         wanted = {"colour": colour, "shape": shape, "size": "small" if folder.name in ("less", "before") else "large"}
         shapes.draw(**wanted, degrees=20.0 * index).save(folder / f"{colour}_{shape}.png")
         (folder / f"{colour}_{shape}.txt").write_text(shapes.caption(**wanted))
+
+
+def videos(server, name):
+    """Three captioned videos of three seconds."""
+    folder = server.base / name
+    for colour in ("red", "blue", "green"):
+        draw = lambda number, size, colour=colour: shapes.draw("circle", colour, centre=(20 + number / 2, 32))
+        write_video(folder / f"{colour}.mkv", 49, 16, (64, 64), draw=draw)
+        (folder / f"{colour}.txt").write_text(f"a {colour} circle moves right")
 
 
 def rated_pictures(server, name):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..data.records import ImageDataset, ImageRecord, open_image
 from ..files import write_bytes_atomically
@@ -114,6 +115,16 @@ def caption_dataset(
     )
 
 
+def open_shown_image(record: ImageRecord, captioner: Captioner) -> Image.Image:
+    """The image. Of a clip a model that follows instructions sees four frames, in reading order; taggers, which would
+    name the grid, see the one in the middle."""
+    if record.video is None or not getattr(captioner, "follows_instructions", False):
+        return open_image(record)
+    from ..data.videos import open_frame_grid
+
+    return open_frame_grid(record)
+
+
 @dataclass
 class CaptioningJob:
     """One captioner with its prompt, wording and cache, and the counts so far."""
@@ -145,7 +156,7 @@ class CaptioningJob:
         return result
 
     def run_captioner(self, record: ImageRecord, prompt: str) -> CaptionResult:
-        image: Any = open_image(record) if getattr(self.captioner, "needs_image", True) else None
+        image: Any = open_shown_image(record, self.captioner) if getattr(self.captioner, "needs_image", True) else None
         try:
             return self.captioner.caption(image, prompt)
         except Exception:

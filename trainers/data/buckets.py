@@ -95,6 +95,47 @@ class BucketSettings(Settings):
             )
 
 
+START, UNIFORM, CHUNKS = CLIP_SAMPLING = ("start", "uniform", "chunks")
+REFUSE_SHORT, LEAVE_SHORT_OUT = SHORT_VIDEOS = ("error", "leave out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings(Settings):
+    """Which frames of a video are trained on."""
+
+    frames: int = number_field(
+        33,
+        1,
+        1025,
+        "Length of a clip. Wan, HunyuanVideo and CogVideoX take 4n + 1 frames (33, 49, 81), LTX 8n + 1 (33, 97). 1 "
+        "makes images.",
+        unit="frames",
+    )
+    fps: float = number_field(
+        16.0,
+        0.0,
+        240.0,
+        "Frames that are taken of a second. Wan 2.1 and 2.2: 16 (5B: 24); HunyuanVideo and LTX: 24; CogVideoX: 8. 0: "
+        "the video's own rate.",
+        unit="frames per second",
+        step=1.0,
+    )
+    sampling: str = choice_field(
+        START,
+        CLIP_SAMPLING,
+        "start: the first seconds of each video. uniform: as many clips as 'clips' says, evenly spread. chunks: the "
+        "whole video in clips, one after the other.",
+    )
+    clips: int = number_field(1, 1, 1000, "With uniform: clips taken of each video.", unit="clips")
+    short_videos: str = choice_field(
+        REFUSE_SHORT,
+        SHORT_VIDEOS,
+        "What to do with videos that are shorter than a clip, or have fewer frames a second. leave out: they are "
+        "listed.",
+        advanced=True,
+    )
+
+
 @dataclass(frozen=True)
 class BucketPlacement:
     """The image scaled to `scaled`, then `bucket` cut out of it at `crop` (left, top)."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .file_endings import is_image_name
+from .file_endings import is_frame_folder_name, is_image_name, is_media_name
 from .folder_listing import require_listing
 
 
@@ -41,7 +41,7 @@ class FolderNames:
     folders: tuple[str, ...] = ()
     files: set[str] = field(default_factory=set)
     others: tuple[str, ...] = ()  # pipes and the like, which nobody opens
-    images: list[str] = field(default_factory=list)  # of what is read as an image
+    images: list[str] = field(default_factory=list)  # of what is read as an image or a video, folders of frames too
     by_key: dict[str, list[str]] = field(default_factory=dict)  # files: composed and in small letters -> names
     image_stems: set[str] = field(default_factory=set)  # composed
     image_names: set[str] = field(default_factory=set)  # the same with their endings
@@ -51,20 +51,31 @@ class FolderNames:
     def of_folder(cls, folder) -> FolderNames:
         listing = require_listing(folder)
         files = {name for names in (*listing.files.values(), listing.broken_links) for name in names}
-        found = cls(listing.folders, files, listing.others)
+        frames = [name for name in listing.folders if is_frame_folder_name(name)]
+        found = cls(tuple(name for name in listing.folders if name not in frames), files, listing.others)
+        for name in frames:
+            found.add_image(name)
         for name in sorted(found.files):
             composed = compose_name(name)
             found.by_key.setdefault(composed.lower(), []).append(name)
-            if is_image_name(name):
-                found.images.append(name)
-                found.image_stems.add(os.path.splitext(composed)[0])
-                found.image_names.add(composed)
+            if is_media_name(name):
+                found.add_image(name)
         found.set_controls_apart()
         return found
 
+    def add_image(self, name: str) -> None:
+        composed = compose_name(name)
+        self.images.append(name)
+        self.image_stems.add(os.path.splitext(composed)[0])
+        self.image_names.add(composed)
+
     def set_controls_apart(self) -> None:
         """Control images that lie beside their image are no images to be learnt."""
-        owners = {name: owner for name in self.images if (owner := find_control_owner(name, self.image_stems))}
+        owners = {
+            name: owner
+            for name in self.images
+            if is_image_name(name) and (owner := find_control_owner(name, self.image_stems))
+        }
         if not owners:
             return
         for name in sorted(owners, key=lambda name: (owners[name], natural_sort_key(name))):
@@ -110,7 +121,7 @@ class CompanionFiles:
         return [folder / name for name in sorted(names, key=natural_sort_key)]
 
     def list_images(self, folder: Path) -> list[Path]:
-        """The images directly inside a folder, in natural order."""
+        """The images and videos directly inside a folder, in natural order."""
         return [folder / name for name in sorted(self.names_in(folder).images, key=natural_sort_key)]
 
     def find_controls(self, image: Path) -> tuple[Path, ...]:

@@ -109,6 +109,7 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
     name, (width, height) = make_printable(Path(record.path).name), record.cropped_size
     facts = [
         f"{width}x{height}",
+        *describe_frames(record),
         *([f"x{record.repeats}"] if record.repeats != 1 else []),
         *(["mask"] if record.mask else []),
         *([format_count(record.controls, "control image")] if record.controls else []),
@@ -118,7 +119,11 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
     more = f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""
     caption = (record.captions[0] if record.captions else "(no caption)") + more
     try:
-        image = join_controls(make_thumbnail(record, cell), record, cell)
+        image = (
+            join_controls(make_thumbnail(record, cell), record, cell)
+            if record.video is None
+            else draw_strip(record, cell)
+        )
     except (ValueError, OSError) as error:
         return SheetTile(
             Image.new("RGB", (cell, cell), BAD_COLOUR), (name, *wrap_tile_text(str(error), cell, 4)), BAD_COLOUR
@@ -128,6 +133,29 @@ def make_dataset_tile(record: ImageRecord, cell: int) -> SheetTile:
         (name, " ".join(facts), *wrap_tile_text(caption, cell, 2), *record.flags[:2]),
         WARN_COLOUR if record.flags else NEUTRAL_COLOUR,
     )
+
+
+def describe_frames(record: ImageRecord) -> list[str]:
+    if record.video is None:
+        return []
+    from .clips import describe_length
+
+    return [describe_length(record)]
+
+
+def draw_strip(record: ImageRecord, cell: int) -> Image.Image:
+    """The first, the middle and the last frame of a clip, one above the other where it is wide, else side by side."""
+    from .videos import open_frames_at
+
+    frames = list(open_frames_at(record, sorted({0, record.frames // 2, record.frames - 1})))
+    is_wide = frames[0].width >= frames[0].height
+    room = (cell - SHEET_GAP_PX * (len(frames) - 1)) // len(frames)
+    strip = Image.new("RGB", (cell, cell), SHEET_BACKGROUND)
+    for number, frame in enumerate(frames):
+        frame.thumbnail((cell, room) if is_wide else (room, cell), Image.Resampling.LANCZOS)
+        along, across = number * (room + SHEET_GAP_PX), (cell - (frame.width if is_wide else frame.height)) // 2
+        strip.paste(frame, (across, along) if is_wide else (along, across))
+    return strip
 
 
 def join_controls(image: Image.Image, record: ImageRecord, cell: int) -> Image.Image:

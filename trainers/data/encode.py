@@ -1,5 +1,5 @@
-"""From a dataset to latents and conditionings: each image through the VAE once, each text through the text encoder
-once.
+"""From a dataset to latents and conditionings: each image and clip through the VAE once, each text through the text
+encoder once.
 
 What is on disk already is not encoded again, so a stopped encode continues where it was. While the VAE works on one
 image a thread opens the next ones; no more than those are in memory. Images go through the VAE one by one: a batch
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -38,8 +38,9 @@ from .caption_variants import (
 from .captions.caption_lengths import require_readable_length
 from .captions.literal import has_prompt_syntax
 from .encoded import EncodedDataset, EncodedItem, mask_to_latent_grid
+from .file_endings import is_video_path
 from .images import image_to_batch_tensor
-from .metadata import format_first_names
+from .metadata import format_count, format_first_names
 from .readers import require_captions
 from .records import WHITE, ImageDataset, ImageRecord, open_image, open_mask
 
@@ -55,7 +56,23 @@ class VaeProtocol(Protocol):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, 3) in 0..1 -> mean and std (B, C, ..., h, w) of the unscaled latent; std None where there is no
-        posterior."""
+        posterior. A VAE with a time axis takes them as the frames of one clip."""
+        ...
+
+    def fit_frames(self, frames: int) -> int:
+        """The largest number of frames up to this one that its latents can hold; 1 where they have no time axis. Asked
+        only for clips."""
+        ...
+
+
+class FirstFrameProtocol(Protocol):
+    """What an image-to-video model is given beside the text: made from the first frame of each clip."""
+
+    identity: str
+
+    def make_condition(self, first: Tensor, frames: int) -> dict:
+        """The entries of a conditioning (tensors, batch of 1) for a first frame (1, H, W, 3) in 0..1 of a clip of so
+        many frames."""
         ...
 
 
@@ -138,6 +155,8 @@ class EncodingPlan:
     holes: tuple[HolePlan, ...] = ()
     full_hole: str | None = None
     has_loss_mask: bool = True  # where the record has a mask
+    first: str | None = None  # what an image-to-video model is given of the first frame
+    flipped_first: str | None = None
 
     def list_texts(self) -> list[tuple[str, str]]:
         """[(key, text)] of all that the text encoder reads for this record."""
@@ -178,6 +197,7 @@ def encode_dataset(
     seed: int = 0,
     ground=WHITE,
     inpaint: InpaintSettings | None = None,
+    first_frame: FirstFrameProtocol | None = None,
 ) -> EncodedDataset:
     """The dataset as latents and conditionings, kept in cache_dir.
 
@@ -186,7 +206,7 @@ def encode_dataset(
     seed: of the shuffled captions and the inpaint masks. ground: the colour (red, green, blue) beneath transparent
     images. inpaint: None for no holes.
     text: None for images without any conditioning, as score models need them; the caption mode must be the empty
-    one."""
+    one. first_frame: for image-to-video models, what each clip's conditioning holds of its first frame."""
     check_encoding_inputs(dataset, captions, buckets, vae)
     inpaint = inpaint or InpaintSettings()
     is_inpainting = bool(inpaint.mask_kinds()) or inpaint.loss_masks != InpaintSettings().loss_masks
@@ -201,7 +221,7 @@ def encode_dataset(
     if captions.text_precision == PRECISION_BF16:
         text = RoundingTextEncoder(text)
     plans = [
-        plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground)
+        plan_first_frame(plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground), first_frame)
         for record, placement in place_records(dataset, buckets)
     ]
     require_readable_texts(plans, captions.trigger, text, check_interrupt)
@@ -217,7 +237,7 @@ def encode_dataset(
         texts |= {key: (caption, p if text.image_reader and p.controls else None) for key, caption in p.list_texts()}
     work = EncodingProgress(len(texts) + len(plans), report, check_interrupt)
     encode_texts(texts, text, cache, work, ground)
-    items = encode_images(plans, vae, cache, work, ground)
+    items = encode_images(plans, vae, cache, work, ground, first_frame)
     print_ = compute_fingerprint(
         ENCODING_VERSION,
         dataset.fingerprint(),
@@ -231,6 +251,7 @@ def encode_dataset(
         *list_reading_changes(dataset, [caption for caption, _ in texts.values()]),
         *([text.image_reader] if text.image_reader and any(p.controls for p in plans) else []),
         *([inpaint] if is_inpainting else []),
+        *(["first frame", first_frame.identity] if first_frame else []),
     )
     return EncodedDataset(
         items,
@@ -281,9 +302,38 @@ def check_encoding_inputs(dataset, captions, buckets, vae):
                 f"makes one latent cell of {vae.factor} px. Bucket the dataset with a step that is a multiple of "
                 f"{vae.factor}."
             )
+    require_cut_clips(dataset)
+    require_fitting_frames(dataset, vae)
     if captions.caption_mode == CAPTION_MODE_TEXT and not captions.trigger.strip():
         require_captions(dataset)
         check_trigger_placeholders(dataset)
+
+
+def require_cut_clips(dataset: ImageDataset) -> None:
+    whole = [Path(record.path).name for record in dataset if record.video and not record.clip]
+    if whole:
+        raise ValueError(
+            f"{format_count(whole, 'video')} of the dataset {'is' if len(whole) == 1 else 'are'} not cut into clips: "
+            f"{format_first_names(whole)}. Connect Cut Clips between Load Dataset and this node, which chooses "
+            "their frames; or take them out of the folder to train on its images alone."
+        )
+
+
+def require_fitting_frames(dataset: ImageDataset, vae: VaeProtocol) -> None:
+    """ValueError for clips that the VAE would cut, or takes for many images."""
+    for frames in sorted({record.frames for record in dataset if record.clip and record.frames > 1}):
+        fitting = vae.fit_frames(frames)
+        if fitting == 1:
+            raise ValueError(
+                f"The clips have {frames} frames, and this VAE encodes single images: it belongs to a model that makes "
+                "images. Load a video model with its VAE, or set frames to 1 in Cut Clips to train on single frames."
+            )
+        if fitting != frames:
+            above = next(more for more in range(frames + 1, 2 * frames + 64) if vae.fit_frames(more) == more)
+            raise ValueError(
+                f"The clips have {frames} frames, and this VAE's latents hold {fitting} or {above} of them. Set frames "
+                f"to {fitting} or {above} in Cut Clips."
+            )
 
 
 def check_trigger_placeholders(dataset):
@@ -339,21 +389,38 @@ def require_trained_pixels(plans: list[EncodingPlan], factor: int, cache: DiskCa
 
 def is_mask_black(p: EncodingPlan, factor: int, cache: DiskCache) -> bool:
     """Whether the mask is 0 in all of the bucket. One that is not goes into the cache, under the cells that the latent
-    has or is expected to have, so that it is opened once."""
+    has or is expected to have, so that it is opened once. A mask video waits until the frames of the latent are
+    known."""
     width, height = p.placement.bucket
-    cells = (cached_latent_shape(cache, p.latent) or (height // factor, width // factor))[-2:]
-    key = mask_key(p.record, p.placement, cells)
+    known = cached_latent_shape(cache, p.latent)
+    shape = known or (1, height // factor, width // factor)
+    key = mask_key(p.record, p.placement, shape)
     if key is None:
         return False
+    if known is None and has_mask_video(p.record):
+        return all(resize_and_crop(mask, p.placement).getbbox() is None for mask in open_masks(p.record))
     if cache.read_shapes(key) is not None:
         return not cache.load(key)["mask"].any()
-    if (opened := open_mask(p.record)) is None:
+    if (mask := encode_latent_mask(p, shape)) is None:
         return False
-    mask = encode_latent_mask(opened, p, cells)
     if not mask.any():
         return True
     cache.write(key, {"mask": mask})
     return False
+
+
+def open_masks(record: ImageRecord) -> Iterator[Image.Image]:
+    """The mask of a record in L, as large as its image; of a clip that has a mask video, the mask of each frame."""
+    if has_mask_video(record):
+        from .videos import open_mask_frames
+
+        yield from (mask.crop(record.crop) if record.crop else mask for mask in open_mask_frames(record))
+    elif (mask := open_mask(record)) is not None:
+        yield mask
+
+
+def has_mask_video(record: ImageRecord) -> bool:
+    return record.clip is not None and record.mask is not None and is_video_path(Path(record.mask))
 
 
 def plan_record_encoding(record, captions, placement, flip, vae, text, seed, ground) -> EncodingPlan:
@@ -363,6 +430,17 @@ def plan_record_encoding(record, captions, placement, flip, vae, text, seed, gro
     keys = tuple(caption_key(caption, text, seen) for caption in told)
     empty = caption_key("", text, seen) if seen and captions.dropout else None
     return replace(plan, captions=told, caption_keys=keys, empty_key=empty)
+
+
+def plan_first_frame(plan: EncodingPlan, first_frame: FirstFrameProtocol | None) -> EncodingPlan:
+    """The plan with what an image-to-video model is given."""
+    if first_frame is None:
+        return plan
+    first, flipped = (
+        key and compute_fingerprint("first frame", ENCODING_VERSION, key, first_frame.identity)
+        for key in (plan.latent, plan.flipped)
+    )
+    return replace(plan, first=first, flipped_first=flipped)
 
 
 def describe_seen_images(plan: EncodingPlan, ground) -> list:
@@ -410,12 +488,15 @@ def list_reading_changes(dataset: ImageDataset, texts: Iterable[str]) -> list[st
     return list_literal_marks(texts) + (["placed trigger"] if placed else [])
 
 
-def mask_key(record, placement, cells) -> str | None:
+def mask_key(record, placement, shape) -> str | None:
+    """shape: (C, ..., h, w) of the latent."""
     if record.mask is None:
         return None
-    alpha = record.mask == record.path
+    alpha, cells, clip = record.mask == record.path, list(shape[-2:]), []
+    if has_mask_video(record):
+        cells, clip = list(shape[1:]), [vars(record.clip)]
     return compute_fingerprint(
-        "mask", ENCODING_VERSION, record.mask_id, alpha, record.crop, vars(placement), list(cells)
+        "mask", ENCODING_VERSION, record.mask_id, alpha, record.crop, vars(placement), cells, *clip
     )
 
 
@@ -454,12 +535,20 @@ def write_conditioning(cache, key, cond: dict) -> None:
 
 
 def encode_images(
-    plans: list[EncodingPlan], vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
+    plans: list[EncodingPlan],
+    vae: VaeProtocol,
+    cache: DiskCache,
+    work: EncodingProgress,
+    ground,
+    first_frame: FirstFrameProtocol | None = None,
 ) -> list[EncodedItem]:
-    """Writes every latent and mask that is not on disk."""
-    opening = (lambda p=p: open_bucketed_image(p, ground) if is_incomplete(p, cache) else None for p in plans)
-    with closing(prefetch_results(opening)) as images:
-        items = [encode_record(p, image, vae, cache, work, ground) for p, image in zip(plans, images, strict=True)]
+    """Writes every latent, hole, mask and first frame that is not on disk."""
+    opening = (lambda p=p: open_bucketed_frames(p, ground) if is_incomplete(p, cache) else None for p in plans)
+    with closing(prefetch_results(opening)) as opened:
+        items = [
+            encode_record(p, frames, vae, cache, work, ground, first_frame)
+            for p, frames in zip(plans, opened, strict=True)
+        ]
     opening = [partial(open_control_images, p, ground) if p.controls else None for p in plans]
     return [replace(item, open_controls=opened) for item, opened in zip(items, opening, strict=True)]
 
@@ -495,35 +584,90 @@ def prefetch_results(
 
 
 def encode_record(
-    p: EncodingPlan, image: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
+    p: EncodingPlan,
+    frames: list[Image.Image] | None,
+    vae: VaeProtocol,
+    cache: DiskCache,
+    work: EncodingProgress,
+    ground,
+    first_frame: FirstFrameProtocol | None = None,
 ) -> EncodedItem:
-    """image: None where nothing was missing when it would have been opened."""
+    """frames: None where nothing was missing when they would have been opened."""
     work.raise_if_interrupted()
-    write_missing_latents(p, image, vae, cache, work, ground)
+    write_missing_latents(p, frames, vae, cache, work, ground)
     for control in p.controls:
         write_missing_latents(control, None, vae, cache, work, ground)
     if p.holes:
         from .inpaint import write_missing_holes
 
-        write_missing_holes(p, image, vae, cache, work, ground)
+        write_missing_holes(p, frames, vae, cache, work, ground)
+    if first_frame is not None:
+        write_missing_first_frames(p, frames, first_frame, cache, work, ground)
     shape = require_latent_shape(cache, p.latent)
-    mask = mask_key(p.record, p.placement, shape[-2:]) if p.has_loss_mask else None
-    if mask and cache.read_shapes(mask) is None and (opened := open_mask(p.record)) is not None:
-        cache.write(mask, {"mask": encode_latent_mask(opened, p, shape)})
+    mask = mask_key(p.record, p.placement, shape) if p.has_loss_mask else None
+    if mask and cache.read_shapes(mask) is None and (cells := encode_latent_mask(p, shape)) is not None:
+        cache.write(mask, {"mask": cells})
     work.advance(1, Path(p.record.path).name)
     return make_encoded_item(p, shape, mask, cache)
 
 
 def write_missing_latents(
-    p: EncodingPlan, image: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
+    p: EncodingPlan,
+    frames: list[Image.Image] | None,
+    vae: VaeProtocol,
+    cache: DiskCache,
+    work: EncodingProgress,
+    ground,
 ) -> None:
-    """Those of an image, or of a control image, that are not on disk. image: it, where it was opened before."""
+    """Those of an image, a clip or a control image that are not on disk. frames: its own, where they were opened
+    before."""
     name = Path(p.record.path).name
     for key, mirrored in list_missing_latents(p, cache):
         work.advance(0, name)
         work.raise_if_interrupted()
-        image = image or open_bucketed_image(p, ground)
-        cache.write(key, encode_posterior(ImageOps.mirror(image) if mirrored else image, vae, name))
+        frames = frames or open_bucketed_frames(p, ground)
+        cache.write(key, encode_posterior(mirror_frames(frames) if mirrored else frames, vae, name))
+
+
+def write_missing_first_frames(
+    p: EncodingPlan,
+    frames: list[Image.Image] | None,
+    first_frame: FirstFrameProtocol,
+    cache: DiskCache,
+    work: EncodingProgress,
+    ground,
+) -> None:
+    """What an image-to-video model is given of a clip, where it is not on disk."""
+    for key, mirrored in ((p.first, False), (p.flipped_first, True)):
+        if key is None or cache.read_shapes(key) is not None:
+            continue
+        work.raise_if_interrupted()
+        first = frames[:1] if frames else [next(iterate_bucketed_frames(p, ground))]
+        pixels = frames_to_tensor(mirror_frames(first) if mirrored else first)
+        cache.write(key, first_frame.make_condition(pixels, p.record.frames if p.record.clip else 1))
+
+
+def mirror_frames(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    return [ImageOps.mirror(frame) for frame in frames]
+
+
+def open_bucketed_frames(p: EncodingPlan, ground) -> list[Image.Image]:
+    """The image, or the frames of the clip, as the bucket shows them."""
+    return list(iterate_bucketed_frames(p, ground))
+
+
+def iterate_bucketed_frames(p: EncodingPlan, ground) -> Iterator[Image.Image]:
+    if p.record.clip is None:
+        yield open_bucketed_image(p, ground)
+        return
+    from .videos import open_clip_frames
+
+    yield from (resize_and_crop(frame, p.placement) for frame in open_clip_frames(p.record, ground))
+
+
+def frames_to_tensor(frames: Sequence[Image.Image]) -> Tensor:
+    """(F, H, W, 3) in 0..1 of images of one size."""
+    return torch.cat([image_to_batch_tensor(frame) for frame in frames])
 
 
 def open_bucketed_image(p: EncodingPlan, ground) -> Image.Image:
@@ -554,14 +698,14 @@ def require_latent_shape(cache: DiskCache, key: str) -> tuple[int, ...]:
     return shape
 
 
-def encode_posterior(image: Image.Image, vae: VaeProtocol, name: str) -> dict:
-    """{"mean": (C, ..., h, w), "std": the same or None}"""
-    return encode_latent(image_to_batch_tensor(image), vae, name)
+def encode_posterior(frames: Sequence[Image.Image], vae: VaeProtocol, name: str) -> dict:
+    """{"mean": (C, ..., h, w), "std": the same or None} of an image, or of the frames of a clip."""
+    return encode_latent(frames_to_tensor(frames), vae, name)
 
 
-def encode_latent(image: Tensor, vae: VaeProtocol, name: str) -> dict:
-    """The same of (1, H, W, 3) in 0..1."""
-    mean, std = vae.encode(image)
+def encode_latent(frames: Tensor, vae: VaeProtocol, name: str) -> dict:
+    """The same of (F, H, W, 3) in 0..1."""
+    mean, std = vae.encode(frames)
     if not torch.isfinite(mean).all() or (std is not None and not torch.isfinite(std).all()):
         raise ValueError(
             f"The VAE turned {name} into NaN or infinity. Run it at higher precision: start ComfyUI with --fp32-vae."
@@ -569,9 +713,24 @@ def encode_latent(image: Tensor, vae: VaeProtocol, name: str) -> dict:
     return {"mean": mean[0], "std": None if std is None else std[0]}
 
 
-def encode_latent_mask(mask: Image.Image, p: EncodingPlan, shape) -> Tensor:
-    """(1, h, w) in 0..1"""
-    return mask_to_latent_grid(image_to_batch_tensor(resize_and_crop(mask, p.placement)), *shape[-2:])
+def encode_latent_mask(p: EncodingPlan, shape) -> Tensor | None:
+    """(1, h, w) in 0..1; (1, T, h, w) of a mask video; None without a mask. shape: of the latent."""
+    masks = [
+        mask_to_latent_grid(image_to_batch_tensor(resize_and_crop(mask, p.placement)), *shape[-2:])
+        for mask in open_masks(p.record)
+    ]
+    if not masks:
+        return None
+    return mean_over_latent_frames(torch.cat(masks), shape[1])[None] if has_mask_video(p.record) else masks[0]
+
+
+def mean_over_latent_frames(frames: Tensor, cells: int) -> Tensor:
+    """(F, ...) -> (cells, ...): of video VAEs the first latent frame holds the first frame, and each later one as many
+    as there are for it."""
+    if cells == 1:
+        return frames[:1]
+    groups = frames[1:].tensor_split(cells - 1)
+    return torch.stack([frames[0], *(group.mean(0) for group in groups)])
 
 
 def make_encoded_item(p: EncodingPlan, shape, mask, cache: DiskCache) -> EncodedItem:
@@ -603,6 +762,9 @@ def make_encoded_item(p: EncodingPlan, shape, mask, cache: DiskCache) -> Encoded
         tuple(hole.key for hole in p.holes),
         tuple(hole.flipped for hole in p.holes if hole.flipped),
         p.full_hole,
+        p.first,
+        p.flipped_first,
+        p.record.frames if p.record.clip else 1,
     )
 
 

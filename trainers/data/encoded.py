@@ -22,12 +22,14 @@ from .cache import MemoryStore, map_tensors
 # Keys of a conditioning, in the words of ComfyUI.
 REFERENCE_LATENTS = "reference_latents"  # latents of images that an edit model is shown
 CONCAT_IMAGE, CONCAT_MASK = "concat_latent_image", "concat_mask"  # what stands beside the noise, channel by channel
+CLIP_VISION_OUTPUT = "clip_vision_output"  # an image as CLIP vision sees it
+IMAGE_KEYS = (REFERENCE_LATENTS, CONCAT_IMAGE, CONCAT_MASK, CLIP_VISION_OUTPUT)
 SIZE_CONDITIONING = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
-IMAGE_CONDITIONING = (*SIZE_CONDITIONING, REFERENCE_LATENTS, CONCAT_IMAGE, CONCAT_MASK)
+IMAGE_CONDITIONING = (*SIZE_CONDITIONING, *IMAGE_KEYS)
 
 
 def image_conditioning(cond: dict) -> dict:
-    """What of a conditioning comes from an image and not from its text: size, reference latents, image and mask."""
+    """What of a conditioning comes from an image and not from its text: size, and what a model is shown."""
     return {k: v for k, v in cond.items() if k in IMAGE_CONDITIONING}
 
 
@@ -56,17 +58,21 @@ class EncodedItem:
     flipped_controls: tuple[str, ...] = ()  # the same of the mirrored ones
     empty_key: str | None = None  # of the empty caption, where its conditioning is the image's own
     control_numel: int = 0  # numbers in the latents of all control images
-    # the control images, (1, H, W, 3) in 0..1
-    open_controls: Callable[[], list[Tensor]] | None = field(default=None, compare=False)
     holes: tuple[str, ...] = ()  # keys of {"image": (C, ..., h, w) with a hole, "mask": packed, "width": pixels of it}
     flipped_holes: tuple[str, ...] = ()  # the same of the mirrored image
     full_hole: str | None = None  # the same where the hole is all of the image
+    first: str | None = None  # entries of its conditioning that an image-to-video model is given of the first frame
+    flipped_first: str | None = None
+    frames: int = 1  # of the clip, before the VAE
+    # the control images, (1, H, W, 3) in 0..1
+    open_controls: Callable[[], list[Tensor]] | None = field(default=None, compare=False)
 
     def keys_to_read(self) -> list[str]:
         """What a draw of this item needs of the store, as far as it is known before the draw: one of several captions
         or holes is not."""
         captions, holes = (keys if len(keys) == 1 else () for keys in (self.caption_keys, self.holes))
-        known = [self.latent, self.flipped, self.mask, *captions, *self.controls, *self.flipped_controls, *holes]
+        shown = *self.controls, *self.flipped_controls, *holes, self.first, self.flipped_first
+        known = [self.latent, self.flipped, self.mask, *captions, *shown]
         return [key for key in known if key is not None]
 
 
@@ -154,11 +160,11 @@ class EncodedDataset:
     def named_conds(self) -> Iterator[tuple[str, dict]]:
         """(where it is from, for a person; conditioning) of all that a batch may hold. Each is loaded when it is asked
         for, once."""
-        seen: set[tuple[str, bool, bool]] = set()
+        seen: set[tuple[str, bool, bool, bool]] = set()
         empty = [self.empty_key] if self.empty_key is not None and self.dropout else []
         for number, item in enumerate(self.items, 1):
             for key in (*item.caption_keys, *empty):
-                if (about := (key, bool(item.controls), bool(item.holes))) in seen:
+                if (about := (key, bool(item.controls), bool(item.holes), bool(item.first))) in seen:
                     continue
                 seen.add(about)
                 name = "the empty caption" if key == self.empty_key else item.path or f"latent {number}"
@@ -181,10 +187,11 @@ class EncodedDataset:
         return mean + posterior["std"].float() * torch.randn(mean.shape, generator=rng)
 
     def load_controls(self, item: EncodedItem, flip: bool = False) -> dict[str, list[Tensor]]:
-        """{"reference_latents": [(1, C, ..., h, w)]} of an item's control images, as the host's nodes write them into a
-        conditioning; empty without control images."""
-        keys = item.flipped_controls if flip else item.controls
-        return {REFERENCE_LATENTS: [self.store.load(key)["mean"].float()[None] for key in keys]} if keys else {}
+        """What an item's conditioning holds beside the text, as the host's nodes write it: {"reference_latents": [(1,
+        C, ..., h, w)]} of its control images, and what an image-to-video model is given of the first frame."""
+        keys, first = (item.flipped_controls, item.flipped_first) if flip else (item.controls, item.first)
+        references = {REFERENCE_LATENTS: [self.store.load(key)["mean"].float()[None] for key in keys]} if keys else {}
+        return {**references, **(self.store.load(first) if first else {})}
 
     def choose_hole(self, item: EncodedItem, flip: bool, rng: torch.Generator) -> str | None:
         """The key of one of the item's holes; None where it has none, and then nothing is drawn."""
@@ -220,11 +227,13 @@ class EncodedDataset:
             return None
         else:
             found = [self.load_mask(self.items[i], flip) for i, flip in zip(picks, flips, strict=True)]
+        if any(mask.ndim == 4 for mask in found):  # a mask for each latent frame
+            found = [mask.view(1, -1, *mask.shape[-2:]).expand(1, *x0.shape[2:]) for mask in found]
         stacked = torch.stack(found)
-        return stacked.view(len(picks), *[1] * (x0.ndim - 3), *stacked.shape[-2:])
+        return stacked.view(len(picks), *[1] * (x0.ndim - stacked.ndim), *stacked.shape[1:])
 
     def load_mask(self, item: EncodedItem, flip: bool) -> Tensor:
-        """(1, h, w)"""
+        """(1, h, w), or (1, T, h, w) where each frame has its own."""
         if item.mask is None:
             return torch.ones(1, *item.shape[-2:])
         mask = self.store.load(item.mask)["mask"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +35,8 @@ MORE_FORMAT_ENDINGS = {
     "DDS": (".dds",),
 }
 JPEG_ENDINGS = (*FORMAT_ENDINGS["JPEG"], *MORE_FORMAT_ENDINGS["JPEG"])
+FRAME_FOLDER = re.compile(r"[^.].*\.(frames|[1-9]\d*fps)", re.IGNORECASE | re.DOTALL)
+MASK_STEM = ".mask"
 MASK_SUFFIX = ".mask.png"
 MASK_SUFFIXES = (MASK_SUFFIX, "-masklabel.png")  # the latter is OneTrainer's; white is learnt in both
 CONDITION_SUFFIX = "-condlabel.png"  # OneTrainer's images that condition a model; nothing here is trained on them
@@ -50,6 +53,7 @@ UNREAD_IMAGE_ENDINGS = frozenset(
 VIDEO_ENDINGS = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .mts .m2ts .3gp .ogv .mxf .fli .flc".split()
 )
+MASK_VIDEO_SUFFIXES = tuple(f"{MASK_STEM}{ending}" for ending in sorted(VIDEO_ENDINGS))
 SIGNATURES = {  # first bytes, as (offset, bytes), of files that are images whatever they are called
     "PNG": (0, b"\x89PNG\r\n\x1a\n"),
     "JPEG": (0, b"\xff\xd8\xff"),
@@ -94,26 +98,47 @@ def is_image_name(name: str) -> bool:
     )
 
 
-def is_image_file(file: Path) -> bool:
-    return is_image_name(file.name) and is_file_or_broken_link(file)
+def is_video_name(name: str) -> bool:
+    """Whether a file of this name is read as a video; name.mask.mp4 is a mask."""
+    stem, ending = os.path.splitext(name.lower())
+    return ending in VIDEO_ENDINGS and not stem.startswith(".") and not stem.endswith(MASK_STEM)
+
+
+def is_media_name(name: str) -> bool:
+    return is_image_name(name) or is_video_name(name)
+
+
+def is_frame_folder_name(name: str) -> bool:
+    """Whether the images in a folder of this name are the frames of one clip: walk.24fps, or walk.frames."""
+    return FRAME_FOLDER.fullmatch(name) is not None
+
+
+def is_video_path(path: Path) -> bool:
+    """Whether what is there is read as several frames: a video, or a folder of frames."""
+    return is_video_name(path.name) or path.name.lower().endswith(MASK_VIDEO_SUFFIXES) or path.is_dir()
+
+
+def is_media_file(file: Path) -> bool:
+    """Whether it is read as an image, a video, or a folder of frames."""
+    is_file = is_media_name(file.name) and is_file_or_broken_link(file)
+    return is_file or (is_frame_folder_name(file.name) and file.is_dir())
 
 
 def is_mask_name(name: str) -> bool:
-    """Whether a file of this name beside an image is its mask."""
-    return name.lower().endswith(MASK_SUFFIXES) and not name.startswith(".")
+    """Whether a file of this name beside an image or a video is its mask."""
+    return name.lower().endswith((*MASK_SUFFIXES, *MASK_VIDEO_SUFFIXES)) and not name.startswith(".")
 
 
 def strip_mask_suffix(name: str) -> str:
     """The stem of the image that a mask of this name belongs to, whichever way of naming masks it follows."""
-    suffix = next((suffix for suffix in MASK_SUFFIXES if name.lower().endswith(suffix)), Path(name).suffix)
+    suffixes = *MASK_SUFFIXES, *MASK_VIDEO_SUFFIXES
+    suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), Path(name).suffix)
     return name[: len(name) - len(suffix)]
 
 
 def explain_unread_image(file: Path) -> str | None:
-    """Why a file that is an image, or a video, is not read. None for files of another kind."""
+    """Why a file that is an image is not read. None for files of another kind."""
     ending = file.suffix.lower()
-    if ending in VIDEO_ENDINGS:
-        return "it is a video, and only images are read; save the frames that you want as PNG or JPEG"
     if ending in UNREAD_IMAGE_ENDINGS:
         return f"images ending in {ending} are not read; save it as PNG, JPEG or WebP"
     if (kind := name_image_content(file)) is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .companions import CompanionFiles, compose_name, natural_sort_key
-from .file_endings import is_image_file
+from .file_endings import is_media_file
 from .metadata import MAX_REPEATS, plain_relative_path
 from .unread_files import count_images_below, explain_nested_images, is_one_of
 
@@ -121,11 +121,11 @@ class NamedImages:
     def find_image(self, path: Path) -> Path | None:
         if not path.parent.is_dir():
             return None
-        if is_image_file(path):
+        if is_media_file(path):
             return path
         names = self.companions.names_in(path.parent)
         same = [name for name in names.image_names if compose_name(path.name) in (name, Path(name).stem)]
-        return path.with_name(names.by_key[same[0].lower()][0]) if len(same) == 1 else None
+        return path.with_name(names.by_key.get(same[0].lower(), same)[0]) if len(same) == 1 else None
 
     def may_read(self, file: Path) -> bool:
         """Whether it lies inside the root, and neither in a folder that asks for 0 repeats nor in one of masks or

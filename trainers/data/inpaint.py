@@ -7,6 +7,7 @@ names in the cache, so a run that is continued sees the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,12 @@ def check_inpaint_inputs(dataset: ImageDataset, inpaint: InpaintSettings, text) 
         raise ValueError(
             f"loss_masks is {LOSS_OF_INPAINT!r} and inpaint_masks is {INPAINT_NONE!r}, so there is no hole for the "
             "loss. Choose masks for inpaint_masks, or another loss_masks."
+        )
+    clips = [Path(record.path).name for record in dataset if record.clip is not None]
+    if kinds and clips:
+        raise ValueError(
+            f"inpaint_masks is {inpaint.inpaint_masks!r}, and {len(clips)} of {len(dataset)} are clips, such as "
+            f"{clips[0]}: holes are cut into images alone. Leave the clips out, or choose {INPAINT_NONE!r}."
         )
     bare = [Path(record.path).name for record in dataset if record.mask is None]
     if MASK_OF_DATASET in kinds and bare and (len(kinds) == 1 or len(bare) == len(dataset)):
@@ -114,10 +121,15 @@ def list_missing_holes(plan: EncodingPlan, cache: DiskCache) -> list[tuple[str, 
 
 
 def write_missing_holes(
-    plan: EncodingPlan, image: Image.Image | None, vae: VaeProtocol, cache: DiskCache, work: EncodingProgress, ground
+    plan: EncodingPlan,
+    frames: Sequence[Image.Image] | None,
+    vae: VaeProtocol,
+    cache: DiskCache,
+    work: EncodingProgress,
+    ground,
 ) -> None:
-    """image: see `write_missing_latents`."""
-    name = Path(plan.record.path).name
+    """frames: see `write_missing_latents`."""
+    name, image = Path(plan.record.path).name, frames[0] if frames else None
     for key, hole, mirrored in list_missing_holes(plan, cache):
         work.advance(0, name)
         work.raise_if_interrupted()

@@ -184,6 +184,7 @@ def split_group_keys(record: ImageRecord, by: str, groups: Mapping[str, str]) ->
     }
     return [
         f"picture/{record.id}",
+        *([f"picture/{record.video.id}"] if record.video else []),  # clips of one video show the same things
         *([found[by]] if by in found else []),
         *([f"pair/{record.pair}"] if record.pair is not None else []),
         *([f"group/{groups[record.id]}"] if record.id in groups else []),

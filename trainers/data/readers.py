@@ -1,5 +1,5 @@
-"""From folders to datasets: images, what sidecars and metadata files say about them, masks, kohya's `N_name` folders,
-in natural order.
+"""From folders to datasets: images and videos, what sidecars and metadata files say about them, masks, kohya's
+`N_name` folders, in natural order.
 
 A broken file is reported in Dataset.skipped and left out, or raised with strict=True; it is never left out silently.
 
@@ -24,7 +24,15 @@ from PIL import UnidentifiedImageError
 
 from .colour_profiles import read_colour_profile
 from .companions import CompanionFiles, compose_name, natural_sort_key
-from .file_endings import MASK_SUFFIXES, image_extensions, is_mask_name, strip_mask_suffix
+from .file_endings import (
+    MASK_SUFFIXES,
+    MASK_VIDEO_SUFFIXES,
+    VIDEO_ENDINGS,
+    image_extensions,
+    is_mask_name,
+    is_video_path,
+    strip_mask_suffix,
+)
 from .file_facts import FileFacts
 from .folder_listing import require_listing
 from .folder_plan import (
@@ -54,6 +62,7 @@ from .records import (
     ControlImage,
     ImageDataset,
     ImageRecord,
+    VideoInfo,
     check_mask_size,
     read_exif_orientation,
     sha1_hex,
@@ -115,8 +124,8 @@ def read_folder(
     facts_file=None,
     controls=None,
 ) -> ImageDataset:
-    """The images of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of images
-    without one).
+    """The images and videos of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of
+    those without one).
 
     alpha_mask: images with transparency and no other mask use their alpha as the loss mask.
     progress(done, total, file name) is called after each file and may raise to stop.
@@ -250,7 +259,10 @@ def format_no_images_found(root: Path, skipped) -> str:
     folders = (
         f" Not read: {'; '.join(f'{Path(folder).name} ({why})' for folder, why in skipped[:3])}." if skipped else ""
     )
-    return f"No images in {root}: it holds {holds}.{folders} Images end in {', '.join(image_extensions())}."
+    return (
+        f"No images in {root}: it holds {holds}.{folders} Images end in {', '.join(image_extensions())}; "
+        f"videos in {', '.join(sorted(VIDEO_ENDINGS))}; the frames of a clip lie in a folder such as walk.24fps."
+    )
 
 
 # -- what lies beside the images ---------------------------------------------------------------------------------------
@@ -345,7 +357,7 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     """(the record of one image file, what is to be noted on it). Its bytes are read once, for the hash and the size,
     for as long as it stays the same."""
     file = listed.file
-    probed = KNOWN_IMAGES.get(file, layout.facts)
+    probed, video = probe_media(file, layout.facts)
     sidecars = read_sidecar_metadata(file, layout.caption_extension, layout.alternatives, layout.companions)
     note = merge_metadata([*sidecars, *layout.notes.get(file, ())])
     if note.error:
@@ -353,7 +365,7 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
     repeats = listed.repeats if note.repeats is None else note.repeats
     if not repeats:
         raise ValueError(f"{file} is left out, because its metadata asks for 0 repeats.")
-    mask, mask_id = find_image_mask(file, probed.size, note.mask or layout.masks.get(file), layout)
+    mask, mask_id = find_image_mask(file, probed.size, video, note.mask or layout.masks.get(file), layout)
     if mask is None and probed.has_alpha and layout.alpha_mask:
         mask, mask_id = str(file), probed.id
     record = ImageRecord(
@@ -371,8 +383,19 @@ def read_image_record(listed: FolderImage, times: int, layout: FolderReadOptions
         strength=note.strength,
         icc_profile=probed.profile_name,
         controls=read_control_images(file, note, layout),
+        video=video,
     )
     return record, probed.profile_problem
+
+
+def probe_media(file: Path, facts: FactStore | None) -> tuple[ProbedImage, VideoInfo | None]:
+    """What is known of an image, or of a video or a folder of frames. ValueError for what cannot be decoded."""
+    if not is_video_path(file):
+        return KNOWN_IMAGES.get(file, facts), None
+    from .videos import probe_video
+
+    found = probe_video(file, facts)
+    return ProbedImage(found.id, found.size, False, None, None), found.to_info()
 
 
 def read_control_images(file: Path, note: ImageMetadata, layout: FolderReadOptions) -> tuple[ControlImage, ...]:
@@ -437,15 +460,29 @@ def probe_image(file: Path, data: bytes) -> ProbedImage:
         ) from error
 
 
-def find_image_mask(file: Path, size, named: Path | None, layout: FolderReadOptions) -> tuple[str | None, str | None]:
-    """(path, sha1) of `name.mask.png` or `name-masklabel.png` beside the image, else of the one that metadata or a
-    folder of masks names."""
-    mask = layout.companions.find(file, MASK_SUFFIXES) or named
+def find_image_mask(
+    file: Path, size, video: VideoInfo | None, named: Path | None, layout: FolderReadOptions
+) -> tuple[str | None, str | None]:
+    """(path, sha1) of `name.mask.png` or `name-masklabel.png` beside the image, for a video also of `name.mask.mp4`,
+    else of the one that metadata or a folder of masks names."""
+    mask = layout.companions.find(file, (*MASK_SUFFIXES, *(MASK_VIDEO_SUFFIXES if video else ()))) or named
     if mask is None:
         return None, None
-    probed = KNOWN_IMAGES.get(mask, layout.facts)
+    probed, frames = probe_media(mask, layout.facts)
     check_mask_size(mask, probed.size, size)
+    if frames is not None:
+        check_mask_frames(mask, frames, video)
     return str(mask), probed.id
+
+
+def check_mask_frames(mask: Path, frames: VideoInfo, video: VideoInfo | None) -> None:
+    if video is None:
+        raise ValueError(f"The mask {mask} is a video, and it belongs to an image. Give an image as its mask.")
+    if abs(frames.frames - video.frames) > 1:
+        raise ValueError(
+            f"The mask {mask} has {frames.frames} frames and its video {video.frames}. Make the mask as long as the "
+            "video, or give one image, which is then the mask of every frame."
+        )
 
 
 def examine_image(file: Path) -> ProbedImage:

@@ -18,6 +18,7 @@ from typing import Any, overload
 from PIL import Image
 
 from .colour_profiles import convert_to_srgb
+from .file_endings import is_video_path
 from .file_facts import forget_file
 from .image_files import open_image_bytes
 from .metadata import format_count, format_first_names
@@ -60,8 +61,30 @@ class ControlImage:
 
 
 @dataclass(frozen=True)
+class VideoInfo:
+    """What a record's video, animation or folder of frames is."""
+
+    id: str  # sha1 of its bytes
+    frames: int
+    fps: float  # frames a second, in the mean; 0 where nothing tells
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The frames of a video that are trained on."""
+
+    frames: int
+    fps: float  # frames a second that are taken; 0: one after the other, of frames that have no rate
+    start: float = 0.0  # seconds after the video's first frame; frames where there is no rate
+
+    def times(self) -> list[float]:
+        """Seconds of each frame after the video's first one."""
+        return [self.start + number / (self.fps or 1) for number in range(self.frames)]
+
+
+@dataclass(frozen=True)
 class ImageRecord:
-    """One image. Sizes and boxes are in pixels of the upright (EXIF transposed) image."""
+    """One image, or one video or clip. Sizes and boxes are in pixels of the upright (EXIF transposed) image."""
 
     id: str  # sha1 of the file's bytes, hex
     path: str
@@ -80,6 +103,18 @@ class ImageRecord:
     strength: float | None = None
     icc_profile: str | None = None  # name of the one that its pixels are converted from; None: they stay as they are
     controls: tuple[ControlImage, ...] = ()
+    video: VideoInfo | None = None  # that the path leads to
+    clip: Clip | None = None  # part of it that this record is; the id is then the clip's own
+
+    @property
+    def frames(self) -> int:
+        """1 for an image."""
+        return self.clip.frames if self.clip else self.video.frames if self.video else 1
+
+    def require_video(self) -> VideoInfo:
+        if self.video is None:
+            raise ValueError(f"{self.path} is an image, and a video is needed.")
+        return self.video
 
     @property
     def pixels_id(self) -> str:
@@ -100,6 +135,9 @@ class ImageRecord:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"A record has no field {', '.join(unknown)}; it knows {', '.join(sorted(known))}.")
         found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        for name, kind in (("video", VideoInfo), ("clip", Clip)):
+            if found.get(name) is not None:
+                found[name] = kind(**found[name])
         if "controls" in found:
             found["controls"] = tuple(ControlImage.from_dict(control) for control in found["controls"])
         return cls(**found)
@@ -150,7 +188,7 @@ class ImageDataset(Sequence[ImageRecord]):
     def fingerprint(self) -> str:
         """32 hex digits over everything that training can see; where the files lie does not count."""
         unseen, later = (
-            ("path", "mask", "controls"),
+            ("path", "mask", "controls", "video", "clip"),  # the id tells which clip it is
             ("bucket", "pair", "strength", "icc_profile"),
         )  # later: not in the hash while they are not set
         content = [
@@ -175,8 +213,17 @@ def open_image(record: ImageRecord, ground=WHITE, scale: float = 1.0) -> Image.I
 def open_upright_image(record: ImageRecord, scale: float = 1.0) -> Image.Image:
     """All of the image, upright, in 8 bits and sRGB, in the mode that it is stored in. Every reader of a record's
     pixels comes through here. scale: how much of the sides is enough; formats that can be decoded at a half, a quarter
-    or an eighth, as JPEG, are."""
-    image = open_unchanged_image(record.path, record.id)
+    or an eighth, as JPEG, are. Of a clip it is the frame in the middle."""
+    if record.video is not None:
+        from .videos import open_middle_frame
+
+        return open_middle_frame(record)
+    return open_upright_file(record.path, record.id, scale)
+
+
+def open_upright_file(path: str, expected_id: str | None, scale: float = 1.0) -> Image.Image:
+    """The same of an image file; ValueError when it is no longer the file that was read."""
+    image = open_unchanged_image(path, expected_id)
     if scale < 1:
         image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
     return convert_to_8bit(convert_to_srgb(apply_exif_orientation(image)))
@@ -207,6 +254,11 @@ def open_mask_at(path: str, record: ImageRecord) -> Image.Image:
 
 
 def open_mask_file(path: str, record: ImageRecord) -> Image.Image:
+    if record.video is not None and is_video_path(Path(path)):
+        from .videos import open_mask_frames
+
+        frames = list(open_mask_frames(record))
+        return frames[len(frames) // 2]
     mask = flatten_alpha(
         convert_to_8bit(apply_exif_orientation(open_unchanged_image(path, record.mask_id))), (0, 0, 0)
     ).convert("L")

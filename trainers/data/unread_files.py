@@ -10,10 +10,10 @@ from pathlib import Path
 from .companions import CompanionFiles, compose_name
 from .file_endings import (
     CONDITION_SUFFIX,
-    MASK_SUFFIXES,
     UNREAD_IMAGE_ENDINGS,
     explain_unread_image,
-    is_image_name,
+    is_mask_name,
+    is_media_name,
     strip_mask_suffix,
 )
 from .metadata import METADATA_FILES, format_count, format_first_names
@@ -44,7 +44,7 @@ def list_unread_files(
     told: dict[str, list[str]] = {"mask": [], "condition": [], "caption": [], "table": [], "other": list(names.others)}
     for name in sorted(name for found in names.by_key.values() for name in found):
         file = folder / name
-        if is_image_name(name) or file in used or name.startswith(".") or name.lower() in SYSTEM_FILES:
+        if is_media_name(name) or file in used or name.startswith(".") or name.lower() in SYSTEM_FILES:
             continue
         kind = name_unread_kind(name, caption_endings, owners)
         if kind == "other" and (reason := explain_unread_image(file)):
@@ -59,7 +59,7 @@ def name_unread_kind(name: str, caption_endings: Sequence[str], owners: Owners) 
     lower = name.lower()
     if lower.endswith(CONDITION_SUFFIX):
         return "condition"
-    if lower.endswith(MASK_SUFFIXES):
+    if is_mask_name(name):
         return None if owners.have(strip_mask_suffix(name)) else "mask"
     if name in METADATA_FILES or has_owner(name, (".score",), owners):
         return None
@@ -115,7 +115,7 @@ def count_images_below(
 
 
 def looks_like_image(name: str) -> bool:
-    return is_image_name(name) or (not name.startswith(".") and Path(name.lower()).suffix in UNREAD_IMAGE_ENDINGS)
+    return is_media_name(name) or (not name.startswith(".") and Path(name.lower()).suffix in UNREAD_IMAGE_ENDINGS)
 
 
 def is_one_of(folder: Path, others: Sequence[Path]) -> bool:

@@ -165,7 +165,7 @@ def encode_views(
         for draft, key in list_missing_views(record, todo, size, vae, cache, ground):
             work.raise_if_interrupted()
             image = image or open_image(record, ground)
-            cache.write(key, encode_posterior(render_view(draft, image, size), vae, Path(record.path).name))
+            cache.write(key, encode_posterior([render_view(draft, image, size)], vae, Path(record.path).name))
         images.append(group_views_by_kind(todo, [draft.key(record, size, vae, ground) for draft in todo], crops))
         work.advance(1, Path(record.path).name)
     shape = require_latent_shape(cache, images[0][CROP_VIEW][0].key)

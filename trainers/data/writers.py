@@ -173,6 +173,11 @@ def list_save_notes(destinations: list[RecordDestination], settings: SaveSetting
 
 def check_save_folder(target: Path, dataset: ImageDataset, overwrite: bool) -> None:
     """ValueError unless the folder may be written."""
+    if videos := [Path(record.path).name for record in dataset if record.video]:
+        raise ValueError(
+            f"The dataset holds {format_count(videos, 'video')}, and only images can be saved: "
+            f"{format_first_names(videos, 3)}. Take them out; their files stay where they are."
+        )
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file. Choose another name for the dataset.")
     own = [

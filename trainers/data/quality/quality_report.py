@@ -7,7 +7,7 @@ from collections import Counter
 
 from PIL import Image
 
-from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, WARN_COLOUR, SheetTile, draw_contact_sheet
+from ..contact_sheet import BAD_COLOUR, GOOD_COLOUR, WARN_COLOUR, SheetTile, describe_frames, draw_contact_sheet
 from ..findings import SEVERITY_REJECT, SEVERITY_WARN
 from .checks import DROP_IMAGE, FLAG_IMAGE, KEEP_IMAGE, CheckedImage, QualityCheck, QualitySettings
 from .duplicates import printable_file_name
@@ -51,7 +51,7 @@ def format_checked_image(one: CheckedImage) -> str:
 
 def format_name_and_size(one: CheckedImage) -> str:
     width, height = one.record.cropped_size
-    return f"{printable_file_name(one.record)} {width}x{height}"
+    return " ".join([printable_file_name(one.record), f"{width}x{height}", *describe_frames(one.record)])
 
 
 def sort_findings(one: CheckedImage):
