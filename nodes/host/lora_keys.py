@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import comfy.lora
@@ -17,13 +18,14 @@ from .families import find_model_family
 # What follows a layer's name in the files that the host loads, peft's and diffusers' among them.
 LAYER_SUFFIX = re.compile(
     r"(\.lora_(up|down|mid|A|B)(\.default)?(\.weight)?|[._]lora\.(up|down|mid)\.weight|"
-    r"\.lora_linear_layer\.(up|down)\.weight|\.(hada_\w+|lokr_\w+|oft_blocks|rescale|alpha|dora_scale)|"
+    r"\.lora_linear_layer\.(up|down)\.weight|\.(hada_\w+|lokr_\w+|oft_blocks|rescale|alpha|dora_scale|lora_magnitude_vector)|"
     r"\.(diff(_b)?|w_norm|b_norm|set_weight|reshape_weight|[ab][12]\.weight))$"
 )
 # The spellings of one matrix -> ours, for the part of a key that LAYER_SUFFIX finds.
 LORA_MATRIX = re.compile(r"^(lora[._](?P<kohya>up|down|mid)|lora_linear_layer\.(?P<old>up|down)|lora_(?P<peft>[AB]))\b")
 PEFT_MATRICES = {"A": "down", "B": "up"}
 BIAS_CHANGE = ".diff_b"
+MAGNITUDE = "lora_magnitude_vector"  # peft's, of a DoRA
 TEXT_ENCODER_LAYER = re.compile(r"(lora_te\d?_|lora_prior_te_|text_encoder|text_model|te\d?_)")
 
 
@@ -104,24 +106,6 @@ def find_split_bias_patches(model, lora) -> dict:
     return {target: ("diff", (tensors[key],)) for key, target in targets.items() if len(target) > 1}
 
 
-def describe_lost_biases(model, clip, lora) -> str:
-    """Which bias changes of a LoRA have no effect, because the layers here have no bias; "" for none."""
-    known, there = {}, set()
-    if model is not None:
-        known, there = comfy.lora.model_lora_keys_unet(model.model, known), set(model.model.state_dict())
-    if clip is not None:
-        known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
-        there |= set(clip.cond_stage_model.state_dict())
-    targets = find_bias_targets(comfy.lora_convert.convert_lora(dict(lora)), known)
-    lost = sorted(layer_of_key(key) for key, (name, *_) in targets.items() if name not in there)
-    if not lost:
-        return ""
-    return (
-        f"{len(lost)} of {len(targets)} bias changes in this LoRA have no effect, because these layers have no bias "
-        f"here: {format_first_names(lost, 10)}."
-    )
-
-
 def check_assistant(model, assistant) -> None:
     """ValueError for an assistant that is not for this model, or not in whole."""
     if left_out := find_unloadable_layers(model, None, assistant):
@@ -159,6 +143,56 @@ def find_loaded_keys(tensors: dict[str, torch.Tensor], known: dict) -> set[str]:
     return loaded
 
 
+def find_skipped_parts(model, clip, lora) -> list[str]:
+    """What the host's loader drops of layers that it knows, sorted: keys that it does not read, biases of a layer
+    without one, and layers of another size, of which it tells its log alone."""
+    known, networks = comfy.lora.model_lora_keys_unet(model.model, {}), [model.model]
+    if clip is not None:
+        known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
+        networks.append(clip.cond_stage_model)
+    shapes = {name: tuple(value.shape) for network in networks for name, value in network.state_dict().items()}
+    tensors = comfy.lora_convert.convert_lora(dict(lora))
+    loaded = find_loaded_keys(tensors, known)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if (base := layer_of_key(key)) in known:
+            layers.setdefault(base, {})[key[len(base) + 1 :]] = value
+    skipped = []
+    for base, parts in layers.items():
+        name, rows = (*known[base][:2],) if isinstance(known[base], tuple) else (known[base], None)
+        bias = f"{name.removesuffix('.weight')}.bias" in shapes
+        has_bias = {"diff_b": bias, "b_norm": bias and rows is None}
+        skipped += [f"{base}.{suffix}" for suffix in parts if not has_bias.get(suffix, True)]
+        if MAGNITUDE in parts and "dora_scale" not in parts:
+            skipped.append(f"{base}.{MAGNITUDE}")
+        shape = list(shapes.get(name, ()))
+        if rows is not None and shape:
+            shape[rows[0]] = rows[2]
+        changed = count_changed_numbers({kohya_suffix(suffix): value for suffix, value in parts.items()})
+        if changed is not None and changed != math.prod(shape):
+            skipped.append(base)
+    unread = [key for key in tensors if layer_of_key(key) in known and key not in loaded and MAGNITUDE not in key]
+    return sorted({*skipped, *unread})
+
+
+def count_changed_numbers(parts: dict[str, torch.Tensor]) -> int | None:
+    """How many numbers of a weight an adapter changes, by its tensors' kohya suffixes; None for kinds that may change
+    any number."""
+    if parts.keys() & {"reshape_weight", "lora_mid.weight", "hada_t1", "lokr_t2", "set_weight"}:
+        return None
+    for up, down in (("lora_up.weight", "lora_down.weight"), ("hada_w1_a", "hada_w1_b")):
+        if up in parts and down in parts:
+            return len(parts[up]) * math.prod(parts[down].shape[1:])
+    factors = [
+        parts[name].numel() if name in parts else len(parts[f"{name}_a"]) * math.prod(parts[f"{name}_b"].shape[1:])
+        for name in ("lokr_w1", "lokr_w2")
+        if name in parts or {f"{name}_a", f"{name}_b"} <= parts.keys()
+    ]
+    if len(factors) == 2:
+        return math.prod(factors)
+    return parts["diff"].numel() if "diff" in parts else None
+
+
 def layer_of_key(key: str) -> str:
     return LAYER_SUFFIX.sub("", key)
 
@@ -172,12 +206,15 @@ def kohya_suffix(suffix: str) -> str:
     return f"lora_{matrix}.weight"
 
 
-def group_lora_by_target(lora, known: dict, outputs: dict[str, int]) -> tuple[dict[str, dict[str, torch.Tensor]], bool]:
+def group_lora_by_target(
+    lora, known: dict, outputs: dict[str, int], source: str = "start_from"
+) -> tuple[dict[str, dict[str, torch.Tensor]], bool]:
     """({weight of the host's model: tensors by kohya suffix}, whether a layer was put together of several).
 
     `outputs`: those of the layers that are trained, by weight. Takes every spelling that the host's loader takes.
     Layers that are parts of a fused one here (q, k and v of diffusers) become one LoRA of it. Layers that `known` (of
-    comfy.lora) lacks keep their name in the file. Raises ValueError for parts that cannot be put together."""
+    comfy.lora) lacks keep their name in the file. `source`: the input that errors name. Raises ValueError for parts
+    that cannot be put together."""
     from ...trainers.adapters.slices import merge_lora_slices
 
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -185,7 +222,7 @@ def group_lora_by_target(lora, known: dict, outputs: dict[str, int]) -> tuple[di
         base = layer_of_key(key)
         suffix = kohya_suffix(key[len(base) + 1 :])
         if suffix in layers.setdefault(base, {}):
-            raise ValueError(f"start_from holds {suffix} of {base} twice, in two spellings; one would be lost.")
+            raise ValueError(f"{source} holds {suffix} of {base} twice, in two spellings; one would be lost.")
         layers[base][suffix] = value
     whole: dict[str, dict[str, torch.Tensor]] = {}
     parts: dict[str, list] = {}
@@ -199,12 +236,23 @@ def group_lora_by_target(lora, known: dict, outputs: dict[str, int]) -> tuple[di
             parts.setdefault(name, []).append((base, rows, change, tensors))
     for name, slices in parts.items():
         if name in whole or len({rows for _, rows, _, _ in slices}) < len(slices):
-            raise ValueError(f"start_from holds {name} twice, once as {slices[0][0]}; one would be lost.")
+            raise ValueError(f"{source} holds {name} twice, once as {slices[0][0]}; one would be lost.")
         if name not in outputs:  # a layer that is not trained: refused by its name
             whole[name] = slices[0][3]
             continue
-        whole[name] = merge_lora_slices(slices, outputs[name])
+        whole[name] = merge_lora_slices(slices, outputs[name], source)
     return whole, bool(parts)
+
+
+def describe_unused(model, clip, lora, left_out: list[str]) -> str:
+    """What of a LoRA the host's loader does not use, in words; "" when it uses all. left_out: what
+    `find_unloadable_layers` found."""
+    parts = find_skipped_parts(model, clip, lora)
+    told = parts and (
+        f"{len(parts)} parts of this LoRA have no effect, because ComfyUI does not read them or the layer has another "
+        f"size: {format_first_names(parts, 10)}."
+    )
+    return "\n".join(filter(None, (describe_left_out_layers(clip, lora, left_out), told)))
 
 
 def describe_left_out_layers(clip, lora, left_out: list[str]) -> str:

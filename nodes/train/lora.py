@@ -146,8 +146,7 @@ class ApplyLora(io.ComfyNode):
         lora = as_lora_file(lora)
         left_out = host.lora_keys.find_unloadable_layers(model, clip, lora)
         patched = host.lora_keys.apply_lora(model, clip, lora, strength, left_out)
-        told = host.lora_keys.describe_left_out_layers(clip, lora, left_out)
-        told = " ".join(filter(None, (told, host.lora_keys.describe_lost_biases(model, clip, lora))))
+        told = host.lora_keys.describe_unused(model, clip, lora, left_out)
         if told:
             tell_on_node(cls, told)
         return io.NodeOutput(*patched, ui=ui.PreviewText(told) if told else None)

@@ -147,10 +147,9 @@ class StrengthSweep(io.ComfyNode):
                 curve.unit,
             )
         )
-        left_out = host.lora_keys.describe_left_out_layers(None, sweep.lora, sweep.left_out)
-        lost = host.lora_keys.describe_lost_biases(model, None, sweep.lora)
+        left_out = host.lora_keys.describe_unused(model, None, sweep.lora, sweep.left_out)
         lora, line = calibrate_lora(lora, curve, settings.asked_effect)
-        line = "\n".join(filter(None, (line, left_out, lost)))
+        line = "\n".join(filter(None, (line, left_out)))
         host.progress.show_node_text(line, cls.hidden.unique_id)
         return io.NodeOutput(sheet, images, lora, line, ui=ui.PreviewImage(sheet, cls=cls))
 

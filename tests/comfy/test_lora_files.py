@@ -49,6 +49,32 @@ def test_layers_without_effect_are_counted_and_named(model, layers, caplog):
     assert len(out.result[0].patches) == 2
 
 
+def test_parts_that_the_loader_drops_are_named(model, layers, caplog):
+    """A layer of another size, a DoRA of peft's names, a stray tensor; and not a bias of q alone, which is applied."""
+    (first, (inputs, outputs)), (second, _) = layers.items()
+    parts = {
+        f"{first}.lora_magnitude_vector": torch.ones(outputs),
+        f"{second}.rescale": torch.ones(1),
+    }
+    lora = pairs({first: (inputs, outputs), "transformer.transformer_blocks.0.attn.to_q": (128, 128)}) | parts
+    lora |= {"transformer.transformer_blocks.0.attn.to_q.diff_b": torch.zeros(128)}
+    lora |= pairs({second: (inputs, outputs + 8)})
+    with caplog.at_level(logging.WARNING):
+        out = nodes.ApplyLora.execute(model, LoraFile(lora), 1.0)
+    found = host.lora_keys.find_skipped_parts(model, None, LoraFile(lora))
+    assert found == sorted([*parts, second])
+    said = "3 parts of this LoRA have no effect, because ComfyUI does not read them or the layer has another size: "
+    assert said in caplog.text and out.ui.as_dict()["text"][0].startswith(f"{said}{found[0]}, ")
+
+
+def test_what_the_loader_uses_is_no_part_without_effect(model, layers):
+    lora = pairs(layers)
+    lora |= {f"{name}.diff_b": torch.zeros(outputs) for name, (_, outputs) in layers.items()}
+    lora |= {f"{name}.dora_scale": torch.ones(outputs, 1) for name, (_, outputs) in layers.items()}
+    lora |= {f"{name}.lora_magnitude_vector": torch.ones(outputs) for name, (_, outputs) in layers.items()}
+    assert host.lora_keys.find_skipped_parts(model, None, LoraFile(lora)) == []
+
+
 def test_layers_without_effect_are_looked_for_once(model, layers, monkeypatch):
     asked, find = [], host.lora_keys.find_unloadable_layers
     monkeypatch.setattr(host.lora_keys, "find_unloadable_layers", lambda *given: asked.append(given) or find(*given))
@@ -81,12 +107,10 @@ def test_the_biases_of_q_k_and_v_in_a_diffusers_file_are_applied(model):
 
 def test_bias_changes_of_layers_without_a_bias_are_said(model, layers, monkeypatch):
     lora = pairs(layers) | {f"{name}.diff_b": torch.ones(outputs) for name, (_, outputs) in layers.items()}
-    assert host.lora_keys.describe_lost_biases(model, None, lora) == ""
+    assert host.lora_keys.find_skipped_parts(model, None, lora) == []
     state = {name: value for name, value in model.model.state_dict().items() if not name.endswith(".bias")}
     monkeypatch.setattr(model.model, "state_dict", lambda: state)
-    told = host.lora_keys.describe_lost_biases(model, None, lora)
-    assert told.startswith("2 of 2 bias changes in this LoRA have no effect, because these layers have no bias here: ")
-    assert all(name in told for name in layers)
+    assert host.lora_keys.find_skipped_parts(model, None, lora) == sorted(f"{name}.diff_b" for name in layers)
 
 
 def test_layers_of_the_text_encoder_ask_for_clip(model, layers):

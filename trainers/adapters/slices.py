@@ -12,7 +12,7 @@ from .layers import APPLY_INSTEAD, lora_file_scale
 Slice = tuple[str, tuple[int, int, int] | None, Callable[[Tensor], Tensor] | None, dict[str, Tensor]]
 
 
-def merge_lora_slices(slices: Sequence[Slice], outputs: int) -> dict[str, Tensor]:
+def merge_lora_slices(slices: Sequence[Slice], outputs: int, source: str = "start_from") -> dict[str, Tensor]:
     """lora_down.weight and lora_up.weight of the whole layer, at scale 1 (no alpha). Each slice is (name, (0, first
     row, rows) or None for all rows, a reordering of its rows or None, its tensors by kohya suffix).
 
@@ -25,7 +25,7 @@ def merge_lora_slices(slices: Sequence[Slice], outputs: int) -> dict[str, Tensor
     for name, rows, reorder, tensors in slices:
         if tensors.keys() - {"alpha"} != {"lora_down.weight", "lora_up.weight"}:
             raise ValueError(
-                f"start_from holds {name}, a part of a layer that is one here. Plain LoRA parts are put together, but "
+                f"{source} holds {name}, a part of a layer that is one here. Plain LoRA parts are put together, but "
                 f"this one has {', '.join(sorted(tensors))}; {APPLY_INSTEAD}."
             )
         down, up = tensors["lora_down.weight"].float(), tensors["lora_up.weight"].float()
@@ -34,7 +34,7 @@ def merge_lora_slices(slices: Sequence[Slice], outputs: int) -> dict[str, Tensor
         axis, first, count = rows or (0, 0, len(up))
         if axis != 0 or count != len(up):
             raise ValueError(
-                f"start_from does not fit at {name}: its lora_up.weight has {len(up)} rows, and the part of the layer "
+                f"{source} does not fit at {name}: its lora_up.weight has {len(up)} rows, and the part of the layer "
                 f"has {count} {'outputs' if axis == 0 else 'inputs'}."
             )
         same = next((i for i, other in enumerate(downs) if torch.equal(other, down)), None)
