@@ -29,6 +29,7 @@ class ModelFamily:
     guidance_distilled: bool = False  # guidance is part of the weights: it draws at guidance 1
     few_steps: int = 0  # sampling steps that it is distilled to; 0 for models that draw in many
     key_style: str = "original"  # 'diffusers' writes lora_unet_down_blocks_..., 'original' the model's own module paths
+    diffusers: str = ""  # how a LoRA's names begin that diffusers loads; '' where none is known
     is_unet: bool = False
     known: bool = True  # False: the adapters' gradients are checked before the run
 
@@ -73,6 +74,7 @@ MODEL_FAMILIES = {
         sampling_guidance=7.0,
         key_style="diffusers",
         is_unet=True,
+        diffusers="unet",
     ),
     "sd2": ModelFamily(
         label="Stable Diffusion 2",
@@ -82,6 +84,7 @@ MODEL_FAMILIES = {
         sampling_guidance=7.0,
         key_style="diffusers",
         is_unet=True,
+        diffusers="unet",
     ),
     "sdxl": ModelFamily(
         label="SDXL",
@@ -90,9 +93,14 @@ MODEL_FAMILIES = {
         density=UNIFORM_DENSITY,
         sampling_guidance=6.0,
         is_unet=True,
+        diffusers="unet",
     ),
     "sd3": ModelFamily(
-        label="Stable Diffusion 3", base_version="sd3_m", architecture="stable-diffusion-3", sampling_guidance=4.0
+        label="Stable Diffusion 3",
+        base_version="sd3_m",
+        architecture="stable-diffusion-3",
+        sampling_guidance=4.0,
+        diffusers="transformer",
     ),
     "schnell": ModelFamily(
         label="Flux schnell",
@@ -101,6 +109,7 @@ MODEL_FAMILIES = {
         sampling_guidance=1.0,
         guidance_distilled=True,
         few_steps=4,
+        diffusers="transformer",
     ),
     "flux": ModelFamily(
         label="Flux",
@@ -110,16 +119,29 @@ MODEL_FAMILIES = {
         guidance=1.0,
         sampling_guidance=1.0,
         guidance_distilled=True,
+        diffusers="transformer",
     ),
-    "chroma": ModelFamily(label="Chroma", base_version="chroma", architecture="chroma", guidance=0.0),
+    "chroma": ModelFamily(
+        label="Chroma", base_version="chroma", architecture="chroma", guidance=0.0, diffusers="transformer"
+    ),
     "zimage": ModelFamily(
-        label="Z-Image", base_version="zimage", architecture="z-image", density=shifted_logit_normal(2.0)
+        label="Z-Image",
+        base_version="zimage",
+        architecture="z-image",
+        density=shifted_logit_normal(2.0),
+        diffusers="transformer",
     ),
     "lumina2": ModelFamily(label="Lumina 2", base_version="lumina2", architecture="lumina-2"),
     "qwen_image": ModelFamily(
-        label="Qwen-Image", base_version="qwen_image", architecture="qwen-image", density=shifted_logit_normal(2.2)
+        label="Qwen-Image",
+        base_version="qwen_image",
+        architecture="qwen-image",
+        density=shifted_logit_normal(2.2),
+        diffusers="transformer",
     ),
-    "auraflow": ModelFamily(label="AuraFlow", base_version="auraflow", architecture="auraflow"),
+    "auraflow": ModelFamily(
+        label="AuraFlow", base_version="auraflow", architecture="auraflow", diffusers="transformer"
+    ),
     "hunyuan_video": ModelFamily(
         label="HunyuanVideo",
         base_version="hunyuan_video",
@@ -128,7 +150,13 @@ MODEL_FAMILIES = {
         guidance=1.0,
         guidance_distilled=True,
     ),
-    "wan": ModelFamily(label="Wan", base_version="wan", architecture="wan", density=shifted_logit_normal(3.0)),
+    "wan": ModelFamily(
+        label="Wan",
+        base_version="wan",
+        architecture="wan",
+        density=shifted_logit_normal(3.0),
+        diffusers="diffusion_model",
+    ),
     # sd-scripts: sigmoid without a shift
     "anima": ModelFamily(label="Anima", base_version="anima", architecture="anima", sampling_guidance=4.0),
     "flux2": ModelFamily(
@@ -138,16 +166,27 @@ MODEL_FAMILIES = {
         density=FLUX_2,
         guidance=1.0,
         guidance_distilled=True,
+        diffusers="transformer",
     ),
     # The base models draw with guidance 4. The distilled ones look the same from inside: a preview's guidance is then
     # set to 1 by hand.
     "flux2_klein_4b": ModelFamily(
-        label="Flux.2 Klein 4B", base_version="flux_2_klein_4b", architecture="Flux.2-klein-4b", density=FLUX_2
+        label="Flux.2 Klein 4B",
+        base_version="flux_2_klein_4b",
+        architecture="Flux.2-klein-4b",
+        density=FLUX_2,
+        diffusers="transformer",
     ),
     "flux2_klein_9b": ModelFamily(
-        label="Flux.2 Klein 9B", base_version="flux_2_klein_9b", architecture="Flux.2-klein-9b", density=FLUX_2
+        label="Flux.2 Klein 9B",
+        base_version="flux_2_klein_9b",
+        architecture="Flux.2-klein-9b",
+        density=FLUX_2,
+        diffusers="transformer",
     ),
-    "krea2": ModelFamily(label="Krea 2", base_version="krea2", architecture="Krea-2", density=KREA_2),
+    "krea2": ModelFamily(
+        label="Krea 2", base_version="krea2", architecture="Krea-2", density=KREA_2, diffusers="transformer"
+    ),
     "hunyuan_video_15": ModelFamily(
         label="HunyuanVideo 1.5",
         base_version="hunyuan_video_1_5",
@@ -179,7 +218,9 @@ MODEL_FAMILIES = {
     "kandinsky5_image": ModelFamily(
         label="Kandinsky 5 Image", base_version="kandinsky5", architecture="Kandinsky-5", density=HOST_SHIFT
     ),
-    "ltxv": ModelFamily(label="LTX-Video", base_version="ltxv", architecture="ltx-video", density=LTX),
+    "ltxv": ModelFamily(
+        label="LTX-Video", base_version="ltxv", architecture="ltx-video", density=LTX, diffusers="diffusion_model"
+    ),
     "ltxav": ModelFamily(label="LTX-2", base_version="ltx2", architecture="ltx-2", density=LTX),
     "ideogram4": ModelFamily(
         label="Ideogram 4", base_version="ideogram4", architecture="Ideogram-4", density=IDEOGRAM_4

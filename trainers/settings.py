@@ -115,6 +115,7 @@ def fingerprint_values(settings: Settings) -> dict[str, Any]:
 
 ADAPTER_TARGETS = ("attention", "attention+mlp", "all linear", "regex")
 ADAPTER_ALGORITHMS = LORA, DORA, LOHA, LOKR = ("LoRA", "DoRA", "LoHa", "LoKr")
+COMFYUI, WEBUI, LYCORIS, DIFFUSERS = EXPORT_TARGETS = ("ComfyUI", "A1111, Forge, kohya", "LyCORIS", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ...trainers.files import as_lora_file, read_lora, read_safetensors, write_lora
 from ...trainers.monitor.plots import draw_loss_plot
+from ...trainers.settings import COMFYUI, EXPORT_TARGETS
 from .. import host, paths
 from ..fields import CATEGORY, LoraModelType, LossMapType, graph_metadata
 
@@ -17,9 +18,9 @@ class SaveLora(io.ComfyNode):
             node_id="TrainyardSaveLora",
             display_name="Save LoRA (Trainyard)",
             category=CATEGORY,
-            description="Writes a trained LoRA to output/loras with kohya keys and full metadata, then reads it "
-            "back and compares. Drop the file on ComfyUI to get its training graph back.",
-            search_aliases=["export lora", "save lora", "safetensors"],
+            description="Writes a trained LoRA to output/loras, for ComfyUI or another program, with full metadata, "
+            "then reads it back and compares. Drop the file on ComfyUI to get its training graph back.",
+            search_aliases=["export lora", "save lora", "safetensors", "diffusers", "convert lora", "lycoris"],
             inputs=[
                 LoraModelType.Input("lora", tooltip="The LORA_MODEL of a Train node."),
                 io.String.Input(
@@ -31,12 +32,31 @@ class SaveLora(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Optional: check that ComfyUI's loader finds every layer of the file in this MODEL.",
+                    tooltip="Check that ComfyUI's loader finds every layer of the file in this MODEL. Needed to save "
+                    "for another program.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Optional: the same check for the CLIP, if the text encoder was trained.",
+                    tooltip="The same for the CLIP, if the text encoder was trained.",
+                ),
+                io.Combo.Input(
+                    "target",
+                    options=list(EXPORT_TARGETS),
+                    default=COMFYUI,
+                    optional=True,
+                    tooltip="The program the file is for. All but ComfyUI need MODEL, because names and DoRA depend on "
+                    "it. diffusers gets a LoRA of the same effect from LoHa and LoKr.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The highest rank of an adapter that has to be converted for `target`. 0 loses nothing, "
+                    "but the file may be large. (0 to 4096)",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="The path of the file.")],
@@ -45,10 +65,12 @@ class SaveLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora, name, model=None, clip=None):
-        lora = as_lora_file(lora)
+    def execute(cls, lora, name, model=None, clip=None, target=COMFYUI, rank=0):
+        lora, lost = as_lora_file(lora), 0.0
         if model is not None:
             host.lora_keys.check_lora_loads(model, clip, lora)
+        if target != COMFYUI:
+            lora, lost = export_for_program(lora, model, clip, target, rank)
         path = paths.new_lora_path(name, lambda there: file_matches_lora(there, lora))
         saved_before = path.exists()
         if not saved_before:
@@ -58,10 +80,37 @@ class SaveLora(io.ComfyNode):
         how = "was saved before" if saved_before else "read back and equal"
         line = (
             f"{path.name}: {len(host.lora_keys.list_lora_layers(lora))} layers, {path.stat().st_size / 2**20:.1f} MiB, "
-            f"{how}"
+            f"{how}. {describe_reach(lora, target, lost)}"
         )
         host.progress.show_node_text(line, cls.hidden.unique_id)
         return io.NodeOutput(str(path), ui=ui.PreviewText(line))
+
+
+def export_for_program(lora, model, clip, target: str, rank: int):
+    """(the LoRA as `target` reads it, the largest share of a layer's change that was lost). Raises ValueError for what
+    it cannot read."""
+    from ..host.lora_export import export_lora
+
+    if not lora:
+        raise ValueError("This LoRA is empty: no layer has learnt anything yet. Train it for more steps.")
+    if model is None:
+        raise ValueError(
+            f"target is {target}: connect the MODEL that the LoRA was trained on, and its CLIP if the text encoder was "
+            "trained. The names of the layers are taken from there."
+        )
+    return export_lora(lora, model, clip, target, rank)
+
+
+def describe_reach(lora, target: str, lost: float) -> str:
+    """Which programs load the file, and what its conversion lost."""
+    from ...trainers.adapters.exports import list_kinds, list_readers
+
+    told = (
+        f"Loads in {', '.join(list_readers(target, list_kinds(lora), lora.metadata.get('ss_base_model_version', '')))}."
+    )
+    if lost < 1e-5:
+        return told
+    return f"{told} Converting it lost at most {lost:.2%} of a layer's change; a higher rank loses less."
 
 
 def file_matches_lora(path, lora) -> bool:
