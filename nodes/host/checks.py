@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.latent_formats
 import torch
 
 from ...trainers.data.captions.caption_lengths import require_readable_length
@@ -17,6 +18,7 @@ __all__ = [
     "check_prompt_lengths",
     "check_text_lengths",
     "find_right_plans",
+    "makes_images",
     "gradient_norm_and_direction",
     "random_latent",
     "square_latent_shapes",
@@ -25,6 +27,8 @@ __all__ = [
 
 def check_latent_channels(model, channels: int):
     wanted = model.model.latent_format.latent_channels
+    if isinstance(model.model.latent_format, comfy.latent_formats.HunyuanImage21Refiner):
+        wanted //= 2  # it lays two frames over each other
     if channels != wanted:
         raise ValueError(
             f"The latents have {channels} channels and this MODEL expects {wanted}. Encode the dataset with the VAE "
@@ -60,11 +64,17 @@ def check_prompt_lengths(clip, texts, tokenize=None):
             )
 
 
+def makes_images(model) -> bool:
+    """Whether a MODEL draws images or clips. ACE-Step 1.0's latents have two dimensions and are sound."""
+    config = model.model.model_config.unet_config
+    return "audio_model" not in config and model.model.latent_format.latent_dimensions in (2, 3)
+
+
 def square_latent_shapes(model, resolution: int, dynamic: bool = False) -> tuple[tuple[int, ...], ...]:
     """Latent shapes (C, h, w) of square images of this size in pixels; dynamic: of every size from half of it on, in
     steps of 64."""
     shape = model.model.latent_format
-    if shape.latent_dimensions not in (2, 3):
+    if not makes_images(model):
         raise ValueError(
             f"{type(model.model.model_config).__name__} does not generate images, and its latents have no height "
             "and width."

@@ -125,7 +125,7 @@ def base_model(row, dtype):
     config = getattr(supported_models, row.supported)(dict(row.config))
     config.unet_config.update(row.overrides)
     config.set_inference_dtype(dtype, None)
-    model = config.get_model(row.hints, "", device=torch.device("cpu")).eval()
+    model = config.get_model(dict(row.hints), "", device=torch.device("cpu")).eval()
     if hasattr(model.diffusion_model, "llm_adapter"):
         shrink_adapter(model, row.context, dtype)
     return model

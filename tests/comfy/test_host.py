@@ -142,22 +142,28 @@ def test_a_saved_file_in_the_real_loader_gives_the_trained_output_at_plus_and_mi
     with torch.inference_mode(), host.session.open_training_session(model, ADAPTERS.get(family, RANK_4)) as session:
         shake(session.adapters, size=0.02)
         problem = Problem(session, family)
-        with torch.no_grad():
-            ask = lambda: problem.denoiser.denoise(problem.x0, problem.sigma, problem.conds).clone()
-            with session.adapters.at_strength(0.0):
-                base = ask()
-            trained = {}
-            for strength in (1.0, -1.0):
-                with session.adapters.at_strength(strength):
-                    trained[strength] = ask()
+        outputs = outputs_by_strength(session, problem)
         tensors, _ = session.tensors()
-    path = tmp_path / "lora.safetensors"
+    check_loaded_outputs(model, tensors, tmp_path / "lora.safetensors", problem, outputs)
+
+
+def outputs_by_strength(session, problem):
+    """{strength: x0} at 0, 1 and -1"""
+
+    def ask(strength):
+        with torch.no_grad(), session.adapters.at_strength(strength):
+            return problem.denoiser.denoise(problem.x0, problem.sigma, problem.conds).clone()
+
+    return {strength: ask(strength) for strength in (0.0, 1.0, -1.0)}
+
+
+def check_loaded_outputs(model, tensors, path, problem, outputs):
     write_lora(path, LoraFile(tensors))
-    for strength, wanted in trained.items():
-        got = loaded_output(model, path, strength, problem)
+    for strength in (1.0, -1.0):
+        wanted, got = outputs[strength], loaded_output(model, path, strength, problem)
         error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
-        assert error <= 1e-5, f"{family} at {strength:+}: {error:.1e}"
-        assert float((wanted - base).abs().max()) > 100 * float((got - wanted).abs().max()), (
+        assert error <= 1e-5, f"at {strength:+}: {error:.1e}"
+        assert float((wanted - outputs[0.0]).abs().max()) > 100 * float((got - wanted).abs().max()), (
             "the adapter must do something that shows"
         )
 

@@ -31,6 +31,7 @@ ATTENTION_PATTERN = re.compile(
 MLP_PATTERN = re.compile(
     r"(^|\.)(ff|ff_context|ffn|ff_[it]|\w*feed_forward|DenseReluDense|\w*mlp([CX]|_[xy])?)\.|\.proj_mlp$"
     r"|(^|\.)blocks\.\d+\.ff_(proj|out)$"  # CogVideoX
+    r"|(^|\.)channelwise\.\d+$|\bblock\.layer[12]$"  # Stable Cascade, Cosmos 1
 )
 # Modulation, time and guidance embedders steer the whole network. HiDream-O1's `visual` reads reference images.
 MODULATION_PATTERN = re.compile(
