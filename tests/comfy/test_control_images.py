@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainyard.nodes import host
 from trainyard.nodes.train.previews import SamplePrompt, show_images, to_comfy_conditioning
-from trainyard.nodes.train.train_lora import check_references
+from trainyard.nodes.train.train_lora import LoraTask, check_references
 from trainyard.nodes.train.validation import MonitorConfig
 from trainyard.tests.comfy import tiny
 from trainyard.tests.comfy.families import SD1, TABLE, Family, cond, latent_shape, make
@@ -188,6 +188,16 @@ def test_prompts_of_samples_are_read_beside_the_control_images_that_they_show(qw
             with torch.inference_mode():
                 wanted = node.execute(qwen_image_clip, text, image1=image_).args[0][0][0]
             assert torch.equal(known["cross_attn"], wanted), text
+
+
+def test_a_text_encoder_is_not_trained_on_captions_that_were_read_beside_images():
+    data = dataset_with_controls("qwen")
+    LoraTask(data=data).check_captions_alone()
+    data.image_reader = "TextEncodeQwenImageEditPlus"
+    with pytest.raises(
+        ValueError, match="text_encoder is on, and .* beside control images .TextEncodeQwenImageEditPlus"
+    ):
+        LoraTask(data=data).check_captions_alone()
 
 
 def test_the_reader_is_chosen_by_the_text_encoder(qwen_image_clip):

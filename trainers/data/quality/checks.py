@@ -205,6 +205,7 @@ class ImageMeasurements:
     bucket: tuple[int, int] | None
     signature: ImageSignature
     thumbnail: bytes  # JPEG: kept for every image, so that the sheet decodes none again
+    controls: tuple[float | str, ...] = ()  # see measure_controls
 
     def to_metrics(self) -> dict:
         """What a report shows, JSON-ready."""
@@ -225,6 +226,8 @@ def measure_image_quality(
     record: ImageRecord, image: Image.Image, mask: Image.Image | None, settings: QualitySettings
 ) -> ImageMeasurements:
     """Every figure of one image."""
+    from .control_checks import measure_controls
+
     rgb = np.asarray(image)
     grey = image.convert("L")
     small = grey.copy()
@@ -247,6 +250,7 @@ def measure_image_quality(
         contrast=measure_contrast(image, mask) if settings.contrast else None,
         signature=compute_image_signature(image),
         thumbnail=encode_jpeg_thumbnail(image),
+        controls=measure_controls(record, image),
     )
 
 
@@ -421,6 +425,8 @@ def check_dataset_quality(
 ) -> QualityCheck:
     """Look at every image and caption of the dataset. tokens(text) -> {encoder: tokens}. Broken files are findings,
     not errors."""
+    from .control_checks import check_controls
+
     measures, features, broken = scan_images(
         dataset.records,
         lambda record, image, mask: measure_image_quality(record, image, mask, settings),
@@ -434,6 +440,8 @@ def check_dataset_quality(
     if settings.duplicates:
         for index, finding in check_duplicate_images(dataset, measures, features, settings):
             findings[index].append(finding)
+    for index, finding in check_controls(dataset.records, [found.controls if found else () for found in measures]):
+        findings[index].append(finding)
     if settings.captions:
         for index, record in enumerate(dataset):
             options.check_interrupt()
