@@ -259,6 +259,71 @@ def format_count_of_kinds(items) -> str:
     return " and ".join(f"{count} {kind}{'s'[: count != 1]}" for count, kind in counts if count) or "0 images"
 
 
+class EncodeSounds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainyardEncodeSounds",
+            display_name="Encode Sounds",
+            category=CATEGORY,
+            description="Encodes a folder of sounds with their captions and lyrics, for Train LoRA on Stable Audio or "
+            "ACE-Step. CLIP and VAE leave the GPU afterwards.",
+            search_aliases=["audio dataset", "music", "wav", "mp3", "lyrics", "ace step", "stable audio"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=paths.list_dataset_folders(),
+                    tooltip="A folder of sounds (wav, flac, mp3, ogg, opus, m4a, aac), each with a caption beside it "
+                    "(name.txt) and lyrics where it has some (name.lyrics.txt).",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the model to be trained."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model to be trained."),
+                io.Float.Input(
+                    "seconds",
+                    default=47.0,
+                    min=0.0,
+                    max=600.0,
+                    step=0.1,
+                    tooltip="Only the first seconds of each sound are trained on. 0: all of it. Sounds of one length "
+                    "can share a batch. (0 to 600 seconds)",
+                ),
+                io.Float.Input(
+                    "dropout",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Share of steps that use the empty caption instead; 0.1 keeps guidance working. (0 to 1)",
+                ),
+            ],
+            outputs=[
+                EncodedType.Output(
+                    "encoded", display_name="encoded", tooltip="Latents and conditioning, for a Train node."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, **_):
+        from ...trainers.data.sounds import describe_sound_folder_state
+
+        return describe_sound_folder_state(paths.resolve_dataset_folder(folder))
+
+    @classmethod
+    def execute(cls, folder, vae, clip, seconds, dropout):
+        from ...trainers.data.sounds import read_sound_folder
+        from ..host import sounds as host_sounds
+
+        sounds = read_sound_folder(paths.resolve_dataset_folder(folder))
+        report = host.progress.ItemProgressReporter(cls.hidden.unique_id)
+        encoded = host_sounds.encode_sounds(sounds, vae, clip, seconds, dropout, report)
+        unread = sum(bool(sound.lyrics) for sound in sounds) if not host_sounds.reads_lyrics(clip) else 0
+        told = f"{len(encoded)} sounds, encoded" + (f"; this CLIP reads no lyrics, {unread} have some" * (unread > 0))
+        host.progress.show_node_text(told, cls.hidden.unique_id)
+        return io.NodeOutput(encoded)
+
+
 def parse_colour(name: str) -> tuple[int, int, int]:
     """(red, green, blue) of a colour's name. Raises ValueError for what is none."""
     try:
@@ -274,4 +339,4 @@ def make_text_encoder(clip, captions, image_reader):
     return None if is_without else host.encoders.TextEncoder(clip, image_reader)
 
 
-NODES = [BucketDataset, EncodeDataset, CutClips]
+NODES = [BucketDataset, EncodeDataset, CutClips, EncodeSounds]

@@ -249,6 +249,11 @@ class LoraTask(TrainTask):
         check_references(job.model, self.data)
         self.check_few_steps(job)
         check_clips(job.model, self.data)
+        if job.noise.pyramid_levels and len(self.data.items[0].shape) < 3:
+            raise ValueError(
+                "Multi-resolution noise is for images, and these latents have no height and width. Set pyramid_levels "
+                "to 0 in Noise and Loss Settings."
+            )
         if job.adapter.text_encoder and job.clip is not None:
             self.check_captions_known()
             self.check_captions_alone()

@@ -220,6 +220,12 @@ def make_preview_renderer(job, session, attempt, memory: float) -> PreviewRender
     own, own_negative = ([], None) if prompts else job.task.default_sample_prompts(job, attempt.prompts)
     if not (prompts or own):
         return None
+    if not host.checks.makes_images(job.model):
+        attempt.display.show_note(
+            f"no samples: {host.conditions.model_name(job.model.model)} makes no images, and Validation and Previews "
+            "draws nothing else yet. Losses are measured"
+        )
+        return None
     shape = preview_latent_shape(job.model, config.previews, job.task.data, job.task.default_resolution())
     return PreviewRenderer(
         session,

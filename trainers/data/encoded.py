@@ -282,16 +282,21 @@ def make_core_item(store: MemoryStore, index: int, cond: int, sample: Tensor, ma
 def split_latent(latent: dict, number: int) -> list[tuple[Tensor, Tensor | None]]:
     """[(sample (C, ..., h, w), mask (1, H, W) or None)] of one LATENT."""
     samples = latent.get("samples") if isinstance(latent, dict) else None
-    if not isinstance(samples, Tensor) or samples.ndim < 4:
+    if not isinstance(samples, Tensor) or samples.ndim < 3:
         found = f"a tensor of shape {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
         raise ValueError(
-            f"Latent {number} holds {found}; training needs (batch, channels, height, width) or (batch, channels, "
-            "frames, height, width)."
+            f"Latent {number} holds {found}; training needs (batch, channels, height, width), (batch, channels, "
+            "frames, height, width), or (batch, channels, length) for sound."
         )
     samples = samples.detach().cpu().clone()
     mask = latent.get("noise_mask")
     if mask is None:
         return [(sample, None) for sample in samples]
+    if samples.ndim == 3:
+        raise ValueError(
+            f"Latent {number} has no height and width, and a noise_mask, which is of images. Remove Set Latent Noise "
+            "Mask."
+        )
     if not isinstance(mask, Tensor) or mask.ndim < 2 or not torch.isfinite(mask).all():
         raise ValueError(f"The noise_mask of latent {number} is no mask: numbers from 0 to 1, of shape (..., H, W).")
     mask = mask.detach().cpu().float().reshape(-1, 1, *mask.shape[-2:])
