@@ -12,7 +12,10 @@ from trainyard.trainers.adapters.adapters import select_target_layers
 from trainyard.trainers.memory.plan import PLAN_OFF
 from trainyard.trainers.settings import AdapterSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the host's, of numpy and torch
+pytestmark = [  # the host's, of numpy and torch
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor"),
+]
 SETTINGS = AdapterSettings(rank=4, targets="attention+mlp")
 
 
