@@ -73,13 +73,17 @@ def move_noise_schedule(patcher):
 
 
 def move_bare_parameters(patcher):
-    """Parameters of modules that have layers below them (Wan's modulations) lie on the device, as under the host's
-    dynamic VRAM. Its partial loading leaves them in memory that is not page-locked, and each block would wait for its
-    own. They are small: 2.4 MB of Wan 14B's 27 GB. The host takes them along when it unloads the model."""
-    for module in patcher.model.diffusion_model.modules():
-        if any(True for child in module.children() for _ in child.parameters()):
+    """Parameters that no layer of the host fetches lie on the device, as under the host's dynamic VRAM: those of
+    modules that have layers below them (Wan's modulations), and of layers of torch's own (an embedding of HunyuanVideo
+    1.5). Its partial loading leaves the former in memory that is not page-locked, and each block would wait for its
+    own; the latter it page-locks when it unloads a part, and the network's forward moves them away from under the lock.
+    They are small: 2.4 MB of Wan 14B's 27 GB. The host takes them along when it unloads the model."""
+    for path, module in patcher.model.diffusion_model.named_modules(prefix="diffusion_model"):
+        has_layers = any(True for child in module.children() for _ in child.parameters())
+        if has_layers or not hasattr(module, "comfy_cast_weights"):
             for name, value in module.named_parameters(recurse=False):
                 if value.device != patcher.load_device:
+                    patcher.unpin_weight(f"{path}.{name}")
                     module._parameters[name] = torch.nn.Parameter(value.to(patcher.load_device), requires_grad=False)
 
 

@@ -108,12 +108,16 @@ class ComfyDenoiser:
         return {k: v.process_cond(batch_size=1, area=None) for k, v in inputs.items()}
 
     def _apply_model(self, x, sigma, rows):
-        inputs = {
-            name: copy_to_device(value, x.device) if torch.is_tensor(value) else value
-            for name, value in comfy.samplers.cond_cat(rows).items()
-        }
+        inputs = {name: copy_input(value, x.device) for name, value in comfy.samplers.cond_cat(rows).items()}
         options = {**self.transformer_options, "cond_or_uncond": [0] * len(x), "sigmas": sigma, "sample_sigmas": sigma}
         return self.model.apply_model(x, sigma, transformer_options=options, **inputs)
+
+
+def copy_input(value, device):
+    """An input of the network on the device: a tensor, or a list of some, as the latents of control images are."""
+    if isinstance(value, list):
+        return [copy_input(each, device) for each in value]
+    return copy_to_device(value, device) if torch.is_tensor(value) else value
 
 
 def describe_sampling(x) -> dict:

@@ -17,7 +17,7 @@ from ...trainers.memory.plan import (
     PLAN_PER_BLOCK_CPU,
     next_cheaper_plan,
 )
-from .context import find_block_classes
+from .context import find_block_classes, move_bare_parameters
 
 if TYPE_CHECKING:
     from .session import TrainingSession
@@ -114,9 +114,16 @@ def offload_weights(session: TrainingSession, count: float = UNLIMITED_BYTES) ->
     """At least so many bytes of the model's weights leave the device for the CPU's memory, or all of them; returns how
     many did. (The host's own offload device is the card itself under --gpu-only and --highvram.) The host fetches each
     again when its layer is called, and under checkpointing nothing keeps it longer than its block."""
-    left = session.denoiser.patcher.partially_unload(torch.device("cpu"), count)
-    session.offloaded_bytes += left
+    patcher = session.denoiser.patcher
+    left = patcher.partially_unload(torch.device("cpu"), count)
+    move_bare_parameters(patcher)
     return left
+
+
+def waiting_weight_bytes(session: TrainingSession) -> int:
+    """Bytes of the model's weights that wait in the CPU's memory."""
+    patcher = session.denoiser.patcher
+    return max(0, patcher.model_size() - patcher.loaded_size())
 
 
 def offload_surplus_weights(session: TrainingSession, allowed: int):
@@ -125,7 +132,7 @@ def offload_surplus_weights(session: TrainingSession, allowed: int):
     patcher = session.denoiser.patcher
     surplus = patcher.loaded_size() - allowed
     if surplus > 0:
-        patcher.partially_unload(torch.device("cpu"), surplus)
+        offload_weights(session, surplus)
 
 
 class PeakMemoryMeter:

@@ -51,13 +51,14 @@ from .encoders import CaptionTokenizer, encode_tokens
 from .families import ModelFamily, find_patcher_family
 from .frozen_casts import recast_frozen_weights
 from .lora_keys import apply_lora, clip_lora_keys, group_lora_by_target, unet_lora_keys
-from .memory import offload_weights
+from .memory import available_device_memory, offload_weights, waiting_weight_bytes
 from .out_of_place import disable_inplace_updates
 
 if TYPE_CHECKING:
     from ...trainers.memory.checkpointing import CheckpointPolicy
 
 INJECTION_KEY = "trainyard"
+MIN_LOADED_SHARE = 0.02  # of the weights: fewer are not worth to load them, and to count a step again
 CHECKPOINTING_MODES = (PLAN_OFF, PLAN_PER_BLOCK, PLAN_PER_BLOCK_CPU, PLAN_OFFLOADED, PLAN_AUTO)
 
 
@@ -84,7 +85,6 @@ class TrainingSession:
     # how the model's blocks keep what backward needs; may change between two steps
     blocks: CheckpointPolicy = field(default_factory=make_checkpoint_policy)
     plain_patcher: object = None  # the model without the assistant, where there is one
-    offloaded_bytes: int = 0  # bytes of the model's weights that were sent to the CPU's memory for the training
 
     def tensors(self):
         """(LoRA tensors in file names, names of layers that no step ever reached)."""
@@ -229,6 +229,18 @@ def load_for_training(patcher, memory, beside=None):
     if isinstance(patcher.model, comfy.model_base.BaseModel):  # and no text encoder
         move_noise_schedule(patcher)
         move_bare_parameters(patcher)
+
+
+def load_fitting_weights(session: TrainingSession, need: int) -> int:
+    """Weights that wait in the CPU's memory come onto the device, as far as `need` bytes and what the host keeps free
+    remain beside them; returns how many bytes did. Nothing is done for a few."""
+    patcher = session.denoiser.patcher
+    room = available_device_memory(session) - max(need + mm.extra_reserved_memory(), mm.minimum_inference_memory())
+    before = patcher.loaded_size()
+    if min(room, waiting_weight_bytes(session)) < MIN_LOADED_SHARE * patcher.model_size():
+        return 0
+    load_for_training(patcher, need, session.text_patcher)
+    return max(0, patcher.loaded_size() - before)
 
 
 @contextlib.contextmanager

@@ -145,6 +145,8 @@ def plan_run(session, job, prompts, sizing: BatchSizing, checkpointing: str, pla
     probe, measured = rebuild_with_batch(probe, measured, batch)
     if plan == PLAN_OFFLOADED and checkpointing == PLAN_AUTO:
         measured = offload_missing_weights(probe, measured)
+    if plan != PLAN_OFFLOADED or checkpointing == PLAN_AUTO:
+        measured = load_fitting_weights(probe, measured)
     return run_trial_step(probe, measured, plans)
 
 
@@ -186,11 +188,24 @@ def offload_missing_weights(probe: StepProbe, measured: StepMemory) -> StepMemor
     while missing := measured.missing_bytes(PLAN_OFFLOADED, host.memory.available_device_memory(session)):
         if not host.memory.offload_weights(session, missing):
             break
-        again = count_step_memory(probe)
-        if again is None:
-            break
-        measured = replace(again, largest_block_weights=0)  # those that are fetched are counted
+        measured = count_offloaded_step(probe) or measured
     return measured
+
+
+def load_fitting_weights(probe: StepProbe, measured: StepMemory) -> StepMemory:
+    """What a step takes once the weights that have room beside it lie on the device. When the model was loaded, only
+    the host's rough figure of a step was known, which can be several times too high."""
+    session, plan = probe.session, probe.session.blocks.plan
+    while host.session.load_fitting_weights(session, measured.least_free_bytes(plan)):
+        again = count_offloaded_step(probe) if plan == PLAN_OFFLOADED else count_step_memory(probe)
+        measured = again or measured
+    return measured
+
+
+def count_offloaded_step(probe: StepProbe) -> StepMemory | None:
+    """count_step_memory where weights have left already: those that are fetched are counted."""
+    measured = count_step_memory(probe)
+    return measured and replace(measured, largest_block_weights=0)
 
 
 def rebuild_with_batch(probe: StepProbe, measured: StepMemory, batch: int):
@@ -295,7 +310,8 @@ def run_trial_step(probe: StepProbe, measured: StepMemory | None, plans) -> RunP
                 return RunPlan(job, built)
             extra = max(0, peak - (measured.peak_bytes(plan) - 2 * adapters)) if peak else 0
             seconds *= job.optimizing.accumulate
-            forecast = make_run_forecast(measured, plan, free, job.run.batch, seconds, extra, session.offloaded_bytes)
+            away = host.memory.waiting_weight_bytes(session)
+            forecast = make_run_forecast(measured, plan, free, job.run.batch, seconds, extra, away)
             return RunPlan(job, built, forecast)
         except Exception as error:
             halved, further = measured and probe.sizing.is_open and job.run.batch // 2, next_cheaper_plan(plan, plans)

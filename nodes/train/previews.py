@@ -22,20 +22,20 @@ from .. import host
 
 
 @contextlib.contextmanager
-def switch_to_sampling(session, memory: float):
+def switch_to_sampling(session):
     """The patcher of the training model, for the ordinary sampler: without the assistant, as the result will be used.
-    Sampling clears `current_patcher`, and a VAE may
-    push the model out: on every way out it is loaded and ready for the next step again, with no more of its weights on
-    the device than before."""
+    Sampling clears `current_patcher`, and a VAE may push the model out: on every way out it is loaded and ready for the
+    next step again, with as much of its weights on the device as before, beside the room that was left there."""
     patcher = session.denoiser.patcher
-    resident = patcher.loaded_size()
+    resident, room = patcher.loaded_size(), host.memory.available_device_memory(session)
+    reserved = mm.extra_reserved_memory() + patcher.model.model_offload_buffer_memory  # by the loader, beside the rest
     before, mm.in_training = mm.in_training, False
     try:
         with torch.no_grad():
             yield session.plain_patcher or patcher
     finally:
         mm.in_training = before
-        host.session.load_for_training(patcher, memory, session.text_patcher)
+        host.session.load_for_training(patcher, max(0, room - reserved), session.text_patcher)
         host.memory.offload_surplus_weights(session, resident)
         host.context.replace_inference_parameters(patcher.model)
 
@@ -71,11 +71,10 @@ class PreviewRenderer:
         vae=None,
         sampler="euler",
         scheduler="normal",
-        memory=0.0,
     ):
         self.session, self.settings, self.prompts = session, settings, prompts
         self.negative_prompt, self.shape = negative, shape
-        self.folder, self.vae, self.sampler, self.scheduler, self.memory = Path(folder), vae, sampler, scheduler, memory
+        self.folder, self.vae, self.sampler, self.scheduler = Path(folder), vae, sampler, scheduler
         self.sample_specs = [
             (prompt, settings.preview_seed + i) for prompt in prompts for i in range(settings.pictures)
         ]
@@ -119,11 +118,11 @@ class PreviewRenderer:
 
     def decode_shown_images(self) -> list[Image.Image]:
         """The images that the samples are made from: with their hole in grey, or a first frame."""
-        with switch_to_sampling(self.session, self.memory):
+        with switch_to_sampling(self.session):
             return [self.decode_latent(prompt.cond[CONCAT_IMAGE]) for prompt, _ in self.sample_specs]
 
     def render_images(self, strength: float) -> list[Image.Image]:
-        with switch_to_sampling(self.session, self.memory) as patcher, contextlib.ExitStack() as stack:
+        with switch_to_sampling(self.session) as patcher, contextlib.ExitStack() as stack:
             for adapters in (self.session.adapters, self.session.text_adapters):
                 if adapters is not None:
                     stack.enter_context(adapters.at_strength(strength))

@@ -33,7 +33,6 @@ class TrainingResult:
     live_run: live.LiveRun
     built: BuiltMethod | None = None  # None when the run was finished before and only read
     curve: StrengthCurve | None = None  # the last one that was measured
-    memory: float = 0.0  # bytes that a step was estimated to need beside the weights
 
 
 def run_training(job: TrainingJob) -> TrainingResult:
@@ -168,7 +167,7 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
             exporter = LoraExporter(job, session, built, folder)
             folder.export_lora = exporter.export
             with display.open_tensorboard(folder):
-                validation = make_validation_monitor(job, session, built, attempt, memory) if job.monitoring else None
+                validation = make_validation_monitor(job, session, built, attempt) if job.monitoring else None
                 monitor = built.make_monitor(validation)
                 losses = train(
                     built.method,
@@ -189,7 +188,6 @@ def train_once(attempt: RunAttempt, checkpointing: str) -> TrainingResult:
                 live_run=display.live_run,
                 built=built,
                 curve=exporter.curve,
-                memory=memory,
             )
     except Exception as error:
         if host.memory.is_out_of_memory_error(error):

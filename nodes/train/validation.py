@@ -187,7 +187,7 @@ class Validation(io.ComfyNode):
 # -- at work -----------------------------------------------------------------------------------------------------------
 
 
-def make_validation_monitor(job, session, built, attempt, memory: float) -> ValidationMonitor:
+def make_validation_monitor(job, session, built, attempt) -> ValidationMonitor:
     """What Validation and Previews asked for, over the model that is loaded for training."""
     config, settings, trained = job.monitoring, job.monitoring.settings, job.task.data
 
@@ -198,7 +198,7 @@ def make_validation_monitor(job, session, built, attempt, memory: float) -> Vali
         "validation": make_loss(config.held_out, settings.images) if config.held_out else None,
         "training": make_loss(trained, settings.images),
     }
-    renderer = make_preview_renderer(job, session, attempt, memory)
+    renderer = make_preview_renderer(job, session, attempt)
     return ValidationMonitor(
         settings,
         {name: loss for name, loss in losses.items() if loss},
@@ -211,7 +211,7 @@ def make_validation_monitor(job, session, built, attempt, memory: float) -> Vali
     )
 
 
-def make_preview_renderer(job, session, attempt, memory: float) -> PreviewRenderer | None:
+def make_preview_renderer(job, session, attempt) -> PreviewRenderer | None:
     """What draws the samples of a run, or None when none are asked for."""
     config = job.monitoring
     if not config.previews.preview_every:
@@ -237,7 +237,6 @@ def make_preview_renderer(job, session, attempt, memory: float) -> PreviewRender
         vae=config.vae,
         sampler=config.sampler,
         scheduler=config.scheduler,
-        memory=memory,
     )
 
 

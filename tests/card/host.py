@@ -52,9 +52,11 @@ class PageLockDriver:
 
 
 @contextlib.contextmanager
-def plug_in(card: PretendCard, bf16: bool = True, fp64: bool = True, vram: str = "NORMAL_VRAM"):
+def plug_in(card: PretendCard, bf16: bool = True, fp64: bool = True, vram: str = "NORMAL_VRAM", index: int = 0):
     """The host believes in the card, while it is open. Yields the PageLockDriver. `bf16`: whether the card computes in
-    it; Turing and older do not. `fp64`: whether it knows float64; Apple's and Intel's do not. `vram`: of mm.VRAMState, as --lowvram, --novram and --gpu-only set it."""
+    it; Turing and older do not. `fp64`: whether it knows float64; Apple's and Intel's do not. `vram`: of mm.VRAMState, as
+    --lowvram, --novram and --gpu-only set it. `index`: the host's card among several."""
+    card_name = f"{CARD_TYPE}:{index}"
     driver, before = PageLockDriver(), {}
     card.registered = driver.registered
     free, total, pin = mm.get_free_memory, mm.get_total_memory, mm.pin_memory
@@ -75,8 +77,8 @@ def plug_in(card: PretendCard, bf16: bool = True, fp64: bool = True, vram: str =
         return both(card.total, torch_total_too) if is_card(dev) else total(dev, torch_total_too)
 
     believed = dict(
-        get_torch_device=lambda: torch.device(CARD_NAME),
-        unet_offload_device=lambda: torch.device(CARD_NAME if vram == "HIGH_VRAM" else "cpu"),
+        get_torch_device=lambda: torch.device(card_name),
+        unet_offload_device=lambda: torch.device(card_name if vram == "HIGH_VRAM" else "cpu"),
         get_free_memory=get_free_memory,
         get_total_memory=get_total_memory,
         should_use_bf16=lambda device=None, *_, **__: bf16 and is_card(device),

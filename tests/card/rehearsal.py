@@ -35,8 +35,8 @@ from trainyard.nodes.train.train_lora import LoraTask
 from trainyard.nodes.train.validation import MonitorConfig
 from trainyard.nodes.train.widgets import PlaceSettings
 from trainyard.tests.card import device
-from trainyard.tests.card.host import CARD_NAME, plug_in
-from trainyard.tests.comfy import families
+from trainyard.tests.card.host import plug_in
+from trainyard.tests.comfy import families, more_families
 from trainyard.trainers import loop
 from trainyard.trainers.data.concept_prompts import PromptRow
 from trainyard.trainers.data.encoded import EncodedDataset
@@ -52,6 +52,7 @@ from trainyard.trainers.scores.training import train_score_model
 from trainyard.trainers.settings import AdapterSettings, NoiseSettings, OptimizerSettings, PointSettings, RunSettings
 
 MIN_SCORED_IMAGES = 24
+families.TABLE |= more_families.MORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,12 @@ class Scene:
     bf16: bool = True  # whether the card computes in it
     fp64: bool = True  # whether the card knows float64
     vram: str = "NORMAL_VRAM"  # or HIGH_VRAM: what ComfyUI was started with
+    index: int = 0  # of the card among several
     patched: bool = False  # whether a LoRA is active in the MODEL
     monitored: bool = True  # with a validation and samples before, between and after the steps
     captions: str = "equal"  # or "of several lengths"
+    reference: bool = False  # whether each image comes with the latent of another one, at toy size
+    estimate: float = 0  # GiB: where not 0, what a step is thought to take when the model is loaded
     method: str = "lora"  # or "image slider", "difference", "leco", "leco-score", "score"
 
 
@@ -109,7 +113,9 @@ class Rehearsal:
 def find_shape(scene: Scene) -> shapes.Shape:
     if scene.size == "published":
         return published.PUBLISHED[scene.family]
-    return shapes.Shape(families.TABLE[scene.family], rank=4, tokens=7, about="toy size")
+    family = families.TABLE[scene.family]
+    reference = family.latent if scene.reference else ()
+    return shapes.Shape(family, rank=4, tokens=7, about="toy size", reference=reference)
 
 
 def make_model(scene: Scene):
@@ -121,7 +127,7 @@ def make_model(scene: Scene):
         return families.make(scene.family, dtype=dtype, inference=True)
     with torch.inference_mode():
         model = shapes.base_model(find_shape(scene), dtype, "cpu", compute)
-    return CoreModelPatcher(model, load_device=torch.device(CARD_NAME), offload_device=torch.device("cpu"))
+    return CoreModelPatcher(model, load_device=mm.get_torch_device(), offload_device=torch.device("cpu"))
 
 
 def patch_matrices(model):
@@ -263,6 +269,7 @@ class StepWatch:
     def attached(self):
         rng, add, plan, threshold = loop.step_rng, loop.PendingLosses.add, planner.plan_run, planner.MIN_MEASURED_STEPS
         check, count = host.checks.find_right_plans, planner.count_step_memory
+        estimate = host.memory.estimate_training_memory
 
         def begin_step(seed, step):
             self.begin()
@@ -285,6 +292,8 @@ class StepWatch:
             planner.plan_run, planner.MIN_MEASURED_STEPS = plan_run, 0
             # of an unknown family: it is about numbers
             host.checks.find_right_plans = lambda session, x0, conds, plans, check: plans
+            if self.about.scene.estimate:
+                host.memory.estimate_training_memory = lambda *_: self.about.scene.estimate * 2**30
             if self.about.scene.method == "leco-score":  # it looks back by itself and cannot be counted: torch's engine
                 planner.count_step_memory = lambda probe: None  # does not survive the error that says so on this card
             yield self
@@ -292,6 +301,7 @@ class StepWatch:
             loop.step_rng, loop.PendingLosses.add = rng, add
             planner.plan_run, planner.MIN_MEASURED_STEPS = plan, threshold
             host.checks.find_right_plans, planner.count_step_memory = check, count
+            host.memory.estimate_training_memory = estimate
 
     def begin(self):
         gc.collect()  # a real card's figures are read after a collection, too
@@ -320,7 +330,7 @@ class StepWatch:
 def rehearse(scene: Scene, name: str) -> Rehearsal:
     about = Rehearsal(scene=scene)
     card = device.PretendCard(scene.gib * 2**30)
-    with plug_in(card, scene.bf16, scene.fp64, scene.vram) as driver:
+    with plug_in(card, scene.bf16, scene.fp64, scene.vram, scene.index) as driver:
         model = make_model(scene)
         if scene.patched:
             patch_matrices(model)

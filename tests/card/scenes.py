@@ -3,6 +3,7 @@
 from trainyard.trainers.memory.plan import CHECKPOINTING_PLANS, PLAN_AUTO, PLAN_OFF, PLAN_OFFLOADED, PLAN_PER_BLOCK
 
 PARTIAL = 1.0  # room for the weights alone, and adapters come on top: some of them stay in the CPU's memory
+HALF_AWAY = "flux, kept away by a first estimate"
 ALL = {
     **{f"flux, {plan}": dict(family="flux", plan=plan) for plan in CHECKPOINTING_PLANS},
     "sd15, partly loaded": dict(family="sd15", plan=PLAN_PER_BLOCK, room=PARTIAL),
@@ -21,7 +22,10 @@ ALL = {
         family="sd15", plan=PLAN_PER_BLOCK, room=PARTIAL, patched=True, monitored=False
     ),
     "flux, without float64": dict(family="flux", plan=PLAN_OFF, fp64=False, monitored=False),
-    "flux, --gpu-only": dict(family="flux", plan=PLAN_OFFLOADED, vram="HIGH_VRAM", monitored=False),
+    "hunyuan video 1.5": dict(family="hunyuan_video_15", plan=PLAN_OFFLOADED, monitored=False),
+    HALF_AWAY: dict(family="flux", plan=PLAN_AUTO, room=0.5, estimate=8),
+    "flux, --gpu-only": dict(family="flux", plan=PLAN_OFFLOADED, vram="HIGH_VRAM", monitored=False, reference=True),
+    "flux, the second of two cards": dict(family="flux", plan=PLAN_OFFLOADED, index=1),
 }
 QUICK = {
     name: ALL[name]
@@ -34,6 +38,8 @@ QUICK = {
         "flux, LECO",
         "sd15, score model",
         "flux, --gpu-only",
+        "hunyuan video 1.5",
+        HALF_AWAY,
     )
 }
 chosen = QUICK  # what tests/comfy/test_pretend_card.py takes; `make proofs` takes all

@@ -224,7 +224,7 @@ def test_all_weights_of_the_blocks_leave_and_the_host_brings_them_back_afterward
     ):
         network = session.denoiser.model.diffusion_model
         weights, heaviest = host.memory.block_weight_bytes(network, session.denoiser.device)
-        assert 0 < heaviest <= weights <= session.offloaded_bytes
+        assert 0 < heaviest <= weights <= host.memory.waiting_weight_bytes(session)
         assert host.memory.block_weight_bytes(network, torch.device("meta")) == (0, 0), "what is elsewhere"
         layers = [
             m
@@ -258,10 +258,13 @@ def test_weights_leave_first_where_not_even_one_block_has_room_beside_them(monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(self, *about)
 
+    left, offload = [], host.memory.offload_weights
     monkeypatch.setattr(ActivationCounter, "measure_block", measure_block)
+    monkeypatch.setattr(host.memory, "offload_weights", lambda *about: left.append(offload(*about)))
     forecast, plan = planned(monkeypatch, 100 * GIB, device="cuda")
     assert (plan, forecast.plan) == (PLAN_OFF, PLAN_OFF)
-    assert forecast.offloaded_bytes > 0
+    assert len(left) == 1 and left[0] > 0
+    assert forecast.offloaded_bytes == 0, "they have room beside a step, and come back"
     asked.clear()
     with pytest.raises(
         host.memory.StepDoesNotFit, match="takes more beside the weights.*with checkpointing 'per block'"

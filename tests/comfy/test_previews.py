@@ -140,7 +140,7 @@ def test_after_the_sampler_the_model_is_ready_for_the_next_step(comfy):
     model = make("sd3", inference=True)
     with torch.inference_mode(), host.session.open_training_session(model, AdapterSettings(rank=4)) as session:
         patcher = session.denoiser.patcher
-        with pytest.raises(ZeroDivisionError), switch_to_sampling(session, 0.0):
+        with pytest.raises(ZeroDivisionError), switch_to_sampling(session):
             assert not mm.in_training and not torch.is_grad_enabled()
             patcher.cleanup()
             mm.unload_all_models()
@@ -506,7 +506,7 @@ def test_weights_that_wait_in_the_cpus_memory_wait_there_after_samples_too():
     ):
         patcher = session.denoiser.patcher
         before = patcher.loaded_size()
-        with switch_to_sampling(session, 0.0):
+        with switch_to_sampling(session):
             mm.load_models_gpu([patcher])
             assert patcher.loaded_size() > before
         assert patcher.loaded_size() == before

@@ -121,9 +121,13 @@ class StepMemory:
         block that were away and of the next one, which is fetched meanwhile."""
         return 2 * self.adapter_bytes + (2 * self.largest_block_weights if plan == PLAN_OFFLOADED else 0)
 
+    def least_free_bytes(self, plan: str) -> int:
+        """Bytes that must be free beside the weights for the plan to fit."""
+        return math.ceil(self.peak_bytes(plan) / USABLE_MEMORY_SHARE)
+
     def missing_bytes(self, plan: str, free: int) -> int:
         """Bytes that must become free beside those that are, before the plan fits."""
-        return max(0, math.ceil(self.peak_bytes(plan) / USABLE_MEMORY_SHARE - free))
+        return max(0, math.ceil(self.least_free_bytes(plan) - free))
 
     def fits(self, plan: str, free: int) -> bool:
         return self.missing_bytes(plan, free) <= (self.weights if plan == PLAN_OFFLOADED else 0)
