@@ -13,6 +13,7 @@ from . import shapes, world
 from .measure import measure
 
 STEPS, CFG = 20, 2.5
+STEPS_DISTILLED = 4  # of the distilled model, without guidance
 
 
 def load(path):

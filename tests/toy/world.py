@@ -27,6 +27,7 @@ VAE_SCALE, VAE_SHIFT = (
     0.0609,
 )  # SD3's latent format; with them inside the VAE, model-space latents are the encoder's output
 TEXT_SEED = 768
+DISTILLED = "distilled"  # a low-rank change of the transformer: four steps, guidance built in (train_distilled.py)
 EYES = dict(
     hidden_size=128,
     num_hidden_layers=3,
@@ -53,7 +54,8 @@ def build(path, model="transformer"):
     """Write the checkpoint to `path` and return the path. The same bytes' worth of weights every time; the folder is
     made.
 
-    `model` "pairs": the transformer that was also shown frames of two shapes (train_pairs.py)."""
+    `model` "pairs": the transformer that was also shown frames of two shapes (train_pairs.py). "distilled": the one that
+    draws in four steps without guidance (train_distilled.py)."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -68,7 +70,8 @@ def cached(model="transformer"):
     """Path of the checkpoint in the tests' cache, built if it is not there."""
     from ..cache import cached_file
 
-    sources = [__file__, *(WEIGHTS / f"{part}.safetensors" for part in (model, "vae"))]
+    parts = dict.fromkeys((model, "transformer", "vae") if model == DISTILLED else (model, "vae"))
+    sources = [__file__, *(WEIGHTS / f"{part}.safetensors" for part in parts)]
     name = "toy_world.safetensors" if model == "transformer" else f"toy_{model}.safetensors"
     return cached_file(name, sources, lambda path: build(path, model))
 
@@ -83,10 +86,19 @@ def checkpoint(model="transformer"):
 
 def transformer(name="transformer"):
     """The trained MMDiT with its zero columns and position table put back."""
-    state = unpack(load_file(str(WEIGHTS / f"{name}.safetensors")))
+    state = unpack(load_file(str(WEIGHTS / f"{'transformer' if name == DISTILLED else name}.safetensors")))
+    if name == DISTILLED:
+        add_low_rank(state, unpack(load_file(str(WEIGHTS / f"{name}.safetensors"))))
     for name, columns in PADDED.items():
         state[name] = torch.nn.functional.pad(state[name], (0, columns - state[name].shape[1]))
     return state | {"pos_embed": position_table(WIDTH, SIDE)}
+
+
+def add_low_rank(state, factors):
+    """Adds up @ down, stored as `name:up` and `name:down`, to the matrices of `state`."""
+    for name in [key.removesuffix(":up") for key in factors if key.endswith(":up")]:
+        change = factors[f"{name}:up"] @ factors[f"{name}:down"]
+        state[name] = state[name] + change.view_as(state[name])
 
 
 def vae():
