@@ -215,6 +215,37 @@ def clips():
     return page
 
 
+def transferred():
+    """Stars of the toy world's fine-tune for frames: without a LoRA, and with one that its base learnt and that was moved."""
+    import torch
+    from trainyard.tests.comfy import boot
+
+    boot.boot()
+    from trainyard.nodes import host
+    from trainyard.tests.toy import distilled, sampling, shapes
+
+    page, draw = card("moved to a sibling, without pictures")
+    asked = [one for one in distilled.lesson_questions("star") if one["ground"] == "white"][:4]
+    texts, seeds = [shapes.caption(**one) for one in asked], [51, 52, 53, 54]
+    with tempfile.TemporaryDirectory() as folder:
+        base, sibling = distilled.load("transformer"), distilled.load("pairs")
+        old = distilled.learn(base, folder, "star", 1, steps=250, rate=4e-3, checked=())[250]
+        new = distilled.move(base, sibling, old, "star", 1, 60, few_steps=0, source_guidance=1.0)
+        models = [host.lora_keys.apply_lora(base.model, None, old)[0], sibling.model,
+                  host.lora_keys.apply_lora(sibling.model, None, new)[0]]  # fmt: skip
+        with torch.inference_mode():
+            rows = [sampling.images(sibling, texts, seeds, model=model) for model in models]
+    for row, (images, label) in enumerate(zip(rows, ("its model", "the other", "moved"), strict=True)):
+        top = 130 + row * 180
+        draw.text((32, top + 80), label, fill=DIM, font=font(17))
+        for column, image in enumerate(images):
+            tile = Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy()).resize(
+                (136, 136), Image.Resampling.LANCZOS
+            )
+            page.paste(tile, (176 + column * 146, top + 20))
+    return page
+
+
 def first_lora():
     from . import first_lora_card
 
@@ -349,6 +380,7 @@ MAKERS = {
     "12_score_and_filter": lambda: rated(keep=True),
     "13_edit_pairs": edited,
     "14_video_lora": clips,
+    "16_transfer_lora": transferred,
 }
 
 

@@ -4,7 +4,9 @@ import json
 import pathlib
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from trainyard.tests.toy import shapes
 from trainyard.tests.videos import write_video
 from trainyard.tests.workflows.convert import DRAWN, to_api
@@ -42,6 +44,7 @@ SMALL = {  # what makes a workflow run in seconds on a small checkpoint and draw
     "TrainyardSaveScoreModel": {"untrained": True},  # two steps teach nothing, and the node would not keep such a score
     "TrainyardPretrainScoreBackbone": {"steps": 2, "size": 64, "batch": 4, "width": 8, "depth": 1, "crops": 2},
     "TrainyardLecoScoreSettings": {"sampling_steps": 3, "ways": 1, "watch_every": 2},
+    "TrainyardTransferLora": {"steps": 3, "learning_rate": 1e-2, "resolution": 64, "trajectories": 2, "few_steps": 2},
     "TrainyardTrainLecoScore": {"steps": 2, "resolution": 64, "calibrate": "off"},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2, "cfg": 1.0},
@@ -76,6 +79,7 @@ MADE = {  # nodes that must have shown something; of workflows that are not name
     "12_score_and_filter": {"TrainyardScoreImages", "TrainyardRankAndFilter"},
     "13_edit_pairs": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
     "14_video_lora": {"TrainyardTrainLora", "TrainyardSaveLora", "TrainyardPreviewDataset", "SaveAnimatedWEBP"},
+    "16_transfer_lora": {"TrainyardTransferLora", "TrainyardSaveLora", "TrainyardLossPlot", "SaveImage"},
 }
 
 
@@ -155,6 +159,8 @@ def test_a_workflow_runs_headless_on_a_small_checkpoint(file, server):
                 (videos if "clips" in folder else images)(server, folder)
         if node["class_type"] == "TrainyardLoadRatedPictures":
             rated_pictures(server, node["inputs"]["folder"])
+        if node["class_type"] == "TrainyardLoadLora":
+            random_lora(server, node["inputs"]["file"])
         if node["class_type"] == "TrainyardLoadScoreModel":
             score_model(server, node["inputs"]["file"])
     use_small_parts(prompt, server)
@@ -222,6 +228,20 @@ def rated_pictures(server, name):
         folder.mkdir(parents=True, exist_ok=True)
         for index, (colour, shape) in enumerate((c, s) for c in ("red", "blue") for s in shapes.SEEN):
             shapes.draw(shape, colour, radius=radius, degrees=11.0 * index).save(folder / f"{colour}_{shape}.png")
+
+
+def random_lora(server, file):
+    """A LoRA of random numbers on the small SD1.5's cross-attention, where the server looks for LoRAs."""
+    rng, tensors = torch.Generator().manual_seed(0), {}
+    checkpoint = server.base / "models" / "checkpoints" / server.install("sd15")
+    for key, weight in load_file(checkpoint).items():
+        if key.endswith("attn2.to_q.weight"):
+            name = "lora_unet_" + key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+            tensors[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=rng)
+            tensors[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 2, generator=rng)
+    path = server.base / "models" / "loras" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
 
 
 def score_model(server, file):
