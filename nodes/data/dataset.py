@@ -13,7 +13,7 @@ from ...trainers.data.join_split import (
     split_dataset,
 )
 from ...trainers.data.quality.duplicates import group_near_duplicates
-from ...trainers.data.readers import CAPTION_LINE_MODES, hash_folder_state, make_printable, read_folder
+from ...trainers.data.readers import CAPTION_LINE_MODES, VIDEO_MODES, hash_folder_state, make_printable, read_folder
 from ...trainers.data.records import describe_colour_profiles, describe_controls, describe_left_out
 from ...trainers.data.writers import SaveSettings, format_save_summary, save_dataset
 from .. import host, paths
@@ -96,6 +96,15 @@ class LoadDataset(io.ComfyNode):
                     "images. cat.png belongs to cat.jpg; several are cat_1.png, cat_2.png. They may also lie beside "
                     "the images as cat.control.png.",
                 ),
+                io.Combo.Input(
+                    "videos",
+                    options=list(VIDEO_MODES),
+                    default=VIDEO_MODES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whether videos and folders of frames (walk.24fps) are read, for Cut Clips. auto: where "
+                    "the folder has no images; beside images they are left out and named in about.",
+                ),
             ],
             outputs=[
                 DatasetType.Output(
@@ -123,6 +132,7 @@ class LoadDataset(io.ComfyNode):
         masks=paths.NO_FOLDER,
         metadata="",
         controls=paths.NO_FOLDER,
+        videos=VIDEO_MODES[0],
     ):
         path = paths.resolve_dataset_folder(folder)
         dataset = read_folder(
@@ -135,6 +145,7 @@ class LoadDataset(io.ComfyNode):
             controls=paths.resolve_optional_folder(controls),
             metadata=paths.resolve_file_in_folder(path, metadata),
             facts_file=paths.image_facts_file(),
+            videos=videos,
         )
         return io.NodeOutput(dataset, format_dataset_summary(dataset))
 

@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 
 def encode(folder, vae, cache, frames=5, first_frame=None, flip=False):
-    dataset = cut_clips(read_folder(folder), ClipSettings(frames=frames, fps=10.0))
+    dataset = cut_clips(read_folder(folder, videos="read"), ClipSettings(frames=frames, fps=10.0))
     with torch.inference_mode(), host.context.enable_gradients():
         return encode_dataset(
             dataset, CaptionSettings(), BucketSettings(resolution=32, step=16), flip, host.encoders.VaeEncoder(vae),
@@ -77,7 +77,7 @@ def test_the_vae_says_which_lengths_its_latents_hold(wan_vae):
 
 
 def test_cut_clips_tells_what_it_made(folder):
-    dataset = read_folder(folder)
+    dataset = read_folder(folder, videos="read")
     assert format_dataset_summary(dataset).startswith("2 videos and 1 image, 3 with captions")
     assert "2 videos, for Cut Clips: 0.mkv (12 frames, 10 fps, 1.2 s)" in format_dataset_summary(dataset)
     CutClips.hidden = type("Hidden", (), {"unique_id": None})
@@ -90,7 +90,7 @@ def test_a_clip_becomes_the_latent_that_the_hosts_own_node_makes(folder, wan_vae
 
     data = encode(folder, wan_vae, tmp_path)
     assert [item.shape for item in data.items] == [(16, 2, 4, 4), (16, 2, 4, 4), (16, 1, 4, 4)]
-    record = cut_clips(read_folder(folder), ClipSettings(frames=5, fps=10.0))[0]
+    record = cut_clips(read_folder(folder, videos="read"), ClipSettings(frames=5, fps=10.0))[0]
     frames = torch.cat([image_to_batch_tensor(frame) for frame in open_clip_frames(record)])
     with torch.inference_mode():
         hosts = nodes.VAEEncode().encode(wan_vae, frames)[0]["samples"]
@@ -128,7 +128,7 @@ def test_a_first_frame_is_given_bit_for_bit_as_the_hosts_own_node_gives_it(folde
 
     with torch.inference_mode():
         data = encode(folder, wan_vae, tmp_path, first_frame=FirstFrames(node, wan_vae))
-    record = cut_clips(read_folder(folder), ClipSettings(frames=5, fps=10.0))[0]
+    record = cut_clips(read_folder(folder, videos="read"), ClipSettings(frames=5, fps=10.0))[0]
     first, empty = image_to_batch_tensor(next(open_clip_frames(record))), [[torch.zeros(1, 1, 1), {}]]
     with torch.inference_mode():
         if node == "WanImageToVideo":

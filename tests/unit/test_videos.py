@@ -39,7 +39,7 @@ class ClipVae(FakeVae):
 
 
 def cut(folder, frames=5, fps=10.0, **rest):
-    return cut_clips(read_folder(folder), ClipSettings(frames=frames, fps=fps, **rest))
+    return cut_clips(read_folder(folder, videos="read"), ClipSettings(frames=frames, fps=fps, **rest))
 
 
 def encode(root, dataset, vae):
@@ -75,13 +75,28 @@ def test_a_folder_of_frames_is_one_record_with_the_rate_that_its_name_tells(tmp_
             grey(number).save(tmp_path / folder / f"{number}.png")
     (tmp_path / "walk.txt").write_text("somebody walks")
     image(tmp_path / "still.png")
-    dataset = read_folder(tmp_path)
+    dataset = read_folder(tmp_path, videos="read")
     assert [(record.path.rsplit("/", 1)[1], record.frames) for record in dataset] == [
         ("run.frames", 12), ("still.png", 1), ("walk.20fps", 12)
     ]  # fmt: skip
     assert dataset[2].captions == ("somebody walks",) and not dataset.skipped
     run, still, walk = cut(tmp_path)
     assert frames_of(run) == [0, 1, 2, 3, 4] and frames_of(walk) == [0, 2, 4, 6, 8] and still.clip is None
+
+
+def test_videos_beside_images_are_left_out_and_told_unless_they_are_asked_for(tmp_path):
+    write_video(tmp_path / "b.mkv")
+    (tmp_path / "c.frames").mkdir()
+    grey(1).save(tmp_path / "c.frames" / "0.png")
+    names = lambda **more: [record.path.rsplit("/", 1)[1] for record in read_folder(tmp_path, **more)]
+    assert names() == ["b.mkv", "c.frames"]
+    image(tmp_path / "a.png")
+    assert names() == names(videos="leave out") == ["a.png"]
+    told = [(path.rsplit("/", 1)[1], reason) for path, reason in read_folder(tmp_path).skipped]
+    assert [name for name, _ in told] == ["b.mkv", "c.frames"] and "Set videos of Load Dataset to read" in told[0][1]
+    assert names(videos="read") == ["a.png", "b.mkv", "c.frames"]
+    with pytest.raises(ValueError, match="videos is 'all'; choose one of auto, read, leave out"):
+        read_folder(tmp_path, videos="all")
 
 
 def test_clips_are_taken_at_one_rate_from_the_start_evenly_or_end_to_end(tmp_path):

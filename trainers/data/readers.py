@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
 ONE_CAPTION, ALTERNATIVE_CAPTIONS = "one", "alternatives"
 CAPTION_LINE_MODES = (ONE_CAPTION, ALTERNATIVE_CAPTIONS)
+VIDEOS_AUTO, VIDEOS_READ, VIDEOS_LEFT_OUT = VIDEO_MODES = ("auto", "read", "leave out")
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,22 @@ def read_folder(
     metadata=None,
     facts_file=None,
     controls=None,
+    videos: str = VIDEOS_AUTO,
 ) -> ImageDataset:
-    """The images and videos of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of
+    """The images, or videos, of a folder and of its `N_name` subfolders (seen N times as often; name is the caption of
     those without one).
 
     alpha_mask: images with transparency and no other mask use their alpha as the loss mask.
     progress(done, total, file name) is called after each file and may raise to stop.
     caption_lines: "alternatives" takes every line of a caption as a caption of its own. masks: a folder of masks of the
     same stems. controls: a folder of control images of the same stems, for edit models.
+    videos: one of VIDEO_MODES, whether videos and folders of frames are read; auto: where there are no images.
     metadata: a .json, .jsonl or .csv file that is read instead of metadata.jsonl, metadata.csv and metadata.json.
     facts_file: where to keep what was found out about each image, so that none is decoded again at the next start."""
     if caption_lines not in CAPTION_LINE_MODES:
         raise ValueError(f"caption_lines is {caption_lines!r}; choose one of {', '.join(CAPTION_LINE_MODES)}.")
+    if videos not in VIDEO_MODES:
+        raise ValueError(f"videos is {videos!r}; choose one of {', '.join(VIDEO_MODES)}.")
     root, skipped, companions = require_folder(path), SkippedFiles(strict), CompanionFiles()
     masks, controls = (None if folder is None else require_folder(folder) for folder in (masks, controls))
     plan = plan_folders(root, tuple(folder for folder in (masks, controls) if folder), companions)
@@ -144,7 +149,7 @@ def read_folder(
     alternatives, named = caption_lines == ALTERNATIVE_CAPTIONS, NamedImages(plan, companions, not files)
     notes = read_metadata_notes(root, [listed.file for listed in files], metadata, alternatives, skipped, named.locate)
     files += named.list_new_images(files)
-    files = leave_out_controls(files, notes)
+    files = leave_out_videos(leave_out_controls(files, notes), videos, skipped)
     skipped.put_first(list_unread_folders(plan, {listed.file for listed in files}, companions))
     if not files:
         raise ValueError(format_no_images_found(root, skipped.entries))
@@ -171,6 +176,16 @@ def leave_out_controls(files: list[FolderImage], notes: dict[Path, list[ImageMet
     """Without what a table names as a control image and says nothing else of."""
     named = {path.resolve() for found in notes.values() for note in found for path in note.controls or ()}
     return [one for one in files if one.file in notes or not named or one.file.resolve() not in named]
+
+
+def leave_out_videos(files: list[FolderImage], mode: str, skipped: SkippedFiles) -> list[FolderImage]:
+    """Without the videos and folders of frames, where they are not to be read: each is told."""
+    found = {one.file for one in files if is_video_path(one.file)}
+    if mode == VIDEOS_READ or (mode == VIDEOS_AUTO and len(found) == len(files)):
+        return files
+    for file in sorted(found):
+        skipped.note(file, "it is a video and is left out. Set videos of Load Dataset to read, to train on it too")
+    return [one for one in files if one.file not in found]
 
 
 def open_fact_store(file) -> AbstractContextManager[FactStore | None]:
