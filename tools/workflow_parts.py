@@ -20,7 +20,7 @@ def load_checkpoint():
 
 
 def save_lora(name, lora="train.lora"):
-    return "save", "TrainyardSaveLora", 150, {"name": name}, {"lora": lora, "model": "model.MODEL"}
+    return "save", "TrainyardSaveLora", 220, {"name": name}, {"lora": lora, "model": "model.MODEL"}
 
 
 def loss_plot():

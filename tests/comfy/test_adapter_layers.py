@@ -14,7 +14,13 @@ from trainyard.trainers.files import LoraFile, write_lora
 from trainyard.trainers.loop import train
 from trainyard.trainers.methods.lora import LoraTraining
 from trainyard.trainers.rng import make_generator
-from trainyard.trainers.settings import AdapterSettings, OptimizerSettings, RunSettings, compute_fingerprint
+from trainyard.trainers.settings import (
+    AdapterSettings,
+    NoiseSettings,
+    OptimizerSettings,
+    RunSettings,
+    compute_fingerprint,
+)
 
 NEW = ("DoRA", "LoHa", "LoKr")
 
@@ -231,9 +237,9 @@ def test_training_goes_on_top_of_a_lora_that_is_on_the_model(family, algorithm, 
 def test_what_is_started_from_is_part_of_the_run():
     from trainyard.nodes.train.train_lora import LoraTask
 
-    parts = lambda start: LoraTask(data=types.SimpleNamespace(fingerprint="x"), start_from=start).fingerprint_parts(
-        None
-    )
+    a_job = types.SimpleNamespace(noise=NoiseSettings(), assistant=None, model=as_loader_gives("sd3"))
+    data = types.SimpleNamespace(fingerprint="x", empty_key=None)
+    parts = lambda start: LoraTask(data=data, start_from=start).fingerprint_parts(a_job)
     one, same, other = (LoraFile({"a.lora_up.weight": torch.full((1,), value)}) for value in (1.0, 1.0, 2.0))
     prints = [compute_fingerprint(*parts(start)) for start in (None, one, same, other)]
     assert prints[1] == prints[2] and len(set(prints)) == 3

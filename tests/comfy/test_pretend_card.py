@@ -122,7 +122,7 @@ def test_a_weight_comes_up_at_most_once_in_forward_and_once_in_recomputation(reh
     assert rehearsed[name]["up"] < 2.1 * rehearsed[name]["weights"]
 
 
-@pytest.mark.parametrize("name", AWAY)
+@pytest.mark.parametrize("name", [name for name in AWAY if name != "hunyuan video 1.5"])  # it has two blocks
 def test_offloaded_weights_come_up_while_the_block_before_them_is_computed(rehearsed, name):
     """But those of the first block in each direction, and of layers that are in no block: much of a toy model."""
     assert rehearsed[name]["up_beside"] > 0.4 * rehearsed[name]["up"]

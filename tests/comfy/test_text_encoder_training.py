@@ -150,7 +150,7 @@ def test_samples_show_captions_literally_prompts_with_weights_and_own_conditioni
     result(text_job(toy, encoded, look, **once))
     by_label = {shown.label: shown for shown in asked}
     assert by_label["a (sks:1.5) star"].prompt == "a (sks:1.5) star" and by_label["(bad)"].prompt == "(bad)"
-    assert by_label["positive 1"][2:] == (None, None)
+    assert by_label["positive 1"][2:] == (None, None, None)
     assert torch.equal(sampled[1], own[0][0]), "encoded as its label"
     asked.clear()
     result(text_job(toy, encoded, MonitorConfig(off, PreviewSettings(**SMALL)), name="captions", **once))

@@ -47,7 +47,7 @@ def test_memory_is_measured_before_a_run_unless_somebody_says_otherwise():
         for node in json.loads(path.read_text(encoding="utf-8")).values()
         if "checkpointing" in node["inputs"]
     }
-    assert len(defaults) == 6 and set(defaults.values()) == {"auto"}, defaults
+    assert len(defaults) == 7 and set(defaults.values()) == {"auto"}, defaults
     assert len(in_templates) == 10 and set(in_templates.values()) == {"auto"}, in_templates
 
 

@@ -29,5 +29,5 @@ def build(workflow):
         (380, [("watch", "TrainyardValidation", 720, {"prompts": "my_word, a photo"}, {"held_out": "encode_held_out.encoded", "vae": "model.VAE", "clip": "model.CLIP"})]),
         (420, [("train", "TrainyardTrainLora", 1120, {"run_name": "my_watched_lora"},
                 {"model": "model.MODEL", "encoded": "encode.encoded", "validation": "watch.validation"})]),
-        (360, [("save", "TrainyardSaveLora", 130, {"name": "my_watched_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
+        (360, [("save", "TrainyardSaveLora", 220, {"name": "my_watched_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
                ("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip

@@ -26,7 +26,7 @@ def build(workflow):
         (340, [("encode", "TrainyardEncodeDataset", 420, {"resolution": 512, "dropout": 0.1},
                 {"dataset": "collage.dataset", "vae": "model.VAE", "clip": "model.CLIP"})]),
         (360, [("train", "TrainyardTrainLora", 800, {"run_name": "my_collage_lora"}, {"model": "model.MODEL", "encoded": "encode.encoded"}),
-               ("save", "TrainyardSaveLora", 130, {"name": "my_collage_lora"}, {"lora": "train.lora", "model": "model.MODEL"})]),
+               ("save", "TrainyardSaveLora", 220, {"name": "my_collage_lora"}, {"lora": "train.lora", "model": "model.MODEL"})]),
         (340, [("plot", "TrainyardLossPlot", 310, {}, {"losses": "train.losses"})]))  # fmt: skip
     add_comparison(
         workflow, "3 · Look: the same prompt and seed, without and with the LoRA", 1250, 1180, "model", "train.model"

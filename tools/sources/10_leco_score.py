@@ -26,7 +26,7 @@ def build(workflow):
         (360, [("settings", "TrainyardLecoScoreSettings", 480)]),
         (400, [("train", "TrainyardTrainLecoScore", 900, {"run_name": "my_score_lora"},
                 {"model": "model.MODEL", "clip": "model.CLIP", "score_model": "score.score_model", "prompts": "prompts.prompts", "settings": "settings.settings"})]),
-        (340, [("save", "TrainyardSaveLora", 130, {"name": "my_score_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
+        (340, [("save", "TrainyardSaveLora", 220, {"name": "my_score_lora"}, {"lora": "train.lora", "model": "model.MODEL"}),
                ("told", "PreviewAny", 260, {}, {"source": "train.report"}, "What happened")]))  # fmt: skip
     workflow.add_group("3 · Look", VIOLET, 2080, -80,
         (300, [("positive", "CLIPTextEncode", 130, {"text": "a beautiful landscape"}, {"clip": "model.CLIP"}),

@@ -48,7 +48,7 @@ def noise(side):
 
 
 def save(side):
-    return (f"{side}_save", "TrainyardSaveLora", 150, {"name": f"my_motion_{side}"},
+    return (f"{side}_save", "TrainyardSaveLora", 220, {"name": f"my_motion_{side}"},
             {"lora": f"{side}_train.lora", "model": f"{side}_model.MODEL"})  # fmt: skip
 
 
