@@ -48,7 +48,7 @@ def test_memory_is_measured_before_a_run_unless_somebody_says_otherwise():
         if "checkpointing" in node["inputs"]
     }
     assert len(defaults) == 7 and set(defaults.values()) == {"auto"}, defaults
-    assert len(in_templates) == 10 and set(in_templates.values()) == {"auto"}, in_templates
+    assert len(in_templates) == 11 and set(in_templates.values()) == {"auto"}, in_templates
 
 
 def test_help_promises_equal_bytes_where_a_seed_gives_them():
